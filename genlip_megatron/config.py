@@ -1,0 +1,420 @@
+"""The configuration of a whole run: strict dataclasses, filled from a recipe, a YAML file and flags.
+
+Order of precedence, lowest first: the defaults below, the YAML file or named recipe (``--config``), flags. A
+field has the same name in the YAML file, as a flag (with dashes), in the code and in the documentation. Unknown
+keys and flags are errors that name the nearest known one. ``resolve`` checks what can be checked without opening
+a file or a process group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.resources
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEFAULT_PROMPT = "Describe the image in detail."
+
+
+def _opt(default: Any, text: str, *aliases: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its help text, short flags and allowed values."""
+    return field(default=default, metadata={"help": text, "aliases": aliases, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model. Sizes and initialisation follow the paper's Table 1; see the recipes for the named sizes."""
+
+    num_layers: int = _opt(27, "Transformer layers")
+    hidden_size: int = _opt(1152, "width D of the Transformer")
+    num_attention_heads: int = _opt(16, "attention heads")
+    ffn_hidden_size: int = _opt(3072, "inner width F of the SwiGLU")
+    text_hidden_size: int = _opt(1152, "width E of the token embedding and LM head; projections are added when E != D")
+    vocab_size: int = _opt(151936, "rows of the token embedding and LM head (the tokenizer may be smaller)")
+    rope_sections: tuple[int, ...] = _opt((12, 12, 12), "T,H,W sections of the interleaved rotary embedding")
+    rope_theta: float = _opt(10000.0, "base of the rotary frequencies")
+    layernorm_epsilon: float = _opt(1e-6, "epsilon of every LayerNorm")
+    layer_scale_init: float = _opt(0.1, "initial LayerScale value; 0 leaves LayerScale out")
+    drop_path_rate: float = _opt(0.1, "share of residual branches dropped, per sample; 0 turns DropPath off")
+    attention_output_gate: bool = _opt(True, "multiply attention's output by a sigmoid gate")
+    init_method_std: float = _opt(0.02, "standard deviation of normally initialised weights")
+    freeze_embeddings: bool = _opt(False, "do not train the token embedding (and in_proj)")
+    freeze_head: bool = _opt(False, "do not train the LM head (and proj)")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data. Images, tokens and packs."""
+
+    train_data: tuple[str, ...] = _opt((), "training shards: files, folders or globs of .tar, comma separated")
+    valid_data: tuple[str, ...] = _opt((), "validation shards")
+    tokenizer: str = _opt("", "Hugging Face tokenizer.json or SentencePiece .model file")
+    prompt: str = _opt(DEFAULT_PROMPT, "prompt of samples that come with a caption only")
+    image_mode: str = _opt("fixed", "how images are resized", choices=("fixed", "native"))
+    image_size: int = _opt(224, "side of fixed-size images in pixels, a multiple of 16")
+    fixed_resize: str = _opt("squash", "how a fixed size is reached", choices=("squash", "resize-center-crop"))
+    min_pixels: int = _opt(4096, "native mode: smallest image area, 16 patches by default")
+    max_pixels: int = _opt(262144, "native mode: largest image area, 1024 patches by default")
+    seq_length: int = _opt(16384, "tokens of one pack")
+    pack_buffer: int = _opt(512, "samples a lane looks ahead to fill a pack")
+    shuffle_window: int = _opt(4096, "samples within which a lane shuffles")
+    chunk_size: int = _opt(256, "neighbouring samples dealt to a lane together")
+    decoder: str = _opt(
+        "auto", "image decoder; auto is DALI, on the GPU when there is one", choices=("auto", "dali", "pillow")
+    )
+    num_workers: int = _opt(2, "decoder threads per rank")
+    prefetch: int = _opt(2, "micro-batches prepared ahead of the step")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Parallelism. Data parallel size is world size / (tp * pp * cp)."""
+
+    tensor_model_parallel_size: int = _opt(1, "ranks that share each layer", "tp")
+    pipeline_model_parallel_size: int = _opt(1, "pipeline stages", "pp")
+    virtual_pipeline_model_parallel_size: int = _opt(1, "model chunks per pipeline stage (interleaved)", "vpp")
+    context_parallel_size: int = _opt(1, "ranks that share each sequence", "cp")
+    sequence_parallel: bool = _opt(True, "shard activations over the tensor-parallel group when tp > 1")
+    use_distributed_optimizer: bool = _opt(True, "shard optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = _opt(False, "overlap gradient reduction with the backward pass")
+    overlap_param_gather: bool = _opt(False, "overlap the parameter gather with the forward pass")
+    recompute: str = _opt("none", "recompute activations in the backward pass", choices=("none", "selective", "full"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training. Batches are counted in packs; samples and tokens are reported."""
+
+    micro_batch_size: int = _opt(1, "packs of one forward pass on one data-parallel rank", "mbs")
+    global_batch_size: int = _opt(512, "packs of one optimizer step", "gbs")
+    train_iters: int = _opt(257492, "optimizer steps of the run")
+    lr: float = _opt(1e-3, "peak learning rate")
+    min_lr: float = _opt(1e-6, "learning rate at the end of the cosine")
+    lr_warmup_iters: int = _opt(1802, "steps of linear warmup")
+    weight_decay: float = _opt(0.01, "AdamW weight decay, on every parameter")
+    adam_beta1: float = _opt(0.9, "AdamW beta 1")
+    adam_beta2: float = _opt(0.95, "AdamW beta 2")
+    adam_eps: float = _opt(1e-8, "AdamW epsilon")
+    clip_grad: float = _opt(1.0, "global gradient norm above which gradients are scaled down; 0: never")
+    precision: str = _opt("auto", "auto is bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
+    transformer_impl: str = _opt("local", "layer implementation", choices=("local", "transformer_engine"))
+    seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
+    exit_interval: int = _opt(0, "save and exit after this step has been reached; 0: run to train_iters")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    save: str = _opt("", "folder to save checkpoints in; empty: none are saved")
+    load: str = _opt("", "folder to resume from (or to take weights from with finetune)")
+    save_interval: int = _opt(1000, "steps between checkpoints")
+    finetune: bool = _opt(False, "take only the weights from load; optimizer, schedule and data start anew")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Logging and validation."""
+
+    log_interval: int = _opt(10, "steps between progress lines")
+    eval_interval: int = _opt(1000, "steps between validations; 0: only at the end")
+    eval_iters: int = _opt(10, "global batches of one validation")
+    eval_only: bool = _opt(False, "validate the loaded checkpoint and exit")
+    tensorboard_dir: str = _opt("", "folder of the TensorBoard log; empty: <save>/tensorboard")
+    wandb_project: str = _opt("", "also log to this Weights & Biases project")
+    caption_samples: int = _opt(4, "validation captions written to TensorBoard at each validation")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain dictionaries and lists, as written to YAML."""
+        plain = dataclasses.asdict(self)
+        return {
+            name: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for name, part in plain.items()
+        }
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML; reading it back gives an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "parallel": ParallelConfig,
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}
+
+
+def recipe_names() -> list[str]:
+    """Names that ``--config`` accepts besides a path."""
+    folder = importlib.resources.files("genlip_megatron") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any:
+    """``value`` (from YAML or a flag) as ``kind``; ValueError names the setting, the value and what is allowed."""
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if isinstance(value, str):
+            value = [part for part in value.split(",") if part]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} = {value!r}: expected a list of {item.__name__}")
+        return tuple(_convert(part, item, where, ()) for part in value)
+    if kind is bool:
+        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        raise ValueError(f"{where} = {value!r}: expected true or false")
+    if isinstance(value, bool) or value is None or isinstance(value, (list, dict)):
+        raise ValueError(f"{where} = {value!r}: expected {kind.__name__}")
+    try:
+        converted = int(str(value)) if kind is int else kind(value)
+    except ValueError:
+        raise ValueError(f"{where} = {value!r}: expected {kind.__name__}") from None
+    if choices and converted not in choices:
+        raise ValueError(f"{where} = {value!r}: expected one of {', '.join(choices)}{_nearest(str(value), choices)}")
+    return converted
+
+
+def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
+    """A configuration from nested dictionaries.
+
+    Raises:
+        ValueError: an unknown section or key (the nearest known one is named), or a value of the wrong type.
+    """
+    sections: dict[str, Any] = {}
+    for name, part in tree.items():
+        if name not in SECTIONS:
+            raise ValueError(
+                f"{source}: unknown section {name!r}{_nearest(name, list(SECTIONS))} Sections: {', '.join(SECTIONS)}."
+            )
+        if not isinstance(part, dict):
+            raise ValueError(f"{source}: section {name!r} must be a mapping, got {part!r}")
+        kinds = typing.get_type_hints(SECTIONS[name])
+        known = {f.name: f for f in fields(SECTIONS[name])}
+        values = {}
+        for key, value in part.items():
+            if key not in known:
+                raise ValueError(f"{source}: unknown key {name}.{key}{_nearest(key, list(known))}")
+            values[key] = _convert(value, kinds[key], f"{source}: {name}.{key}", known[key].metadata["choices"])
+        sections[name] = SECTIONS[name](**values)
+    return RunConfig(**sections)
+
+
+def load_yaml(name_or_path: str) -> dict[str, Any]:
+    """The dictionary of a named recipe or a YAML file.
+
+    Raises:
+        ValueError: no such recipe or file, or not a mapping.
+    """
+    if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ValueError(f"--config {name_or_path}: no such file")
+        text = path.read_text()
+    else:
+        names = recipe_names()
+        if name_or_path not in names:
+            raise ValueError(
+                f"--config {name_or_path}: no such recipe{_nearest(name_or_path, names)} "
+                f"Recipes: {', '.join(names)}; or give the path of a YAML file."
+            )
+        text = (importlib.resources.files("genlip_megatron") / "recipes" / f"{name_or_path}.yaml").read_text()
+    tree = yaml.safe_load(text) or {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"--config {name_or_path}: expected a mapping of sections")
+    return tree
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose error for an unknown flag names the nearest known one."""
+
+    def parse_strict(self, argv: Sequence[str]) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            word = unknown[0].split("=")[0]
+            self.error(f"unknown flag {word}{_nearest(word, flags)}")
+        return known
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``pretrain_genlip.py``: one flag per configuration field, grouped by section."""
+    parser = _Parser(
+        prog="pretrain_genlip.py",
+        allow_abbrev=False,
+        description="Train GenLIP. Start it with torchrun; every flag overrides the same key of the recipe.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=118),
+    )
+    parser.add_argument(
+        "--config", default="", metavar="NAME|FILE", help=f"one of {', '.join(recipe_names())}, or a YAML file"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(section, (cls.__doc__ or "").strip())
+        kinds = typing.get_type_hints(cls)
+        for f in fields(cls):
+            names = [f"--{f.name.replace('_', '-')}", *(f"--{alias}" for alias in f.metadata["aliases"])]
+            default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            text = f"{f.metadata['help']} (default: {default if default != '' else 'none'})".replace("%", "%%")
+            common: dict[str, Any] = {"dest": f"{section}.{f.name}", "default": argparse.SUPPRESS, "help": text}
+            if kinds[f.name] is bool:
+                group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+            else:
+                metavar = "|".join(f.metadata["choices"]) or getattr(kinds[f.name], "__name__", "LIST").upper()
+                group.add_argument(*names, metavar=metavar, **common)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
+    """(configuration, print_config) from a command line. User errors end the process with status 2 and one line."""
+    import sys
+
+    parser = typing.cast(_Parser, build_parser())
+    options = vars(parser.parse_strict(sys.argv[1:] if argv is None else argv))
+    name, print_config = options.pop("config"), options.pop("print_config")
+    try:
+        tree = load_yaml(name) if name else {}
+        config = from_dict(tree, f"--config {name}" if name else "defaults")
+        config = override(config, options)
+        check(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config, print_config
+
+
+def override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """``config`` with ``{"section.key": value}`` replaced; values are converted and checked like YAML's."""
+    tree = config.to_dict()
+    for dotted, value in values.items():
+        section, key = dotted.split(".")
+        tree[section][key] = value
+    return from_dict(tree, "flags")
+
+
+def _positive(config: RunConfig) -> None:
+    for section, names in {
+        "model": (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "ffn_hidden_size",
+            "text_hidden_size",
+            "vocab_size",
+        ),
+        "data": ("image_size", "seq_length", "pack_buffer", "shuffle_window", "chunk_size", "num_workers", "prefetch"),
+        "parallel": tuple(f.name for f in fields(ParallelConfig) if f.name.endswith("_size")),
+        "train": ("micro_batch_size", "global_batch_size", "train_iters"),
+        "checkpoint": ("save_interval",),
+        "log": ("log_interval", "eval_iters"),
+    }.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 1:
+                raise ValueError(f"{section}.{name} = {value}: must be at least 1")
+
+
+def _divides(what: str, value: int, setting: str, divisor: int) -> None:
+    if value % divisor:
+        allowed = [str(d) for d in range(1, min(value, 64) + 1) if value % d == 0]
+        raise ValueError(f"{what} = {value} is not a multiple of {setting} = {divisor}; allowed: {', '.join(allowed)}")
+
+
+def check(config: RunConfig, world_size: int | None = None) -> None:
+    """Raise ValueError for settings that contradict each other; with ``world_size``, also for layouts that do not fit.
+
+    Checked before any file is opened or process group made, so that a mistake costs nothing.
+    """
+    _positive(config)
+    model, data, parallel, train = config.model, config.data, config.parallel, config.train
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)
+    if model.head_dim % 2:
+        raise ValueError(
+            f"model.hidden_size / model.num_attention_heads = {model.head_dim}: the head size must be even for rotary positions"
+        )
+    if len(model.rope_sections) != 3:
+        raise ValueError(f"model.rope_sections = {model.rope_sections}: expected three numbers (T, H, W)")
+    if not 0 <= model.drop_path_rate < 1:
+        raise ValueError(f"model.drop_path_rate = {model.drop_path_rate}: must be in [0, 1)")
+    _divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
+    _divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
+    _divides("model.vocab_size", model.vocab_size, "tensor_model_parallel_size", tp)
+    tokens = data.seq_length * train.micro_batch_size
+    if parallel.sequence_parallel or cp > 1:
+        _divides(
+            "data.seq_length * micro_batch_size", tokens, "tensor_model_parallel_size * context_parallel_size", tp * cp
+        )
+    if model.num_layers < pp:
+        raise ValueError(
+            f"pipeline_model_parallel_size = {pp}: more stages than model.num_layers = {model.num_layers}; "
+            f"allowed: 1 to {model.num_layers}"
+        )
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    if vpp > 1 and pp == 1:
+        raise ValueError(f"virtual_pipeline_model_parallel_size = {vpp} needs pipeline_model_parallel_size > 1")
+    if data.image_size % 16:
+        raise ValueError(f"data.image_size = {data.image_size}: must be a multiple of the patch size 16")
+    if cp > 1:
+        raise ValueError(f"context_parallel_size = {cp}: context parallelism is not implemented yet; allowed: 1")
+    if vpp > 1:
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size = {vpp}: interleaving is not implemented yet; allowed: 1"
+        )
+    if config.log.eval_only and not config.checkpoint.load:
+        raise ValueError("log.eval_only needs checkpoint.load: name the checkpoint folder with --load")
+    if world_size is not None:
+        _check_world_size(config, world_size)
+
+
+def _check_world_size(config: RunConfig, world_size: int) -> None:
+    parallel, train = config.parallel, config.train
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    if world_size % ranks:
+        raise ValueError(
+            f"world size {world_size} is not a multiple of tp * pp * cp = {ranks}; "
+            f"start {ranks} processes or a multiple (torchrun --nproc-per-node), or change the layout"
+        )
+    share = train.micro_batch_size * (world_size // ranks)
+    if train.global_batch_size % share:
+        raise ValueError(
+            f"train.global_batch_size = {train.global_batch_size} packs is not a multiple of micro_batch_size * "
+            f"data parallel size = {train.micro_batch_size} * {world_size // ranks}; "
+            f"nearest allowed: {max(share, round(train.global_batch_size / share) * share)}"
+        )

@@ -1,0 +1,32 @@
+"""Packaging. Each dependency's reason stands in the README's table."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="genlip-megatron",
+    version="0.1.0",
+    description="Megatron-style pretraining of GenLIP vision encoders",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["genlip_megatron", "genlip_megatron.*"]),
+    package_data={"genlip_megatron": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core==0.16.1",
+        "nvidia-dali-cuda130>=2.4,<2.5",
+        "sentencepiece>=0.2,<0.3",
+        "tokenizers>=0.21,<0.24",
+        "safetensors>=0.5,<0.9",
+        "tensorboard>=2.18,<3",
+        "numpy>=1.26,<3",
+        "pillow>=11,<14",
+        "psutil>=6",
+        "pyyaml>=6,<7",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "dev": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18", "mypy>=1.15,<3", "codespell>=2.4,<3"],
+        "wandb": ["wandb>=0.19"],
+    },
+)
