@@ -1,0 +1,196 @@
+"""One table of names and layouts: the authors' released format on one side, this project's parameters on the other.
+
+It serves every direction: initial weights (full tensors cut for a rank), loading released weights, comparing
+gradients, and exporting. A *canonical* name is one of the released format, for example
+``visual.layers.3.self_attn.q_proj.weight``; layer indices in it are global. A *local* name is that of a parameter of
+``GenLIP``, with the layer index within the pipeline stage.
+
+Legend: D hidden size, F inner size, E text width, V vocabulary, H heads, T tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genlip_megatron.config import ModelConfig
+
+# split: full canonical tensors -> the shards of all T ranks; join is its inverse.
+Split = Callable[[list[Tensor], ModelConfig, int], list[Tensor]]
+Join = Callable[[list[Tensor], ModelConfig], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How canonical tensors become tensor-parallel shards of one parameter, and back."""
+
+    split: Split
+    join: Join
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its local name, the canonical tensors in it, and their layout. ``{i}`` is the layer index."""
+
+    local: str
+    canonical: tuple[str, ...]
+    layout: Layout
+
+
+def _same(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+    return [full[0]] * size
+
+
+def _first(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
+    return [shards[0]]
+
+
+def _split_patch(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+    return [full[0].flatten(1)] * size
+
+
+def _join_patch(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
+    return [shards[0].unflatten(1, (3, 16, 16))]
+
+
+def _split_columns(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+    return list(full[0].chunk(size, dim=1))
+
+
+def _join_columns(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
+    return [torch.cat(shards, dim=1)]
+
+
+def _split_vocabulary(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+    rows = -(-model.vocab_size // size) * size
+    return list(F.pad(full[0], (0, 0, 0, rows - model.vocab_size)).chunk(size))
+
+
+def _join_vocabulary(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
+    return [torch.cat(shards)[: model.vocab_size]]
+
+
+def _split_qkv(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+    """All q then all gate, k, v -> [q, gate, k, v] of each head in turn, which Megatron-Core's attention expects."""
+    query, key, value = full
+    heads = model.num_attention_heads
+    parts = list(query.chunk(2)) if model.attention_output_gate else [query]
+    parts = [part.unflatten(0, (heads, model.head_dim)) for part in (*parts, key, value)]
+    return list(torch.stack(parts, dim=1).flatten(0, 2).chunk(size))
+
+
+def _join_qkv(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
+    count = 4 if model.attention_output_gate else 3
+    parts = torch.cat(shards).unflatten(0, (model.num_attention_heads, count, model.head_dim))
+    query, *gate, key, value = (part.flatten(0, 1) for part in parts.unbind(1))
+    return [torch.cat((query, *gate)), key, value]
+
+
+def _split_swiglu(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+    """Each rank stores its part of the gate above its part of the value."""
+    gate, value = (tensor.chunk(size) for tensor in full)
+    return [torch.cat(pair) for pair in zip(gate, value, strict=True)]
+
+
+def _join_swiglu(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
+    gates, values = zip(*(shard.chunk(2) for shard in shards), strict=True)
+    return [torch.cat(gates), torch.cat(values)]
+
+
+REPLICATED = Layout(_same, _first)
+PATCH = Layout(_split_patch, _join_patch)
+COLUMNS = Layout(_split_columns, _join_columns)
+VOCABULARY = Layout(_split_vocabulary, _join_vocabulary)
+QKV = Layout(_split_qkv, _join_qkv)
+SWIGLU = Layout(_split_swiglu, _join_swiglu)
+
+_LAYER, _NAME = "decoder.layers.{i}.", "visual.layers.{i}."
+
+
+def _layer_entries() -> list[Entry]:
+    entries = []
+    for kind in ("weight", "bias"):
+        attention = tuple(f"{_NAME}self_attn.{name}_proj.{kind}" for name in ("q", "k", "v"))
+        swiglu = tuple(f"{_NAME}mlp.{name}.{kind}" for name in ("gate_fc", "fc1"))
+        row = COLUMNS if kind == "weight" else REPLICATED
+        entries += [
+            Entry(f"{_LAYER}input_layernorm.{kind}", (f"{_NAME}layer_norm1.{kind}",), REPLICATED),
+            Entry(f"{_LAYER}pre_mlp_layernorm.{kind}", (f"{_NAME}layer_norm2.{kind}",), REPLICATED),
+            Entry(f"{_LAYER}self_attention.linear_qkv.{kind}", attention, QKV),
+            Entry(f"{_LAYER}self_attention.linear_proj.{kind}", (f"{_NAME}self_attn.out_proj.{kind}",), row),
+            Entry(f"{_LAYER}mlp.linear_fc1.{kind}", swiglu, SWIGLU),
+            Entry(f"{_LAYER}mlp.linear_fc2.{kind}", (f"{_NAME}mlp.fc2.{kind}",), row),
+        ]
+    for branch, number in (("self_attn_bda", 1), ("mlp_bda", 2)):
+        entries.append(Entry(f"{_LAYER}{branch}.scale", (f"{_NAME}layer_scale{number}.lambda1",), REPLICATED))
+    return entries
+
+
+TABLE: tuple[Entry, ...] = (
+    Entry("embed.patch_weight", ("vision_embeddings.patch_embedding.weight",), PATCH),
+    Entry("embed.patch_bias", ("vision_embeddings.patch_embedding.bias",), REPLICATED),
+    Entry("embed.tokens.weight", ("embeddings.weight",), VOCABULARY),
+    Entry("embed.in_proj.weight", ("in_proj.weight",), REPLICATED),
+    Entry("embed.in_proj.bias", ("in_proj.bias",), REPLICATED),
+    *_layer_entries(),
+    Entry("head.ln_post.weight", ("ln_post.weight",), REPLICATED),
+    Entry("head.ln_post.bias", ("ln_post.bias",), REPLICATED),
+    Entry("head.proj.weight", ("proj.weight",), REPLICATED),
+    Entry("head.proj.bias", ("proj.bias",), REPLICATED),
+    Entry("head.weight", ("lm_head.weight",), VOCABULARY),
+)
+_BY_LOCAL = {entry.local: entry for entry in TABLE}
+
+
+def find(local_name: str, layer_offset: int) -> tuple[tuple[str, ...], Layout]:
+    """(canonical names, layout) of a parameter; ``layer_offset`` is the number of layers on earlier stages.
+
+    Raises:
+        KeyError: the table does not know the parameter.
+    """
+    parts = local_name.split(".")
+    layer = None
+    if parts[:2] == ["decoder", "layers"]:
+        layer = int(parts[2]) + layer_offset
+        parts[2] = "{i}"
+    entry = _BY_LOCAL[".".join(parts)]
+    return tuple(name.format(i=layer) for name in entry.canonical), entry.layout
+
+
+def canonical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every canonical tensor of a model with its shape, in the order of the forward pass."""
+    width, inner, text = model.hidden_size, model.ffn_hidden_size, model.text_hidden_size
+    query = 2 * width if model.attention_output_gate else width
+    shapes: dict[str, tuple[int, ...]] = {
+        "vision_embeddings.patch_embedding.weight": (width, 3, 16, 16),
+        "vision_embeddings.patch_embedding.bias": (width,),
+        "embeddings.weight": (model.vocab_size, text),
+    }
+    if text != width:
+        shapes |= {"in_proj.weight": (width, text), "in_proj.bias": (width,)}
+    for i in range(model.num_layers):
+        layer = {
+            "layer_norm1": (width,),
+            "layer_norm2": (width,),
+            "self_attn.q_proj": (query, width),
+            "self_attn.k_proj": (width, width),
+            "self_attn.v_proj": (width, width),
+            "self_attn.out_proj": (width, width),
+            "mlp.gate_fc": (inner, width),
+            "mlp.fc1": (inner, width),
+            "mlp.fc2": (width, inner),
+        }
+        for name, shape in layer.items():
+            shapes[f"visual.layers.{i}.{name}.weight"] = shape
+            shapes[f"visual.layers.{i}.{name}.bias"] = shape[:1]
+        if model.layer_scale_init:
+            shapes |= {f"visual.layers.{i}.layer_scale{n}.lambda1": (width,) for n in (1, 2)}
+    shapes |= {"ln_post.weight": (width,), "ln_post.bias": (width,)}
+    if text != width:
+        shapes |= {"proj.weight": (text, width), "proj.bias": (text,)}
+    shapes["lm_head.weight"] = (model.vocab_size, text)
+    return shapes

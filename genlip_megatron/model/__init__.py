@@ -1,0 +1,1 @@
+"""The model: what it is, stated on Megatron-Core's building blocks."""

@@ -1,0 +1,246 @@
+"""Prefix-LM core attention over packed samples: one module, several backends, one rule (``mask.py``).
+
+What a micro-batch's attention needs is worked out once (``PackedAttention``) and handed to every layer through
+Megatron-Core's ``packed_seq_params`` argument, which recomputation passes on unchanged. Rotary positions are applied
+here, from cosines computed once per micro-batch: Megatron-Core's own packed rotary path loops over samples on the
+host and knows no interleaved sections.
+
+Legend: S slots of the micro-batch, N samples, H heads of this rank, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.config import ModelConfig
+from genlip_megatron.model.mask import prefix_lm_mask
+from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin
+
+BACKENDS = ("dense", "grouped", "varlen")
+
+# Samples share a call while the shortest is at least this share of the longest: calls stay few, padding small.
+_GROUP_FILL = 0.8
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """Samples of similar length, attended in one dense call.
+
+    ``first`` is the row in the grouped order where the group's ``size`` * ``length`` rows begin.
+    """
+
+    first: int
+    size: int
+    length: int
+    mask: Tensor  # bool [size, 1, length, length]
+
+
+@dataclass
+class PackedAttention:
+    """What one micro-batch's attention layers share. Stands in for Megatron-Core's ``PackedSeqParams``.
+
+    ``qkv_format`` is "sbhd" so that Megatron-Core's attention leaves the tensors as they are.
+    """
+
+    cos: Tensor  # [S, D]
+    sin: Tensor
+    sample_ids: Tensor  # int64 [S]
+    is_image: Tensor  # bool [S]
+    backend: str
+    drop_path: Tensor | None = None  # [L, 2, S_local, 1, 1]: factors of the residual branches' rows
+    groups: list[SampleGroup] = field(default_factory=list)
+    to_groups: Tensor | None = None  # int64 [rows]: the slot of each grouped row; S means a row of zeros
+    from_groups: Tensor | None = None  # int64 [S]: the grouped row of each slot; rows means zeros
+    image_slots: Tensor | None = None  # int64: slots of image tokens, sample by sample
+    text_slots: Tensor | None = None
+    sample_slots: Tensor | None = None
+    cu_image: Tensor | None = None  # int32 [N + 1]: cumulative lengths for variable-length kernels
+    cu_text: Tensor | None = None
+    cu_sample: Tensor | None = None
+    max_image: int = 0
+    max_text: int = 0
+    max_sample: int = 0
+    qkv_format: str = "sbhd"
+    cu_seqlens_q: Any = None
+    cu_seqlens_kv: Any = None
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest exact backend: variable-length FlashAttention on a GPU in half precision, else grouped SDPA."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return "varlen"
+    return "grouped"
+
+
+def plan_attention(
+    batch: PackedBatch, config: ModelConfig, dtype: torch.dtype, backend: str | None = None
+) -> PackedAttention:
+    """Work out once what every layer's attention over ``batch`` needs."""
+    device = batch.token_ids.device
+    chosen = backend or choose_backend(device, dtype)
+    if chosen not in BACKENDS:
+        raise ValueError(f"attention backend {chosen!r}: allowed are {', '.join(BACKENDS)}")
+    cos, sin = rotary_cos_sin(batch.position_ids, config.head_dim, config.rope_sections, config.rope_theta, dtype)
+    plan = PackedAttention(cos, sin, batch.sample_ids, batch.is_image, chosen)
+    if chosen == "grouped":
+        _plan_groups(plan, batch)
+    elif chosen == "varlen":
+        _plan_varlen(plan, batch)
+    return plan
+
+
+def _plan_groups(plan: PackedAttention, batch: PackedBatch) -> None:
+    device, slots = batch.token_ids.device, batch.num_tokens
+    starts = batch.sample_starts.tolist()
+    images = batch.image_lengths.tolist()
+    totals = (batch.image_lengths + batch.text_lengths).tolist()
+    order = sorted((i for i, total in enumerate(totals) if total), key=lambda i: -totals[i])
+    members: list[list[int]] = []
+    for i in order:
+        if not members or totals[i] < _GROUP_FILL * totals[members[-1][0]]:
+            members.append([])
+        members[-1].append(i)
+    rows: list[Tensor] = []
+    first = 0
+    for group in members:
+        length = totals[group[0]]
+        begin = torch.tensor([starts[i] for i in group])[:, None]
+        total = torch.tensor([totals[i] for i in group])[:, None]
+        prefix = torch.tensor([images[i] for i in group])[:, None, None]
+        offset = torch.arange(length)
+        rows.append(torch.where(offset < total, begin + offset, slots).flatten())
+        key, query = offset[None, None, :], offset[None, :, None]
+        # A real query sees real keys only: they lie before it or in its image. Padded queries are dropped.
+        mask = (key < prefix) | ((query >= prefix) & (key <= query))
+        plan.groups.append(SampleGroup(first, len(group), length, mask[:, None].to(device)))
+        first += len(group) * length
+    to_groups = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+    from_groups = torch.full((slots + 1,), first, dtype=torch.int64)
+    from_groups[to_groups] = torch.arange(first)
+    plan.to_groups = to_groups.to(device)
+    plan.from_groups = from_groups[:slots].to(device)
+
+
+def _plan_varlen(plan: PackedAttention, batch: PackedBatch) -> None:
+    used = batch.sample_ids >= 0
+    plan.image_slots = (used & batch.is_image).nonzero().squeeze(1)
+    plan.text_slots = (used & ~batch.is_image).nonzero().squeeze(1)
+    plan.sample_slots = used.nonzero().squeeze(1)
+
+    def cumulative(lengths: Tensor) -> Tensor:
+        return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+    totals = batch.image_lengths + batch.text_lengths
+    plan.cu_image, plan.cu_text = cumulative(batch.image_lengths), cumulative(batch.text_lengths)
+    plan.cu_sample = cumulative(totals)
+    longest = torch.stack((batch.image_lengths.max(), batch.text_lengths.max(), totals.max())).tolist()
+    plan.max_image, plan.max_text, plan.max_sample = longest
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows of ``x`` in another order; an index past the end gives a row of zeros.
+
+    ``inverse`` undoes ``index``, so that both directions are plain gathers: faster than a scatter, and the same
+    from run to run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return F.pad(x, (0, 0, 0, 1)).index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return F.pad(grads[0], (0, 0, 0, 1)).index_select(0, inverse), None, None
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float) -> Tensor:
+    mask = prefix_lm_mask(plan.sample_ids, plan.is_image)
+    scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    weights = weights.masked_fill(~mask, 0.0)  # padding sees nothing: its softmax is over no key
+    return torch.einsum("hqk,khd->qhd", weights.to(v.dtype), v)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float) -> Tensor:
+    heads, dim = q.shape[1:]
+    assert plan.to_groups is not None and plan.from_groups is not None
+    rows = torch.stack((q, k, v), dim=1).flatten(1)  # [S, 3*H*D]
+    rows = _Reorder.apply(rows, plan.to_groups, plan.from_groups).unflatten(1, (3, heads, dim))
+    outputs = []
+    for group in plan.groups:
+        part = rows[group.first : group.first + group.size * group.length]
+        part = part.unflatten(0, (group.size, group.length)).permute(2, 0, 3, 1, 4)  # [3, size, H, length, D]
+        out = F.scaled_dot_product_attention(part[0], part[1], part[2], attn_mask=group.mask, scale=scale)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [size*length, H, D]
+    grouped = torch.cat(outputs) if outputs else rows[:, 0]
+    return _Reorder.apply(grouped.flatten(1), plan.from_groups, plan.to_groups).unflatten(1, (heads, dim))
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert plan.image_slots is not None and plan.text_slots is not None and plan.sample_slots is not None
+    out = torch.zeros_like(q)
+    if plan.max_image:
+        image = [x.index_select(0, plan.image_slots) for x in (q, k, v)]
+        attended = varlen_attn(
+            *image, plan.cu_image, plan.cu_image, plan.max_image, plan.max_image, scale=scale, window_size=(-1, -1)
+        )
+        out = out.index_copy(0, plan.image_slots, attended)
+    if plan.max_text:
+        query = q.index_select(0, plan.text_slots)
+        key, value = (x.index_select(0, plan.sample_slots) for x in (k, v))
+        # With fewer queries than keys the causal window is aligned to the bottom right: the text after its image.
+        attended = varlen_attn(
+            query, key, value, plan.cu_text, plan.cu_sample, plan.max_text, plan.max_sample,
+            scale=scale, window_size=(-1, 0),
+        )  # fmt: skip
+        out = out.index_copy(0, plan.text_slots, attended)
+    return out
+
+
+_BACKEND_FUNCTIONS = {"dense": _dense, "grouped": _grouped, "varlen": _varlen}
+
+
+class PrefixLMAttention(torch.nn.Module):
+    """Core attention of Megatron-Core's ``SelfAttention``: rotary positions and exact packed prefix-LM attention."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedAttention | None = None,
+    ) -> Tensor:
+        """[S, 1, H*D] from query, key and value [S, 1, H, D]."""
+        plan = packed_seq_params
+        assert plan is not None
+        q = apply_rotary(query.squeeze(1), plan.cos, plan.sin)
+        k = apply_rotary(key.squeeze(1), plan.cos, plan.sin)
+        out = _BACKEND_FUNCTIONS[plan.backend](q, k, value.squeeze(1), plan, self.scale)
+        return out.flatten(1).unsqueeze(1)

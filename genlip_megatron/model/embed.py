@@ -1,0 +1,71 @@
+"""Image patches and text tokens become one stream of hidden states."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from genlip_megatron.batch import PATCH_VALUES, PackedBatch
+from genlip_megatron.config import ModelConfig
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of embedding and head, so that every tensor-parallel rank holds equally many."""
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+class Embedding(MegatronModule):
+    """Patch and token embedding.
+
+    Under sequence parallelism every tensor-parallel rank embeds only its own slots, so the replicated parameters
+    here see a shard of the tokens and are marked for the gradient sum over the group.
+    """
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.patch_weight = torch.nn.Parameter(torch.empty(model.hidden_size, PATCH_VALUES, **options))
+        self.patch_bias = torch.nn.Parameter(torch.empty(model.hidden_size, **options))
+        self.tokens = tensor_parallel.VocabParallelEmbedding(
+            padded_vocab_size(model.vocab_size, tp_group.size()),
+            model.text_hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=tp_group,
+        )
+        self.in_proj: torch.nn.Linear | None = None
+        if model.text_hidden_size != model.hidden_size:
+            self.in_proj = torch.nn.Linear(model.text_hidden_size, model.hidden_size, **options)
+        shared = [self.patch_weight, self.patch_bias, *(self.in_proj.parameters() if self.in_proj else ())]
+        for parameter in shared:
+            parameter.sequence_parallel = config.sequence_parallel
+        if model.freeze_embeddings:
+            self.tokens.weight.requires_grad_(False)
+            if self.in_proj is not None:
+                self.in_proj.requires_grad_(False)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [S_local, 1, D]; S_local is S, or this rank's share of it under sequence parallelism."""
+        assert batch.patches is not None
+        slots = slice(0, batch.num_tokens)
+        if self.config.sequence_parallel:
+            share = batch.num_tokens // self.tp_group.size()
+            slots = slice(self.tp_group.rank() * share, (self.tp_group.rank() + 1) * share)
+        is_image = batch.is_image[slots]
+        patch_index = (batch.is_image.cumsum(0) - 1).clamp(min=0)[slots]
+        pixels = batch.patches.index_select(0, patch_index)
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.to(torch.float32) / 127.5 - 1.0  # (x / 255 - 0.5) / 0.5
+        image = F.linear(pixels.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias)
+
+        text = self.tokens(batch.token_ids[None])  # [1, S, E], or [S_local, 1, E] when it scatters
+        text = text.reshape(image.shape[0], -1)
+        if self.in_proj is not None:
+            text = self.in_proj(text)
+        return torch.where(is_image[:, None], image, text)[:, None]

@@ -1,0 +1,49 @@
+"""Interleaved multi-axis rotary positions (T, H, W), as pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def axis_of_channel(head_dim: int, sections: tuple[int, ...]) -> Tensor:
+    """int64 [head_dim / 2]: the axis (0 T, 1 H, 2 W) that each rotary channel turns by.
+
+    Channel i turns by H when ``i % 3 == 1 and i < 3 * sections[1]``, by W when ``i % 3 == 2 and
+    i < 3 * sections[2]``, else by T. ``sections[0]`` follows from the others and is not read.
+
+        >>> axis_of_channel(16, (2, 2, 1)).tolist()
+        [0, 1, 2, 0, 1, 0, 0, 0]
+    """
+    channels = torch.arange(head_dim // 2)
+    axes = torch.zeros_like(channels)
+    axes[(channels % 3 == 1) & (channels < 3 * sections[1])] = 1
+    axes[(channels % 3 == 2) & (channels < 3 * sections[2])] = 2
+    return axes
+
+
+def rotary_cos_sin(
+    position_ids: Tensor, head_dim: int, sections: tuple[int, ...], theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each [S, head_dim], computed in float32 and cast to ``dtype``.
+
+    Args:
+        position_ids: int64 [3, S], the T, H, W position of each token.
+        head_dim: channels of one head, even.
+        sections: see ``axis_of_channel``.
+        theta: base; channel i turns by ``position * theta ** (-2 i / head_dim)``.
+        dtype: of the result, the activations' dtype.
+    """
+    device = position_ids.device
+    inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    positions = position_ids.to(torch.float32)[axis_of_channel(head_dim, sections).to(device)]  # [head_dim/2, S]
+    angles = positions.T * inverse
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x`` [S, H, head_dim] by the angles of ``cos`` and ``sin`` [S, head_dim] (rotate-half convention)."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]

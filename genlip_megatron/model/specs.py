@@ -1,0 +1,121 @@
+"""The Transformer layer as Megatron-Core specs, and the TransformerConfig that goes with them.
+
+``local`` is complete without Transformer Engine and is what runs on a CPU; ``transformer_engine`` takes its linears
+(imported only when asked for).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from genlip_megatron.config import RunConfig
+from genlip_megatron.model.attention import PrefixLMAttention
+from genlip_megatron.model.norm import LayerNorm
+from genlip_megatron.model.pipeline import pipeline_layout
+from genlip_megatron.model.regularize import GenLIPLayer, ScaledResidual
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """bfloat16 or float32, as ``train.precision`` and the device say."""
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Megatron-Core's configuration of the layers, from the run's."""
+    model, parallel = config.model, config.parallel
+    dtype = compute_dtype(config)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=torch.cuda.is_available(),
+        add_bias_linear=True,
+        attention_output_gate=model.attention_output_gate,
+        layernorm_epsilon=model.layernorm_epsilon,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=has_apex and torch.cuda.is_available(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Weights are filled after construction, from draws that do not depend on the layout.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        pipeline_model_parallel_layout=pipeline_layout(model, pp) if pp > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and tp > 1,
+        batch_p2p_comm=torch.cuda.is_available(),
+        calculate_per_token_loss=True,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="block" if parallel.recompute == "full" else None,
+        recompute_num_layers=model.num_layers if parallel.recompute == "full" else None,
+        recompute_modules=["core_attn"] if parallel.recompute == "selective" else None,
+    )
+
+
+def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
+    """The spec of every layer.
+
+    Raises:
+        ValueError: Transformer Engine asked for, but not installed.
+    """
+    column, row = ColumnParallelLinear, RowParallelLinear
+    if config.train.transformer_impl == "transformer_engine":
+        if not HAVE_TE:
+            raise ValueError(
+                "train.transformer_impl = transformer_engine: Transformer Engine is not installed; "
+                "pip install 'genlip-megatron[te]' on a CUDA machine, or use --transformer-impl local"
+            )
+        extension = importlib.import_module("megatron.core.extensions.transformer_engine")
+        column, row = extension.TEColumnParallelLinear, extension.TERowParallelLinear
+    residual = ModuleSpec(
+        module=ScaledResidual,
+        params={
+            "hidden_size": config.model.hidden_size,
+            "init": config.model.layer_scale_init,
+            "sequence_parallel": transformer.sequence_parallel,
+            "dtype": transformer.params_dtype,
+        },
+    )
+    return ModuleSpec(
+        module=GenLIPLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LayerNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column, core_attention=PrefixLMAttention, linear_proj=row
+                ),
+            ),
+            self_attn_bda=residual,
+            pre_mlp_layernorm=LayerNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=residual,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""What depends on how a run is spread over ranks."""

@@ -1,0 +1,27 @@
+"""Options and fixtures of the test suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from genlip_megatron import host
+
+host.install()
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--golden-dir``: check against another folder of golden files."""
+    parser.addoption("--golden-dir", default=str(Path(__file__).parent / "golden"), help="folder of golden tensors")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes ``golden_file`` over every golden file of the folder."""
+    if "golden_file" in metafunc.fixturenames:
+        files = sorted(Path(metafunc.config.getoption("--golden-dir")).glob("*.safetensors"))
+        if not files:
+            raise pytest.UsageError(f"--golden-dir {metafunc.config.getoption('--golden-dir')}: no .safetensors file")
+        metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
