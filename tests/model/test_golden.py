@@ -27,6 +27,7 @@ def compare(path: str, tp: int, pp: int, backend: str | None = None) -> dict[str
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
@@ -34,6 +35,7 @@ def compare(path: str, tp: int, pp: int, backend: str | None = None) -> dict[str
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tp, pp)
+    model_parallel_cuda_manual_seed(1)
     model_config, golden = load_golden(Path(path))
     batch = golden_batch(golden)
     run = golden_run(model_config, batch.num_tokens, tp, pp)
