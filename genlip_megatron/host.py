@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -122,6 +123,9 @@ def install() -> None:
         RuntimeError: no GPU, and a version of megatron-core whose CUDA calls have not been mapped.
     """
     global _installed
+    # What Megatron-Core falls back to without these optional packages is this project's tested default.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|nvrx|flash).*not installed.*")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*Falling back.*")
     if _installed or torch.cuda.is_available():
         return
     found = importlib.metadata.version("megatron-core")

@@ -1,0 +1,155 @@
+"""Greedy or sampled captions from a GenLIP model on any layout.
+
+Every step runs the whole packed batch again: plain, exact, and the same code path as training. All ranks call
+``generate`` together with the same samples; logits come from the last pipeline stage.
+
+Legend: S slots, N samples, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.model.genlip import GenLIP, unwrap
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image and the prompt that follows it.
+
+    Attributes:
+        patches: uint8 [rows * columns, 768], row major.
+        rows, columns: the patch grid.
+        prompt_ids: tokens of the prompt.
+    """
+
+    patches: Tensor
+    rows: int
+    columns: int
+    prompt_ids: Sequence[int]
+
+
+def _pack(requests: Sequence[Request], texts: Sequence[Sequence[int]], multiple: int) -> tuple[PackedBatch, Tensor]:
+    """(micro-batch of the samples as they stand, the slot of each sample's last token)."""
+    positions, token_ids, is_image, sample_ids, starts = [], [], [], [], []
+    slot = 0
+    for i, (request, text) in enumerate(zip(requests, texts, strict=True)):
+        count = request.rows * request.columns
+        row, column = torch.meshgrid(torch.arange(request.rows), torch.arange(request.columns), indexing="ij")
+        image = torch.stack((torch.zeros(count, dtype=torch.int64), row.flatten(), column.flatten()))
+        after = torch.arange(len(text)) + max(request.rows, request.columns)
+        positions.append(torch.cat((image, after.expand(3, -1)), dim=1))
+        token_ids.append(torch.tensor([0] * count + list(text)))
+        is_image.append(torch.arange(count + len(text)) < count)
+        sample_ids.append(torch.full((count + len(text),), i))
+        starts.append(slot)
+        slot += count + len(text)
+    images = torch.tensor([request.rows * request.columns for request in requests])
+    lengths = torch.tensor([len(text) for text in texts])
+    ends = torch.tensor(starts) + images + lengths - 1
+    padding = -slot % multiple
+    empty = torch.zeros(0, dtype=torch.int64)
+    batch = PackedBatch(
+        token_ids=torch.nn.functional.pad(torch.cat(token_ids), (0, padding)),
+        is_image=torch.nn.functional.pad(torch.cat(is_image), (0, padding)),
+        position_ids=torch.nn.functional.pad(torch.cat(positions, dim=1), (0, padding)),
+        sample_ids=torch.nn.functional.pad(torch.cat(sample_ids), (0, padding), value=-1),
+        sample_starts=torch.tensor(starts),
+        image_lengths=images,
+        text_lengths=lengths,
+        patches=torch.cat([request.patches for request in requests]),
+        loss_rows=empty,
+        labels=empty,
+        loss_weights=torch.zeros(0),
+    )
+    return batch, ends
+
+
+def _next_logits(model: list[torch.nn.Module], batch: PackedBatch, rows: Tensor, vocab_size: int) -> Tensor:
+    """float32 [N, V] logits of ``rows``, the same on every rank of the model-parallel group."""
+    config = unwrap(model[0]).config
+    outputs: list[Tensor] = []
+
+    def forward_step(_: object, stage: torch.nn.Module) -> tuple[Tensor, object]:
+        genlip: GenLIP = unwrap(stage)
+        hidden = genlip.hidden_states(batch)
+        if genlip.head is None:
+            return hidden, None
+        outputs.append(genlip.head.logits(hidden, rows))
+        return hidden, lambda out: (out.sum(), torch.ones((), dtype=torch.int), {})
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=model,
+        num_microbatches=1,
+        seq_length=batch.num_tokens,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    device = rows.device
+    logits = outputs[0] if outputs else torch.empty(len(rows), vocab_size, device=device)
+    if config.pipeline_model_parallel_size > 1:
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(logits, source, group=parallel_state.get_pipeline_model_parallel_group())
+    return logits
+
+
+@torch.no_grad()
+def generate(
+    model: list[torch.nn.Module],
+    requests: Sequence[Request],
+    stop_ids: Sequence[int],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """New tokens of each request, without the stop token.
+
+    Args:
+        model: this rank's model chunks, as from ``build_model`` (wrapped or not).
+        requests: images and prompts; the same on all ranks.
+        stop_ids: tokens that end a caption.
+        max_new_tokens: at most so many tokens a caption.
+        temperature: 0 takes the likeliest token; above it samples, by a CPU generator keyed by ``seed``.
+    """
+    if not requests:
+        return []
+    genlip = unwrap(model[0])
+    device = genlip.decoder.layers[0].input_layernorm.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    training = model[0].training
+    for chunk in model:
+        chunk.eval()
+    texts = [list(request.prompt_ids) for request in requests]
+    new: list[list[int]] = [[] for _ in requests]
+    active = list(range(len(requests)))
+    for _ in range(max_new_tokens):
+        batch, ends = _pack(
+            [requests[i] for i in active], [texts[i] for i in active], genlip.config.tensor_model_parallel_size
+        )
+        logits = _next_logits(model, batch.to(device), ends.to(device), genlip.model_config.vocab_size).cpu()
+        if temperature > 0:
+            chosen = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)
+        else:
+            chosen = logits.argmax(dim=-1)
+        still = []
+        for i, token in zip(active, chosen.tolist(), strict=True):
+            if token in stop_ids:
+                continue
+            texts[i].append(token)
+            new[i].append(token)
+            still.append(i)
+        active = still
+        if not active:
+            break
+    for chunk in model:
+        chunk.train(training)
+    return new

@@ -1,0 +1,115 @@
+"""Weights and their layouts: what a rank holds depends on the layout, what the model is does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from genlip_megatron.config import ModelConfig
+from genlip_megatron.convert.table import TABLE, canonical_shapes, find
+from genlip_megatron.model.pipeline import head_cost_in_layers, layers_per_stage
+from genlip_megatron.parallel.initial import initial_tensor
+from tests.distributed import run_distributed
+
+MODEL = ModelConfig(
+    num_layers=5,
+    hidden_size=32,
+    num_attention_heads=4,
+    ffn_hidden_size=48,
+    text_hidden_size=24,
+    vocab_size=61,
+    rope_sections=(2, 1, 1),
+)
+SIZES = {
+    "l16": (ModelConfig(24, 1024, 16, 2816, 1024), 334_666_752, None),
+    "so16": (ModelConfig(27, 1152, 16, 3072, 1152), 467_240_832, None),
+    "g16": (ModelConfig(40, 1536, 24, 4096, 1536), 1_229_083_136, None),
+    "l16-release": (ModelConfig(24, 1152, 16, 2752, 1024), 388_866_432, 702_392_832),
+    "so16-release": (ModelConfig(27, 1152, 16, 3072, 1024), 467_240_832, 780_767_232),
+    "g16-release": (ModelConfig(40, 1536, 16, 4096, 1024), 1_229_083_136, 1_543_396_352),
+}
+TEXT_PARTS = ("embeddings.", "lm_head.", "in_proj.", "proj.")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts_of_the_presets(name: str) -> None:
+    model, vision, total = SIZES[name]
+    sizes = {key: torch.Size(shape).numel() for key, shape in canonical_shapes(model).items()}
+    assert sum(size for key, size in sizes.items() if not key.startswith(TEXT_PARTS)) == vision
+    if total:
+        assert sum(sizes.values()) == total
+
+
+def initial_weights(model: ModelConfig, tp: int, pp: int) -> dict[str, torch.Tensor]:
+    """Full canonical weights of this rank's stage, gathered over tensor parallelism."""
+    from megatron.core import parallel_state
+
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel.initial import gather_canonical
+    from tests.golden_files import golden_run
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tp, pp)
+    run = golden_run(model, 64, tp, pp)
+    built = build_model(run, transformer_config(run))[0]
+    return gather_canonical(built, dict(built.named_parameters()))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 3)])
+@pytest.mark.parametrize("gate", [True, False])
+def test_initial_weights_are_bit_equal_on_every_layout(tp: int, pp: int, gate: bool) -> None:
+    model = replace(MODEL, attention_output_gate=gate)
+    seen = set()
+    for weights in run_distributed(tp * pp, initial_weights, model, tp, pp):
+        for name, weight in weights.items():
+            expected = initial_tensor(name, canonical_shapes(model)[name], model, 1234)
+            assert torch.equal(weight, expected), name
+            seen.add(name)
+    assert seen == set(canonical_shapes(model))
+
+
+def test_initial_distributions() -> None:
+    query = initial_tensor("visual.layers.0.self_attn.q_proj.weight", (256, 128), MODEL, 1)
+    assert query.abs().max() <= (6 / 384) ** 0.5
+    assert query.abs().max() > 0.99 * (6 / 384) ** 0.5
+    fc1 = initial_tensor("visual.layers.0.mlp.fc1.weight", (512, 128), MODEL, 1)
+    assert abs(fc1.std().item() - 0.02) < 2e-4
+    other = initial_tensor("visual.layers.1.mlp.fc1.weight", (512, 128), MODEL, 1)
+    assert not torch.equal(fc1, other)
+    assert not torch.equal(fc1, initial_tensor("visual.layers.0.mlp.fc1.weight", (512, 128), MODEL, 2))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("gate", [True, False])
+def test_table_round_trips_every_tensor(size: int, gate: bool) -> None:
+    model = replace(MODEL, attention_output_gate=gate)
+    full = {name: torch.randn(shape) for name, shape in canonical_shapes(model).items()}
+    seen = set()
+    for entry in TABLE:
+        names, layout = find(entry.local.format(i=1), 0)
+        tensors = [full[name] for name in names]
+        for name, back in zip(names, layout.join(layout.split(tensors, model, size), model), strict=True):
+            assert torch.equal(back, full[name]), name
+            seen.add(name)
+    outside = {name for name in full if name.startswith("visual.layers.") and not name.startswith("visual.layers.1.")}
+    assert seen == set(full) - outside
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
+def test_pipeline_split_balances_layers_and_head(stages: int) -> None:
+    so16 = SIZES["so16"][0]
+    counts = layers_per_stage(so16, stages)
+    assert sum(counts) == 27 and len(counts) == stages and min(counts) >= 1
+    head = head_cost_in_layers(so16)
+    assert 2.0 < head < 4.0
+    slowest = max(*counts[:-1], counts[-1] + head) if stages > 1 else 27
+    # No split can beat the mean; layers are whole, so the slowest stage stays within one layer of it.
+    assert stages == 1 or slowest <= (27 + head) / stages + 1
+
+
+def test_more_stages_than_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="pipeline_model_parallel_size = 6: more stages than model.num_layers = 5"):
+        layers_per_stage(MODEL, 6)

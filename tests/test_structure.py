@@ -1,0 +1,64 @@
+"""Promises about the code as a whole: imports go one way, and Megatron-Core's pin is deliberate."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from genlip_megatron import host
+
+PACKAGE = Path(host.__file__).parent
+FORBIDDEN = {
+    "data": {"model", "train", "checkpoint", "infer", "evaluate"},
+    "model": {"data", "train", "checkpoint", "infer", "evaluate"},
+    "parallel": {"train", "infer", "evaluate"},
+    "checkpoint": {"train", "infer", "evaluate"},
+    "convert": {"train", "data", "infer", "evaluate", "checkpoint"},
+    "config": {"data", "model", "train", "checkpoint", "parallel"},
+    "batch": {"data", "model", "train", "checkpoint", "parallel"},
+    "hf": {"config", "batch", "data", "model", "train", "checkpoint", "parallel", "convert", "infer"},
+}
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("genlip_megatron."):
+                target = node.module.split(".")[1]
+                if target in FORBIDDEN.get(part, set()):
+                    wrong.append(f"{file.relative_to(PACKAGE)} imports {node.module}")
+    assert not wrong, wrong
+
+
+def test_megatron_core_is_the_version_whose_cuda_calls_are_mapped() -> None:
+    assert importlib.metadata.version("megatron-core") == host.SUPPORTED_MEGATRON_CORE, (
+        "the pin moved: run the golden, layout and resume tests on the new version, map new torch.cuda calls in "
+        "genlip_megatron/host.py, read Megatron-Core's changes to TransformerLayer, SelfAttention, "
+        "DistributedOptimizer and dist_checkpointing, then change host.SUPPORTED_MEGATRON_CORE and setup.py together"
+    )
+
+
+def test_another_version_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_installed", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
+    with pytest.raises(RuntimeError, match=r"megatron-core 0\.99\.0 without CUDA.*pip install megatron-core==0\.16\.1"):
+        host.install()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer is off on a machine with a GPU")
+def test_cuda_calls_mean_the_cpu() -> None:
+    assert torch.empty(2, device="cuda").device.type == "cpu"
+    assert torch.zeros(2).cuda().to("cuda").device.type == "cpu"
+    assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+    torch.cuda.Stream().wait_stream(torch.cuda.current_stream())
+    torch.cuda.manual_seed(7)
+    first = torch.rand(3)
+    torch.cuda.manual_seed(7)
+    assert torch.equal(first, torch.rand(3))
