@@ -28,7 +28,10 @@ def run_generate(path: str, tp: int, pp: int) -> list[int]:
     fill_weights(chunks[0], lambda name: golden[f"weights/{name}"])
     _, rows, columns = golden["generation/grid"][0].tolist()
     request = Request(
-        golden["generation/pixel_values"].flatten(1), rows, columns, golden["generation/prompt_ids"][0].tolist()
+        golden["generation/pixel_values"].flatten(1),
+        rows,
+        columns,
+        golden["generation/prompt_ids"][0, rows * columns :].tolist(),
     )
     return generate(chunks, [request], stop_ids=(), max_new_tokens=len(golden["generation/tokens"]))[0]
 
