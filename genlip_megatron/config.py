@@ -367,7 +367,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:
         raise ValueError(
-            f"model.hidden_size / model.num_attention_heads = {model.head_dim}: the head size must be even for rotary positions"
+            f"model.hidden_size / model.num_attention_heads = {model.head_dim}: the head size must be even (rotary positions)"
         )
     if len(model.rope_sections) != 3:
         raise ValueError(f"model.rope_sections = {model.rope_sections}: expected three numbers (T, H, W)")
@@ -375,7 +375,6 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         raise ValueError(f"model.drop_path_rate = {model.drop_path_rate}: must be in [0, 1)")
     _divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
     _divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
-    _divides("model.vocab_size", model.vocab_size, "tensor_model_parallel_size", tp)
     tokens = data.seq_length * train.micro_batch_size
     if parallel.sequence_parallel or cp > 1:
         _divides(
