@@ -10,6 +10,7 @@ Legend: S tokens, N = max_samples, P = max_patches, R = max_loss_rows, L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The same batch with every tensor on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -71,7 +72,7 @@ class PackedBatch:
 
     def pin(self) -> PackedBatch:
         """The same batch in page-locked memory, so that copies to a GPU overlap with compute."""
-        pinned = {
+        pinned: dict[str, Any] = {
             f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **pinned)

@@ -367,7 +367,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:
         raise ValueError(
-            f"model.hidden_size / model.num_attention_heads = {model.head_dim}: the head size must be even (rotary positions)"
+            f"model.hidden_size / model.num_attention_heads = {model.head_dim}: must be even, for rotary positions"
         )
     if len(model.rope_sections) != 3:
         raise ValueError(f"model.rope_sections = {model.rope_sections}: expected three numbers (T, H, W)")

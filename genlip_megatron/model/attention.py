@@ -188,21 +188,21 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float
     from torch.nn.attention.varlen import varlen_attn
 
     assert plan.image_slots is not None and plan.text_slots is not None and plan.sample_slots is not None
+    assert plan.cu_image is not None and plan.cu_text is not None and plan.cu_sample is not None
     out = torch.zeros_like(q)
     if plan.max_image:
-        image = [x.index_select(0, plan.image_slots) for x in (q, k, v)]
-        attended = varlen_attn(
-            *image, plan.cu_image, plan.cu_image, plan.max_image, plan.max_image, scale=scale, window_size=(-1, -1)
-        )
+        query, key, value = (x.index_select(0, plan.image_slots) for x in (q, k, v))
+        lengths = (plan.cu_image, plan.cu_image, plan.max_image, plan.max_image)
+        attended = varlen_attn(query, key, value, *lengths, scale=scale)
+        assert isinstance(attended, Tensor)
         out = out.index_copy(0, plan.image_slots, attended)
     if plan.max_text:
         query = q.index_select(0, plan.text_slots)
         key, value = (x.index_select(0, plan.sample_slots) for x in (k, v))
+        lengths = (plan.cu_text, plan.cu_sample, plan.max_text, plan.max_sample)
         # With fewer queries than keys the causal window is aligned to the bottom right: the text after its image.
-        attended = varlen_attn(
-            query, key, value, plan.cu_text, plan.cu_sample, plan.max_text, plan.max_sample,
-            scale=scale, window_size=(-1, 0),
-        )  # fmt: skip
+        attended = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0))
+        assert isinstance(attended, Tensor)
         out = out.index_copy(0, plan.text_slots, attended)
     return out
 
