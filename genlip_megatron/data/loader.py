@@ -1,0 +1,350 @@
+"""Loader: plan + read + decode + text -> PackedBatch, prepared ahead of the step.
+
+A step's packs are the plan's lanes; data-parallel rank r of D works lanes r * lanes / D up to the next rank's, in
+micro-batches. The cursor is that of consumed steps, never of prefetched ones. A sample that turns out bad at run
+time keeps its place in the pack, carries no loss and is counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch
+from genlip_megatron.config import RunConfig
+from genlip_megatron.data.decode import ImageTask, PillowDecoder
+from genlip_megatron.data.index import ShardIndex, expand_shards, load_index
+from genlip_megatron.data.plan import Plan
+from genlip_megatron.data.resize import native_size, sample_positions
+from genlip_megatron.data.text import load_tokenizer, parse_turns, tokenize
+
+logger = logging.getLogger(__name__)
+
+# Counts that vary from batch to batch are rounded up to these, so that few distinct shapes occur.
+_SAMPLE_MULTIPLE, _ROW_MULTIPLE = 32, 128
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """Every good sample of a split: what planning and reading need, without opening a shard."""
+
+    indexes: list[ShardIndex]
+    shard_of: np.ndarray  # int32 [samples]
+    row_of: np.ndarray  # int32 [samples]
+    heights: np.ndarray  # int64 [samples]: target size in pixels
+    widths: np.ndarray
+    image_tokens: np.ndarray  # int64 [samples]
+    text_tokens: np.ndarray  # int64 [samples], before truncation
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.shard_of)
+
+
+def load_table(config: RunConfig, split: str) -> SampleTable:
+    """The samples of ``split`` ("train" or "valid") from its shards' indexes.
+
+    Raises:
+        ValueError: missing shards or indexes, or an image that does not fit a pack.
+    """
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer, config.model.vocab_size)
+    patterns = data.train_data if split == "train" else data.valid_data
+    indexes = [load_index(shard, tokenizer, data.prompt) for shard in expand_shards(patterns, f"data.{split}_data")]
+    rows = np.concatenate([index.rows for index in indexes])
+    if data.image_mode == "native":
+        shapes = zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)
+        sizes = [native_size(height, width, data.min_pixels, data.max_pixels) for height, width in shapes]
+        heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+    else:
+        heights = widths = np.full(len(rows), data.image_size, dtype=np.int64)
+    image_tokens = (heights // PATCH_SIZE) * (widths // PATCH_SIZE)
+    if len(rows) and int(image_tokens.max()) + 2 > data.seq_length:
+        raise ValueError(
+            f"data.seq_length = {data.seq_length}: an image of {int(image_tokens.max())} patches does not fit beside "
+            f"its closing tokens; raise it to at least {int(image_tokens.max()) + 2}, or lower the image size"
+        )
+    digest = hashlib.sha256(repr((data.image_mode, data.image_size, data.min_pixels, data.max_pixels)).encode())
+    for index in indexes:
+        digest.update(index.rows.tobytes())
+    return SampleTable(
+        indexes=indexes,
+        shard_of=np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.rows) for index in indexes]),
+        row_of=np.concatenate([np.arange(len(index.rows), dtype=np.int32) for index in indexes]),
+        heights=heights,
+        widths=widths,
+        image_tokens=image_tokens,
+        text_tokens=rows["text_tokens"].astype(np.int64),
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def drop_path_factors(seed: int, step: int, samples: list[int], layers: int, rate: float) -> torch.Tensor:
+    """float32 [layers, 2, samples]: 0 with probability ``rate``, else 1 / (1 - rate).
+
+    Drawn from Philox keyed by (seed, sample id) at counter (step): the same on every rank and layout.
+    """
+    draws = np.empty((len(samples), layers * 2))
+    for i, sample in enumerate(samples):
+        philox = np.random.Philox(key=np.array([seed, sample], dtype=np.uint64), counter=[0, 0, 0, step])
+        draws[i] = np.random.Generator(philox).random(layers * 2)
+    kept = (draws >= rate) / (1 - rate)
+    return torch.from_numpy(kept.astype(np.float32)).T.reshape(layers, 2, len(samples))
+
+
+class Loader:
+    """Micro-batches of one data-parallel rank.
+
+    Args:
+        config: the run's configuration.
+        split: "train" (endless, shuffled) or "valid" (one pass in order, the same every time).
+        data_parallel_rank, data_parallel_size: which lanes are this rank's.
+        needs_images: False reads no image; every other field stays the same.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        split: str,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        needs_images: bool = True,
+    ) -> None:
+        self.config, self.split, self.needs_images = config, split, needs_images
+        self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+        self.table = load_table(config, split)
+        lanes = config.train.global_batch_size
+        if split == "train" and data_parallel_size > len(self.table):
+            raise ValueError(
+                f"data.train_data has {len(self.table)} good samples for {data_parallel_size} data-parallel ranks; "
+                "use fewer ranks or more data"
+            )
+        share = lanes // data_parallel_size
+        self.lanes = range(data_parallel_rank * share, (data_parallel_rank + 1) * share)
+        self.plan = self._new_plan()
+        self.truncated = 0
+        self.quarantine: list[tuple[str, str]] = []
+        self.step = 0
+        self._decoder = PillowDecoder(config.data.num_workers)
+        self._files = [open(index.shard, "rb") for index in self.table.indexes]  # noqa: SIM115 - read until close
+        self._read_lock = threading.Lock()
+        self._consumed = self.plan.state_dict()
+
+    def _new_plan(self) -> Plan:
+        data = self.config.data
+        lengths = np.minimum(self.table.image_tokens + self.table.text_tokens, data.seq_length)
+        lanes = self.config.train.global_batch_size
+        # Validation deals single samples, so that every lane has some even of a small set.
+        chunk = data.chunk_size if self.split == "train" else 1
+        if self.split == "train":
+            # Each lane should see several chunks an epoch, or its neighbours in a pack stay the same.
+            chunk = max(1, min(chunk, len(lengths) // (4 * lanes)))
+        return Plan(
+            lengths,
+            data.seq_length,
+            lanes,
+            self.config.train.seed,
+            chunk,
+            data.shuffle_window,
+            data.pack_buffer,
+            self.table.fingerprint,
+            shuffle=self.split == "train",
+            epochs=None if self.split == "train" else 1,
+        )
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Micro-batches; ``train`` never ends, ``valid`` gives at most ``log.eval_iters`` global batches."""
+        if self.split == "train":
+            return self._train()
+        return self._valid()
+
+    def _valid(self) -> Iterator[PackedBatch]:
+        plan = self._new_plan()
+        size = self.config.train.micro_batch_size
+        for step in range(self.config.log.eval_iters):
+            packs = [plan.next_pack(lane) for lane in self.lanes]
+            for start in range(0, len(packs), size):
+                yield self.assemble(packs[start : start + size], step)
+
+    def _train(self) -> Iterator[PackedBatch]:
+        """Assemble ahead in a thread; ``self._consumed`` is the cursor before the step in progress."""
+        ready: queue.Queue[Any] = queue.Queue(self.config.data.prefetch)
+        stop = threading.Event()
+
+        def put(item: Any) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def work() -> None:
+            step, size = self.step, self.config.train.micro_batch_size
+            try:
+                while not stop.is_set():
+                    packs = {}
+                    # Every lane is planned on every rank, so that any rank holds the whole cursor.
+                    for lane in range(self.config.train.global_batch_size):
+                        packs[lane] = self.plan.next_pack(lane)
+                    cursor = self.plan.state_dict()
+                    mine = [packs[lane] for lane in self.lanes]
+                    step += 1
+                    for start in range(0, len(mine), size):
+                        last = start + size >= len(mine)
+                        batch = self.assemble(mine[start : start + size], step)
+                        if not put((batch, (step, cursor) if last else None)):
+                            return
+            except Exception as error:  # surfaces in the consumer
+                put((error, None))
+
+        thread = threading.Thread(target=work, name="loader", daemon=True)
+        thread.start()
+        try:
+            while True:
+                batch, consumed = ready.get()
+                if isinstance(batch, Exception):
+                    raise batch
+                if consumed is not None:
+                    self.step, self._consumed = consumed
+                yield batch
+        finally:
+            stop.set()
+            thread.join(5)
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        with self._read_lock:
+            self._files[shard].seek(offset)
+            return self._files[shard].read(size)
+
+    def _refuse(self, key: str, reason: str) -> None:
+        self.quarantine.append((key, reason))
+        logger.warning("sample %s carries no loss: %s (%d so far)", key, reason, len(self.quarantine))
+
+    def _text(self, sample: int, key: str) -> tuple[list[int], list[bool]]:
+        """Token ids and loss mask, cut to what the image leaves of a pack; loss-free filler for a bad caption."""
+        index = self.table.indexes[self.table.shard_of[sample]]
+        row = index.rows[self.table.row_of[sample]]
+        planned = int(self.table.text_tokens[sample])
+        content = self._read(int(self.table.shard_of[sample]), int(row["caption_offset"]), int(row["caption_size"]))
+        try:
+            ids, loss = tokenize(
+                parse_turns(content, bool(row["caption_is_json"]), self.config.data.prompt), self.tokenizer
+            )
+            if len(ids) != planned:
+                raise ValueError(f"its caption has {len(ids)} tokens, the index says {planned}")
+        except ValueError as error:
+            self._refuse(key, str(error))
+            ids, loss = [self.tokenizer.closing_ids[0]] * planned, [False] * planned
+        room = self.config.data.seq_length - int(self.table.image_tokens[sample])
+        if planned > room:
+            self.truncated += 1
+        return ids[:room], loss[:room]
+
+    def _images(self, samples: list[int], keys: list[str]) -> list[np.ndarray | None]:
+        tasks: list[ImageTask] = []
+        bad: dict[int, str] = {}
+        crop = self.config.data.image_mode == "fixed" and self.config.data.fixed_resize == "resize-center-crop"
+        for i, sample in enumerate(samples):
+            shard = int(self.table.shard_of[sample])
+            row = self.table.indexes[shard].rows[self.table.row_of[sample]]
+            content = self._read(shard, int(row["image_offset"]), int(row["image_size"]))
+            if zlib.crc32(content) != int(row["image_crc"]):
+                bad[i] = "its bytes changed since the index was made (crc32)"
+            tasks.append(ImageTask(content, int(self.table.heights[sample]), int(self.table.widths[sample]), crop))
+        images: list[np.ndarray | None] = []
+        for i, result in enumerate(self._decoder(tasks)):
+            reason = bad.get(i) or (result if isinstance(result, str) else None)
+            if reason:
+                self._refuse(keys[i], reason)
+            images.append(None if reason or isinstance(result, str) else result)
+        return images
+
+    def assemble(self, packs: list[list[int]], step: int) -> PackedBatch:
+        """One micro-batch of the given packs."""
+        table, length = self.table, self.config.data.seq_length
+        samples = [sample for pack in packs for sample in pack]
+        keys = [table.indexes[table.shard_of[s]].keys[table.row_of[s]] for s in samples]
+        slots = length * self.config.train.micro_batch_size
+        token_ids, sample_ids = np.zeros(slots, np.int64), np.full(slots, -1, np.int64)
+        is_image, positions = np.zeros(slots, bool), np.zeros((3, slots), np.int64)
+        padded = max(-(-len(samples) // _SAMPLE_MULTIPLE), 1) * _SAMPLE_MULTIPLE
+        starts, images, texts = (np.zeros(padded, np.int64) for _ in range(3))
+        pixels = self._images(samples, keys) if self.needs_images else [None] * len(samples)
+        patches: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        number = 0
+        for start, pack in zip(range(0, slots, length), packs, strict=False):
+            slot = start
+            for sample in pack:
+                ids, loss = self._text(sample, keys[number])
+                height, width = int(table.heights[sample]) // PATCH_SIZE, int(table.widths[sample]) // PATCH_SIZE
+                count = height * width
+                end = slot + count + len(ids)
+                token_ids[slot + count : end] = ids
+                sample_ids[slot:end] = number
+                is_image[slot : slot + count] = True
+                positions[:, slot:end] = sample_positions(height, width, len(ids))
+                starts[number], images[number], texts[number] = slot, count, len(ids)
+                # The slot before an answer token predicts it.
+                answers = np.flatnonzero(loss) + slot + count
+                rows.append(answers - 1)
+                image = pixels[number]
+                good = image is not None or not self.needs_images
+                weights.append(np.full(len(answers), float(good), np.float32))
+                if self.needs_images:
+                    patches.append(np.zeros((count, PATCH_VALUES), np.uint8) if image is None else image)
+                slot, number = end, number + 1
+        loss_rows = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        padded_rows = max(-(-len(loss_rows) // _ROW_MULTIPLE), 1) * _ROW_MULTIPLE
+        fill = padded_rows - len(loss_rows)
+        labels = np.pad(token_ids[np.minimum(loss_rows + 1, slots - 1)], (0, fill))
+        drop_path = None
+        rate = self.config.model.drop_path_rate
+        if rate and self.split == "train":
+            drop_path = torch.ones(self.config.model.num_layers, 2, padded)
+            drop_path[:, :, : len(samples)] = drop_path_factors(
+                self.config.train.seed, step, samples, self.config.model.num_layers, rate
+            )
+        stacked = np.concatenate(patches) if patches else np.zeros((1, PATCH_VALUES), np.uint8)
+        return PackedBatch(
+            token_ids=torch.from_numpy(token_ids),
+            is_image=torch.from_numpy(is_image),
+            position_ids=torch.from_numpy(positions),
+            sample_ids=torch.from_numpy(sample_ids),
+            sample_starts=torch.from_numpy(starts),
+            image_lengths=torch.from_numpy(images),
+            text_lengths=torch.from_numpy(texts),
+            patches=torch.from_numpy(stacked) if self.needs_images else None,
+            loss_rows=torch.from_numpy(np.pad(loss_rows, (0, fill))),
+            labels=torch.from_numpy(labels),
+            loss_weights=torch.from_numpy(np.pad(np.concatenate(weights or [np.zeros(0, np.float32)]), (0, fill))),
+            drop_path=drop_path,
+            keys=tuple(keys),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor of consumed steps."""
+        return {"step": self.step, "plan": self._consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the step of ``state``; call before iterating."""
+        self.plan.load_state_dict(state["plan"])
+        self.step, self._consumed = state["step"], state["plan"]
+
+    def close(self) -> None:
+        """Close the shards and end the decoder's threads."""
+        self._decoder.close()
+        for file in self._files:
+            file.close()

@@ -1,0 +1,157 @@
+"""Plan: index + seed + cursor -> which samples form which pack of which step. Pure: it reads nothing.
+
+The stream is split into a fixed number of lanes, independent of how many ranks run; lane i's packs are the same on
+any number of ranks. In each epoch the data set's chunks (neighbouring samples) are permuted and dealt to the lanes;
+a lane shuffles within a window of its samples and fills packs by best fit over a look-ahead buffer. Lanes cross
+epoch ends on their own: a lane whose deal of an epoch is empty (fewer chunks than lanes) takes the next epoch's, so
+over an epoch of all lanes every good sample appears exactly once, whatever the sizes.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# An epoch deals chunk j of the permutation to lane j % lanes. With one chunk, a given lane is dealt it only every
+# `lanes` epochs on average, so this many empty deals in a row cannot be bad luck.
+_MAX_EMPTY_EPOCHS = 100_000
+
+
+@dataclass
+class _Lane:
+    epoch: int = 0
+    position: int = 0  # samples of the epoch's order that have entered the buffer
+    buffer: list[int] = field(default_factory=list)  # sample ids, oldest first
+    order: np.ndarray | None = None  # of the current epoch, derived
+
+
+class Plan:
+    """Packs of sample ids, lane by lane.
+
+    Args:
+        lengths: int [samples], tokens of each sample, at most ``seq_length``.
+        seq_length: tokens of a pack.
+        lanes: packs of one step; lane i is row i of every step.
+        seed: of every permutation.
+        chunk_size, shuffle_window, pack_buffer: see ``DataConfig``.
+        fingerprint: of the index; a cursor of another data set is refused.
+        shuffle: False keeps the samples in order (validation).
+        epochs: after so many epochs a lane gives empty packs; None goes on for ever.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        seq_length: int,
+        lanes: int,
+        seed: int,
+        chunk_size: int = 256,
+        shuffle_window: int = 4096,
+        pack_buffer: int = 512,
+        fingerprint: str = "",
+        shuffle: bool = True,
+        epochs: int | None = None,
+    ) -> None:
+        if len(lengths) == 0:
+            raise ValueError("the data set has no good sample; see the report of tools/prepare_data.py")
+        if int(lengths.max()) > seq_length:
+            raise ValueError(f"a sample of {int(lengths.max())} tokens is longer than data.seq_length = {seq_length}")
+        self.lengths = lengths
+        self.seq_length = seq_length
+        self.seed, self.fingerprint, self.shuffle = seed, fingerprint, shuffle
+        self.epochs = epochs
+        self.chunk_size, self.shuffle_window, self.pack_buffer = chunk_size, shuffle_window, pack_buffer
+        self._lanes = [_Lane() for _ in range(lanes)]
+
+    def _order(self, lane: int, epoch: int) -> np.ndarray:
+        """Sample ids dealt to a lane in an epoch, in the order in which they enter its buffer."""
+        chunks = -(-len(self.lengths) // self.chunk_size)
+        lanes = len(self._lanes)
+        if not self.shuffle:
+            return self._samples(np.arange(chunks)[lane::lanes])
+        permuted = np.random.default_rng((self.seed, 0, epoch)).permutation(chunks)
+        order = self._samples(permuted[lane::lanes])
+        random = np.random.default_rng((self.seed, 1, epoch, lane))
+        for start in range(0, len(order), self.shuffle_window):
+            random.shuffle(order[start : start + self.shuffle_window])
+        return order
+
+    def _samples(self, chunks: np.ndarray) -> np.ndarray:
+        ids = (chunks[:, None] * self.chunk_size + np.arange(self.chunk_size)).ravel()
+        return ids[ids < len(self.lengths)]
+
+    def _refill(self, lane: int) -> None:
+        state = self._lanes[lane]
+        empty = 0
+        while len(state.buffer) < self.pack_buffer and state.epoch != self.epochs:
+            if state.order is None:
+                state.order = self._order(lane, state.epoch)
+            if state.position >= len(state.order):
+                empty = empty + 1 if len(state.order) == 0 else 0
+                if empty > _MAX_EMPTY_EPOCHS:
+                    raise ValueError(
+                        f"lane {lane} of {len(self._lanes)} is dealt no sample: the data set has too few chunks; "
+                        "lower data.chunk_size or train.global_batch_size"
+                    )
+                state.epoch, state.position, state.order = state.epoch + 1, 0, None
+                continue
+            take = self.pack_buffer - len(state.buffer)
+            fresh = state.order[state.position : state.position + take]
+            state.buffer.extend(fresh.tolist())
+            state.position += len(fresh)
+
+    def next_pack(self, lane: int) -> list[int]:
+        """Sample ids of the lane's next pack.
+
+        The oldest sample goes in first, so that none waits for ever; then, again and again, the longest that fits.
+        """
+        self._refill(lane)
+        buffer = self._lanes[lane].buffer
+        if not buffer:
+            return []
+        lengths = self.lengths[buffer]
+        pack = [0]
+        room = self.seq_length - int(lengths[0])
+        # Positions by (length, age): best fit is one bisection, and equal lengths leave in order of age.
+        order = (np.lexsort((-np.arange(1, len(buffer)), lengths[1:])) + 1).tolist()
+        sorted_lengths = lengths[order].tolist()
+        while order:
+            at = bisect.bisect_right(sorted_lengths, room) - 1
+            if at < 0:
+                break
+            room -= sorted_lengths.pop(at)
+            pack.append(order.pop(at))
+        samples = [buffer[i] for i in pack]
+        taken = set(pack)
+        self._lanes[lane].buffer = [sample for i, sample in enumerate(buffer) if i not in taken]
+        return samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor: a few numbers a lane, and the ids that wait in its buffer."""
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "lanes": [[lane.epoch, lane.position, list(lane.buffer)] for lane in self._lanes],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a cursor.
+
+        Raises:
+            ValueError: the cursor belongs to another data set, seed or number of lanes.
+        """
+        for name, mine in (("fingerprint", self.fingerprint), ("seed", self.seed)):
+            if state[name] != mine:
+                raise ValueError(
+                    f"the checkpoint's data cursor has another {name} ({state[name]!r}, here {mine!r}): the data "
+                    "set or its index changed since; restore it, or start anew with --finetune"
+                )
+        if len(state["lanes"]) != len(self._lanes):
+            raise ValueError(
+                f"the checkpoint's data cursor has {len(state['lanes'])} lanes, this run {len(self._lanes)} "
+                "(train.global_batch_size): use the same, or start anew with --finetune"
+            )
+        self._lanes = [_Lane(epoch, position, list(buffer)) for epoch, position, buffer in state["lanes"]]
