@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.resources
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -177,8 +178,9 @@ def recipe_names() -> list[str]:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
+    """The end of a sentence that names an unknown ``word``: a full stop, and the nearest known word if one is near."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f". Did you mean {match[0]!r}?" if match else "."
 
 
 def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any:
@@ -203,6 +205,8 @@ def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any
         converted = int(str(value)) if kind is int else kind(value)
     except ValueError:
         raise ValueError(f"{where} = {value!r}: expected {kind.__name__}") from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError(f"{where} = {value!r}: expected a finite number")
     if choices and converted not in choices:
         raise ValueError(f"{where} = {value!r}: expected one of {', '.join(choices)}{_nearest(str(value), choices)}")
     return converted
@@ -218,7 +222,7 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
     for name, part in tree.items():
         if name not in SECTIONS:
             raise ValueError(
-                f"{source}: unknown section {name!r}{_nearest(name, list(SECTIONS))} Sections: {', '.join(SECTIONS)}."
+                f"{source}: unknown section {name!r}{_nearest(str(name), list(SECTIONS))} Sections: {', '.join(SECTIONS)}."
             )
         if not isinstance(part, dict):
             raise ValueError(f"{source}: section {name!r} must be a mapping, got {part!r}")
@@ -227,17 +231,31 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
         values = {}
         for key, value in part.items():
             if key not in known:
-                raise ValueError(f"{source}: unknown key {name}.{key}{_nearest(key, list(known))}")
+                raise ValueError(f"{source}: unknown key {name}.{key}{_nearest(str(key), list(known))}")
             values[key] = _convert(value, kinds[key], f"{source}: {name}.{key}", known[key].metadata["choices"])
         sections[name] = SECTIONS[name](**values)
     return RunConfig(**sections)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 def load_yaml(name_or_path: str) -> dict[str, Any]:
     """The dictionary of a named recipe or a YAML file.
 
     Raises:
-        ValueError: no such recipe or file, or not a mapping.
+        ValueError: no such recipe or file, not YAML, a key given twice, or not a mapping.
     """
     if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
         path = Path(name_or_path)
@@ -252,21 +270,29 @@ def load_yaml(name_or_path: str) -> dict[str, Any]:
                 f"Recipes: {', '.join(names)}; or give the path of a YAML file."
             )
         text = (importlib.resources.files("genlip_megatron") / "recipes" / f"{name_or_path}.yaml").read_text()
-    tree = yaml.safe_load(text) or {}
+    try:
+        tree = yaml.load(text, _UniqueKeyLoader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {name_or_path}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--config {name_or_path}: expected a mapping of sections")
     return tree
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error for an unknown flag names the nearest known one."""
+    """An ArgumentParser whose errors are one line, and name the nearest known flag for an unknown one."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        # The usage of some eighty flags would push the one line that matters off the screen, once per rank.
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')} (see --help)\n")
 
     def parse_strict(self, argv: Sequence[str]) -> argparse.Namespace:
         known, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             word = unknown[0].split("=")[0]
-            self.error(f"unknown flag {word}{_nearest(word, flags)}")
+            kind = "flag" if word.startswith("-") else "argument"
+            self.error(f"unknown {kind} {word}{_nearest(word, flags)}")
         return known
 
 
@@ -274,6 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of ``pretrain_genlip.py``: one flag per configuration field, grouped by section."""
     parser = _Parser(
         prog="pretrain_genlip.py",
+        usage="%(prog)s [--config NAME|FILE] [--FLAG VALUE ...]",
         allow_abbrev=False,
         description="Train GenLIP. Start it with torchrun; every flag overrides the same key of the recipe.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=118),
@@ -283,17 +310,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     for section, cls in SECTIONS.items():
-        group = parser.add_argument_group(section, (cls.__doc__ or "").strip())
+        _, _, summary = (cls.__doc__ or "").strip().partition(". ")
+        group = parser.add_argument_group(section, summary or None)
         kinds = typing.get_type_hints(cls)
         for f in fields(cls):
             names = [f"--{f.name.replace('_', '-')}", *(f"--{alias}" for alias in f.metadata["aliases"])]
             default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            if isinstance(default, bool):
+                default = "on" if default else "off"
             text = f"{f.metadata['help']} (default: {default if default != '' else 'none'})".replace("%", "%%")
             common: dict[str, Any] = {"dest": f"{section}.{f.name}", "default": argparse.SUPPRESS, "help": text}
             if kinds[f.name] is bool:
                 group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
             else:
-                metavar = "|".join(f.metadata["choices"]) or getattr(kinds[f.name], "__name__", "LIST").upper()
+                is_list = typing.get_origin(kinds[f.name]) is tuple
+                metavar = "|".join(f.metadata["choices"]) or ("LIST" if is_list else kinds[f.name].__name__.upper())
                 group.add_argument(*names, metavar=metavar, **common)
     return parser
 
