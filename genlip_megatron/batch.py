@@ -1,4 +1,4 @@
-"""PackedBatch: the one contract between the data side and the model side.
+"""PackedBatch (and Request, its counterpart for captions): the contract between the data side and the model side.
 
 A micro-batch is one or more packs laid end to end on one axis of S tokens. Each sample lies in one piece: its
 image patches first, then its text tokens. Padding stands at the end of each pack. All shapes are fixed by the
@@ -9,6 +9,7 @@ Legend: S tokens, N = max_samples, P = max_patches, R = max_loss_rows, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -76,3 +77,19 @@ class PackedBatch:
             f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **pinned)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image and the prompt that follows it.
+
+    Attributes:
+        patches: uint8 [rows * columns, 768], row major.
+        rows, columns: the patch grid.
+        prompt_ids: tokens of the prompt.
+    """
+
+    patches: Tensor
+    rows: int
+    columns: int
+    prompt_ids: Sequence[int]

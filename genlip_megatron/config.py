@@ -88,7 +88,6 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int = _opt(1, "model chunks per pipeline stage (interleaved)", "vpp")
     context_parallel_size: int = _opt(1, "ranks that share each sequence", "cp")
     sequence_parallel: bool = _opt(True, "shard activations over the tensor-parallel group when tp > 1")
-    use_distributed_optimizer: bool = _opt(True, "shard optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = _opt(False, "overlap gradient reduction with the backward pass")
     overlap_param_gather: bool = _opt(False, "overlap the parameter gather with the forward pass")
     recompute: str = _opt("none", "recompute activations in the backward pass", choices=("none", "selective", "full"))
@@ -222,7 +221,8 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
     for name, part in tree.items():
         if name not in SECTIONS:
             raise ValueError(
-                f"{source}: unknown section {name!r}{_nearest(str(name), list(SECTIONS))} Sections: {', '.join(SECTIONS)}."
+                f"{source}: unknown section {name!r}{_nearest(str(name), list(SECTIONS))} "
+                f"Sections: {', '.join(SECTIONS)}."
             )
         if not isinstance(part, dict):
             raise ValueError(f"{source}: section {name!r} must be a mapping, got {part!r}")

@@ -126,6 +126,12 @@ def install() -> None:
     # What Megatron-Core falls back to without these optional packages is this project's tested default.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|nvrx|flash).*not installed.*")
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*Falling back.*")
+    for message in (
+        "full scope is deprecated",
+        r"The \.grad attribute of a Tensor that is not a leaf",
+        r"`torch\.distributed\.\w+_tensor` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     if _installed or torch.cuda.is_available():
         return
     found = importlib.metadata.version("megatron-core")

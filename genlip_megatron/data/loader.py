@@ -12,14 +12,14 @@ import logging
 import queue
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch
+from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch, Request
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.decode import ImageTask, PillowDecoder
 from genlip_megatron.data.index import ShardIndex, expand_shards, load_index
@@ -101,6 +101,12 @@ def drop_path_factors(seed: int, step: int, samples: list[int], layers: int, rat
     return torch.from_numpy(kept.astype(np.float32)).T.reshape(layers, 2, len(samples))
 
 
+def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One cursor of all lanes from those of every data-parallel rank."""
+    lanes = {lane: state for part in states for lane, state in part["plan"]["lanes"].items()}
+    return {"step": states[0]["step"], "plan": {**states[0]["plan"], "lanes": lanes}}
+
+
 class Loader:
     """Micro-batches of one data-parallel rank.
 
@@ -137,7 +143,7 @@ class Loader:
         self._decoder = PillowDecoder(config.data.num_workers)
         self._files = [open(index.shard, "rb") for index in self.table.indexes]  # noqa: SIM115 - read until close
         self._read_lock = threading.Lock()
-        self._consumed = self.plan.state_dict()
+        self._consumed = self.plan.state_dict(self.lanes)
 
     def _new_plan(self) -> Plan:
         data = self.config.data
@@ -193,12 +199,8 @@ class Loader:
             step, size = self.step, self.config.train.micro_batch_size
             try:
                 while not stop.is_set():
-                    packs = {}
-                    # Every lane is planned on every rank, so that any rank holds the whole cursor.
-                    for lane in range(self.config.train.global_batch_size):
-                        packs[lane] = self.plan.next_pack(lane)
-                    cursor = self.plan.state_dict()
-                    mine = [packs[lane] for lane in self.lanes]
+                    mine = [self.plan.next_pack(lane) for lane in self.lanes]
+                    cursor = self.plan.state_dict(self.lanes)
                     step += 1
                     for start in range(0, len(mine), size):
                         last = start + size >= len(mine)
@@ -334,8 +336,26 @@ class Loader:
             keys=tuple(keys),
         )
 
+    def requests(self, samples: Iterable[int]) -> tuple[list[Request], list[str]]:
+        """(image and prompt of each sample, its true answer): for captioning."""
+        chosen = list(samples)
+        table = self.table
+        keys = [table.indexes[table.shard_of[s]].keys[table.row_of[s]] for s in chosen]
+        prompt = self.tokenizer.encode(self.config.data.prompt)
+        requests, truths = [], []
+        for sample, image in zip(chosen, self._images(chosen, keys), strict=True):
+            shard = int(table.shard_of[sample])
+            row = table.indexes[shard].rows[table.row_of[sample]]
+            content = self._read(shard, int(row["caption_offset"]), int(row["caption_size"]))
+            turns = parse_turns(content, bool(row["caption_is_json"]), self.config.data.prompt)
+            truths.append(" ".join(text for text, carries_loss in turns if carries_loss))
+            rows, columns = int(table.heights[sample]) // PATCH_SIZE, int(table.widths[sample]) // PATCH_SIZE
+            patches = np.zeros((rows * columns, PATCH_VALUES), np.uint8) if image is None else image
+            requests.append(Request(torch.from_numpy(patches), rows, columns, prompt))
+        return requests, truths
+
     def state_dict(self) -> dict[str, Any]:
-        """The cursor of consumed steps."""
+        """The cursor of consumed steps, of this rank's lanes; ``merge_cursors`` makes one of all ranks'."""
         return {"step": self.step, "plan": self._consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

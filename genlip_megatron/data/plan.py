@@ -10,6 +10,7 @@ over an epoch of all lanes every good sample appears exactly once, whatever the 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,16 +130,13 @@ class Plan:
         self._lanes[lane].buffer = [sample for i, sample in enumerate(buffer) if i not in taken]
         return samples
 
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor: a few numbers a lane, and the ids that wait in its buffer."""
-        return {
-            "fingerprint": self.fingerprint,
-            "seed": self.seed,
-            "lanes": [[lane.epoch, lane.position, list(lane.buffer)] for lane in self._lanes],
-        }
+    def state_dict(self, lanes: Iterable[int]) -> dict[str, Any]:
+        """The cursor of the given lanes: a few numbers each, and the ids that wait in its buffer."""
+        states = {i: [self._lanes[i].epoch, self._lanes[i].position, list(self._lanes[i].buffer)] for i in lanes}
+        return {"fingerprint": self.fingerprint, "seed": self.seed, "count": len(self._lanes), "lanes": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a cursor.
+        """Continue from a cursor; it may hold more lanes than this rank works.
 
         Raises:
             ValueError: the cursor belongs to another data set, seed or number of lanes.
@@ -146,12 +144,13 @@ class Plan:
         for name, mine in (("fingerprint", self.fingerprint), ("seed", self.seed)):
             if state[name] != mine:
                 raise ValueError(
-                    f"the checkpoint's data cursor has another {name} ({state[name]!r}, here {mine!r}): the data "
-                    "set or its index changed since; restore it, or start anew with --finetune"
+                    f"the checkpoint's data cursor has another {name} ({state[name]!r}, here {mine!r}): the data set "
+                    "or its index changed since; restore it, or start anew with --finetune"
                 )
-        if len(state["lanes"]) != len(self._lanes):
+        if state["count"] != len(self._lanes):
             raise ValueError(
-                f"the checkpoint's data cursor has {len(state['lanes'])} lanes, this run {len(self._lanes)} "
+                f"the checkpoint's data cursor has {state['count']} lanes, this run {len(self._lanes)} "
                 "(train.global_batch_size): use the same, or start anew with --finetune"
             )
-        self._lanes = [_Lane(epoch, position, list(buffer)) for epoch, position, buffer in state["lanes"]]
+        for lane, (epoch, position, buffer) in state["lanes"].items():
+            self._lanes[int(lane)] = _Lane(epoch, position, list(buffer))

@@ -9,31 +9,14 @@ Legend: S slots, N samples, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from genlip_megatron.batch import PackedBatch
+from genlip_megatron.batch import PackedBatch, Request
 from genlip_megatron.model.genlip import GenLIP, unwrap
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image and the prompt that follows it.
-
-    Attributes:
-        patches: uint8 [rows * columns, 768], row major.
-        rows, columns: the patch grid.
-        prompt_ids: tokens of the prompt.
-    """
-
-    patches: Tensor
-    rows: int
-    columns: int
-    prompt_ids: Sequence[int]
 
 
 def _pack(requests: Sequence[Request], texts: Sequence[Sequence[int]], multiple: int) -> tuple[PackedBatch, Tensor]:

@@ -1,0 +1,1 @@
+"""Saving and loading a run's state, on any layout."""

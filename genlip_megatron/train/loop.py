@@ -1,0 +1,240 @@
+"""A training run: set up, loop, validate, save."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from genlip_megatron import host
+from genlip_megatron.checkpoint import store
+from genlip_megatron.config import RunConfig
+from genlip_megatron.data.loader import Loader, merge_cursors
+from genlip_megatron.model.genlip import build_model, unwrap
+from genlip_megatron.model.pipeline import layers_per_stage
+from genlip_megatron.model.specs import transformer_config
+from genlip_megatron.parallel import groups
+from genlip_megatron.train.faults import EXIT_PREEMPTED, StopRequest
+from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, Writer, training_flops
+from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
+from genlip_megatron.train.samples import write_caption_samples
+from genlip_megatron.train.step import Stepper, evaluate, sum_over_run
+
+
+def log(text: str) -> None:
+    """Print on rank 0."""
+    if torch.distributed.get_rank() == 0:
+        print(text, flush=True)
+
+
+@dataclass
+class Run:
+    """Everything a loop works on."""
+
+    config: RunConfig
+    model: list[Any]
+    optimizer: Any
+    scheduler: Any
+    train_loader: Loader | None
+    valid_loader: Loader | None
+    writer: Writer
+    stepper: Stepper
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+
+def set_up(config: RunConfig) -> Run:
+    """Join the processes, build model, optimizer and data, and load what is to be loaded."""
+    groups.initialize(config)
+    parallel = config.parallel
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    num_microbatches_calculator.init_num_microbatches_calculator(
+        rank=torch.distributed.get_rank(),
+        rampup_batch_size=None,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        decrease_batch_size_if_needed=False,
+    )
+    # Data comes first: its mistakes are cheap to find.
+    data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+    images = parallel_state.is_pipeline_first_stage()
+    train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, images)
+    valid_loader = Loader(config, "valid", *data_parallel, images) if config.data.valid_data else None
+
+    transformer = transformer_config(config)
+    model = build_model(config, transformer)
+    parameters = torch.tensor([float(sum(p.numel() for p in model[0].parameters()))], device=host.device())
+    torch.distributed.all_reduce(parameters, group=parallel_state.get_model_parallel_group())
+    split = layers_per_stage(config.model, parallel.pipeline_model_parallel_size)
+    log(f"parameters {int(parameters.item())} | layers per stage {split}")
+    if config.checkpoint.save:
+        store.check_free_space(config.checkpoint.save, config, int(parameters.item()))
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=True,
+    )
+    chunks: list[Any] = [DistributedDataParallel(transformer, ddp, chunk) for chunk in model]
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = None
+    transformer.no_sync_func = chunks[0].no_sync if parallel.overlap_grad_reduce else None
+    transformer.param_sync_func = chunks[0].start_param_sync if parallel.overlap_param_gather else None
+    optimizer = build_optimizer(config, chunks)
+    scheduler = build_scheduler(config, optimizer)
+    save = config.checkpoint.save
+    folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save else "")
+    writer = Writer(config.log, folder, torch.distributed.get_rank() == 0, config.to_dict())
+    run = Run(config, chunks, optimizer, scheduler, train_loader, valid_loader, writer, Stepper(config, chunks))
+    load(run)
+    return run
+
+
+def load(run: Run) -> None:
+    """Resume, take weights only, or start anew, as the configuration says."""
+    options, config = run.config.checkpoint, run.config
+    if not options.load:
+        return
+    if options.load == options.save and store.latest_iteration(options.load) is None:
+        log(f"no checkpoint in {options.load} yet: starting anew")
+        return
+    if options.finetune or config.log.eval_only:
+        run.iteration = store.load_weights(options.load, config, unwrap(run.model[0])) if config.log.eval_only else 0
+        if options.finetune and not config.log.eval_only:
+            step = store.load_weights(options.load, config, unwrap(run.model[0]))
+            log(f"weights of step {step} from {options.load}; optimizer, schedule and data start anew")
+        run.optimizer.reload_model_params()
+        return
+    common = store.load(options.load, config, run.model, run.optimizer, run.scheduler)
+    run.iteration = common["iteration"]
+    run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]
+    assert run.train_loader is not None
+    run.train_loader.load_state_dict(common["data"])
+    log(f"resumed at step {run.iteration} from {options.load}")
+
+
+def save(run: Run) -> None:
+    """Save the run's state, if it saves at all."""
+    if not run.config.checkpoint.save or run.train_loader is None:
+        return
+    begin = time.monotonic()
+    cursor = merge_cursors(store.data_parallel_gather(run.train_loader.state_dict()))
+    common = {"data": cursor, "consumed_samples": run.consumed_samples, "consumed_tokens": run.consumed_tokens}
+    folder = store.save(
+        run.config.checkpoint.save, run.iteration, run.config, run.model, run.optimizer, run.scheduler, common
+    )
+    log(f"saved {folder} in {time.monotonic() - begin:.1f} s")
+
+
+def validate(run: Run) -> None:
+    """Validation loss, to the log and the writers; captions of a few images beside their truth."""
+    if run.valid_loader is None:
+        return
+    loss = evaluate(run.stepper, run.valid_loader)
+    log(f"iteration {run.iteration} | validation loss {loss:.4f}")
+    run.writer.scalars({"lm loss validation": loss}, run.iteration)
+    if run.config.log.caption_samples:
+        write_caption_samples(run.config, run.model, run.valid_loader, run.writer, run.iteration)
+
+
+def train_step(run: Run, batches: Any) -> tuple[torch.Tensor, float, bool]:
+    """(this rank's loss sum and count, gradient norm, whether the update was applied)."""
+    for chunk in run.model:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    total = run.stepper.run(batches, forward_only=False)
+    updated, grad_norm, _ = run.optimizer.step()
+    if updated:
+        run.scheduler.step(increment=run.config.train.global_batch_size)
+    return total, float(grad_norm or 0.0), updated
+
+
+def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, steps: int) -> None:
+    """The progress line of the last ``steps`` steps, which took ``seconds``."""
+    device = run.stepper.device
+    counts = run.stepper.counts.to(device, copy=True)
+    torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    counts = counts.cpu()
+    run.stepper.counts.zero_()
+    loss_total, loss_count = sum_over_run(total).tolist()
+    by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
+    run.consumed_samples += int(by_name["samples"])
+    run.consumed_tokens += int(by_name["tokens"])
+    flops = training_flops(counts, run.config.model) / seconds / torch.distributed.get_world_size() / 1e12
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident_gib()
+    progress = Progress(
+        iteration=run.iteration,
+        train_iters=run.config.train.train_iters,
+        loss=loss_total / max(loss_count, 1),
+        learning_rate=run.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0,
+        grad_norm=grad_norm,
+        seconds=seconds / steps,
+        consumed_samples=run.consumed_samples,
+        consumed_tokens=run.consumed_tokens,
+        tokens_per_second=by_name["tokens"] / seconds,
+        tflops=flops,
+        mfu=flops / HOPPER_TFLOPS if torch.cuda.is_available() else None,
+        pack_fill=by_name["tokens"] / by_name["slots"],
+        memory_gib=memory,
+    )
+    log(progress.line())
+    run.writer.scalars(progress.scalars(), run.iteration)
+
+
+def _resident_gib() -> float:
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def train(config: RunConfig) -> int:
+    """Run to the end of ``config``; returns the exit status."""
+    run = set_up(config)
+    stop = StopRequest()
+    options, status = config.log, 0
+    try:
+        if options.eval_only:
+            validate(run)
+            return status
+        if run.iteration == 0:
+            validate(run)
+        assert run.train_loader is not None
+        batches = iter(run.train_loader)
+        saved, logged = run.iteration, run.iteration
+        total = torch.zeros(2, dtype=torch.float64, device=run.stepper.device)
+        begin = time.monotonic()
+        while run.iteration < config.train.train_iters:
+            losses, grad_norm, _ = train_step(run, batches)
+            total += losses
+            run.iteration += 1
+            due = run.iteration == config.train.exit_interval
+            last = run.iteration == config.train.train_iters
+            leave = stop.agreed(run.stepper.device)
+            at_end = due or last or leave
+            validation = last or (options.eval_interval and run.iteration % options.eval_interval == 0)
+            saving = at_end or run.iteration % config.checkpoint.save_interval == 0
+            if run.iteration % options.log_interval == 0 or at_end or validation or saving:
+                report(run, total, grad_norm, time.monotonic() - begin, run.iteration - logged)
+                total.zero_()
+                logged = run.iteration
+                if validation and not leave:
+                    validate(run)
+                if saving and run.iteration != saved:
+                    save(run)
+                    saved = run.iteration
+                begin = time.monotonic()
+            if at_end:
+                status = EXIT_PREEMPTED if leave and not last else 0
+                break
+        return status
+    finally:
+        run.writer.close()
+        for loader in (run.train_loader, run.valid_loader):
+            if loader is not None:
+                loader.close()

@@ -1,0 +1,30 @@
+"""Captions of a few validation images during training, for TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genlip_megatron.batch import PATCH_SIZE
+from genlip_megatron.config import RunConfig
+from genlip_megatron.data.loader import Loader
+from genlip_megatron.infer.generate import generate
+
+_MAX_NEW_TOKENS = 64
+
+
+def to_image(patches: Tensor, rows: int, columns: int) -> Tensor:
+    """uint8 [3, height, width] from patches [rows * columns, 768]."""
+    grid = patches.reshape(rows, columns, 3, PATCH_SIZE, PATCH_SIZE).permute(2, 0, 3, 1, 4)
+    return grid.reshape(3, rows * PATCH_SIZE, columns * PATCH_SIZE)
+
+
+def write_caption_samples(config: RunConfig, model: list[Any], loader: Loader, writer: Any, step: int) -> None:
+    """Caption the first validation images on all ranks together and write them beside their truth."""
+    requests, truths = loader.requests(range(min(config.log.caption_samples, len(loader.table))))
+    tokens = generate(model, requests, loader.tokenizer.closing_ids[:1], _MAX_NEW_TOKENS)
+    for number, (request, truth, ids) in enumerate(zip(requests, truths, tokens, strict=True)):
+        image = to_image(torch.as_tensor(request.patches), request.rows, request.columns)
+        writer.caption(number, image, f"caption: {loader.tokenizer.decode(ids)}\n\ntruth: {truth}", step)

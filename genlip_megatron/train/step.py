@@ -1,0 +1,86 @@
+"""One training step and one validation pass on Megatron-Core's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from genlip_megatron import host
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.config import RunConfig
+from genlip_megatron.train.metrics import count_batch
+
+
+def loss_sum(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of the answer rows' losses, their count, report) of a micro-batch.
+
+    Megatron-Core adds sums and counts over the global batch and divides gradients once, so that every answer token
+    weighs the same wherever it is.
+    """
+    total = (losses * batch.loss_weights).sum()
+    count = (batch.loss_weights > 0).sum()
+    return total, count.to(torch.int), {"loss": torch.stack((total.detach().double(), count.double()))}
+
+
+class Stepper:
+    """Runs micro-batches through the pipeline and keeps count of what they held."""
+
+    def __init__(self, config: RunConfig, model: list[Any]) -> None:
+        self.config, self.model = config, model
+        self.device = host.device()
+        self.counts = torch.zeros(7, dtype=torch.float64)
+
+    def _forward(self, iterator: Iterator[PackedBatch], stage: Any) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        self.counts += count_batch(batch)
+        batch = batch.to(self.device)
+        return stage(batch), partial(loss_sum, batch)
+
+    def run(self, batches: Iterator[PackedBatch], forward_only: bool) -> Tensor:
+        """float64 [2]: this rank's (sum of losses, answer tokens) of one global batch; zeros before the last stage."""
+        reports = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=batches,
+            model=self.model,
+            num_microbatches=get_num_microbatches(),
+            seq_length=self.config.data.seq_length * self.config.train.micro_batch_size,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for report in reports:
+            total += report["loss"]
+        return total
+
+
+def sum_over_run(values: Tensor) -> Tensor:
+    """``values`` summed over data-parallel ranks and shared from the last pipeline stage with every rank."""
+    torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    torch.distributed.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+def evaluate(stepper: Stepper, loader: Any) -> float:
+    """Mean loss of an answer token over the validation split's batches."""
+    for chunk in stepper.model:
+        chunk.eval()
+    counts = stepper.counts.clone()
+    batches = iter(loader)
+    total = torch.zeros(2, dtype=torch.float64, device=stepper.device)
+    with torch.no_grad():
+        for _ in range(stepper.config.log.eval_iters):
+            total += stepper.run(batches, forward_only=True)
+    for chunk in stepper.model:
+        chunk.train()
+    stepper.counts = counts
+    total, count = sum_over_run(total).tolist()
+    if not count:
+        raise ValueError("data.valid_data holds no answer token: name other validation shards")
+    return total / count

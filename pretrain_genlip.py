@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Train GenLIP.
+
+torchrun --nproc-per-node 2 pretrain_genlip.py --config demo --tp 2
+torchrun pretrain_genlip.py --help
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from genlip_megatron.config import parse_args
+
+
+def main() -> int:
+    """Parse, check, train; returns the exit status."""
+    config, print_config = parse_args()
+    first = int(os.environ.get("RANK", "0")) == 0
+    if print_config:
+        print(config.to_yaml(), end="")
+        return 0
+    from genlip_megatron import host
+
+    host.install()
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train.loop import train
+
+    if first:
+        print(config.to_yaml(), flush=True)
+    try:
+        status = train(config)
+    except ValueError as error:
+        # A user's mistake: every rank finds the same one, one rank says it.
+        if first:
+            print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    groups.finalize()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
