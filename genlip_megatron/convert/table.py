@@ -26,10 +26,14 @@ Join = Callable[[list[Tensor], ModelConfig], list[Tensor]]
 
 @dataclass(frozen=True)
 class Layout:
-    """How canonical tensors become tensor-parallel shards of one parameter, and back."""
+    """How canonical tensors become tensor-parallel shards of one parameter, and back.
+
+    ``dim`` is the dimension that the ranks share out; None when every rank holds the whole.
+    """
 
     split: Split
     join: Join
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,10 @@ def _join_swiglu(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
 
 REPLICATED = Layout(_same, _first)
 PATCH = Layout(_split_patch, _join_patch)
-COLUMNS = Layout(_split_columns, _join_columns)
-VOCABULARY = Layout(_split_vocabulary, _join_vocabulary)
-QKV = Layout(_split_qkv, _join_qkv)
-SWIGLU = Layout(_split_swiglu, _join_swiglu)
+COLUMNS = Layout(_split_columns, _join_columns, dim=1)
+VOCABULARY = Layout(_split_vocabulary, _join_vocabulary, dim=0)
+QKV = Layout(_split_qkv, _join_qkv, dim=0)
+SWIGLU = Layout(_split_swiglu, _join_swiglu, dim=0)
 
 _LAYER, _NAME = "decoder.layers.{i}.", "visual.layers.{i}."
 

@@ -58,6 +58,11 @@ def fill_weights(model: GenLIP, get: Callable[[str], Tensor]) -> None:
         if shard.shape != parameter.shape:
             raise ValueError(f"{', '.join(names)}: shape {tuple(shard.shape)} for {local} {tuple(parameter.shape)}")
         parameter.copy_(shard)
+        # Megatron-Core marks shards only where it initialises them itself. Without the mark, the gradient norm takes
+        # a shard for a replica and counts it on one rank alone.
+        parameter.tensor_model_parallel = layout.dim is not None
+        parameter.partition_dim = -1 if layout.dim is None else layout.dim
+        parameter.partition_stride = 1
 
 
 def fill_initial_weights(model: GenLIP, config: RunConfig) -> None:

@@ -14,7 +14,8 @@ def run_generate(path: str, tp: int, pp: int) -> list[int]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from genlip_megatron.infer.generate import Request, generate
+    from genlip_megatron.batch import Request
+    from genlip_megatron.infer.generate import generate
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
     from genlip_megatron.parallel.initial import fill_weights
