@@ -82,7 +82,7 @@ def main() -> None:
     second = run(*torchrun, "pretrain_genlip.py", *settings)
     losses = validation_losses(first) + validation_losses(second)
 
-    from genlip_megatron.evaluate.attributes import attribute_accuracy, shuffled_control
+    from genlip_megatron.evaluate.attributes import attribute_accuracy, parse_attributes, shuffled_control
 
     captions = output / "captions.jsonl"
     count = "16" if options.quick else "200"
@@ -90,7 +90,7 @@ def main() -> None:
     run(python, "tools/caption.py", *shards, "--load", output, "--limit", count, "--output", captions,
         "--max-new-tokens", "48")  # fmt: skip
     rows = [json.loads(line) for line in (ROOT / captions).read_text().splitlines()]
-    texts, truths = [row["caption"] for row in rows], [row["attributes"] for row in rows]
+    texts, truths = [row["caption"] for row in rows], [parse_attributes(row["truth"]) for row in rows]
     accuracy, control = attribute_accuracy(texts, truths), shuffled_control(texts, truths, seed=0)
 
     print("\n" + "=" * 80)

@@ -276,7 +276,7 @@ class Loader:
         """One micro-batch of the given packs."""
         table, length = self.table, self.config.data.seq_length
         samples = [sample for pack in packs for sample in pack]
-        keys = [table.indexes[table.shard_of[s]].keys[table.row_of[s]] for s in samples]
+        keys = [self.key(sample) for sample in samples]
         slots = length * self.config.train.micro_batch_size
         token_ids, sample_ids = np.zeros(slots, np.int64), np.full(slots, -1, np.int64)
         is_image, positions = np.zeros(slots, bool), np.zeros((3, slots), np.int64)
@@ -336,11 +336,15 @@ class Loader:
             keys=tuple(keys),
         )
 
+    def key(self, sample: int) -> str:
+        """The sample's name in its shard."""
+        return self.table.indexes[self.table.shard_of[sample]].keys[self.table.row_of[sample]]
+
     def requests(self, samples: Iterable[int]) -> tuple[list[Request], list[str]]:
         """(image and prompt of each sample, its true answer): for captioning."""
         chosen = list(samples)
         table = self.table
-        keys = [table.indexes[table.shard_of[s]].keys[table.row_of[s]] for s in chosen]
+        keys = [self.key(sample) for sample in chosen]
         prompt = self.tokenizer.encode(self.config.data.prompt)
         requests, truths = [], []
         for sample, image in zip(chosen, self._images(chosen, keys), strict=True):

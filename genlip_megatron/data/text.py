@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``."""
+        """Text of ``ids``; the model's rows beyond the tokenizer have none."""
         ...
 
 
@@ -44,7 +44,7 @@ class _HuggingFace:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids))
+        return self._backend.decode([i for i in ids if i < self.vocab_size])
 
 
 class _SentencePiece:
@@ -65,7 +65,7 @@ class _SentencePiece:
         return self._backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids))
+        return self._backend.decode([i for i in ids if i < self.vocab_size])
 
 
 def _fingerprint(path: Path) -> str:

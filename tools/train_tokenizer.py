@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Train a small SentencePiece model on the captions of shards.
+
+    tools/train_tokenizer.py demo/train-*.tar --output demo/tokenizer.model
+
+The closing tokens of every training sequence, <|im_end|> and a line break, become pieces of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from genlip_megatron.config import DEFAULT_PROMPT
+from genlip_megatron.data.index import CAPTION_SUFFIXES, expand_shards
+from genlip_megatron.data.text import END_OF_TURN, parse_turns
+
+
+def captions(shards: list[str]) -> Iterator[str]:
+    """Every turn of every caption; captions that cannot be read are left to indexing to refuse."""
+    for shard in shards:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                suffix = os.path.splitext(member.name)[1].lower()
+                file = archive.extractfile(member) if member.isreg() and suffix in CAPTION_SUFFIXES else None
+                if file is None:
+                    continue
+                try:
+                    turns = parse_turns(file.read(), suffix == ".json", DEFAULT_PROMPT)
+                except ValueError:
+                    continue
+                yield from (text for text, _ in turns if text)
+
+
+def main() -> None:
+    """Train and write the model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", nargs="+", help=".tar files, folders of them, or globs")
+    parser.add_argument("--output", required=True, help="the .model file to write")
+    parser.add_argument("--vocab-size", type=int, default=512, help="largest number of pieces (default: 512)")
+    options = parser.parse_args()
+    try:
+        texts = list(captions(expand_shards(options.shards, "SHARDS")))
+        if not texts:
+            raise ValueError("no shard holds a readable caption")
+    except (ValueError, tarfile.TarError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=options.vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        bos_id=-1,
+        eos_id=-1,
+        user_defined_symbols=[END_OF_TURN, "\n"],
+        num_threads=1,
+        minloglevel=2,
+    )
+    target = Path(options.output)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_bytes(model.getvalue())
+    os.replace(partial, target)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(target)).vocab_size()
+    print(f"{target}: {pieces} pieces from {len(texts)} texts")
+
+
+if __name__ == "__main__":
+    main()
