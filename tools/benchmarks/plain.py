@@ -1,0 +1,252 @@
+"""The baseline: GenLIP as anyone would write it, padded batches and a dense mask, without packing or Megatron-Core.
+
+Every sample is padded to the longest of the batch, attention is ``F.scaled_dot_product_attention`` under a boolean
+mask of [T, T] pairs per sample, and the LM head reads every position (``head="all"``) or, as a fairer opponent, only
+the rows that predict an answer token (``head="answer"``). Parameters carry the names of the authors' released
+weights, so a state dict loads without a conversion. It shares no code with ``genlip_megatron.model``: that makes it
+an independent check as well as the yardstick of the speed figures.
+
+Legend: B samples, T tokens of the longest sample, M most patches of a sample, D width, H heads, C head channels,
+E text width, F inner width of the SwiGLU, V vocabulary, R rows that predict an answer token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genlip_megatron.config import ModelConfig
+
+PATCH_SIZE = 16
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Samples side by side, each padded at its end.
+
+    Attributes:
+        patches: float32 [B, M, 3, 16, 16], normalised; zero beyond ``image_lengths``.
+        token_ids: int64 [B, T]; image slots first, then text; 0 at image slots and padding.
+        position_ids: int64 [3, B, T], the T, H, W rotary positions.
+        image_lengths: int64 [B], patches of each sample.
+        lengths: int64 [B], image and text tokens of each sample.
+        labels: int64 [B, T], the token that each position predicts (already shifted), -100 where there is no loss.
+    """
+
+    patches: Tensor
+    token_ids: Tensor
+    position_ids: Tensor
+    image_lengths: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+
+def collate(
+    patches: list[Tensor], tokens: list[Tensor], labels: list[Tensor], grids: list[tuple[int, int]]
+) -> PaddedBatch:
+    """Pad samples to the longest.
+
+    Args:
+        patches: per sample float32 [h * w, 3, 16, 16], row major.
+        tokens: per sample int64 [text], prompt, answer and closing tokens.
+        labels: per sample int64 [h * w + text], the token that each position predicts, -100 without loss.
+        grids: per sample (h, w) in patches; (0, 0) for a sample without image.
+
+    >>> batch = collate([torch.zeros(2, 3, 16, 16)], [torch.tensor([5])], [torch.tensor([-100, 5, -100])], [(1, 2)])
+    >>> batch.position_ids[:, 0].tolist()
+    [[0, 0, 2], [0, 0, 2], [0, 1, 2]]
+    """
+    positions, ids = [], []
+    for text, (height, width) in zip(tokens, grids, strict=True):
+        image = torch.stack(
+            (
+                torch.zeros(height * width, dtype=torch.int64),
+                torch.arange(height).repeat_interleave(width),
+                torch.arange(width).repeat(height),
+            )
+        )
+        steps = max(height, width) + torch.arange(len(text))
+        positions.append(torch.cat((image, steps.expand(3, -1)), dim=1).T)
+        ids.append(F.pad(text, (height * width, 0)))
+    padded = nn.utils.rnn.pad_sequence
+    return PaddedBatch(
+        patches=padded(patches, batch_first=True),
+        token_ids=padded(ids, batch_first=True),
+        position_ids=padded(positions, batch_first=True).permute(2, 0, 1),
+        image_lengths=torch.tensor([height * width for height, width in grids]),
+        lengths=torch.tensor([len(row) for row in ids]),
+        labels=padded(labels, batch_first=True, padding_value=IGNORE),
+    )
+
+
+def prefix_mask(image_lengths: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """bool [B, 1, T, T]: may query q see key k. Padding queries see themselves alone, which keeps softmax finite.
+
+    >>> prefix_mask(torch.tensor([2]), torch.tensor([4]), 4)[0, 0].int().tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+    slots = torch.arange(longest, device=lengths.device)
+    query, key = slots[None, :, None], slots[None, None, :]
+    image, length = image_lengths[:, None, None], lengths[:, None, None]
+    real = (query < length) & (key < length)
+    seen = (key < image) | ((query >= image) & (key <= query))
+    return ((real & seen) | (query == key))[:, None]
+
+
+def rotary(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each [B, 1, T, C]: channels take the axes T, H, W in turn as far as the sections reach."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-2 * torch.arange(half, device=position_ids.device).float() / config.head_dim)
+    angles = position_ids[..., None].float() * frequencies  # [3, B, T, C / 2]
+    mixed = angles[0].clone()
+    for axis in (1, 2):
+        channels = slice(axis, min(half, 3 * config.rope_sections[axis]), 3)
+        mixed[..., channels] = angles[axis][..., channels]
+    mixed = torch.cat((mixed, mixed), dim=-1)[:, None]
+    return mixed.cos().to(dtype), mixed.sin().to(dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """(a, b) -> (-b, a) for the halves of the last axis."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose output is multiplied by a sigmoid gate that ``q_proj`` emits beside the queries."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.gated = config.num_attention_heads, config.attention_output_gate
+        self.q_proj = nn.Linear(width, 2 * width if self.gated else width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q, gate = self.q_proj(x).chunk(2, dim=-1) if self.gated else (self.q_proj(x), None)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
+        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return self.out_proj(y if gate is None else torch.sigmoid(gate) * y)
+
+
+class SwiGLU(nn.Module):
+    """``fc2(silu(gate_fc(x)) * fc1(x))``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
+        self.gate_fc = nn.Linear(config.hidden_size, config.ffn_hidden_size)
+        self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.fc2(F.silu(self.gate_fc(x)) * self.fc1(x))
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return x * self.lambda1
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Zero a residual branch [B, T, D] for whole samples with probability ``rate``; scale the kept ones up."""
+    if not training or rate == 0:
+        return x
+    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    return x * (keep / (1 - rate)).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer layer with LayerScale and DropPath on both branches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.drop_path_rate = config.drop_path_rate
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.mlp = SwiGLU(config)
+        scaled = config.layer_scale_init > 0
+        self.layer_scale1 = LayerScale(config) if scaled else nn.Identity()
+        self.layer_scale2 = LayerScale(config) if scaled else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        y = self.layer_scale1(self.self_attn(self.layer_norm1(x), mask, cos, sin))
+        x = x + drop_path(y, self.drop_path_rate, self.training)
+        y = self.layer_scale2(self.mlp(self.layer_norm2(x)))
+        return x + drop_path(y, self.drop_path_rate, self.training)
+
+
+class PlainGenLIP(nn.Module):
+    """GenLIP on padded batches. Weights come from a state dict or, for timing, from PyTorch's own initialisation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, text_width = config.hidden_size, config.text_hidden_size
+        self.vision_embeddings = nn.ModuleDict(
+            {"patch_embedding": nn.Conv2d(3, width, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)}
+        )
+        self.embeddings = nn.Embedding(config.vocab_size, text_width)
+        self.visual = nn.ModuleDict({"layers": nn.ModuleList(Block(config) for _ in range(config.num_layers))})
+        self.ln_post = nn.LayerNorm(width, config.layernorm_epsilon)
+        self.lm_head = nn.Linear(text_width, config.vocab_size, bias=False)
+        if text_width != width:
+            self.in_proj = nn.Linear(text_width, width)
+            self.proj = nn.Linear(width, text_width)
+
+    def features(self, batch: PaddedBatch) -> Tensor:
+        """[B, T, D]: the output of ``ln_post``; meaningless at padding."""
+        count, longest = batch.token_ids.shape
+        dtype = self.ln_post.weight.dtype
+        text = self.embeddings(batch.token_ids)
+        if hasattr(self, "in_proj"):
+            text = self.in_proj(text)
+        most = batch.patches.shape[1]
+        patches = self.vision_embeddings["patch_embedding"](batch.patches.flatten(0, 1).to(dtype))
+        patches = F.pad(patches.view(count, most, -1), (0, 0, 0, longest - most))
+        slots = torch.arange(longest, device=batch.token_ids.device)
+        x = torch.where((slots < batch.image_lengths[:, None])[..., None], patches, text)
+        mask = prefix_mask(batch.image_lengths, batch.lengths, longest)
+        cos, sin = rotary(batch.position_ids, self.config, dtype)
+        for layer in self.visual["layers"].children():
+            x = layer(x, mask, cos, sin)
+        return self.ln_post(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        return self.lm_head(self.proj(features) if hasattr(self, "proj") else features)
+
+    def forward(self, batch: PaddedBatch, head: str = "all") -> Tensor:
+        """The mean loss over the batch's answer tokens, a float32 scalar.
+
+        Args:
+            batch: see ``PaddedBatch``.
+            head: ``"all"`` computes logits [B, T, V], padding included; ``"answer"`` only [R, V].
+
+        Raises:
+            ValueError: another ``head``.
+        """
+        if head not in ("all", "answer"):
+            raise ValueError(f"head = {head!r}: expected 'all' or 'answer'")
+        features, labels = self.features(batch), batch.labels
+        if head == "answer":
+            rows = labels != IGNORE
+            features, labels = features[rows], labels[rows]
+        return F.cross_entropy(self.logits(features).flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE)
