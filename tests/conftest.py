@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not files:
             raise pytest.UsageError(f"--golden-dir {metafunc.config.getoption('--golden-dir')}: no .safetensors file")
         metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small rendered data set with its tokenizer and index, made by the project's own tools."""
+    folder = tmp_path_factory.mktemp("demo")
+    root = Path(__file__).parent.parent
+
+    def run(*words: str) -> None:
+        subprocess.run([sys.executable, *words], cwd=root, check=True, capture_output=True)
+
+    run("tools/render_demo_data.py", "--output", str(folder), "--train-samples", "160", "--val-samples", "24")
+    run("tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", str(folder / "tokenizer.model"))
+    run("tools/prepare_data.py", str(folder), "--tokenizer", str(folder / "tokenizer.model"))
+    return folder
