@@ -5,16 +5,22 @@ Both apply EXIF orientation, composite transparency on white, and resize bilinea
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES
 from genlip_megatron.data.index import IMAGE_FORMATS
+
+_JPEG_MAGIC = b"\xff\xd8"
 
 
 @dataclass(frozen=True)
@@ -61,23 +67,112 @@ def decode_with_pillow(task: ImageTask) -> np.ndarray:
     return to_patches(np.asarray(image))
 
 
+class Decoder(Protocol):
+    """Decodes many images at once."""
+
+    def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
+        """uint8 patches [n, 768] of each image, or why it could not be decoded."""
+        ...
+
+    def close(self) -> None:
+        """End threads."""
+        ...
+
+
 class PillowDecoder:
     """Decodes with Pillow in threads (its codecs release the interpreter lock)."""
 
     def __init__(self, num_threads: int) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
-    def __call__(self, tasks: Sequence[ImageTask]) -> list[np.ndarray | str]:
-        """Patches of each image, or why it could not be decoded."""
+    def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
+        """uint8 patches [n, 768] of each image on the CPU, or why it could not be decoded."""
         return list(self._pool.map(self._decode, tasks))
 
     @staticmethod
-    def _decode(task: ImageTask) -> np.ndarray | str:
+    def _decode(task: ImageTask) -> Tensor | str:
         try:
-            return decode_with_pillow(task)
+            return torch.from_numpy(decode_with_pillow(task))
         except Exception as error:  # any codec error means the same: this image is bad
             return f"image does not decode: {error}"
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class DaliDecoder:
+    """Decodes JPEG with DALI's dynamic mode, on the CPU or (hardware JPEG included) on the GPU.
+
+    Other formats go through Pillow, which composites transparency. A bad image fails its whole DALI batch: the
+    batch is then decoded image by image, so that the bad ones are named and the rest is kept.
+    """
+
+    def __init__(self, num_threads: int, device: torch.device) -> None:
+        import nvidia.dali.experimental.dynamic as dynamic
+        from nvidia.dali import types
+
+        self._dali, self._types = dynamic, types
+        self._dali.set_num_threads(num_threads)
+        self._device = "gpu" if device.type == "cuda" else "cpu"
+        self._pillow = PillowDecoder(num_threads)
+        self._target = device
+
+    def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
+        """uint8 patches [n, 768] of each image on the decoder's device, or why it could not be decoded."""
+        jpeg = [i for i, task in enumerate(tasks) if task.content.startswith(_JPEG_MAGIC)]
+        other = [i for i in range(len(tasks)) if i not in set(jpeg)]
+        results: dict[int, Tensor | str] = {}
+        for i, result in zip(other, self._pillow([tasks[i] for i in other]), strict=True):
+            results[i] = result if isinstance(result, str) else result.to(self._target)
+        for crop in (False, True):
+            group = [i for i in jpeg if tasks[i].center_crop == crop]
+            results |= zip(group, self._decode([tasks[i] for i in group], crop), strict=True)
+        return [results[i] for i in range(len(tasks))]
+
+    def _decode(self, tasks: list[ImageTask], crop: bool) -> list[Tensor | str]:
+        if not tasks:
+            return []
+        try:
+            return list(self._batch(tasks, crop))
+        except RuntimeError as error:
+            if len(tasks) == 1:
+                return [f"image does not decode: {error}"]
+            return [result for task in tasks for result in self._decode([task], crop)]
+
+    def _batch(self, tasks: list[ImageTask], crop: bool) -> list[Tensor]:
+        dali = self._dali
+        encoded = dali.batch([np.frombuffer(task.content, np.uint8) for task in tasks])
+        sizes = dali.batch([np.array([task.height, task.width], np.float32) for task in tasks])
+        # On the GPU the header is parsed on the CPU and the rest decoded on the device.
+        pixels = dali.decoders.image(encoded, device=self._device, output_type=self._types.RGB)
+        mode = "not_smaller" if crop else "stretch"
+        pixels = dali.resize(pixels, size=sizes, mode=mode, interp_type=self._types.INTERP_LINEAR, antialias=True)
+        patches = []
+        for task, image in zip(tasks, pixels.evaluate().tensors, strict=True):
+            tensor = torch.from_dlpack(image) if self._device == "gpu" else torch.from_numpy(np.array(image))
+            if crop:
+                top, left = (tensor.shape[0] - task.height) // 2, (tensor.shape[1] - task.width) // 2
+                tensor = tensor[top : top + task.height, left : left + task.width]
+            grid = tensor.reshape(task.height // PATCH_SIZE, PATCH_SIZE, task.width // PATCH_SIZE, PATCH_SIZE, 3)
+            patches.append(grid.permute(0, 2, 4, 1, 3).reshape(-1, PATCH_VALUES))
+        return patches
+
+    def close(self) -> None:
+        """End the threads of the Pillow fallback; DALI's belong to the process."""
+        self._pillow.close()
+
+
+def make_decoder(name: str, num_threads: int, device: torch.device) -> Decoder:
+    """The decoder called ``name``; "auto" is DALI on a GPU, and Pillow without one (as fast there, and no start-up).
+
+    Raises:
+        ValueError: DALI was asked for, or is needed, but is not installed.
+    """
+    if name == "pillow" or (name == "auto" and device.type != "cuda"):
+        return PillowDecoder(num_threads)
+    if importlib.util.find_spec("nvidia.dali") is None:
+        raise ValueError(
+            f"data.decoder = {name!r}: DALI is not installed; pip install nvidia-dali-cuda130, or use --decoder pillow"
+        )
+    return DaliDecoder(num_threads, device)

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from genlip_megatron import host
 from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch, Request
 from genlip_megatron.config import RunConfig
-from genlip_megatron.data.decode import ImageTask, PillowDecoder
+from genlip_megatron.data.decode import ImageTask, make_decoder
 from genlip_megatron.data.index import ShardIndex, expand_shards, load_index
 from genlip_megatron.data.plan import Plan
 from genlip_megatron.data.resize import native_size, sample_positions
@@ -140,7 +141,8 @@ class Loader:
         self.truncated = 0
         self.quarantine: list[tuple[str, str]] = []
         self.step = 0
-        self._decoder = PillowDecoder(config.data.num_workers)
+        self._device = host.device() if config.data.decoder != "pillow" else torch.device("cpu")
+        self._decoder = make_decoder(config.data.decoder, config.data.num_workers, self._device)
         self._files = [open(index.shard, "rb") for index in self.table.indexes]  # noqa: SIM115 - read until close
         self._read_lock = threading.Lock()
         self._consumed = self.plan.state_dict(self.lanes)
@@ -253,7 +255,7 @@ class Loader:
             self.truncated += 1
         return ids[:room], loss[:room]
 
-    def _images(self, samples: list[int], keys: list[str]) -> list[np.ndarray | None]:
+    def _images(self, samples: list[int], keys: list[str]) -> list[torch.Tensor | None]:
         tasks: list[ImageTask] = []
         bad: dict[int, str] = {}
         crop = self.config.data.image_mode == "fixed" and self.config.data.fixed_resize == "resize-center-crop"
@@ -264,13 +266,16 @@ class Loader:
             if zlib.crc32(content) != int(row["image_crc"]):
                 bad[i] = "its bytes changed since the index was made (crc32)"
             tasks.append(ImageTask(content, int(self.table.heights[sample]), int(self.table.widths[sample]), crop))
-        images: list[np.ndarray | None] = []
+        images: list[torch.Tensor | None] = []
         for i, result in enumerate(self._decoder(tasks)):
             reason = bad.get(i) or (result if isinstance(result, str) else None)
             if reason:
                 self._refuse(keys[i], reason)
             images.append(None if reason or isinstance(result, str) else result)
         return images
+
+    def _blank(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self._device)
 
     def assemble(self, packs: list[list[int]], step: int) -> PackedBatch:
         """One micro-batch of the given packs."""
@@ -282,8 +287,8 @@ class Loader:
         is_image, positions = np.zeros(slots, bool), np.zeros((3, slots), np.int64)
         padded = max(-(-len(samples) // _SAMPLE_MULTIPLE), 1) * _SAMPLE_MULTIPLE
         starts, images, texts = (np.zeros(padded, np.int64) for _ in range(3))
-        pixels = self._images(samples, keys) if self.needs_images else [None] * len(samples)
-        patches: list[np.ndarray] = []
+        pixels: list[torch.Tensor | None] = self._images(samples, keys) if self.needs_images else [None] * len(samples)
+        patches: list[torch.Tensor] = []
         rows: list[np.ndarray] = []
         weights: list[np.ndarray] = []
         number = 0
@@ -306,7 +311,7 @@ class Loader:
                 good = image is not None or not self.needs_images
                 weights.append(np.full(len(answers), float(good), np.float32))
                 if self.needs_images:
-                    patches.append(np.zeros((count, PATCH_VALUES), np.uint8) if image is None else image)
+                    patches.append(self._blank(count) if image is None else image)
                 slot, number = end, number + 1
         loss_rows = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         padded_rows = max(-(-len(loss_rows) // _ROW_MULTIPLE), 1) * _ROW_MULTIPLE
@@ -319,7 +324,7 @@ class Loader:
             drop_path[:, :, : len(samples)] = drop_path_factors(
                 self.config.train.seed, step, samples, self.config.model.num_layers, rate
             )
-        stacked = np.concatenate(patches) if patches else np.zeros((1, PATCH_VALUES), np.uint8)
+        stacked = torch.cat(patches) if patches else self._blank(1)
         return PackedBatch(
             token_ids=torch.from_numpy(token_ids),
             is_image=torch.from_numpy(is_image),
@@ -328,7 +333,7 @@ class Loader:
             sample_starts=torch.from_numpy(starts),
             image_lengths=torch.from_numpy(images),
             text_lengths=torch.from_numpy(texts),
-            patches=torch.from_numpy(stacked) if self.needs_images else None,
+            patches=stacked if self.needs_images else None,
             loss_rows=torch.from_numpy(np.pad(loss_rows, (0, fill))),
             labels=torch.from_numpy(labels),
             loss_weights=torch.from_numpy(np.pad(np.concatenate(weights or [np.zeros(0, np.float32)]), (0, fill))),
@@ -354,8 +359,8 @@ class Loader:
             turns = parse_turns(content, bool(row["caption_is_json"]), self.config.data.prompt)
             truths.append(" ".join(text for text, carries_loss in turns if carries_loss))
             rows, columns = int(table.heights[sample]) // PATCH_SIZE, int(table.widths[sample]) // PATCH_SIZE
-            patches = np.zeros((rows * columns, PATCH_VALUES), np.uint8) if image is None else image
-            requests.append(Request(torch.from_numpy(patches), rows, columns, prompt))
+            patches = self._blank(rows * columns) if image is None else image
+            requests.append(Request(patches, rows, columns, prompt))
         return requests, truths
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from genlip_megatron.batch import PATCH_SIZE
@@ -26,5 +25,5 @@ def write_caption_samples(config: RunConfig, model: list[Any], loader: Loader, w
     requests, truths = loader.requests(range(min(config.log.caption_samples, len(loader.table))))
     tokens = generate(model, requests, loader.tokenizer.closing_ids[:1], _MAX_NEW_TOKENS)
     for number, (request, truth, ids) in enumerate(zip(requests, truths, tokens, strict=True)):
-        image = to_image(torch.as_tensor(request.patches), request.rows, request.columns)
+        image = to_image(request.patches.cpu(), request.rows, request.columns)
         writer.caption(number, image, f"caption: {loader.tokenizer.decode(ids)}\n\ntruth: {truth}", step)
