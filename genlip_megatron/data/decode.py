@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -112,7 +112,8 @@ class DaliDecoder:
         import nvidia.dali.experimental.dynamic as dynamic
         from nvidia.dali import types
 
-        self._dali, self._types = dynamic, types
+        self._dali: Any = dynamic
+        self._types: Any = types
         self._dali.set_num_threads(num_threads)
         self._device = "gpu" if device.type == "cuda" else "cpu"
         self._pillow = PillowDecoder(num_threads)
