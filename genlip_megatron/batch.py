@@ -1,10 +1,10 @@
-"""PackedBatch (and Request, its counterpart for captions): the contract between the data side and the model side.
+"""PackedBatch: the contract between the data side and the model side, and how samples are laid out in it.
 
 A micro-batch is one or more packs laid end to end on one axis of S tokens. Each sample lies in one piece: its
-image patches first, then its text tokens. Padding stands at the end of each pack. All shapes are fixed by the
-configuration, so that kernels and graphs see the same shapes at every step; what is not used is zero.
+image patches first, then its text tokens. Padding stands at the end of each pack. S is fixed by the configuration;
+N and R are rounded up, so that few distinct shapes occur. What is not used is zero.
 
-Legend: S tokens, N = max_samples, P = max_patches, R = max_loss_rows, L layers.
+Legend: S tokens, N samples, P patches, R rows with loss, L layers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 PATCH_SIZE = 16
 PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
+
+# Counts that vary from batch to batch are rounded up to these.
+_SAMPLE_MULTIPLE, _ROW_MULTIPLE = 32, 128
 
 
 @dataclass(frozen=True)
@@ -71,25 +75,89 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
-    def pin(self) -> PackedBatch:
-        """The same batch in page-locked memory, so that copies to a GPU overlap with compute."""
-        pinned: dict[str, Any] = {
-            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **pinned)
-
 
 @dataclass(frozen=True)
-class Request:
-    """One image and the prompt that follows it.
+class Sample:
+    """One image and its text, ready to be packed.
 
     Attributes:
-        patches: uint8 [rows * columns, 768], row major.
-        rows, columns: the patch grid.
-        prompt_ids: tokens of the prompt.
+        patches: uint8 [rows * columns, 768], row major; None where no image is needed.
+        rows, columns: the patch grid; 0 for text alone.
+        token_ids: the text, prompt and closing tokens included.
+        loss_mask: whether each text token is predicted; empty for none (a prompt to be continued).
+        weight: of its answer tokens in the loss; 0 for a sample that keeps its place but must not be learned.
+        key: its name, for logs and error messages.
     """
 
-    patches: Tensor
+    patches: Tensor | None
     rows: int
     columns: int
-    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    loss_mask: Sequence[bool] = ()
+    weight: float = 1.0
+    key: str = ""
+
+
+def sample_positions(rows: int, columns: int, text_length: int) -> np.ndarray:
+    """int64 [3, rows * columns + text_length]: T, H, W positions of a sample, image first.
+
+    Patch (h, w) is at (0, h, w); text token k at max(rows, columns) + k on every axis.
+
+        >>> sample_positions(1, 2, 2).tolist()
+        [[0, 0, 2, 3], [0, 0, 2, 3], [0, 1, 2, 3]]
+    """
+    count = rows * columns
+    positions = np.zeros((3, count + text_length), dtype=np.int64)
+    positions[1, :count] = np.repeat(np.arange(rows), columns)
+    positions[2, :count] = np.tile(np.arange(columns), rows)
+    positions[:, count:] = np.arange(text_length) + max(rows, columns)
+    return positions
+
+
+def pack_samples(packs: Sequence[Sequence[Sample]], seq_length: int) -> PackedBatch:
+    """One micro-batch of ``len(packs)`` packs of ``seq_length`` tokens each; the samples of a pack must fit in it.
+
+    The slot before an answer token predicts it: the last prompt token the first answer token, or with an empty
+    prompt the last image token.
+    """
+    samples = [sample for pack in packs for sample in pack]
+    slots = seq_length * len(packs)
+    token_ids, sample_ids = np.zeros(slots, np.int64), np.full(slots, -1, np.int64)
+    is_image, positions = np.zeros(slots, bool), np.zeros((3, slots), np.int64)
+    padded = max(-(-len(samples) // _SAMPLE_MULTIPLE), 1) * _SAMPLE_MULTIPLE
+    starts, images, texts = (np.zeros(padded, np.int64) for _ in range(3))
+    rows, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    number = 0
+    for i, pack in enumerate(packs):
+        slot = i * seq_length
+        for sample in pack:
+            count, length = sample.rows * sample.columns, len(sample.token_ids)
+            end = slot + count + length
+            if end > (i + 1) * seq_length:
+                raise ValueError(f"sample {sample.key!r} of {count + length} tokens does not fit its pack")
+            token_ids[slot + count : end] = sample.token_ids
+            sample_ids[slot:end] = number
+            is_image[slot : slot + count] = True
+            positions[:, slot:end] = sample_positions(sample.rows, sample.columns, length)
+            starts[number], images[number], texts[number] = slot, count, length
+            answers = np.flatnonzero(np.asarray(sample.loss_mask, bool)) + slot + count
+            rows.append(answers - 1)
+            weights.append(np.full(len(answers), sample.weight, np.float32))
+            slot, number = end, number + 1
+    loss_rows = np.concatenate(rows)
+    fill = max(-(-len(loss_rows) // _ROW_MULTIPLE), 1) * _ROW_MULTIPLE - len(loss_rows)
+    patches = [sample.patches for sample in samples if sample.patches is not None]
+    return PackedBatch(
+        token_ids=torch.from_numpy(token_ids),
+        is_image=torch.from_numpy(is_image),
+        position_ids=torch.from_numpy(positions),
+        sample_ids=torch.from_numpy(sample_ids),
+        sample_starts=torch.from_numpy(starts),
+        image_lengths=torch.from_numpy(images),
+        text_lengths=torch.from_numpy(texts),
+        patches=torch.cat(patches) if patches else None,
+        loss_rows=torch.from_numpy(np.pad(loss_rows, (0, fill))),
+        labels=torch.from_numpy(np.pad(token_ids[np.minimum(loss_rows + 1, slots - 1)], (0, fill))),
+        loss_weights=torch.from_numpy(np.pad(np.concatenate(weights), (0, fill))),
+        keys=tuple(sample.key for sample in samples),
+    )

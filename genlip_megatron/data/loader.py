@@ -13,25 +13,22 @@ import queue
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from genlip_megatron import host
-from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch, Request
+from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch, Sample, pack_samples
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.decode import ImageTask, make_decoder
 from genlip_megatron.data.index import ShardIndex, expand_shards, load_index
 from genlip_megatron.data.plan import Plan
-from genlip_megatron.data.resize import native_size, sample_positions
+from genlip_megatron.data.resize import native_size
 from genlip_megatron.data.text import load_tokenizer, parse_turns, tokenize
 
 logger = logging.getLogger(__name__)
-
-# Counts that vary from batch to batch are rounded up to these, so that few distinct shapes occur.
-_SAMPLE_MULTIPLE, _ROW_MULTIPLE = 32, 128
 
 
 @dataclass(frozen=True)
@@ -277,76 +274,43 @@ class Loader:
     def _blank(self, count: int) -> torch.Tensor:
         return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self._device)
 
+    def _samples(self, ids: list[int]) -> list[Sample]:
+        """The samples with text and, where images are needed, patches; a bad one gets weight 0."""
+        table, keys = self.table, [self.key(sample) for sample in ids]
+        images = self._images(ids, keys) if self.needs_images else None
+        samples = []
+        for i, (sample, key) in enumerate(zip(ids, keys, strict=True)):
+            rows, columns = int(table.heights[sample]) // PATCH_SIZE, int(table.widths[sample]) // PATCH_SIZE
+            tokens, loss_mask = self._text(sample, key)
+            patches = None if images is None else images[i]
+            good = images is None or patches is not None
+            if images is not None and patches is None:
+                patches = self._blank(rows * columns)
+            samples.append(Sample(patches, rows, columns, tokens, loss_mask, float(good), key))
+        return samples
+
     def assemble(self, packs: list[list[int]], step: int) -> PackedBatch:
         """One micro-batch of the given packs."""
-        table, length = self.table, self.config.data.seq_length
-        samples = [sample for pack in packs for sample in pack]
-        keys = [self.key(sample) for sample in samples]
-        slots = length * self.config.train.micro_batch_size
-        token_ids, sample_ids = np.zeros(slots, np.int64), np.full(slots, -1, np.int64)
-        is_image, positions = np.zeros(slots, bool), np.zeros((3, slots), np.int64)
-        padded = max(-(-len(samples) // _SAMPLE_MULTIPLE), 1) * _SAMPLE_MULTIPLE
-        starts, images, texts = (np.zeros(padded, np.int64) for _ in range(3))
-        pixels: list[torch.Tensor | None] = self._images(samples, keys) if self.needs_images else [None] * len(samples)
-        patches: list[torch.Tensor] = []
-        rows: list[np.ndarray] = []
-        weights: list[np.ndarray] = []
-        number = 0
-        for start, pack in zip(range(0, slots, length), packs, strict=False):
-            slot = start
-            for sample in pack:
-                ids, loss = self._text(sample, keys[number])
-                height, width = int(table.heights[sample]) // PATCH_SIZE, int(table.widths[sample]) // PATCH_SIZE
-                count = height * width
-                end = slot + count + len(ids)
-                token_ids[slot + count : end] = ids
-                sample_ids[slot:end] = number
-                is_image[slot : slot + count] = True
-                positions[:, slot:end] = sample_positions(height, width, len(ids))
-                starts[number], images[number], texts[number] = slot, count, len(ids)
-                # The slot before an answer token predicts it.
-                answers = np.flatnonzero(loss) + slot + count
-                rows.append(answers - 1)
-                image = pixels[number]
-                good = image is not None or not self.needs_images
-                weights.append(np.full(len(answers), float(good), np.float32))
-                if self.needs_images:
-                    patches.append(self._blank(count) if image is None else image)
-                slot, number = end, number + 1
-        loss_rows = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        padded_rows = max(-(-len(loss_rows) // _ROW_MULTIPLE), 1) * _ROW_MULTIPLE
-        fill = padded_rows - len(loss_rows)
-        labels = np.pad(token_ids[np.minimum(loss_rows + 1, slots - 1)], (0, fill))
-        drop_path = None
-        rate = self.config.model.drop_path_rate
-        if rate and self.split == "train":
-            drop_path = torch.ones(self.config.model.num_layers, 2, padded)
-            drop_path[:, :, : len(samples)] = drop_path_factors(
-                self.config.train.seed, step, samples, self.config.model.num_layers, rate
+        ids = [sample for pack in packs for sample in pack]
+        samples = iter(self._samples(ids))
+        batch = pack_samples([[next(samples) for _ in pack] for pack in packs], self.config.data.seq_length)
+        if self.needs_images and batch.patches is None:
+            batch = replace(batch, patches=self._blank(1))
+        model = self.config.model
+        if model.drop_path_rate and self.split == "train":
+            factors = torch.ones(model.num_layers, 2, len(batch.sample_starts))
+            factors[:, :, : len(ids)] = drop_path_factors(
+                self.config.train.seed, step, ids, model.num_layers, model.drop_path_rate
             )
-        stacked = torch.cat(patches) if patches else self._blank(1)
-        return PackedBatch(
-            token_ids=torch.from_numpy(token_ids),
-            is_image=torch.from_numpy(is_image),
-            position_ids=torch.from_numpy(positions),
-            sample_ids=torch.from_numpy(sample_ids),
-            sample_starts=torch.from_numpy(starts),
-            image_lengths=torch.from_numpy(images),
-            text_lengths=torch.from_numpy(texts),
-            patches=stacked if self.needs_images else None,
-            loss_rows=torch.from_numpy(np.pad(loss_rows, (0, fill))),
-            labels=torch.from_numpy(labels),
-            loss_weights=torch.from_numpy(np.pad(np.concatenate(weights or [np.zeros(0, np.float32)]), (0, fill))),
-            drop_path=drop_path,
-            keys=tuple(keys),
-        )
+            batch = replace(batch, drop_path=factors)
+        return batch
 
     def key(self, sample: int) -> str:
         """The sample's name in its shard."""
         return self.table.indexes[self.table.shard_of[sample]].keys[self.table.row_of[sample]]
 
-    def requests(self, samples: Iterable[int]) -> tuple[list[Request], list[str]]:
-        """(image and prompt of each sample, its true answer): for captioning."""
+    def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
+        """(each image with the prompt alone, its true answer): for captioning."""
         chosen = list(samples)
         table = self.table
         keys = [self.key(sample) for sample in chosen]
@@ -360,7 +324,7 @@ class Loader:
             truths.append(" ".join(text for text, carries_loss in turns if carries_loss))
             rows, columns = int(table.heights[sample]) // PATCH_SIZE, int(table.widths[sample]) // PATCH_SIZE
             patches = self._blank(rows * columns) if image is None else image
-            requests.append(Request(patches, rows, columns, prompt))
+            requests.append(Sample(patches, rows, columns, prompt, key=self.key(sample)))
         return requests, truths
 
     def state_dict(self) -> dict[str, Any]:

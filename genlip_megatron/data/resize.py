@@ -1,10 +1,8 @@
-"""Resolution rules of both stages and rotary positions, as pure functions."""
+"""Resolution rules of native-aspect images, as a pure function."""
 
 from __future__ import annotations
 
 import math
-
-import numpy as np
 
 from genlip_megatron.batch import PATCH_SIZE
 
@@ -32,19 +30,3 @@ def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int
         scale = math.sqrt(min_pixels / (height * width))
         new_height, new_width = (math.ceil(side * scale / PATCH_SIZE) * PATCH_SIZE for side in (height, width))
     return new_height, new_width
-
-
-def sample_positions(rows: int, columns: int, text_length: int) -> np.ndarray:
-    """int64 [3, rows * columns + text_length]: T, H, W positions of a sample, image first.
-
-    Patch (h, w) is at (0, h, w); text token k at max(rows, columns) + k on every axis.
-
-        >>> sample_positions(1, 2, 2).tolist()
-        [[0, 0, 2, 3], [0, 0, 2, 3], [0, 1, 2, 3]]
-    """
-    count = rows * columns
-    positions = np.zeros((3, count + text_length), dtype=np.int64)
-    positions[1, :count] = np.repeat(np.arange(rows), columns)
-    positions[2, :count] = np.tile(np.arange(columns), rows)
-    positions[:, count:] = np.arange(text_length) + max(rows, columns)
-    return positions

@@ -9,50 +9,22 @@ Legend: S slots, N samples, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from genlip_megatron.batch import PackedBatch, Request
+from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.model.genlip import GenLIP, unwrap
 
 
-def _pack(requests: Sequence[Request], texts: Sequence[Sequence[int]], multiple: int) -> tuple[PackedBatch, Tensor]:
-    """(micro-batch of the samples as they stand, the slot of each sample's last token)."""
-    positions, token_ids, is_image, sample_ids, starts = [], [], [], [], []
-    slot = 0
-    for i, (request, text) in enumerate(zip(requests, texts, strict=True)):
-        count = request.rows * request.columns
-        row, column = torch.meshgrid(torch.arange(request.rows), torch.arange(request.columns), indexing="ij")
-        image = torch.stack((torch.zeros(count, dtype=torch.int64), row.flatten(), column.flatten()))
-        after = torch.arange(len(text)) + max(request.rows, request.columns)
-        positions.append(torch.cat((image, after.expand(3, -1)), dim=1))
-        token_ids.append(torch.tensor([0] * count + list(text)))
-        is_image.append(torch.arange(count + len(text)) < count)
-        sample_ids.append(torch.full((count + len(text),), i))
-        starts.append(slot)
-        slot += count + len(text)
-    images = torch.tensor([request.rows * request.columns for request in requests])
-    lengths = torch.tensor([len(text) for text in texts])
-    ends = torch.tensor(starts) + images + lengths - 1
-    padding = -slot % multiple
-    empty = torch.zeros(0, dtype=torch.int64)
-    batch = PackedBatch(
-        token_ids=torch.nn.functional.pad(torch.cat(token_ids), (0, padding)),
-        is_image=torch.nn.functional.pad(torch.cat(is_image), (0, padding)),
-        position_ids=torch.nn.functional.pad(torch.cat(positions, dim=1), (0, padding)),
-        sample_ids=torch.nn.functional.pad(torch.cat(sample_ids), (0, padding), value=-1),
-        sample_starts=torch.tensor(starts),
-        image_lengths=images,
-        text_lengths=lengths,
-        patches=torch.cat([request.patches for request in requests]),
-        loss_rows=empty,
-        labels=empty,
-        loss_weights=torch.zeros(0),
-    )
-    return batch, ends
+def _pack(samples: Sequence[Sample], multiple: int) -> tuple[PackedBatch, Tensor]:
+    """(micro-batch of the samples in one pack, int64 [N] the slot of each sample's last token)."""
+    lengths = [sample.rows * sample.columns + len(sample.token_ids) for sample in samples]
+    batch = pack_samples([samples], -(-sum(lengths) // multiple) * multiple)
+    return batch, torch.tensor(lengths).cumsum(0) - 1
 
 
 def _next_logits(model: list[torch.nn.Module], batch: PackedBatch, rows: Tensor, vocab_size: int) -> Tensor:
@@ -88,7 +60,7 @@ def _next_logits(model: list[torch.nn.Module], batch: PackedBatch, rows: Tensor,
 @torch.no_grad()
 def generate(
     model: list[torch.nn.Module],
-    requests: Sequence[Request],
+    requests: Sequence[Sample],
     stop_ids: Sequence[int],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -98,7 +70,7 @@ def generate(
 
     Args:
         model: this rank's model chunks, as from ``build_model`` (wrapped or not).
-        requests: images and prompts; the same on all ranks.
+        requests: images with the text to continue; the same on all ranks.
         stop_ids: tokens that end a caption.
         max_new_tokens: at most so many tokens a caption.
         temperature: 0 takes the likeliest token; above it samples, by a CPU generator keyed by ``seed``.
@@ -111,13 +83,12 @@ def generate(
     training = model[0].training
     for chunk in model:
         chunk.eval()
-    texts = [list(request.prompt_ids) for request in requests]
+    texts = [list(request.token_ids) for request in requests]
     new: list[list[int]] = [[] for _ in requests]
     active = list(range(len(requests)))
     for _ in range(max_new_tokens):
-        batch, ends = _pack(
-            [requests[i] for i in active], [texts[i] for i in active], genlip.config.tensor_model_parallel_size
-        )
+        extended = [replace(requests[i], token_ids=texts[i]) for i in active]
+        batch, ends = _pack(extended, genlip.config.tensor_model_parallel_size)
         logits = _next_logits(model, batch.to(device), ends.to(device), genlip.model_config.vocab_size).cpu()
         if temperature > 0:
             chosen = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)

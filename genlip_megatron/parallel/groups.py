@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from genlip_megatron.config import RunConfig, check
@@ -39,6 +39,15 @@ def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         context_parallel_size=config.parallel.context_parallel_size,
+    )
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    num_microbatches_calculator.init_num_microbatches_calculator(
+        rank=rank,
+        rampup_batch_size=None,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        decrease_batch_size_if_needed=False,
     )
     torch.manual_seed(config.train.seed)
     model_parallel_cuda_manual_seed(config.train.seed)

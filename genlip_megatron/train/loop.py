@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from genlip_megatron import host
@@ -39,41 +39,44 @@ class Run:
     model: list[Any]
     optimizer: Any
     scheduler: Any
-    train_loader: Loader | None
-    valid_loader: Loader | None
-    writer: Writer
     stepper: Stepper
+    train_loader: Loader | None = None
+    valid_loader: Loader | None = None
+    writer: Writer | None = None
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
 
 
 def set_up(config: RunConfig) -> Run:
-    """Join the processes, build model, optimizer and data, and load what is to be loaded."""
+    """Join the processes, open the data, build the run, and load what is to be loaded."""
     groups.initialize(config)
-    parallel = config.parallel
-    num_microbatches_calculator.unset_num_microbatches_calculator()
-    num_microbatches_calculator.init_num_microbatches_calculator(
-        rank=torch.distributed.get_rank(),
-        rampup_batch_size=None,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        decrease_batch_size_if_needed=False,
-    )
     # Data comes first: its mistakes are cheap to find.
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     images = parallel_state.is_pipeline_first_stage()
     train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, images)
     valid_loader = Loader(config, "valid", *data_parallel, images) if config.data.valid_data else None
+    if config.log.eval_only and valid_loader is None:
+        raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
+    run = build_run(config)
+    run.train_loader, run.valid_loader = train_loader, valid_loader
+    load(run)
+    save = config.checkpoint.save
+    folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save and not config.log.eval_only else "")
+    run.writer = Writer(config.log, folder, torch.distributed.get_rank() == 0, config.to_dict())
+    return run
 
+
+def build_run(config: RunConfig) -> Run:
+    """Model, optimizer and schedule on the process groups at hand, without data."""
+    parallel = config.parallel
     transformer = transformer_config(config)
     model = build_model(config, transformer)
     parameters = torch.tensor([float(sum(p.numel() for p in model[0].parameters()))], device=host.device())
     torch.distributed.all_reduce(parameters, group=parallel_state.get_model_parallel_group())
     split = layers_per_stage(config.model, parallel.pipeline_model_parallel_size)
     log(f"parameters {int(parameters.item())} | layers per stage {split}")
-    if config.checkpoint.save:
+    if config.checkpoint.save and not config.log.eval_only:
         store.check_free_space(config.checkpoint.save, config, int(parameters.item()))
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -87,13 +90,7 @@ def set_up(config: RunConfig) -> Run:
     transformer.no_sync_func = chunks[0].no_sync if parallel.overlap_grad_reduce else None
     transformer.param_sync_func = chunks[0].start_param_sync if parallel.overlap_param_gather else None
     optimizer = build_optimizer(config, chunks)
-    scheduler = build_scheduler(config, optimizer)
-    save = config.checkpoint.save
-    folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save else "")
-    writer = Writer(config.log, folder, torch.distributed.get_rank() == 0, config.to_dict())
-    run = Run(config, chunks, optimizer, scheduler, train_loader, valid_loader, writer, Stepper(config, chunks))
-    load(run)
-    return run
+    return Run(config, chunks, optimizer, build_scheduler(config, optimizer), Stepper(config, chunks))
 
 
 def load(run: Run) -> None:
@@ -105,9 +102,10 @@ def load(run: Run) -> None:
         log(f"no checkpoint in {options.load} yet: starting anew")
         return
     if options.finetune or config.log.eval_only:
-        run.iteration = store.load_weights(options.load, config, unwrap(run.model[0])) if config.log.eval_only else 0
-        if options.finetune and not config.log.eval_only:
-            step = store.load_weights(options.load, config, unwrap(run.model[0]))
+        step = store.load_weights(options.load, config, unwrap(run.model[0]))
+        if config.log.eval_only:
+            run.iteration = step
+        else:
             log(f"weights of step {step} from {options.load}; optimizer, schedule and data start anew")
         run.optimizer.reload_model_params()
         return
@@ -138,6 +136,8 @@ def validate(run: Run) -> None:
         return
     loss = evaluate(run.stepper, run.valid_loader)
     log(f"iteration {run.iteration} | validation loss {loss:.4f}")
+    if run.writer is None:
+        return
     run.writer.scalars({"lm loss validation": loss}, run.iteration)
     if run.config.log.caption_samples:
         write_caption_samples(run.config, run.model, run.valid_loader, run.writer, run.iteration)
@@ -184,7 +184,8 @@ def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, step
         memory_gib=memory,
     )
     log(progress.line())
-    run.writer.scalars(progress.scalars(), run.iteration)
+    if run.writer is not None:
+        run.writer.scalars(progress.scalars(), run.iteration)
 
 
 def _resident_gib() -> float:
@@ -234,7 +235,8 @@ def train(config: RunConfig) -> int:
                 break
         return status
     finally:
-        run.writer.close()
+        if run.writer is not None:
+            run.writer.close()
         for loader in (run.train_loader, run.valid_loader):
             if loader is not None:
                 loader.close()

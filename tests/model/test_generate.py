@@ -14,7 +14,7 @@ def run_generate(path: str, tp: int, pp: int) -> list[int]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from genlip_megatron.batch import Request
+    from genlip_megatron.batch import Sample
     from genlip_megatron.infer.generate import generate
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
@@ -28,7 +28,7 @@ def run_generate(path: str, tp: int, pp: int) -> list[int]:
     chunks = build_model(run, transformer_config(run))
     fill_weights(chunks[0], lambda name: golden[f"weights/{name}"])
     _, rows, columns = golden["generation/grid"][0].tolist()
-    request = Request(
+    request = Sample(
         golden["generation/pixel_values"].flatten(1),
         rows,
         columns,

@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""Tokens per second of a whole training step against a plain padded implementation of the same model.
+
+    tools/benchmarks/train_step.py                    (about four minutes on two CPU cores)
+
+Forward, backward, gradient clipping and AdamW in float32, by this project (packed, exact per-sample attention, head
+on answer rows, Megatron-Core's schedule, DistributedDataParallel and distributed optimizer) and by ``plain.py``
+(padded, dense-mask SDPA), on the same samples from the same weights. The two losses are compared before any clock
+runs. Contestants take turns; the figure is the median step. Tokens are the samples' own, padding never counts. Each
+comparison ends in ``ratio N``: our tokens/s over the baseline's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genlip_megatron import host
+
+host.install()
+
+sys.path.insert(0, str(Path(__file__).parent))
+from plain import IGNORE, PlainGenLIP, collate  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from genlip_megatron.batch import PATCH_SIZE, PackedBatch, Sample, pack_samples  # noqa: E402
+from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig  # noqa: E402
+from genlip_megatron.convert.table import canonical_shapes  # noqa: E402
+from genlip_megatron.data.plan import Plan  # noqa: E402
+from genlip_megatron.data.resize import native_size  # noqa: E402
+from genlip_megatron.parallel import groups  # noqa: E402
+from genlip_megatron.parallel.initial import initial_tensor  # noqa: E402
+from genlip_megatron.train.loop import Run, build_run, train_step  # noqa: E402
+
+MODEL = ModelConfig(
+    num_layers=6,
+    hidden_size=256,
+    num_attention_heads=4,
+    ffn_hidden_size=704,
+    text_hidden_size=256,
+    vocab_size=8192,
+    rope_sections=(10, 11, 11),
+    drop_path_rate=0.0,
+)
+PROMPT_TOKENS = 6
+LR, WEIGHT_DECAY, BETAS, CLIP = 1e-4, 0.01, (0.9, 0.95), 1.0
+
+
+def make_samples(grids: Sequence[tuple[int, int]], rng: np.random.Generator) -> list[Sample]:
+    """Random images of the given patch grids, each with 40 to 110 text tokens of which the prompt carries no loss."""
+    samples = []
+    for rows, columns in grids:
+        length = int(rng.integers(40, 111))
+        pixels = rng.integers(0, 256, (rows * columns, 768), dtype=np.uint8)
+        tokens = rng.integers(0, MODEL.vocab_size, length).tolist()
+        loss = [False] * PROMPT_TOKENS + [True] * (length - PROMPT_TOKENS)
+        samples.append(Sample(torch.from_numpy(pixels), rows, columns, tokens, loss))
+    return samples
+
+
+def native_grids(count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Patch grids of native-aspect images: areas log-uniform over 16 to 1024 patches, aspect ratios 1:2 to 2:1."""
+    grids = []
+    for area, aspect in zip(np.exp(rng.uniform(*np.log((16, 1024)), count)), rng.uniform(-1, 1, count), strict=True):
+        height = np.sqrt(area * 2**aspect) * PATCH_SIZE
+        rows, columns = native_size(round(height), round(area * PATCH_SIZE**2 / height))
+        grids.append((rows // PATCH_SIZE, columns // PATCH_SIZE))
+    return grids
+
+
+def tokens_of(sample: Sample) -> int:
+    """Image and text tokens of a sample."""
+    return sample.rows * sample.columns + len(sample.token_ids)
+
+
+def pack(samples: list[Sample], seq_length: int) -> list[PackedBatch]:
+    """Micro-batches of one pack each, filled by the project's own plan."""
+    lengths = np.array([tokens_of(sample) for sample in samples])
+    plan = Plan(lengths, seq_length, lanes=1, seed=0, epochs=1)
+    batches = []
+    while ids := plan.next_pack(0):
+        batches.append(pack_samples([[samples[i] for i in ids]], seq_length))
+    return batches
+
+
+def ours(samples: list[Sample], packs: int) -> tuple[Callable[[], float], float]:
+    """(one training step of the project, which returns its loss; share of its slots that hold tokens)."""
+    total = sum(tokens_of(sample) for sample in samples)
+    longest = max(tokens_of(sample) for sample in samples)
+    # The shortest packs that hold the samples in so many micro-batches.
+    seq_length = max(-(-total // packs), longest)
+    while len(batches := pack(samples, seq_length)) > packs:
+        seq_length += 1
+    config = RunConfig(
+        model=MODEL,
+        data=DataConfig(seq_length=seq_length),
+        train=TrainConfig(
+            global_batch_size=len(batches), lr=LR, min_lr=LR, lr_warmup_iters=0, train_iters=1000,
+            weight_decay=WEIGHT_DECAY, adam_beta1=BETAS[0], adam_beta2=BETAS[1], clip_grad=CLIP, precision="fp32",
+        ),
+    )  # fmt: skip
+    groups.initialize(config)
+    run: Run = build_run(config)
+
+    def step() -> float:
+        loss, count = train_step(run, iter(batches))[0].tolist()
+        return loss / count
+
+    return step, total / (seq_length * len(batches))
+
+
+def baseline(samples: list[Sample], head: str) -> Callable[[], float]:
+    """One training step of the padded implementation, which returns its loss."""
+    patches, labels = [], []
+    for sample in samples:
+        assert sample.patches is not None
+        patches.append((sample.patches.float() / 127.5 - 1).unflatten(1, (3, PATCH_SIZE, PATCH_SIZE)))
+        predicted = torch.tensor(sample.token_ids).where(torch.tensor(sample.loss_mask), torch.tensor(IGNORE))
+        images = torch.full((sample.rows * sample.columns - 1,), IGNORE)
+        labels.append(torch.cat((images, predicted, torch.tensor([IGNORE]))))
+    batch = collate(
+        patches, [torch.tensor(s.token_ids) for s in samples], labels, [(s.rows, s.columns) for s in samples]
+    )
+    model = PlainGenLIP(MODEL)
+    shapes = canonical_shapes(MODEL)
+    model.load_state_dict({name: initial_tensor(name, shape, MODEL, 1234) for name, shape in shapes.items()})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = model(batch, head=head)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def compare(name: str, samples: list[Sample], rounds: int, packs: int) -> None:
+    """Time the project and both baselines on ``samples`` and print the ratios."""
+    tokens = sum(tokens_of(sample) for sample in samples)
+    mine, fill = ours(samples, packs)
+    contestants = {"ours": mine, "head-all": baseline(samples, "all"), "head-answer": baseline(samples, "answer")}
+    # The first step of each warms up and shows that all three compute the same thing.
+    losses = {label: step() for label, step in contestants.items()}
+    spread = max(losses.values()) - min(losses.values())
+    if spread > 1e-4:
+        sys.exit(f"the losses differ: {losses}")
+    seconds: dict[str, list[float]] = {label: [] for label in contestants}
+    for _ in tqdm(range(rounds), desc=name, unit="round", file=sys.stderr):
+        for label, step in contestants.items():
+            begin = time.perf_counter()
+            step()
+            seconds[label].append(time.perf_counter() - begin)
+    rates = {label: tokens / statistics.median(times) for label, times in seconds.items()}
+    print(f"{name}: {len(samples)} samples, {tokens} tokens, loss {losses['ours']:.6f} (spread {spread:.1e}); "
+          f"ours {rates['ours']:.0f} tokens/s, {packs} packs {100 * fill:.1f}% full")  # fmt: skip
+    for label in ("head-all", "head-answer"):
+        times = seconds[label]
+        print(f"  {name} {label}: baseline {rates[label]:.0f} tokens/s, step {min(times):.2f} to {max(times):.2f} s, "
+              f"ours {min(seconds['ours']):.2f} to {max(seconds['ours']):.2f} s, "
+              f"ratio {rates['ours'] / rates[label]:.2f}")  # fmt: skip
+
+
+def main() -> None:
+    """Run both mixes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contestant (default: 7)")
+    parser.add_argument("--samples", type=int, default=32, help="samples of a step (default: 32)")
+    parser.add_argument("--packs", type=int, default=4, help="packs that ours lays them in (default: 4)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ.setdefault("MASTER_PORT", "29517")
+    rng = np.random.default_rng(0)
+    print(f"torch {torch.__version__}, {options.threads} threads, float32 on CPU, "
+          f"{sum(int(np.prod(s)) for s in canonical_shapes(MODEL).values()) / 1e6:.1f} M parameters")  # fmt: skip
+    side = 224 // PATCH_SIZE
+    compare("fixed", make_samples([(side, side)] * options.samples, rng), options.rounds, options.packs)
+    compare("native", make_samples(native_grids(options.samples, rng), rng), options.rounds, options.packs)
+    groups.finalize()
+
+
+if __name__ == "__main__":
+    main()
