@@ -10,6 +10,7 @@ Legend: S slots of the micro-batch, N samples, H heads of this rank, D channels 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,25 +21,25 @@ from torch import Tensor
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.mask import prefix_lm_mask
-from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin
+from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin, rotate_
 
 BACKENDS = ("dense", "grouped", "varlen")
 
 # Samples share a call while the shortest is at least this share of the longest: calls stay few, padding small.
-_GROUP_FILL = 0.8
+_GROUP_FILL = 0.95
 
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """Samples of similar length, attended in one dense call.
+    """Samples of similar length, attended in one dense call of ``size`` * ``length`` rows."""
 
-    ``first`` is the row in the grouped order where the group's ``size`` * ``length`` rows begin.
-    """
-
-    first: int
     size: int
     length: int
-    mask: Tensor  # bool [size, 1, length, length]
+    slots: Tensor  # int64 [size * length]: the slot of each row; S for rows past the end of a sample
+    past_end: Tensor  # int64: the rows past the end of their sample
+    bias: Tensor  # [size, 1, length, length] in the activations' dtype: 0 where a query sees a key, else -inf
+    cos: Tensor  # [size * length, D]
+    sin: Tensor
 
 
 @dataclass
@@ -55,8 +56,7 @@ class PackedAttention:
     backend: str
     drop_path: Tensor | None = None  # [L, 2, S_local, 1, 1]: factors of the residual branches' rows
     groups: list[SampleGroup] = field(default_factory=list)
-    to_groups: Tensor | None = None  # int64 [rows]: the slot of each grouped row; S means a row of zeros
-    from_groups: Tensor | None = None  # int64 [S]: the grouped row of each slot; rows means zeros
+    padding: Tensor | None = None  # int64: slots of no sample
     image_slots: Tensor | None = None  # int64: slots of image tokens, sample by sample
     text_slots: Tensor | None = None
     sample_slots: Tensor | None = None
@@ -106,25 +106,30 @@ def _plan_groups(plan: PackedAttention, batch: PackedBatch) -> None:
         if not members or totals[i] < _GROUP_FILL * totals[members[-1][0]]:
             members.append([])
         members[-1].append(i)
-    rows: list[Tensor] = []
-    first = 0
     for group in members:
         length = totals[group[0]]
         begin = torch.tensor([starts[i] for i in group])[:, None]
         total = torch.tensor([totals[i] for i in group])[:, None]
         prefix = torch.tensor([images[i] for i in group])[:, None, None]
         offset = torch.arange(length)
-        rows.append(torch.where(offset < total, begin + offset, slots).flatten())
+        rows = torch.where(offset < total, begin + offset, slots).flatten().to(device)
         key, query = offset[None, None, :], offset[None, :, None]
         # A real query sees real keys only: they lie before it or in its image. Padded queries are dropped.
         mask = (key < prefix) | ((query >= prefix) & (key <= query))
-        plan.groups.append(SampleGroup(first, len(group), length, mask[:, None].to(device)))
-        first += len(group) * length
-    to_groups = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-    from_groups = torch.full((slots + 1,), first, dtype=torch.int64)
-    from_groups[to_groups] = torch.arange(first)
-    plan.to_groups = to_groups.to(device)
-    plan.from_groups = from_groups[:slots].to(device)
+        bias = torch.zeros(mask.shape, dtype=plan.cos.dtype).masked_fill_(~mask, float("-inf"))[:, None]
+        inside = rows.clamp(max=slots - 1)
+        plan.groups.append(
+            SampleGroup(
+                size=len(group),
+                length=length,
+                slots=rows,
+                past_end=(rows == slots).nonzero().squeeze(1),
+                bias=bias.to(device),
+                cos=plan.cos.index_select(0, inside),
+                sin=plan.sin.index_select(0, inside),
+            )
+        )
+    plan.padding = (batch.sample_ids < 0).nonzero().squeeze(1)
 
 
 def _plan_varlen(plan: PackedAttention, batch: PackedBatch) -> None:
@@ -143,25 +148,60 @@ def _plan_varlen(plan: PackedAttention, batch: PackedBatch) -> None:
     plan.max_image, plan.max_text, plan.max_sample = longest
 
 
-class _Reorder(torch.autograd.Function):
-    """Rows of ``x`` in another order; an index past the end gives a row of zeros.
+def _split(x: Tensor, plan: PackedAttention) -> tuple[Tensor, ...]:
+    """The rows of ``x`` [S, ...] that each group attends over; zeros past the end of a sample."""
+    rows = []
+    for group in plan.groups:
+        part = x.index_select(0, group.slots.clamp(max=x.shape[0] - 1))
+        rows.append(part.index_fill_(0, group.past_end, 0.0) if len(group.past_end) else part)
+    return tuple(rows)
 
-    ``inverse`` undoes ``index``, so that both directions are plain gathers: faster than a scatter, and the same
-    from run to run.
+
+def _merge(rows: Sequence[Tensor], plan: PackedAttention) -> Tensor:
+    """The inverse of ``_split``; zeros at padding."""
+    slots = plan.sample_ids.shape[0]
+    out = rows[0].new_empty(slots + 1, *rows[0].shape[1:])  # the last row takes what lies past the end of samples
+    for group, part in zip(plan.groups, rows, strict=True):
+        out.index_copy_(0, group.slots, part)
+    return out[:slots].index_fill_(0, plan.padding, 0.0)
+
+
+class _ToGroups(torch.autograd.Function):
+    """Group rows of query, key or value, turned by their rotary angles when ``rotary``.
+
+    Gathers in both directions, no scatter-add: the same from run to run, and no more buffers than results.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return F.pad(x, (0, 0, 0, 1)).index_select(0, index)
+    def forward(ctx: Any, x: Tensor, plan: PackedAttention, rotary: bool) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.rotary = plan, rotary
+        rows = _split(x, plan)
+        if rotary:
+            for group, part in zip(plan.groups, rows, strict=True):
+                rotate_(part, group.cos, group.sin)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return F.pad(grads[0], (0, 0, 0, 1)).index_select(0, inverse), None, None
+        grad = _merge(grads, ctx.plan)
+        return rotate_(grad, ctx.plan.cos, -ctx.plan.sin) if ctx.rotary else grad, None, None
+
+
+class _FromGroups(torch.autograd.Function):
+    """Group rows back in their slots."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: PackedAttention, *rows: Tensor) -> Tensor:
+        ctx.plan = plan
+        return _merge(rows, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_split(grads[0], ctx.plan)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float) -> Tensor:
+    q, k = apply_rotary(q, plan.cos, plan.sin), apply_rotary(k, plan.cos, plan.sin)
     mask = prefix_lm_mask(plan.sample_ids, plan.is_image)
     scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
@@ -170,18 +210,15 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float) -> Tensor:
-    heads, dim = q.shape[1:]
-    assert plan.to_groups is not None and plan.from_groups is not None
-    rows = torch.stack((q, k, v), dim=1).flatten(1)  # [S, 3*H*D]
-    rows = _Reorder.apply(rows, plan.to_groups, plan.from_groups).unflatten(1, (3, heads, dim))
+    if not plan.groups:
+        return torch.zeros_like(q) + 0.0 * (q + k + v)  # padding alone: nothing to attend, gradients of zero
     outputs = []
-    for group in plan.groups:
-        part = rows[group.first : group.first + group.size * group.length]
-        part = part.unflatten(0, (group.size, group.length)).permute(2, 0, 3, 1, 4)  # [3, size, H, length, D]
-        out = F.scaled_dot_product_attention(part[0], part[1], part[2], attn_mask=group.mask, scale=scale)
+    rows = (_ToGroups.apply(q, plan, True), _ToGroups.apply(k, plan, True), _ToGroups.apply(v, plan, False))
+    for group, *parts in zip(plan.groups, *rows, strict=True):
+        query, key, value = (part.unflatten(0, (group.size, group.length)).transpose(1, 2) for part in parts)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=group.bias, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [size*length, H, D]
-    grouped = torch.cat(outputs) if outputs else rows[:, 0]
-    return _Reorder.apply(grouped.flatten(1), plan.from_groups, plan.to_groups).unflatten(1, (heads, dim))
+    return _FromGroups.apply(plan, *outputs)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float) -> Tensor:
@@ -189,6 +226,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: PackedAttention, scale: float
 
     assert plan.image_slots is not None and plan.text_slots is not None and plan.sample_slots is not None
     assert plan.cu_image is not None and plan.cu_text is not None and plan.cu_sample is not None
+    q, k = apply_rotary(q, plan.cos, plan.sin), apply_rotary(k, plan.cos, plan.sin)
     out = torch.zeros_like(q)
     if plan.max_image:
         query, key, value = (x.index_select(0, plan.image_slots) for x in (q, k, v))
@@ -240,7 +278,6 @@ class PrefixLMAttention(torch.nn.Module):
         """[S, 1, H*D] from query, key and value [S, 1, H, D]."""
         plan = packed_seq_params
         assert plan is not None
-        q = apply_rotary(query.squeeze(1), plan.cos, plan.sin)
-        k = apply_rotary(key.squeeze(1), plan.cos, plan.sin)
-        out = _BACKEND_FUNCTIONS[plan.backend](q, k, value.squeeze(1), plan, self.scale)
+        attend = _BACKEND_FUNCTIONS[plan.backend]
+        out = attend(query.squeeze(1), key.squeeze(1), value.squeeze(1), plan, self.scale)
         return out.flatten(1).unsqueeze(1)

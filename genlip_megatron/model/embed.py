@@ -58,14 +58,18 @@ class Embedding(MegatronModule):
             share = batch.num_tokens // self.tp_group.size()
             slots = slice(self.tp_group.rank() * share, (self.tp_group.rank() + 1) * share)
         is_image = batch.is_image[slots]
-        patch_index = (batch.is_image.cumsum(0) - 1).clamp(min=0)[slots]
-        pixels = batch.patches.index_select(0, patch_index)
+        pixels = batch.patches
+        if self.config.sequence_parallel:
+            patch_index = (batch.is_image.cumsum(0) - 1)[slots][is_image]
+            pixels = pixels.index_select(0, patch_index)
         if pixels.dtype == torch.uint8:
-            pixels = pixels.to(torch.float32) / 127.5 - 1.0  # (x / 255 - 0.5) / 0.5
-        image = F.linear(pixels.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias)
+            pixels = pixels.to(torch.float32).mul_(1 / 127.5).sub_(1.0)  # (x / 255 - 0.5) / 0.5
 
         text = self.tokens(batch.token_ids[None])  # [1, S, E], or [S_local, 1, E] when it scatters
-        text = text.reshape(image.shape[0], -1)
+        text = text.reshape(len(is_image), -1)
         if self.in_proj is not None:
             text = self.in_proj(text)
-        return torch.where(is_image[:, None], image, text)[:, None]
+        image_slots = is_image.nonzero().squeeze(1)
+        # A batch without images carries one blank patch, whose weight must still get its gradient (of zero).
+        image = F.linear(pixels.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias)[: len(image_slots)]
+        return text.index_copy(0, image_slots, image)[:, None]

@@ -79,11 +79,11 @@ class GenLIP(MegatronModule):
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=plan)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """float32 [R] losses of the answer rows on the last stage, hidden states [S_local, 1, D] before it."""
+        """The answer rows' summed loss (float32 scalar) on the last stage, hidden states [S_local, 1, D] before it."""
         hidden = self.hidden_states(batch)
         if self.head is None:
             return hidden
-        return self.head(hidden, batch.loss_rows, batch.labels)
+        return self.head(hidden, batch.loss_rows, batch.labels, batch.loss_weights)
 
     def _drop_path_rows(self, batch: PackedBatch) -> Tensor:
         """[L, 2, S_local, 1, 1]: the residual factor of every token of this rank; padding keeps its branches."""

@@ -1,7 +1,8 @@
 """Final LayerNorm, projection and language-model head on answer rows, with a vocabulary-parallel loss.
 
-Logits are made in chunks of rows and thrown away: the backward pass makes them again. For 16 thousand rows of the
-real vocabulary they would take 10 GB in float32, for 2-3% of a step's arithmetic.
+Logits are made in chunks of rows, and each chunk's gradient right beside its loss, while the logits are at hand: for
+16 thousand rows of the real vocabulary they would take 10 GB in float32 if kept, and a quarter of the head's
+arithmetic if made again.
 """
 
 from __future__ import annotations
@@ -21,48 +22,69 @@ from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.embed import padded_vocab_size
 from genlip_megatron.model.norm import LayerNorm
 
-_ROWS_PER_CHUNK = 4096
+# Long enough for a GPU's matrix units; on a CPU, short enough that the logits stay near its caches.
+_ROWS_PER_CHUNK = {"cuda": 4096, "cpu": 512}
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross entropy of ``softmax(x @ weight.T)`` against ``labels``, with ``weight`` split by vocabulary rows."""
+    """Weighted sum of the cross entropies of ``softmax(x @ weight.T)``, with ``weight`` split by vocabulary rows.
+
+    A sum has the same gradient factor for every row, so that the gradients can be made in the forward pass and only
+    scaled in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, first: int, columns: int, group: Any) -> Tensor:
-        """float32 [R] losses. ``x`` [R, E]; ``weight`` [V_local, E]; the rank holds tokens first .. first + columns."""
-        losses, log_sums = [], []
-        for rows in range(0, x.shape[0], _ROWS_PER_CHUNK):
-            logits = _local_logits(x[rows : rows + _ROWS_PER_CHUNK], weight, columns)
-            top = _reduce(logits.amax(dim=-1), torch.distributed.ReduceOp.MAX, group)
-            total = _reduce((logits - top[:, None]).exp_().sum(dim=-1), torch.distributed.ReduceOp.SUM, group)
-            local, mine = _local_labels(labels[rows : rows + _ROWS_PER_CHUNK], first, columns)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        row_weights: Tensor,
+        first: int,
+        columns: int,
+        group: Any,
+        with_gradient: bool,
+    ) -> Tensor:
+        """float32 scalar.
+
+        Args:
+            x: [R, E].
+            weight: [V_local, E]; the rank holds the tokens first .. first + columns.
+            labels: int64 [R].
+            row_weights: float32 [R], each row's weight in the sum.
+        """
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x) if with_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient and weight.requires_grad else None
+        chunk = _ROWS_PER_CHUNK[x.device.type]
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = _local_logits(x[rows], weight, columns)
+            local, mine = _local_labels(labels[rows], first, columns)
             target = logits.gather(1, local[:, None]).squeeze(1).masked_fill(~mine, 0.0)
             target = _reduce(target, torch.distributed.ReduceOp.SUM, group)
-            log_sum = top + total.log()
-            losses.append(log_sum - target)
-            log_sums.append(log_sum)
-        ctx.save_for_backward(x, weight, labels, torch.cat(log_sums) if log_sums else x.new_zeros(0))
-        ctx.first, ctx.columns, ctx.group = first, columns, group
-        return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.float32)
+            top = _reduce(logits.amax(dim=-1), torch.distributed.ReduceOp.MAX, group)
+            scores = logits.sub_(top[:, None]).exp_()
+            normaliser = _reduce(scores.sum(dim=-1), torch.distributed.ReduceOp.SUM, group)
+            total += ((top + normaliser.log() - target) * row_weights[rows]).sum()
+            if grad_x is None:
+                continue
+            grad_logits = scores.mul_((row_weights[rows] / normaliser)[:, None])
+            grad_logits.scatter_add_(1, local[:, None], -(mine * row_weights[rows])[:, None])
+            grad_logits = grad_logits.to(x.dtype)
+            torch.matmul(grad_logits, weight, out=grad_x[rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ x[rows]
+        ctx.group = group
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        x, weight, labels, log_sums = ctx.saved_tensors
-        (grad,) = grads
-        grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for start in range(0, x.shape[0], _ROWS_PER_CHUNK):
-            rows = slice(start, start + _ROWS_PER_CHUNK)
-            logits = _local_logits(x[rows], weight, ctx.columns)
-            grad_logits = (logits - log_sums[rows, None]).exp_()
-            local, mine = _local_labels(labels[rows], ctx.first, ctx.columns)
-            grad_logits.scatter_add_(1, local[:, None], -mine.to(grad_logits.dtype)[:, None])
-            grad_logits = (grad_logits * grad[rows, None]).to(x.dtype)
-            grad_x[rows] = grad_logits @ weight
-            if ctx.needs_input_grad[1]:
-                grad_weight += grad_logits.T @ x[rows]
-        grad_x = _reduce(grad_x, torch.distributed.ReduceOp.SUM, ctx.group)
-        return grad_x, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        factor = grads[0].to(grad_x.dtype)
+        grad_x = _reduce(grad_x * factor, torch.distributed.ReduceOp.SUM, ctx.group)
+        return grad_x, None if grad_weight is None else grad_weight * factor, *[None] * 6
 
 
 def _local_logits(x: Tensor, weight: Tensor, columns: int) -> Tensor:
@@ -87,7 +109,7 @@ def _reduce(x: Tensor, operation: Any, group: Any) -> Tensor:
 
 
 class Head(MegatronModule):
-    """``lm_head(proj(ln_post(x)))``: losses of answer rows in training, logits of any rows otherwise.
+    """``lm_head(proj(ln_post(x)))``: the loss of answer rows in training, logits of any rows otherwise.
 
     All ranks of the tensor-parallel group work on the same rows, so the replicated parameters here have full
     gradients on every rank and are not marked sequence parallel.
@@ -122,12 +144,14 @@ class Head(MegatronModule):
         hidden = hidden.squeeze(1)
         return self.ln_post(hidden if rows is None else hidden.index_select(0, rows))
 
-    def forward(self, hidden: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """float32 [R]: the loss of each answer row."""
+    def forward(self, hidden: Tensor, rows: Tensor, labels: Tensor, row_weights: Tensor) -> Tensor:
+        """float32 scalar: the sum of the answer rows' losses, each times its weight."""
         x = self.features(hidden, rows)
         if self.proj is not None:
             x = self.proj(x)
-        return _HeadLoss.apply(x, self.weight, labels, self.first_token, self.columns, self.tp_group)
+        return _HeadLoss.apply(
+            x, self.weight, labels, row_weights, self.first_token, self.columns, self.tp_group, torch.is_grad_enabled()
+        )
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """float32 [R, V]: full logits of the given slots, gathered over the tensor-parallel group. Inference only."""

@@ -41,10 +41,12 @@ class ScaledResidual(torch.nn.Module):
         branch, bias = output_with_bias
         if bias is not None:
             branch = branch + bias
-        if self.scale is not None:
-            branch = branch * self.scale
         if self.drop_path is not None:
+            if self.scale is not None:
+                branch = branch * self.scale
             return torch.addcmul(residual, branch, self.drop_path.to(branch.dtype))
+        if self.scale is not None:
+            return torch.addcmul(residual, branch, self.scale)
         return residual + branch
 
 

@@ -42,6 +42,16 @@ def rotary_cos_sin(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``apply_rotary`` in place; with ``-sin`` it turns back, which is the gradient."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = (half.chunk(2, dim=-1)[0][:, None] for half in (cos, sin))
+    old = first.clone()
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(old, sin)
+    return x
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x`` [S, H, head_dim] by the angles of ``cos`` and ``sin`` [S, head_dim] (rotate-half convention)."""
     first, second = x.chunk(2, dim=-1)

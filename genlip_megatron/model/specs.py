@@ -12,16 +12,17 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.attention import PrefixLMAttention
+from genlip_megatron.model.linear import ColumnLinear, RowLinear
+from genlip_megatron.model.mlp import SwiGLU
 from genlip_megatron.model.norm import LayerNorm
 from genlip_megatron.model.pipeline import pipeline_layout
 from genlip_megatron.model.regularize import GenLIPLayer, ScaledResidual
@@ -49,7 +50,6 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         gated_linear_unit=True,
         activation_func=F.silu,
-        bias_activation_fusion=torch.cuda.is_available(),
         add_bias_linear=True,
         attention_output_gate=model.attention_output_gate,
         layernorm_epsilon=model.layernorm_epsilon,
@@ -84,7 +84,7 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
     Raises:
         ValueError: Transformer Engine asked for, but not installed.
     """
-    column, row = ColumnParallelLinear, RowParallelLinear
+    column, row = ColumnLinear, RowLinear
     if config.train.transformer_impl == "transformer_engine":
         if not HAVE_TE:
             raise ValueError(
@@ -115,7 +115,7 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
             ),
             self_attn_bda=residual,
             pre_mlp_layernorm=LayerNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(module=SwiGLU, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=residual,
         ),
     )

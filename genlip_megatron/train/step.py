@@ -18,13 +18,12 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.train.metrics import count_batch
 
 
-def loss_sum(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of the answer rows' losses, their count, report) of a micro-batch.
+def loss_sum(batch: PackedBatch, total: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of the answer rows' losses, their count, report) of a micro-batch, from the sum.
 
     Megatron-Core adds sums and counts over the global batch and divides gradients once, so that every answer token
     weighs the same wherever it is.
     """
-    total = (losses * batch.loss_weights).sum()
     count = (batch.loss_weights > 0).sum()
     return total, count.to(torch.int), {"loss": torch.stack((total.detach().double(), count.double()))}
 

@@ -4,7 +4,8 @@ Every sample is padded to the longest of the batch, attention is ``F.scaled_dot_
 mask of [T, T] pairs per sample, and the LM head reads every position (``head="all"``) or, as a fairer opponent, only
 the rows that predict an answer token (``head="answer"``). Parameters carry the names of the authors' released
 weights, so a state dict loads without a conversion. It shares no code with ``genlip_megatron.model``: that makes it
-an independent check as well as the yardstick of the speed figures.
+an independent check as well as the yardstick of the speed figures. As a script it trains on a saved batch, one step
+for each line of its input (``train_step.py`` does this).
 
 Legend: B samples, T tokens of the longest sample, M most patches of a sample, D width, H heads, C head channels,
 E text width, F inner width of the SwiGLU, V vocabulary, R rows that predict an answer token.
@@ -12,7 +13,12 @@ E text width, F inner width of the SwiGLU, V vocabulary, R rows that predict an 
 
 from __future__ import annotations
 
+import argparse
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -250,3 +256,41 @@ class PlainGenLIP(nn.Module):
             rows = labels != IGNORE
             features, labels = features[rows], labels[rows]
         return F.cross_entropy(self.logits(features).flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE)
+
+
+def trainer(file: Path, head: str) -> Callable[[], float]:
+    """One training step (forward, backward, clip, AdamW) on what ``train_step.py`` saved; returns its loss."""
+    saved = torch.load(file, weights_only=True)
+    torch.set_num_threads(saved["threads"])
+    model, batch = PlainGenLIP(ModelConfig(**saved["model"])), PaddedBatch(**saved["batch"])
+    model.load_state_dict(saved["weights"])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=saved["lr"], betas=saved["betas"], weight_decay=saved["weight_decay"], fused=True
+    )
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = model(batch, head=head)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), saved["clip"])
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def main() -> None:
+    """Take one training step for each line of standard input; print its loss and seconds."""
+    parser = argparse.ArgumentParser(description="The padded baseline, one training step per line of input.")
+    parser.add_argument("file", type=Path, help="model, weights and batch, saved by train_step.py")
+    parser.add_argument("--head", choices=("all", "answer"), required=True, help="rows that the LM head reads")
+    options = parser.parse_args()
+    step = trainer(options.file, options.head)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        loss = step()
+        print(loss, time.perf_counter() - begin, flush=True)
+
+
+if __name__ == "__main__":
+    main()

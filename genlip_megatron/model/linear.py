@@ -1,0 +1,33 @@
+"""Megatron-Core's column- and row-parallel linears, short-cut where there is nothing to communicate.
+
+On one tensor-parallel rank torch's own linear adds the bias inside the matrix product; Megatron-Core's takes another
+pass over the output for it. With Apex's fused gradient accumulation Megatron-Core's path is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """As ``ColumnParallelLinear``; returns no separate bias where it has added it."""
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """(output [S, 1, out / T], bias or None) from [S_local, 1, in]."""
+        if self.tp_group.size() == 1 and not self.gradient_accumulation_fusion:
+            return F.linear(input_, self.weight, self.bias), None
+        return super().forward(input_, *args, **kwargs)
+
+
+class RowLinear(RowParallelLinear):
+    """As ``RowParallelLinear``; returns no separate bias where it has added it."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(output [S_local, 1, out], bias or None) from [S, 1, in / T]."""
+        if self.tp_group.size() == 1 and not self.gradient_accumulation_fusion:
+            return F.linear(input_, self.weight, self.bias), None
+        return super().forward(input_)

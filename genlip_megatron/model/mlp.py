@@ -1,0 +1,52 @@
+"""SwiGLU: ``fc2(silu(gate) * value)`` where gate and value come from one linear, all with bias."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+# Megatron-Core's layer hands the tensor-parallel group to its own MLP class alone, and warns at any other that it does
+# not; the default group is the right one here.
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: "Unknown MLP type" not in record.getMessage()
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``silu(gate) * value`` for ``x = [gate, value]``; keeps ``x`` alone and works in few buffers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, value = x.chunk(2, dim=-1)
+        grad = torch.empty_like(x)
+        grad_gate, grad_value = grad.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * value, gate, grad_input=grad_gate)
+        torch.mul(F.silu(gate), grads[0], out=grad_value)
+        return grad
+
+
+class SwiGLU(MLP):
+    """Megatron-Core's MLP with a fused activation: by its own kernel on a GPU, by ours on a CPU."""
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output [S_local, 1, D], bias [D] still to be added or None) from [S_local, 1, D]."""
+        assert per_token_scale is None
+        x, bias = self.linear_fc1(hidden_states)
+        if x.is_cuda:
+            return self.linear_fc2(bias_swiglu_impl(x, bias))
+        return self.linear_fc2(_SwiGLU.apply(x if bias is None else x + bias))
