@@ -130,6 +130,27 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
+def _within_one_rank(collective: Callable) -> Callable:
+    """``collective`` (output, input, ...), which gloo would carry out by several copies even in a group of one rank."""
+
+    def call(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group")
+        if torch.distributed.get_world_size(group) > 1:
+            return collective(output, input, *args, **kwargs)
+        if output.data_ptr() != input.data_ptr():
+            output.copy_(input.view_as(output))
+        return _Work() if kwargs.get("async_op") else None
+
+    return call
+
+
+class _Work:
+    """The handle of a collective that is already done."""
+
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+
 def install() -> None:
     """Make Megatron-Core run in this process, with or without a GPU. Calling it again does nothing.
 
@@ -180,6 +201,8 @@ def install() -> None:
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, _within_one_rank(getattr(torch.distributed, name)))
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
     torch.cuda.nvtx.range_push = _nothing()
