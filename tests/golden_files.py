@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 
@@ -34,13 +35,13 @@ def load_golden(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return model, load_file(path)
 
 
-def golden_run(model: ModelConfig, seq_length: int, tp: int = 1, pp: int = 1) -> RunConfig:
-    """A float32 run of a golden model."""
+def golden_run(model: ModelConfig, seq_length: int, tp: int = 1, pp: int = 1, precision: str = "fp32") -> RunConfig:
+    """A run of a golden model."""
     return RunConfig(
         model=model,
         data=DataConfig(seq_length=seq_length),
         parallel=ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp),
-        train=TrainConfig(precision="fp32"),
+        train=TrainConfig(precision=precision),
     )
 
 
@@ -93,3 +94,90 @@ def vision_batch(pixels: Tensor, grid: Tensor) -> PackedBatch:
         labels=torch.zeros(0, dtype=torch.int64),
         loss_weights=torch.zeros(0),
     )
+
+
+def compare(path: str, tp: int, pp: int, backend: str | None = None, precision: str = "fp32") -> dict[str, float]:
+    """Worst differences of this rank's part of the model, by kind; runs on every rank of tp * pp processes.
+
+    ``hidden``, ``logits`` and ``features`` are absolute, ``loss`` is relative, ``gradient`` is the norm of a tensor's
+    difference relative to the tensor's norm; ``tensors`` counts the gradients that were compared.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel.initial import fill_weights, gather_canonical
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tp, pp)
+    model_parallel_cuda_manual_seed(1)
+    model_config, golden = load_golden(Path(path))
+    golden = {name: tensor.to(host.device()) for name, tensor in golden.items()}
+    batch = golden_batch({name: tensor.cpu() for name, tensor in golden.items()}).to(host.device())
+    run = golden_run(model_config, batch.num_tokens, tp, pp, precision)
+    config = transformer_config(run)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = None
+    model = build_model(run, config, backend)[0]
+    fill_weights(model, lambda name: golden[f"weights/{name}"])
+    valid = golden["inputs/valid"].flatten()
+    worst: dict[str, float] = {}
+
+    def keep(kind: str, error: float) -> None:
+        worst[kind] = max(worst.get(kind, 0.0), error)
+
+    def gathered(hidden: Tensor) -> Tensor:
+        if not config.sequence_parallel:
+            return hidden[:, 0]
+        shards = [torch.empty_like(hidden) for _ in range(tp)]
+        torch.distributed.all_gather(shards, hidden.contiguous(), group=model.tp_group)
+        return torch.cat(shards)[:, 0]
+
+    def check_layer(layer: torch.nn.Module, _: tuple, output: tuple[Tensor, None]) -> None:
+        expected = golden[f"outputs/layers.{layer.layer_number - 1}"].flatten(0, 1)
+        keep("hidden", (gathered(output[0].detach())[valid] - expected[valid]).abs().max().item())
+
+    hooks = [layer.register_forward_hook(check_layer) for layer in model.decoder.layers]
+    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+    wrapped.zero_grad_buffer()
+
+    def forward_step(iterator: object, stage: torch.nn.Module) -> tuple:
+        def loss_function(total: Tensor) -> tuple[Tensor, Tensor, dict]:
+            count = batch.loss_weights.numel()
+            keep("loss", abs(total.item() / count / golden["outputs/loss"].item() - 1))
+            return total, torch.tensor(count, dtype=torch.int), {}
+
+        return stage(batch), loss_function
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=[wrapped],
+        num_microbatches=1,
+        seq_length=batch.num_tokens,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    gradients = gather_canonical(model, {name: p.main_grad for name, p in model.named_parameters()})
+    for name, gradient in gradients.items():
+        expected = golden[f"grads/{name}"].cpu()
+        keep("gradient", ((gradient.float() - expected).norm() / expected.norm()).item())
+    for hook in hooks:
+        hook.remove()
+
+    if pp == 1:
+        with torch.no_grad():
+            logits = model.head.logits(model.hidden_states(batch))
+            keep("logits", (logits[valid] - golden["outputs/logits"].flatten(0, 1)[valid]).abs().max().item())
+            if tp == 1:
+                image = vision_batch(golden["vision/pixel_values"].cpu(), golden["vision/grid"].cpu())
+                image = image.to(host.device())
+                hidden = model.hidden_states(image)
+                keep("features", (model.head.features(hidden) - golden["vision/ln_post"]).abs().max().item())
+                read = model.head.logits(hidden)
+                keep("logits", (read - golden["vision/patch_logits"]).abs().max().item())
+    worst["tensors"] = len(gradients)
+    return worst

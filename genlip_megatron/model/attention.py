@@ -159,6 +159,7 @@ def _split(x: Tensor, plan: PackedAttention) -> tuple[Tensor, ...]:
 
 def _merge(rows: Sequence[Tensor], plan: PackedAttention) -> Tensor:
     """The inverse of ``_split``; zeros at padding."""
+    assert plan.padding is not None
     slots = plan.sample_ids.shape[0]
     out = rows[0].new_empty(slots + 1, *rows[0].shape[1:])  # the last row takes what lies past the end of samples
     for group, part in zip(plan.groups, rows, strict=True):

@@ -25,5 +25,6 @@ def write_caption_samples(config: RunConfig, model: list[Any], loader: Loader, w
     requests, truths = loader.requests(range(min(config.log.caption_samples, len(loader.table))))
     tokens = generate(model, requests, loader.tokenizer.closing_ids[:1], _MAX_NEW_TOKENS)
     for number, (request, truth, ids) in enumerate(zip(requests, truths, tokens, strict=True)):
+        assert request.patches is not None
         image = to_image(request.patches.cpu(), request.rows, request.columns)
         writer.caption(number, image, f"caption: {loader.tokenizer.decode(ids)}\n\ntruth: {truth}", step)

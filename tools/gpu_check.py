@@ -1,0 +1,262 @@
+#!/usr/bin/env python3
+"""What only a CUDA machine can show, in under eight minutes: a table and a JSON file.
+
+    tools/gpu_check.py                          writes gpu_check.json; exits 1 when a check fails
+    tools/gpu_check.py --rehearse               the same parts on the CPU with a small model: tests this script
+
+Golden parity in float32 and bfloat16; training on rendered scenes, float32 within 1e-3 of the CPU at every step and
+bfloat16 within 2% at the end; throughput, MFU and peak memory of so16 stage 1; DALI's decode rate. Each part runs in
+a process of its own, so that one failure does not hide the others. Without CUDA it says so and exits 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+DEMO_STEPS = 24
+# Largest differences allowed, kinds as in tests/golden_files.py. bfloat16 keeps 8 bits of a value, 0.4% a rounding,
+# which layers gather: 8e-2 (values up to 4) and 8e-2 of a gradient's norm were seen on a CPU.
+GOLDEN_LIMITS = {
+    "fp32": {"hidden": 1e-4, "logits": 1e-4, "loss": 1e-5, "gradient": 1e-4, "features": 1e-4},
+    "bf16": {"hidden": 2e-1, "logits": 2e-1, "loss": 1e-2, "gradient": 2e-1, "features": 1e-1},
+}
+DEMO_FP32_LIMIT, DEMO_BF16_LIMIT = 1e-3, 2e-2
+
+
+def golden(precision: str) -> dict[str, Any]:
+    """Worst differences from the authors' model class over the golden files."""
+    from genlip_megatron import host
+
+    host.install()
+    from genlip_megatron.parallel import groups
+    from tests.golden_files import GOLDEN_DIR, compare, golden_run, load_golden
+
+    worst: dict[str, float] = {}
+    for file in sorted(GOLDEN_DIR.glob("*.safetensors")):
+        model, _ = load_golden(file)
+        groups.initialize(golden_run(model, 64))
+        for kind, error in compare(str(file), 1, 1, precision=precision).items():
+            worst[kind] = max(worst.get(kind, 0.0), error)
+    groups.finalize()
+    return worst
+
+
+def render(folder: Path, samples: int) -> None:
+    """Rendered scenes with tokenizer and index."""
+    python = sys.executable
+    tokenizer = str(folder / "tokenizer.model")
+    for command in (
+        ["tools/render_demo_data.py", "--output", str(folder), "--train-samples", str(samples), "--val-samples", "32"],
+        ["tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", tokenizer],
+        ["tools/prepare_data.py", str(folder), "--tokenizer", tokenizer],
+    ):
+        subprocess.run([python, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def train(recipe: str, data: Path, steps: int, **settings: Any) -> dict[str, Any]:
+    """Losses of ``steps`` steps on the rendered data, and the rates of the second half."""
+    from genlip_megatron import host
+
+    host.install()
+    import torch
+
+    from genlip_megatron.config import from_dict, load_yaml, override
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
+    from genlip_megatron.train.step import sum_over_run
+
+    flags = {
+        "data.train_data": [f"{data}/train-*.tar"],
+        "data.valid_data": [],
+        "data.tokenizer": f"{data}/tokenizer.model",
+        **{name.replace("__", "."): value for name, value in settings.items()},
+    }
+    config = override(from_dict(load_yaml(recipe), recipe), flags)
+    run = set_up(config)
+    assert run.train_loader is not None
+    batches = iter(run.train_loader)
+    cuda = torch.cuda.is_available()
+    losses = []
+    begin = time.perf_counter()
+    for step in range(steps):
+        if step == steps // 2:
+            run.stepper.counts.zero_()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+        total, count = sum_over_run(train_step(run, batches)[0]).tolist()
+        losses.append(total / count)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    counts = dict(zip(COUNTS, run.stepper.counts.tolist(), strict=True))
+    tflops = training_flops(run.stepper.counts, config.model) / seconds / 1e12
+    batches.close()  # type: ignore[attr-defined]
+    run.train_loader.close()
+    groups.finalize()
+    return {
+        "losses": losses,
+        "step_ms": 1000 * seconds / (steps - steps // 2),
+        "samples_per_second": counts["samples"] / seconds,
+        "tokens_per_second": counts["tokens"] / seconds,
+        "pack_fill": counts["tokens"] / counts["slots"],
+        "tflops": tflops,
+        "mfu": tflops / HOPPER_TFLOPS,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+    }
+
+
+def decode_rates(images: int) -> dict[str, float]:
+    """Images per second of 500x375 JPEGs to 224x224 patches, with DALI and with Pillow."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from genlip_megatron.data.decode import ImageTask, make_decoder
+
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    small.resize((500, 375), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+    tasks = [ImageTask(out.getvalue(), 224, 224)] * 256
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    rates = {}
+    for name in ("dali", "pillow"):
+        decoder = make_decoder(name, os.cpu_count() or 1, device)
+        decoder(tasks)
+        begin = time.perf_counter()
+        for _ in range(max(1, images // len(tasks))):
+            decoder(tasks)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rates[name] = max(1, images // len(tasks)) * len(tasks) / (time.perf_counter() - begin)
+        decoder.close()
+    return rates
+
+
+def so16_settings(rehearse: bool) -> dict[str, Any]:
+    """Overrides of so16_stage1 for one device: 64 packs' worth of tokens would only take longer."""
+    if not rehearse:
+        return {"train__global_batch_size": 4, "train__micro_batch_size": 4}
+    return {
+        "train__global_batch_size": 1, "train__micro_batch_size": 1, "data__seq_length": 1024,
+        "model__num_layers": 2, "model__hidden_size": 128, "model__ffn_hidden_size": 352,
+        "model__num_attention_heads": 4, "model__text_hidden_size": 128, "model__vocab_size": 1024,
+        "model__rope_sections": [6, 5, 5],
+    }  # fmt: skip
+
+
+def run_part(name: str, data: Path, rehearse: bool) -> dict[str, Any]:
+    """One part, in this process."""
+    if name.startswith("golden-"):
+        return golden(name.removeprefix("golden-"))
+    if name.startswith("demo-"):
+        # One decoder for all, so that devices and precisions are compared, not JPEG libraries.
+        precision = "bf16" if name.endswith("bf16") else "fp32"
+        return train("demo", data, 4 if rehearse else DEMO_STEPS, data__decoder="pillow", train__precision=precision)
+    if name == "so16":
+        return train("so16_stage1", data, 4 if rehearse else 24, **so16_settings(rehearse))
+    return decode_rates(256 if rehearse else 8192)
+
+
+PARTS = ("golden-fp32", "golden-bf16", "demo-cpu", "demo-fp32", "demo-bf16", "so16", "decode")
+
+
+def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
+    """(what, measured, whether it holds) of every check."""
+    rows: list[tuple[str, str, bool]] = []
+    for name, result in results.items():
+        if "error" in result:
+            rows.append((name, result["error"], False))
+    for precision, limits in GOLDEN_LIMITS.items():
+        result = results[f"golden-{precision}"]
+        for kind, limit in limits.items():
+            if kind in result:
+                rows.append(
+                    (f"golden {precision} {kind}", f"{result[kind]:.1e}, allowed {limit:.0e}", result[kind] <= limit)
+                )
+    cpu = results["demo-cpu"].get("losses", [])
+    for name, limit, last in (("demo-fp32", DEMO_FP32_LIMIT, False), ("demo-bf16", DEMO_BF16_LIMIT, True)):
+        losses = results[name].get("losses", [])
+        if cpu and losses:
+            differences = [abs(a / b - 1) for a, b in zip(losses, cpu, strict=True)]
+            worst = differences[-1] if last else max(differences)
+            where = "at the end" if last else "at the worst step"
+            rows.append((f"{name} loss against the CPU", f"{worst:.1e} {where}, allowed {limit:.0e}", worst <= limit))
+    so16 = results["so16"]
+    if "error" not in so16:
+        text = (f"{so16['samples_per_second']:.0f} samples/s, {so16['tokens_per_second']:.0f} tokens/s, "
+                f"{so16['tflops']:.1f} TFLOP/s, MFU {100 * so16['mfu']:.1f}%, {so16['peak_memory_gib']:.1f} GiB, "
+                f"fill {100 * so16['pack_fill']:.1f}%")  # fmt: skip
+        rows.append(("so16 stage 1", text, True))
+    if "error" not in results["decode"]:
+        rates = results["decode"]
+        rows.append(("decode", f"DALI {rates['dali']:.0f} images/s, Pillow {rates['pillow']:.0f}", True))
+    return rows
+
+
+def main() -> int:
+    """Run every part in its own process, print the table, write the JSON; 1 when a check fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default="gpu_check.json", help="JSON file to write (default: gpu_check.json)")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU in small: shows that this script works")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        result = run_part(options.part, options.data, options.rehearse)
+        Path(options.output).write_text(json.dumps(result))
+        return 0
+    import torch
+
+    if not torch.cuda.is_available() and not options.rehearse:
+        print("gpu_check: no CUDA device here, nothing to check (--rehearse runs the parts on the CPU)")
+        return 0
+    begin = time.monotonic()
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        render(data, 400 if options.rehearse else 2000)
+        for number, part in enumerate(PARTS):
+            started = time.monotonic()
+            file = Path(folder) / f"{part}.json"
+            command = [sys.executable, __file__, "--part", part, "--data", str(data), "--output", str(file)]
+            environment = {**os.environ, "MASTER_PORT": str(29531 + number)}
+            if part == "demo-cpu" or options.rehearse:
+                environment["CUDA_VISIBLE_DEVICES"] = ""
+            done = subprocess.run(
+                command + ["--rehearse"] * options.rehearse, cwd=ROOT, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            lines = done.stdout.strip().splitlines() or ["no output"]
+            results[part] = json.loads(file.read_text()) if done.returncode == 0 else {"error": lines[-1]}
+            if done.returncode:
+                print(done.stdout, file=sys.stderr)
+            results[part]["seconds"] = time.monotonic() - started
+            print(f"{part}: {results[part]['seconds']:.0f} s", file=sys.stderr, flush=True)
+    rows = judge(results)
+    width = max(len(row[0]) for row in rows)
+    for what, measured, holds in rows:
+        print(f"{'ok  ' if holds else 'FAIL'} {what:<{width}}  {measured}")
+    good = all(holds for *_, holds in rows)
+    Path(options.output).write_text(json.dumps({"passed": good, "results": results}, indent=1) + "\n")
+    print(f"{options.output} written, {(time.monotonic() - begin) / 60:.1f} minutes")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
