@@ -10,7 +10,6 @@ head=$1 nodes=$2 tokenizer=$3 train=$4 valid=$5 run=$6
 shift 6
 cd "$(dirname "$0")/.."
 
-export CUDA_DEVICE_MAX_CONNECTIONS=1
 exec torchrun --nnodes "$nodes" --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$head" --max-restarts 0 \
     pretrain_genlip.py --config g16_stage1 --micro-batch-size 2 \
     --tokenizer "$tokenizer" --train-data "$train" --valid-data "$valid" --save "$run" --load "$run" \

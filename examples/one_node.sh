@@ -9,8 +9,6 @@ shift 4
 cd "$(dirname "$0")/.."
 
 python tools/prepare_data.py "$train" "$valid" --tokenizer "$tokenizer"
-# Megatron-Core's tensor-parallel overlap relies on one hardware queue.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
 exec torchrun --standalone --nproc-per-node 8 pretrain_genlip.py --config so16_stage1 \
     --tokenizer "$tokenizer" --train-data "$train" --valid-data "$valid" --save "$run" --load "$run" \
     --overlap-grad-reduce --overlap-param-gather "$@"

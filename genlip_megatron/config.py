@@ -2,7 +2,7 @@
 
 Order of precedence, lowest first: the defaults below, the YAML file or named recipe (``--config``), flags. A
 field has the same name in the YAML file, as a flag (with dashes), in the code and in the documentation. Unknown
-keys and flags are errors that name the nearest known one. ``resolve`` checks what can be checked without opening
+keys and flags are errors that name the nearest known one. ``check`` finds what can be checked without opening
 a file or a process group.
 """
 
@@ -377,6 +377,45 @@ def _positive(config: RunConfig) -> None:
                 raise ValueError(f"{section}.{name} = {value}: must be at least 1")
 
 
+def _ranges(config: RunConfig) -> None:
+    model, data, train, log = config.model, config.data, config.train, config.log
+    share, at_least_0 = "must be in [0, 1)", "must be at least 0"
+    rules = (
+        ("model.drop_path_rate", model.drop_path_rate, 0 <= model.drop_path_rate < 1, share),
+        ("model.layer_scale_init", model.layer_scale_init, model.layer_scale_init >= 0, at_least_0),
+        ("model.init_method_std", model.init_method_std, model.init_method_std >= 0, at_least_0),
+        ("model.rope_theta", model.rope_theta, model.rope_theta > 1, "must be above 1"),
+        ("data.image_size", data.image_size, data.image_size % 16 == 0, "must be a multiple of the patch size 16"),
+        ("data.min_pixels", data.min_pixels, 256 <= data.min_pixels, "must be at least 256, one patch"),
+        (
+            "data.max_pixels",
+            data.max_pixels,
+            data.max_pixels >= data.min_pixels,
+            f"must be at least data.min_pixels = {data.min_pixels}",
+        ),
+        ("train.lr", train.lr, train.lr > 0, "must be above 0"),
+        ("train.min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, f"must be from 0 to train.lr = {train.lr}"),
+        (
+            "train.lr_warmup_iters",
+            train.lr_warmup_iters,
+            0 <= train.lr_warmup_iters < train.train_iters,
+            f"must be from 0 to below train.train_iters = {train.train_iters}",
+        ),
+        ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, at_least_0),
+        ("train.adam_beta1", train.adam_beta1, 0 <= train.adam_beta1 < 1, share),
+        ("train.adam_beta2", train.adam_beta2, 0 <= train.adam_beta2 < 1, share),
+        ("train.adam_eps", train.adam_eps, train.adam_eps > 0, "must be above 0"),
+        ("train.clip_grad", train.clip_grad, train.clip_grad >= 0, at_least_0),
+        ("train.seed", train.seed, train.seed >= 0, at_least_0),
+        ("train.exit_interval", train.exit_interval, train.exit_interval >= 0, at_least_0),
+        ("log.eval_interval", log.eval_interval, log.eval_interval >= 0, at_least_0),
+        ("log.caption_samples", log.caption_samples, log.caption_samples >= 0, at_least_0),
+    )
+    for name, value, holds, allowed in rules:
+        if not holds:
+            raise ValueError(f"{name} = {value}: {allowed}")
+
+
 def _divides(what: str, value: int, setting: str, divisor: int) -> None:
     if value % divisor:
         allowed = [str(d) for d in range(1, min(value, 64) + 1) if value % d == 0]
@@ -389,6 +428,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     Checked before any file is opened or process group made, so that a mistake costs nothing.
     """
     _positive(config)
+    _ranges(config)
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
@@ -402,8 +442,6 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         )
     if len(model.rope_sections) != 3:
         raise ValueError(f"model.rope_sections = {model.rope_sections}: expected three numbers (T, H, W)")
-    if not 0 <= model.drop_path_rate < 1:
-        raise ValueError(f"model.drop_path_rate = {model.drop_path_rate}: must be in [0, 1)")
     _divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
     _divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
     tokens = data.seq_length * train.micro_batch_size
@@ -419,8 +457,6 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     vpp = parallel.virtual_pipeline_model_parallel_size
     if vpp > 1 and pp == 1:
         raise ValueError(f"virtual_pipeline_model_parallel_size = {vpp} needs pipeline_model_parallel_size > 1")
-    if data.image_size % 16:
-        raise ValueError(f"data.image_size = {data.image_size}: must be a multiple of the patch size 16")
     if cp > 1:
         raise ValueError(f"context_parallel_size = {cp}: context parallelism is not implemented yet; allowed: 1")
     if vpp > 1:

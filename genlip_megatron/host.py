@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -158,6 +159,8 @@ def install() -> None:
         RuntimeError: no GPU, and a version of megatron-core whose CUDA calls have not been mapped.
     """
     global _installed
+    # Overlap of tensor-parallel communication with compute relies on one hardware queue; set before CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # What Megatron-Core falls back to without these optional packages is this project's tested default.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|nvrx|flash).*not installed.*")
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*Falling back.*")
@@ -165,6 +168,8 @@ def install() -> None:
         "full scope is deprecated",
         r"The \.grad attribute of a Tensor that is not a leaf",
         r"`torch\.distributed\.\w+_tensor` is deprecated",
+        "`load_state_dict` is deprecated",
+        "Please use DTensor instead",
     ):
         warnings.filterwarnings("ignore", message=message)
     if _installed or torch.cuda.is_available():
