@@ -1,0 +1,50 @@
+"""Rates are quoted for useful work alone: the formula, and what a batch counts as."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genlip_megatron.batch import Sample, pack_samples
+from genlip_megatron.config import ModelConfig
+from genlip_megatron.train.metrics import COUNTS, count_batch, training_flops
+
+SIZES = {
+    "l16": (ModelConfig(24, 1024, 16, 2816, 1024), 0.620),
+    "so16": (ModelConfig(27, 1152, 16, 3072, 1152), 0.847),
+    "g16": (ModelConfig(40, 1536, 24, 4096, 1536), 2.124),
+}
+
+
+def stage1_sample() -> Sample:
+    """196 patches and 74 text tokens, of which the last 68 carry loss."""
+    return Sample(torch.zeros(196, 768, dtype=torch.uint8), 14, 14, [1] * 74, [False] * 6 + [True] * 68)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_stage1_sample_costs_what_the_formula_says(name: str) -> None:
+    model, teraflop = SIZES[name]
+    flops = training_flops(count_batch(pack_samples([[stage1_sample()]], 270)), model)
+    assert flops / 1e12 == pytest.approx(teraflop, abs=0.001)
+
+
+def test_padding_and_masked_samples_are_not_useful_work() -> None:
+    model = SIZES["l16"][0]
+    alone = training_flops(count_batch(pack_samples([[stage1_sample()]], 270)), model)
+    padded = training_flops(count_batch(pack_samples([[stage1_sample()], []], 1000)), model)
+    assert padded == alone
+
+
+def test_counts_of_two_samples() -> None:
+    small = Sample(torch.zeros(2, 768, dtype=torch.uint8), 1, 2, [5, 6, 7], [False, True, True])
+    counts = dict(zip(COUNTS, count_batch(pack_samples([[small], [small]], 8)).tolist(), strict=True))
+    assert counts == {
+        "tokens": 10,
+        "samples": 2,
+        "image_tokens": 4,
+        "image_pairs": 2 * 4,
+        # Text token k sees 2 patches and k + 1 text tokens: 3 + 4 + 5.
+        "text_pairs": 2 * 12,
+        "loss_rows": 4,
+        "slots": 16,
+    }

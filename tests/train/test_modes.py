@@ -1,0 +1,66 @@
+"""Validation of a checkpoint on its own, and stage 2's start from stage 1's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genlip_megatron.config import RunConfig
+from tests.distributed import run_distributed
+from tests.train.test_layouts_and_resume import run_steps, tiny_config, weights
+
+
+def evaluated(config: RunConfig) -> float:
+    """The validation loss of an eval-only run."""
+    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.step import evaluate
+
+    run = set_up(config)
+    assert run.train_loader is None
+    return evaluate(run.stepper, run.valid_loader)
+
+
+def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(demo_data: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    trained = run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)[0]
+    config = tiny_config(
+        demo_data,
+        checkpoint__load=folder,
+        log__eval_only=True,
+        data__train_data=[],
+        parallel__tensor_model_parallel_size=2,
+    )
+    # Sums run in another order: 2e-7 relative was seen.
+    for loss in run_distributed(2, evaluated, config):
+        assert abs(loss / trained["validation"] - 1) < 1e-5
+
+
+def started(config: RunConfig) -> dict[str, Any]:
+    """What a run starts from."""
+    from genlip_megatron.model.genlip import unwrap
+    from genlip_megatron.parallel.initial import gather_canonical
+    from genlip_megatron.train.loop import set_up
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    model = unwrap(run.model[0])
+    return {
+        "weights": gather_canonical(model, dict(model.named_parameters())),
+        "iteration": run.iteration,
+        "step": run.train_loader.step,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "next": next(iter(run.train_loader)).keys,
+    }
+
+
+def test_finetune_takes_the_weights_and_nothing_else(demo_data: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "stage1")
+    trained = run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)
+    fresh = run_distributed(1, started, tiny_config(demo_data))[0]
+    stage2 = run_distributed(1, started, tiny_config(demo_data, checkpoint__load=folder, checkpoint__finetune=True))[0]
+    for name, weight in weights(trained).items():
+        assert torch.equal(stage2["weights"][name], weight), name
+    for name in ("iteration", "step", "lr", "next"):
+        assert stage2[name] == fresh[name], name
