@@ -386,7 +386,7 @@ def _ranges(config: RunConfig) -> None:
         ("model.init_method_std", model.init_method_std, model.init_method_std >= 0, at_least_0),
         ("model.rope_theta", model.rope_theta, model.rope_theta > 1, "must be above 1"),
         ("data.image_size", data.image_size, data.image_size % 16 == 0, "must be a multiple of the patch size 16"),
-        ("data.min_pixels", data.min_pixels, 256 <= data.min_pixels, "must be at least 256, one patch"),
+        ("data.min_pixels", data.min_pixels, data.min_pixels >= 256, "must be at least 256, one patch"),
         (
             "data.max_pixels",
             data.max_pixels,

@@ -59,6 +59,12 @@ def load_table(config: RunConfig, split: str) -> SampleTable:
     patterns = data.train_data if split == "train" else data.valid_data
     indexes = [load_index(shard, tokenizer, data.prompt) for shard in expand_shards(patterns, f"data.{split}_data")]
     rows = np.concatenate([index.rows for index in indexes])
+    if not len(rows):
+        refused = sum(len(index.refused) for index in indexes)
+        raise ValueError(
+            f"data.{split}_data: no good sample in {len(indexes)} shards ({refused} refused); "
+            "tools/prepare_data.py reports the reasons"
+        )
     if data.image_mode == "native":
         shapes = zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)
         sizes = [native_size(height, width, data.min_pixels, data.max_pixels) for height, width in shapes]
@@ -66,7 +72,7 @@ def load_table(config: RunConfig, split: str) -> SampleTable:
     else:
         heights = widths = np.full(len(rows), data.image_size, dtype=np.int64)
     image_tokens = (heights // PATCH_SIZE) * (widths // PATCH_SIZE)
-    if len(rows) and int(image_tokens.max()) + 2 > data.seq_length:
+    if int(image_tokens.max()) + 2 > data.seq_length:
         raise ValueError(
             f"data.seq_length = {data.seq_length}: an image of {int(image_tokens.max())} patches does not fit beside "
             f"its closing tokens; raise it to at least {int(image_tokens.max()) + 2}, or lower the image size"

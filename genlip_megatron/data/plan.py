@@ -1,10 +1,10 @@
 """Plan: index + seed + cursor -> which samples form which pack of which step. Pure: it reads nothing.
 
 The stream is split into a fixed number of lanes, independent of how many ranks run; lane i's packs are the same on
-any number of ranks. In each epoch the data set's chunks (neighbouring samples) are permuted and dealt to the lanes;
-a lane shuffles within a window of its samples and fills packs by best fit over a look-ahead buffer. Lanes cross
-epoch ends on their own: a lane whose deal of an epoch is empty (fewer chunks than lanes) takes the next epoch's, so
-over an epoch of all lanes every good sample appears exactly once, whatever the sizes.
+any number of ranks. In each epoch the data set's chunks (neighbouring samples) are permuted; the chunks of all epochs,
+one after another, are dealt to the lanes in turn. A lane shuffles within a window of its samples and fills packs by
+best fit over a look-ahead buffer. Lanes cross epoch ends on their own, and with fewer chunks than lanes an epoch passes
+some lanes by; over an epoch of all lanes every good sample appears exactly once, whatever the sizes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-# An epoch deals chunk j of the permutation to lane j % lanes. With one chunk, a given lane is dealt it only every
-# `lanes` epochs on average, so this many empty deals in a row cannot be bad luck.
-_MAX_EMPTY_EPOCHS = 100_000
 
 
 @dataclass
@@ -71,10 +67,11 @@ class Plan:
         """Sample ids dealt to a lane in an epoch, in the order in which they enter its buffer."""
         chunks = -(-len(self.lengths) // self.chunk_size)
         lanes = len(self._lanes)
+        first = (lane - epoch * chunks) % lanes
         if not self.shuffle:
-            return self._samples(np.arange(chunks)[lane::lanes])
+            return self._samples(np.arange(chunks)[first::lanes])
         permuted = np.random.default_rng((self.seed, 0, epoch)).permutation(chunks)
-        order = self._samples(permuted[lane::lanes])
+        order = self._samples(permuted[first::lanes])
         random = np.random.default_rng((self.seed, 1, epoch, lane))
         for start in range(0, len(order), self.shuffle_window):
             random.shuffle(order[start : start + self.shuffle_window])
@@ -86,17 +83,10 @@ class Plan:
 
     def _refill(self, lane: int) -> None:
         state = self._lanes[lane]
-        empty = 0
         while len(state.buffer) < self.pack_buffer and state.epoch != self.epochs:
             if state.order is None:
                 state.order = self._order(lane, state.epoch)
             if state.position >= len(state.order):
-                empty = empty + 1 if len(state.order) == 0 else 0
-                if empty > _MAX_EMPTY_EPOCHS:
-                    raise ValueError(
-                        f"lane {lane} of {len(self._lanes)} is dealt no sample: the data set has too few chunks; "
-                        "lower data.chunk_size or train.global_batch_size"
-                    )
                 state.epoch, state.position, state.order = state.epoch + 1, 0, None
                 continue
             take = self.pack_buffer - len(state.buffer)
