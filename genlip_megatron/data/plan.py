@@ -9,7 +9,6 @@ some lanes by; over an epoch of all lanes every good sample appears exactly once
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,28 +96,28 @@ class Plan:
     def next_pack(self, lane: int) -> list[int]:
         """Sample ids of the lane's next pack.
 
-        The oldest sample goes in first, so that none waits for ever; then, again and again, the longest that fits.
+        The oldest samples go in first, so that none waits for ever and packs keep the stream's mix. What room they
+        leave is shared out evenly over the samples it will hold, and its end filled by the two that leave least.
         """
         self._refill(lane)
-        buffer = self._lanes[lane].buffer
-        if not buffer:
+        state = self._lanes[lane]
+        if not state.buffer:
             return []
+        buffer = np.array(state.buffer)
         lengths = self.lengths[buffer]
-        pack = [0]
-        room = self.seq_length - int(lengths[0])
-        # Positions by (length, age): best fit is one bisection, and equal lengths leave in order of age.
-        order = (np.lexsort((-np.arange(1, len(buffer)), lengths[1:])) + 1).tolist()
-        sorted_lengths = lengths[order].tolist()
-        while order:
-            at = bisect.bisect_right(sorted_lengths, room) - 1
-            if at < 0:
-                break
-            room -= sorted_lengths.pop(at)
-            pack.append(order.pop(at))
-        samples = [buffer[i] for i in pack]
-        taken = set(pack)
-        self._lanes[lane].buffer = [sample for i, sample in enumerate(buffer) if i not in taken]
-        return samples
+        # Room for four of any length can be met closely by a few that are chosen.
+        total = np.cumsum(lengths)
+        oldest = max(1, int(np.searchsorted(total, self.seq_length - 4 * int(lengths.max()), side="right")))
+        room = self.seq_length - int(total[oldest - 1])
+        chosen = list(range(oldest))
+        by_length = oldest + np.argsort(lengths[oldest:], kind="stable")
+        mean = float(lengths.mean())
+        while len(best := _best_fit(lengths[by_length], room, mean)):
+            chosen += by_length[best].tolist()
+            room -= int(lengths[by_length[best]].sum())
+            by_length = np.delete(by_length, best)
+        state.buffer = np.delete(buffer, chosen).tolist()
+        return buffer[chosen].tolist()
 
     def state_dict(self, lanes: Iterable[int]) -> dict[str, Any]:
         """The cursor of the given lanes: a few numbers each, and the ids that wait in its buffer."""
@@ -144,3 +143,26 @@ class Plan:
             )
         for lane, (epoch, position, buffer) in state["lanes"].items():
             self._lanes[int(lane)] = _Lane(epoch, position, list(buffer))
+
+
+def _best_fit(lengths: np.ndarray, room: int, mean: float) -> list[int]:
+    """Positions of the next one or two of ``lengths`` (ascending) to fill ``room`` with; none when nothing fits.
+
+    Room for more than two samples of ``mean`` length takes one of its even share, else the one or two that fill it
+    best.
+
+    >>> _best_fit(np.array([2, 3, 6, 9]), 10, 5), _best_fit(np.array([2, 9]), 10, 5), _best_fit(np.array([9]), 8, 9)
+    ([1, 2], [1], [])
+    """
+    fitting = int(np.searchsorted(lengths, room, side="right"))
+    if fitting == 0:
+        return []
+    count = round(room / mean)
+    if count > 2:
+        return [min(int(np.searchsorted(lengths, room / count)), fitting - 1)]
+    # For each sample the longest partner after it, if one fits.
+    partner = np.searchsorted(lengths[:fitting], room - lengths[:fitting], side="right") - 1
+    paired = partner > np.arange(fitting)
+    sums = lengths[:fitting] + np.where(paired, lengths[partner], 0)
+    best = int(sums.argmax())
+    return [best, int(partner[best])] if paired[best] else [best]

@@ -88,7 +88,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
     try:
         tokenizer = kind(path)
-    except (RuntimeError, Exception) as error:
+    except Exception as error:  # each backend has errors of its own
         raise ValueError(f"data.tokenizer = {path}: cannot be read as a tokenizer: {error}") from error
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -115,7 +115,7 @@ def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> list[tupl
         return [(default_prompt, False), (text.strip(), True)]
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"caption is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError("caption JSON is not an object")
@@ -124,6 +124,8 @@ def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> list[tupl
         if not isinstance(record.get("caption"), str):
             raise ValueError('caption JSON has neither "caption" nor "conversations"')
         return [(default_prompt, False), (record["caption"].strip(), True)]
+    if not isinstance(turns, list):
+        raise ValueError('"conversations" is not a list')
     parsed = []
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):

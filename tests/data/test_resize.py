@@ -1,0 +1,33 @@
+"""Native-aspect sizes: whole patches, within the two areas, for any image that is accepted."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from genlip_megatron.data.resize import MAX_ASPECT_RATIO, native_size
+
+SIDE = st.integers(1, 20_000)
+
+
+def test_worked_examples() -> None:
+    assert native_size(1080, 1920) == (384, 672)
+    assert native_size(600, 800) == (432, 576)
+    assert native_size(224, 224) == (224, 224)
+    # Half rounds to even: 2.5 patches are 2, 3.5 are 4.
+    assert native_size(40 * 4, 56 * 4) == (160, 224)
+    assert native_size(72, 104) == (64, 96)
+
+
+@given(SIDE, SIDE)
+def test_sizes_are_whole_patches_within_16_to_1024(height: int, width: int) -> None:
+    assume(max(height, width) <= MAX_ASPECT_RATIO * min(height, width))
+    rows, columns = (side / 16 for side in native_size(height, width))
+    assert rows == int(rows) and columns == int(columns)
+    assert 16 <= rows * columns <= 1024
+
+
+def test_extreme_aspect_ratio_is_refused() -> None:
+    with pytest.raises(ValueError, match="aspect ratio above 200"):
+        native_size(1, 201)
