@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import importlib.metadata
 from pathlib import Path
 
@@ -62,3 +64,27 @@ def test_cuda_calls_mean_the_cpu() -> None:
     first = torch.rand(3)
     torch.cuda.manual_seed(7)
     assert torch.equal(first, torch.rand(3))
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["batch", "data.plan", "data.resize", "model.mask", "model.rope", "evaluate.attributes", "evaluate.scenes"],
+)
+def test_worked_examples_in_docstrings_hold(module: str) -> None:
+    loaded = importlib.import_module(f"genlip_megatron.{module}")
+    failed, tried = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert tried and not failed
+
+
+def test_collectives_of_one_rank_keep_their_meaning() -> None:
+    def double(output: torch.Tensor, source: torch.Tensor, group: object = None, async_op: bool = False) -> str:
+        return "communicated"
+
+    call = host._within_one_rank(double)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    group = torch.distributed.group.WORLD
+    source, output = torch.arange(4.0), torch.zeros(2, 2)
+    work = call(output, source, group=group, async_op=True)
+    assert work.wait() and torch.equal(output.flatten(), source)
+    assert call(source, source, group=group) is None
