@@ -73,7 +73,8 @@ def make_samples(grids: Sequence[tuple[int, int]], rng: np.random.Generator) -> 
 def native_grids(count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Patch grids of native-aspect images: areas log-uniform over 16 to 1024 patches, aspect ratios 1:2 to 2:1."""
     grids = []
-    for area, aspect in zip(np.exp(rng.uniform(np.log(16), np.log(1024), count)), rng.uniform(-1, 1, count), strict=True):
+    areas, aspects = np.exp(rng.uniform(np.log(16), np.log(1024), count)), rng.uniform(-1, 1, count)
+    for area, aspect in zip(areas, aspects, strict=True):
         height = np.sqrt(area * 2**aspect) * PATCH_SIZE
         rows, columns = native_size(round(height), round(area * PATCH_SIZE**2 / height))
         grids.append((rows // PATCH_SIZE, columns // PATCH_SIZE))
