@@ -129,7 +129,7 @@ def test_a_mistake_is_one_line_that_names_it(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modell: {}", "unknown section 'modell'. Did you mean 'model'?"),
+        ("mode: {}", "unknown section 'mode'. Did you mean 'model'?"),
         ("model: {hidden_sise: 4}", "unknown key model.hidden_sise. Did you mean 'hidden_size'?"),
         ("model: {hidden_size: [4]}", "model.hidden_size = [4]: expected int"),
         ("model: {hidden_size: true}", "model.hidden_size = True: expected int"),
