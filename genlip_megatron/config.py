@@ -129,6 +129,7 @@ class LogConfig:
     """Logging and validation."""
 
     log_interval: int = _opt(10, "steps between progress lines")
+    timing_log_level: int = _opt(0, "Megatron-Core's timers in the log: 0 none, 1 parts of a step, 2 details")
     eval_interval: int = _opt(1000, "steps between validations; 0: only at the end")
     eval_iters: int = _opt(10, "global batches of one validation")
     eval_only: bool = _opt(False, "validate the loaded checkpoint and exit")
@@ -409,6 +410,7 @@ def _ranges(config: RunConfig) -> None:
         ("train.seed", train.seed, train.seed >= 0, at_least_0),
         ("train.exit_interval", train.exit_interval, train.exit_interval >= 0, at_least_0),
         ("log.eval_interval", log.eval_interval, log.eval_interval >= 0, at_least_0),
+        ("log.timing_log_level", log.timing_log_level, log.timing_log_level in (0, 1, 2), "must be 0, 1 or 2"),
         ("log.caption_samples", log.caption_samples, log.caption_samples >= 0, at_least_0),
     )
     for name, value, holds, allowed in rules:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.timers import Timers
 
 from genlip_megatron import host
 from genlip_megatron.checkpoint import store
@@ -23,6 +24,16 @@ from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, Write
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
 from genlip_megatron.train.samples import write_caption_samples
 from genlip_megatron.train.step import Stepper, evaluate, sum_over_run
+
+
+# Names are given, since ranks must agree on them and stages have timers of their own.
+_TIMERS = [
+    "forward-backward",
+    "all-grads-sync",
+    "optimizer",
+    "optimizer-clip-main-grad",
+    "optimizer-inner-step",
+]
 
 
 def log(text: str) -> None:
@@ -40,6 +51,7 @@ class Run:
     optimizer: Any
     scheduler: Any
     stepper: Stepper
+    timers: Timers
     train_loader: Loader | None = None
     valid_loader: Loader | None = None
     writer: Writer | None = None
@@ -89,8 +101,9 @@ def build_run(config: RunConfig) -> Run:
     transformer.grad_scale_func = None
     transformer.no_sync_func = chunks[0].no_sync if parallel.overlap_grad_reduce else None
     transformer.param_sync_func = chunks[0].start_param_sync if parallel.overlap_param_gather else None
-    optimizer = build_optimizer(config, chunks)
-    return Run(config, chunks, optimizer, build_scheduler(config, optimizer), Stepper(config, chunks))
+    transformer.timers = timers = Timers(config.log.timing_log_level, "minmax")
+    optimizer = build_optimizer(config, chunks, timers)
+    return Run(config, chunks, optimizer, build_scheduler(config, optimizer), Stepper(config, chunks), timers)
 
 
 def load(run: Run) -> None:
@@ -184,6 +197,8 @@ def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, step
         memory_gib=memory,
     )
     log(progress.line())
+    if run.config.log.timing_log_level:
+        log(run.timers.get_all_timers_string(_TIMERS, normalizer=steps))
     if run.writer is not None:
         run.writer.scalars(progress.scalars(), run.iteration)
 

@@ -10,6 +10,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.timers import Timers
 from torch.optim.adamw import adamw
 
 from genlip_megatron.config import RunConfig
@@ -67,7 +68,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             )
 
 
-def build_optimizer(config: RunConfig, model: list[Any]) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, model: list[Any], timers: Timers) -> MegatronOptimizer:
     """The distributed optimizer over all trainable parameters, weight decay on every one."""
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         megatron_optimizer.Adam = GroupStepAdamW  # type: ignore[misc, assignment]
@@ -89,6 +90,7 @@ def build_optimizer(config: RunConfig, model: list[Any]) -> MegatronOptimizer:
         params_dtype=compute_dtype(config),
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        timers=timers,
     )
     # None would exempt vectors from weight decay; an empty mapping means no exception.
     return get_megatron_optimizer(options, model, config_overrides={})

@@ -98,6 +98,8 @@ LAYOUTS = {
     "TP2": (2, {"parallel__tensor_model_parallel_size": 2}),
     "PP2": (2, {"parallel__pipeline_model_parallel_size": 2}),
     "TP2xPP2": (4, {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}),
+    "TP2xDP2": (4, {"parallel__tensor_model_parallel_size": 2}),
+    "PP2xDP2": (4, {"parallel__pipeline_model_parallel_size": 2}),
 }
 
 
