@@ -25,7 +25,6 @@ from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
 from genlip_megatron.train.samples import write_caption_samples
 from genlip_megatron.train.step import Stepper, evaluate, sum_over_run
 
-
 # Names are given, since ranks must agree on them and stages have timers of their own.
 _TIMERS = [
     "forward-backward",
