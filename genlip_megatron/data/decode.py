@@ -118,9 +118,24 @@ class DaliDecoder:
         self._device = "gpu" if device.type == "cuda" else "cpu"
         self._pillow = PillowDecoder(num_threads)
         self._target = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
         """uint8 patches [n, 768] of each image on the decoder's device, or why it could not be decoded."""
+        if self._stream is None:
+            return self._decode_all(tasks)
+        # A thread starts on the first GPU, and DALI works on the thread's GPU: the rank's own must be named. On a
+        # stream of its own, decoding does not wait for the training step. DALI's buffers are free again once
+        # ``results`` exist, so they must be finished by then.
+        with torch.cuda.device(self._target), torch.cuda.stream(self._stream):
+            results = self._decode_all(tasks)
+            self._stream.synchronize()
+        for result in results:
+            if isinstance(result, Tensor):
+                result.record_stream(torch.cuda.default_stream(self._target))
+        return results
+
+    def _decode_all(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
         jpeg = [i for i, task in enumerate(tasks) if task.content.startswith(_JPEG_MAGIC)]
         other = [i for i in range(len(tasks)) if i not in set(jpeg)]
         results: dict[int, Tensor | str] = {}
