@@ -23,7 +23,9 @@ def main() -> int:
     from genlip_megatron import host
 
     host.install()
+    from genlip_megatron.data.quarantine import DataFailure
     from genlip_megatron.parallel import groups
+    from genlip_megatron.train.faults import EXIT_DATA_FAILURE
     from genlip_megatron.train.loop import train
 
     if first:
@@ -35,6 +37,10 @@ def main() -> int:
         if first:
             print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except DataFailure as error:
+        # Only the ranks that share the samples know; torchrun ends the others when these leave.
+        print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_DATA_FAILURE
     groups.finalize()
     return status
 

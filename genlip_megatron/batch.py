@@ -9,6 +9,7 @@ Legend: S tokens, N samples, P patches, R rows with loss, L layers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -38,8 +39,9 @@ class PackedBatch:
         image_lengths: int64 [N]; patches of the sample; 0 for text-only samples and unused entries.
         text_lengths: int64 [N]; text tokens of the sample, prompt and closing tokens included.
         patches: uint8 [P, 768] pixels, or float32 [P, 768] already normalised, each row a patch flattened as
-            (channel, row, column) like a Conv2d weight; in the order of the image slots. None on pipeline
-            stages that hold no embedding.
+            (channel, row, column) like a Conv2d weight; in the order of the image slots. Where ranks share a sequence,
+            at least those of the rank's own slots. None on pipeline stages that hold no embedding.
+        first_patch: image slots before the first of ``patches``.
         loss_rows: int64 [R]; slots whose output predicts an answer token; 0 for unused entries.
         labels: int64 [R]; the token that the row predicts.
         loss_weights: float32 [R]; 1 for an answer token, 0 for unused or masked rows.
@@ -59,6 +61,7 @@ class PackedBatch:
     labels: Tensor
     loss_weights: Tensor
     drop_path: Tensor | None = None
+    first_patch: int = 0
     keys: tuple[str, ...] = ()
 
     @property
@@ -81,7 +84,8 @@ class Sample:
     """One image and its text, ready to be packed.
 
     Attributes:
-        patches: uint8 [rows * columns, 768], row major; None where no image is needed.
+        patches: uint8 [rows * columns, 768], row major; None where another rank holds them. Those held are of
+            neighbouring samples.
         rows, columns: the patch grid; 0 for text alone.
         token_ids: the text, prompt and closing tokens included.
         loss_mask: whether each text token is predicted; empty for none (a prompt to be continued).
@@ -147,6 +151,8 @@ def pack_samples(packs: Sequence[Sequence[Sample]], seq_length: int) -> PackedBa
     loss_rows = np.concatenate(rows)
     fill = max(-(-len(loss_rows) // _ROW_MULTIPLE), 1) * _ROW_MULTIPLE - len(loss_rows)
     patches = [sample.patches for sample in samples if sample.patches is not None]
+    before = itertools.takewhile(lambda sample: sample.patches is None, samples)
+    first_patch = sum(sample.rows * sample.columns for sample in before) if patches else 0
     return PackedBatch(
         token_ids=torch.from_numpy(token_ids),
         is_image=torch.from_numpy(is_image),
@@ -159,5 +165,6 @@ def pack_samples(packs: Sequence[Sequence[Sample]], seq_length: int) -> PackedBa
         loss_rows=torch.from_numpy(np.pad(loss_rows, (0, fill))),
         labels=torch.from_numpy(np.pad(token_ids[np.minimum(loss_rows + 1, slots - 1)], (0, fill))),
         loss_weights=torch.from_numpy(np.pad(np.concatenate(weights), (0, fill))),
+        first_patch=first_patch,
         keys=tuple(sample.key for sample in samples),
     )

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import math
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -59,8 +60,14 @@ class ModelConfig:
 class DataConfig:
     """Data. Images, tokens and packs."""
 
-    train_data: tuple[str, ...] = _opt((), "training shards: files, folders or globs of .tar, comma separated")
-    valid_data: tuple[str, ...] = _opt((), "validation shards")
+    train_data: tuple[str, ...] = _opt(
+        (), "training data: manifests (.dataset.json), or files, folders, globs or brace lists of .tar, comma separated"
+    )
+    train_weights: tuple[str, ...] = _opt(
+        (), "shares of the entries of train_data, as 7:3; from a step on as 5:5@20000; none: all once an epoch"
+    )
+    train_epochs: str = _opt("", "instead of weights: how often each entry comes in an epoch of all, as 1:4")
+    valid_data: tuple[str, ...] = _opt((), "validation data, named like train_data")
     tokenizer: str = _opt("", "Hugging Face tokenizer.json or SentencePiece .model file")
     prompt: str = _opt(DEFAULT_PROMPT, "prompt of samples that come with a caption only")
     image_mode: str = _opt("fixed", "how images are resized", choices=("fixed", "native"))
@@ -73,10 +80,20 @@ class DataConfig:
     shuffle_window: int = _opt(4096, "samples within which a lane shuffles")
     chunk_size: int = _opt(256, "neighbouring samples dealt to a lane together")
     decoder: str = _opt(
-        "auto", "image decoder; auto is DALI, on the GPU when there is one", choices=("auto", "dali", "pillow")
+        "auto",
+        "image decoder; auto is dali on a GPU and cpu without one, pillow the plain reference",
+        choices=("auto", "dali", "cpu", "pillow"),
     )
-    num_workers: int = _opt(2, "decoder threads per rank")
+    num_workers: int = _opt(0, "decoder threads per rank; 0: the machine's cores over its ranks, at most 16")
     prefetch: int = _opt(2, "micro-batches prepared ahead of the step")
+    cache_dir: str = _opt("~/.cache/genlip_megatron", "folder for blocks of remote shards")
+    cache_gb: float = _opt(64.0, "size in GB beyond which the least recently used blocks are dropped")
+    read_timeout: float = _opt(60.0, "seconds after which a request to remote storage is given up and tried again")
+    read_retries: int = _opt(5, "further tries of a failed request, after growing pauses")
+    max_consecutive_failures: int = _opt(100, "stop after so many bad samples in a row on one rank; 0: never")
+    change_lanes: bool = _opt(
+        False, "resume with another global_batch_size: the rest of the epoch is dealt out to the new number of lanes"
+    )
 
 
 @dataclass(frozen=True)
@@ -188,7 +205,8 @@ def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, str):
-            value = [part for part in value.split(",") if part]
+            # A comma within braces belongs to a list of file names.
+            value = [part for part in re.split(r",(?![^{]*})", value) if part]
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} = {value!r}: expected a list of {item.__name__}")
         return tuple(_convert(part, item, where, ()) for part in value)
@@ -366,7 +384,7 @@ def _positive(config: RunConfig) -> None:
             "text_hidden_size",
             "vocab_size",
         ),
-        "data": ("image_size", "seq_length", "pack_buffer", "shuffle_window", "chunk_size", "num_workers", "prefetch"),
+        "data": ("image_size", "seq_length", "pack_buffer", "shuffle_window", "chunk_size", "prefetch"),
         "parallel": tuple(f.name for f in fields(ParallelConfig) if f.name.endswith("_size")),
         "train": ("micro_batch_size", "global_batch_size", "train_iters"),
         "checkpoint": ("save_interval",),
@@ -394,6 +412,16 @@ def _ranges(config: RunConfig) -> None:
             data.max_pixels >= data.min_pixels,
             f"must be at least data.min_pixels = {data.min_pixels}",
         ),
+        ("data.num_workers", data.num_workers, data.num_workers >= 0, at_least_0),
+        ("data.cache_gb", data.cache_gb, data.cache_gb > 0, "must be above 0"),
+        ("data.read_timeout", data.read_timeout, data.read_timeout > 0, "must be above 0"),
+        ("data.read_retries", data.read_retries, data.read_retries >= 0, at_least_0),
+        (
+            "data.max_consecutive_failures",
+            data.max_consecutive_failures,
+            data.max_consecutive_failures >= 0,
+            at_least_0,
+        ),
         ("train.lr", train.lr, train.lr > 0, "must be above 0"),
         ("train.min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, f"must be from 0 to train.lr = {train.lr}"),
         (
@@ -416,6 +444,48 @@ def _ranges(config: RunConfig) -> None:
     for name, value, holds, allowed in rules:
         if not holds:
             raise ValueError(f"{name} = {value}: {allowed}")
+
+
+def source_weights(data: DataConfig) -> list[tuple[int, tuple[float, ...]]]:
+    """(first step, weight of each entry of train_data) of every phase in order; empty without ``train_weights``.
+
+    Raises:
+        ValueError: a phase that is not W1:W2:...[@STEP] with a weight for each entry, or phases out of order.
+    """
+    phases: list[tuple[int, tuple[float, ...]]] = []
+    for text in data.train_weights:
+        weights, _, step = text.partition("@")
+        start = int(step) if step.isdigit() else 0 if not step and not phases else -1
+        if start < 0 or (phases and start <= phases[-1][0]) or (not phases and start):
+            raise ValueError(
+                f"data.train_weights = {','.join(data.train_weights)!r}: the first weights count from step 0, each later "
+                f"one needs a later step, as in 7:3,5:5@20000; got {text!r}"
+            )
+        phases.append((start, _numbers("data.train_weights", weights, len(data.train_data))))
+    return phases
+
+
+def source_epochs(data: DataConfig) -> tuple[float, ...]:
+    """How often each entry of train_data comes in an epoch of all; empty without ``train_epochs``.
+
+    Raises:
+        ValueError: not a number for each entry.
+    """
+    return _numbers("data.train_epochs", data.train_epochs, len(data.train_data)) if data.train_epochs else ()
+
+
+def _numbers(setting: str, text: str, count: int) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(":"))
+    except ValueError:
+        numbers = ()
+    good = len(numbers) == count and all(0 <= number < math.inf for number in numbers) and any(numbers)
+    if not good:
+        raise ValueError(
+            f"{setting} = {text!r}: expected {count} numbers, one for each entry of data.train_data, separated by "
+            "colons, none negative and not all 0"
+        )
+    return numbers
 
 
 def _divides(what: str, value: int, setting: str, divisor: int) -> None:
@@ -465,6 +535,10 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         raise ValueError(
             f"virtual_pipeline_model_parallel_size = {vpp}: interleaving is not implemented yet; allowed: 1"
         )
+    if data.train_weights and data.train_epochs:
+        raise ValueError("data.train_weights and data.train_epochs: give one of them")
+    source_weights(data)
+    source_epochs(data)
     if config.log.eval_only and not config.checkpoint.load:
         raise ValueError("log.eval_only needs checkpoint.load: name the checkpoint folder with --load")
     if world_size is not None:

@@ -58,7 +58,7 @@ def main() -> int:
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    count = min(options.limit or len(loader.table), len(loader.table))
+    count = min(options.limit or len(loader), len(loader))
     target = Path(options.output)
     partial = target.with_name(f".{target.name}.partial")
     with open(partial, "w") as out:
@@ -69,7 +69,11 @@ def main() -> int:
                 list(model), requests, loader.tokenizer.closing_ids[:1], options.max_new_tokens, options.temperature
             )
             for sample, truth, ids in zip(samples, truths, tokens, strict=True):
-                row = {"key": loader.key(sample), "caption": loader.tokenizer.decode(ids).strip(), "truth": truth}
+                row = {
+                    "key": loader.samples.key(sample),
+                    "caption": loader.tokenizer.decode(ids).strip(),
+                    "truth": truth,
+                }
                 print(json.dumps(row, ensure_ascii=False), file=out)
     os.replace(partial, target)
     print(f"{count} captions in {target}")

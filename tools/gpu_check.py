@@ -102,7 +102,6 @@ def train(recipe: str, data: Path, steps: int, **settings: Any) -> dict[str, Any
     seconds = time.perf_counter() - begin
     counts = dict(zip(COUNTS, run.stepper.counts.tolist(), strict=True))
     tflops = training_flops(run.stepper.counts, config.model) / seconds / 1e12
-    batches.close()  # type: ignore[attr-defined]
     run.train_loader.close()
     groups.finalize()
     return {

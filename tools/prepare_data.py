@@ -1,65 +1,202 @@
 #!/usr/bin/env python3
-"""Index shards: read each once, decode every image, count tokens, and write SHARD.index.npz beside it.
+"""Index shards and write the data set's manifest: read each shard once, decode every image, count tokens.
 
-    tools/prepare_data.py data/train-*.tar data/val-00000.tar --tokenizer tokenizer.json
+    tools/prepare_data.py 'data/train-{00000..00127}.tar' --tokenizer tokenizer.json
+    tools/prepare_data.py data/*.tar --tokenizer tokenizer.json --part 3/64         one of 64 jobs; then once without
 
-Shards whose index still fits are skipped, so a killed run goes on where it stopped.
+Beside each shard comes SHARD.index.safetensors, and for all of them NAME.dataset.json (which --train-data takes),
+NAME.dataset.plan and NAME.quarantine.jsonl with every refused sample and the reason. Shards whose index still fits
+are skipped (by size and time, else by checksum), so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
+import json
 import os
+import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
+import numpy as np
 from tqdm import tqdm
 
-from genlip_megatron.config import DEFAULT_PROMPT
-from genlip_megatron.data.index import ShardIndex, build_index, expand_shards, load_index
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
+from genlip_megatron.data import storage
+from genlip_megatron.data.dataset import Totals, manifest_paths, open_dataset, write_manifest
+from genlip_megatron.data.index import ShardIndex, refresh_index
+from genlip_megatron.data.plan import Plan, Source
+from genlip_megatron.data.text import Tokenizer, load_tokenizer
+
+_ESTIMATE_SAMPLES = 50_000
+_SIDE_BINS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 16)
+_TOKEN_BINS = (0, 16, 32, 64, 128, 256, 512, 1024, 4096, 1 << 16)
 
 
-def prepare(shard: str, tokenizer_path: str, prompt: str) -> tuple[ShardIndex, bool]:
-    """(index, whether it was already there)."""
-    tokenizer = load_tokenizer(tokenizer_path)
+def prepare(shard: str, tokenizer_path: str, prompt: str) -> tuple[int, bool, str]:
+    """(good samples of a shard, whether its index was there already, what kept the shard from being indexed)."""
     try:
-        return load_index(shard, tokenizer, prompt), True
-    except ValueError:
-        return build_index(shard, tokenizer, prompt), False
+        index, unchanged = refresh_index(shard, load_tokenizer(tokenizer_path), prompt)
+    except OSError as error:
+        return 0, False, f"{shard}: {error}"
+    return len(index.rows), unchanged, ""
+
+
+def index_shards(shards: Sequence[str], tokenizer: str, prompt: str, workers: int) -> tuple[int, list[str]]:
+    """Index shards in processes; (how many were unchanged, problems of shards that could not be read or written)."""
+    unchanged, samples, problems = 0, 0, []
+    # The workers are the parallelism; a tokenizer's own threads would only get in their way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with ProcessPoolExecutor(max(1, workers)) as pool:
+        jobs = [pool.submit(prepare, shard, tokenizer, prompt) for shard in shards]
+        with tqdm(as_completed(jobs), total=len(jobs), desc="index", unit="shard", file=sys.stderr) as bar:
+            for job in bar:
+                count, old, problem = job.result()
+                unchanged, samples = unchanged + old, samples + count
+                problems += [problem] if problem else []
+                bar.set_postfix(samples=samples, refresh=False)
+    return unchanged, problems
+
+
+def default_manifest(shards: Sequence[str]) -> str:
+    """Where the manifest of shards goes: beside them, named by what their names have in common.
+
+    >>> default_manifest(["d/train-00000.tar", "d/train-00001.tar"]), default_manifest(["d/a.tar", "d/b.tar"])
+    ('d/train.dataset.json', 'd/dataset.json')
+    """
+    folders = {storage.parent(shard) for shard in shards}
+    folder = folders.pop() if len(folders) == 1 else os.path.commonpath(list(folders))
+    names = [shard.rsplit("/", 1)[-1].removesuffix(".tar") for shard in shards]
+    stem = re.sub(r"[-_.0-9]+$", "", os.path.commonprefix(names))
+    return storage.join(folder, f"{stem}.dataset.json" if stem else "dataset.json")
+
+
+def histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> list[str]:
+    """Lines of a histogram from counts by value."""
+    total = max(int(counts.sum()), 1)
+    lines = [f"{title}:"]
+    for low, high in zip(bins, bins[1:], strict=False):
+        if part := int(counts[low:high].sum()):
+            label = f"{low} to {high - 1}" if high < bins[-1] else f"{low} and more"
+            lines.append(f"  {label:>14} {part:>12,} {100 * part / total:5.1f}% {'#' * round(40 * part / total)}")
+    return lines
+
+
+def estimate(manifest: str, tokenizer: Tokenizer, prompt: str, seq_length: int) -> list[str]:
+    """Expected packs of an epoch and their fill for both resolution rules, from planning some samples."""
+    lines = []
+    for mode, name in (("fixed", "stage 1, 224x224"), ("native", "stage 2, native aspect")):
+        data = DataConfig(image_mode=mode, seq_length=seq_length, prompt=prompt)
+        try:
+            dataset = open_dataset([manifest], data, tokenizer.fingerprint, "manifest")
+        except ValueError as error:
+            lines.append(f"  {name}: {error}")
+            continue
+        plan = Plan([Source(len(dataset), dataset.lengths)], seq_length, 1, seed=0, epochs=1)
+        packs: list[list[int]] = []
+        planned = 0
+        while planned < _ESTIMATE_SAMPLES and (pack := plan.next_pack(0)):
+            packs.append(pack)
+            planned += len(pack)
+        # Training never ends an epoch with a pack half full, as this small plan does.
+        packs = packs[:-1] if planned == len(dataset) and len(packs) > 1 else packs
+        ids = np.array([sample for pack in packs for sample in pack])
+        tokens = int(dataset.lengths(ids).sum())
+        lines.append(
+            f"  {name}: {round(len(packs) * len(dataset) / len(ids)):,} packs of {seq_length} tokens an epoch, "
+            f"fill {100 * tokens / (len(packs) * seq_length):.2f}%, {tokens / len(ids):.0f} tokens a sample"
+        )
+    return lines
+
+
+def merge(manifest: str, shards: Sequence[str], quarantine: str) -> Totals:
+    """Write the manifest and the list of refused samples."""
+    lines: list[str] = []
+    bar = tqdm(total=len(shards), desc="merge", unit="shard", file=sys.stderr)
+
+    def on_shard(index: ShardIndex) -> None:
+        bar.update()
+        for key, reason in index.refused.items():
+            lines.append(json.dumps({"shard": index.shard, "key": key, "reason": reason}))
+
+    with bar:
+        totals = write_manifest(manifest, shards, on_shard)
+    storage.write_bytes(quarantine, "".join(f"{line}\n" for line in lines).encode())
+    return totals
+
+
+def report(totals: Totals, show: Callable[[str], None] = print) -> None:
+    """Print what the data set holds."""
+    refused = sum(totals.refused.values())
+    show(f"{totals.samples:,} good samples, {refused:,} refused")
+    for reason, count in totals.refused.most_common():
+        show(f"  refused {count:,}: {reason}")
+    good = max(totals.samples, 1)
+    show(f"{totals.text_tokens / good:.1f} text tokens a sample, {totals.loss_tokens / good:.1f} of them with loss")
+    for title, counts, bins in (
+        ("image height in pixels", totals.heights, _SIDE_BINS),
+        ("image width in pixels", totals.widths, _SIDE_BINS),
+        ("text tokens", totals.tokens, _TOKEN_BINS),
+    ):
+        for line in histogram(title, counts, bins):
+            show(line)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", 0 <= i < n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with 0 <= i < n, as 0/64 to 63/64")
+    return int(match[1]), int(match[2])
 
 
 def main() -> None:
-    """Index the shards of the command line and print a report."""
+    """Index the shards of the command line, write the manifest and print a report."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shards", nargs="+", help=".tar files, folders of them, or globs")
+    parser.add_argument("shards", nargs="+", metavar="PATH", help=".tar files, folders, globs, brace lists; or URLs")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer.json or SentencePiece .model")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="prompt of samples with a caption only")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--part", type=_part, metavar="i/n", help="index every n-th shard from i on; no manifest")
+    parser.add_argument("--manifest", help="manifest to write (default: beside the shards, by their common name)")
+    parser.add_argument("--seq-length", type=int, default=16384, help="tokens of a pack, for the report's estimate")
     options = parser.parse_args()
     try:
-        load_tokenizer(options.tokenizer)
-        shards = expand_shards(options.shards, "SHARDS")
+        if options.workers < 1 or options.seq_length < 1:
+            raise ValueError(f"--workers {options.workers}, --seq-length {options.seq_length}: must be at least 1")
+        tokenizer = load_tokenizer(options.tokenizer)
+        shards = storage.expand_shards(options.shards, "PATH")
+        manifest = options.manifest or default_manifest(shards)
+        if not manifest.endswith(".json"):
+            raise ValueError(f"--manifest {manifest}: must end in .json")
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    with ProcessPoolExecutor(max(1, options.workers)) as pool:
-        jobs = [pool.submit(prepare, shard, options.tokenizer, options.prompt) for shard in shards]
-        results = [job.result() for job in tqdm(jobs, desc="index", unit="shard", file=sys.stderr)]
-    good = sum(len(index.rows) for index, _ in results)
-    refused = collections.Counter(reason.split(":")[0] for index, _ in results for reason in index.refused.values())
-    tokens = sum(int(index.rows["text_tokens"].sum()) for index, _ in results)
-    print(f"{len(shards)} shards ({sum(old for _, old in results)} unchanged), {good} good samples, "
-          f"{sum(refused.values())} refused, {tokens / max(good, 1):.1f} text tokens a sample")  # fmt: skip
-    for reason, count in refused.most_common():
-        print(f"  refused {count}: {reason}")
-    for index, _ in results:
-        for key, reason in index.refused.items():
-            print(f"  {index.shard} {key}: {reason}")
-    if good == 0:
-        parser.exit(1, f"{parser.prog}: error: no good sample in {len(shards)} shards\n")
+    first, step = options.part or (0, 1)
+    mine = shards[first::step]
+    unchanged, problems = index_shards(mine, options.tokenizer, options.prompt, options.workers)
+    print(f"{len(mine)} shards ({unchanged} unchanged)")
+    for problem in problems:
+        print(f"  {problem}")
+    if problems:
+        parser.exit(
+            1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again to retry them\n"
+        )
+    if options.part:
+        print(f"part {first} of {step} is done; when all are, run this without --part to write the manifest")
+        return
+    _, quarantine = manifest_paths(manifest)
+    totals = merge(manifest, shards, quarantine)
+    report(totals)
+    if totals.samples == 0:
+        parser.exit(1, f"{parser.prog}: error: no good sample in {len(shards)} shards; see {quarantine}\n")
+    print("expected packs:")
+    for line in estimate(manifest, tokenizer, options.prompt, options.seq_length):
+        print(line)
+    for file in (manifest, quarantine):
+        print(f"{file} written")
 
 
 if __name__ == "__main__":

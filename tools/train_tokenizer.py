@@ -18,7 +18,8 @@ from pathlib import Path
 import sentencepiece
 
 from genlip_megatron.config import DEFAULT_PROMPT
-from genlip_megatron.data.index import CAPTION_SUFFIXES, expand_shards
+from genlip_megatron.data.index import CAPTION_SUFFIXES
+from genlip_megatron.data.storage import expand_shards
 from genlip_megatron.data.text import END_OF_TURN, parse_turns
 
 

@@ -1,12 +1,12 @@
-"""Image bytes -> resized uint8 patches: Pillow on the CPU, or DALI on the CPU or GPU.
+"""Image bytes -> resized uint8 patches: in CPU threads, or by DALI on the CPU or GPU.
 
-Both apply EXIF orientation, composite transparency on white, and resize bilinearly with antialiasing.
+All resize bilinearly with antialiasing, as Pillow does; ``image.py`` says how odd images become RGB.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import io
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES
-from genlip_megatron.data.index import IMAGE_FORMATS
+from genlip_megatron.data.image import decode_rgb
 
-_JPEG_MAGIC = b"\xff\xd8"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class ImageTask:
     """An encoded image and the size it is wanted in.
 
     ``center_crop`` resizes the shorter side to the target first, then crops the middle; else the aspect is ignored.
+    ``plain_jpeg`` is the index's word that it is an upright RGB or grey JPEG.
     """
 
-    content: bytes
+    content: bytes | memoryview
     height: int
     width: int
     center_crop: bool = False
+    plain_jpeg: bool = False
 
 
 def to_patches(pixels: np.ndarray) -> np.ndarray:
@@ -43,28 +45,36 @@ def to_patches(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(grid.transpose(0, 2, 4, 1, 3)).reshape(-1, PATCH_VALUES)
 
 
-def open_rgb(content: bytes) -> Image.Image:
-    """The image upright in RGB, transparency over white."""
-    image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=IMAGE_FORMATS))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
+def _scaled_size(height: int, width: int, task: ImageTask) -> tuple[int, int]:
+    """(height, width) an image of the given size is resized to: the target, or with a crop the least that covers it."""
+    if not task.center_crop:
+        return task.height, task.width
+    scale = max(task.height / height, task.width / width)
+    return max(task.height, round(height * scale)), max(task.width, round(width * scale))
 
 
-def decode_with_pillow(task: ImageTask) -> np.ndarray:
-    """uint8 patches [n, 768] of one image. Raises whatever Pillow raises on a bad image."""
-    image = open_rgb(task.content)
-    if task.center_crop:
-        scale = max(task.height / image.height, task.width / image.width)
-        size = (max(task.width, round(image.width * scale)), max(task.height, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        left, top = (image.width - task.width) // 2, (image.height - task.height) // 2
-        image = image.crop((left, top, left + task.width, top + task.height))
-    else:
-        image = image.resize((task.width, task.height), Image.Resampling.BILINEAR)
-    return to_patches(np.asarray(image))
+def _cropped(pixels: Any, task: ImageTask) -> Any:
+    """The middle [task.height, task.width, 3] of an array or tensor [height, width, 3]."""
+    top, left = (pixels.shape[0] - task.height) // 2, (pixels.shape[1] - task.width) // 2
+    return pixels[top : top + task.height, left : left + task.width]
+
+
+def resize_with_pillow(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
+    """uint8 [task.height, task.width, 3] by Pillow's antialiased bilinear filter: the reference of every decoder."""
+    height, width = _scaled_size(*pixels.shape[:2], task)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    return _cropped(np.asarray(image), task)
+
+
+def resize_with_torch(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
+    """The same by torch's vectorised kernel: in a quarter of the time, and at most one level from Pillow's."""
+    size = _scaled_size(*pixels.shape[:2], task)
+    if pixels.shape[:2] == size:
+        return _cropped(pixels, task)
+    # [1, 3, H, W], channels last in memory: the fast path. Torch asks for memory that it could write to.
+    image = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(image, size=size, mode="bilinear", antialias=True)
+    return _cropped(scaled[0].permute(1, 2, 0).numpy(), task)
 
 
 class Decoder(Protocol):
@@ -79,22 +89,24 @@ class Decoder(Protocol):
         ...
 
 
-class PillowDecoder:
-    """Decodes with Pillow in threads (its codecs release the interpreter lock)."""
+class CpuDecoder:
+    """Decodes in threads (the codecs release the interpreter lock): by libjpeg-turbo and torch, or plainly by Pillow."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, plain: bool = False) -> None:
+        self._plain = plain
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
         """uint8 patches [n, 768] of each image on the CPU, or why it could not be decoded."""
         return list(self._pool.map(self._decode, tasks))
 
-    @staticmethod
-    def _decode(task: ImageTask) -> Tensor | str:
+    def _decode(self, task: ImageTask) -> Tensor | str:
         try:
-            return torch.from_numpy(decode_with_pillow(task))
-        except Exception as error:  # any codec error means the same: this image is bad
-            return f"image does not decode: {error}"
+            pixels = decode_rgb(task.content, task.plain_jpeg and not self._plain)
+            resize = resize_with_pillow if self._plain else resize_with_torch
+            return torch.from_numpy(to_patches(resize(pixels, task)))
+        except ValueError as error:
+            return str(error)
 
     def close(self) -> None:
         """End the threads."""
@@ -102,10 +114,10 @@ class PillowDecoder:
 
 
 class DaliDecoder:
-    """Decodes JPEG with DALI's dynamic mode, on the CPU or (hardware JPEG included) on the GPU.
+    """Decodes plain JPEG with DALI's dynamic mode, on the CPU or (hardware JPEG included) on the GPU.
 
-    Other formats go through Pillow, which composites transparency. A bad image fails its whole DALI batch: the
-    batch is then decoded image by image, so that the bad ones are named and the rest is kept.
+    Everything else goes through the CPU decoder, which knows transparency, CMYK and the like. A bad image fails its
+    whole DALI batch: the batch is then decoded in halves, down to the bad ones, so that the rest is kept.
     """
 
     def __init__(self, num_threads: int, device: torch.device) -> None:
@@ -116,7 +128,7 @@ class DaliDecoder:
         self._types: Any = types
         self._dali.set_num_threads(num_threads)
         self._device = "gpu" if device.type == "cuda" else "cpu"
-        self._pillow = PillowDecoder(num_threads)
+        self._cpu = CpuDecoder(num_threads)
         self._target = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -136,10 +148,10 @@ class DaliDecoder:
         return results
 
     def _decode_all(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
-        jpeg = [i for i, task in enumerate(tasks) if task.content.startswith(_JPEG_MAGIC)]
-        other = [i for i in range(len(tasks)) if i not in set(jpeg)]
+        jpeg = [i for i, task in enumerate(tasks) if task.plain_jpeg]
+        other = [i for i, task in enumerate(tasks) if not task.plain_jpeg]
         results: dict[int, Tensor | str] = {}
-        for i, result in zip(other, self._pillow([tasks[i] for i in other]), strict=True):
+        for i, result in zip(other, self._cpu([tasks[i] for i in other]), strict=True):
             results[i] = result if isinstance(result, str) else result.to(self._target)
         for crop in (False, True):
             group = [i for i in jpeg if tasks[i].center_crop == crop]
@@ -153,8 +165,11 @@ class DaliDecoder:
             return list(self._batch(tasks, crop))
         except RuntimeError as error:
             if len(tasks) == 1:
-                return [f"image does not decode: {error}"]
-            return [result for task in tasks for result in self._decode([task], crop)]
+                # The CPU's codec may take what the GPU's does not, and says more clearly what is wrong.
+                logger.debug("DALI refuses an image: %s", error)
+                return [r if isinstance(r, str) else r.to(self._target) for r in self._cpu(tasks)]
+            half = len(tasks) // 2
+            return self._decode(tasks[:half], crop) + self._decode(tasks[half:], crop)
 
     def _batch(self, tasks: list[ImageTask], crop: bool) -> list[Tensor]:
         dali = self._dali
@@ -167,28 +182,26 @@ class DaliDecoder:
         patches = []
         for task, image in zip(tasks, pixels.evaluate().tensors, strict=True):
             tensor = torch.from_dlpack(image) if self._device == "gpu" else torch.from_numpy(np.array(image))
-            if crop:
-                top, left = (tensor.shape[0] - task.height) // 2, (tensor.shape[1] - task.width) // 2
-                tensor = tensor[top : top + task.height, left : left + task.width]
+            tensor = _cropped(tensor, task) if crop else tensor
             grid = tensor.reshape(task.height // PATCH_SIZE, PATCH_SIZE, task.width // PATCH_SIZE, PATCH_SIZE, 3)
             patches.append(grid.permute(0, 2, 4, 1, 3).reshape(-1, PATCH_VALUES))
         return patches
 
     def close(self) -> None:
-        """End the threads of the Pillow fallback; DALI's belong to the process."""
-        self._pillow.close()
+        """End the threads of the CPU decoder; DALI's belong to the process."""
+        self._cpu.close()
 
 
 def make_decoder(name: str, num_threads: int, device: torch.device) -> Decoder:
-    """The decoder called ``name``; "auto" is DALI on a GPU, and Pillow without one (as fast there, and no start-up).
+    """The decoder called ``name``; "auto" is DALI on a GPU and "cpu" without one, "pillow" the plain twin of both.
 
     Raises:
         ValueError: DALI was asked for, or is needed, but is not installed.
     """
-    if name == "pillow" or (name == "auto" and device.type != "cuda"):
-        return PillowDecoder(num_threads)
+    if name in ("cpu", "pillow") or (name == "auto" and device.type != "cuda"):
+        return CpuDecoder(num_threads, plain=name == "pillow")
     if importlib.util.find_spec("nvidia.dali") is None:
         raise ValueError(
-            f"data.decoder = {name!r}: DALI is not installed; pip install nvidia-dali-cuda130, or use --decoder pillow"
+            f"data.decoder = {name!r}: DALI is not installed; pip install nvidia-dali-cuda130, or use --decoder cpu"
         )
     return DaliDecoder(num_threads, device)

@@ -1,49 +1,86 @@
 """Index: a small table beside each shard, so that packing knows every length before any image is read.
 
 Preparing a shard reads it once from start to end. Each image is decoded, so that a bad one is found here and not in
-training; nothing is ever extracted to disk. The table stands in ``SHARD.index.npz``.
+training; nothing is ever extracted to disk. The table stands in ``SHARD.index.safetensors``.
 """
 
 from __future__ import annotations
 
-import glob
-import io
+import dataclasses
+import hashlib
 import json
+import mmap
 import os
 import tarfile
-import warnings
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from safetensors.numpy import load, save
 
-from genlip_megatron.data.resize import MAX_ASPECT_RATIO
-from genlip_megatron.data.text import Tokenizer, parse_turns, tokenize
+from genlip_megatron.data import storage
+from genlip_megatron.data.image import check_image
+from genlip_megatron.data.text import Tokenizer, parse_turns, tokenize_many
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 CAPTION_SUFFIXES = (".json", ".txt")
-# An image above this many pixels is refused from its header: a few kilobytes can decode to gigabytes.
-MAX_IMAGE_PIXELS = 100_000_000
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
+MAX_TEXT_TOKENS = 65_535
+BLOCK = tarfile.BLOCKSIZE
+_EMPTY_SHA256 = hashlib.sha256().hexdigest()
 
 ROW = np.dtype(
     [
         ("image_offset", "<i8"),
         ("caption_offset", "<i8"),
-        ("image_size", "<i4"),
-        ("caption_size", "<i4"),
-        ("height", "<i4"),
-        ("width", "<i4"),
-        ("text_tokens", "<i4"),
-        ("loss_tokens", "<i4"),
+        ("image_size", "<u4"),
+        ("caption_size", "<u4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("text_tokens", "<u2"),
+        ("loss_tokens", "<u2"),
         ("image_crc", "<u4"),
+        ("caption_crc", "<u4"),
         ("caption_is_json", "?"),
+        ("plain_jpeg", "?"),
     ]
 )
+# What planning needs of a sample: 8 bytes.
+PLAN_COLUMNS = ["height", "width", "text_tokens", "loss_tokens"]
+PLAN_ROW = np.dtype([(name, "<u2") for name in PLAN_COLUMNS])
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an index was made from."""
+
+    format: int
+    shard_size: int
+    shard_stamp: str  # modification time or entity tag
+    shard_sha256: str
+    tokenizer: str  # fingerprint
+    prompt: str
+    digest: str = ""  # of the table
+
+
+class Keys(Sequence[str]):
+    """Names of samples, kept as one block of bytes: a Python string each would weigh more than the table."""
+
+    def __init__(self, block: bytes, ends: np.ndarray) -> None:
+        self._block, self._ends = block, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return self._block[self._ends[i - 1] if i else 0 : self._ends[i]].decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -52,164 +89,253 @@ class ShardIndex:
 
     shard: str
     rows: np.ndarray  # ROW [samples]
-    keys: list[str]
+    keys: Sequence[str]
     refused: dict[str, str]  # key -> reason
+    header: Header
+
+    def plan_rows(self) -> np.ndarray:
+        """PLAN_ROW [samples]."""
+        plan = np.empty(len(self.rows), PLAN_ROW)
+        for name in PLAN_COLUMNS:
+            plan[name] = self.rows[name]
+        return plan
 
 
-def index_path(shard: str | Path) -> Path:
+def index_path(shard: str) -> str:
     """Where a shard's index stands."""
-    return Path(f"{shard}.index.npz")
+    return f"{shard}.index.safetensors"
 
 
-def expand_shards(patterns: Sequence[str], setting: str) -> list[str]:
-    """Shard files of files, folders and globs, sorted, each once.
+@dataclass
+class _Members:
+    """The members of a sample, by kind."""
 
-    Raises:
-        ValueError: nothing was named, or a pattern matches no readable, non-empty ``.tar`` file.
-    """
-    if not patterns:
-        raise ValueError(f"{setting} is empty: name .tar shards, folders of them or globs")
-    shards: list[str] = []
-    for pattern in patterns:
-        found = (
-            sorted(str(path) for path in Path(pattern).glob("*.tar"))
-            if os.path.isdir(pattern)
-            else sorted(glob.glob(pattern))
-        )
-        if not found:
-            raise ValueError(f"{setting}: {pattern!r} matches no .tar file")
-        shards += found
-    for shard in shards:
-        if not os.path.isfile(shard) or not os.access(shard, os.R_OK):
-            raise ValueError(f"{setting}: {shard} is not a readable file")
-        if os.path.getsize(shard) == 0:
-            raise ValueError(f"{setting}: {shard} is empty (0 bytes)")
-    return list(dict.fromkeys(shards))
+    image: tarfile.TarInfo | None = None
+    json: tarfile.TarInfo | None = None
+    txt: tarfile.TarInfo | None = None
+    twice: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, member: tarfile.TarInfo) -> None:
+        if getattr(self, kind) is not None:
+            self.twice.append(kind)
+        setattr(self, kind, member)
 
 
-def check_image(content: bytes) -> tuple[int, int]:
-    """(height, width) after EXIF orientation of an image that decodes completely.
-
-    Raises:
-        ValueError: why the image cannot be used.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        width, height = image.size
-        if width * height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"{width}x{height} pixels, above {MAX_IMAGE_PIXELS}")
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(f"{width}x{height}: aspect ratio above {MAX_ASPECT_RATIO}")
-        image.load()
-        width, height = ImageOps.exif_transpose(image).size
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"image does not decode: {error}") from error
-    return height, width
+def _next_header(content: mmap.mmap, position: int) -> int | None:
+    """Where the next whole tar header stands at or after ``position``, or None."""
+    for start in range(position, len(content) - BLOCK + 1, BLOCK):
+        if content[start + 257 : start + 262] == b"ustar":
+            try:
+                tarfile.TarInfo.frombuf(content[start : start + BLOCK], "utf-8", "surrogateescape")
+                return start
+            except tarfile.HeaderError:
+                continue
+    return None
 
 
-def _header(shard: str, tokenizer: Tokenizer, prompt: str) -> dict[str, object]:
-    status = os.stat(shard)
-    return {
-        "format": FORMAT_VERSION,
-        "shard_size": status.st_size,
-        "shard_mtime_ns": status.st_mtime_ns,
-        "tokenizer": tokenizer.fingerprint,
-        "prompt": prompt,
-    }
+def _headers(path: str, content: mmap.mmap, refused: dict[str, str]) -> Iterator[tarfile.TarInfo]:
+    """Every member's header; a broken one costs what lies before the next whole one, not the rest of the shard."""
+    start: int | None = 0
+    while start is not None:
+        with open(path, "rb") as file:
+            file.seek(start)
+            position = start
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as archive:
+                    for member in archive:
+                        yield member
+                        archive.members.clear()  # type: ignore[attr-defined]  # thousands of headers need not stay
+                    position = archive.offset
+            except (tarfile.TarError, EOFError):
+                position = max(position, file.tell() // BLOCK * BLOCK - BLOCK, start)
+        if not any(content[position : position + BLOCK]):
+            return
+        refused[f"(byte {position})"] = "broken tar header"
+        start = _next_header(content, position + BLOCK)
 
 
-def _members(shard: str) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, str]]:
-    """(members by key and kind, refused keys) from the shard's headers."""
-    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:
+    """Why a member must not be read, or None."""
+    if not member.isreg() or member.issparse():
+        return "not a plain file: a link, device or sparse file"
+    if member.name.startswith("/") or ".." in Path(member.name).parts:
+        return "path leaves the archive"
+    if suffix in PICKLE_SUFFIXES:
+        return "pickled data is never read"
+    return None
+
+
+def _members(path: str, content: mmap.mmap) -> tuple[dict[str, _Members], dict[str, str]]:
+    """(members by key, refused keys with reasons) from the shard's headers."""
+    groups: dict[str, _Members] = {}
     refused: dict[str, str] = {}
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                key, suffix = os.path.splitext(member.name)
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.name.startswith("/") or ".." in Path(member.name).parts:
-                    refused[member.name] = "a link, device or path that leaves the archive"
-                    continue
-                suffix = suffix.lower()
-                kind = "image" if suffix in IMAGE_SUFFIXES else "caption" if suffix in CAPTION_SUFFIXES else None
-                if kind == "caption" and suffix == ".txt" and "caption" in groups.get(key, {}):
-                    continue
-                if kind is not None:
-                    groups.setdefault(key, {})[kind] = member
-    except (tarfile.TarError, EOFError) as error:
-        refused["(rest of the shard)"] = f"broken archive: {error}"
+    for member in _headers(path, content, refused):
+        if member.isdir():
+            continue
+        key, suffix = os.path.splitext(member.name)
+        suffix = suffix.lower()
+        if reason := _refusal(member, suffix):
+            refused[member.name] = reason
+        elif suffix in IMAGE_SUFFIXES:
+            groups.setdefault(key, _Members()).add("image", member)
+        elif suffix in CAPTION_SUFFIXES:
+            groups.setdefault(key, _Members()).add(suffix[1:], member)
     return groups, refused
+
+
+Turns = list[tuple[str, bool]]
+
+
+def _caption(members: _Members, content: mmap.mmap, prompt: str) -> tuple[tarfile.TarInfo, Turns]:
+    """(the member that holds the caption, its turns): json, or txt where json is missing or holds no caption."""
+    problem = ValueError("missing caption")
+    for member in (members.json, members.txt):
+        if member is None:
+            continue
+        try:
+            turns = parse_turns(_bytes(content, member), member is members.json, prompt)
+        except ValueError as error:
+            problem = error if problem.args == ("missing caption",) else problem
+            continue
+        return member, turns
+    raise problem
+
+
+def _bytes(content: mmap.mmap, member: tarfile.TarInfo) -> bytes:
+    end = member.offset_data + member.size
+    if end > len(content):
+        raise ValueError("truncated archive")
+    return content[member.offset_data : end]
+
+
+def _check(members: _Members, content: mmap.mmap, prompt: str) -> tuple[list, Turns]:
+    """(the sample's row with zero tokens, its turns). Raises ValueError for a sample that cannot be used."""
+    if members.twice:
+        raise ValueError(f"more than one {members.twice[0]}")
+    if members.image is None:
+        raise ValueError("missing image")
+    caption, turns = _caption(members, content, prompt)
+    image = _bytes(content, members.image)
+    height, width, plain = check_image(image)
+    crc = zlib.crc32(image), zlib.crc32(_bytes(content, caption))
+    offsets = [members.image.offset_data, caption.offset_data, members.image.size, caption.size]
+    return [*offsets, height, width, 0, 0, *crc, caption is members.json, plain], turns
 
 
 def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
     """Read a shard from start to end and write its index beside it, atomically."""
-    groups, refused = _members(shard)
-    rows, keys = [], []
-    with open(shard, "rb") as file:
-        for key, members in groups.items():
-            if missing := {"image", "caption"} - members.keys():
-                refused[key] = f"missing {' and '.join(sorted(missing))}"
-                continue
-            image, caption = members["image"], members["caption"]
-            contents = []
-            for member in (image, caption):
-                file.seek(member.offset_data)
-                contents.append(file.read(member.size))
-            if len(contents[0]) < image.size or len(contents[1]) < caption.size:
-                refused[key] = "truncated archive"
-                continue
-            is_json = caption.name.lower().endswith(".json")
-            try:
-                height, width = check_image(contents[0])
-                ids, loss = tokenize(parse_turns(contents[1], is_json, prompt), tokenizer)
-            except ValueError as error:
-                refused[key] = str(error)
-                continue
-            offsets = (image.offset_data, caption.offset_data, image.size, caption.size)
-            rows.append((*offsets, height, width, len(ids), sum(loss), zlib.crc32(contents[0]), is_json))
-            keys.append(key)
-    index = ShardIndex(shard, np.array(rows, dtype=ROW), keys, refused)
-    target = index_path(shard)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    meta = json.dumps({"header": _header(shard, tokenizer, prompt), "keys": keys, "refused": refused})
-    with open(partial, "wb") as out:
-        np.savez(out, rows=index.rows, meta=np.frombuffer(meta.encode(), dtype=np.uint8))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, target)
-    return index
+    size, stamp = storage.state(shard)
+    if size == 0:
+        header = Header(FORMAT_VERSION, size, stamp, _EMPTY_SHA256, tokenizer.fingerprint, prompt)
+        return write_index(ShardIndex(shard, np.empty(0, ROW), [], {"(shard)": "empty file"}, header))
+    with storage.local_copy(shard) as path, open(path, "rb") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            sha256 = hashlib.sha256(content).hexdigest()
+            groups, refused = _members(path, content)
+            rows, keys, texts = [], [], []
+            for key, members in groups.items():
+                try:
+                    row, turns = _check(members, content, prompt)
+                except ValueError as error:
+                    refused[key] = str(error)
+                    continue
+                rows.append(row)
+                keys.append(key)
+                texts.append(turns)
+    good = []
+    for i, (ids, loss) in enumerate(tokenize_many(texts, tokenizer)):
+        if len(ids) > MAX_TEXT_TOKENS:
+            refused[keys[i]] = f"caption is too long: {len(ids)} tokens, above {MAX_TEXT_TOKENS}"
+            continue
+        rows[i][6:8] = len(ids), sum(loss)
+        good.append(i)
+    table = np.array([tuple(rows[i]) for i in good], dtype=ROW)
+    header = Header(FORMAT_VERSION, size, stamp, sha256, tokenizer.fingerprint, prompt)
+    index = ShardIndex(shard, table, [keys[i] for i in good], refused, header)
+    return write_index(index)
 
 
-def load_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
-    """The index of a shard.
+def write_index(index: ShardIndex) -> ShardIndex:
+    """Write an index beside its shard; returns it with its digest."""
+    keys = [key.encode("utf-8", "surrogateescape") for key in index.keys]
+    parts = {
+        "rows": index.rows.tobytes(),
+        "keys": b"".join(keys),
+        "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64).tobytes(),
+        "refused": json.dumps(index.refused).encode(),
+    }
+    header = dataclasses.replace(index.header, digest=_digest(parts))
+    tensors = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
+    storage.write_bytes(index_path(index.shard), save(tensors, {"header": json.dumps(dataclasses.asdict(header))}))
+    return dataclasses.replace(index, header=header)
+
+
+def _digest(parts: dict[str, bytes]) -> str:
+    return hashlib.sha256(b"".join(parts[name] for name in ("rows", "keys", "key_ends", "refused"))).hexdigest()
+
+
+def read_index(shard: str) -> ShardIndex:
+    """The index beside a shard, whatever it was made from.
 
     Raises:
-        ValueError: it is missing, or does not fit the shard, the tokenizer or the prompt; says what to run.
+        ValueError: it is missing, damaged, or of another format; says what to run.
     """
     path = index_path(shard)
     remedy = f"run: python tools/prepare_data.py {shard} --tokenizer TOKENIZER"
-    if not path.is_file():
-        raise ValueError(f"{shard} has no index; {remedy}")
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            rows = stored["rows"]
-            meta = json.loads(stored["meta"].tobytes())
-    except Exception as error:
+        content = storage.read_bytes(path)
+    except FileNotFoundError:
+        raise ValueError(f"{shard} has no index; {remedy}") from None
+    try:
+        length = int.from_bytes(content[:8], "little")
+        header = Header(**json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["header"]))
+        parts = {name: tensor.tobytes() for name, tensor in load(content).items()}
+        if _digest(parts) != header.digest:
+            raise ValueError("its checksum is wrong")
+        refused = json.loads(parts["refused"])
+    except Exception as error:  # whatever is wrong with the file, the remedy is the same
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
-    expected = _header(shard, tokenizer, prompt)
-    reasons = {
-        "format": "has another format version",
-        "shard_size": "is older than its shard, whose size changed",
-        "shard_mtime_ns": "is older than its shard, which changed",
-        "tokenizer": "was made with another tokenizer",
-        "prompt": f"was made with another prompt than data.prompt = {prompt!r}",
-    }
-    for field, reason in reasons.items():
-        if meta["header"].get(field) != expected[field]:
-            raise ValueError(f"{path} {reason}; {remedy}")
-    return ShardIndex(shard, rows, meta["keys"], meta["refused"])
+    if header.format != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {header.format}, this version reads {FORMAT_VERSION}; {remedy}")
+    keys = Keys(parts["keys"], np.frombuffer(parts["key_ends"], np.int64))
+    return ShardIndex(shard, np.frombuffer(parts["rows"], ROW), keys, refused, header)
+
+
+def load_index(shard: str, fingerprint: str, prompt: str) -> ShardIndex:
+    """The index of a shard, for a tokenizer's fingerprint and a prompt.
+
+    Raises:
+        ValueError: it is missing, damaged, or does not fit the shard's size, the tokenizer or the prompt.
+    """
+    index = read_index(shard)
+    header, path = index.header, index_path(shard)
+    remedy = f"run: python tools/prepare_data.py {shard} --tokenizer TOKENIZER"
+    if not storage.is_remote(shard) and header.shard_size != storage.state(shard)[0]:
+        raise ValueError(f"{path} is older than its shard, whose size changed; {remedy}")
+    if header.tokenizer != fingerprint:
+        raise ValueError(f"{path} was made with another tokenizer; {remedy}")
+    if header.prompt != prompt:
+        raise ValueError(f"{path} was made with another prompt than data.prompt = {prompt!r}; {remedy}")
+    return index
+
+
+def refresh_index(shard: str, tokenizer: Tokenizer, prompt: str) -> tuple[ShardIndex, bool]:
+    """(the shard's index, whether it was there already): made anew only when the shard, tokenizer or prompt changed.
+
+    A shard of the same size but another time stamp is compared by checksum: a copy need not be decoded again.
+    """
+    try:
+        index = load_index(shard, tokenizer.fingerprint, prompt)
+        size, stamp = storage.state(shard)
+        if (size, stamp) == (index.header.shard_size, index.header.shard_stamp):
+            return index, True
+        if size == index.header.shard_size:
+            with storage.local_copy(shard) as path, open(path, "rb") as file:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    same = hashlib.sha256(content).hexdigest() == index.header.shard_sha256
+            if same:
+                header = dataclasses.replace(index.header, shard_stamp=stamp)
+                return write_index(dataclasses.replace(index, header=header)), True
+    except ValueError:
+        pass
+    return build_index(shard, tokenizer, prompt), False

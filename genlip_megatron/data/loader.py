@@ -1,95 +1,40 @@
-"""Loader: plan + read + decode + text -> PackedBatch, prepared ahead of the step.
+"""Loader: plan + samples -> PackedBatch, prepared ahead of the step.
 
 A step's packs are the plan's lanes; data-parallel rank r of D works lanes r * lanes / D up to the next rank's, in
-micro-batches. The cursor is that of consumed steps, never of prefetched ones. A sample that turns out bad at run
-time keeps its place in the pack, carries no loss and is counted.
+micro-batches. The cursor is that of consumed steps, never of prefetched ones.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
+import os
 import queue
 import threading
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from genlip_megatron import host
-from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch, Sample, pack_samples
-from genlip_megatron.config import RunConfig
-from genlip_megatron.data.decode import ImageTask, make_decoder
-from genlip_megatron.data.index import ShardIndex, expand_shards, load_index
-from genlip_megatron.data.plan import Plan
-from genlip_megatron.data.resize import native_size
-from genlip_megatron.data.text import load_tokenizer, parse_turns, tokenize
+from genlip_megatron.batch import PackedBatch, Sample
+from genlip_megatron.config import DataConfig, RunConfig, source_epochs, source_weights
+from genlip_megatron.data.dataset import Dataset, open_dataset
+from genlip_megatron.data.decode import make_decoder
+from genlip_megatron.data.plan import Phase, Plan, Source
+from genlip_megatron.data.quarantine import Quarantine
+from genlip_megatron.data.read import ShardReader
+from genlip_megatron.data.samples import SampleReader
+from genlip_megatron.data.share import Share
+from genlip_megatron.data.text import load_tokenizer
 
-logger = logging.getLogger(__name__)
+QUARANTINE_FILE = "quarantine.jsonl"
+_MAX_WORKERS = 16
 
-
-@dataclass(frozen=True)
-class SampleTable:
-    """Every good sample of a split: what planning and reading need, without opening a shard."""
-
-    indexes: list[ShardIndex]
-    shard_of: np.ndarray  # int32 [samples]
-    row_of: np.ndarray  # int32 [samples]
-    heights: np.ndarray  # int64 [samples]: target size in pixels
-    widths: np.ndarray
-    image_tokens: np.ndarray  # int64 [samples]
-    text_tokens: np.ndarray  # int64 [samples], before truncation
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.shard_of)
-
-
-def load_table(config: RunConfig, split: str) -> SampleTable:
-    """The samples of ``split`` ("train" or "valid") from its shards' indexes.
-
-    Raises:
-        ValueError: missing shards or indexes, or an image that does not fit a pack.
-    """
-    data = config.data
-    tokenizer = load_tokenizer(data.tokenizer, config.model.vocab_size)
-    patterns = data.train_data if split == "train" else data.valid_data
-    indexes = [load_index(shard, tokenizer, data.prompt) for shard in expand_shards(patterns, f"data.{split}_data")]
-    rows = np.concatenate([index.rows for index in indexes])
-    if not len(rows):
-        refused = sum(len(index.refused) for index in indexes)
-        raise ValueError(
-            f"data.{split}_data: no good sample in {len(indexes)} shards ({refused} refused); "
-            "tools/prepare_data.py reports the reasons"
-        )
-    if data.image_mode == "native":
-        shapes = zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)
-        sizes = [native_size(height, width, data.min_pixels, data.max_pixels) for height, width in shapes]
-        heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
-    else:
-        heights = widths = np.full(len(rows), data.image_size, dtype=np.int64)
-    image_tokens = (heights // PATCH_SIZE) * (widths // PATCH_SIZE)
-    if int(image_tokens.max()) + 2 > data.seq_length:
-        raise ValueError(
-            f"data.seq_length = {data.seq_length}: an image of {int(image_tokens.max())} patches does not fit beside "
-            f"its closing tokens; raise it to at least {int(image_tokens.max()) + 2}, or lower the image size"
-        )
-    digest = hashlib.sha256(repr((data.image_mode, data.image_size, data.min_pixels, data.max_pixels)).encode())
-    for index in indexes:
-        digest.update(index.rows.tobytes())
-    return SampleTable(
-        indexes=indexes,
-        shard_of=np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.rows) for index in indexes]),
-        row_of=np.concatenate([np.arange(len(index.rows), dtype=np.int32) for index in indexes]),
-        heights=heights,
-        widths=widths,
-        image_tokens=image_tokens,
-        text_tokens=rows["text_tokens"].astype(np.int64),
-        fingerprint=digest.hexdigest()[:16],
-    )
+# After the last micro-batch of a step: (step, cursor of the plan behind it).
+_Cursor = tuple[int, dict[str, Any]] | None
 
 
 def drop_path_factors(seed: int, step: int, samples: list[int], layers: int, rate: float) -> torch.Tensor:
@@ -108,7 +53,110 @@ def drop_path_factors(seed: int, step: int, samples: list[int], layers: int, rat
 def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
     """One cursor of all lanes from those of every data-parallel rank."""
     lanes = {lane: state for part in states for lane, state in part["plan"]["lanes"].items()}
-    return {"step": states[0]["step"], "plan": {**states[0]["plan"], "lanes": lanes}}
+    return {
+        **states[0],
+        "plan": {**states[0]["plan"], "lanes": lanes},
+        "quarantined": sum(state["quarantined"] for state in states),
+    }
+
+
+def num_workers(data: DataConfig) -> int:
+    """Decoder threads of this rank."""
+    if data.num_workers:
+        return data.num_workers
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def open_split(config: RunConfig, split: str, fingerprint: str, open_shards: int = 256) -> list[Dataset]:
+    """The sources of ``split`` ("train" or "valid"): one for all entries, or with weights one for each.
+
+    Raises:
+        ValueError: what cannot be found or used.
+    """
+    data, setting = config.data, f"data.{split}_data"
+    entries = data.train_data if split == "train" else data.valid_data
+    if split == "train" and (data.train_weights or data.train_epochs):
+        return [open_dataset([entry], data, fingerprint, setting, open_shards) for entry in entries]
+    return [open_dataset(entries, data, fingerprint, setting, open_shards)]
+
+
+def build_plan(config: RunConfig, split: str, datasets: list[Dataset]) -> Plan:
+    """The plan of ``split``: for "train" endless and shuffled, for "valid" one pass in order."""
+    data, train = config.data, split == "train"
+    phases = [Phase(start, weights) for start, weights in source_weights(data)] if train else []
+    if train and (epochs := source_epochs(data)):
+        phases = [Phase(0, tuple(n * len(dataset) for n, dataset in zip(epochs, datasets, strict=True)))]
+    return Plan(
+        [Source(len(dataset), dataset.lengths, f"source {i}") for i, dataset in enumerate(datasets)],
+        data.seq_length,
+        config.train.global_batch_size,
+        config.train.seed,
+        phases,
+        data.chunk_size,
+        data.shuffle_window,
+        data.pack_buffer,
+        "-".join(dataset.fingerprint for dataset in datasets),
+        shuffle=train,
+        epochs=None if train else 1,
+    )
+
+
+class Ahead(Iterator[PackedBatch]):
+    """Micro-batches made in a thread, a few ahead of who asks for them.
+
+    The thread starts at once, not at the first question: stages of a pipeline ask for their first micro-batch one
+    after another, but make it together.
+    """
+
+    def __init__(
+        self,
+        make: Iterator[tuple[PackedBatch, _Cursor]],
+        depth: int,
+        share: Share,
+        taken: Callable[[_Cursor, float], None],
+    ) -> None:
+        self._make, self._share, self._taken = make, share, taken
+        self._ready: queue.Queue[Any] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread.start()
+
+    def _put(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _work(self) -> None:
+        try:
+            while not self._share.any_stops(self._stop.is_set()):
+                item = next(self._make, None)
+                if item is None:
+                    break
+                self._put(item)
+            self._put(StopIteration())
+        except BaseException as error:  # surfaces in the consumer
+            self._put(error)
+
+    def __next__(self) -> PackedBatch:
+        if self._stop.is_set():
+            raise StopIteration
+        begin = time.monotonic()
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._put(item)  # the next question gets the same answer
+            raise item
+        batch, cursor = item
+        self._taken(cursor, time.monotonic() - begin)
+        return batch
+
+    def close(self) -> None:
+        """End the thread, together with those of the ranks that share its micro-batches."""
+        self._stop.set()
+        self._thread.join(10)
 
 
 class Loader:
@@ -118,7 +166,7 @@ class Loader:
         config: the run's configuration.
         split: "train" (endless, shuffled) or "valid" (one pass in order, the same every time).
         data_parallel_rank, data_parallel_size: which lanes are this rank's.
-        needs_images: False reads no image; every other field stays the same.
+        share: what of each micro-batch this rank reads, and whom it shares it with.
     """
 
     def __init__(
@@ -127,183 +175,82 @@ class Loader:
         split: str,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
-        needs_images: bool = True,
+        share: Share | None = None,
     ) -> None:
-        self.config, self.split, self.needs_images = config, split, needs_images
-        self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
-        self.table = load_table(config, split)
-        lanes = config.train.global_batch_size
-        if split == "train" and data_parallel_size > len(self.table):
+        self.config, self.split = config, split
+        data, lanes = config.data, config.train.global_batch_size
+        data = replace(data, cache_dir=str(Path(data.cache_dir).expanduser()))
+        self.share = share or Share()
+        self.tokenizer = load_tokenizer(data.tokenizer, config.model.vocab_size)
+        mine = lanes // data_parallel_size
+        self.lanes = range(data_parallel_rank * mine, (data_parallel_rank + 1) * mine)
+        # A lane's window lies in few shards; those of all this rank's lanes should stay open.
+        open_shards = min(max(128, 32 * mine), 1024)
+        self.datasets = open_split(replace(config, data=data), split, self.tokenizer.fingerprint, open_shards)
+        samples = sum(len(dataset) for dataset in self.datasets)
+        if split == "train" and data_parallel_size > samples:
             raise ValueError(
-                f"data.train_data has {len(self.table)} good samples for {data_parallel_size} data-parallel ranks; "
+                f"data.train_data has {samples} good samples for {data_parallel_size} data-parallel ranks; "
                 "use fewer ranks or more data"
             )
-        share = lanes // data_parallel_size
-        self.lanes = range(data_parallel_rank * share, (data_parallel_rank + 1) * share)
-        self.plan = self._new_plan()
-        self.truncated = 0
-        self.quarantine: list[tuple[str, str]] = []
-        self.step = 0
-        self._device = host.device() if config.data.decoder != "pillow" else torch.device("cpu")
-        self._decoder = make_decoder(config.data.decoder, config.data.num_workers, self._device)
-        self._files = [open(index.shard, "rb") for index in self.table.indexes]  # noqa: SIM115 - read until close
-        self._read_lock = threading.Lock()
-        self._consumed = self.plan.state_dict(self.lanes)
-
-    def _new_plan(self) -> Plan:
-        data = self.config.data
-        lengths = np.minimum(self.table.image_tokens + self.table.text_tokens, data.seq_length)
-        lanes = self.config.train.global_batch_size
-        # Validation deals single samples, so that every lane has some even of a small set.
-        chunk = data.chunk_size if self.split == "train" else 1
-        if self.split == "train":
-            # Each lane should see several chunks an epoch, or its neighbours in a pack stay the same.
-            chunk = max(1, min(chunk, len(lengths) // (4 * lanes)))
-        return Plan(
-            lengths,
-            data.seq_length,
-            lanes,
-            self.config.train.seed,
-            chunk,
-            data.shuffle_window,
-            data.pack_buffer,
-            self.table.fingerprint,
-            shuffle=self.split == "train",
-            epochs=None if self.split == "train" else 1,
+        save = config.checkpoint.save
+        self.quarantine = Quarantine(
+            str(Path(save) / QUARANTINE_FILE) if save and not config.log.eval_only else "",
+            data.max_consecutive_failures,
         )
+        workers = num_workers(data)
+        device = host.device() if data.decoder in ("auto", "dali") else torch.device("cpu")
+        self.samples = SampleReader(
+            self.datasets,
+            data,
+            self.tokenizer,
+            make_decoder(data.decoder, workers, device),
+            ShardReader(data.cache_dir, int(data.cache_gb * 1e9), data.read_retries, data.read_timeout),
+            self.quarantine,
+            self.share,
+            device,
+        )
+        self.plan = build_plan(config, split, self.datasets)
+        self.step = 0
+        self.skipped: list[list[int]] = []  # [first, last] steps that were left out on purpose
+        self.waited = 0.0  # seconds for which the step had no data, since it was last set to 0
+        self._quarantined_before = 0
+        self._consumed = self.plan.state_dict(self.lanes)
+        self._ahead: list[Ahead] = []
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Ahead:
         """Micro-batches; ``train`` never ends, ``valid`` gives at most ``log.eval_iters`` global batches."""
-        if self.split == "train":
-            return self._train()
-        return self._valid()
+        for ahead in self._ahead:
+            ahead.close()
+        self._ahead = [Ahead(self._micro_batches(), self.config.data.prefetch, self.share, self._taken)]
+        return self._ahead[0]
 
-    def _valid(self) -> Iterator[PackedBatch]:
-        plan = self._new_plan()
-        size = self.config.train.micro_batch_size
-        for step in range(self.config.log.eval_iters):
+    def _taken(self, cursor: _Cursor, waited: float) -> None:
+        self.waited += waited
+        if cursor is not None and self.split == "train":
+            self.step, self._consumed = cursor
+
+    def _micro_batches(self) -> Iterator[tuple[PackedBatch, _Cursor]]:
+        train = self.split == "train"
+        plan = self.plan if train else build_plan(self.config, self.split, self.datasets)
+        size, step = self.config.train.micro_batch_size, self.step if train else 0
+        while train or step < self.config.log.eval_iters:
             packs = [plan.next_pack(lane) for lane in self.lanes]
+            cursor = plan.state_dict(self.lanes)
+            step += 1
             for start in range(0, len(packs), size):
-                yield self.assemble(packs[start : start + size], step)
-
-    def _train(self) -> Iterator[PackedBatch]:
-        """Assemble ahead in a thread; ``self._consumed`` is the cursor before the step in progress."""
-        ready: queue.Queue[Any] = queue.Queue(self.config.data.prefetch)
-        stop = threading.Event()
-
-        def put(item: Any) -> bool:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.2)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def work() -> None:
-            step, size = self.step, self.config.train.micro_batch_size
-            try:
-                while not stop.is_set():
-                    mine = [self.plan.next_pack(lane) for lane in self.lanes]
-                    cursor = self.plan.state_dict(self.lanes)
-                    step += 1
-                    for start in range(0, len(mine), size):
-                        last = start + size >= len(mine)
-                        batch = self.assemble(mine[start : start + size], step)
-                        if not put((batch, (step, cursor) if last else None)):
-                            return
-            except Exception as error:  # surfaces in the consumer
-                put((error, None))
-
-        thread = threading.Thread(target=work, name="loader", daemon=True)
-        thread.start()
-        try:
-            while True:
-                batch, consumed = ready.get()
-                if isinstance(batch, Exception):
-                    raise batch
-                if consumed is not None:
-                    self.step, self._consumed = consumed
-                yield batch
-        finally:
-            stop.set()
-            thread.join(5)
-
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        with self._read_lock:
-            self._files[shard].seek(offset)
-            return self._files[shard].read(size)
-
-    def _refuse(self, key: str, reason: str) -> None:
-        self.quarantine.append((key, reason))
-        logger.warning("sample %s carries no loss: %s (%d so far)", key, reason, len(self.quarantine))
-
-    def _text(self, sample: int, key: str) -> tuple[list[int], list[bool]]:
-        """Token ids and loss mask, cut to what the image leaves of a pack; loss-free filler for a bad caption."""
-        index = self.table.indexes[self.table.shard_of[sample]]
-        row = index.rows[self.table.row_of[sample]]
-        planned = int(self.table.text_tokens[sample])
-        content = self._read(int(self.table.shard_of[sample]), int(row["caption_offset"]), int(row["caption_size"]))
-        try:
-            ids, loss = tokenize(
-                parse_turns(content, bool(row["caption_is_json"]), self.config.data.prompt), self.tokenizer
-            )
-            if len(ids) != planned:
-                raise ValueError(f"its caption has {len(ids)} tokens, the index says {planned}")
-        except ValueError as error:
-            self._refuse(key, str(error))
-            ids, loss = [self.tokenizer.closing_ids[0]] * planned, [False] * planned
-        room = self.config.data.seq_length - int(self.table.image_tokens[sample])
-        if planned > room:
-            self.truncated += 1
-        return ids[:room], loss[:room]
-
-    def _images(self, samples: list[int], keys: list[str]) -> list[torch.Tensor | None]:
-        tasks: list[ImageTask] = []
-        bad: dict[int, str] = {}
-        crop = self.config.data.image_mode == "fixed" and self.config.data.fixed_resize == "resize-center-crop"
-        for i, sample in enumerate(samples):
-            shard = int(self.table.shard_of[sample])
-            row = self.table.indexes[shard].rows[self.table.row_of[sample]]
-            content = self._read(shard, int(row["image_offset"]), int(row["image_size"]))
-            if zlib.crc32(content) != int(row["image_crc"]):
-                bad[i] = "its bytes changed since the index was made (crc32)"
-            tasks.append(ImageTask(content, int(self.table.heights[sample]), int(self.table.widths[sample]), crop))
-        images: list[torch.Tensor | None] = []
-        for i, result in enumerate(self._decoder(tasks)):
-            reason = bad.get(i) or (result if isinstance(result, str) else None)
-            if reason:
-                self._refuse(keys[i], reason)
-            images.append(None if reason or isinstance(result, str) else result)
-        return images
-
-    def _blank(self, count: int) -> torch.Tensor:
-        return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self._device)
-
-    def _samples(self, ids: list[int]) -> list[Sample]:
-        """The samples with text and, where images are needed, patches; a bad one gets weight 0."""
-        table, keys = self.table, [self.key(sample) for sample in ids]
-        images = self._images(ids, keys) if self.needs_images else None
-        samples = []
-        for i, (sample, key) in enumerate(zip(ids, keys, strict=True)):
-            rows, columns = int(table.heights[sample]) // PATCH_SIZE, int(table.widths[sample]) // PATCH_SIZE
-            tokens, loss_mask = self._text(sample, key)
-            patches = None if images is None else images[i]
-            good = images is None or patches is not None
-            if images is not None and patches is None:
-                patches = self._blank(rows * columns)
-            samples.append(Sample(patches, rows, columns, tokens, loss_mask, float(good), key))
-        return samples
+                last = start + size >= len(packs)
+                yield self.assemble(packs[start : start + size], step), (step, cursor) if last else None
 
     def assemble(self, packs: list[list[int]], step: int) -> PackedBatch:
-        """One micro-batch of the given packs."""
-        ids = [sample for pack in packs for sample in pack]
-        samples = iter(self._samples(ids))
-        batch = pack_samples([[next(samples) for _ in pack] for pack in packs], self.config.data.seq_length)
-        if self.needs_images and batch.patches is None:
-            batch = replace(batch, patches=self._blank(1))
+        """One micro-batch of the given packs. A collective over the ranks that share it."""
+        batch = self.samples.micro_batch(packs, step)
         model = self.config.model
         if model.drop_path_rate and self.split == "train":
+            ids = [sample for pack in packs for sample in pack]
             factors = torch.ones(model.num_layers, 2, len(batch.sample_starts))
             factors[:, :, : len(ids)] = drop_path_factors(
                 self.config.train.seed, step, ids, model.num_layers, model.drop_path_rate
@@ -311,39 +258,43 @@ class Loader:
             batch = replace(batch, drop_path=factors)
         return batch
 
-    def key(self, sample: int) -> str:
-        """The sample's name in its shard."""
-        return self.table.indexes[self.table.shard_of[sample]].keys[self.table.row_of[sample]]
-
     def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
         """(each image with the prompt alone, its true answer): for captioning."""
-        chosen = list(samples)
-        table = self.table
-        keys = [self.key(sample) for sample in chosen]
-        prompt = self.tokenizer.encode(self.config.data.prompt)
-        requests, truths = [], []
-        for sample, image in zip(chosen, self._images(chosen, keys), strict=True):
-            shard = int(table.shard_of[sample])
-            row = table.indexes[shard].rows[table.row_of[sample]]
-            content = self._read(shard, int(row["caption_offset"]), int(row["caption_size"]))
-            turns = parse_turns(content, bool(row["caption_is_json"]), self.config.data.prompt)
-            truths.append(" ".join(text for text, carries_loss in turns if carries_loss))
-            rows, columns = int(table.heights[sample]) // PATCH_SIZE, int(table.widths[sample]) // PATCH_SIZE
-            patches = self._blank(rows * columns) if image is None else image
-            requests.append(Sample(patches, rows, columns, prompt, key=self.key(sample)))
-        return requests, truths
+        return self.samples.requests(samples)
+
+    def skip(self, steps: int) -> None:
+        """Leave out the next ``steps`` steps for good; call before iterating. Their samples count as consumed."""
+        for _ in range(steps):
+            for lane in self.lanes:
+                self.plan.next_pack(lane)
+        self.skipped.append([self.step + 1, self.step + steps])
+        self.step += steps
+        self._consumed = self.plan.state_dict(self.lanes)
+
+    @property
+    def quarantined(self) -> tuple[int, int]:
+        """(bad samples met before this run was resumed, on all ranks; and since, by this rank)."""
+        return self._quarantined_before, self.quarantine.total
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor of consumed steps, of this rank's lanes; ``merge_cursors`` makes one of all ranks'."""
-        return {"step": self.step, "plan": self._consumed}
+        return {
+            "step": self.step,
+            "plan": self._consumed,
+            "skipped": self.skipped,
+            "quarantined": self.quarantine.total,
+            "quarantined_before": self._quarantined_before,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the step of ``state``; call before iterating."""
-        self.plan.load_state_dict(state["plan"])
-        self.step, self._consumed = state["step"], state["plan"]
+        """Continue after the step of ``state``, which holds all lanes; call before iterating."""
+        self.plan.load_state_dict(state["plan"], self.config.data.change_lanes)
+        self.step, self._consumed = state["step"], self.plan.state_dict(self.lanes)
+        self.skipped = [list(interval) for interval in state["skipped"]]
+        self._quarantined_before = state["quarantined_before"] + state["quarantined"]
 
     def close(self) -> None:
-        """Close the shards and end the decoder's threads."""
-        self._decoder.close()
-        for file in self._files:
-            file.close()
+        """End the threads and close the shards."""
+        for ahead in self._ahead:
+            ahead.close()
+        self.samples.close()

@@ -1,49 +1,167 @@
-"""Plan: index + seed + cursor -> which samples form which pack of which step. Pure: it reads nothing.
+"""Plan: index + seed + cursor -> which samples form which pack of which step. Pure: it reads nothing but lengths.
 
-The stream is split into a fixed number of lanes, independent of how many ranks run; lane i's packs are the same on
-any number of ranks. In each epoch the data set's chunks (neighbouring samples) are permuted; the chunks of all epochs,
-one after another, are dealt to the lanes in turn. A lane shuffles within a window of its samples and fills packs by
-best fit over a look-ahead buffer. Lanes cross epoch ends on their own, and with fewer chunks than lanes an epoch passes
-some lanes by; over an epoch of all lanes every good sample appears exactly once, whatever the sizes.
+The stream is split into a fixed number of **lanes**, independent of how many ranks run; lane i's packs are the same on
+any number of ranks. For each **source** the data set's chunks (neighbouring samples) are permuted anew in each epoch;
+the chunks of all epochs, one after another, are dealt to the lanes in turn. A lane walks its chunks in windows, whose
+samples it shuffles, draws from its sources by their weights, and fills packs from a look-ahead buffer: the oldest
+samples first, then those that fit best.
+
+Lanes cross epoch ends on their own, and with fewer chunks than lanes an epoch passes some lanes by; over an epoch of
+all lanes every sample of a source appears exactly once, whatever the sizes. When a run goes on with another number of
+lanes, the new lanes first drain what the old ones left of every epoch that had begun, then start the next: still
+exactly once.
+
+Cost: one window of ids and one buffer a lane, and one permutation of the chunks; nothing grows with the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import bisect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+# A lane sees at least this many chunks of a source an epoch, or its neighbours in a pack would stay the same.
+_MIN_CHUNKS_PER_LANE = 4
+# Room for so many of the longest samples is filled by chosen ones instead of the oldest.
+_CHOSEN_SAMPLES = 4
+_PAIR_CANDIDATES = 8
+_LENGTH_SHIFT = 40
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples that are drawn together.
+
+    Attributes:
+        size: number of samples; their ids are local, 0 .. size - 1.
+        lengths: int64 [N] tokens of the samples with the given int64 [N] local ids.
+        name: for messages.
+    """
+
+    size: int
+    lengths: Callable[[np.ndarray], np.ndarray]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From pack ``start`` of a lane (its step) on, sources are drawn in proportion to ``weights``."""
+
+    start: int
+    weights: tuple[float, ...]
+
+
+def permutation(size: int, *key: int) -> np.ndarray:
+    """uint32 [size], a permutation of 0 .. size - 1 keyed by up to five numbers, the same on every machine.
+
+    Sorted draws of Philox, whose raw stream numpy keeps for ever; ``Generator.permutation`` carries no such promise.
+
+    >>> permutation(5, 1, 2).tolist(), permutation(5, 1, 3).tolist()
+    ([4, 2, 0, 1, 3], [3, 2, 4, 1, 0])
+    """
+    words = [*key, *[0] * (5 - len(key))]
+    philox = np.random.Philox(key=np.array(words[:2], np.uint64), counter=np.array([0, *words[2:]], np.uint64))
+    return np.argsort(philox.random_raw(size), kind="stable").astype(np.uint32)
+
+
+@dataclass
+class _Walk:
+    """A place in one lane's share of one source, out of ``lanes``; ends after ``last_epoch``, if there is one."""
+
+    lanes: int
+    lane: int
+    epoch: int = 0
+    window: int = 0
+    offset: int = 0  # samples of the window that have been drawn
+    last_epoch: int | None = None
+
+    def state(self) -> list[int | None]:
+        return [self.lanes, self.lane, self.epoch, self.window, self.offset, self.last_epoch]
+
+
+@dataclass
+class _Stream:
+    """What a lane draws from one source: walks left by an earlier number of lanes, then its own."""
+
+    walks: list[_Walk]
+    drawn: int = 0  # since the phase began
+    ids: np.ndarray | None = None  # of the walk's window, derived
+    lengths: np.ndarray | None = None
+
+
+class _Buffer:
+    """Samples that wait for a pack, by age and by length."""
+
+    def __init__(self) -> None:
+        self.ids: dict[int, int] = {}  # key -> sample, oldest first; a key is (length, number of arrival)
+        self.keys: list[int] = []  # ascending
+        self.tokens = 0
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def add(self, ids: Iterable[int], lengths: Iterable[int]) -> None:
+        for sample, length in zip(ids, lengths, strict=True):
+            key = length << _LENGTH_SHIFT | self._arrivals
+            self._arrivals += 1
+            self.ids[key] = sample
+            self.keys.append(key)
+            self.tokens += length
+        self.keys.sort()
+
+    def oldest(self) -> int:
+        """Position of the sample that has waited longest."""
+        return bisect.bisect_left(self.keys, next(iter(self.ids)))
+
+    def longest_within(self, room: int) -> int:
+        """Position of the longest, and among those the youngest, sample of at most ``room`` tokens; -1: none."""
+        return bisect.bisect_left(self.keys, (room + 1) << _LENGTH_SHIFT) - 1
+
+    def length(self, position: int) -> int:
+        return self.keys[position] >> _LENGTH_SHIFT
+
+    def take(self, position: int) -> tuple[int, int]:
+        """(sample, its length), no longer waiting."""
+        key = self.keys.pop(position)
+        length = key >> _LENGTH_SHIFT
+        self.tokens -= length
+        return self.ids.pop(key), length
+
 
 @dataclass
 class _Lane:
-    epoch: int = 0
-    position: int = 0  # samples of the epoch's order that have entered the buffer
-    buffer: list[int] = field(default_factory=list)  # sample ids, oldest first
-    order: np.ndarray | None = None  # of the current epoch, derived
+    streams: list[_Stream]
+    packs: int = 0
+    phase: int = 0
+    buffer: _Buffer = field(default_factory=_Buffer)
 
 
 class Plan:
-    """Packs of sample ids, lane by lane.
+    """Packs of sample ids, lane by lane. A sample's id is its source's offset plus its local id.
 
     Args:
-        lengths: int [samples], tokens of each sample, at most ``seq_length``.
-        seq_length: tokens of a pack.
+        sources: what to draw from; ids run through them in order.
+        seq_length: tokens of a pack; no sample may be longer.
         lanes: packs of one step; lane i is row i of every step.
         seed: of every permutation.
+        phases: weights of the sources from given steps on, the first from 0; None draws each source once an epoch.
         chunk_size, shuffle_window, pack_buffer: see ``DataConfig``.
-        fingerprint: of the index; a cursor of another data set is refused.
-        shuffle: False keeps the samples in order (validation).
-        epochs: after so many epochs a lane gives empty packs; None goes on for ever.
+        fingerprint: of the data; a cursor of other data is refused.
+        shuffle: False keeps the samples in order, and deals single ones (validation).
+        epochs: after so many epochs of every source a lane gives empty packs; None goes on for ever.
     """
 
     def __init__(
         self,
-        lengths: np.ndarray,
+        sources: Sequence[Source],
         seq_length: int,
         lanes: int,
         seed: int,
+        phases: Sequence[Phase] | None = None,
         chunk_size: int = 256,
         shuffle_window: int = 4096,
         pack_buffer: int = 512,
@@ -51,118 +169,282 @@ class Plan:
         shuffle: bool = True,
         epochs: int | None = None,
     ) -> None:
-        if len(lengths) == 0:
-            raise ValueError("the data set has no good sample; see the report of tools/prepare_data.py")
-        if int(lengths.max()) > seq_length:
-            raise ValueError(f"a sample of {int(lengths.max())} tokens is longer than data.seq_length = {seq_length}")
-        self.lengths = lengths
-        self.seq_length = seq_length
-        self.seed, self.fingerprint, self.shuffle = seed, fingerprint, shuffle
-        self.epochs = epochs
+        for source in sources:
+            if source.size == 0:
+                raise ValueError(f"{source.name or 'the data set'} has no good sample; see tools/prepare_data.py")
+        self.sources = list(sources)
+        self.offsets = np.cumsum([0, *(source.size for source in sources)]).tolist()
+        self.phases = list(phases or [Phase(0, tuple(float(source.size) for source in sources))])
+        self.seq_length, self.lanes, self.seed, self.fingerprint = seq_length, lanes, seed, fingerprint
         self.chunk_size, self.shuffle_window, self.pack_buffer = chunk_size, shuffle_window, pack_buffer
-        self._lanes = [_Lane() for _ in range(lanes)]
+        self.shuffle, self.epochs = shuffle, epochs
+        self._lanes: dict[int, _Lane] = {}
+        self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
 
-    def _order(self, lane: int, epoch: int) -> np.ndarray:
-        """Sample ids dealt to a lane in an epoch, in the order in which they enter its buffer."""
-        chunks = -(-len(self.lengths) // self.chunk_size)
-        lanes = len(self._lanes)
-        first = (lane - epoch * chunks) % lanes
+    # The deal: which samples of a source are a lane's, in which order.
+
+    def chunk(self, source: int, lanes: int) -> int:
+        """Neighbouring samples of a source that are dealt together to one of ``lanes``."""
         if not self.shuffle:
-            return self._samples(np.arange(chunks)[first::lanes])
-        permuted = np.random.default_rng((self.seed, 0, epoch)).permutation(chunks)
-        order = self._samples(permuted[first::lanes])
-        random = np.random.default_rng((self.seed, 1, epoch, lane))
-        for start in range(0, len(order), self.shuffle_window):
-            random.shuffle(order[start : start + self.shuffle_window])
-        return order
+            return 1
+        return max(1, min(self.chunk_size, self.sources[source].size // (_MIN_CHUNKS_PER_LANE * lanes)))
 
-    def _samples(self, chunks: np.ndarray) -> np.ndarray:
-        ids = (chunks[:, None] * self.chunk_size + np.arange(self.chunk_size)).ravel()
-        return ids[ids < len(self.lengths)]
+    def _permuted(self, source: int, epoch: int, chunks: int) -> np.ndarray:
+        """The order of a source's chunks in an epoch. The last few are kept: lanes cross epoch ends at their own step."""
+        key = (source, epoch, chunks)
+        if key not in self._permutations:
+            while len(self._permutations) >= 2 * len(self.sources) + 2:
+                self._permutations.pop(next(iter(self._permutations)))
+            self._permutations[key] = permutation(chunks, self.seed, source, 0, epoch)
+        return self._permutations[key]
+
+    def _window(self, source: int, walk: _Walk) -> np.ndarray | None:
+        """Local ids of the walk's window in the order in which they are drawn; None past the epoch's end."""
+        size, chunk = self.sources[source].size, self.chunk(source, walk.lanes)
+        chunks = -(-size // chunk)
+        # Dealing goes on where the epoch before stopped, so that a remainder does not always meet the same lanes.
+        first = (walk.lane - walk.epoch * chunks) % walk.lanes
+        per_window = max(1, self.shuffle_window // chunk)
+        start = first + walk.window * per_window * walk.lanes
+        if start >= chunks:
+            return None
+        mine = np.arange(start, min(chunks, start + per_window * walk.lanes), walk.lanes)
+        if self.shuffle:
+            mine = self._permuted(source, walk.epoch, chunks)[mine].astype(np.int64)
+        ids = (mine[:, None] * chunk + np.arange(chunk)).ravel()
+        ids = ids[ids < size]
+        if self.shuffle:
+            # The number of lanes is no part of the key: chunk order already depends on it.
+            ids = ids[permutation(len(ids), self.seed, source, 1, walk.epoch, walk.lane << 32 | walk.window)]
+        return ids
+
+    def _take(self, number: int, stream: _Stream, count: int) -> tuple[list[int], list[int]]:
+        """(ids, lengths) of up to ``count`` samples that a stream gives next; fewer only at the end of all epochs."""
+        ids: list[int] = []
+        lengths: list[int] = []
+        while len(ids) < count and stream.walks:
+            walk = stream.walks[0]
+            if stream.ids is None:
+                window = self._window(number, walk)
+                if window is None:
+                    walk.epoch, walk.window, walk.offset = walk.epoch + 1, 0, 0
+                    if walk.last_epoch is not None and walk.epoch > walk.last_epoch:
+                        stream.walks.pop(0)
+                    continue
+                stream.ids, stream.lengths = window + self.offsets[number], self._lengths(number, window)
+            assert stream.lengths is not None
+            end = walk.offset + count - len(ids)
+            ids += stream.ids[walk.offset : end].tolist()
+            lengths += stream.lengths[walk.offset : end].tolist()
+            walk.offset = min(end, len(stream.ids))
+            if walk.offset == len(stream.ids):
+                walk.window, walk.offset, stream.ids, stream.lengths = walk.window + 1, 0, None, None
+        stream.drawn += len(ids)
+        return ids, lengths
+
+    def _lengths(self, number: int, window: np.ndarray) -> np.ndarray:
+        lengths = self.sources[number].lengths(window)
+        if len(lengths) and int(lengths.max()) > self.seq_length:
+            raise ValueError(
+                f"a sample of {int(lengths.max())} tokens is longer than data.seq_length = {self.seq_length}"
+            )
+        return lengths
+
+    # Drawing from the sources by weight.
+
+    def _lane(self, lane: int) -> _Lane:
+        if lane not in self._lanes:
+            last = None if self.epochs is None else self.epochs - 1
+            self._lanes[lane] = _Lane([_Stream([_Walk(self.lanes, lane, last_epoch=last)]) for _ in self.sources])
+        return self._lanes[lane]
 
     def _refill(self, lane: int) -> None:
-        state = self._lanes[lane]
-        while len(state.buffer) < self.pack_buffer and state.epoch != self.epochs:
-            if state.order is None:
-                state.order = self._order(lane, state.epoch)
-            if state.position >= len(state.order):
-                state.epoch, state.position, state.order = state.epoch + 1, 0, None
+        state = self._lane(lane)
+        while state.phase + 1 < len(self.phases) and state.packs >= self.phases[state.phase + 1].start:
+            state.phase += 1
+            for stream in state.streams:
+                stream.drawn = 0
+        if len(state.buffer) > self.pack_buffer - self.pack_buffer // 8:
+            return  # a few large draws cost less than many small ones
+        while (missing := self.pack_buffer - len(state.buffer)) > 0:
+            weights = self.phases[state.phase].weights
+            open_ = [i for i, stream in enumerate(state.streams) if stream.walks and weights[i] > 0]
+            if not open_:
+                return
+            if len(open_) == 1:
+                state.buffer.add(*self._take(open_[0], state.streams[open_[0]], missing))
                 continue
-            take = self.pack_buffer - len(state.buffer)
-            fresh = state.order[state.position : state.position + take]
-            state.buffer.extend(fresh.tolist())
-            state.position += len(fresh)
+            order = self._due(lane, state, open_, missing)
+            drawn = {}
+            for i in open_:
+                ids, lengths = self._take(i, state.streams[i], order.count(i))
+                drawn[i] = iter(zip(ids, lengths, strict=True))
+            # A source that ends here leaves its places out; what is missing is drawn from the others.
+            mixed = [pair for i in order if (pair := next(drawn[i], None)) is not None]
+            state.buffer.add([pair[0] for pair in mixed], [pair[1] for pair in mixed])
+
+    def _due(self, lane: int, state: _Lane, sources: list[int], count: int) -> list[int]:
+        """The next ``count`` sources to draw from: each comes when its share is due, at even distances."""
+        weights = self.phases[state.phase].weights
+        due = []
+        for i in sources:
+            due.append((state.streams[i].drawn + np.arange(1, count + 1) - self._start(i, lane)) / weights[i])
+        owners = np.repeat(sources, count)
+        return owners[np.argsort(np.concatenate(due), kind="stable")[:count]].tolist()
+
+    def _start(self, source: int, lane: int) -> float:
+        """Where in a source's interval a lane begins, in [0, 1): else a rare source would come to all lanes at once."""
+        philox = np.random.Philox(
+            key=np.array([self.seed, source], np.uint64), counter=np.array([0, 2, lane, 0], np.uint64)
+        )
+        return int(philox.random_raw()) / 2**64
+
+    # Packing.
 
     def next_pack(self, lane: int) -> list[int]:
-        """Sample ids of the lane's next pack.
+        """Sample ids of the lane's next pack; empty once a finite plan has ended.
 
         The oldest samples go in first, so that none waits for ever and packs keep the stream's mix. What room they
         leave is shared out evenly over the samples it will hold, and its end filled by the two that leave least.
         """
         self._refill(lane)
-        state = self._lanes[lane]
-        if not state.buffer:
+        state = self._lane(lane)
+        state.packs += 1
+        buffer, pack, room = state.buffer, [], self.seq_length
+        if not buffer:
             return []
-        buffer = np.array(state.buffer)
-        lengths = self.lengths[buffer]
-        # Room for four of any length can be met closely by a few that are chosen.
-        total = np.cumsum(lengths)
-        oldest = max(1, int(np.searchsorted(total, self.seq_length - 4 * int(lengths.max()), side="right")))
-        room = self.seq_length - int(total[oldest - 1])
-        chosen = list(range(oldest))
-        by_length = oldest + np.argsort(lengths[oldest:], kind="stable")
-        mean = float(lengths.mean())
-        while len(best := _best_fit(lengths[by_length], room, mean)):
-            chosen += by_length[best].tolist()
-            room -= int(lengths[by_length[best]].sum())
-            by_length = np.delete(by_length, best)
-        state.buffer = np.delete(buffer, chosen).tolist()
-        return buffer[chosen].tolist()
+        reserve = _CHOSEN_SAMPLES * buffer.length(-1)
+        mean = buffer.tokens / len(buffer)
+        position = buffer.oldest()
+        while True:
+            sample, length = buffer.take(position)
+            pack.append(sample)
+            room -= length
+            if not buffer:
+                return pack
+            position = buffer.oldest()
+            if room - buffer.length(position) < reserve:
+                break
+        while buffer and (fitting := buffer.longest_within(room)) >= 0:
+            count = round(room / mean)
+            if count > 2:
+                position = min(buffer.longest_within(round(room / count)) + 1, fitting)
+            else:
+                position = _best_of_pair(buffer, room, fitting)
+            sample, length = buffer.take(position)
+            pack.append(sample)
+            room -= length
+        return pack
+
+    # The cursor.
 
     def state_dict(self, lanes: Iterable[int]) -> dict[str, Any]:
         """The cursor of the given lanes: a few numbers each, and the ids that wait in its buffer."""
-        states = {i: [self._lanes[i].epoch, self._lanes[i].position, list(self._lanes[i].buffer)] for i in lanes}
-        return {"fingerprint": self.fingerprint, "seed": self.seed, "count": len(self._lanes), "lanes": states}
+        states: dict[int, dict[str, Any]] = {}
+        for i in lanes:
+            lane = self._lane(i)
+            states[i] = {
+                "packs": lane.packs,
+                "phase": lane.phase,
+                "drawn": [stream.drawn for stream in lane.streams],
+                "walks": [[walk.state() for walk in stream.walks] for stream in lane.streams],
+                "buffer": list(lane.buffer.ids.values()),
+            }
+        return {**self._identity(), "count": self.lanes, "lanes": states}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _identity(self) -> dict[str, Any]:
+        """What a cursor's numbers mean something for."""
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "chunk_size": self.chunk_size,
+            "shuffle_window": self.shuffle_window,
+            "sources": [source.size for source in self.sources],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], change_lanes: bool = False) -> None:
         """Continue from a cursor; it may hold more lanes than this rank works.
 
+        Args:
+            state: from ``state_dict``; of all lanes when their number changes.
+            change_lanes: accept another number of lanes, which then drain what the old ones left.
+
         Raises:
-            ValueError: the cursor belongs to another data set, seed or number of lanes.
+            ValueError: the cursor belongs to another data set, seed, deal or number of lanes.
         """
-        for name, mine in (("fingerprint", self.fingerprint), ("seed", self.seed)):
+        for name, mine in self._identity().items():
             if state[name] != mine:
                 raise ValueError(
-                    f"the checkpoint's data cursor has another {name} ({state[name]!r}, here {mine!r}): the data set "
-                    "or its index changed since; restore it, or start anew with --finetune"
+                    f"the checkpoint's data cursor has another {name} ({state[name]!r}, here {mine!r}): the data set, "
+                    "its index or the setting changed since; restore it, or start anew with --finetune"
                 )
-        if state["count"] != len(self._lanes):
+        old = {int(lane): cursor for lane, cursor in state["lanes"].items()}
+        if state["count"] == self.lanes:
+            self._lanes = {i: self._restored(cursor) for i, cursor in old.items()}
+        elif change_lanes:
+            self._lanes = self._drained(old, state["count"])
+        else:
             raise ValueError(
-                f"the checkpoint's data cursor has {state['count']} lanes, this run {len(self._lanes)} "
-                "(train.global_batch_size): use the same, or start anew with --finetune"
+                f"the checkpoint's data cursor has {state['count']} lanes, this run {self.lanes} "
+                "(train.global_batch_size): use the same, or give --change-lanes to deal the rest of the epoch to the "
+                "new lanes, or start anew with --finetune"
             )
-        for lane, (epoch, position, buffer) in state["lanes"].items():
-            self._lanes[int(lane)] = _Lane(epoch, position, list(buffer))
+
+    def _restored(self, cursor: dict[str, Any]) -> _Lane:
+        streams = []
+        for drawn, walks in zip(cursor["drawn"], cursor["walks"], strict=True):
+            streams.append(_Stream([_Walk(*walk) for walk in walks], drawn))
+        lane = _Lane(streams, cursor["packs"], cursor["phase"])
+        self._wait(lane, cursor["buffer"])
+        return lane
+
+    def _wait(self, lane: _Lane, ids: list[int]) -> None:
+        """Put samples at the end of a lane's buffer."""
+        if not ids:
+            return
+        samples = np.array(ids)
+        owner = np.searchsorted(self.offsets, samples, side="right") - 1
+        lengths = np.empty(len(ids), np.int64)
+        for i in np.unique(owner).tolist():
+            chosen = owner == i
+            lengths[chosen] = self._lengths(i, samples[chosen] - self.offsets[i])
+        lane.buffer.add(ids, lengths.tolist())
+
+    def _drained(self, old: dict[int, dict[str, Any]], count: int) -> dict[int, _Lane]:
+        """New lanes that share out what ``count`` old ones left of every epoch begun, then start the next."""
+        if missing := set(range(count)) - old.keys():
+            raise ValueError(f"the cursor lacks lanes {sorted(missing)}: the number of lanes cannot be changed with it")
+        packs, phase = max(cursor["packs"] for cursor in old.values()), max(cursor["phase"] for cursor in old.values())
+        begun = [
+            max(walk[2] for cursor in old.values() for walk in cursor["walks"][i]) for i in range(len(self.sources))
+        ]
+        lanes = {
+            i: _Lane([_Stream([_Walk(self.lanes, i, last + 1)]) for last in begun], packs, phase)
+            for i in range(self.lanes)
+        }
+        for number, cursor in sorted(old.items()):
+            lane = lanes[number % self.lanes]
+            for stream, walks, last in zip(lane.streams, cursor["walks"], begun, strict=True):
+                left = [_Walk(*walk) for walk in walks]
+                for walk in left:
+                    walk.last_epoch = last if walk.last_epoch is None else walk.last_epoch
+                stream.walks[-1:-1] = left
+            self._wait(lane, cursor["buffer"])
+        return lanes
 
 
-def _best_fit(lengths: np.ndarray, room: int, mean: float) -> list[int]:
-    """Positions of the next one or two of ``lengths`` (ascending) to fill ``room`` with; none when nothing fits.
+def _best_of_pair(buffer: _Buffer, room: int, fitting: int) -> int:
+    """Position of the sample that, with the best partner, leaves least of ``room``; at most ``fitting``.
 
-    Room for more than two samples of ``mean`` length takes one of its even share, else the one or two that fill it
-    best.
-
-    >>> _best_fit(np.array([2, 3, 6, 9]), 10, 5), _best_fit(np.array([2, 9]), 10, 5), _best_fit(np.array([9]), 8, 9)
-    ([1, 2], [1], [])
+    The longest that fits alone, or one of those nearest to half the room.
     """
-    fitting = int(np.searchsorted(lengths, room, side="right"))
-    if fitting == 0:
-        return []
-    count = round(room / mean)
-    if count > 2:
-        return [min(int(np.searchsorted(lengths, room / count)), fitting - 1)]
-    # For each sample the longest partner after it, if one fits.
-    partner = np.searchsorted(lengths[:fitting], room - lengths[:fitting], side="right") - 1
-    paired = partner > np.arange(fitting)
-    sums = lengths[:fitting] + np.where(paired, lengths[partner], 0)
-    best = int(sums.argmax())
-    return [best, int(partner[best])] if paired[best] else [best]
+    best, left = fitting, room - buffer.length(fitting)
+    middle = buffer.longest_within(room // 2)
+    for i in range(max(0, middle - _PAIR_CANDIDATES), min(middle + _PAIR_CANDIDATES, fitting) + 1):
+        rest = room - buffer.length(i)
+        partner = buffer.longest_within(rest)
+        if partner == i:
+            partner -= 1
+        if partner >= 0 and rest - buffer.length(partner) < left:
+            best, left = i, rest - buffer.length(partner)
+    return best

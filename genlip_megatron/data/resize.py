@@ -1,8 +1,10 @@
-"""Resolution rules of native-aspect images, as a pure function."""
+"""Resolution rules of native-aspect images, as pure functions."""
 
 from __future__ import annotations
 
 import math
+
+import numpy as np
 
 from genlip_megatron.batch import PATCH_SIZE
 
@@ -30,3 +32,22 @@ def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int
         scale = math.sqrt(min_pixels / (height * width))
         new_height, new_width = (math.ceil(side * scale / PATCH_SIZE) * PATCH_SIZE for side in (height, width))
     return new_height, new_width
+
+
+def native_sizes(
+    heights: np.ndarray, widths: np.ndarray, min_pixels: int = 4096, max_pixels: int = 262144
+) -> tuple[np.ndarray, np.ndarray]:
+    """``native_size`` of many images at once: int64 [N] heights and widths, from integer [N] heights and widths.
+
+    >>> native_sizes(np.array([1080, 600]), np.array([1920, 800]))
+    (array([384, 432]), array([672, 576]))
+    """
+    sides = np.stack((heights, widths)).astype(np.float64)
+    area = sides[0] * sides[1]
+    whole = np.maximum(1.0, np.rint(sides / PATCH_SIZE)) * PATCH_SIZE
+    pixels = whole[0] * whole[1]
+    # The same operations in the same order as above, so that no rounding can differ.
+    smaller = np.maximum(PATCH_SIZE, np.floor(sides / np.sqrt(area / max_pixels) / PATCH_SIZE) * PATCH_SIZE)
+    larger = np.ceil(sides * np.sqrt(min_pixels / area) / PATCH_SIZE) * PATCH_SIZE
+    chosen = np.where(pixels > max_pixels, smaller, np.where(pixels < min_pixels, larger, whole))
+    return chosen[0].astype(np.int64), chosen[1].astype(np.int64)

@@ -23,6 +23,10 @@ class Tokenizer(Protocol):
         """Token ids of ``text``, without any special token."""
         ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of many texts, without holding the interpreter lock."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; the model's rows beyond the tokenizer have none."""
         ...
@@ -42,6 +46,9 @@ class _HuggingFace:
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([i for i in ids if i < self.vocab_size])
@@ -63,6 +70,9 @@ class _SentencePiece:
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._backend.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([i for i in ids if i < self.vocab_size])
@@ -105,8 +115,15 @@ def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> list[tupl
     An ``<image>`` marker is removed wherever it stands; turns are stripped.
 
     Raises:
-        ValueError: none of these.
+        ValueError: none of these, or no word to learn from.
     """
+    turns = _parse(content, is_json, default_prompt)
+    if not any(text for text, carries_loss in turns if carries_loss):
+        raise ValueError("caption is empty")
+    return turns
+
+
+def _parse(content: bytes, is_json: bool, default_prompt: str) -> list[tuple[str, bool]]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -138,17 +155,30 @@ def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> list[tupl
     return parsed
 
 
-def tokenize(turns: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """(token ids, whether each is predicted) of a sample's text: the turns in order, then the closing pair.
+def tokenize_many(
+    samples: Sequence[Sequence[tuple[str, bool]]], tokenizer: Tokenizer
+) -> list[tuple[list[int], list[bool]]]:
+    """(token ids, whether each is predicted) of every sample's text: its turns in order, then the closing pair.
 
     Every turn is tokenised by itself with nothing between turns; assistant turns and the closing pair carry loss.
     """
-    ids: list[int] = []
-    loss: list[bool] = []
-    for text, carries_loss in turns:
-        tokens = tokenizer.encode(text) if text else []
-        ids += tokens
-        loss += [carries_loss] * len(tokens)
-    ids += tokenizer.closing_ids
-    loss += [True] * len(tokenizer.closing_ids)
-    return ids, loss
+    # Most samples share their prompt: each different text is tokenised once.
+    texts = list(dict.fromkeys(text for turns in samples for text, _ in turns if text))
+    ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True)) if texts else {}
+    results = []
+    for turns in samples:
+        ids: list[int] = []
+        loss: list[bool] = []
+        for text, carries_loss in turns:
+            tokens = ids_of.get(text, [])
+            ids += tokens
+            loss += [carries_loss] * len(tokens)
+        ids += tokenizer.closing_ids
+        loss += [True] * len(tokenizer.closing_ids)
+        results.append((ids, loss))
+    return results
+
+
+def tokenize(turns: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """``tokenize_many`` of one sample."""
+    return tokenize_many([turns], tokenizer)[0]

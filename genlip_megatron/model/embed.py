@@ -60,7 +60,7 @@ class Embedding(MegatronModule):
         is_image = batch.is_image[slots]
         pixels = batch.patches
         if self.config.sequence_parallel:
-            patch_index = (batch.is_image.cumsum(0) - 1)[slots][is_image]
+            patch_index = (batch.is_image.cumsum(0) - 1)[slots][is_image] - batch.first_patch
             pixels = pixels.index_select(0, patch_index)
         if pixels.dtype == torch.uint8:
             pixels = pixels.to(torch.float32).mul_(1 / 127.5).sub_(1.0)  # (x / 255 - 0.5) / 0.5

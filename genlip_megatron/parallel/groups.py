@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
@@ -51,6 +53,47 @@ def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
     )
     torch.manual_seed(config.train.seed)
     model_parallel_cuda_manual_seed(config.train.seed)
+
+
+@dataclass(frozen=True)
+class ModelParallelPlace:
+    """This rank among those that work on the same micro-batches.
+
+    Attributes:
+        group: gloo group of them all, across pipeline stages; None for a rank alone.
+        index, count: place among the tensor- and context-parallel ranks of its pipeline stage.
+        first_stage: global ranks of the ``count`` ranks of the first stage, in order.
+    """
+
+    group: torch.distributed.ProcessGroup | None
+    index: int
+    count: int
+    first_stage: tuple[int, ...]
+
+
+def model_parallel_place() -> ModelParallelPlace:
+    """Where this rank stands, with a new process group. A collective over all ranks."""
+    mine = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    places: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(places, mine)
+    by_lanes: dict[int, list[int]] = {}
+    for rank, place in enumerate(places):
+        by_lanes.setdefault(place[0], []).append(rank)
+    group = None
+    for lanes, ranks in sorted(by_lanes.items()):
+        if len(ranks) > 1:
+            # Loaders wait in it for as long as a validation or a save takes; what hangs is seen elsewhere.
+            made = torch.distributed.new_group(ranks, backend="gloo", timeout=timedelta(days=1))
+            group = made if lanes == mine[0] else group
+    together = sorted(by_lanes[mine[0]], key=lambda rank: places[rank][2:])
+    stage = [rank for rank in together if places[rank][1] == mine[1]]
+    first_stage = tuple(rank for rank in together if places[rank][1] == 0)
+    return ModelParallelPlace(group, stage.index(torch.distributed.get_rank()), len(stage), first_stage)
 
 
 def finalize() -> None:

@@ -15,6 +15,7 @@ from genlip_megatron import host
 from genlip_megatron.checkpoint import store
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader, merge_cursors
+from genlip_megatron.data.share import Share
 from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import layers_per_stage
 from genlip_megatron.model.specs import transformer_config
@@ -64,9 +65,8 @@ def set_up(config: RunConfig) -> Run:
     groups.initialize(config)
     # Data comes first: its mistakes are cheap to find.
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
-    images = parallel_state.is_pipeline_first_stage()
-    train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, images)
-    valid_loader = Loader(config, "valid", *data_parallel, images) if config.data.valid_data else None
+    train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, data_share(config))
+    valid_loader = Loader(config, "valid", *data_parallel, data_share(config)) if config.data.valid_data else None
     if config.log.eval_only and valid_loader is None:
         raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
     run = build_run(config)
@@ -76,6 +76,21 @@ def set_up(config: RunConfig) -> Run:
     folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save and not config.log.eval_only else "")
     run.writer = Writer(config.log, folder, torch.distributed.get_rank() == 0, config.to_dict())
     return run
+
+
+def data_share(config: RunConfig) -> Share:
+    """What this rank reads of each micro-batch; each loader has its own. A collective over all ranks."""
+    place = groups.model_parallel_place()
+    parallel = config.parallel
+    return Share(
+        images=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        captions=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+        index=place.index,
+        count=place.count,
+        split_images=parallel.sequence_parallel or parallel.tensor_model_parallel_size == 1,
+        group=place.group,
+        sources=place.first_stage,
+    )
 
 
 def build_run(config: RunConfig) -> Run:
@@ -174,6 +189,7 @@ def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, step
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     counts = counts.cpu()
     run.stepper.counts.zero_()
+    quarantined, waited = _loader_totals(run, device)
     loss_total, loss_count = sum_over_run(total).tolist()
     by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
     run.consumed_samples += int(by_name["samples"])
@@ -194,12 +210,25 @@ def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, step
         mfu=flops / HOPPER_TFLOPS if torch.cuda.is_available() else None,
         pack_fill=by_name["tokens"] / by_name["slots"],
         memory_gib=memory,
+        data_wait=waited / steps,
+        quarantined=quarantined,
     )
     log(progress.line())
     if run.config.log.timing_log_level:
         log(run.timers.get_all_timers_string(_TIMERS, normalizer=steps))
     if run.writer is not None:
         run.writer.scalars(progress.scalars(), run.iteration)
+
+
+def _loader_totals(run: Run, device: torch.device) -> tuple[int, float]:
+    """(bad samples met in the whole run, on all ranks; longest wait for data since the last report, in seconds)."""
+    assert run.train_loader is not None
+    before, mine = run.train_loader.quarantined
+    found, waited = torch.tensor([float(mine)], device=device), torch.tensor([run.train_loader.waited], device=device)
+    run.train_loader.waited = 0.0
+    torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(waited, op=torch.distributed.ReduceOp.MAX)
+    return before + int(found.item()), float(waited.item())
 
 
 def _resident_gib() -> float:

@@ -68,6 +68,8 @@ class Progress:
     mfu: float | None
     pack_fill: float
     memory_gib: float
+    data_wait: float  # seconds of a step, on the rank that waited longest
+    quarantined: int  # bad samples met so far
 
     def line(self) -> str:
         """The progress line."""
@@ -78,7 +80,8 @@ class Progress:
             f"tokens {self.consumed_tokens} | lm loss {self.loss:.4f} | learning rate {self.learning_rate:.3e} | "
             f"grad norm {self.grad_norm:.3f} | step {1000 * self.seconds:.0f} ms | "
             f"tokens/s {self.tokens_per_second:.0f} | TFLOP/s {self.tflops:.3f} | MFU {mfu} | "
-            f"pack fill {100 * self.pack_fill:.1f}% | memory {self.memory_gib:.1f} GiB | "
+            f"pack fill {100 * self.pack_fill:.1f}% | data wait {1000 * self.data_wait:.0f} ms | "
+            f"quarantined {self.quarantined} | memory {self.memory_gib:.1f} GiB | "
             f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
         )
 
@@ -94,6 +97,8 @@ class Progress:
             "pack-fill": self.pack_fill,
             "consumed-samples": float(self.consumed_samples),
             "mem-allocated-gib": self.memory_gib,
+            "data-wait": self.data_wait,
+            "quarantined-samples": float(self.quarantined),
         }
         return values if self.mfu is None else {**values, "mfu": self.mfu}
 

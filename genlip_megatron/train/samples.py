@@ -22,7 +22,7 @@ def to_image(patches: Tensor, rows: int, columns: int) -> Tensor:
 
 def write_caption_samples(config: RunConfig, model: list[Any], loader: Loader, writer: Any, step: int) -> None:
     """Caption the first validation images on all ranks together and write them beside their truth."""
-    requests, truths = loader.requests(range(min(config.log.caption_samples, len(loader.table))))
+    requests, truths = loader.requests(range(min(config.log.caption_samples, len(loader))))
     tokens = generate(model, requests, loader.tokenizer.closing_ids[:1], _MAX_NEW_TOKENS)
     for number, (request, truth, ids) in enumerate(zip(requests, truths, tokens, strict=True)):
         assert request.patches is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genlip_megatron.data.decode import DaliDecoder, ImageTask, PillowDecoder, make_decoder, to_patches
+from genlip_megatron.data.decode import CpuDecoder, DaliDecoder, ImageTask, make_decoder, to_patches
 
 
 def picture(height: int, width: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -35,7 +35,7 @@ def test_dali_agrees_with_pillow(dali: DaliDecoder, crop: bool) -> None:
             (224, 224, 224, 224), (300, 400, 144, 192), (90, 60, 160, 96), (500, 333, 224, 224),
         ]
     ]  # fmt: skip
-    for task, ours, oracle in zip(tasks, dali(tasks), PillowDecoder(1)(tasks), strict=True):
+    for task, ours, oracle in zip(tasks, dali(tasks), CpuDecoder(1, plain=True)(tasks), strict=True):
         assert isinstance(ours, torch.Tensor) and isinstance(oracle, torch.Tensor)
         assert ours.shape == (task.height * task.width // 256, 768)
         # Mean absolute difference of 8-bit values; up to 0.21 was seen.
@@ -46,7 +46,7 @@ def test_dali_agrees_with_pillow(dali: DaliDecoder, crop: bool) -> None:
 def test_bad_images_are_named_and_the_rest_kept(name: str, dali: DaliDecoder) -> None:
     good = picture(64, 64)
     contents = [good, good[: len(good) // 2], b"", good, b"\xff\xd8 garbage", picture(40, 40, "PNG")]
-    decoder = dali if name == "dali" else PillowDecoder(2)
+    decoder = dali if name == "dali" else CpuDecoder(2)
     results = decoder([ImageTask(content, 32, 32) for content in contents])
     assert [isinstance(result, str) for result in results] == [False, True, True, False, True, False]
     assert not isinstance(decoder([ImageTask(good, 32, 32)])[0], str), "the decoder must live on"
@@ -55,10 +55,10 @@ def test_bad_images_are_named_and_the_rest_kept(name: str, dali: DaliDecoder) ->
 def test_transparency_is_white_and_other_modes_become_rgb() -> None:
     clear = io.BytesIO()
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(clear, "PNG")
-    (patch,) = PillowDecoder(1)([ImageTask(clear.getvalue(), 16, 16)])
+    (patch,) = CpuDecoder(1, plain=True)([ImageTask(clear.getvalue(), 16, 16)])
     assert isinstance(patch, torch.Tensor) and patch.min() == 255
     contents = [picture(32, 32, "JPEG", "L"), picture(32, 32, "JPEG", "CMYK"), picture(32, 32, "PNG", "P")]
-    for result in PillowDecoder(1)([ImageTask(content, 32, 32) for content in contents]):
+    for result in CpuDecoder(1, plain=True)([ImageTask(content, 32, 32) for content in contents]):
         assert isinstance(result, torch.Tensor) and result.shape == (4, 768)
 
 
@@ -71,5 +71,5 @@ def test_patches_are_laid_out_like_a_convolution_weight() -> None:
 
 
 def test_decoder_choice() -> None:
-    assert isinstance(make_decoder("auto", 1, torch.device("cpu")), PillowDecoder)
+    assert isinstance(make_decoder("auto", 1, torch.device("cpu")), CpuDecoder)
     assert isinstance(make_decoder("dali", 1, torch.device("cpu")), DaliDecoder)

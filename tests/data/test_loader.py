@@ -16,6 +16,7 @@ import torch
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader, drop_path_factors, merge_cursors
+from genlip_megatron.data.share import Share
 from genlip_megatron.data.text import load_tokenizer
 from tests.train.test_layouts_and_resume import tiny_config
 
@@ -26,7 +27,7 @@ def take(loader: Loader, count: int) -> list[PackedBatch]:
     """The loader's next micro-batches, of one pack each."""
     batches = iter(loader)
     taken = list(islice(batches, count))
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return taken
 
 
@@ -54,7 +55,7 @@ def test_ranks_share_the_stream_of_one(ranks: int, reference: list[PackedBatch],
 
 def test_without_images_everything_else_is_the_same(reference: list[PackedBatch], demo_data: Path) -> None:
     for ours, expected in zip(
-        take(Loader(tiny_config(demo_data), "train", needs_images=False), 4), reference, strict=False
+        take(Loader(tiny_config(demo_data), "train", share=Share(images=False)), 4), reference, strict=False
     ):
         assert ours.patches is None
         assert_equal(ours, expected, but=("patches",))
@@ -93,7 +94,7 @@ def test_a_sample_that_went_bad_keeps_its_place_without_loss(demo_data: Path, tm
         shutil.copy2(file, tmp_path / file.name)
     shard = tmp_path / "train-00000.tar"
     config = tiny_config(tmp_path)
-    index = load_index(str(shard), load_tokenizer(config.data.tokenizer), config.data.prompt)
+    index = load_index(str(shard), load_tokenizer(config.data.tokenizer).fingerprint, config.data.prompt)
     key, row = index.keys[5], index.rows[5]
     times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
     with open(shard, "r+b") as file:
@@ -115,18 +116,21 @@ def test_a_sample_that_went_bad_keeps_its_place_without_loss(demo_data: Path, tm
         assert not batch.loss_weights[mine & used].any()
         assert torch.equal(batch.loss_weights[~mine], good[batch.keys].loss_weights[~mine])
         assert_equal(batch, good[batch.keys], but=("patches", "loss_weights"))
-    assert hit and loader.quarantine[0] == (key, "its bytes changed since the index was made (crc32)")
+    bad = loader.quarantine.records[0]
+    assert hit and (bad.shard, bad.key) == (str(shard), key)
+    assert bad.reason == "the image's bytes changed since the index was made (crc32)"
 
 
 def test_a_long_caption_is_cut_and_counted_and_its_image_whole(demo_data: Path) -> None:
     config = tiny_config(demo_data, data__seq_length=66, data__prompt="Describe the image in detail.")
     loader = Loader(config, "train")
     batches = take(loader, 40)
-    assert loader.truncated > 0
+    assert loader.samples.truncated > 0
     lengths = torch.cat([batch.image_lengths + batch.text_lengths for batch in batches])
     assert int(lengths.max()) == 66
-    table = loader.table
-    by_key = {loader.key(i): int(table.image_tokens[i]) for i in range(len(table))}
+    (dataset,) = loader.datasets
+    heights, widths = dataset.image_sizes(dataset.plan_rows(np.arange(len(dataset))))
+    by_key = {dataset.key(i): int(heights[i] * widths[i] // 256) for i in range(len(dataset))}
     for batch in batches:
         for number, key in enumerate(batch.keys):
             assert int(batch.image_lengths[number]) == by_key[key]
@@ -136,7 +140,7 @@ def test_validation_is_one_pass_in_order_and_the_same_every_time(demo_data: Path
     loader = Loader(tiny_config(demo_data, log__eval_iters=10), "valid")
     first, second = ([batch.keys for batch in loader] for _ in range(2))
     assert first == second and len(first) == 10 * LANES
-    assert sorted(key for keys in first for key in keys) == sorted(loader.key(i) for i in range(len(loader.table)))
+    assert sorted(key for keys in first for key in keys) == sorted(loader.samples.key(i) for i in range(len(loader)))
 
 
 def test_more_ranks_than_samples_is_refused(demo_data: Path) -> None:

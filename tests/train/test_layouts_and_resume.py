@@ -55,8 +55,10 @@ def run_steps(config: RunConfig, steps: int) -> dict[str, Any]:
     assert run.train_loader is not None and run.valid_loader is not None
     losses, norms, keys = [], [], []
 
+    taken = iter(run.train_loader)
+
     def watched() -> Any:
-        for batch in run.train_loader:
+        for batch in taken:
             keys.append(batch.keys)
             yield batch
 
@@ -70,7 +72,7 @@ def run_steps(config: RunConfig, steps: int) -> dict[str, Any]:
         norms.append(norm)
     validation = evaluate(run.stepper, run.valid_loader)
     save(run)
-    batches.close()
+    run.train_loader.close()
     model = unwrap(run.model[0])
     return {
         "losses": losses,

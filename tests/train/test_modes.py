@@ -46,12 +46,14 @@ def started(config: RunConfig) -> dict[str, Any]:
     run = set_up(config)
     assert run.train_loader is not None
     model = unwrap(run.model[0])
+    batch = next(iter(run.train_loader))
+    run.train_loader.close()
     return {
         "weights": gather_canonical(model, dict(model.named_parameters())),
         "iteration": run.iteration,
         "step": run.train_loader.step,
         "lr": run.optimizer.param_groups[0]["lr"],
-        "next": next(iter(run.train_loader)).keys,
+        "next": batch.keys,
     }
 
 

@@ -1,0 +1,117 @@
+"""Encoded images: what is accepted, and bytes -> upright RGB pixels, by Pillow and by a faster twin for plain JPEG.
+
+Choices, for both: only JPEG, PNG and WebP; sizes are checked in the header before any pixel is decoded; EXIF
+orientation is applied; transparency is composited on white; CMYK, palette and grey images become RGB; 16-bit
+channels keep their high byte; of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from genlip_megatron.data.resize import MAX_ASPECT_RATIO
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+# An image above this many pixels is refused from its header: a few kilobytes can decode to gigabytes.
+MAX_IMAGE_PIXELS = 100_000_000
+# The planning table keeps a side in 16 bits.
+MAX_IMAGE_SIDE = 65_535
+# What Pillow finds odd but can read is no news for the log, once per image of millions.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(content: bytes | memoryview) -> Image.Image:
+    """The image with its header read and no pixel decoded.
+
+    Raises:
+        ValueError: another format, too many pixels or too long a side, or an aspect ratio that no model input has.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    except Exception as error:  # any codec error means the same: this image is bad
+        raise ValueError(f"image does not decode: {error}") from error
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
+        raise ValueError(
+            f"image is too large: {width}x{height} pixels, above {MAX_IMAGE_PIXELS} or a side of {MAX_IMAGE_SIDE}"
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"image is too thin: {width}x{height}, aspect ratio above {MAX_ASPECT_RATIO}")
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 as well where there is none or it cannot be read."""
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # broken metadata does not make the picture bad
+        return 1
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [height, width, 3]: the opened image decoded, upright, in RGB, transparency over white.
+
+    Raises:
+        ValueError: it does not decode completely.
+    """
+    try:
+        image.load()
+        upright = _UPRIGHT.get(orientation(image))
+        pixels: Image.Image = image if upright is None else image.transpose(upright)
+        if pixels.mode.startswith("I"):
+            # Pillow's own conversion would clip 16-bit greys to white instead of scaling them.
+            pixels = Image.fromarray((np.asarray(pixels).astype(np.uint32) >> 8).astype(np.uint8))
+        elif pixels.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            pixels = pixels.convert("RGBA")
+            pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
+        return np.asarray(pixels.convert("RGB"))
+    except Exception as error:
+        raise ValueError(f"image does not decode: {error}") from error
+
+
+def decode_rgb(content: bytes | memoryview, plain_jpeg: bool = False) -> np.ndarray:
+    """uint8 [height, width, 3] of an encoded image.
+
+    Args:
+        content: the file's bytes.
+        plain_jpeg: it was checked to be a JPEG that needs neither turning nor a colour conversion of Pillow's; it then
+            goes through libjpeg-turbo directly, to the same pixels in two thirds of the time. What libjpeg has any
+            doubt about is Pillow's to judge all the same.
+
+    Raises:
+        ValueError: why the image cannot be used.
+    """
+    if plain_jpeg:
+        try:
+            return simplejpeg.decode_jpeg(content, "RGB")
+        except ValueError:
+            pass
+    return to_rgb(open_image(content))
+
+
+def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
+    """(height, width, whether it is a plain JPEG) of an image that decodes completely; sizes are those upright.
+
+    Raises:
+        ValueError: why the image cannot be used.
+    """
+    image = open_image(content)
+    plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and orientation(image) not in _UPRIGHT
+    height, width, _ = (decode_rgb(content, plain_jpeg=True) if plain else to_rgb(image)).shape
+    return height, width, plain

@@ -1,0 +1,70 @@
+"""Quarantine: samples that turned out bad in training, counted, written down, and too many in a row a reason to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class DataFailure(RuntimeError):
+    """So many samples in a row were bad that the fault is not theirs: storage, mount or index."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that carries no loss, and why."""
+
+    shard: str
+    key: str
+    reason: str
+    step: int
+
+
+class Quarantine:
+    """Bad samples of one data-parallel rank.
+
+    Args:
+        path: JSON Lines file to append to, one line a sample; empty for none. Ranks share it: a line is one write.
+        max_consecutive: stop after so many bad samples without a good one between; 0: never.
+    """
+
+    def __init__(self, path: str = "", max_consecutive: int = 0) -> None:
+        self._path = Path(path) if path else None
+        self._max_consecutive = max_consecutive
+        self._in_a_row = 0
+        self.total = 0
+        self.records: list[BadSample] = []
+
+    def record(self, bad: BadSample) -> None:
+        """Write down a bad sample, on the rank that found it."""
+        self.records.append(bad)
+        del self.records[:-1000]  # the file holds them all
+        logger.warning("sample %s of %s carries no loss: %s", bad.key, bad.shard, bad.reason)
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "ab", buffering=0) as file:
+                file.write(json.dumps(asdict(bad)).encode() + b"\n")
+        except OSError as error:  # a full disk must not stop the training that survives a bad image
+            logger.warning("%s cannot be written: %s", self._path, error)
+
+    def count(self, verdicts: list[bool]) -> None:
+        """Count samples in order, True for good ones, on every rank that knows of them.
+
+        Raises:
+            DataFailure: ``max_consecutive`` bad ones in a row.
+        """
+        for good in verdicts:
+            self._in_a_row = 0 if good else self._in_a_row + 1
+            self.total += not good
+            if self._max_consecutive and self._in_a_row >= self._max_consecutive:
+                last = f"; the last one: {self.records[-1]}" if self.records else ""
+                raise DataFailure(
+                    f"{self._in_a_row} samples in a row could not be used{last}. Check the storage and the index, or "
+                    "raise data.max_consecutive_failures (0: never stop)"
+                )

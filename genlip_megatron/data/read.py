@@ -1,0 +1,241 @@
+"""Sample bytes from shards: memory-mapped from local disks, by range requests through a local cache from elsewhere.
+
+Remote shards are fetched in blocks of neighbouring bytes, many at a time, because lanes read neighbouring samples;
+a block is fetched once and then served from disk, also to other processes and to the next epoch.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import mmap
+import os
+import threading
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genlip_megatron.data import storage
+
+_OPEN_FILES = 512
+_REQUESTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of bytes of a shard."""
+
+    shard: str
+    offset: int
+    size: int
+
+
+class BlockCache:
+    """Blocks of remote files on a local disk, the least recently used dropped beyond a size. Processes may share it.
+
+    A block is a file of its own, renamed into place; nothing is ever half there.
+    """
+
+    def __init__(self, folder: str, max_bytes: int) -> None:
+        self._folder, self._max_bytes = Path(folder), max_bytes
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._added = 0
+        self._shrink()
+
+    def path(self, name: str) -> Path:
+        """Where a block stands."""
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        return self._folder / digest[:2] / f"{digest[2:40]}.block"
+
+    def read(self, name: str, start: int, end: int) -> bytes | None:
+        """Bytes ``start`` to ``end`` of a block, or None when it is not here."""
+        path = self.path(name)
+        try:
+            with open(path, "rb") as file:
+                file.seek(start)
+                content = file.read(end - start)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Keep a block. A full disk costs the cache its use, not the run its life."""
+        path = self.path(name)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            return
+        with self._lock:
+            self._added += len(content)
+            if self._added > self._max_bytes // 16:
+                self._added = 0
+                self._shrink()
+
+    def drop(self, name: str) -> None:
+        """Forget a block."""
+        self.path(name).unlink(missing_ok=True)
+
+    def _shrink(self) -> None:
+        """Drop the blocks that have not been used for longest, down to nine tenths of the limit."""
+        found = []
+        for path in self._folder.glob("*/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process was faster
+                continue
+            found.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        if total <= self._max_bytes:
+            return
+        for _, size, path in sorted(found):
+            path.unlink(missing_ok=True)
+            total -= size
+            if total <= 0.9 * self._max_bytes:
+                return
+
+
+class ShardReader:
+    """Reads pieces of shards, local or remote; safe to use from several threads.
+
+    Args:
+        cache_dir, cache_bytes: where, and up to which size, blocks of remote shards are kept.
+        retries, timeout: of one request to a remote store; seconds.
+        block_bytes: what one request fetches.
+
+    ``bytes_read`` counts what was asked for, ``bytes_fetched`` what came from remote stores.
+    """
+
+    def __init__(
+        self,
+        cache_dir: str,
+        cache_bytes: int,
+        retries: int = storage.RETRIES,
+        timeout: float = storage.TIMEOUT_SECONDS,
+        block_bytes: int = 4 << 20,
+    ) -> None:
+        self._cache_options = cache_dir, cache_bytes
+        self._retries, self._timeout, self._block_bytes = retries, timeout, block_bytes
+        self._maps: collections.OrderedDict[str, tuple[Any, mmap.mmap]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._cache: BlockCache | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._states: dict[str, tuple[int, str]] = {}
+        self._under_way: dict[str, Future[bytes]] = {}
+        self.bytes_read = 0
+        self.bytes_fetched = 0
+
+    def read(self, pieces: Sequence[Piece]) -> list[memoryview | OSError]:
+        """The bytes of every piece, or why they cannot be had. Remote pieces are fetched at the same time."""
+        for piece in pieces:
+            if storage.is_remote(piece.shard):
+                self._start(piece)
+        results: list[memoryview | OSError] = []
+        for piece in pieces:
+            try:
+                results.append(self._remote(piece) if storage.is_remote(piece.shard) else self._local(piece))
+            except OSError as error:
+                results.append(error)
+            except Exception as error:  # a store's own kinds of error
+                results.append(OSError(f"{type(error).__name__}: {error}"))
+        self.bytes_read += sum(len(content) for content in results if isinstance(content, memoryview))
+        return results
+
+    def forget(self, piece: Piece) -> bool:
+        """Drop what is cached of a piece, so that it is fetched anew; False where nothing is ever cached."""
+        if self._cache is None or not storage.is_remote(piece.shard):
+            return False
+        for block in self._blocks(piece):
+            self._cache.drop(self._name(piece.shard, block))
+        return True
+
+    def _local(self, piece: Piece) -> memoryview:
+        with self._lock:
+            if piece.shard not in self._maps:
+                while len(self._maps) >= _OPEN_FILES:
+                    # Views and readers still in use keep file and map alive; they go with the last of them.
+                    self._maps.popitem(last=False)
+                file = open(piece.shard, "rb")  # noqa: SIM115 - kept open
+                self._maps[piece.shard] = file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps.move_to_end(piece.shard)
+            file, content = self._maps[piece.shard]
+        end = piece.offset + piece.size
+        # Touching a mapped page past the end of a file that has shrunk would kill the process.
+        if os.fstat(file.fileno()).st_size < end or len(content) < end:
+            raise OSError(f"{piece.shard} ends before byte {end}, where its index says the sample ends")
+        return memoryview(content)[piece.offset : end]
+
+    def _blocks(self, piece: Piece) -> range:
+        first, last = piece.offset // self._block_bytes, (piece.offset + piece.size - 1) // self._block_bytes
+        return range(first, last + 1)
+
+    def _name(self, shard: str, block: int) -> str:
+        """A block's name in the cache; another version of the shard has other names."""
+        if shard not in self._states:
+            self._states[shard] = storage.state(shard)
+        size, stamp = self._states[shard]
+        return f"{shard} {size} {stamp} {self._block_bytes} {block}"
+
+    def _start(self, piece: Piece) -> None:
+        """Begin to fetch a piece's blocks that are neither cached nor under way."""
+        if self._pool is None:
+            self._cache = BlockCache(*self._cache_options)
+            self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="fetch")
+        assert self._cache is not None
+        for block in self._blocks(piece):
+            try:
+                name = self._name(piece.shard, block)
+            except Exception:  # the read itself will tell
+                return
+            with self._lock:
+                if name not in self._under_way and not self._cache.path(name).is_file():
+                    self._under_way[name] = self._pool.submit(self._fetch, piece.shard, block, name)
+
+    def _fetch(self, shard: str, block: int, name: str) -> bytes:
+        assert self._cache is not None
+        try:
+            start = block * self._block_bytes
+            end = min(start + self._block_bytes, self._states[shard][0])
+            if end <= start:
+                raise OSError(f"{shard} ends before byte {start}, where its index says a sample lies")
+            content = storage.read_range(shard, start, end, self._retries, self._timeout)
+            if len(content) != end - start:
+                raise OSError(f"{shard}: asked for {end - start} bytes, got {len(content)}")
+            self._cache.write(name, content)
+            self.bytes_fetched += len(content)
+            return content
+        finally:
+            with self._lock:
+                self._under_way.pop(name, None)
+
+    def _remote(self, piece: Piece) -> memoryview:
+        assert self._cache is not None
+        content = bytearray()
+        for block in self._blocks(piece):
+            name = self._name(piece.shard, block)
+            start = block * self._block_bytes
+            first = max(piece.offset - start, 0)
+            last = min(piece.offset + piece.size - start, self._block_bytes)
+            with self._lock:
+                future = self._under_way.get(name)
+            part = future.result()[first:last] if future else self._cache.read(name, first, last)
+            if part is None:
+                part = self._fetch(piece.shard, block, name)[first:last]
+            content += part
+        if len(content) != piece.size:
+            raise OSError(f"{piece.shard}: {piece.size} bytes expected at {piece.offset}, got {len(content)}")
+        return memoryview(bytes(content))
+
+    def close(self) -> None:
+        """Close the shards and end the threads."""
+        self._maps.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
