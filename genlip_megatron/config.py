@@ -458,8 +458,8 @@ def source_weights(data: DataConfig) -> list[tuple[int, tuple[float, ...]]]:
         start = int(step) if step.isdigit() else 0 if not step and not phases else -1
         if start < 0 or (phases and start <= phases[-1][0]) or (not phases and start):
             raise ValueError(
-                f"data.train_weights = {','.join(data.train_weights)!r}: the first weights count from step 0, each later "
-                f"one needs a later step, as in 7:3,5:5@20000; got {text!r}"
+                f"data.train_weights = {','.join(data.train_weights)!r}: the first weights count from step 0, each "
+                f"later one needs a later step, as in 7:3,5:5@20000; got {text!r}"
             )
         phases.append((start, _numbers("data.train_weights", weights, len(data.train_data))))
     return phases

@@ -12,6 +12,7 @@ are skipped (by size and time, else by checksum), so a killed run goes on where 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -66,9 +67,12 @@ def default_manifest(shards: Sequence[str]) -> str:
     ('d/train.dataset.json', 'd/dataset.json')
     """
     folders = {storage.parent(shard) for shard in shards}
+    if len(folders) > 1 and any(storage.is_remote(folder) for folder in folders):
+        raise ValueError("the shards lie in several places: name the manifest to write with --manifest")
     folder = folders.pop() if len(folders) == 1 else os.path.commonpath(list(folders))
     names = [shard.rsplit("/", 1)[-1].removesuffix(".tar") for shard in shards]
-    stem = re.sub(r"[-_.0-9]+$", "", os.path.commonprefix(names))
+    common = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    stem = re.sub(r"[-_.0-9]+$", "", "".join(letters[0] for letters in common))
     return storage.join(folder, f"{stem}.dataset.json" if stem else "dataset.json")
 
 
@@ -76,7 +80,7 @@ def histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> list[str]:
     """Lines of a histogram from counts by value."""
     total = max(int(counts.sum()), 1)
     lines = [f"{title}:"]
-    for low, high in zip(bins, bins[1:], strict=False):
+    for low, high in itertools.pairwise(bins):
         if part := int(counts[low:high].sum()):
             label = f"{low} to {high - 1}" if high < bins[-1] else f"{low} and more"
             lines.append(f"  {label:>14} {part:>12,} {100 * part / total:5.1f}% {'#' * round(40 * part / total)}")
@@ -181,9 +185,7 @@ def main() -> None:
     for problem in problems:
         print(f"  {problem}")
     if problems:
-        parser.exit(
-            1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again to retry them\n"
-        )
+        parser.exit(1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again for them\n")
     if options.part:
         print(f"part {first} of {step} is done; when all are, run this without --part to write the manifest")
         return

@@ -72,7 +72,8 @@ def manifest_paths(manifest: str) -> tuple[str, str]:
     """
     folder, _, name = manifest.rpartition("/")
     stem = name.removesuffix(".json").removesuffix("dataset")
-    return tuple(f"{folder}/{file}" if folder else file for file in (f"{stem}dataset.plan", f"{stem}quarantine.jsonl"))
+    before = f"{folder}/" if folder else ""
+    return f"{before}{stem}dataset.plan", f"{before}{stem}quarantine.jsonl"
 
 
 def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[ShardIndex], None]) -> Totals:

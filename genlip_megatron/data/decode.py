@@ -45,10 +45,11 @@ def to_patches(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(grid.transpose(0, 2, 4, 1, 3)).reshape(-1, PATCH_VALUES)
 
 
-def _scaled_size(height: int, width: int, task: ImageTask) -> tuple[int, int]:
-    """(height, width) an image of the given size is resized to: the target, or with a crop the least that covers it."""
+def _scaled_size(pixels: np.ndarray, task: ImageTask) -> tuple[int, int]:
+    """(height, width) an image is resized to: the target, or with a crop the least that covers it."""
     if not task.center_crop:
         return task.height, task.width
+    height, width, _ = pixels.shape
     scale = max(task.height / height, task.width / width)
     return max(task.height, round(height * scale)), max(task.width, round(width * scale))
 
@@ -61,14 +62,14 @@ def _cropped(pixels: Any, task: ImageTask) -> Any:
 
 def resize_with_pillow(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
     """uint8 [task.height, task.width, 3] by Pillow's antialiased bilinear filter: the reference of every decoder."""
-    height, width = _scaled_size(*pixels.shape[:2], task)
+    height, width = _scaled_size(pixels, task)
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     return _cropped(np.asarray(image), task)
 
 
 def resize_with_torch(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
     """The same by torch's vectorised kernel: in a quarter of the time, and at most one level from Pillow's."""
-    size = _scaled_size(*pixels.shape[:2], task)
+    size = _scaled_size(pixels, task)
     if pixels.shape[:2] == size:
         return _cropped(pixels, task)
     # [1, 3, H, W], channels last in memory: the fast path. Torch asks for memory that it could write to.
@@ -90,7 +91,7 @@ class Decoder(Protocol):
 
 
 class CpuDecoder:
-    """Decodes in threads (the codecs release the interpreter lock): by libjpeg-turbo and torch, or plainly by Pillow."""
+    """Decodes in threads (codecs release the interpreter lock): by libjpeg-turbo and torch, or plainly by Pillow."""
 
     def __init__(self, num_threads: int, plain: bool = False) -> None:
         self._plain = plain

@@ -6,6 +6,7 @@ training; nothing is ever extracted to disk. The table stands in ``SHARD.index.s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -222,26 +223,36 @@ def _check(members: _Members, content: mmap.mmap, prompt: str) -> tuple[list, Tu
     return [*offsets, height, width, 0, 0, *crc, caption is members.json, plain], turns
 
 
+@contextlib.contextmanager
+def _mapped(shard: str) -> Iterator[tuple[str, mmap.mmap]]:
+    """(a local path of the shard, its bytes)."""
+    with (
+        storage.local_copy(shard) as path,
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        yield path, content
+
+
 def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
     """Read a shard from start to end and write its index beside it, atomically."""
     size, stamp = storage.state(shard)
     if size == 0:
         header = Header(FORMAT_VERSION, size, stamp, _EMPTY_SHA256, tokenizer.fingerprint, prompt)
         return write_index(ShardIndex(shard, np.empty(0, ROW), [], {"(shard)": "empty file"}, header))
-    with storage.local_copy(shard) as path, open(path, "rb") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            sha256 = hashlib.sha256(content).hexdigest()
-            groups, refused = _members(path, content)
-            rows, keys, texts = [], [], []
-            for key, members in groups.items():
-                try:
-                    row, turns = _check(members, content, prompt)
-                except ValueError as error:
-                    refused[key] = str(error)
-                    continue
-                rows.append(row)
-                keys.append(key)
-                texts.append(turns)
+    with _mapped(shard) as (path, content):
+        sha256 = hashlib.sha256(content).hexdigest()
+        groups, refused = _members(path, content)
+        rows, keys, texts = [], [], []
+        for key, members in groups.items():
+            try:
+                row, turns = _check(members, content, prompt)
+            except ValueError as error:
+                refused[key] = str(error)
+                continue
+            rows.append(row)
+            keys.append(key)
+            texts.append(turns)
     good = []
     for i, (ids, loss) in enumerate(tokenize_many(texts, tokenizer)):
         if len(ids) > MAX_TEXT_TOKENS:
@@ -330,9 +341,8 @@ def refresh_index(shard: str, tokenizer: Tokenizer, prompt: str) -> tuple[ShardI
         if (size, stamp) == (index.header.shard_size, index.header.shard_stamp):
             return index, True
         if size == index.header.shard_size:
-            with storage.local_copy(shard) as path, open(path, "rb") as file:
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    same = hashlib.sha256(content).hexdigest() == index.header.shard_sha256
+            with _mapped(shard) as (_, content):
+                same = hashlib.sha256(content).hexdigest() == index.header.shard_sha256
             if same:
                 header = dataclasses.replace(index.header, shard_stamp=stamp)
                 return write_index(dataclasses.replace(index, header=header)), True

@@ -190,7 +190,7 @@ class Plan:
         return max(1, min(self.chunk_size, self.sources[source].size // (_MIN_CHUNKS_PER_LANE * lanes)))
 
     def _permuted(self, source: int, epoch: int, chunks: int) -> np.ndarray:
-        """The order of a source's chunks in an epoch. The last few are kept: lanes cross epoch ends at their own step."""
+        """The order of a source's chunks in an epoch; the last few are kept, since lanes cross epoch ends apart."""
         key = (source, epoch, chunks)
         if key not in self._permutations:
             while len(self._permutations) >= 2 * len(self.sources) + 2:

@@ -1,4 +1,4 @@
-"""Quarantine: samples that turned out bad in training, counted, written down, and too many in a row a reason to stop."""
+"""Quarantine: samples that turn out bad in training are counted and written down; too many in a row stop the run."""
 
 from __future__ import annotations
 

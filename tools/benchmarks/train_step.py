@@ -38,7 +38,7 @@ from tqdm import tqdm  # noqa: E402
 from genlip_megatron.batch import PATCH_SIZE, PackedBatch, Sample, pack_samples  # noqa: E402
 from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig  # noqa: E402
 from genlip_megatron.convert.table import canonical_shapes  # noqa: E402
-from genlip_megatron.data.plan import Plan  # noqa: E402
+from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.data.resize import native_size  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.parallel.initial import initial_tensor  # noqa: E402
@@ -89,7 +89,7 @@ def tokens_of(sample: Sample) -> int:
 def pack(samples: list[Sample], seq_length: int) -> list[PackedBatch]:
     """Micro-batches of one pack each, filled by the project's own plan."""
     lengths = np.array([tokens_of(sample) for sample in samples])
-    plan = Plan(lengths, seq_length, lanes=1, seed=0, epochs=1)
+    plan = Plan([Source(len(lengths), lambda ids: lengths[ids])], seq_length, lanes=1, seed=0, epochs=1)
     batches = []
     while ids := plan.next_pack(0):
         batches.append(pack_samples([[samples[i] for i in ids]], seq_length))
