@@ -29,7 +29,19 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
-        "dev": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18", "mypy>=1.15,<3", "codespell>=2.4,<3"],
+        "s3": ["s3fs>=2024.6"],
+        "dev": [
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.12,<0.18",
+            "mypy>=1.15,<3",
+            "codespell>=2.4,<3",
+            "s3fs>=2024.6",
+            "moto[s3]>=5,<6",
+            "flask>=3,<4",
+            "flask-cors>=5",
+            "webdataset>=1,<2",
+        ],
         "wandb": ["wandb>=0.19"],
     },
 )

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PATCH_SIZE = 16
-PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
+from genlip_megatron.config import PATCH_SIZE, PATCH_VALUES
+
+__all__ = ["PATCH_SIZE", "PATCH_VALUES", "PackedBatch", "Sample", "pack_samples", "sample_positions"]
 
 # Counts that vary from batch to batch are rounded up to these.
 _SAMPLE_MULTIPLE, _ROW_MULTIPLE = 32, 128

@@ -23,6 +23,8 @@ from typing import Any
 import yaml
 
 DEFAULT_PROMPT = "Describe the image in detail."
+PATCH_SIZE = 16
+PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 
 
 def _opt(default: Any, text: str, *aliases: str, choices: tuple[str, ...] = ()) -> Any:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.data import storage
-from genlip_megatron.data.dataset import Totals, manifest_paths, open_dataset, write_manifest
+from genlip_megatron.data.dataset import Totals, manifest_paths, open_dataset, other_shards, write_manifest
 from genlip_megatron.data.index import ShardIndex, refresh_index
 from genlip_megatron.data.plan import Plan, Source
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
@@ -188,6 +188,9 @@ def main() -> None:
         parser.exit(1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again for them\n")
     if options.part:
         print(f"part {first} of {step} is done; when all are, run this without --part to write the manifest")
+        return
+    if others := other_shards(manifest, shards):
+        print(f"{manifest} is left as it is: it lists {others} other shards; name all shards to write it anew")
         return
     _, quarantine = manifest_paths(manifest)
     totals = merge(manifest, shards, quarantine)

@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from genlip_megatron import __version__
-from genlip_megatron.batch import PATCH_SIZE
-from genlip_megatron.config import DataConfig
+from genlip_megatron.config import PATCH_SIZE, DataConfig
 from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, load_index, read_index
 from genlip_megatron.data.resize import native_sizes
@@ -74,6 +73,22 @@ def manifest_paths(manifest: str) -> tuple[str, str]:
     stem = name.removesuffix(".json").removesuffix("dataset")
     before = f"{folder}/" if folder else ""
     return f"{before}{stem}dataset.plan", f"{before}{stem}quarantine.jsonl"
+
+
+def other_shards(manifest: str, shards: Sequence[str]) -> int:
+    """How many shards an existing manifest lists that are not among ``shards``."""
+    if not storage.exists(manifest):
+        return 0
+    try:
+        listed = json.loads(storage.read_bytes(manifest))["shards"]
+        names = {storage.join(storage.parent(manifest), entry["path"]) for entry in listed}
+    except (ValueError, KeyError, TypeError):
+        return 0  # damaged: to be written anew
+    return len({_name(path) for path in names} - {_name(shard) for shard in shards})
+
+
+def _name(path: str) -> str:
+    return path if storage.is_remote(path) else os.path.realpath(path)
 
 
 def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[ShardIndex], None]) -> Totals:

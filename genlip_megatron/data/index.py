@@ -277,7 +277,10 @@ def write_index(index: ShardIndex) -> ShardIndex:
     }
     header = dataclasses.replace(index.header, digest=_digest(parts))
     tensors = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
-    storage.write_bytes(index_path(index.shard), save(tensors, {"header": json.dumps(dataclasses.asdict(header))}))
+    fields = json.dumps(dataclasses.asdict(header))
+    # The digest is of the table alone: a copy of a shard, with another time stamp, is still the same data.
+    text = json.dumps({"fields": fields, "sha256": hashlib.sha256(fields.encode()).hexdigest()})
+    storage.write_bytes(index_path(index.shard), save(tensors, {"header": text}))
     return dataclasses.replace(index, header=header)
 
 
@@ -299,9 +302,11 @@ def read_index(shard: str) -> ShardIndex:
         raise ValueError(f"{shard} has no index; {remedy}") from None
     try:
         length = int.from_bytes(content[:8], "little")
-        header = Header(**json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["header"]))
+        text = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["header"])
+        header = Header(**json.loads(text["fields"]))
         parts = {name: tensor.tobytes() for name, tensor in load(content).items()}
-        if _digest(parts) != header.digest:
+        same = hashlib.sha256(text["fields"].encode()).hexdigest() == text["sha256"]
+        if _digest(parts) != header.digest or not same:
             raise ValueError("its checksum is wrong")
         refused = json.loads(parts["refused"])
     except Exception as error:  # whatever is wrong with the file, the remedy is the same

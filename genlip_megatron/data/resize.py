@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from genlip_megatron.batch import PATCH_SIZE
+from genlip_megatron.config import PATCH_SIZE
 
 MAX_ASPECT_RATIO = 200
 

@@ -1,0 +1,180 @@
+"""Preparing a data set: done once, in parts or after a kill to the same files, and reported in full."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from genlip_megatron.config import DataConfig
+from genlip_megatron.data.dataset import open_dataset
+from genlip_megatron.data.index import PLAN_ROW
+from genlip_megatron.data.text import load_tokenizer
+from tests.data.shards import CAPTION, many, write_shard
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def tokenizer(demo_data: Path) -> Path:
+    return demo_data / "tokenizer.model"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five shards, one of which holds a bad sample."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(5):
+        bad = {"bad.jpg": b"garbage", "bad.json": CAPTION} if i == 2 else {}
+        write_shard(data / f"part-{i:05d}.tar", many(6, 10 * i) | bad)
+    return data
+
+
+def prepare(*words: object, status: int = 0) -> str:
+    """What the tool prints."""
+    command = [sys.executable, "tools/prepare_data.py", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr.splitlines()[-1]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything that preparing wrote."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tar"}
+
+
+def test_report_manifest_and_quarantine(folder: Path, tokenizer: Path) -> None:
+    printed = prepare(folder, "--tokenizer", tokenizer, "--seq-length", 512)
+    assert "5 shards (0 unchanged)" in printed and "30 good samples, 1 refused" in printed
+    assert "refused 1: image does not decode" in printed
+    for title in ("image height in pixels:", "image width in pixels:", "text tokens:", "stage 1, 224x224: ", "fill "):
+        assert title in printed
+    assert "an image of 1024 patches does not fit" in printed
+    (line,) = (folder / "part.quarantine.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["shard"] == str(folder / "part-00002.tar") and record["key"] == "bad"
+    assert record["reason"].startswith("image does not decode")
+    manifest = json.loads((folder / "part.dataset.json").read_text())
+    assert manifest["samples"] == 30 and [shard["samples"] for shard in manifest["shards"]] == [6] * 5
+    assert manifest["tokenizer"] == load_tokenizer(tokenizer).fingerprint
+    plan = np.fromfile(folder / "part.dataset.plan", PLAN_ROW)
+    assert len(plan) == 30 and plan.itemsize == 8 and set(plan["width"]) == {32, 48, 64, 80, 96}
+
+
+def test_unchanged_shards_are_skipped_by_time_or_checksum(folder: Path, tokenizer: Path) -> None:
+    prepare(folder, "--tokenizer", tokenizer)
+    before = files(folder)
+    assert "(5 unchanged)" in prepare(folder, "--tokenizer", tokenizer)
+    assert files(folder) == before
+    os.utime(folder / "part-00000.tar")
+    assert "(5 unchanged)" in prepare(folder, "--tokenizer", tokenizer)
+    shard = folder / "part-00001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b"One red circle.", b"Two red circles", 1))
+    assert len(content) == shard.stat().st_size
+    assert "(4 unchanged)" in prepare(folder, "--tokenizer", tokenizer)
+    assert "(0 unchanged)" in prepare(folder, "--tokenizer", tokenizer, "--prompt", "Look.")
+
+
+def test_parts_make_the_same_files_as_one_call(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    whole = shutil.copytree(folder, tmp_path / "whole", copy_function=shutil.copy2)
+    prepare(whole, "--tokenizer", tokenizer)
+    for i in range(2):
+        printed = prepare(folder, "--tokenizer", tokenizer, "--part", f"{i}/2")
+        assert f"{3 - i} shards (0 unchanged)" in printed and not (folder / "part.dataset.json").exists()
+    assert "(5 unchanged)" in prepare(folder, "--tokenizer", tokenizer)
+    ours, expected = files(folder), files(whole)
+    ours.pop("part.quarantine.jsonl"), expected.pop("part.quarantine.jsonl")  # names its folder
+    assert ours == expected
+
+
+def test_a_killed_run_goes_on_where_it_stopped(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    whole = shutil.copytree(folder, tmp_path / "whole", copy_function=shutil.copy2)
+    prepare(whole, "--tokenizer", tokenizer)
+    command = [sys.executable, "tools/prepare_data.py", str(folder), "--tokenizer", str(tokenizer), "--workers", "1"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not list(folder.glob("*.index.safetensors")) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    # What a kill within a write would leave.
+    (folder / ".part-00004.tar.index.safetensors.1.partial").write_bytes(b"half")
+    assert not (folder / "part.dataset.json").exists()
+    printed = prepare(folder, "--tokenizer", tokenizer)
+    assert "(0 unchanged)" not in printed
+    ours, expected = files(folder), files(whole)
+    ours.pop("part.quarantine.jsonl"), expected.pop("part.quarantine.jsonl")
+    assert ours == expected
+
+
+def test_manifest_and_shards_by_name_are_the_same_data(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    prepare(folder, "--tokenizer", tokenizer, "--manifest", tmp_path / "all.dataset.json")
+    fingerprint = load_tokenizer(tokenizer).fingerprint
+    data = DataConfig(image_mode="native", cache_dir=str(tmp_path / "cache"))
+    by_name = open_dataset([str(folder)], data, fingerprint, "S")
+    by_manifest = open_dataset([str(tmp_path / "all.dataset.json")], data, fingerprint, "S")
+    mixed = open_dataset([str(folder / "part-00000.tar"), str(tmp_path / "all.dataset.json")], data, fingerprint, "S")
+    assert by_name.fingerprint == by_manifest.fingerprint != mixed.fingerprint
+    ids = np.arange(30)
+    assert (by_name.lengths(ids) == by_manifest.lengths(ids)).all()
+    assert [by_name.key(i) for i in ids] == [by_manifest.key(i) for i in ids]
+    # Six samples come before the manifest's thirty.
+    assert len(mixed) == 36 and (mixed.lengths(ids[::-1] + 6) == by_name.lengths(ids)[::-1]).all()
+    assert mixed.key(35) == by_name.key(29)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "part.dataset.plan").unlink(), "is missing or does not hold 30 samples"),
+        (lambda folder: os.truncate(folder / "part.dataset.plan", 8), "is missing or does not hold 30 samples"),
+        (lambda folder: (folder / "part.dataset.json").write_text("[]"), "is no manifest of tools/prepare_data.py"),
+        (lambda folder: (folder / "part.dataset.json").unlink(), "no such manifest; tools/prepare_data.py writes it"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(damage: object, message: str, folder: Path, tokenizer: Path) -> None:
+    prepare(folder, "--tokenizer", tokenizer)
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=message):
+        fingerprint = load_tokenizer(tokenizer).fingerprint
+        open_dataset([str(folder / "part.dataset.json")], DataConfig(), fingerprint, "data.train_data")
+
+
+def test_an_index_that_changed_behind_the_manifest_is_seen(folder: Path, tokenizer: Path) -> None:
+    prepare(folder, "--tokenizer", tokenizer)
+    manifest = str(folder / "part.dataset.json")
+    write_shard(folder / "part-00003.tar", many(7))
+    printed = prepare(folder / "part-00003.tar", "--tokenizer", tokenizer)
+    assert "part.dataset.json is left as it is: it lists 4 other shards; name all shards" in printed
+    dataset = open_dataset([manifest], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S")
+    assert len(dataset.index(2).rows) == 6
+    with pytest.raises(ValueError, match="is not the manifest's; run tools/prepare_data.py again"):
+        dataset.index(3)
+    assert dataset.key(20) == "(sample 2)"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["/nowhere"], "'/nowhere' matches no .tar file"),
+        (["DATA", "--part", "2/2"], "expected i/n with 0 <= i < n"),
+        (["DATA", "--workers", "0"], "must be at least 1"),
+        (["DATA", "--manifest", "x.txt"], "must end in .json"),
+        (["nowhere://x"], "nowhere:// cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], message: str, folder: Path, tokenizer: Path) -> None:
+    words = [str(folder) if word == "DATA" else word for word in words]
+    assert message in prepare(*words, "--tokenizer", tokenizer, status=2)
+    assert not list(folder.glob("*.index*"))
