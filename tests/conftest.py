@@ -40,5 +40,6 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     run("tools/render_demo_data.py", "--output", str(folder), "--train-samples", "160", "--val-samples", "24")
     run("tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", str(folder / "tokenizer.model"))
-    run("tools/prepare_data.py", str(folder), "--tokenizer", str(folder / "tokenizer.model"))
+    for split in ("train", "val"):
+        run("tools/prepare_data.py", str(folder / f"{split}-*.tar"), "--tokenizer", str(folder / "tokenizer.model"))
     return folder

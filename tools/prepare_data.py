@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -49,7 +50,8 @@ def index_shards(shards: Sequence[str], tokenizer: str, prompt: str, workers: in
     unchanged, samples, problems = 0, 0, []
     # The workers are the parallelism; a tokenizer's own threads would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with ProcessPoolExecutor(max(1, workers)) as pool:
+    # Clients of remote stores do not survive a fork.
+    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(prepare, shard, tokenizer, prompt) for shard in shards]
         with tqdm(as_completed(jobs), total=len(jobs), desc="index", unit="shard", file=sys.stderr) as bar:
             for job in bar:
@@ -193,7 +195,10 @@ def main() -> None:
         print(f"{manifest} is left as it is: it lists {others} other shards; name all shards to write it anew")
         return
     _, quarantine = manifest_paths(manifest)
-    totals = merge(manifest, shards, quarantine)
+    try:
+        totals = merge(manifest, shards, quarantine)
+    except ValueError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     report(totals)
     if totals.samples == 0:
         parser.exit(1, f"{parser.prog}: error: no good sample in {len(shards)} shards; see {quarantine}\n")

@@ -7,6 +7,9 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# So many bad samples are logged one by one, then every so manieth; the file has them all.
+_LOGGED = 20
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,14 +39,17 @@ class Quarantine:
         self._path = Path(path) if path else None
         self._max_consecutive = max_consecutive
         self._in_a_row = 0
+        self._found = 0
         self.total = 0
         self.records: list[BadSample] = []
 
     def record(self, bad: BadSample) -> None:
         """Write down a bad sample, on the rank that found it."""
         self.records.append(bad)
-        del self.records[:-1000]  # the file holds them all
-        logger.warning("sample %s of %s carries no loss: %s", bad.key, bad.shard, bad.reason)
+        del self.records[:-1000]
+        self._found += 1
+        if self._found <= _LOGGED or self._found % _LOGGED == 0:
+            logger.warning("sample %s of %s carries no loss: %s", bad.key, bad.shard, bad.reason)
         if self._path is None:
             return
         try:

@@ -37,7 +37,8 @@ def is_remote(path: str) -> bool:
 @functools.cache
 def _filesystem(protocol: str) -> Any:
     try:
-        return fsspec.filesystem(protocol)
+        # A listing kept from before other processes wrote would hide what they wrote.
+        return fsspec.filesystem(protocol, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{protocol}:// cannot be read: {error}") from error
 
