@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
@@ -68,7 +69,7 @@ def resize_with_pillow(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
 
 
 def resize_with_torch(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
-    """The same by torch's vectorised kernel: in a quarter of the time, and at most one level from Pillow's."""
+    """The same by torch's vectorised kernel: in a quarter of the time, and at most two levels from Pillow's."""
     size = _scaled_size(pixels, task)
     if pixels.shape[:2] == size:
         return _cropped(pixels, task)
@@ -114,6 +115,15 @@ class CpuDecoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _sound_header(content: bytes | memoryview) -> bool:
+    """Whether a JPEG's header can be read. One that cannot ends the process within DALI 2.4 (a segmentation fault)."""
+    try:
+        simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return False
+    return True
+
+
 class DaliDecoder:
     """Decodes plain JPEG with DALI's dynamic mode, on the CPU or (hardware JPEG included) on the GPU.
 
@@ -149,8 +159,9 @@ class DaliDecoder:
         return results
 
     def _decode_all(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
-        jpeg = [i for i, task in enumerate(tasks) if task.plain_jpeg]
-        other = [i for i, task in enumerate(tasks) if not task.plain_jpeg]
+        suited = [task.plain_jpeg and _sound_header(task.content) for task in tasks]
+        jpeg = [i for i in range(len(tasks)) if suited[i]]
+        other = [i for i in range(len(tasks)) if not suited[i]]
         results: dict[int, Tensor | str] = {}
         for i, result in zip(other, self._cpu([tasks[i] for i in other]), strict=True):
             results[i] = result if isinstance(result, str) else result.to(self._target)

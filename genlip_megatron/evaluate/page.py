@@ -220,7 +220,7 @@ def chips(pack: Pack, number: int, tokenizer: Tokenizer) -> str:
     parts = []
     if lies.images:
         last = lies.text.start - 1
-        below = ""
+        below = f"<b>→ {last + 1}</b>" if last in rows else ""
         parts.append(chip("image", f"{lies.start}-{last}", f"{lies.images} patches", below, "the image, row by row"))
     ids = batch.token_ids[lies.text.start : lies.text.stop].tolist()
     for slot, token, text in zip(lies.text, ids, token_texts(tokenizer, ids), strict=True):

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from genlip_megatron.data.decode import CpuDecoder, DaliDecoder, ImageTask, make_decoder, to_patches
+from genlip_megatron.data.image import check_image, decode_rgb, open_image
+from tests.data.shards import bomb, image, rotated, sixteen_bit
 
 
 def picture(height: int, width: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -27,29 +29,92 @@ def dali() -> DaliDecoder:
     return DaliDecoder(1, torch.device("cpu"))
 
 
+SIZES = [(224, 224, 224, 224), (300, 400, 144, 192), (90, 60, 160, 96), (500, 333, 224, 224), (40, 700, 32, 496)]
+
+
 @pytest.mark.parametrize("crop", [False, True])
-def test_dali_agrees_with_pillow(dali: DaliDecoder, crop: bool) -> None:
+@pytest.mark.parametrize("name", ["dali", "cpu"])
+def test_decoders_agree_with_pillow(name: str, dali: DaliDecoder, crop: bool) -> None:
     tasks = [
-        ImageTask(picture(height, width), target_height, target_width, crop)
-        for height, width, target_height, target_width in [
-            (224, 224, 224, 224), (300, 400, 144, 192), (90, 60, 160, 96), (500, 333, 224, 224),
-        ]
-    ]  # fmt: skip
-    for task, ours, oracle in zip(tasks, dali(tasks), CpuDecoder(1, plain=True)(tasks), strict=True):
+        ImageTask(picture(height, width), target_height, target_width, crop, plain_jpeg=True)
+        for height, width, target_height, target_width in SIZES
+    ]
+    decoder = dali if name == "dali" else CpuDecoder(1)
+    for task, ours, oracle in zip(tasks, decoder(tasks), CpuDecoder(1, plain=True)(tasks), strict=True):
         assert isinstance(ours, torch.Tensor) and isinstance(oracle, torch.Tensor)
         assert ours.shape == (task.height * task.width // 256, 768)
-        # Mean absolute difference of 8-bit values; up to 0.21 was seen.
-        assert (ours.int() - oracle.int()).abs().float().mean() <= 1.0
+        difference = (ours.int() - oracle.int()).abs()
+        # In 8-bit levels: a mean of at most 1 is promised; 0.21 for DALI and 0.12 for torch were seen.
+        assert difference.float().mean() <= 1.0
+        if name == "cpu":
+            assert difference.max() <= 2  # each of the two passes may round the other way
+
+
+def test_fast_and_plain_decoding_give_the_same_pixels() -> None:
+    for mode in ("RGB", "L"):
+        for options in ({}, {"progressive": True}, {"subsampling": 0}):
+            out = io.BytesIO()
+            Image.open(io.BytesIO(picture(61, 83))).convert(mode).save(out, "JPEG", **options)
+            assert (decode_rgb(out.getvalue(), plain_jpeg=True) == decode_rgb(out.getvalue())).all()
 
 
 @pytest.mark.parametrize("name", ["dali", "pillow"])
 def test_bad_images_are_named_and_the_rest_kept(name: str, dali: DaliDecoder) -> None:
     good = picture(64, 64)
-    contents = [good, good[: len(good) // 2], b"", good, b"\xff\xd8 garbage", picture(40, 40, "PNG")]
+    contents = [good, good[: len(good) // 2], b"", good, b"\xff\xd8 garbage", picture(40, 40, "PNG"), good[:400]]
     decoder = dali if name == "dali" else CpuDecoder(2)
-    results = decoder([ImageTask(content, 32, 32) for content in contents])
-    assert [isinstance(result, str) for result in results] == [False, True, True, False, True, False]
-    assert not isinstance(decoder([ImageTask(good, 32, 32)])[0], str), "the decoder must live on"
+    tasks = [ImageTask(content, 32, 32, plain_jpeg=content[:2] == b"\xff\xd8") for content in contents]
+    results = decoder(tasks)
+    assert [isinstance(result, str) for result in results] == [False, True, True, False, True, False, True]
+    assert all("does not decode" in result for result in results if isinstance(result, str))
+    alone = decoder([ImageTask(good, 32, 32, plain_jpeg=True)])[0]
+    assert isinstance(alone, torch.Tensor) and torch.equal(results[0], alone), "the decoder must live on"
+
+
+def test_a_bad_image_costs_dali_few_batches(dali: DaliDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found by halving, not by decoding every neighbour alone."""
+    good = picture(64, 64)
+    tasks = [ImageTask(good if i != 37 else good[: len(good) // 2], 32, 32, plain_jpeg=True) for i in range(64)]
+    sizes = []
+    batch = dali._batch
+
+    def counted(some: list[ImageTask], crop: bool) -> list[torch.Tensor]:
+        sizes.append(len(some))
+        return batch(some, crop)
+
+    monkeypatch.setattr(dali, "_batch", counted)
+    results = dali(tasks)
+    assert [i for i, result in enumerate(results) if isinstance(result, str)] == [37]
+    assert len(sizes) <= 13
+
+
+@pytest.mark.parametrize("name", ["dali", "cpu", "pillow"])
+def test_odd_images_look_as_they_should(name: str, dali: DaliDecoder) -> None:
+    """Sixteen bits keep their brightness, EXIF turns, transparency is white, CMYK is not inverted."""
+    decoder = dali if name == "dali" else CpuDecoder(1, plain=name == "pillow")
+
+    def decode(content: bytes, height: int = 32, width: int = 48) -> torch.Tensor:
+        (result,) = decoder([ImageTask(content, height, width, plain_jpeg=check_image(content)[2])])
+        assert isinstance(result, torch.Tensor), result
+        return result.float()
+
+    assert decode(sixteen_bit()).unique().tolist() == [128]
+    upright, turned = decode(image()), decode(rotated(3))
+    assert upright[:, 0].mean() < upright[:, -1].mean() and turned[:, 0].mean() > turned[:, -1].mean()
+    assert (decode(image(mode="CMYK")) - upright).abs().mean() < 3
+    grey = decode(image("PNG", mode="LA"))
+    assert (grey - decode(image("PNG"))).abs().max() == 0
+    clear = io.BytesIO()
+    palette = Image.new("P", (48, 32), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9] * 8)
+    palette.save(clear, "PNG", transparency=1)
+    assert decode(clear.getvalue()).min() == 255
+
+
+def test_a_header_that_promises_too_much_is_not_decoded() -> None:
+    for content in (bomb(), image("PNG", size=(70_000, 400))):
+        with pytest.raises(ValueError, match="too large|exceeds limit"):
+            open_image(content)
 
 
 def test_transparency_is_white_and_other_modes_become_rgb() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.config import RunConfig
 from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader, drop_path_factors, merge_cursors
 from genlip_megatron.data.share import Share
@@ -159,3 +161,93 @@ def test_drop_path_draws_belong_to_the_sample_and_step() -> None:
     assert set(np.unique(many)) == {0.0, np.float32(1 / 0.75)}
     # Mean 1 and a standard error of sqrt(1/3 / 24000) = 0.004.
     assert abs(many.mean() - 1) < 0.02
+
+
+def mixture(folder: Path, **flags: Any) -> RunConfig:
+    """Training and validation shards as two sources."""
+    return tiny_config(folder, data__train_data=f"{folder}/train-*.tar,{folder}/val.dataset.json", **flags)
+
+
+def keys_of(loader: Loader, count: int) -> list[str]:
+    return [key for batch in take(loader, count) for key in batch.keys]
+
+
+def test_a_mixture_is_drawn_by_weight_or_by_epochs(demo_data: Path) -> None:
+    equal = keys_of(Loader(mixture(demo_data, data__train_weights="1:1"), "train"), 24)
+    assert sum(key.startswith("val") for key in equal) / len(equal) == pytest.approx(0.5, abs=0.08)
+    # 2 x 160 and 10 x 24 samples an epoch of all.
+    epochs = keys_of(Loader(mixture(demo_data, data__train_epochs="2:10"), "train"), 24)
+    assert sum(key.startswith("val") for key in epochs) / len(epochs) == pytest.approx(240 / 560, abs=0.08)
+    whole = Loader(mixture(demo_data), "train")
+    assert len(whole.datasets) == 1 and len(whole) == 184
+    later = keys_of(Loader(mixture(demo_data, data__train_weights="1:0,0:1@2", data__pack_buffer=8), "train"), 40)
+    assert not any(key.startswith("val") for key in later[:20]) and all(key.startswith("val") for key in later[-20:])
+
+
+def test_weights_belong_to_the_stream_that_is_resumed(demo_data: Path) -> None:
+    config = mixture(demo_data, data__train_weights="3:1")
+    loader = Loader(config, "train")
+    expected = take(Loader(config, "train"), 3 * LANES)
+    take(loader, LANES)
+    resumed = Loader(config, "train")
+    resumed.load_state_dict(merge_cursors([loader.state_dict()]))
+    for ours, theirs in zip(take(resumed, 2 * LANES), expected[LANES:], strict=True):
+        assert_equal(ours, theirs)
+    with pytest.raises(ValueError, match="has another fingerprint"):
+        Loader(tiny_config(demo_data), "train").load_state_dict(merge_cursors([loader.state_dict()]))
+
+
+def test_another_global_batch_size_goes_on_with_what_is_left_of_the_epoch(demo_data: Path) -> None:
+    loader = Loader(tiny_config(demo_data), "train")
+    seen = keys_of(loader, 2 * LANES)
+    cursor = merge_cursors([loader.state_dict()])
+    with pytest.raises(ValueError, match=r"has 4 lanes, this run 2 \(train.global_batch_size\).*--change-lanes"):
+        Loader(tiny_config(demo_data, train__global_batch_size=2), "train").load_state_dict(cursor)
+    resumed = Loader(tiny_config(demo_data, train__global_batch_size=2, data__change_lanes=True), "train")
+    resumed.load_state_dict(cursor)
+    rest = keys_of(resumed, 60)
+    counts = Counter(seen + rest)
+    # Exactly once an epoch, and the lanes end their epochs within one of each other.
+    assert len(counts) == 160 and max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_steps_left_out_on_purpose_stay_left_out(reference: list[PackedBatch], demo_data: Path) -> None:
+    loader = Loader(tiny_config(demo_data), "train")
+    take(loader, LANES)
+    resumed = Loader(tiny_config(demo_data), "train")
+    resumed.load_state_dict(merge_cursors([loader.state_dict()]))
+    resumed.skip(1)
+    cursor = merge_cursors([resumed.state_dict()])
+    assert cursor["skipped"] == [[2, 2]] and cursor["step"] == 2
+    third = Loader(tiny_config(demo_data), "train")
+    third.load_state_dict(cursor)
+    for ours, expected in zip(take(third, LANES), reference[2 * LANES :], strict=True):
+        assert_equal(ours, expected)
+
+
+def test_bad_samples_are_counted_across_resumes(demo_data: Path) -> None:
+    loader = Loader(tiny_config(demo_data), "train")
+    loader.quarantine.total = 3
+    states = [loader.state_dict(), {**loader.state_dict(), "quarantined": 4}]
+    resumed = Loader(tiny_config(demo_data), "train")
+    resumed.load_state_dict(merge_cursors(states))
+    assert resumed.quarantined == (7, 0)
+    again = Loader(tiny_config(demo_data), "train")
+    again.load_state_dict(merge_cursors([resumed.state_dict()]))
+    assert again.quarantined == (7, 0)
+
+
+def test_a_failure_in_the_thread_reaches_the_step(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Loader(tiny_config(demo_data), "train")
+
+    def fail(*args: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(loader.samples, "micro_batch", fail)
+    batches = iter(loader)
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="no memory"):
+            next(batches)
+    batches.close()
+    with pytest.raises(StopIteration):
+        next(batches)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from genlip_megatron.data.resize import MAX_ASPECT_RATIO, native_size
+from genlip_megatron.data.resize import MAX_ASPECT_RATIO, native_size, native_sizes
 
 SIDE = st.integers(1, 20_000)
 
@@ -31,3 +32,13 @@ def test_sizes_are_whole_patches_within_16_to_1024(height: int, width: int) -> N
 def test_extreme_aspect_ratio_is_refused() -> None:
     with pytest.raises(ValueError, match="aspect ratio above 200"):
         native_size(1, 201)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 65_535), st.integers(1, 65_535)), min_size=1, max_size=50),
+    st.sampled_from([(4096, 262144), (256, 256), (4096, 16384), (1000, 99_999)]),
+)
+def test_many_sizes_at_once_are_the_same_sizes(shapes: list[tuple[int, int]], area: tuple[int, int]) -> None:
+    shapes = [shape for shape in shapes if max(shape) <= 200 * min(shape)]
+    heights, widths = native_sizes(np.array([h for h, _ in shapes]), np.array([w for _, w in shapes]), *area)
+    assert list(zip(heights, widths, strict=True)) == [native_size(height, width, *area) for height, width in shapes]

@@ -98,6 +98,10 @@ def reference(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 LAYOUTS = {
     "DP2": (2, {}),
     "TP2": (2, {"parallel__tensor_model_parallel_size": 2}),
+    "TP2 without sequence parallelism": (
+        2,
+        {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": False},
+    ),
     "PP2": (2, {"parallel__pipeline_model_parallel_size": 2}),
     "TP2xPP2": (4, {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}),
     "TP2xDP2": (4, {"parallel__tensor_model_parallel_size": 2}),
