@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genlip_megatron.config import PATCH_SIZE, PATCH_VALUES
 
-__all__ = ["PATCH_SIZE", "PATCH_VALUES", "PackedBatch", "Sample", "pack_samples", "sample_positions"]
+__all__ = ["PATCH_SIZE", "PATCH_VALUES", "PackedBatch", "Sample", "pack_samples", "sample_positions", "to_image"]
 
 # Counts that vary from batch to batch are rounded up to these.
 _SAMPLE_MULTIPLE, _ROW_MULTIPLE = 32, 128
@@ -101,6 +101,12 @@ class Sample:
     loss_mask: Sequence[bool] = ()
     weight: float = 1.0
     key: str = ""
+
+
+def to_image(patches: Tensor, rows: int, columns: int) -> Tensor:
+    """uint8 [3, rows * 16, columns * 16] from patches [rows * columns, 768]."""
+    grid = patches.reshape(rows, columns, 3, PATCH_SIZE, PATCH_SIZE).permute(2, 0, 3, 1, 4)
+    return grid.reshape(3, rows * PATCH_SIZE, columns * PATCH_SIZE)
 
 
 def sample_positions(rows: int, columns: int, text_length: int) -> np.ndarray:

@@ -187,7 +187,7 @@ def _read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache
 
 def _download_plan(url: str, sha256: str, cache_dir: str) -> str:
     """A local copy of a remote planning file; kept for the next run."""
-    target = Path(cache_dir) / f"{sha256[:32]}.plan"
+    target = Path(cache_dir).expanduser() / f"{sha256[:32]}.plan"
     if target.is_file():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import warnings
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from genlip_megatron.data.resize import MAX_ASPECT_RATIO
 
@@ -44,6 +44,8 @@ def open_image(content: bytes | memoryview) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("image does not decode: not a JPEG, PNG or WebP file") from None
     except Exception as error:  # any codec error means the same: this image is bad
         raise ValueError(f"image does not decode: {error}") from error
     width, height = image.size

@@ -179,14 +179,13 @@ class Loader:
     ) -> None:
         self.config, self.split = config, split
         data, lanes = config.data, config.train.global_batch_size
-        data = replace(data, cache_dir=str(Path(data.cache_dir).expanduser()))
         self.share = share or Share()
         self.tokenizer = load_tokenizer(data.tokenizer, config.model.vocab_size)
         mine = lanes // data_parallel_size
         self.lanes = range(data_parallel_rank * mine, (data_parallel_rank + 1) * mine)
         # A lane's window lies in few shards; those of all this rank's lanes should stay open.
         open_shards = min(max(128, 32 * mine), 1024)
-        self.datasets = open_split(replace(config, data=data), split, self.tokenizer.fingerprint, open_shards)
+        self.datasets = open_split(config, split, self.tokenizer.fingerprint, open_shards)
         samples = sum(len(dataset) for dataset in self.datasets)
         if split == "train" and data_parallel_size > samples:
             raise ValueError(

@@ -40,7 +40,7 @@ class BlockCache:
     """
 
     def __init__(self, folder: str, max_bytes: int) -> None:
-        self._folder, self._max_bytes = Path(folder), max_bytes
+        self._folder, self._max_bytes = Path(folder).expanduser(), max_bytes
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._added = 0

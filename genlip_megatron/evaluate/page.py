@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from genlip_megatron.batch import PATCH_SIZE, PackedBatch
+from genlip_megatron.batch import PATCH_SIZE, PackedBatch, to_image
 from genlip_megatron.data.text import END_OF_TURN, Tokenizer
 from genlip_megatron.model.mask import prefix_lm_mask
 
@@ -128,8 +128,7 @@ def sample_image(batch: PackedBatch, number: int) -> np.ndarray | None:
         return None
     first = int(batch.image_lengths[:number].sum())
     rows, columns = grid(batch, number)
-    patches = batch.patches[first : first + count].numpy().reshape(rows, columns, 3, PATCH_SIZE, PATCH_SIZE)
-    return patches.transpose(0, 3, 1, 4, 2).reshape(rows * PATCH_SIZE, columns * PATCH_SIZE, 3)
+    return to_image(batch.patches[first : first + count], rows, columns).permute(1, 2, 0).numpy()
 
 
 def grid(batch: PackedBatch, number: int) -> tuple[int, int]:

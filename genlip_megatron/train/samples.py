@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from genlip_megatron.batch import PATCH_SIZE
+from genlip_megatron.batch import to_image
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.infer.generate import generate
 
 _MAX_NEW_TOKENS = 64
-
-
-def to_image(patches: Tensor, rows: int, columns: int) -> Tensor:
-    """uint8 [3, height, width] from patches [rows * columns, 768]."""
-    grid = patches.reshape(rows, columns, 3, PATCH_SIZE, PATCH_SIZE).permute(2, 0, 3, 1, 4)
-    return grid.reshape(3, rows * PATCH_SIZE, columns * PATCH_SIZE)
 
 
 def write_caption_samples(config: RunConfig, model: list[Any], loader: Loader, writer: Any, step: int) -> None:

@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Show what the model will see of a data set: images, tokens, packs and attention masks on one HTML page.
+
+    tools/inspect_data.py data/train.dataset.json --tokenizer tokenizer.json --output page.html
+    tools/inspect_data.py data/*.tar --tokenizer tokenizer.json --image-mode native --packs 2 --output page.html
+    tools/inspect_data.py data/*.tar --tokenizer tokenizer.json --key 000000123 --key 000004567 --output page.html
+    tools/inspect_data.py --config so16_stage2 data/*.tar --tokenizer tokenizer.json --output page.html
+
+All of it comes from the training loader, so the page cannot disagree with training. Samples are the first of the first
+packs, or those named by --key; of several samples of that name the first, so give the PATH of one shard to choose. With
+--config the packs are the first of that run (its data, batch size and seed; flags take precedence); without it the data
+set is dealt to as many lanes as packs are asked for. The page stands alone: no network and no scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from genlip_megatron.batch import PATCH_SIZE
+from genlip_megatron.config import CheckpointConfig, DataConfig, RunConfig, check, from_dict, load_yaml, override
+from genlip_megatron.data import storage
+from genlip_megatron.data.loader import Loader
+from genlip_megatron.evaluate.page import Origin, Pack, build_page, escape, heading, refused_card, sample_card
+
+SETTINGS = {
+    "tokenizer": "data.tokenizer",
+    "prompt": "data.prompt",
+    "image_mode": "data.image_mode",
+    "image_size": "data.image_size",
+    "fixed_resize": "data.fixed_resize",
+    "seq_length": "data.seq_length",
+    "seed": "train.seed",
+}
+
+
+def configure(options: argparse.Namespace) -> RunConfig:
+    """The configuration that the loader runs on. Raises ValueError for a user's mistake."""
+    if options.samples < 1 or options.packs < 1:
+        raise ValueError(f"--samples {options.samples}, --packs {options.packs}: must be at least 1")
+    config = from_dict(load_yaml(options.config) if options.config else {}, f"--config {options.config}")
+    values = {dotted: getattr(options, name) for name, dotted in SETTINGS.items() if getattr(options, name) is not None}
+    if options.paths:
+        # Shares belong to the entries that they were written for.
+        values |= {"data.train_data": options.paths, "data.train_weights": [], "data.train_epochs": ""}
+    if not options.config:
+        values["train.global_batch_size"] = options.packs
+    config = override(config, values)
+    check(config)
+    if not config.data.train_data:
+        raise ValueError("PATH is missing: name shards or manifests, or a --config whose data.train_data does")
+    if not config.data.tokenizer:
+        raise ValueError("--tokenizer is missing: name the tokenizer that the data set was indexed with")
+    return replace(
+        config,
+        # No model is built, so neither its rows nor its DropPath matter; and bad samples are what one comes to see.
+        model=replace(config.model, vocab_size=sys.maxsize, drop_path_rate=0.0),
+        data=replace(config.data, max_consecutive_failures=0),
+        checkpoint=CheckpointConfig(),
+    )
+
+
+def check_output(output: str) -> None:
+    """Raise ValueError where no page can be written."""
+    if storage.is_remote(output):
+        return
+    folder = Path(output).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--output {output}: its folder does not exist or cannot be written to")
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output}: is a folder; name a file")
+
+
+def assemble(loader: Loader, samples: list[int], step: int, name: str) -> Pack:
+    """The pack of the given samples."""
+    records = loader.quarantine.records
+    records.clear()
+    batch = loader.assemble([samples], step).to("cpu", non_blocking=False)
+    reasons = {(bad.shard, bad.key): bad.reason for bad in records}
+    origins = []
+    for sample in samples:
+        source = int(np.searchsorted(loader.samples.offsets, sample, side="right")) - 1
+        row = loader.datasets[source].plan_rows(np.array([sample - loader.samples.offsets[source]]))[0]
+        shard, key = loader.samples.shard(sample), loader.samples.key(sample)
+        size = int(row["height"]), int(row["width"]), int(row["text_tokens"])
+        origins.append(Origin(key, shard, *size, reasons.get((shard, key), "")))
+    return Pack(batch, origins, name)
+
+
+def first_packs(loader: Loader, packs: int, samples: int) -> list[Pack]:
+    """The first packs that training will see: ``packs`` of them, and more where they hold fewer than ``samples``."""
+    taken: list[Pack] = []
+    while len(taken) < packs or sum(len(pack.samples) for pack in taken) < samples:
+        step, lane = divmod(len(taken), loader.plan.lanes)
+        name = f"step {step + 1}, pack {lane + 1} of {loader.plan.lanes}"
+        taken.append(assemble(loader, loader.plan.next_pack(lane), step + 1, name))
+    return taken
+
+
+def find_keys(loader: Loader, keys: Sequence[str]) -> tuple[dict[str, int], dict[str, tuple[str, str]]]:
+    """(ids of the samples of these names; shard and reason of those refused when their shard was indexed).
+
+    Raises:
+        ValueError: there is no sample of one of the names.
+    """
+    found: dict[str, int] = {}
+    refused: dict[str, tuple[str, str]] = {}
+    wanted, first = set(keys), 0
+    for dataset in loader.datasets:
+        for number, shard in enumerate(dataset.shards):
+            if wanted <= found.keys():
+                break
+            try:
+                index = dataset.index(number)
+            except ValueError:  # its samples are bad, and have no names
+                first += shard.samples
+                continue
+            for row, key in enumerate(index.keys):
+                if key in wanted:
+                    found.setdefault(key, first + row)
+            refused |= {key: (shard.path, index.refused[key]) for key in wanted & index.refused.keys() - refused.keys()}
+            first += shard.samples
+    if missing := [key for key in keys if key not in found and key not in refused]:
+        shards = sum(len(dataset.shards) for dataset in loader.datasets)
+        raise ValueError(f"--key {missing[0]}: no sample of this name in {shards} shards")
+    return found, {key: place for key, place in refused.items() if key not in found}
+
+
+def resize_rule(data: DataConfig) -> str:
+    """How images come to their size, in words."""
+    if data.image_mode == "fixed":
+        side = data.image_size // PATCH_SIZE
+        return f"fixed, {data.image_size} x {data.image_size} ({data.fixed_resize}): {side * side} patches"
+    low, high = data.min_pixels // PATCH_SIZE**2, data.max_pixels // PATCH_SIZE**2
+    return f"native aspect, {data.min_pixels:,} to {data.max_pixels:,} pixels: {low} to {high} patches"
+
+
+def totals(loader: Loader) -> dict[str, str]:
+    """Names and values for the heading, as HTML."""
+    data, tokenizer = loader.config.data, loader.tokenizer
+    shards = sum(len(dataset.shards) for dataset in loader.datasets)
+    name, mark = escape(Path(data.tokenizer).name), tokenizer.fingerprint
+    return {
+        "samples": f"{len(loader):,}",
+        "shards": f"{shards:,}" + (f" in {len(loader.datasets)} sources" if len(loader.datasets) > 1 else ""),
+        "images": resize_rule(data),
+        "pack": f"{data.seq_length:,} tokens",
+        "tokenizer": f"<span title='sha256 {mark}'>{name} <code>{mark[:12]}</code></span>, "
+        f"{tokenizer.vocab_size:,} tokens",
+        "default prompt": f"“{escape(data.prompt)}”",
+        "seed": str(loader.config.train.seed),
+    }
+
+
+def inspect(loader: Loader, options: argparse.Namespace) -> tuple[str, str]:
+    """(the page, what is on it). Raises ValueError for a --key that is not there."""
+    tokenizer, keys = loader.tokenizer, list(dict.fromkeys(options.key or []))
+    found, refused = find_keys(loader, keys)
+    packs = first_packs(loader, options.packs, 0 if keys else options.samples)
+    if keys:
+        alone = {key: assemble(loader, [sample], 0, "alone in its pack") for key, sample in found.items()}
+        cards = [
+            sample_card(alone[key], 0, tokenizer) if key in alone else refused_card(key, *refused[key]) for key in keys
+        ]
+    else:
+        alone = {}
+        places = [(pack, number) for pack in packs for number in range(len(pack.samples))]
+        cards = [sample_card(*place, tokenizer) for place in places[: options.samples]]
+    shown = packs[: options.packs]
+    page = build_page(heading(loader.config.data.train_data, totals(loader)), cards, shown)
+    bad = sum(bool(origin.reason) for pack in (*packs, *alone.values()) for origin in pack.samples) + len(refused)
+    return page, f"samples: {len(cards)}, packs: {len(shown)}, bad samples: {bad}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main() -> None:
+    """Make the page."""
+    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="indexed shards or manifests, as for --train-data")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the page to write")
+    parser.add_argument("--config", default="", metavar="NAME|FILE", help="recipe or YAML file of a run")
+    parser.add_argument("--tokenizer", help="Hugging Face tokenizer.json or SentencePiece .model")
+    parser.add_argument("--prompt", help="prompt of samples with a caption only, as they were indexed")
+    parser.add_argument("--image-mode", metavar="fixed|native", help="how images are resized (default: fixed)")
+    parser.add_argument("--image-size", metavar="PIXELS", help="side of fixed-size images (default: 224)")
+    parser.add_argument("--fixed-resize", metavar="squash|resize-center-crop", help="default: squash")
+    parser.add_argument("--seq-length", metavar="TOKENS", help="tokens of a pack (default: 16384)")
+    parser.add_argument("--seed", help="of the order of the data (default: 1234)")
+    parser.add_argument("--samples", type=int, default=8, help="how many samples to show (default: 8)")
+    parser.add_argument("--packs", type=int, default=1, help="how many packs to show (default: 1)")
+    parser.add_argument("--key", action="append", help="show this sample instead of the first ones; may be repeated")
+    options = parser.parse_args()
+    logging.getLogger("genlip_megatron.data.quarantine").setLevel(logging.ERROR)  # the page shows bad samples
+    try:
+        config = configure(options)
+        check_output(options.output)
+        loader = Loader(config, "train")
+        try:
+            page, summary = inspect(loader, options)
+        finally:
+            loader.close()
+        storage.write_bytes(options.output, page.encode())
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(f"{options.output}: {summary}")
+
+
+if __name__ == "__main__":
+    main()
