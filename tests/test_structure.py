@@ -68,7 +68,17 @@ def test_cuda_calls_mean_the_cpu() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["batch", "data.plan", "data.resize", "model.mask", "model.rope", "evaluate.attributes", "evaluate.scenes"],
+    [
+        "batch",
+        "data.dataset",
+        "data.plan",
+        "data.resize",
+        "data.share",
+        "model.mask",
+        "model.rope",
+        "evaluate.attributes",
+        "evaluate.scenes",
+    ],
 )
 def test_worked_examples_in_docstrings_hold(module: str) -> None:
     loaded = importlib.import_module(f"genlip_megatron.{module}")

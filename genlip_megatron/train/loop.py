@@ -178,7 +178,7 @@ def train_step(run: Run, batches: Any) -> tuple[torch.Tensor, float, bool]:
     total = run.stepper.run(batches, forward_only=False)
     updated, grad_norm, _ = run.optimizer.step()
     if updated:
-        run.scheduler.step(increment=run.config.train.global_batch_size)
+        run.scheduler.step(increment=1)
     return total, float(grad_norm or 0.0), updated
 
 

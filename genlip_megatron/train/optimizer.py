@@ -97,20 +97,22 @@ def build_optimizer(config: RunConfig, model: list[Any], timers: Timers) -> Mega
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warmup, then cosine to ``min_lr`` at ``train_iters``. Counted in packs, as Megatron counts samples."""
+    """Linear warmup, then cosine to ``min_lr`` at ``train_iters``.
+
+    Counted in steps, not in samples as Megatron-LM does, so that a run may go on with another global batch size.
+    """
     train = config.train
-    packs = train.global_batch_size
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=train.lr_warmup_iters * packs,
-        lr_decay_steps=train.train_iters * packs,
+        lr_warmup_steps=train.lr_warmup_iters,
+        lr_decay_steps=train.train_iters,
         lr_decay_style="cosine",
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,
-        wd_incr_steps=train.train_iters * packs,
+        wd_incr_steps=train.train_iters,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

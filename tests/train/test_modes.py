@@ -66,3 +66,21 @@ def test_finetune_takes_the_weights_and_nothing_else(demo_data: Path, tmp_path: 
         assert torch.equal(stage2["weights"][name], weight), name
     for name in ("iteration", "step", "lr", "next"):
         assert stage2[name] == fresh[name], name
+
+
+def test_a_run_goes_on_with_another_global_batch_size(demo_data: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    first = run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)[0]
+    changed = tiny_config(
+        demo_data, checkpoint__load=folder, train__global_batch_size=2, data__change_lanes=True, data__num_workers=1
+    )
+    steps = run_distributed(2, run_steps, changed, 4)
+    assert {result["data_parallel"] for result in steps} == {0, 1} and len(steps[0]["losses"]) == 2
+    seen = [key for keys in first["keys"] for key in keys]
+    later = [key for result in steps for keys in result["keys"] for key in keys]
+    assert len(set(seen + later)) == len(seen + later), "a sample came twice in an epoch"
+    same = tiny_config(demo_data, checkpoint__load=folder)
+    for config, world_size in ((changed, 2), (same, 1)):
+        begun = run_distributed(world_size, started, config)[0]
+        # The rate after two of two warmup steps, whatever the batch.
+        assert begun["iteration"] == 2 and begun["lr"] == config.train.lr
