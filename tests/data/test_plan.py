@@ -193,6 +193,13 @@ def test_weights_set_the_mix_everywhere_and_change_at_their_step(lanes: int) -> 
     assert late[0] == 0 and late[1] / late.sum() == pytest.approx(0.5, abs=0.01)
 
 
+def test_weights_change_at_exactly_their_step() -> None:
+    phases = [Phase(0, (1.0, 0.0)), Phase(5, (0.0, 1.0)), Phase(7, (1.0, 0.0))]
+    plan = Plan([source([4] * 50), source([4] * 50)], SEQ, 2, 0, phases, pack_buffer=1)  # nothing is drawn ahead
+    owners = [[sample >= 50 for lane in range(2) for sample in plan.next_pack(lane)] for _ in range(9)]
+    assert owners == [[False] * 2] * 5 + [[True] * 2] * 2 + [[False] * 2] * 2
+
+
 def test_a_rare_source_does_not_come_to_all_lanes_at_once() -> None:
     plan = Plan([source([4] * 5000), source([4] * 50)], SEQ, 16, 0, [Phase(0, (99.0, 1.0))], pack_buffer=16)
     per_step = [sum(sample >= 5000 for lane in range(16) for sample in plan.next_pack(lane)) for _ in range(40)]
