@@ -20,6 +20,7 @@ setup(
         "tensorboard>=2.18,<3",
         "numpy>=1.26,<3",
         "simplejpeg>=1.8,<2",
+        "xxhash>=3.4,<5",
         "fsspec>=2024.6",
         "braceexpand>=0.1.7,<0.2",
         "pillow>=11,<14",

@@ -12,6 +12,7 @@ are skipped (by size and time, else by checksum), so a killed run goes on where 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -36,10 +37,14 @@ _SIDE_BINS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 16)
 _TOKEN_BINS = (0, 16, 32, 64, 128, 256, 512, 1024, 4096, 1 << 16)
 
 
+# Loaded once in each process: a large vocabulary takes longer to load than a small shard to index.
+_tokenizer = functools.cache(load_tokenizer)
+
+
 def prepare(shard: str, tokenizer_path: str, prompt: str) -> tuple[int, bool, str]:
     """(good samples of a shard, whether its index was there already, what kept the shard from being indexed)."""
     try:
-        index, unchanged = refresh_index(shard, load_tokenizer(tokenizer_path), prompt)
+        index, unchanged = refresh_index(shard, _tokenizer(tokenizer_path), prompt)
     except OSError as error:
         return 0, False, f"{shard}: {error}"
     return len(index.rows), unchanged, ""

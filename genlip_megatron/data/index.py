@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
+from xxhash import xxh3_128_hexdigest
 
 from genlip_megatron.data import storage
 from genlip_megatron.data.image import check_image
@@ -32,7 +33,6 @@ CAPTION_SUFFIXES = (".json", ".txt")
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
 MAX_TEXT_TOKENS = 65_535
 BLOCK = tarfile.BLOCKSIZE
-_EMPTY_SHA256 = hashlib.sha256().hexdigest()
 
 ROW = np.dtype(
     [
@@ -62,7 +62,7 @@ class Header:
     format: int
     shard_size: int
     shard_stamp: str  # modification time or entity tag
-    shard_sha256: str
+    shard_checksum: str  # 128-bit XXH3
     tokenizer: str  # fingerprint
     prompt: str
     digest: str = ""  # of the table
@@ -122,19 +122,19 @@ class _Members:
         setattr(self, kind, member)
 
 
-def _next_header(content: mmap.mmap, position: int) -> int | None:
+def _next_header(content: memoryview, position: int) -> int | None:
     """Where the next whole tar header stands at or after ``position``, or None."""
     for start in range(position, len(content) - BLOCK + 1, BLOCK):
         if content[start + 257 : start + 262] == b"ustar":
             try:
-                tarfile.TarInfo.frombuf(content[start : start + BLOCK], "utf-8", "surrogateescape")
+                tarfile.TarInfo.frombuf(bytes(content[start : start + BLOCK]), "utf-8", "surrogateescape")
                 return start
             except tarfile.HeaderError:
                 continue
     return None
 
 
-def _headers(path: str, content: mmap.mmap, refused: dict[str, str]) -> Iterator[tarfile.TarInfo]:
+def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterator[tarfile.TarInfo]:
     """Every member's header; a broken one costs what lies before the next whole one, not the rest of the shard."""
     start: int | None = 0
     while start is not None:
@@ -166,7 +166,7 @@ def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:
     return None
 
 
-def _members(path: str, content: mmap.mmap) -> tuple[dict[str, _Members], dict[str, str]]:
+def _members(path: str, content: memoryview) -> tuple[dict[str, _Members], dict[str, str]]:
     """(members by key, refused keys with reasons) from the shard's headers."""
     groups: dict[str, _Members] = {}
     refused: dict[str, str] = {}
@@ -187,14 +187,14 @@ def _members(path: str, content: mmap.mmap) -> tuple[dict[str, _Members], dict[s
 Turns = list[tuple[str, bool]]
 
 
-def _caption(members: _Members, content: mmap.mmap, prompt: str) -> tuple[tarfile.TarInfo, Turns]:
+def _caption(members: _Members, content: memoryview, prompt: str) -> tuple[tarfile.TarInfo, Turns]:
     """(the member that holds the caption, its turns): json, or txt where json is missing or holds no caption."""
     problem = ValueError("missing caption")
     for member in (members.json, members.txt):
         if member is None:
             continue
         try:
-            turns = parse_turns(_bytes(content, member), member is members.json, prompt)
+            turns = parse_turns(bytes(_bytes(content, member)), member is members.json, prompt)
         except ValueError as error:
             problem = error if problem.args == ("missing caption",) else problem
             continue
@@ -202,14 +202,14 @@ def _caption(members: _Members, content: mmap.mmap, prompt: str) -> tuple[tarfil
     raise problem
 
 
-def _bytes(content: mmap.mmap, member: tarfile.TarInfo) -> bytes:
+def _bytes(content: memoryview, member: tarfile.TarInfo) -> memoryview:
     end = member.offset_data + member.size
     if end > len(content):
         raise ValueError("truncated archive")
     return content[member.offset_data : end]
 
 
-def _check(members: _Members, content: mmap.mmap, prompt: str) -> tuple[list, Turns]:
+def _check(members: _Members, content: memoryview, prompt: str) -> tuple[list, Turns]:
     """(the sample's row with zero tokens, its turns). Raises ValueError for a sample that cannot be used."""
     if members.twice:
         raise ValueError(f"more than one {members.twice[0]}")
@@ -224,24 +224,21 @@ def _check(members: _Members, content: mmap.mmap, prompt: str) -> tuple[list, Tu
 
 
 @contextlib.contextmanager
-def _mapped(shard: str) -> Iterator[tuple[str, mmap.mmap]]:
+def _mapped(shard: str) -> Iterator[tuple[str, memoryview]]:
     """(a local path of the shard, its bytes)."""
-    with (
-        storage.local_copy(shard) as path,
-        open(path, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        yield path, content
+    with storage.local_copy(shard) as path, open(path, "rb") as file:
+        # Not closed by hand: it goes with the last view of it.
+        yield path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
     """Read a shard from start to end and write its index beside it, atomically."""
     size, stamp = storage.state(shard)
     if size == 0:
-        header = Header(FORMAT_VERSION, size, stamp, _EMPTY_SHA256, tokenizer.fingerprint, prompt)
+        header = Header(FORMAT_VERSION, size, stamp, xxh3_128_hexdigest(b""), tokenizer.fingerprint, prompt)
         return write_index(ShardIndex(shard, np.empty(0, ROW), [], {"(shard)": "empty file"}, header))
     with _mapped(shard) as (path, content):
-        sha256 = hashlib.sha256(content).hexdigest()
+        checksum = xxh3_128_hexdigest(content)
         groups, refused = _members(path, content)
         rows, keys, texts = [], [], []
         for key, members in groups.items():
@@ -261,7 +258,7 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
         rows[i][6:8] = len(ids), sum(loss)
         good.append(i)
     table = np.array([tuple(rows[i]) for i in good], dtype=ROW)
-    header = Header(FORMAT_VERSION, size, stamp, sha256, tokenizer.fingerprint, prompt)
+    header = Header(FORMAT_VERSION, size, stamp, checksum, tokenizer.fingerprint, prompt)
     index = ShardIndex(shard, table, [keys[i] for i in good], refused, header)
     return write_index(index)
 
@@ -347,7 +344,7 @@ def refresh_index(shard: str, tokenizer: Tokenizer, prompt: str) -> tuple[ShardI
             return index, True
         if size == index.header.shard_size:
             with _mapped(shard) as (_, content):
-                same = hashlib.sha256(content).hexdigest() == index.header.shard_sha256
+                same = xxh3_128_hexdigest(content) == index.header.shard_checksum
             if same:
                 header = dataclasses.replace(index.header, shard_stamp=stamp)
                 return write_index(dataclasses.replace(index, header=header)), True

@@ -128,11 +128,13 @@ class SampleReader:
         contents = self._reader.read([piece for piece, _ in pieces.values()])
         for (i, (piece, entry)), content in zip(pieces.items(), contents, strict=True):
             crc = int(entry[f"{kind}_crc"])
-            if isinstance(content, memoryview) and zlib.crc32(content) != crc and self._reader.forget(piece):
+            same = isinstance(content, memoryview) and zlib.crc32(content) == crc
+            if not same and isinstance(content, memoryview) and self._reader.forget(piece):
                 (content,) = self._reader.read([piece])
+                same = isinstance(content, memoryview) and zlib.crc32(content) == crc
             if isinstance(content, OSError):
                 results[i] = f"cannot be read: {content}"
-            elif zlib.crc32(content) != crc:
+            elif not same:
                 results[i] = f"the {kind}'s bytes changed since the index was made (crc32)"
             else:
                 results[i] = content, entry
