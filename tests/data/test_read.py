@@ -180,6 +180,14 @@ def test_a_damaged_block_is_forgotten_and_fetched_anew(web: Web, tmp_path: Path)
     assert not ours.forget(Piece(str(tmp_path / "local.tar"), 0, 10))
 
 
+def test_a_store_that_answers_short_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = storage.filesystem("memory://")
+    store.pipe_file("memory://s.tar", CONTENT)
+    monkeypatch.setattr(storage, "read_range", lambda *args: b"short")
+    with pytest.raises(OSError, match="asked for 40000 bytes, got 5"):
+        read(reader(tmp_path), "memory://s.tar", 0, 3)
+
+
 def test_the_cache_keeps_to_its_size_and_drops_what_was_not_used(tmp_path: Path) -> None:
     cache = BlockCache(str(tmp_path), 10_000)
     for i in range(9):
@@ -253,3 +261,10 @@ def test_training_data_in_an_object_store(bucket: str, demo_data: Path, tmp_path
         fetched.append(remote.samples._reader.bytes_fetched)
         assert isinstance(remote.samples.bytes_read["image"], int) and torch.is_tensor(local[0].token_ids)
     assert fetched[0] > 0 and fetched[1] == 0
+    # A block that rotted on the disk is noticed by the samples' checksums and fetched anew.
+    for block in cache.glob("*/*.block"):
+        block.write_bytes(bytes(block.stat().st_size))
+    again = Loader(tiny_config(demo_data, data__train_data=patterns, data__cache_dir=str(cache)), "train")
+    for ours, expected in zip(take(again, 12), local, strict=True):
+        assert_equal(ours, expected)
+    assert again.samples._reader.bytes_fetched > 0 and again.quarantine.total == 0

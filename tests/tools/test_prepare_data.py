@@ -164,6 +164,18 @@ def test_an_index_that_changed_behind_the_manifest_is_seen(folder: Path, tokeniz
     assert dataset.key(20) == "(sample 2)"
 
 
+def test_other_samples_of_the_same_sizes_are_seen_too(folder: Path, tokenizer: Path) -> None:
+    prepare(folder, "--tokenizer", tokenizer)
+    shard = folder / "part-00003.tar"
+    write_shard(shard, {f"x{name}": content for name, content in many(6, 30).items()})
+    prepare(shard, "--tokenizer", tokenizer)
+    dataset = open_dataset(
+        [str(folder / "part.dataset.json")], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S"
+    )
+    with pytest.raises(ValueError, match="is not the manifest's"):
+        dataset.index(3)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
