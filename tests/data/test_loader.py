@@ -75,6 +75,16 @@ def test_resume_continues_after_the_consumed_step(reference: list[PackedBatch], 
         assert_equal(ours, expected)
 
 
+def test_a_step_counts_as_consumed_with_its_last_micro_batch(reference: list[PackedBatch], demo_data: Path) -> None:
+    loader = Loader(tiny_config(demo_data), "train")
+    take(loader, LANES + 1)
+    cursor = merge_cursors([loader.state_dict()])
+    assert cursor["step"] == 1
+    resumed = Loader(tiny_config(demo_data), "train")
+    resumed.load_state_dict(cursor)
+    assert_equal(take(resumed, 1)[0], reference[LANES])
+
+
 def test_labels_are_the_next_tokens_and_start_after_the_prompt(reference: list[PackedBatch], demo_data: Path) -> None:
     tokenizer = load_tokenizer(demo_data / "tokenizer.model")
     prompt = len(tokenizer.encode(tiny_config(demo_data).data.prompt))
