@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -102,6 +103,24 @@ def test_odd_but_good_images_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> N
     assert [name for name in plain if plain[name]] == ["grey", "progressive", "exif"]
     sizes = dict(zip(index.keys, zip(index.rows["height"], index.rows["width"], strict=True), strict=True))
     assert sizes["turned"] == (48, 32) and sizes["exif"] == (32, 48)
+
+
+def test_a_folder_of_img2dataset_is_read_as_it_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    members = {}
+    for i in range(3):
+        record = {
+            "caption": "One red circle.", "url": "http://x/y.jpg", "key": f"{i:09d}", "status": "success",
+            "error_message": None, "width": 48, "height": 32, "exif": "{}", "sha256": "0" * 64,
+        }  # fmt: skip
+        members |= {f"{i:09d}.jpg": image(), f"{i:09d}.txt": b"One red circle.", f"{i:09d}.json": json.dumps(record)}
+    encoded = {name: part if isinstance(part, bytes) else part.encode() for name, part in members.items()}
+    shard = write_shard(tmp_path / "00000.tar", encoded)
+    for name in ("00000_stats.json", "00000.parquet"):
+        (tmp_path / name).write_bytes(b"{}")
+    assert expand_shards([str(tmp_path)], "S") == [shard]
+    index = build_index(shard, tokenizer, PROMPT)
+    assert index.keys == ["000000000", "000000001", "000000002"] and not index.refused
+    assert index.rows["caption_is_json"].all()
 
 
 def test_what_is_ambiguous_or_dangerous_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

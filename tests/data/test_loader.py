@@ -55,6 +55,20 @@ def test_ranks_share_the_stream_of_one(ranks: int, reference: list[PackedBatch],
                 assert_equal(mine[step * share + i], reference[step * LANES + rank * share + i])
 
 
+def test_the_stream_is_the_same_on_one_to_eight_ranks(demo_data: Path) -> None:
+    """(step, pack, sample) with any number of ranks, decoder threads and micro-batches ahead."""
+    streams = []
+    for ranks in (1, 2, 4, 8):
+        flags = {"train__global_batch_size": 8, "data__num_workers": 1 + ranks % 3, "data__prefetch": ranks}
+        share = 8 // ranks
+        stream = {}
+        for rank in range(ranks):
+            for i, batch in enumerate(take(Loader(tiny_config(demo_data, **flags), "train", rank, ranks), 2 * share)):
+                stream[i // share, rank * share + i % share] = batch.keys
+        streams.append(stream)
+    assert len(streams[0]) == 16 and all(stream == streams[0] for stream in streams)
+
+
 def test_without_images_everything_else_is_the_same(reference: list[PackedBatch], demo_data: Path) -> None:
     for ours, expected in zip(
         take(Loader(tiny_config(demo_data), "train", share=Share(images=False)), 4), reference, strict=False
