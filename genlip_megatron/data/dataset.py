@@ -25,10 +25,12 @@ from genlip_megatron import __version__
 from genlip_megatron.config import PATCH_SIZE, DataConfig
 from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, load_index, read_index
-from genlip_megatron.data.resize import native_sizes
+from genlip_megatron.data.resize import most_patches, native_sizes
 from genlip_megatron.data.storage import expand_shards
 
 MANIFEST_FORMAT = 1
+_CLOSING_TOKENS = 2
+_SCAN_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -309,12 +311,6 @@ def open_dataset(
     Raises:
         ValueError: missing shards, manifests or indexes, no good sample, or images that do not fit a pack.
     """
-    most = data.image_size**2 if data.image_mode == "fixed" else data.max_pixels
-    if (patches := most // PATCH_SIZE**2) + 2 > data.seq_length:
-        raise ValueError(
-            f"data.seq_length = {data.seq_length}: an image of {patches} patches does not fit beside its closing "
-            f"tokens; raise it to at least {patches + 2}, or lower the image size"
-        )
     parts: list[_Part] = []
     for is_manifest, group in _grouped(patterns):
         if is_manifest:
@@ -330,7 +326,27 @@ def open_dataset(
         raise ValueError(
             f"{setting}: no good sample in {len(dataset.shards)} shards; tools/prepare_data.py reports the reasons"
         )
+    _check_images_fit(dataset)
     return dataset
+
+
+def _check_images_fit(dataset: Dataset) -> None:
+    """Raise ValueError when an image leaves no room in a pack; looks at all of them only where the rule allows one."""
+    data = dataset.data
+    most = (data.image_size // PATCH_SIZE) ** 2
+    if data.image_mode == "native":
+        most = most_patches(data.min_pixels, data.max_pixels)
+        if most + _CLOSING_TOKENS > data.seq_length:
+            most = 0
+            for start in range(0, len(dataset), _SCAN_ROWS):
+                ids = np.arange(start, min(start + _SCAN_ROWS, len(dataset)))
+                heights, widths = dataset.image_sizes(dataset.plan_rows(ids))
+                most = max(most, int((heights * widths).max()) // PATCH_SIZE**2)
+    if most + _CLOSING_TOKENS > data.seq_length:
+        raise ValueError(
+            f"data.seq_length = {data.seq_length}: an image of {most} patches does not fit beside its closing tokens; "
+            f"raise it to at least {most + _CLOSING_TOKENS}, or lower the image size"
+        )
 
 
 def _grouped(patterns: Iterable[str]) -> list[tuple[bool, list[str]]]:

@@ -224,6 +224,8 @@ class Loader:
         """Micro-batches; ``train`` never ends, ``valid`` gives at most ``log.eval_iters`` global batches."""
         for ahead in self._ahead:
             ahead.close()
+            if self.split == "train":
+                self.plan.load_state_dict(self._consumed)  # what was only prepared comes again
         self._ahead = [Ahead(self._micro_batches(), self.config.data.prefetch, self.share, self._taken)]
         return self._ahead[0]
 

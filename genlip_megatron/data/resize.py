@@ -34,6 +34,21 @@ def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int
     return new_height, new_width
 
 
+def most_patches(min_pixels: int, max_pixels: int) -> int:
+    """More patches than this ``native_size`` gives to no image.
+
+    A thin image may exceed ``max_pixels``, since no side goes below a patch, and rounding up may exceed ``min_pixels``;
+    both most at the largest aspect ratio.
+
+        >>> most_patches(4096, 262144), most_patches(4096, 16384)
+        (1024, 113)
+    """
+    thin = math.floor(math.sqrt(max_pixels * MAX_ASPECT_RATIO) / PATCH_SIZE)
+    short, long = math.sqrt(min_pixels / MAX_ASPECT_RATIO), math.sqrt(min_pixels * MAX_ASPECT_RATIO)
+    enlarged = math.floor((short / PATCH_SIZE + 1) * (long / PATCH_SIZE + 1))
+    return max(max_pixels // PATCH_SIZE**2, thin, enlarged)
+
+
 def native_sizes(
     heights: np.ndarray, widths: np.ndarray, min_pixels: int = 4096, max_pixels: int = 262144
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -99,6 +99,13 @@ def test_a_step_counts_as_consumed_with_its_last_micro_batch(reference: list[Pac
     assert_equal(take(resumed, 1)[0], reference[LANES])
 
 
+def test_iterating_again_goes_on_after_the_last_consumed_step(reference: list[PackedBatch], demo_data: Path) -> None:
+    loader = Loader(tiny_config(demo_data, data__prefetch=8), "train")
+    take(loader, LANES)
+    for ours, expected in zip(take(loader, LANES), reference[LANES:], strict=False):
+        assert_equal(ours, expected)
+
+
 def test_labels_are_the_next_tokens_and_start_after_the_prompt(reference: list[PackedBatch], demo_data: Path) -> None:
     tokenizer = load_tokenizer(demo_data / "tokenizer.model")
     prompt = len(tokenizer.encode(tiny_config(demo_data).data.prompt))

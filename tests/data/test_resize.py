@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from genlip_megatron.data.resize import MAX_ASPECT_RATIO, native_size, native_sizes
+from genlip_megatron.data.resize import MAX_ASPECT_RATIO, most_patches, native_size, native_sizes
 
 SIDE = st.integers(1, 20_000)
 
@@ -32,6 +32,13 @@ def test_sizes_are_whole_patches_within_16_to_1024(height: int, width: int) -> N
 def test_extreme_aspect_ratio_is_refused() -> None:
     with pytest.raises(ValueError, match="aspect ratio above 200"):
         native_size(1, 201)
+
+
+@given(SIDE, SIDE, st.sampled_from([(4096, 262144), (256, 256), (4096, 4096), (4096, 16384), (1000, 99_999)]))
+def test_no_image_has_more_patches_than_is_said(height: int, width: int, area: tuple[int, int]) -> None:
+    assume(max(height, width) <= MAX_ASPECT_RATIO * min(height, width))
+    rows, columns = (side // 16 for side in native_size(height, width, *area))
+    assert rows * columns <= most_patches(*area)
 
 
 @given(

@@ -53,12 +53,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_report_manifest_and_quarantine(folder: Path, tokenizer: Path) -> None:
-    printed = prepare(folder, "--tokenizer", tokenizer, "--seq-length", 512)
+    printed = prepare(folder, "--tokenizer", tokenizer, "--seq-length", 190)
     assert "5 shards (0 unchanged)" in printed and "30 good samples, 1 refused" in printed
     assert "refused 1: image does not decode" in printed
-    for title in ("image height in pixels:", "image width in pixels:", "text tokens:", "stage 1, 224x224: ", "fill "):
+    for title in ("image height in pixels:", "image width in pixels:", "text tokens:", "packs of 190 tokens", "fill "):
         assert title in printed
-    assert "an image of 1024 patches does not fit" in printed
+    assert "stage 1, 224x224: data.seq_length = 190: an image of 196 patches does not fit" in printed
     (line,) = (folder / "part.quarantine.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["shard"] == str(folder / "part-00002.tar") and record["key"] == "bad"
