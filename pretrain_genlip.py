@@ -33,8 +33,8 @@ def main() -> int:
     try:
         status = train(config)
     except ValueError as error:
-        # A user's mistake: every rank finds the same one, one rank says it.
-        if first:
+        # A user's mistake: most often every rank finds the same one, but a node may lack a file.
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
         return 2
     except DataFailure as error:

@@ -485,7 +485,7 @@ def _numbers(setting: str, text: str, count: int) -> tuple[float, ...]:
     if not good:
         raise ValueError(
             f"{setting} = {text!r}: expected {count} numbers, one for each entry of data.train_data, separated by "
-            "colons, none negative and not all 0"
+            "colons (in YAML within quotes: '7:3'), none negative and not all 0"
         )
     return numbers
 

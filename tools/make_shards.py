@@ -53,6 +53,12 @@ class Row(NamedTuple):
     problem: str = ""  # why the source cannot be used here
 
 
+def leaves(root: str, path: str) -> bool:
+    """Whether a path is a link to somewhere outside ``root``."""
+    top = os.path.realpath(root)
+    return os.path.islink(path) and os.path.commonpath((top, os.path.realpath(path))) != top
+
+
 def folder_rows(root: str, folder: str = "") -> Iterator[Row]:
     """One row for each image below ``root``, sorted by path."""
     try:
@@ -69,6 +75,8 @@ def folder_rows(root: str, folder: str = "") -> Iterator[Row]:
         elif suffix.lower() in IMAGE_SUFFIXES:
             caption = next((stem + kind for kind in (".json", ".txt") if stem + kind in found), "")
             problem = "" if caption else "caption is missing or empty: no .json or .txt of this name"
+            if any(leaves(root, os.path.join(root, folder, part)) for part in (name, caption) if part):
+                problem = "a link that leaves the folder"
             yield Row({"path": path}, path, os.path.join(root, folder, caption), problem)
         elif os.path.isdir(os.path.join(root, path)):  # a link: following it might never end
             yield Row({"path": path}, problem="linked folder is not followed")

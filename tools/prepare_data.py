@@ -21,6 +21,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -45,24 +46,25 @@ def prepare(shard: str, tokenizer_path: str, prompt: str) -> tuple[int, bool, st
     """(good samples of a shard, whether its index was there already, what kept the shard from being indexed)."""
     try:
         index, unchanged = refresh_index(shard, _tokenizer(tokenizer_path), prompt)
-    except OSError as error:
-        return 0, False, f"{shard}: {error}"
+    except Exception as error:  # whatever a shard holds, the others are indexed
+        return 0, False, f"{shard}: {type(error).__name__}: {error}"
     return len(index.rows), unchanged, ""
 
 
-def index_shards(shards: Sequence[str], tokenizer: str, prompt: str, workers: int) -> tuple[int, list[str]]:
-    """Index shards in processes; (how many were unchanged, problems of shards that could not be read or written)."""
-    unchanged, samples, problems = 0, 0, []
+def index_shards(shards: Sequence[str], tokenizer: str, prompt: str, workers: int) -> tuple[int, dict[str, str]]:
+    """Index shards in processes; (how many were unchanged, what kept shards from being indexed, by shard)."""
+    unchanged, samples, problems = 0, 0, {}
     # The workers are the parallelism; a tokenizer's own threads would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Clients of remote stores do not survive a fork.
     with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(prepare, shard, tokenizer, prompt) for shard in shards]
+        jobs = {pool.submit(prepare, shard, tokenizer, prompt): shard for shard in shards}
         with tqdm(as_completed(jobs), total=len(jobs), desc="index", unit="shard", file=sys.stderr) as bar:
             for job in bar:
                 count, old, problem = job.result()
                 unchanged, samples = unchanged + old, samples + count
-                problems += [problem] if problem else []
+                if problem:
+                    problems[jobs[job]] = problem
                 bar.set_postfix(samples=samples, refresh=False)
     return unchanged, problems
 
@@ -170,8 +172,10 @@ def main() -> None:
     parser.add_argument("shards", nargs="+", metavar="PATH", help=".tar files, folders, globs, brace lists; or URLs")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer.json or SentencePiece .model")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="prompt of samples with a caption only")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes (default: all cores)")
     parser.add_argument("--part", type=_part, metavar="i/n", help="index every n-th shard from i on; no manifest")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable shards out")
     parser.add_argument("--manifest", help="manifest to write (default: beside the shards, by their common name)")
     parser.add_argument("--seq-length", type=int, default=16384, help="tokens of a pack, for the report's estimate")
     options = parser.parse_args()
@@ -179,7 +183,7 @@ def main() -> None:
         if options.workers < 1 or options.seq_length < 1:
             raise ValueError(f"--workers {options.workers}, --seq-length {options.seq_length}: must be at least 1")
         tokenizer = load_tokenizer(options.tokenizer)
-        shards = storage.expand_shards(options.shards, "PATH")
+        shards = storage.expand_shards(options.shards, "PATH", check_files=False)
         manifest = options.manifest or default_manifest(shards)
         if not manifest.endswith(".json"):
             raise ValueError(f"--manifest {manifest}: must end in .json")
@@ -187,12 +191,18 @@ def main() -> None:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     first, step = options.part or (0, 1)
     mine = shards[first::step]
-    unchanged, problems = index_shards(mine, options.tokenizer, options.prompt, options.workers)
+    try:
+        unchanged, problems = index_shards(mine, options.tokenizer, options.prompt, options.workers)
+    except BrokenProcessPool:
+        parser.exit(1, f"{parser.prog}: error: a worker was killed, for want of memory perhaps; run it again to go on, "
+                       "with fewer --workers\n")  # fmt: skip
     print(f"{len(mine)} shards ({unchanged} unchanged)")
-    for problem in problems:
+    for problem in problems.values():
         print(f"  {problem}")
-    if problems:
-        parser.exit(1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again for them\n")
+    if problems and not options.skip_unreadable:
+        parser.exit(1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again for them, or "
+                       "with --skip-unreadable to leave them out\n")  # fmt: skip
+    shards = [shard for shard in shards if shard not in problems]
     if options.part:
         print(f"part {first} of {step} is done; when all are, run this without --part to write the manifest")
         return

@@ -9,13 +9,17 @@ thousands of shards. Both ways number the samples alike and give the same stream
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +35,8 @@ from genlip_megatron.data.storage import expand_shards
 MANIFEST_FORMAT = 1
 _CLOSING_TOKENS = 2
 _SCAN_ROWS = 1 << 20
+_ASK_AGAIN_SECONDS = 30.0
+_CHECKED_PLAN_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def manifest_paths(manifest: str) -> tuple[str, str]:
 
 
 def other_shards(manifest: str, shards: Sequence[str]) -> int:
-    """How many shards an existing manifest lists that are not among ``shards``."""
+    """How many shards an existing manifest lists that are there, but not among ``shards``."""
     if not storage.exists(manifest):
         return 0
     try:
@@ -86,7 +92,8 @@ def other_shards(manifest: str, shards: Sequence[str]) -> int:
         names = {storage.join(storage.parent(manifest), entry["path"]) for entry in listed}
     except (ValueError, KeyError, TypeError):
         return 0  # damaged: to be written anew
-    return len({_name(path) for path in names} - {_name(shard) for shard in shards})
+    others = {_name(path) for path in names} - {_name(shard) for shard in shards}
+    return sum(storage.exists(path) for path in others)
 
 
 def _name(path: str) -> str:
@@ -109,32 +116,34 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
     folder = storage.parent(manifest)
     workplace = tempfile.gettempdir() if storage.is_remote(plan) else folder
     partial = os.path.join(workplace, f".{os.path.basename(plan)}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        for shard in shards:
-            index = read_index(shard)
-            mine = index.header.tokenizer, index.header.prompt
-            if origin is None:
-                origin = mine
-            elif origin != mine:
-                raise ValueError(
-                    f"{shard} was indexed with another tokenizer or prompt than {shards[0]}; index it anew"
-                )
-            rows = index.plan_rows().tobytes()
-            file.write(rows)
-            digest.update(rows)
-            name = shard.removeprefix(folder.rstrip("/") + "/") if folder else shard
-            if not storage.is_remote(shard) and not storage.is_remote(manifest):
-                name = os.path.relpath(shard, folder or ".")
-            entries.append({"path": name, "samples": len(index.rows), "digest": index.header.digest})
-            totals.add(index)
-            on_shard(index)
-        file.flush()
-        os.fsync(file.fileno())
-    if storage.is_remote(plan):
-        storage.with_retries(lambda: storage.filesystem(plan).put_file(partial, plan))
-        os.unlink(partial)
-    else:
-        os.replace(partial, plan)
+    try:
+        with open(partial, "wb") as file:
+            for shard in shards:
+                index = read_index(shard)
+                mine = index.header.tokenizer, index.header.prompt
+                if origin is None:
+                    origin = mine
+                elif origin != mine:
+                    raise ValueError(
+                        f"{shard} was indexed with another tokenizer or prompt than {shards[0]}; index it anew"
+                    )
+                rows = index.plan_rows().tobytes()
+                file.write(rows)
+                digest.update(rows)
+                name = shard.removeprefix(folder.rstrip("/") + "/") if folder else shard
+                if not storage.is_remote(shard) and not storage.is_remote(manifest):
+                    name = os.path.relpath(shard, folder or ".")
+                entries.append({"path": name, "samples": len(index.rows), "digest": index.header.digest})
+                totals.add(index)
+                on_shard(index)
+            file.flush()
+            os.fsync(file.fileno())
+        if storage.is_remote(plan):
+            storage.with_retries(lambda: storage.filesystem(plan).put_file(partial, plan))
+        else:
+            os.replace(partial, plan)
+    finally:
+        Path(partial).unlink(missing_ok=True)
     assert origin is not None
     tree = {
         "format": MANIFEST_FORMAT,
@@ -167,41 +176,51 @@ def _read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache
         found, samples = tree["format"], int(tree["samples"])
         folder = storage.parent(path)
         shards = [Shard(storage.join(folder, s["path"]), int(s["samples"]), s["digest"]) for s in tree["shards"]]
+        origin, plan_sha256 = (tree["tokenizer"], tree["prompt"]), str(tree["plan_sha256"])
+        if any(shard.samples < 0 for shard in shards) or sum(shard.samples for shard in shards) != samples:
+            raise ValueError("its shards' samples do not add up")
     except FileNotFoundError:
         raise ValueError(f"{setting}: {path}: no such manifest; tools/prepare_data.py writes it") from None
+    except OSError as error:
+        raise ValueError(f"{setting}: {path} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{setting}: {path} is no manifest of tools/prepare_data.py ({error!r})") from error
     remedy = "run tools/prepare_data.py again"
     if found != MANIFEST_FORMAT:
         raise ValueError(f"{setting}: {path} has format {found}, this version reads {MANIFEST_FORMAT}; {remedy}")
-    if tree["tokenizer"] != fingerprint:
+    if origin[0] != fingerprint:
         raise ValueError(f"{setting}: {path} was made with another tokenizer; {remedy} with this one")
-    if tree["prompt"] != prompt:
+    if origin[1] != prompt:
         raise ValueError(f"{setting}: {path} was made with another prompt than data.prompt = {prompt!r}; {remedy}")
     plan, _ = manifest_paths(path)
     if storage.is_remote(plan):
-        plan = _download_plan(plan, tree["plan_sha256"], cache_dir)
+        plan = _download_plan(plan, plan_sha256, cache_dir)
     if not os.path.isfile(plan) or os.path.getsize(plan) != samples * PLAN_ROW.itemsize:
         raise ValueError(f"{setting}: {plan} is missing or does not hold {samples} samples; {remedy}")
     rows = np.memmap(plan, PLAN_ROW, mode="r") if samples else np.empty(0, PLAN_ROW)
+    # Of a larger one each shard's part is compared when the shard is opened; all of it would take minutes.
+    if rows.nbytes <= _CHECKED_PLAN_BYTES and hashlib.sha256(rows.tobytes()).hexdigest() != plan_sha256:
+        raise ValueError(f"{setting}: {plan} is damaged: its checksum is not the manifest's; {remedy}")
     return _Part(rows, shards)
 
 
 def _download_plan(url: str, sha256: str, cache_dir: str) -> str:
     """A local copy of a remote planning file; kept for the next run."""
     target = Path(cache_dir).expanduser() / f"{sha256[:32]}.plan"
-    if target.is_file():
-        return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    storage.with_retries(lambda: storage.filesystem(url).get_file(url, str(partial)))
-    with open(partial, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 24):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
-        raise ValueError(f"{url} is damaged: its checksum is not the manifest's; run tools/prepare_data.py again")
-    os.replace(partial, target)
+    partial = target.with_name(f".{target.name}.partial")
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the ranks of a node downloads, the others find it here
+        if target.is_file():
+            return str(target)
+        storage.with_retries(lambda: storage.filesystem(url).get_file(url, str(partial)))
+        with open(partial, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 24):
+                digest.update(block)
+        if digest.hexdigest() != sha256:
+            raise ValueError(f"{url} is damaged: its checksum is not the manifest's; run tools/prepare_data.py again")
+        os.replace(partial, target)
     return str(target)
 
 
@@ -221,7 +240,8 @@ class Dataset:
         self._plan_offsets = np.cumsum([0, *(len(plan) for plan in self._plans)])
         self.shards = [shard for part in parts for shard in part.shards]
         self._offsets = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        self._open: collections.OrderedDict[int, ShardIndex | ValueError] = collections.OrderedDict()
+        # An index that could not be read is asked for again at the given time: what fails may come back.
+        self._open: collections.OrderedDict[int, tuple[ShardIndex | ValueError, float]] = collections.OrderedDict()
         self._open_shards, self._lock = open_shards, threading.Lock()
 
     def __len__(self) -> int:
@@ -271,16 +291,33 @@ class Dataset:
             ValueError: it cannot be read, or is another than the manifest's; every time it is asked for.
         """
         with self._lock:
-            if shard in self._open:
+            found, until = self._open.get(shard, (None, 0.0))
+            if found is not None and time.monotonic() < until:
                 self._open.move_to_end(shard)
             else:
+                found = None
+        if found is None:
+            # Not under the lock: several may be read at a time.
+            found = self._read_index(shard)
+            with self._lock:
                 while len(self._open) >= self._open_shards:
                     self._open.popitem(last=False)
-                self._open[shard] = self._read_index(shard)
-            found = self._open[shard]
+                until = time.monotonic() + _ASK_AGAIN_SECONDS if isinstance(found, ValueError) else float("inf")
+                self._open[shard] = found, until
         if isinstance(found, ValueError):
             raise found
         return found
+
+    def preload(self, samples: np.ndarray, pool: Executor) -> None:
+        """Open the indexes that samples need, those of remote shards at the same time."""
+        shards = np.unique(np.searchsorted(self._offsets, samples, side="right") - 1).tolist()
+        missing = [i for i in shards if i not in self._open and storage.is_remote(self.shards[i].path)]
+        if len(missing) > 1:
+            list(pool.map(self._read_quietly, missing))
+
+    def _read_quietly(self, shard: int) -> None:
+        with contextlib.suppress(ValueError):
+            self.index(shard)
 
     def _read_index(self, shard: int) -> ShardIndex | ValueError:
         entry = self.shards[shard]
@@ -316,9 +353,12 @@ def open_dataset(
         if is_manifest:
             parts += [_read_manifest(path, fingerprint, data.prompt, setting, data.cache_dir) for path in group]
             continue
-        indexes = [load_index(shard, fingerprint, data.prompt) for shard in expand_shards(group, setting)]
-        plan = np.concatenate([index.plan_rows() for index in indexes])
-        parts.append(_Part(plan, [Shard(i.shard, len(i.rows), i.header.digest) for i in indexes]))
+        rows, shards = [], []
+        for shard in expand_shards(group, setting):
+            index = load_index(shard, fingerprint, data.prompt)
+            rows.append(index.plan_rows())
+            shards.append(Shard(shard, len(index.rows), index.header.digest))
+        parts.append(_Part(np.concatenate(rows), shards))
     if not parts:
         expand_shards([], setting)
     dataset = Dataset(parts, data, fingerprint, open_shards)

@@ -46,11 +46,10 @@ def to_patches(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(grid.transpose(0, 2, 4, 1, 3)).reshape(-1, PATCH_VALUES)
 
 
-def _scaled_size(pixels: np.ndarray, task: ImageTask) -> tuple[int, int]:
-    """(height, width) an image is resized to: the target, or with a crop the least that covers it."""
+def _scaled_size(height: int, width: int, task: ImageTask) -> tuple[int, int]:
+    """(height, width) an image of that size is resized to: the target, or with a crop the least that covers it."""
     if not task.center_crop:
         return task.height, task.width
-    height, width, _ = pixels.shape
     scale = max(task.height / height, task.width / width)
     return max(task.height, round(height * scale)), max(task.width, round(width * scale))
 
@@ -63,14 +62,14 @@ def _cropped(pixels: Any, task: ImageTask) -> Any:
 
 def resize_with_pillow(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
     """uint8 [task.height, task.width, 3] by Pillow's antialiased bilinear filter: the reference of every decoder."""
-    height, width = _scaled_size(pixels, task)
+    height, width = _scaled_size(pixels.shape[0], pixels.shape[1], task)
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     return _cropped(np.asarray(image), task)
 
 
 def resize_with_torch(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
     """The same by torch's vectorised kernel: in a quarter of the time, and at most two levels from Pillow's."""
-    size = _scaled_size(pixels, task)
+    size = _scaled_size(pixels.shape[0], pixels.shape[1], task)
     if pixels.shape[:2] == size:
         return _cropped(pixels, task)
     # [1, 3, H, W], channels last in memory: the fast path. Torch asks for memory that it could write to.
@@ -186,11 +185,13 @@ class DaliDecoder:
     def _batch(self, tasks: list[ImageTask], crop: bool) -> list[Tensor]:
         dali = self._dali
         encoded = dali.batch([np.frombuffer(task.content, np.uint8) for task in tasks])
-        sizes = dali.batch([np.array([task.height, task.width], np.float32) for task in tasks])
+        # A crop's scaled size is rounded as for the other decoders, not as DALI's own mode would.
+        headers = [simplejpeg.decode_jpeg_header(task.content)[:2] for task in tasks]
+        scaled = [_scaled_size(height, width, task) for (height, width), task in zip(headers, tasks, strict=True)]
+        sizes = dali.batch([np.array(size, np.float32) for size in scaled])
         # On the GPU the header is parsed on the CPU and the rest decoded on the device.
         pixels = dali.decoders.image(encoded, device=self._device, output_type=self._types.RGB)
-        mode = "not_smaller" if crop else "stretch"
-        pixels = dali.resize(pixels, size=sizes, mode=mode, interp_type=self._types.INTERP_LINEAR, antialias=True)
+        pixels = dali.resize(pixels, size=sizes, mode="stretch", interp_type=self._types.INTERP_LINEAR, antialias=True)
         patches = []
         for task, image in zip(tasks, pixels.evaluate().tensors, strict=True):
             tensor = torch.from_dlpack(image) if self._device == "gpu" else torch.from_numpy(np.array(image))

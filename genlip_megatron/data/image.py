@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 
 import numpy as np
 import simplejpeg
@@ -18,12 +19,15 @@ from genlip_megatron.data.resize import MAX_ASPECT_RATIO
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 # An image above this many pixels is refused from its header: a few kilobytes can decode to gigabytes.
-MAX_IMAGE_PIXELS = 100_000_000
+MAX_IMAGE_PIXELS = 64_000_000
 # The planning table keeps a side in 16 bits.
 MAX_IMAGE_SIDE = 65_535
 # What Pillow finds odd but can read is no news for the log, once per image of millions.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+# A progressive JPEG has some ten scans; each costs as much time as a whole image.
+MAX_JPEG_SCANS = 64
+_START_OF_SCAN = b"\xff\xda"
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -93,27 +97,66 @@ def decode_rgb(content: bytes | memoryview, plain_jpeg: bool = False) -> np.ndar
     Args:
         content: the file's bytes.
         plain_jpeg: it was checked to be a JPEG that needs neither turning nor a colour conversion of Pillow's; it then
-            goes through libjpeg-turbo directly, to the same pixels in two thirds of the time. What libjpeg has any
-            doubt about is Pillow's to judge all the same.
+            goes through libjpeg-turbo directly, to the same pixels in two thirds of the time.
 
     Raises:
         ValueError: why the image cannot be used.
     """
-    if plain_jpeg:
-        try:
-            return simplejpeg.decode_jpeg(content, "RGB")
-        except ValueError:
-            pass
-    return to_rgb(open_image(content))
+    if not plain_jpeg:
+        return to_rgb(open_image(content))
+    try:
+        return simplejpeg.decode_jpeg(content, "RGB")
+    except ValueError as error:
+        raise ValueError(f"image does not decode: {error}") from error
 
 
 def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
     """(height, width, whether it is a plain JPEG) of an image that decodes completely; sizes are those upright.
 
+    Pillow takes a JPEG or PNG whose data end early for a whole one, and leaves the rest grey or black; here it is bad.
+
     Raises:
         ValueError: why the image cannot be used.
     """
     image = open_image(content)
-    plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and orientation(image) not in _UPRIGHT
-    height, width, _ = (decode_rgb(content, plain_jpeg=True) if plain else to_rgb(image)).shape
+    if image.format == "PNG":
+        _check_png_rows(bytes(content), image.size)
+    if image.format not in ("JPEG", "MPO"):
+        height, width, _ = to_rgb(image).shape
+        return height, width, False
+    if (scans := bytes(content).count(_START_OF_SCAN)) > MAX_JPEG_SCANS:
+        raise ValueError(f"image does not decode: {scans} scans, above {MAX_JPEG_SCANS}")
+    height, width, _ = decode_rgb(content, plain_jpeg=True).shape
+    plain = image.mode in ("RGB", "L") and orientation(image) not in _UPRIGHT
+    if not plain:
+        height, width, _ = to_rgb(image).shape
     return height, width, plain
+
+
+def _check_png_rows(content: bytes, size: tuple[int, int]) -> None:
+    """Raise ValueError when a PNG's compressed data hold fewer bytes than its (width, height) needs."""
+    bits, colour, _, _, interlaced = content[24:29]
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    width, height = size
+    # (first column, first row, distance of columns, of rows) of each pass.
+    passes = [(0, 0, 1, 1)]
+    if interlaced:
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    needed = 0
+    for x, y, dx, dy in passes:
+        columns, rows = -(-(width - x) // dx), -(-(height - y) // dy)
+        if columns > 0 and rows > 0:
+            needed += rows * (1 + (columns * bits * channels + 7) // 8)
+    inflate, found, position = zlib.decompressobj(), 0, 8
+    try:
+        while position + 8 <= len(content) and found < needed:
+            length, kind = int.from_bytes(content[position : position + 4], "big"), content[position + 4 : position + 8]
+            data = content[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
+            while data and found < needed:
+                found += len(inflate.decompress(data, 1 << 20))
+                data = inflate.unconsumed_tail
+            position += length + 12
+    except zlib.error as error:
+        raise ValueError(f"image does not decode: {error}") from error
+    if found < needed:
+        raise ValueError(f"image does not decode: {found} of {needed} bytes of pixels")

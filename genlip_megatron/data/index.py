@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import mmap
 import os
 import tarfile
@@ -33,6 +34,10 @@ CAPTION_SUFFIXES = (".json", ".txt")
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
 MAX_TEXT_TOKENS = 65_535
 BLOCK = tarfile.BLOCKSIZE
+# Files above these sizes are no images and captions, and would only cost memory.
+MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 1 << 20
+
+logger = logging.getLogger(__name__)
 
 ROW = np.dtype(
     [
@@ -138,21 +143,26 @@ def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterato
     """Every member's header; a broken one costs what lies before the next whole one, not the rest of the shard."""
     start: int | None = 0
     while start is not None:
+        position = start  # of the next header
         with open(path, "rb") as file:
             file.seek(start)
-            position = start
             try:
                 with tarfile.open(fileobj=file, mode="r:") as archive:
-                    for member in archive:
-                        yield member
+                    while (member := archive.next()) is not None:
+                        if not position < archive.offset <= len(content) + BLOCK:
+                            if member.isreg() and member.size > 0:
+                                yield member  # reaches past the end, and will be refused for it
+                            raise tarfile.ReadError("a header whose size cannot be true")
+                        position = archive.offset
                         archive.members.clear()  # type: ignore[attr-defined]  # thousands of headers need not stay
-                    position = archive.offset
-            except (tarfile.TarError, EOFError):
-                position = max(position, file.tell() // BLOCK * BLOCK - BLOCK, start)
-        if not any(content[position : position + BLOCK]):
-            return
-        refused[f"(byte {position})"] = "broken tar header"
-        start = _next_header(content, position + BLOCK)
+                        yield member
+            except Exception as error:  # a header made to do harm raises anything
+                logger.debug("%s, byte %d: %r", path, position, error)
+        if any(content[position : position + BLOCK]):
+            refused[f"(byte {position})"] = "broken tar header"
+            position += BLOCK
+        # Also after a closed archive: shards put one behind the other are read on.
+        start = _next_header(content, position)
 
 
 def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:
@@ -194,7 +204,7 @@ def _caption(members: _Members, content: memoryview, prompt: str) -> tuple[tarfi
         if member is None:
             continue
         try:
-            turns = parse_turns(bytes(_bytes(content, member)), member is members.json, prompt)
+            turns = parse_turns(bytes(_bytes(content, member, MAX_CAPTION_BYTES)), member is members.json, prompt)
         except ValueError as error:
             problem = error if problem.args == ("missing caption",) else problem
             continue
@@ -202,7 +212,9 @@ def _caption(members: _Members, content: memoryview, prompt: str) -> tuple[tarfi
     raise problem
 
 
-def _bytes(content: memoryview, member: tarfile.TarInfo) -> memoryview:
+def _bytes(content: memoryview, member: tarfile.TarInfo, most: int) -> memoryview:
+    if member.size > most:
+        raise ValueError(f"file is too large: {member.size} bytes, above {most}")
     end = member.offset_data + member.size
     if end > len(content):
         raise ValueError("truncated archive")
@@ -216,9 +228,9 @@ def _check(members: _Members, content: memoryview, prompt: str) -> tuple[list, T
     if members.image is None:
         raise ValueError("missing image")
     caption, turns = _caption(members, content, prompt)
-    image = _bytes(content, members.image)
+    image = _bytes(content, members.image, MAX_IMAGE_BYTES)
     height, width, plain = check_image(image)
-    crc = zlib.crc32(image), zlib.crc32(_bytes(content, caption))
+    crc = zlib.crc32(image), zlib.crc32(_bytes(content, caption, MAX_CAPTION_BYTES))
     offsets = [members.image.offset_data, caption.offset_data, members.image.size, caption.size]
     return [*offsets, height, width, 0, 0, *crc, caption is members.json, plain], turns
 

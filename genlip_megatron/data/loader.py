@@ -33,8 +33,8 @@ from genlip_megatron.data.text import load_tokenizer
 QUARANTINE_FILE = "quarantine.jsonl"
 _MAX_WORKERS = 16
 
-# After the last micro-batch of a step: (step, cursor of the plan behind it).
-_Cursor = tuple[int, dict[str, Any]] | None
+# After the last micro-batch of a step: (step, cursor of the plan behind it, bad samples and cut captions so far).
+_Cursor = tuple[int, dict[str, Any], tuple[int, int]] | None
 
 
 def drop_path_factors(seed: int, step: int, samples: list[int], layers: int, rate: float) -> torch.Tensor:
@@ -184,7 +184,7 @@ class Loader:
         mine = lanes // data_parallel_size
         self.lanes = range(data_parallel_rank * mine, (data_parallel_rank + 1) * mine)
         # A lane's window lies in few shards; those of all this rank's lanes should stay open.
-        open_shards = min(max(128, 32 * mine), 1024)
+        open_shards = min(max(128, 32 * mine), 2048)
         self.datasets = open_split(config, split, self.tokenizer.fingerprint, open_shards)
         samples = sum(len(dataset) for dataset in self.datasets)
         if split == "train" and data_parallel_size > samples:
@@ -194,7 +194,7 @@ class Loader:
             )
         save = config.checkpoint.save
         self.quarantine = Quarantine(
-            str(Path(save) / QUARANTINE_FILE) if save and not config.log.eval_only else "",
+            str(Path(save) / QUARANTINE_FILE) if save and split == "train" else "",
             data.max_consecutive_failures,
         )
         workers = num_workers(data)
@@ -213,7 +213,8 @@ class Loader:
         self.step = 0
         self.skipped: list[list[int]] = []  # [first, last] steps that were left out on purpose
         self.waited = 0.0  # seconds for which the step had no data, since it was last set to 0
-        self._quarantined_before = 0
+        self.truncated = 0  # captions of consumed steps that were cut to what their image leaves of a pack
+        self._quarantined = self._quarantined_before = 0
         self._consumed = self.plan.state_dict(self.lanes)
         self._ahead: list[Ahead] = []
 
@@ -232,7 +233,7 @@ class Loader:
     def _taken(self, cursor: _Cursor, waited: float) -> None:
         self.waited += waited
         if cursor is not None and self.split == "train":
-            self.step, self._consumed = cursor
+            self.step, self._consumed, (self._quarantined, self.truncated) = cursor
 
     def _micro_batches(self) -> Iterator[tuple[PackedBatch, _Cursor]]:
         train = self.split == "train"
@@ -244,7 +245,9 @@ class Loader:
             step += 1
             for start in range(0, len(packs), size):
                 last = start + size >= len(packs)
-                yield self.assemble(packs[start : start + size], step), (step, cursor) if last else None
+                batch = self.assemble(packs[start : start + size], step)
+                counts = self.quarantine.total, self.samples.truncated
+                yield batch, (step, cursor, counts) if last else None
 
     def assemble(self, packs: list[list[int]], step: int) -> PackedBatch:
         """One micro-batch of the given packs. A collective over the ranks that share it."""
@@ -274,8 +277,8 @@ class Loader:
 
     @property
     def quarantined(self) -> tuple[int, int]:
-        """(bad samples met before this run was resumed, on all ranks; and since, by this rank)."""
-        return self._quarantined_before, self.quarantine.total
+        """(bad samples of the steps before this run was resumed, on all ranks; of those since, on this rank)."""
+        return self._quarantined_before, self._quarantined
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor of consumed steps, of this rank's lanes; ``merge_cursors`` makes one of all ranks'."""
@@ -283,7 +286,7 @@ class Loader:
             "step": self.step,
             "plan": self._consumed,
             "skipped": self.skipped,
-            "quarantined": self.quarantine.total,
+            "quarantined": self._quarantined,
             "quarantined_before": self._quarantined_before,
         }
 

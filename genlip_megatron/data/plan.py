@@ -350,7 +350,8 @@ class Plan:
                 "walks": [[walk.state() for walk in stream.walks] for stream in lane.streams],
                 "buffer": list(lane.buffer.ids.values()),
             }
-        return {**self._identity(), "count": self.lanes, "lanes": states}
+        phases = [[phase.start, list(phase.weights)] for phase in self.phases]
+        return {**self._identity(), "phases": phases, "count": self.lanes, "lanes": states}
 
     def _identity(self) -> dict[str, Any]:
         """What a cursor's numbers mean something for."""
@@ -359,6 +360,8 @@ class Plan:
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "shuffle_window": self.shuffle_window,
+            "pack_buffer": self.pack_buffer,
+            "seq_length": self.seq_length,
             "sources": [source.size for source in self.sources],
         }
 
@@ -379,6 +382,14 @@ class Plan:
                     "its index or the setting changed since; restore it, or start anew with --finetune"
                 )
         old = {int(lane): cursor for lane, cursor in state["lanes"].items()}
+        taken = max(cursor["packs"] for cursor in old.values())
+        theirs = [(start, tuple(weights)) for start, weights in state["phases"] if start < max(taken, 1)]
+        ours = [(phase.start, phase.weights) for phase in self.phases if phase.start < max(taken, 1)]
+        if taken and theirs != ours:
+            raise ValueError(
+                f"the weights of the {taken} steps already taken were {theirs}, here {ours} (data.train_weights or "
+                "data.train_epochs): keep them, and let others begin at a later step, as in 7:3,5:5@20000"
+            )
         if state["count"] == self.lanes:
             self._lanes = {i: self._restored(cursor) for i, cursor in old.items()}
         elif change_lanes:

@@ -6,8 +6,10 @@ model-parallel group. So plan and stream stay what they were.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +25,10 @@ from genlip_megatron.data.read import Piece, ShardReader
 from genlip_megatron.data.share import Share
 from genlip_megatron.data.text import Tokenizer, parse_turns, tokenize_many
 
+logger = logging.getLogger(__name__)
+
 Turns = list[tuple[str, bool]]
+_INDEXES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class SampleReader:
         self.quarantine, self.share = quarantine, share
         self._decoder, self._reader, self._device = decoder, reader, device
         self._crop = data.image_mode == "fixed" and data.fixed_resize == "resize-center-crop"
+        self._pool = ThreadPoolExecutor(_INDEXES_AT_ONCE, thread_name_prefix="index")
         self.bytes_read = {"image": 0, "caption": 0}
         self.truncated = 0
 
@@ -114,6 +120,10 @@ class SampleReader:
     def _read(self, samples: Sequence[int], kind: str) -> list[tuple[memoryview, np.void] | str]:
         """(bytes of each sample's image or caption, checked against the index; its ROW), or what is wrong with it."""
         results: list[tuple[memoryview, np.void] | str] = [""] * len(samples)
+        owner = np.searchsorted(self.offsets, samples, side="right") - 1
+        for i in np.unique(owner).tolist():
+            mine = np.asarray(samples)[owner == i] - self.offsets[i]
+            self.datasets[i].preload(mine, self._pool)
         pieces: dict[int, tuple[Piece, np.void]] = {}
         for i, sample in enumerate(samples):
             dataset, local = self._source(sample)
@@ -185,6 +195,8 @@ class SampleReader:
 
         bad_image, bad_caption, tokens = shared[:count], shared[count : 2 * count], shared[2 * count :]
         self._record(layout, step, bad_image, images, reasons, total)
+        # A stage that reads nothing opens no index either, and so knows no names.
+        reads = self.share.images or self.share.captions
         samples = []
         for i in range(count):
             content = tokens[ends[i] - layout.texts[i] : ends[i]]
@@ -195,7 +207,7 @@ class SampleReader:
                 patches = self._blank(int(layout.images[i]))
             good = not (bad_image[i] or bad_caption[i])
             grid = int(layout.rows[i]), int(layout.columns[i])
-            key = self.key(int(layout.ids[i]))
+            key = self.key(int(layout.ids[i])) if reads else ""
             samples.append(Sample(patches, *grid, (content >> 1).tolist(), (content & 1).tolist(), float(good), key))
         self.truncated += int((layout.text_tokens > layout.room).sum())
         rest = iter(samples)
@@ -269,7 +281,7 @@ class SampleReader:
         ):
             for reason in (image, turns):
                 if isinstance(reason, str):
-                    self.quarantine.record(BadSample(self.shard(sample), self.key(sample), reason, 0))
+                    logger.warning("%s of %s: %s", self.key(sample), self.shard(sample), reason)
             patches = self._blank(grid[0] * grid[1]) if isinstance(image, str) else image
             requests.append(Sample(patches, *grid, prompt, key=self.key(sample)))
             answer = [] if isinstance(turns, str) else [text for text, carries_loss in turns if carries_loss]
@@ -278,5 +290,6 @@ class SampleReader:
 
     def close(self) -> None:
         """Close the shards and end the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
         self._reader.close()

@@ -73,7 +73,7 @@ class Share:
 
     def send_patches(self, patches: Tensor | None, rows: int, width: int) -> Tensor | None:
         """uint8 [rows, width] patches on the CPU, from the first stage's first rank to the others of that stage."""
-        if self.group is None or self.split_images or self.count == 1 or not self.images:
+        if self.group is None or self.split_images or self.count == 1 or not self.images or not rows:
             return patches
         if self.index:
             patches = torch.empty(rows, width, dtype=torch.uint8)

@@ -27,6 +27,7 @@ T = TypeVar("T")
 # Errors that asking again does not mend.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, ImportError)
 RETRIES, TIMEOUT_SECONDS = 5, 60.0
+_LEFTOVER_SECONDS = 3600
 
 
 def is_remote(path: str) -> bool:
@@ -73,6 +74,13 @@ def with_retries(action: Callable[[], T], retries: int = RETRIES) -> T:
     raise AssertionError("unreachable")
 
 
+def _call(store: Any, method: str, *args: Any, timeout: float = TIMEOUT_SECONDS, **kwargs: Any) -> Any:
+    """A store's method, given up after ``timeout`` seconds where the store allows that."""
+    if store.async_impl:
+        return fsspec.asyn.sync(store.loop, getattr(store, f"_{method}"), *args, timeout=timeout, **kwargs)
+    return getattr(store, method)(*args, **kwargs)
+
+
 def read_range(
     url: str, start: int | None, end: int | None, retries: int = RETRIES, timeout: float = TIMEOUT_SECONDS
 ) -> bytes:
@@ -82,13 +90,7 @@ def read_range(
         OSError: it could not be read within ``retries`` further tries of ``timeout`` seconds each.
     """
     store = filesystem(url)
-
-    def action() -> bytes:
-        if store.async_impl:
-            return fsspec.asyn.sync(store.loop, store._cat_file, url, start=start, end=end, timeout=timeout)
-        return store.cat_file(url, start=start, end=end)
-
-    return with_retries(action, retries)
+    return with_retries(lambda: _call(store, "cat_file", url, start=start, end=end, timeout=timeout), retries)
 
 
 def read_bytes(path: str) -> bytes:
@@ -104,7 +106,9 @@ def write_bytes(path: str, content: bytes) -> None:
     target = Path(path)
     # Left over by a process that was killed while it wrote.
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        leftover.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                leftover.unlink()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
         file.write(content)
@@ -123,7 +127,7 @@ def state(path: str) -> tuple[int, str]:
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, str(status.st_mtime_ns)
-    info = with_retries(lambda: filesystem(path).info(path))
+    info = with_retries(lambda: _call(filesystem(path), "info", path))
     stamp = next((str(info[name]) for name in ("ETag", "etag", "LastModified", "mtime") if info.get(name)), "")
     return int(info["size"]), stamp
 
@@ -169,8 +173,13 @@ def _matches(pattern: str, setting: str) -> list[str]:
     return [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
 
 
-def expand_shards(patterns: Sequence[str], setting: str) -> list[str]:
+def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = True) -> list[str]:
     """Shard files of files, folders, globs and brace lists (``{000..099}``, ``{a,b}``), local or remote, each once.
+
+    Args:
+        patterns: what to look for.
+        setting: its name in messages.
+        check_files: refuse local files that cannot be read or are empty.
 
     Raises:
         ValueError: nothing was named, or a pattern matches no readable, non-empty file.
@@ -185,7 +194,7 @@ def expand_shards(patterns: Sequence[str], setting: str) -> list[str]:
                 raise ValueError(f"{setting}: {part!r} matches no .tar file")
             shards += found
     for shard in shards:
-        if is_remote(shard):
+        if is_remote(shard) or not check_files:
             continue
         if not os.path.isfile(shard) or not os.access(shard, os.R_OK):
             raise ValueError(f"{setting}: {shard} is not a readable file")

@@ -120,12 +120,17 @@ def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> list[tupl
     turns = _parse(content, is_json, default_prompt)
     if not any(text for text, carries_loss in turns if carries_loss):
         raise ValueError("caption is empty")
+    for text, _ in turns:
+        if END_OF_TURN in text:
+            raise ValueError(f"caption contains {END_OF_TURN!r}, which closes every sample")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("caption is not valid Unicode: half of a surrogate pair")
     return turns
 
 
 def _parse(content: bytes, is_json: bool, default_prompt: str) -> list[tuple[str, bool]]:
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"caption is not UTF-8: {error}") from error
     if not is_json:

@@ -189,7 +189,7 @@ def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, step
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     counts = counts.cpu()
     run.stepper.counts.zero_()
-    quarantined, waited = _loader_totals(run, device)
+    quarantined, truncated, waited = _loader_totals(run, device)
     loss_total, loss_count = sum_over_run(total).tolist()
     by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
     run.consumed_samples += int(by_name["samples"])
@@ -212,6 +212,7 @@ def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, step
         memory_gib=memory,
         data_wait=waited / steps,
         quarantined=quarantined,
+        truncated=truncated,
     )
     log(progress.line())
     if run.config.log.timing_log_level:
@@ -220,15 +221,19 @@ def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, step
         run.writer.scalars(progress.scalars(), run.iteration)
 
 
-def _loader_totals(run: Run, device: torch.device) -> tuple[int, float]:
-    """(bad samples met in the whole run, on all ranks; longest wait for data since the last report, in seconds)."""
+def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:
+    """(bad samples in the whole run, captions cut since it was resumed; longest wait since the last report, seconds).
+
+    Of all ranks.
+    """
     assert run.train_loader is not None
     before, mine = run.train_loader.quarantined
-    found, waited = torch.tensor([float(mine)], device=device), torch.tensor([run.train_loader.waited], device=device)
+    found = torch.tensor([float(mine), float(run.train_loader.truncated)], device=device)
+    waited = torch.tensor([run.train_loader.waited], device=device)
     run.train_loader.waited = 0.0
     torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
     torch.distributed.all_reduce(waited, op=torch.distributed.ReduceOp.MAX)
-    return before + int(found.item()), float(waited.item())
+    return before + int(found[0].item()), int(found[1].item()), float(waited.item())
 
 
 def _resident_gib() -> float:

@@ -35,14 +35,38 @@ def sixteen_bit() -> bytes:
     return out.getvalue()
 
 
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _png(width: int, height: int, data: bytes, interlaced: int = 0) -> bytes:
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced))
+    return b"\x89PNG\r\n\x1a\n" + header + _chunk(b"IDAT", zlib.compress(data)) + _chunk(b"IEND", b"")
+
+
+def half_png() -> bytes:
+    """A grey PNG whose compressed data are whole, but hold half of its rows."""
+    return _png(64, 48, (b"\0" + b"x" * 64) * 24)
+
+
+def interlaced() -> bytes:
+    """A whole grey PNG of 48 x 32 in the seven passes of Adam7."""
+    rows = ((8, 4, 6), (8, 4, 6), (4, 4, 12), (4, 8, 12), (2, 8, 24), (2, 16, 24), (1, 16, 48))
+    data = b"".join((b"\0" + b"x" * columns) * count for _, count, columns in rows)
+    return _png(48, 32, data, 1)
+
+
+def scans() -> bytes:
+    """A JPEG with a hundred scans more than it needs."""
+    content = image(size=(64, 64))
+    start = content.index(b"\xff\xda")
+    return content[:-2] + content[start:-2] * 100 + content[-2:]
+
+
 def bomb() -> bytes:
     """A PNG of a few bytes whose header claims 30000 x 30000 pixels."""
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return _png(30_000, 30_000, b"\0" * 100)
 
 
 def write_shard(path: Path, members: dict[str, bytes]) -> str:

@@ -15,7 +15,7 @@ import pytest
 from genlip_megatron.data.index import build_index, index_path, load_index
 from genlip_megatron.data.storage import expand_shards
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
-from tests.data.shards import CAPTION, bomb, image, rotated, sixteen_bit, write_shard
+from tests.data.shards import CAPTION, bomb, half_png, image, interlaced, rotated, scans, sixteen_bit, write_shard
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "Describe."
@@ -59,6 +59,12 @@ BAD = {
     "long": (image("PNG", size=(70_000, 400)), CAPTION, "a side of 65535"),
     "cut.png": (image("PNG")[:-30], CAPTION, "does not decode"),
     "mute": (image(), b'{"caption": " "}', "caption is empty"),
+    "surrogate": (image(), b'{"caption": "a \\ud800 b"}', "not valid Unicode"),
+    "closing": (image(), b'{"caption": "a <|im_end|> b"}', "which closes every sample"),
+    "half": (image(size=(480, 320))[:2000] + b"\xff\xd9", CAPTION, "does not decode"),
+    "half.png": (half_png(), CAPTION, "bytes of pixels"),
+    "half.cmyk": (image(size=(480, 320), mode="CMYK")[:4000] + b"\xff\xd9", CAPTION, "does not decode"),
+    "scans": (scans(), CAPTION, "scans, above 64"),
     "silence": (image(), b'{"conversations": [{"from": "gpt", "value": "<image>"}]}', "caption is empty"),
     "gif": (image("GIF"), CAPTION, "does not decode"),
     "caption": (image(), b"{", "not JSON"),
@@ -92,6 +98,7 @@ def test_odd_but_good_images_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> N
         "cmyk": image(mode="CMYK"), "grey": image(mode="L"), "palette": image("PNG", mode="P"), "deep": sixteen_bit(),
         "clear": image("PNG", mode="RGBA"), "turned": rotated(8), "progressive": image(progressive=True),
         "exif": image(exif=b"Exif\0\0broken"),
+        "interlaced": interlaced(), "trailing": image() + b"trailing bytes",
     }  # fmt: skip
     members = {}
     for name, content in images.items():
@@ -100,7 +107,7 @@ def test_odd_but_good_images_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> N
     index = build_index(write_shard(tmp_path / "s.tar", members), tokenizer, PROMPT)
     assert index.keys == list(images) and not index.refused
     plain = dict(zip(index.keys, index.rows["plain_jpeg"].tolist(), strict=True))
-    assert [name for name in plain if plain[name]] == ["grey", "progressive", "exif"]
+    assert [name for name in plain if plain[name]] == ["grey", "progressive", "exif", "trailing"]
     sizes = dict(zip(index.keys, zip(index.rows["height"], index.rows["width"], strict=True), strict=True))
     assert sizes["turned"] == (48, 32) and sizes["exif"] == (32, 48)
 
@@ -162,6 +169,51 @@ def test_a_broken_header_costs_its_member_not_the_shard(
     gaps = [number for number in broken if number - 1 not in broken]
     found = [key for key, reason in index.refused.items() if reason == "broken tar header"]
     assert found == [f"(byte {offsets[number]})" for number in gaps]
+
+
+def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
+    """A tar header with a size field as given, and a right checksum."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[156:157] = size.ljust(12, b"\0"), kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+HOSTILE = {
+    "negative size": header("x.jpg", b"\xff" * 10 + b"\xfe\x00"),
+    "huge size": header("x.jpg", b"\x80" + b"\x7f" * 11),
+    "chained long names": header("x", b"00000000001\0", b"L") + b"x".ljust(512, b"\0") * 1,
+    "long name of a huge size": header("x", b"77777777777\0", b"L"),
+    "pax of a huge size": header("x", b"77777777777\0", b"x"),
+    "pax with a negative size": header("x", b"00000000015\0", b"x") + b"13 size=-512\n".ljust(512, b"\0"),
+    "sparse map": header("x", b"00000000026\0", b"x") + b"22 GNU.sparse.map=a,b\n".ljust(512, b"\0"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_headers_made_to_do_harm_cost_themselves(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def part(names: str) -> bytes:
+        members = {f"{i}.{suffix}": c for i in names for suffix, c in (("jpg", image()), ("json", CAPTION))}
+        return Path(write_shard(tmp_path / "part.tar", members)).read_bytes().rstrip(b"\0")
+
+    def padded(content: bytes) -> bytes:
+        return content + bytes(-len(content) % 512)
+
+    hostile = HOSTILE[kind] * (3000 if kind == "chained long names" else 1)
+    (tmp_path / "s.tar").write_bytes(padded(part("01")) + hostile + padded(part("23")) + bytes(1024))
+    index = build_index(str(tmp_path / "s.tar"), tokenizer, PROMPT)
+    assert index.keys[:2] == ["0", "1"] and index.keys[-1] == "3" and index.refused
+
+
+def test_shards_put_one_behind_the_other_are_read_to_the_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parts = []
+    for name in "ab":
+        members = {f"{name}.jpg": image(), f"{name}.json": CAPTION}
+        parts.append(Path(write_shard(tmp_path / "part.tar", members)).read_bytes())
+    (tmp_path / "s.tar").write_bytes(b"".join(parts))
+    index = build_index(str(tmp_path / "s.tar"), tokenizer, PROMPT)
+    assert index.keys == ["a", "b"] and not index.refused
 
 
 def test_any_garbage_is_one_refusal(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -290,3 +290,18 @@ def test_rows_are_read_only_as_far_ahead_as_two_windows() -> None:
     with ThreadPoolExecutor(1) as pool:
         for used, (row, _) in enumerate(itertools.islice(make_shards.read_ahead(pool, rows(), "", 5), 23), 1):
             assert row.where == {"row": used} and taken <= used + 10
+
+
+def test_links_that_leave_the_folder_are_not_followed(photos: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret")
+    image = next(path for path in photos.rglob("*") if path.suffix in (".jpg", ".png"))
+    (photos / "linked.jpg").symlink_to(secret)
+    (photos / "linked.txt").write_text("a caption")
+    (photos / "told.jpg").write_bytes(image.read_bytes())
+    (photos / "told.txt").symlink_to(secret)
+    done = pack(photos, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    refused = {row["path"]: row["reason"] for row in skipped(tmp_path / "out")}
+    assert refused["linked.jpg"] == refused["told.jpg"] == "a link that leaves the folder"
+    assert not any(b"a secret" in content for shard in contents(tmp_path / "out").values() for _, content in shard)
