@@ -50,6 +50,17 @@ def test_decoders_agree_with_pillow(name: str, dali: DaliDecoder, crop: bool) ->
             assert difference.max() <= 2  # each of the two passes may round the other way
 
 
+def test_a_crop_of_hard_content_is_cut_at_the_same_place(dali: DaliDecoder) -> None:
+    """Noise shows a shift that smooth pictures hide."""
+    pixels = np.random.default_rng(0).integers(0, 256, (38, 51, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).resize((401, 300), Image.Resampling.NEAREST).save(out, "JPEG", quality=95)
+    tasks = [ImageTask(out.getvalue(), 224, 224, True, plain_jpeg=True)]
+    (ours,), (oracle,) = dali(tasks), CpuDecoder(1, plain=True)(tasks)
+    assert isinstance(ours, torch.Tensor) and isinstance(oracle, torch.Tensor)
+    assert (ours.int() - oracle.int()).abs().float().mean() <= 1.0
+
+
 def test_fast_and_plain_decoding_give_the_same_pixels() -> None:
     for mode in ("RGB", "L"):
         for options in ({}, {"progressive": True}, {"subsampling": 0}):

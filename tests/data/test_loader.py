@@ -259,6 +259,8 @@ def test_steps_left_out_on_purpose_stay_left_out(reference: list[PackedBatch], d
 def test_bad_samples_are_counted_across_resumes(demo_data: Path) -> None:
     loader = Loader(tiny_config(demo_data), "train")
     loader.quarantine.total = 3
+    assert loader.state_dict()["quarantined"] == 0, "bad samples of steps not yet taken do not count"
+    take(loader, LANES)
     states = [loader.state_dict(), {**loader.state_dict(), "quarantined": 4}]
     resumed = Loader(tiny_config(demo_data), "train")
     resumed.load_state_dict(merge_cursors(states))

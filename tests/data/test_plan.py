@@ -24,11 +24,15 @@ def source(lengths: list[int] | np.ndarray) -> Source:
 
 
 @st.composite
-def plans(draw: st.DrawFn, sources: int = 3) -> dict[str, Any]:
-    """Arguments of a plan over random data sets, often smaller than its lanes."""
+def plans(draw: st.DrawFn, sources: int = 3, weighted: bool = False) -> dict[str, Any]:
+    """Arguments of a plan over random data sets, often smaller than its lanes; with weights that change."""
     lengths = st.lists(st.integers(1, SEQ), min_size=1, max_size=100)
     tables = draw(st.lists(lengths, min_size=1, max_size=sources))
+    weights = st.tuples(*[st.integers(1, 9).map(float) for _ in tables])
+    starts = draw(st.lists(st.integers(1, 10), max_size=2, unique=True).map(sorted)) if weighted else []
+    phases = [Phase(start, draw(weights)) for start in [0, *starts]] if weighted else None
     return {
+        "phases": phases,
         "sources": [source(table) for table in tables],
         "seq_length": SEQ,
         "lanes": draw(st.integers(1, 8)),
@@ -57,7 +61,7 @@ def test_every_sample_exactly_once_an_epoch_in_packs_that_fit(arguments: dict[st
 
 
 @settings(max_examples=40, deadline=None)
-@given(plans(), st.sampled_from([1, 2, 4, 8]), st.integers(1, 12))
+@given(plans(weighted=True), st.sampled_from([1, 2, 4, 8]), st.integers(1, 12))
 def test_lanes_do_not_depend_on_who_works_them(arguments: dict[str, Any], ranks: int, steps: int) -> None:
     lanes = arguments["lanes"]
     whole = Plan(**arguments)
@@ -70,7 +74,7 @@ def test_lanes_do_not_depend_on_who_works_them(arguments: dict[str, Any], ranks:
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(), st.lists(st.integers(0, 8), min_size=1, max_size=4), st.data())
+@given(plans(weighted=True), st.lists(st.integers(0, 8), min_size=1, max_size=4), st.data())
 def test_a_plan_interrupted_anywhere_continues_exactly(
     arguments: dict[str, Any], stops: list[int], data: st.DataObject
 ) -> None:
@@ -129,6 +133,8 @@ def test_another_number_of_lanes_keeps_every_sample_once_an_epoch(
         ({"seed": 2}, "another seed"),
         ({"chunk_size": 3}, "another chunk_size"),
         ({"shuffle_window": 3}, "another shuffle_window"),
+        ({"pack_buffer": 3}, "another pack_buffer"),
+        ({"seq_length": 2 * SEQ}, "another seq_length"),
         ({"sources": [source([5] * 8)]}, "another sources"),
         ({"lanes": 3}, "has 2 lanes, this run 3"),
     ],
@@ -140,6 +146,26 @@ def test_a_cursor_of_another_stream_is_refused(change: dict[str, Any], message: 
     state = Plan(**arguments).state_dict(range(2))
     with pytest.raises(ValueError, match=message):
         Plan(**{**arguments, **change}).load_state_dict(state)
+
+
+def test_weights_of_steps_already_taken_cannot_change_and_later_ones_can() -> None:
+    def plan(*phases: tuple[int, float, float]) -> Plan:
+        return Plan(
+            [source([8] * 90), source([8] * 90)], SEQ, 2, 1, [Phase(at, (a, b)) for at, a, b in phases], 4, 64, 16
+        )
+
+    begun = plan((0, 6, 3), (2, 1, 1), (50, 1, 2))
+    for _ in range(5):
+        for lane in range(2):
+            begun.next_pack(lane)
+    cursor = json.loads(json.dumps(begun.state_dict(range(2))))
+    for phases in ([(0, 6, 3)], [(0, 6, 3), (3, 1, 1)], [(0, 1, 8), (2, 1, 1)], [(0, 6, 3), (2, 1, 1), (4, 2, 1)]):
+        with pytest.raises(ValueError, match="the weights of the 5 steps already taken were"):
+            plan(*phases).load_state_dict(cursor)
+    changed = plan((0, 6, 3), (2, 1, 1), (5, 0, 1))
+    changed.load_state_dict(cursor)
+    later = [sample for _ in range(40) for lane in range(2) for sample in changed.next_pack(lane)]
+    assert all(sample >= 90 for sample in later[-40:])
 
 
 def test_lanes_cannot_change_with_a_part_of_the_cursor() -> None:

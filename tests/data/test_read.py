@@ -106,7 +106,7 @@ def read(ours: ShardReader, url: str, offset: int, size: int) -> bytes:
 SPANS = [(0, 10), (39_990, 20), (100, 130_000), (299_990, 10), (0, 300_000), (40_000, 40_000)]
 
 
-def test_local_pieces_are_views_of_the_mapped_file(tmp_path: Path) -> None:
+def test_local_pieces(tmp_path: Path) -> None:
     shard = tmp_path / "s.tar"
     shard.write_bytes(CONTENT)
     ours = reader(tmp_path / "cache")
@@ -167,6 +167,24 @@ def test_a_piece_that_cannot_be_had_leaves_the_others(web: Web, tmp_path: Path) 
     pieces = [Piece(here, 0, 9), Piece(gone, 0, 9), Piece(here, 299_999, 9)]
     first, missing, beyond = reader(tmp_path).read(pieces)
     assert first == CONTENT[:9] and isinstance(missing, OSError) and isinstance(beyond, OSError)
+
+
+def test_a_block_cut_short_by_a_crash_counts_as_none(web: Web, tmp_path: Path) -> None:
+    web.files["/s.tar"] = CONTENT
+    url = f"{web.url}/s.tar"
+    assert read(reader(tmp_path), url, 100, 9000) == CONTENT[100:9100]
+    for block in tmp_path.glob("*/*.block"):
+        os.truncate(block, 500)
+    assert read(reader(tmp_path), url, 100, 9000) == CONTENT[100:9100]
+
+
+def test_many_shards_take_few_file_descriptors(tmp_path: Path) -> None:
+    for i in range(400):
+        (tmp_path / f"{i}.tar").write_bytes(CONTENT[:100])
+    ours = reader(tmp_path / "cache")
+    before = len(os.listdir("/proc/self/fd"))
+    ours.read([Piece(str(tmp_path / f"{i}.tar"), 0, 100) for i in range(400)])
+    assert len(os.listdir("/proc/self/fd")) - before <= 260
 
 
 def test_a_damaged_block_is_forgotten_and_fetched_anew(web: Web, tmp_path: Path) -> None:

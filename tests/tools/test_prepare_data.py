@@ -109,7 +109,9 @@ def test_a_killed_run_goes_on_where_it_stopped(folder: Path, tokenizer: Path, tm
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     # What a kill within a write would leave.
-    (folder / ".part-00004.tar.index.safetensors.1.partial").write_bytes(b"half")
+    leftover = folder / ".part-00004.tar.index.safetensors.1.partial"
+    leftover.write_bytes(b"half")
+    os.utime(leftover, (0, 0))  # a fresh one may be another process's
     assert not (folder / "part.dataset.json").exists()
     printed = prepare(folder, "--tokenizer", tokenizer)
     assert "(0 unchanged)" not in printed
@@ -134,11 +136,27 @@ def test_manifest_and_shards_by_name_are_the_same_data(folder: Path, tokenizer: 
     assert mixed.key(35) == by_name.key(29)
 
 
+def flip(path: Path) -> None:
+    """Change one bit."""
+    content = bytearray(path.read_bytes())
+    content[9] ^= 2
+    path.write_bytes(content)
+
+
+def without_a_shard(path: Path) -> None:
+    """Take a shard out of a manifest by hand."""
+    tree = json.loads(path.read_text())
+    del tree["shards"][1]
+    path.write_text(json.dumps(tree))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "part.dataset.plan").unlink(), "is missing or does not hold 30 samples"),
         (lambda folder: os.truncate(folder / "part.dataset.plan", 8), "is missing or does not hold 30 samples"),
+        (lambda folder: flip(folder / "part.dataset.plan"), "is damaged: its checksum is not the manifest's"),
+        (lambda folder: without_a_shard(folder / "part.dataset.json"), "its shards' samples do not add up"),
         (lambda folder: (folder / "part.dataset.json").write_text("[]"), "is no manifest of tools/prepare_data.py"),
         (lambda folder: (folder / "part.dataset.json").unlink(), "no such manifest; tools/prepare_data.py writes it"),
     ],
@@ -162,6 +180,39 @@ def test_an_index_that_changed_behind_the_manifest_is_seen(folder: Path, tokeniz
     with pytest.raises(ValueError, match="is not the manifest's; run tools/prepare_data.py again"):
         dataset.index(3)
     assert dataset.key(20) == "(sample 2)"
+
+
+def test_an_index_that_comes_back_is_read_again(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(folder, "--tokenizer", tokenizer)
+    dataset = open_dataset(
+        [str(folder / "part.dataset.json")], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S"
+    )
+    (folder / "part-00001.tar.index.safetensors").rename(folder / "away")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has no index"):
+            dataset.index(1)
+    (folder / "away").rename(folder / "part-00001.tar.index.safetensors")
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 31)
+    assert len(dataset.index(1).rows) == 6
+
+
+def test_a_shard_that_cannot_be_used_does_not_hold_up_the_others(folder: Path, tokenizer: Path) -> None:
+    (folder / "part-00001.tar").write_bytes(b"")
+    printed = prepare(folder, "--tokenizer", tokenizer)
+    assert "24 good samples, 2 refused" in printed and "refused 1: empty file" in printed
+    (folder / "part-00005.tar").symlink_to(folder / "nowhere")
+    words = [f"{folder}/part-0000[0-5].tar", "--tokenizer", tokenizer]
+    assert "1 shards could not be indexed; run it again for them, or with --skip-unreadable" in prepare(
+        *words, status=1
+    )
+    assert "24 good samples" in prepare(*words, "--skip-unreadable")
+
+
+def test_a_manifest_follows_its_shards_when_one_is_deleted(folder: Path, tokenizer: Path) -> None:
+    prepare(folder, "--tokenizer", tokenizer)
+    (folder / "part-00004.tar").unlink()
+    assert "24 good samples" in prepare(folder, "--tokenizer", tokenizer)
 
 
 def test_other_samples_of_the_same_sizes_are_seen_too(folder: Path, tokenizer: Path) -> None:
