@@ -136,7 +136,9 @@ def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
 def _check_png_rows(content: bytes, size: tuple[int, int]) -> None:
     """Raise ValueError when a PNG's compressed data hold fewer bytes than its (width, height) needs."""
     bits, colour, _, _, interlaced = content[24:29]
-    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour)
+    if content[12:16] != b"IHDR" or channels is None:
+        raise ValueError("image does not decode: its PNG header is not the first chunk, or of no known colour type")
     width, height = size
     # (first column, first row, distance of columns, of rows) of each pass.
     passes = [(0, 0, 1, 1)]

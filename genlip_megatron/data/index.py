@@ -256,8 +256,8 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
         for key, members in groups.items():
             try:
                 row, turns = _check(members, content, prompt)
-            except ValueError as error:
-                refused[key] = str(error)
+            except Exception as error:  # whatever a sample holds, it costs no other
+                refused[key] = str(error) if isinstance(error, ValueError) else f"unreadable: {error!r}"
                 continue
             rows.append(row)
             keys.append(key)
