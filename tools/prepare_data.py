@@ -202,11 +202,11 @@ def main() -> None:
     if problems and not options.skip_unreadable:
         parser.exit(1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again for them, or "
                        "with --skip-unreadable to leave them out\n")  # fmt: skip
-    shards = [shard for shard in shards if shard not in problems]
+    named, shards = shards, [shard for shard in shards if shard not in problems]
     if options.part:
         print(f"part {first} of {step} is done; when all are, run this without --part to write the manifest")
         return
-    if others := other_shards(manifest, shards):
+    if others := other_shards(manifest, named):
         print(f"{manifest} is left as it is: it lists {others} other shards; name all shards to write it anew")
         return
     _, quarantine = manifest_paths(manifest)

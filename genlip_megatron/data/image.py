@@ -8,6 +8,7 @@ channels keep their high byte; of an animation the first frame counts.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 import zlib
 
@@ -27,7 +28,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # A progressive JPEG has some ten scans; each costs as much time as a whole image.
 MAX_JPEG_SCANS = 64
-_START_OF_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # but stuffed bytes, restarts and fill
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -124,13 +126,22 @@ def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
     if image.format not in ("JPEG", "MPO"):
         height, width, _ = to_rgb(image).shape
         return height, width, False
-    if (scans := bytes(content).count(_START_OF_SCAN)) > MAX_JPEG_SCANS:
+    if (scans := _count_scans(content)) > MAX_JPEG_SCANS:
         raise ValueError(f"image does not decode: {scans} scans, above {MAX_JPEG_SCANS}")
     height, width, _ = decode_rgb(content, plain_jpeg=True).shape
     plain = image.mode in ("RGB", "L") and orientation(image) not in _UPRIGHT
     if not plain:
         height, width, _ = to_rgb(image).shape
     return height, width, plain
+
+
+def _count_scans(content: bytes | memoryview) -> int:
+    """Scans of a JPEG up to its end; what may be appended (a film, by phones) does not count."""
+    scans, position = 0, 2
+    while (match := _MARKER.search(content, position)) is not None and content[match.end() - 1] != _END_OF_IMAGE:
+        scans += content[match.end() - 1] == _START_OF_SCAN
+        position = match.end() + int.from_bytes(content[match.end() : match.end() + 2], "big")
+    return scans
 
 
 def _check_png_rows(content: bytes, size: tuple[int, int]) -> None:
@@ -149,14 +160,16 @@ def _check_png_rows(content: bytes, size: tuple[int, int]) -> None:
         columns, rows = -(-(width - x) // dx), -(-(height - y) // dy)
         if columns > 0 and rows > 0:
             needed += rows * (1 + (columns * bits * channels + 7) // 8)
-    inflate, found, position = zlib.decompressobj(), 0, 8
+    inflate, found, position, view = zlib.decompressobj(), 0, 8, memoryview(content)
     try:
-        while position + 8 <= len(content) and found < needed:
-            length, kind = int.from_bytes(content[position : position + 4], "big"), content[position + 4 : position + 8]
-            data = content[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
-            while data and found < needed:
-                found += len(inflate.decompress(data, 1 << 20))
-                data = inflate.unconsumed_tail
+        while position + 8 <= len(content) and found < needed and not inflate.eof:
+            length, kind = int.from_bytes(view[position : position + 4], "big"), view[position + 4 : position + 8]
+            end = position + 8 + length if kind == b"IDAT" else position
+            # In slices, so that no bomb is ever held whole: they grow at most a thousandfold.
+            for start in range(position + 8, end, 1 << 14):
+                found += len(inflate.decompress(view[start : min(start + (1 << 14), end)]))
+                if found >= needed or inflate.eof:
+                    break
             position += length + 12
     except zlib.error as error:
         raise ValueError(f"image does not decode: {error}") from error

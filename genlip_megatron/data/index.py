@@ -161,8 +161,9 @@ def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterato
         if any(content[position : position + BLOCK]):
             refused[f"(byte {position})"] = "broken tar header"
             position += BLOCK
-        # Also after a closed archive: shards put one behind the other are read on.
-        start = _next_header(content, position)
+            start = _next_header(content, position)
+        elif (start := _next_header(content, position)) is not None:
+            refused[f"(byte {position})"] = "zeros between members: some are lost, unless shards were put together"
 
 
 def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:

@@ -226,7 +226,9 @@ class Loader:
         for ahead in self._ahead:
             ahead.close()
             if self.split == "train":
-                self.plan.load_state_dict(self._consumed)  # what was only prepared comes again
+                # What was only prepared comes again, and is counted again.
+                self.plan.load_state_dict(self._consumed)
+                self.quarantine.total, self.samples.truncated = self._quarantined, self.truncated
         self._ahead = [Ahead(self._micro_batches(), self.config.data.prefetch, self.share, self._taken)]
         return self._ahead[0]
 

@@ -376,10 +376,10 @@ class Plan:
             ValueError: the cursor belongs to another data set, seed, deal or number of lanes.
         """
         for name, mine in self._identity().items():
-            if state[name] != mine:
+            if state.get(name) != mine:
                 raise ValueError(
-                    f"the checkpoint's data cursor has another {name} ({state[name]!r}, here {mine!r}): the data set, "
-                    "its index or the setting changed since; restore it, or start anew with --finetune"
+                    f"the checkpoint's data cursor has another {name} ({state.get(name)!r}, here {mine!r}): the data "
+                    "set, its index or the setting changed since; restore it, or start anew with --finetune"
                 )
         old = {int(lane): cursor for lane, cursor in state["lanes"].items()}
         taken = max(cursor["packs"] for cursor in old.values())

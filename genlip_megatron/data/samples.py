@@ -255,7 +255,8 @@ class SampleReader:
     ) -> None:
         """Write down what this rank found; an image on the border of two shares only where it begins."""
         first, last = self.share.slots(total)
-        found = dict(captions)
+        # One line a sample: where its image is bad as well, that is told.
+        found = {i: reason for i, reason in captions.items() if not bad_image[i]}
         for i, image in images.items():
             if isinstance(image, str) and (bad_image[i] == 1 or first <= layout.starts[i] < last):
                 found[i] = image

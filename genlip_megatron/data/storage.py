@@ -169,7 +169,7 @@ def _matches(pattern: str, setting: str) -> list[str]:
             raise ValueError(f"{setting}: {pattern!r} cannot be listed: {error}") from error
         return sorted(store.unstrip_protocol(path) for path in found)
     if os.path.isdir(pattern):
-        return sorted(str(path) for path in Path(pattern).glob("*.tar"))
+        return sorted(str(path) for path in Path(pattern).glob("*.tar") if not path.is_dir())
     return [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
 
 

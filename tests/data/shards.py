@@ -39,14 +39,14 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def _png(width: int, height: int, data: bytes, interlaced: int = 0) -> bytes:
+def _png(width: int, height: int, data: bytes, interlaced: int = 0, tail: bytes = b"") -> bytes:
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced))
-    return b"\x89PNG\r\n\x1a\n" + header + _chunk(b"IDAT", zlib.compress(data)) + _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + _chunk(b"IDAT", zlib.compress(data) + tail) + _chunk(b"IEND", b"")
 
 
-def half_png() -> bytes:
-    """A grey PNG whose compressed data are whole, but hold half of its rows."""
-    return _png(64, 48, (b"\0" + b"x" * 64) * 24)
+def half_png(tail: bytes = b"") -> bytes:
+    """A grey PNG whose compressed data are whole, but hold half of its rows, with something behind them."""
+    return _png(2000, 1500, (b"\0" + b"x" * 2000) * 750, tail=tail)
 
 
 def interlaced() -> bytes:
