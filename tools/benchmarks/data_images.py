@@ -7,6 +7,7 @@ compresses and decodes like pictures of the web: about two bits a pixel at quali
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 import os
@@ -183,10 +184,11 @@ def write_table(manifest: str, rows: np.ndarray, repeats: int, shards: int, repo
     """
     samples = len(rows) * repeats
     plan, _ = manifest_paths(manifest)
-    content = rows.tobytes()
+    content, digest = rows.tobytes(), hashlib.sha256()
     with open(plan, "wb") as file:
         for _ in range(repeats):
             file.write(content)
+            digest.update(content)
             report()
         file.flush()
         os.fsync(file.fileno())
@@ -197,7 +199,7 @@ def write_table(manifest: str, rows: np.ndarray, repeats: int, shards: int, repo
         "tokenizer": "none",
         "prompt": DEFAULT_PROMPT,
         "samples": samples,
-        "plan_sha256": "",
+        "plan_sha256": digest.hexdigest(),
         "shards": [
             {"path": f"shard-{i:06d}.tar", "samples": end - start, "digest": f"{i:064x}"}
             for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
