@@ -71,6 +71,7 @@ def test_cuda_calls_mean_the_cpu() -> None:
     [
         "batch",
         "data.dataset",
+        "data.pack",
         "data.plan",
         "data.resize",
         "data.share",

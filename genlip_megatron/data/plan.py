@@ -16,19 +16,16 @@ Cost: one window of ids and one buffer a lane, and one permutation of the chunks
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from genlip_megatron.data.pack import Buffer, fill_pack
+
 # A lane sees at least this many chunks of a source an epoch, or its neighbours in a pack would stay the same.
 _MIN_CHUNKS_PER_LANE = 4
-# Room for so many of the longest samples is filled by chosen ones instead of the oldest.
-_CHOSEN_SAMPLES = 4
-_PAIR_CANDIDATES = 8
-_LENGTH_SHIFT = 40
 
 
 @dataclass(frozen=True)
@@ -92,52 +89,12 @@ class _Stream:
     lengths: np.ndarray | None = None
 
 
-class _Buffer:
-    """Samples that wait for a pack, by age and by length."""
-
-    def __init__(self) -> None:
-        self.ids: dict[int, int] = {}  # key -> sample, oldest first; a key is (length, number of arrival)
-        self.keys: list[int] = []  # ascending
-        self.tokens = 0
-        self._arrivals = 0
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def add(self, ids: Iterable[int], lengths: Iterable[int]) -> None:
-        for sample, length in zip(ids, lengths, strict=True):
-            key = length << _LENGTH_SHIFT | self._arrivals
-            self._arrivals += 1
-            self.ids[key] = sample
-            self.keys.append(key)
-            self.tokens += length
-        self.keys.sort()
-
-    def oldest(self) -> int:
-        """Position of the sample that has waited longest."""
-        return bisect.bisect_left(self.keys, next(iter(self.ids)))
-
-    def longest_within(self, room: int) -> int:
-        """Position of the longest, and among those the youngest, sample of at most ``room`` tokens; -1: none."""
-        return bisect.bisect_left(self.keys, (room + 1) << _LENGTH_SHIFT) - 1
-
-    def length(self, position: int) -> int:
-        return self.keys[position] >> _LENGTH_SHIFT
-
-    def take(self, position: int) -> tuple[int, int]:
-        """(sample, its length), no longer waiting."""
-        key = self.keys.pop(position)
-        length = key >> _LENGTH_SHIFT
-        self.tokens -= length
-        return self.ids.pop(key), length
-
-
 @dataclass
 class _Lane:
     streams: list[_Stream]
     packs: int = 0
     phase: int = 0
-    buffer: _Buffer = field(default_factory=_Buffer)
+    buffer: Buffer = field(default_factory=Buffer)
 
 
 class Plan:
@@ -302,39 +259,11 @@ class Plan:
     # Packing.
 
     def next_pack(self, lane: int) -> list[int]:
-        """Sample ids of the lane's next pack; empty once a finite plan has ended.
-
-        The oldest samples go in first, so that none waits for ever and packs keep the stream's mix. What room they
-        leave is shared out evenly over the samples it will hold, and its end filled by the two that leave least.
-        """
+        """Sample ids of the lane's next pack; empty once a finite plan has ended."""
         self._refill(lane)
         state = self._lane(lane)
         state.packs += 1
-        buffer, pack, room = state.buffer, [], self.seq_length
-        if not buffer:
-            return []
-        reserve = _CHOSEN_SAMPLES * buffer.length(-1)
-        mean = buffer.tokens / len(buffer)
-        position = buffer.oldest()
-        while True:
-            sample, length = buffer.take(position)
-            pack.append(sample)
-            room -= length
-            if not buffer:
-                return pack
-            position = buffer.oldest()
-            if room - buffer.length(position) < reserve:
-                break
-        while buffer and (fitting := buffer.longest_within(room)) >= 0:
-            count = round(room / mean)
-            if count > 2:
-                position = min(buffer.longest_within(round(room / count)) + 1, fitting)
-            else:
-                position = _best_of_pair(buffer, room, fitting)
-            sample, length = buffer.take(position)
-            pack.append(sample)
-            room -= length
-        return pack
+        return fill_pack(state.buffer, self.seq_length)
 
     # The cursor.
 
@@ -442,20 +371,3 @@ class Plan:
                 stream.walks[-1:-1] = left
             self._wait(lane, cursor["buffer"])
         return lanes
-
-
-def _best_of_pair(buffer: _Buffer, room: int, fitting: int) -> int:
-    """Position of the sample that, with the best partner, leaves least of ``room``; at most ``fitting``.
-
-    The longest that fits alone, or one of those nearest to half the room.
-    """
-    best, left = fitting, room - buffer.length(fitting)
-    middle = buffer.longest_within(room // 2)
-    for i in range(max(0, middle - _PAIR_CANDIDATES), min(middle + _PAIR_CANDIDATES, fitting) + 1):
-        rest = room - buffer.length(i)
-        partner = buffer.longest_within(rest)
-        if partner == i:
-            partner -= 1
-        if partner >= 0 and rest - buffer.length(partner) < left:
-            best, left = i, rest - buffer.length(partner)
-    return best
