@@ -36,6 +36,8 @@ MAX_TEXT_TOKENS = 65_535
 BLOCK = tarfile.BLOCKSIZE
 # Files above these sizes are no images and captions, and would only cost memory.
 MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 1 << 20
+# Each costs a search, and some are made to cost a long one.
+MAX_BROKEN_HEADERS = 100
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +144,7 @@ def _next_header(content: memoryview, position: int) -> int | None:
 def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterator[tarfile.TarInfo]:
     """Every member's header; a broken one costs what lies before the next whole one, not the rest of the shard."""
     start: int | None = 0
+    broken = 0
     while start is not None:
         position = start  # of the next header
         with open(path, "rb") as file:
@@ -159,6 +162,10 @@ def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterato
             except Exception as error:  # a header made to do harm raises anything
                 logger.debug("%s, byte %d: %r", path, position, error)
         if any(content[position : position + BLOCK]):
+            broken += 1
+            if broken > MAX_BROKEN_HEADERS:
+                refused[f"(from byte {position})"] = f"more than {MAX_BROKEN_HEADERS} broken tar headers: given up"
+                return
             refused[f"(byte {position})"] = "broken tar header"
             position += BLOCK
             start = _next_header(content, position)

@@ -204,7 +204,11 @@ def test_headers_made_to_do_harm_cost_themselves(kind: str, tokenizer: Tokenizer
     hostile = HOSTILE[kind] * (3000 if kind == "chained long names" else 1)
     (tmp_path / "s.tar").write_bytes(padded(part("01")) + hostile + padded(part("23")) + bytes(1024))
     index = build_index(str(tmp_path / "s.tar"), tokenizer, PROMPT)
-    assert index.keys[:2] == ["0", "1"] and index.keys[-1] == "3" and index.refused
+    assert index.keys[:2] == ["0", "1"] and index.refused
+    if kind == "chained long names":
+        assert any("given up" in reason for reason in index.refused.values())
+    else:
+        assert index.keys[-1] == "3"
 
 
 def test_shards_put_one_behind_the_other_are_read_to_the_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
