@@ -129,7 +129,7 @@ def decode_rates(images: int) -> dict[str, float]:
     small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     out = io.BytesIO()
     small.resize((500, 375), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
-    tasks = [ImageTask(out.getvalue(), 224, 224)] * 256
+    tasks = [ImageTask(out.getvalue(), 224, 224, plain_jpeg=True)] * 256
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     rates = {}
     for name in ("dali", "pillow"):
