@@ -106,10 +106,29 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = _opt(1, "pipeline stages", "pp")
     virtual_pipeline_model_parallel_size: int = _opt(1, "model chunks per pipeline stage (interleaved)", "vpp")
     context_parallel_size: int = _opt(1, "ranks that share each sequence", "cp")
+    cp_comm_type: str = _opt(
+        "a2a",
+        "context-parallel attention: a2a exchanges heads for sequence; all_gather gathers keys and values, for more "
+        "ranks than heads",
+        choices=("a2a", "all_gather"),
+    )
+    num_layers_in_first_pipeline_stage: int = _opt(0, "layers of the first stage; 0: a balanced split is computed")
+    num_layers_in_last_pipeline_stage: int = _opt(0, "layers of the last stage, beside the head; 0: computed")
     sequence_parallel: bool = _opt(True, "shard activations over the tensor-parallel group when tp > 1")
     overlap_grad_reduce: bool = _opt(False, "overlap gradient reduction with the backward pass")
     overlap_param_gather: bool = _opt(False, "overlap the parameter gather with the forward pass")
-    recompute: str = _opt("none", "recompute activations in the backward pass", choices=("none", "selective", "full"))
+    recompute: str = _opt(
+        "none",
+        "recompute activations in the backward pass: whole layers (full) or recompute_modules (selective)",
+        choices=("none", "selective", "full"),
+    )
+    recompute_modules: tuple[str, ...] = _opt(
+        ("core_attn",), "selective: any of core_attn, mlp and, with Transformer Engine, layernorm"
+    )
+    recompute_num_layers: int = _opt(0, "full: so many layers of each model chunk; 0: all")
+    offload_modules: tuple[str, ...] = _opt(
+        (), "inputs moved to host memory until the backward pass: attn_norm, qkv_linear, core_attn, attn_proj, mlp_norm"
+    )
 
 
 @dataclass(frozen=True)
@@ -128,6 +147,11 @@ class TrainConfig:
     adam_eps: float = _opt(1e-8, "AdamW epsilon")
     clip_grad: float = _opt(1.0, "global gradient norm above which gradients are scaled down; 0: never")
     precision: str = _opt("auto", "auto is bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
+    attention_backend: str = _opt(
+        "auto",
+        "exact prefix-LM attention; auto takes the fastest that runs here and says which",
+        choices=("auto", "dense", "grouped", "varlen", "flex", "te"),
+    )
     transformer_impl: str = _opt("local", "layer implementation", choices=("local", "transformer_engine"))
     seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
     exit_interval: int = _opt(0, "save and exit after this step has been reached; 0: run to train_iters")
@@ -387,7 +411,7 @@ def _positive(config: RunConfig) -> None:
             "vocab_size",
         ),
         "data": ("image_size", "seq_length", "pack_buffer", "shuffle_window", "chunk_size", "prefetch"),
-        "parallel": tuple(f.name for f in fields(ParallelConfig) if f.name.endswith("_size")),
+        "parallel": tuple(f.name for f in fields(ParallelConfig) if f.name.endswith("_parallel_size")),
         "train": ("micro_batch_size", "global_batch_size", "train_iters"),
         "checkpoint": ("save_interval",),
         "log": ("log_interval", "eval_iters"),

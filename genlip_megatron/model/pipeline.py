@@ -1,55 +1,121 @@
-"""Which layers stand on which pipeline stage (pure)."""
+"""Which layers stand on which pipeline stage (pure).
+
+With interleaving each of the ``pp`` stages holds ``vpp`` model chunks; chunk i of the ``pp * vpp`` stands on stage
+``i % pp``. The first chunk also embeds and the last holds the head, which weighs two to three layers.
+"""
 
 from __future__ import annotations
 
-from genlip_megatron.config import ModelConfig
+import math
 
-# Share of a stage-1 sample's tokens that are answer rows: 68 of 270.
-_ANSWER_SHARE = 0.25
+from genlip_megatron.config import PATCH_VALUES, ModelConfig, ParallelConfig
+
+# Shares of a stage-1 sample's tokens that are image patches and answer rows: 196 and 68 of 270.
+_IMAGE_SHARE, _ANSWER_SHARE = 0.73, 0.25
+
+
+def _layer_cost(model: ModelConfig) -> float:
+    return (5 if model.attention_output_gate else 4) * model.hidden_size**2 + (
+        3 * model.hidden_size * model.ffn_hidden_size
+    )
+
+
+def embedding_cost_in_layers(model: ModelConfig) -> float:
+    """Arithmetic of the patch embedding (no gradient of its input: two products of three), in layers."""
+    return _IMAGE_SHARE * PATCH_VALUES * model.hidden_size * (2 / 3) / _layer_cost(model)
 
 
 def head_cost_in_layers(model: ModelConfig) -> float:
-    """Arithmetic of the LM head, in layers: 2 E V per answer row against 2 (5 D^2 + 3 D F) per token.
-
-    The head's backward pass makes its logits again, which counts as a third more.
-    """
-    width, inner = model.hidden_size, model.ffn_hidden_size
-    layer = 5 * width**2 + 3 * width * inner
-    return _ANSWER_SHARE * model.text_hidden_size * model.vocab_size * (4 / 3) / layer
+    """Arithmetic of the LM head, in layers: 2 E V per answer row against 2 (5 D^2 + 3 D F) per token."""
+    return _ANSWER_SHARE * model.text_hidden_size * model.vocab_size / _layer_cost(model)
 
 
-def layers_per_stage(model: ModelConfig, stages: int) -> list[int]:
-    """Layers of each stage so that the slowest stage, head included, is as fast as can be.
+def chunk_costs(model: ModelConfig, counts: list[int]) -> list[float]:
+    """Cost of each chunk of ``counts`` layers, in layers: embedding and head included."""
+    costs = [float(count) for count in counts]
+    costs[0] += embedding_cost_in_layers(model)
+    costs[-1] += head_cost_in_layers(model)
+    return costs
 
-    Any number of layers works, so ``--pp 4`` splits the 27 layers of so16. Every stage holds at least one layer.
+
+def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """Layers of each of the ``pp * vpp`` chunks, in the order of the forward pass; each holds at least one.
+
+    The smallest possible largest chunk, and then stages as equal as can be, unless the numbers of the first and last
+    stage are set. Any number of layers works, so ``--pp 4`` splits the 27 layers of so16.
 
     Raises:
-        ValueError: more stages than layers.
+        ValueError: more chunks than layers, or set numbers that leave a stage without a layer.
     """
-    if stages > model.num_layers:
+    stages = parallel.pipeline_model_parallel_size
+    chunks = stages * parallel.virtual_pipeline_model_parallel_size
+    if chunks > model.num_layers:
+        vpp = parallel.virtual_pipeline_model_parallel_size
+        what = f"pipeline_model_parallel_size = {stages}: more stages"
+        if vpp > 1:
+            what = f"pipeline_model_parallel_size * virtual_pipeline_model_parallel_size = {chunks}: more chunks"
         raise ValueError(
-            f"pipeline_model_parallel_size = {stages}: more stages than model.num_layers = {model.num_layers}"
+            f"{what} than model.num_layers = {model.num_layers}; allowed: 1 to {model.num_layers // vpp} stages"
         )
-    head = head_cost_in_layers(model)
-    best: list[int] = []
-    best_cost = (float("inf"), 0.0)
-    for last in range(1, model.num_layers - stages + 2):
-        others = model.num_layers - last
-        if stages == 1:
-            return [model.num_layers]
-        base, extra = divmod(others, stages - 1)
-        # Middle stages take the odd layers: the first also embeds.
-        counts = [base + (1 if i >= stages - 1 - extra else 0) for i in range(stages - 1)] + [last]
-        slowest = max(*counts[:-1], last + head)
-        cost = (slowest, abs(base - last - head))
-        if cost < best_cost:
-            best, best_cost = counts, cost
-    return best
+    if parallel.num_layers_in_first_pipeline_stage or parallel.num_layers_in_last_pipeline_stage:
+        return _split_as_set(model, parallel)
+    edges = chunk_costs(model, [0] * chunks)
+    for cap in sorted(edge + count for edge in {0.0, *edges} for count in range(1, model.num_layers + 1)):
+        counts = [max(1, math.floor(cap - edge + 1e-9)) for edge in edges]
+        if sum(counts) >= model.num_layers:
+            break
+    while sum(counts) > model.num_layers:
+        costs = chunk_costs(model, counts)
+        stage_costs = [sum(costs[stage::stages]) for stage in range(stages)]
+        # From the fullest stage, of those that have a layer to give; the earlier one, which also embeds.
+        givers = [i for i in range(chunks) if counts[i] > 1]
+        counts[max(givers, key=lambda i: (stage_costs[i % stages], costs[i], -i))] -= 1
+    return counts
 
 
-def pipeline_layout(model: ModelConfig, stages: int) -> list[list[str]]:
-    """The split as Megatron-Core's pipeline layout: one list of layer types per stage."""
-    layout = [["decoder"] * count for count in layers_per_stage(model, stages)]
+def _split_as_set(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """The split with the numbers of layers that the user set for the first and the last stage."""
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    stages, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if stages == 1 or vpp > 1:
+        raise ValueError(
+            f"num_layers_in_first_pipeline_stage = {first}, num_layers_in_last_pipeline_stage = {last}: they need "
+            f"pipeline_model_parallel_size > 1 (it is {stages}) and no interleaving (vpp is {vpp})"
+        )
+    fixed = {0: first} if first else {}
+    fixed |= {stages - 1: last} if last else {}
+    free = stages - len(fixed)
+    rest = model.num_layers - sum(fixed.values())
+    if rest < free or (not free and rest):
+        raise ValueError(
+            f"num_layers_in_first_pipeline_stage = {first}, num_layers_in_last_pipeline_stage = {last}: leave {rest} "
+            f"of {model.num_layers} layers for the other {free} stages; allowed: at least one each, and none over"
+        )
+    base, extra = divmod(rest, free) if free else (0, 0)
+    others = iter([base + (1 if i < extra else 0) for i in range(free)])
+    return [fixed[i] if i in fixed else next(others) for i in range(stages)]
+
+
+def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
+    """The split as Megatron-Core's pipeline layout: one list of layer types per chunk."""
+    layout = [["decoder"] * count for count in layers_per_chunk(model, parallel)]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
+
+
+def describe_split(model: ModelConfig, parallel: ParallelConfig) -> str:
+    """One line: layers of every stage (its chunks joined by +), and how much longer the slowest takes than the mean."""
+    counts, stages = layers_per_chunk(model, parallel), parallel.pipeline_model_parallel_size
+    costs = chunk_costs(model, counts)
+    by_stage = ["+".join(str(count) for count in counts[stage::stages]) for stage in range(stages)]
+    totals = [sum(costs[stage::stages]) for stage in range(stages)]
+    text = f"layers per stage {', '.join(by_stage)}"
+    if stages == 1:
+        return text
+    over = max(totals) / (sum(totals) / stages) - 1
+    head, embedding = head_cost_in_layers(model), embedding_cost_in_layers(model)
+    return (
+        f"{text} | head counts as {head:.2f} layers, embedding as {embedding:.2f} | "
+        f"slowest stage {100 * over:.1f}% above the mean"
+    )

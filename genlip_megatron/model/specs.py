@@ -41,6 +41,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     model, parallel = config.model, config.parallel
     dtype = compute_dtype(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
     has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -66,15 +67,20 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         use_cpu_initialization=not torch.cuda.is_available(),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        pipeline_model_parallel_layout=pipeline_layout(model, pp) if pp > 1 else None,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(model, parallel) if pp > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and tp > 1,
         batch_p2p_comm=torch.cuda.is_available(),
         calculate_per_token_loss=True,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         recompute_method="block" if parallel.recompute == "full" else None,
-        recompute_num_layers=model.num_layers if parallel.recompute == "full" else None,
-        recompute_modules=["core_attn"] if parallel.recompute == "selective" else None,
+        recompute_num_layers=parallel.recompute_num_layers or model.num_layers
+        if parallel.recompute == "full"
+        else None,
+        recompute_modules=list(parallel.recompute_modules) if parallel.recompute == "selective" else None,
+        fine_grained_activation_offloading=bool(parallel.offload_modules),
+        offload_modules=list(parallel.offload_modules),
     )
 
 

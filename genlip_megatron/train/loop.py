@@ -17,7 +17,7 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader, merge_cursors
 from genlip_megatron.data.share import Share
 from genlip_megatron.model.genlip import build_model, unwrap
-from genlip_megatron.model.pipeline import layers_per_stage
+from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import transformer_config
 from genlip_megatron.parallel import groups
 from genlip_megatron.train.faults import EXIT_PREEMPTED, StopRequest
@@ -100,8 +100,7 @@ def build_run(config: RunConfig) -> Run:
     model = build_model(config, transformer)
     parameters = torch.tensor([float(sum(p.numel() for p in model[0].parameters()))], device=host.device())
     torch.distributed.all_reduce(parameters, group=parallel_state.get_model_parallel_group())
-    split = layers_per_stage(config.model, parallel.pipeline_model_parallel_size)
-    log(f"parameters {int(parameters.item())} | layers per stage {split}")
+    log(f"parameters {int(parameters.item())} | {describe_split(config.model, parallel)}")
     if config.checkpoint.save and not config.log.eval_only:
         store.check_free_space(config.checkpoint.save, config, int(parameters.item()))
     ddp = DistributedDataParallelConfig(

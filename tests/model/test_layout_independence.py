@@ -9,7 +9,6 @@ import torch
 
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.table import TABLE, canonical_shapes, find
-from genlip_megatron.model.pipeline import head_cost_in_layers, layers_per_stage
 from genlip_megatron.parallel.initial import initial_tensor
 from tests.distributed import run_distributed
 
@@ -96,20 +95,3 @@ def test_table_round_trips_every_tensor(size: int, gate: bool) -> None:
             seen.add(name)
     outside = {name for name in full if name.startswith("visual.layers.") and not name.startswith("visual.layers.1.")}
     assert seen == set(full) - outside
-
-
-@pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
-def test_pipeline_split_balances_layers_and_head(stages: int) -> None:
-    so16 = SIZES["so16"][0]
-    counts = layers_per_stage(so16, stages)
-    assert sum(counts) == 27 and len(counts) == stages and min(counts) >= 1
-    head = head_cost_in_layers(so16)
-    assert 2.0 < head < 4.0
-    slowest = max(*counts[:-1], counts[-1] + head) if stages > 1 else 27
-    # No split can beat the mean; layers are whole, so the slowest stage stays within one layer of it.
-    assert stages == 1 or slowest <= (27 + head) / stages + 1
-
-
-def test_more_stages_than_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="pipeline_model_parallel_size = 6: more stages than model.num_layers = 5"):
-        layers_per_stage(MODEL, 6)
