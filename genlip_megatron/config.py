@@ -214,6 +214,17 @@ SECTIONS: dict[str, type] = {
 }
 
 
+# Overrides that turn any run's layout into that of one process.
+ONE_RANK = {
+    "parallel.tensor_model_parallel_size": 1,
+    "parallel.pipeline_model_parallel_size": 1,
+    "parallel.virtual_pipeline_model_parallel_size": 1,
+    "parallel.context_parallel_size": 1,
+    "parallel.num_layers_in_first_pipeline_stage": 0,
+    "parallel.num_layers_in_last_pipeline_stage": 0,
+}
+
+
 def recipe_names() -> list[str]:
     """Names that ``--config`` accepts besides a path."""
     folder = importlib.resources.files("genlip_megatron") / "recipes"
@@ -527,12 +538,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     """
     _positive(config)
     _ranges(config)
-    model, data, parallel, train = config.model, config.data, config.parallel, config.train
-    tp, pp, cp = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
+    model, data = config.model, config.data
     _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:
         raise ValueError(
@@ -540,27 +546,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         )
     if len(model.rope_sections) != 3:
         raise ValueError(f"model.rope_sections = {model.rope_sections}: expected three numbers (T, H, W)")
-    _divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
-    _divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
-    tokens = data.seq_length * train.micro_batch_size
-    if parallel.sequence_parallel or cp > 1:
-        _divides(
-            "data.seq_length * micro_batch_size", tokens, "tensor_model_parallel_size * context_parallel_size", tp * cp
-        )
-    if model.num_layers < pp:
-        raise ValueError(
-            f"pipeline_model_parallel_size = {pp}: more stages than model.num_layers = {model.num_layers}; "
-            f"allowed: 1 to {model.num_layers}"
-        )
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    if vpp > 1 and pp == 1:
-        raise ValueError(f"virtual_pipeline_model_parallel_size = {vpp} needs pipeline_model_parallel_size > 1")
-    if cp > 1:
-        raise ValueError(f"context_parallel_size = {cp}: context parallelism is not implemented yet; allowed: 1")
-    if vpp > 1:
-        raise ValueError(
-            f"virtual_pipeline_model_parallel_size = {vpp}: interleaving is not implemented yet; allowed: 1"
-        )
+    _check_layout(config)
     if data.train_weights and data.train_epochs:
         raise ValueError("data.train_weights and data.train_epochs: give one of them")
     source_weights(data)
@@ -569,6 +555,69 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         raise ValueError("log.eval_only needs checkpoint.load: name the checkpoint folder with --load")
     if world_size is not None:
         _check_world_size(config, world_size)
+
+
+def _check_layout(config: RunConfig) -> None:
+    model, parallel, train = config.model, config.parallel, config.train
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    _divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
+    _divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
+    heads = model.num_attention_heads // tp
+    if cp > 1 and parallel.cp_comm_type == "a2a" and heads % cp:
+        allowed = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+        raise ValueError(
+            f"context_parallel_size = {cp}: a2a exchanges the {heads} heads of a rank (num_attention_heads / "
+            f"tensor_model_parallel_size = {model.num_attention_heads} / {tp}) for sequence; allowed: {allowed}; or "
+            "--cp-comm-type all_gather, which takes any number"
+        )
+    shares = {"context_parallel_size": cp}
+    if parallel.sequence_parallel:
+        shares = {"tensor_model_parallel_size": tp, **shares}
+    parts = math.prod(shares.values())
+    tokens = config.data.seq_length * train.micro_batch_size
+    if tokens % parts:
+        raise ValueError(
+            f"data.seq_length * micro_batch_size = {tokens} is not a multiple of {' * '.join(shares)} = {parts}; "
+            f"nearest allowed: {max(round(tokens / parts), 1) * parts}"
+        )
+    if vpp > 1 and pp == 1:
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size = {vpp} needs pipeline_model_parallel_size > 1, here is 1; "
+            "allowed: --vpp 1, or --pp 2 and more"
+        )
+    _check_recomputation(config)
+
+
+_RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+_OFFLOAD_MODULES = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm")
+
+
+def _check_recomputation(config: RunConfig) -> None:
+    parallel = config.parallel
+    for name, allowed in (("recompute_modules", _RECOMPUTE_MODULES), ("offload_modules", _OFFLOAD_MODULES)):
+        for module in getattr(parallel, name):
+            if module not in allowed:
+                raise ValueError(
+                    f"parallel.{name}: unknown module {module!r}{_nearest(module, allowed)} Allowed: "
+                    f"{', '.join(allowed)}."
+                )
+    if parallel.recompute == "selective" and not parallel.recompute_modules:
+        raise ValueError("parallel.recompute = selective: parallel.recompute_modules names no module")
+    needs_te = config.train.transformer_impl != "transformer_engine"
+    if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules and needs_te:
+        raise ValueError("parallel.recompute_modules: layernorm needs --transformer-impl transformer_engine")
+    if not 0 <= parallel.recompute_num_layers <= config.model.num_layers:
+        raise ValueError(
+            f"parallel.recompute_num_layers = {parallel.recompute_num_layers}: must be from 0 (all) to "
+            f"model.num_layers = {config.model.num_layers}"
+        )
+    if "attn_proj" in parallel.offload_modules and "core_attn" not in parallel.offload_modules:
+        raise ValueError("parallel.offload_modules: attn_proj needs core_attn as well, whose output is its input")
 
 
 def _check_world_size(config: RunConfig, world_size: int) -> None:
@@ -585,4 +634,12 @@ def _check_world_size(config: RunConfig, world_size: int) -> None:
             f"train.global_batch_size = {train.global_batch_size} packs is not a multiple of micro_batch_size * "
             f"data parallel size = {train.micro_batch_size} * {world_size // ranks}; "
             f"nearest allowed: {max(share, round(train.global_batch_size / share) * share)}"
+        )
+    pp, micro_batches = parallel.pipeline_model_parallel_size, train.global_batch_size // share
+    if parallel.virtual_pipeline_model_parallel_size > 1 and micro_batches % pp:
+        nearest = max(round(micro_batches / pp), 1) * pp * share
+        raise ValueError(
+            f"train.global_batch_size = {train.global_batch_size} packs are {micro_batches} micro-batches a pipeline; "
+            f"with interleaving they must be a multiple of pipeline_model_parallel_size = {pp}; "
+            f"nearest allowed: global_batch_size {nearest}"
         )

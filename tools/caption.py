@@ -33,7 +33,7 @@ def main() -> int:
     from tqdm import tqdm
 
     from genlip_megatron.checkpoint import store
-    from genlip_megatron.config import override
+    from genlip_megatron.config import ONE_RANK, override
     from genlip_megatron.data.loader import Loader
     from genlip_megatron.infer.generate import generate
     from genlip_megatron.model.genlip import build_model
@@ -44,17 +44,13 @@ def main() -> int:
         folder, _ = store.resolve(options.load)
         config = override(
             store.read_config(folder),
-            {
-                "data.valid_data": options.shards,
-                "parallel.tensor_model_parallel_size": 1,
-                "parallel.pipeline_model_parallel_size": 1,
-            },
+            {"data.valid_data": options.shards, **ONE_RANK},
         )
         os.environ.setdefault("MASTER_PORT", "29511")
         groups.initialize(config)
         loader = Loader(config, "valid")
         model = build_model(config, transformer_config(config))
-        store.load_weights(folder, config, model[0])
+        store.load_weights(folder, config, list(model))
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

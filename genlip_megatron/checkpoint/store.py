@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from genlip_megatron.config import RunConfig, from_dict
-from genlip_megatron.model.genlip import GenLIP, unwrap
+from genlip_megatron.model.genlip import unwrap
 
 LATEST = "latest_checkpointed_iteration.txt"
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -143,7 +143,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    weights = unwrap(model[0]).sharded_state_dict()
+    weights = _weights(model)
     state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, metadata=_OPTIMIZER_FORMAT),
@@ -177,12 +177,22 @@ def check_same_model(saved: RunConfig, config: RunConfig, folder: Path) -> None:
         raise ValueError(f"{folder} holds another model; " + "; ".join(differing))
 
 
-def load_weights(root: str | Path, config: RunConfig, model: GenLIP) -> int:
+def _weights(model: list[Any]) -> dict[str, dict[str, Any]]:
+    """Sharded tensors of this rank's chunks; what they are called in a checkpoint does not depend on the layout."""
+    return {f"chunk{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
+
+
+def _set_weights(model: list[Any], weights: dict[str, dict[str, Any]]) -> None:
+    for i, chunk in enumerate(model):
+        unwrap(chunk).load_state_dict(weights[f"chunk{i}"])
+
+
+def load_weights(root: str | Path, config: RunConfig, model: list[Any]) -> int:
     """Set the model's weights from the newest checkpoint under ``root``; returns its step. Any layout."""
     folder, iteration = resolve(root)
     check_same_model(read_config(folder), config, folder)
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))
-    model.load_state_dict(loaded["model"])
+    loaded = dist_checkpointing.load({"model": _weights(model)}, str(folder))
+    _set_weights(model, loaded["model"])
     return iteration
 
 
@@ -200,13 +210,13 @@ def load(
     """
     folder, _ = resolve(root)
     check_same_model(read_config(folder), config, folder)
-    weights = unwrap(model[0]).sharded_state_dict()
+    weights = _weights(model)
     state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_OPTIMIZER_FORMAT),
     }
     loaded = dist_checkpointing.load(state, str(folder))
-    unwrap(model[0]).load_state_dict(loaded.pop("model"))
+    _set_weights(model, loaded.pop("model"))
     optimizer.load_state_dict(loaded.pop("optimizer"))
     scheduler.load_state_dict(loaded.pop("scheduler"))
     _set_random_state(loaded.pop("random"))

@@ -42,9 +42,10 @@ def _next_logits(model: list[torch.nn.Module], batch: PackedBatch, rows: Tensor,
 
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=None,
+        data_iterator=[None] * len(model),
         model=model,
-        num_microbatches=1,
+        # Interleaved stages take no fewer micro-batches than there are stages: the same one then runs several times.
+        num_microbatches=config.pipeline_model_parallel_size if len(model) > 1 else 1,
         seq_length=batch.num_tokens,
         micro_batch_size=1,
         forward_only=True,
@@ -78,7 +79,7 @@ def generate(
     if not requests:
         return []
     genlip = unwrap(model[0])
-    device = genlip.decoder.layers[0].input_layernorm.weight.device
+    device = next(genlip.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     training = model[0].training
     for chunk in model:
@@ -88,7 +89,7 @@ def generate(
     active = list(range(len(requests)))
     for _ in range(max_new_tokens):
         extended = [replace(requests[i], token_ids=texts[i]) for i in active]
-        batch, ends = _pack(extended, genlip.config.tensor_model_parallel_size)
+        batch, ends = _pack(extended, genlip.config.tensor_model_parallel_size * genlip.config.context_parallel_size)
         logits = _next_logits(model, batch.to(device), ends.to(device), genlip.model_config.vocab_size).cpu()
         if temperature > 0:
             chosen = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from genlip_megatron.batch import PATCH_VALUES, PackedBatch
 from genlip_megatron.config import ModelConfig
+from genlip_megatron.parallel.sequence import local_slots, slot_share
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -21,13 +24,17 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
 class Embedding(MegatronModule):
     """Patch and token embedding.
 
-    Under sequence parallelism every tensor-parallel rank embeds only its own slots, so the replicated parameters
-    here see a shard of the tokens and are marked for the gradient sum over the group.
+    Every rank embeds only the slots it holds. Under sequence parallelism the replicated parameters here so see a shard
+    of the tensor-parallel group's tokens, and are marked for the gradient sum over it.
+
+    Args:
+        tp_group: tensor-parallel ranks.
+        context: context-parallel ranks; None when they do not share the sequence.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, tp_group: Any, context: Any = None) -> None:
         super().__init__(config=config)
-        self.tp_group = tp_group
+        self.tp_group, self.context = tp_group, context
         options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.patch_weight = torch.nn.Parameter(torch.empty(model.hidden_size, PATCH_VALUES, **options))
         self.patch_bias = torch.nn.Parameter(torch.empty(model.hidden_size, **options))
@@ -51,21 +58,20 @@ class Embedding(MegatronModule):
                 self.in_proj.requires_grad_(False)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Hidden states [S_local, 1, D]; S_local is S, or this rank's share of it under sequence parallelism."""
+        """Hidden states [S_local, 1, D] of the slots that this rank holds."""
         assert batch.patches is not None
-        slots = slice(0, batch.num_tokens)
-        if self.config.sequence_parallel:
-            share = batch.num_tokens // self.tp_group.size()
-            slots = slice(self.tp_group.rank() * share, (self.tp_group.rank() + 1) * share)
+        sequence = self.tp_group if self.config.sequence_parallel else None
+        slots = local_slots(batch.num_tokens, self.context, sequence)
         is_image = batch.is_image[slots]
         pixels = batch.patches
-        if self.config.sequence_parallel:
+        if sequence is not None or self.context is not None:
             patch_index = (batch.is_image.cumsum(0) - 1)[slots][is_image] - batch.first_patch
             pixels = pixels.index_select(0, patch_index)
         if pixels.dtype == torch.uint8:
             pixels = pixels.to(torch.float32).mul_(1 / 127.5).sub_(1.0)  # (x / 255 - 0.5) / 0.5
 
-        text = self.tokens(batch.token_ids[None])  # [1, S, E], or [S_local, 1, E] when it scatters
+        token_ids = batch.token_ids[slot_share(batch.num_tokens, self.context)]
+        text = self.tokens(token_ids[None])  # [1, S / C, E], or [S_local, 1, E] when it scatters
         text = text.reshape(len(is_image), -1)
         if self.in_proj is not None:
             text = self.in_proj(text)

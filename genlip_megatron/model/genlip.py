@@ -1,12 +1,14 @@
-"""GenLIP as a Megatron-Core module: one pipeline stage of it, or all of it."""
+"""GenLIP as a Megatron-Core module: all of it, one pipeline stage, or one chunk of an interleaved stage."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import fine_grained_activation_offload as offloading
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
@@ -17,97 +19,131 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
-from genlip_megatron.model.attention import plan_attention
+from genlip_megatron.model.attention import PackedAttention, choose_backend, plan_attention
+from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.embed import Embedding
 from genlip_megatron.model.head import Head
-from genlip_megatron.model.specs import layer_spec
+from genlip_megatron.model.specs import compute_dtype, layer_spec
 from genlip_megatron.parallel.initial import fill_initial_weights
+from genlip_megatron.parallel.sequence import local_slots
 
 
 class GenLIP(MegatronModule):
-    """One pipeline stage of GenLIP.
+    """One pipeline stage of GenLIP, or with interleaving one of the chunks of a stage.
 
     Args:
         config: the run's configuration.
         transformer: Megatron-Core's configuration, from ``specs.transformer_config``.
-        pre_process: this stage embeds patches and tokens.
-        post_process: this stage holds the head.
-        attention_backend: force a backend of ``attention.py``; None chooses.
+        vp_stage: which chunk of this pipeline stage; None without interleaving.
+        attention_backend: a backend of ``attention/``; None takes the configuration's.
     """
 
     def __init__(
         self,
         config: RunConfig,
         transformer: TransformerConfig,
-        pre_process: bool = True,
-        post_process: bool = True,
+        vp_stage: int | None = None,
         attention_backend: str | None = None,
     ) -> None:
         super().__init__(config=transformer)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.model_type = ModelType.encoder_or_decoder
         self.model_config = config.model
-        self.pre_process, self.post_process = pre_process, post_process
+        self.vp_stage = vp_stage
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.share_embeddings_and_output_weights = False
-        self.attention_backend = attention_backend
+        self.attention_backend = attention_backend or attention_choice(config)[0]
+        self.gather_keys = config.parallel.cp_comm_type == "all_gather"
         self.tp_group = groups.tp
-        self.embed = Embedding(config.model, transformer, groups.tp) if pre_process else None
-        layers = get_num_layers_to_build(transformer, vp_stage=None, pp_rank=groups.pp.rank())
+        self.context = groups.cp if groups.cp.size() > 1 else None
+        edges = (config.model, transformer, groups.tp, self.context)
+        self.embed = Embedding(*edges) if self.pre_process else None
+        layers = get_num_layers_to_build(transformer, vp_stage=vp_stage, pp_rank=groups.pp.rank())
         self.decoder = TransformerBlock(
             transformer,
             TransformerBlockSubmodules(layer_specs=[layer_spec(config, transformer)] * layers),
             post_layer_norm=False,
-            pre_process=pre_process,
-            post_process=post_process,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
             pg_collection=groups,
+            vp_stage=vp_stage,
         )
-        self.head = Head(config.model, transformer, groups.tp) if post_process else None
+        self.head = Head(*edges) if self.post_process else None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """The hidden states [S_local, 1, D] that came from the stage before (None on the first stage)."""
+        """The hidden states [S_local, 1, D] that came from the chunk before (None on the first)."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Output of this stage's layers, [S_local, 1, D]; S_local is this rank's share under sequence parallelism."""
-        plan = plan_attention(batch, self.model_config, self.config.params_dtype, self.attention_backend)
-        if self.training and batch.drop_path is not None:
-            plan.drop_path = self._drop_path_rows(batch)
+    def plan(self, batch: PackedBatch) -> PackedAttention:
+        """What the attention of ``batch`` needs on this rank: the same for all its chunks. Waits for the device
+        when ``batch`` is not on the CPU."""
+        device = host.device()
+        dtype = self.config.params_dtype
+        plan = plan_attention(
+            batch, self.model_config, dtype, self.attention_backend, device, self.context, self.gather_keys
+        )
+        if batch.drop_path is None:
+            return plan
+        slots = local_slots(batch.num_tokens, self.context, self.tp_group if self.config.sequence_parallel else None)
+        # Padding has no sample; it keeps the branches of sample 0 and nobody sees it.
+        samples = batch.sample_ids[slots].clamp(min=0).to(device)
+        return replace(plan, drop_path=batch.drop_path.to(device)[:, :, samples][..., None, None])
+
+    def hidden_states(self, batch: PackedBatch, plan: PackedAttention | None = None) -> Tensor:
+        """Output of this chunk's layers, [S_local, 1, D], for the slots that this rank holds.
+
+        Args:
+            batch: the micro-batch, on the device.
+            plan: from ``plan``, when there is one already.
+        """
+        plan = plan or self.plan(batch)
+        if not self.training:
+            plan = replace(plan, drop_path=None)
         hidden = self.embed(batch) if self.embed is not None else None
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=plan)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """The answer rows' summed loss (float32 scalar) on the last stage, hidden states [S_local, 1, D] before it."""
-        hidden = self.hidden_states(batch)
+    def forward(self, batch: PackedBatch, plan: PackedAttention | None = None) -> Tensor:
+        """The summed loss of this rank's answer rows (float32 scalar) on the last chunk, hidden states
+        [S_local, 1, D] before it."""
+        if self.config.fine_grained_activation_offloading and self.training:
+            offloading.FineGrainedActivationOffloadingInterface.init_chunk_handler(
+                vp_size=self.config.virtual_pipeline_model_parallel_size,
+                vp_stage=self.vp_stage,
+                min_offloaded_tensor_size=self.config.min_offloaded_tensor_size,
+            )
+        hidden = self.hidden_states(batch, plan)
         if self.head is None:
             return hidden
         return self.head(hidden, batch.loss_rows, batch.labels, batch.loss_weights)
 
-    def _drop_path_rows(self, batch: PackedBatch) -> Tensor:
-        """[L, 2, S_local, 1, 1]: the residual factor of every token of this rank; padding keeps its branches."""
-        assert batch.drop_path is not None
-        sample_ids = batch.sample_ids
-        if self.config.sequence_parallel:
-            sample_ids = sample_ids.chunk(self.tp_group.size())[self.tp_group.rank()]
-        return batch.drop_path[:, :, sample_ids.clamp(min=0)][..., None, None]
+
+def attention_choice(config: RunConfig) -> tuple[str, str]:
+    """(attention backend of a run on this machine, why).
+
+    Raises:
+        ValueError: the one that is set cannot run here.
+    """
+    place = Place(host.device(), compute_dtype(config), config.model.head_dim)
+    wanted, train = config.train.attention_backend, config.train
+    return choose_backend(wanted, place, train.transformer_impl == "transformer_engine")
 
 
 def build_model(
     config: RunConfig, transformer: TransformerConfig, attention_backend: str | None = None
 ) -> list[GenLIP]:
     """This rank's model chunks, on its device, with initial weights that do not depend on the layout."""
-    model = GenLIP(
-        config,
-        transformer,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        attention_backend=attention_backend,
-    )
-    fill_initial_weights(model, config)
-    model.to(torch.cuda.current_device())
-    return [model]
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    models = []
+    for vp_stage in range(chunks) if chunks else (None,):
+        model = GenLIP(config, transformer, vp_stage, attention_backend)
+        fill_initial_weights(model, config)
+        models.append(model.to(torch.cuda.current_device()))
+    return models
 
 
 def unwrap(model: Any) -> GenLIP:

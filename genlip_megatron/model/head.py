@@ -21,6 +21,7 @@ from torch import Tensor
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.embed import padded_vocab_size
 from genlip_megatron.model.norm import LayerNorm
+from genlip_megatron.parallel.sequence import slot_share
 
 # Long enough for a GPU's matrix units; on a CPU, short enough that the logits stay near its caches.
 _ROWS_PER_CHUNK = {"cuda": 4096, "cpu": 512}
@@ -112,12 +113,17 @@ class Head(MegatronModule):
     """``lm_head(proj(ln_post(x)))``: the loss of answer rows in training, logits of any rows otherwise.
 
     All ranks of the tensor-parallel group work on the same rows, so the replicated parameters here have full
-    gradients on every rank and are not marked sequence parallel.
+    gradients on every rank and are not marked sequence parallel. Context-parallel ranks share the rows out equally,
+    wherever in the sequence they lie: else the head would sit on the few ranks whose slots are text.
+
+    Args:
+        tp_group: tensor-parallel ranks.
+        context: context-parallel ranks; None when they do not share the sequence.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, tp_group: Any, context: Any = None) -> None:
         super().__init__(config=config)
-        self.tp_group = tp_group
+        self.tp_group, self.context = tp_group, context
         options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.ln_post = LayerNorm(config, model.hidden_size, model.layernorm_epsilon, sequence_parallel=False)
         self.proj: torch.nn.Linear | None = None
@@ -134,27 +140,64 @@ class Head(MegatronModule):
             if self.proj is not None:
                 self.proj.requires_grad_(False)
 
-    def features(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-        """``ln_post`` of the given slots [R, D] (of all when None), from hidden states [S_local, 1, D]."""
+    def _rows(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        """Hidden states [R / C, D] of this context-parallel rank's share of ``rows`` (of all slots when None), from
+        those of the slots that this rank holds, [S_local, 1, D]."""
         if self.config.sequence_parallel:
             # The head's backward pass already sums its input gradient over the group.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
         hidden = hidden.squeeze(1)
-        return self.ln_post(hidden if rows is None else hidden.index_select(0, rows))
+        if self.context is None:
+            return hidden if rows is None else hidden.index_select(0, rows)
+        if rows is None:
+            return hidden
+        # Each rank puts in the rows it holds and zeros for the others, and gets its share of the sum.
+        rows = self._padded(rows)
+        local = rows - self.context.rank() * hidden.shape[0]
+        elsewhere = (local < 0) | (local >= hidden.shape[0])
+        held = hidden.index_select(0, local.clamp(0, hidden.shape[0] - 1)).masked_fill(elsewhere[:, None], 0.0)
+        return tensor_parallel.reduce_scatter_to_sequence_parallel_region(held, group=self.context)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """``x`` [R, ...] with zeros at its end, so that context-parallel ranks can share it out equally."""
+        return F.pad(x, (0, -x.shape[0] % self.context.size()))
+
+    def _share(self, x: Tensor) -> Tensor:
+        """This context-parallel rank's part of ``x`` [R]."""
+        if self.context is None:
+            return x
+        x = self._padded(x)
+        return x[slot_share(x.shape[0], self.context)]
+
+    def features(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """``ln_post`` of the given slots [R, D] (of all when None), the same on every rank. Inference only."""
+        x = self.ln_post(self._rows(hidden, rows))
+        if self.context is not None:
+            x = tensor_parallel.gather_from_sequence_parallel_region(x, group=self.context)
+        return x if rows is None else x[: len(rows)]
 
     def forward(self, hidden: Tensor, rows: Tensor, labels: Tensor, row_weights: Tensor) -> Tensor:
-        """float32 scalar: the sum of the answer rows' losses, each times its weight."""
-        x = self.features(hidden, rows)
+        """float32 scalar: the sum of this context-parallel rank's share of the answer rows' losses, each times its
+        weight.
+
+        Args:
+            hidden: [S_local, 1, D] of the slots that this rank holds.
+            rows, labels: int64 [R], slots of the micro-batch and the tokens they predict.
+            row_weights: float32 [R].
+        """
+        x = self.ln_post(self._rows(hidden, rows))
         if self.proj is not None:
             x = self.proj(x)
+        labels, row_weights = self._share(labels), self._share(row_weights)
         return _HeadLoss.apply(
             x, self.weight, labels, row_weights, self.first_token, self.columns, self.tp_group, torch.is_grad_enabled()
         )
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-        """float32 [R, V]: full logits of the given slots, gathered over the tensor-parallel group. Inference only."""
+        """float32 [R, V]: full logits of the given slots (of all when None), the same on every rank. Inference
+        only."""
         x = self.features(hidden, rows)
         if self.proj is not None:
             x = self.proj(x)

@@ -44,9 +44,12 @@ class SwiGLU(MLP):
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(output [S_local, 1, D], bias [D] still to be added or None) from [S_local, 1, D]."""
+        """(output [S_local, 1, D], None) from [S_local, 1, D].
+
+        A bias handed on to be added later would make recomputation of this module hang, since it is no leaf there.
+        """
         assert per_token_scale is None
         x, bias = self.linear_fc1(hidden_states)
-        if x.is_cuda:
-            return self.linear_fc2(bias_swiglu_impl(x, bias))
-        return self.linear_fc2(_SwiGLU.apply(x if bias is None else x + bias))
+        inner = bias_swiglu_impl(x, bias) if x.is_cuda else _SwiGLU.apply(x if bias is None else x + bias)
+        output, bias = self.linear_fc2(inner)
+        return output if bias is None else output + bias, None

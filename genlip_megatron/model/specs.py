@@ -71,7 +71,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         pipeline_model_parallel_layout=pipeline_layout(model, parallel) if pp > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and tp > 1,
-        batch_p2p_comm=torch.cuda.is_available(),
+        # Stages of several chunks send while they compute; batched sends cannot overlap, and gloo has none.
+        overlap_p2p_comm=vpp > 1,
+        batch_p2p_comm=torch.cuda.is_available() and vpp == 1,
         calculate_per_token_loss=True,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         recompute_method="block" if parallel.recompute == "full" else None,

@@ -37,9 +37,11 @@ def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
             timeout=timedelta(minutes=timeout_minutes),
         )
     parallel_state.destroy_model_parallel()
+    vpp = config.parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         context_parallel_size=config.parallel.context_parallel_size,
     )
     num_microbatches_calculator.unset_num_microbatches_calculator()

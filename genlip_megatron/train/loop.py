@@ -16,7 +16,7 @@ from genlip_megatron.checkpoint import store
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader, merge_cursors
 from genlip_megatron.data.share import Share
-from genlip_megatron.model.genlip import build_model, unwrap
+from genlip_megatron.model.genlip import attention_choice, build_model
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import transformer_config
 from genlip_megatron.parallel import groups
@@ -97,8 +97,11 @@ def build_run(config: RunConfig) -> Run:
     """Model, optimizer and schedule on the process groups at hand, without data."""
     parallel = config.parallel
     transformer = transformer_config(config)
+    backend, reason = attention_choice(config)
+    log(f"attention backend {backend}: {reason}")
     model = build_model(config, transformer)
-    parameters = torch.tensor([float(sum(p.numel() for p in model[0].parameters()))], device=host.device())
+    held = sum(p.numel() for chunk in model for p in chunk.parameters())
+    parameters = torch.tensor([float(held)], device=host.device())
     torch.distributed.all_reduce(parameters, group=parallel_state.get_model_parallel_group())
     log(f"parameters {int(parameters.item())} | {describe_split(config.model, parallel)}")
     if config.checkpoint.save and not config.log.eval_only:
@@ -109,14 +112,25 @@ def build_run(config: RunConfig) -> Run:
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=True,
     )
-    chunks: list[Any] = [DistributedDataParallel(transformer, ddp, chunk) for chunk in model]
+    chunks: list[Any] = [
+        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(model)
+    ]
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = None
-    transformer.no_sync_func = chunks[0].no_sync if parallel.overlap_grad_reduce else None
-    transformer.param_sync_func = chunks[0].start_param_sync if parallel.overlap_param_gather else None
+    transformer.no_sync_func = _per_chunk([chunk.no_sync for chunk in chunks], parallel.overlap_grad_reduce)
+    transformer.param_sync_func = _per_chunk(
+        [chunk.start_param_sync for chunk in chunks], parallel.overlap_param_gather
+    )
     transformer.timers = timers = Timers(config.log.timing_log_level, "minmax")
     optimizer = build_optimizer(config, chunks, timers)
     return Run(config, chunks, optimizer, build_scheduler(config, optimizer), Stepper(config, chunks), timers)
+
+
+def _per_chunk(functions: list[Any], wanted: bool) -> Any:
+    """What Megatron-Core's schedules take: one function a chunk, the bare function when there is one chunk."""
+    if not wanted:
+        return None
+    return functions if len(functions) > 1 else functions[0]
 
 
 def load(run: Run) -> None:
@@ -128,7 +142,7 @@ def load(run: Run) -> None:
         log(f"no checkpoint in {options.load} yet: starting anew")
         return
     if options.finetune or config.log.eval_only:
-        step = store.load_weights(options.load, config, unwrap(run.model[0]))
+        step = store.load_weights(options.load, config, run.model)
         if config.log.eval_only:
             run.iteration = step
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,16 +16,20 @@ from torch import Tensor
 from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
-from genlip_megatron.train.metrics import count_batch
+from genlip_megatron.model.attention import PackedAttention
+from genlip_megatron.model.genlip import unwrap
+from genlip_megatron.train.metrics import COUNTS, count_batch
 
 
 def loss_sum(batch: PackedBatch, total: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of the answer rows' losses, their count, report) of a micro-batch, from the sum.
+    """(sum of this rank's answer rows' losses, their count, report) of a micro-batch, from the sum.
 
     Megatron-Core adds sums and counts over the global batch and divides gradients once, so that every answer token
-    weighs the same wherever it is.
+    weighs the same wherever it is. Of context-parallel ranks, which share the rows out, the first counts them.
     """
     count = (batch.loss_weights > 0).sum()
+    if parallel_state.get_context_parallel_rank():
+        count = torch.zeros_like(count)
     return total, count.to(torch.int), {"loss": torch.stack((total.detach().double(), count.double()))}
 
 
@@ -34,21 +39,29 @@ class Stepper:
     def __init__(self, config: RunConfig, model: list[Any]) -> None:
         self.config, self.model = config, model
         self.device = host.device()
-        self.counts = torch.zeros(7, dtype=torch.float64)
+        self.counts = torch.zeros(len(COUNTS), dtype=torch.float64)
 
-    def _forward(self, iterator: Iterator[PackedBatch], stage: Any) -> tuple[Tensor, Any]:
-        batch = next(iterator)
+    def _prepare(self, batch: PackedBatch) -> tuple[PackedBatch, PackedAttention]:
+        """The micro-batch on the device and the plan of its attention, for all model chunks of this rank."""
         self.counts += count_batch(batch)
-        batch = batch.to(self.device)
-        return stage(batch), partial(loss_sum, batch)
+        plan = unwrap(self.model[0]).plan(batch)
+        return batch.to(self.device), plan
+
+    @staticmethod
+    def _forward(iterator: Iterator[tuple[PackedBatch, PackedAttention]], stage: Any) -> tuple[Tensor, Any]:
+        batch, plan = next(iterator)
+        return stage(batch, plan), partial(loss_sum, batch)
 
     def run(self, batches: Iterator[PackedBatch], forward_only: bool) -> Tensor:
         """float64 [2]: this rank's (sum of losses, answer tokens) of one global batch; zeros before the last stage."""
+        count = get_num_microbatches()
+        prepared = map(self._prepare, itertools.islice(batches, count))
         reports = get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=batches,
+            # Chunks of an interleaved stage each go through the same micro-batches.
+            data_iterator=list(itertools.tee(prepared, len(self.model))),
             model=self.model,
-            num_microbatches=get_num_microbatches(),
+            num_microbatches=count,
             seq_length=self.config.data.seq_length * self.config.train.micro_batch_size,
             micro_batch_size=1,
             forward_only=forward_only,

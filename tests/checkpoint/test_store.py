@@ -11,7 +11,7 @@ import pytest
 from genlip_megatron.checkpoint import store
 from genlip_megatron.config import RunConfig
 from tests.distributed import run_distributed
-from tests.train.test_layouts_and_resume import run_steps, tiny_config
+from tests.runs import run_steps, tiny_config
 
 
 def test_a_partial_folder_of_a_crash_is_ignored_and_replaced(demo_data: Path, tmp_path: Path) -> None:

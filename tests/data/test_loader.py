@@ -20,7 +20,7 @@ from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader, drop_path_factors, merge_cursors
 from genlip_megatron.data.share import Share
 from genlip_megatron.data.text import load_tokenizer
-from tests.train.test_layouts_and_resume import tiny_config
+from tests.runs import tiny_config
 
 STEPS, LANES = 3, 4
 

@@ -19,7 +19,7 @@ from genlip_megatron.data import storage
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.read import BlockCache, Piece, ShardReader
 from tests.data.test_loader import assert_equal, take
-from tests.train.test_layouts_and_resume import tiny_config
+from tests.runs import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()

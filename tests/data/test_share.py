@@ -22,7 +22,7 @@ from genlip_megatron.data.share import Share
 from genlip_megatron.data.text import load_tokenizer
 from tests.data.test_loader import assert_equal
 from tests.distributed import run_distributed
-from tests.train.test_layouts_and_resume import tiny_config
+from tests.runs import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 BATCHES = 12  # three steps

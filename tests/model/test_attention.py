@@ -14,6 +14,7 @@ from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.attention import PrefixLMAttention, choose_backend, plan_attention
 
 Samples = list[tuple[int, int]]
+CPU = torch.device("cpu")
 
 
 def pack(samples: Samples, padding: int) -> PackedBatch:
@@ -50,7 +51,7 @@ def attend(batch: PackedBatch, backend: str, head_dim: int = 16, heads: int = 2)
     inputs = [torch.randn(batch.num_tokens, 1, heads, head_dim, generator=generator) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in inputs[:3])
     attention = PrefixLMAttention(None, 1, None, "self", softmax_scale=head_dim**-0.5)
-    out = attention(q, k, v, None, packed_seq_params=plan_attention(batch, model, torch.float32, backend))
+    out = attention(q, k, v, None, packed_seq_params=plan_attention(batch, model, torch.float32, backend, CPU))
     out.backward(inputs[3].flatten(2))
     return out, q.grad, k.grad, v.grad
 

@@ -9,7 +9,7 @@ import torch
 
 from genlip_megatron.config import RunConfig
 from tests.distributed import run_distributed
-from tests.train.test_layouts_and_resume import run_steps, tiny_config, weights
+from tests.runs import run_steps, tiny_config, weights
 
 
 def evaluated(config: RunConfig) -> float:

@@ -1,0 +1,104 @@
+"""The interface of an attention backend, and which part of a pack it attends.
+
+Under context parallelism with gathered keys and values a rank has queries for some slots of the micro-batch only; its
+samples may begin and end anywhere. Everywhere else the queries are those of all slots.
+
+Legend: S slots of the micro-batch, Q slots with queries, N samples, H heads at hand, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genlip_megatron.batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The samples that have queries among slots ``first`` to ``last``, in order. All arrays int64 [N].
+
+    Attributes:
+        total: slots of the micro-batch (S).
+        first, last: the slots with queries are ``first <= slot < last``.
+        starts: the slot of the sample's first token.
+        images, texts: its image and text tokens.
+        begins, ends: its tokens with queries are ``begins <= token < ends``, counted from its first.
+        keys: the keys that its queries see are its first ``keys`` tokens: those of the image, and where text has
+            queries, the text up to the last of them.
+    """
+
+    total: int
+    first: int
+    last: int
+    starts: np.ndarray
+    images: np.ndarray
+    texts: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+    keys: np.ndarray
+
+    @classmethod
+    def of(cls, batch: PackedBatch, first: int = 0, last: int | None = None) -> Spans:
+        """The spans of a micro-batch, best given on the CPU: from another device it is waited for."""
+        last = batch.num_tokens if last is None else last
+        starts, images, texts = (
+            x.cpu().numpy() for x in (batch.sample_starts, batch.image_lengths, batch.text_lengths)
+        )
+        begins = np.clip(first - starts, 0, images + texts)
+        ends = np.clip(last - starts, 0, images + texts)
+        used = ends > begins
+        keys = np.maximum(images, np.where(ends > images, ends, 0))
+        columns = (column[used] for column in (starts, images, texts, begins, ends, keys))
+        return cls(batch.num_tokens, first, last, *columns)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where attention is to run.
+
+    Attributes:
+        device: the device.
+        dtype: of the activations.
+        head_dim: channels of a head (D).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+
+
+class Backend(ABC):
+    """Exact prefix-LM attention over the samples of one micro-batch, rotary positions included.
+
+    Args:
+        spans: the samples.
+        batch: the micro-batch.
+        cos, sin: [S, D] on the device, of every slot's rotary angles.
+    """
+
+    @abstractmethod
+    def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def why_not(place: Place) -> str | None:
+        """Why it cannot run there; None when it can."""
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """[Q, H, D] from queries [Q, H, D], keys and values [S, H, D]; zeros where a slot is padding."""
+
+
+def nothing_to_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros [Q, H, D] that still hand gradients (of zero) to all three."""
+    return 0.0 * q + 0.0 * (k.sum() + v.sum())
+
+
+def padding_slots(batch: PackedBatch, first: int, last: int, device: torch.device) -> Tensor:
+    """int64: the slots of no sample among ``first`` to ``last``, counted from ``first``."""
+    return (batch.sample_ids[first:last].cpu() < 0).nonzero().squeeze(1).to(device, non_blocking=True)

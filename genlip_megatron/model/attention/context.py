@@ -1,0 +1,35 @@
+"""What context-parallel ranks exchange around attention, so that it stays exact wherever a sequence is cut.
+
+Each rank holds S / C neighbouring slots of all its heads. ``a2a`` hands every rank all slots of H / C heads for the
+attention itself; ``all_gather`` hands every rank the keys and values of all slots, for its own queries. The first moves
+4 / C of what the second moves of keys and values; the second works with any number of heads.
+
+Legend: S slots of the micro-batch, C context-parallel ranks, H heads of this tensor-parallel rank, D channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+
+def sequence_for_heads(q: Tensor, k: Tensor, v: Tensor, group: Any) -> tuple[Tensor, ...]:
+    """Queries, keys and values [S, H / C, D] from [S / C, H, D]."""
+    ranks, head_dim = group.size(), q.shape[-1]
+    together = torch.cat((q, k, v), dim=-1).unflatten(1, (ranks, -1)).transpose(0, 1)  # [C, S/C, H/C, 3D]
+    received = tensor_parallel.all_to_all(group, together.contiguous())
+    return received.flatten(0, 1).split(head_dim, dim=-1)
+
+
+def heads_for_sequence(x: Tensor, group: Any) -> Tensor:
+    """[S / C, H, D] from [S, H / C, D]."""
+    received = tensor_parallel.all_to_all(group, x.unflatten(0, (group.size(), -1)).contiguous())  # [C, S/C, H/C, D]
+    return received.transpose(0, 1).flatten(1, 2)
+
+
+def gather_sequence(x: Tensor, group: Any) -> Tensor:
+    """[S, ...] from [S / C, ...]; its gradient is summed over the ranks, each of which used all of it."""
+    return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)

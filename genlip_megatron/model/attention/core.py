@@ -1,0 +1,57 @@
+"""The core attention module of Megatron-Core's ``SelfAttention``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genlip_megatron.model.attention.context import gather_sequence, heads_for_sequence, sequence_for_heads
+from genlip_megatron.model.attention.plan import PackedAttention
+
+
+class PrefixLMAttention(torch.nn.Module):
+    """Rotary positions and exact packed prefix-LM attention, over whatever share of the sequence the rank holds.
+
+    Megatron-Core's own packed rotary path loops over samples on the host, knows no interleaved sections and is wrong
+    under context parallelism, so positions are applied here.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedAttention | None = None,
+    ) -> Tensor:
+        """[S_local, 1, H*D] from query, key and value [S_local, 1, H, D]; S_local is a context-parallel share."""
+        plan = packed_seq_params
+        assert plan is not None
+        q, k, v = (x.squeeze(1) for x in (query, key, value))
+        if plan.context is None:
+            out = plan.backend(q, k, v, self.scale)
+        elif plan.gather_keys:
+            k, v = gather_sequence(k, plan.context), gather_sequence(v, plan.context)
+            out = plan.backend(q, k, v, self.scale)
+        else:
+            q, k, v = sequence_for_heads(q, k, v, plan.context)
+            out = heads_for_sequence(plan.backend(q, k, v, self.scale), plan.context)
+        return out.flatten(1).unsqueeze(1)

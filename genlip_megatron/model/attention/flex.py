@@ -1,0 +1,53 @@
+"""FlexAttention: the rule itself compiled into a kernel that skips blocks where nothing is seen. For GPUs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.model.attention.backend import Backend, Place, Spans, padding_slots
+from genlip_megatron.model.rope import apply_rotary
+
+
+@functools.cache
+def _compiled() -> Callable:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class Flex(Backend):
+    """One call over the whole pack under a block mask."""
+
+    def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
+        self._cos, self._sin = cos, sin
+        self._queries = slice(spans.first, spans.last)
+        sample_ids, is_image = batch.sample_ids.to(cos.device), batch.is_image.to(cos.device)
+        first = spans.first
+
+        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            query = query + first
+            in_sample = (sample_ids[query] == sample_ids[key]) & (sample_ids[query] >= 0)
+            allowed = is_image[key] | (~is_image[query] & (key <= query))
+            # A padded query sees itself, since a softmax over nothing is not a number; its output is dropped.
+            return (in_sample & allowed) | (query == key)
+
+        self._mask = create_block_mask(sees, None, None, spans.last - first, spans.total, device=cos.device)
+        self._padding = padding_slots(batch, first, spans.last, cos.device)
+
+    @staticmethod
+    def why_not(place: Place) -> str | None:
+        if place.device.type != "cuda":
+            return f"needs a CUDA device (it has no backward pass on a CPU), here is {place.device.type}"
+        return None if place.head_dim >= 16 else f"needs heads of at least 16 channels, here are {place.head_dim}"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
+        k = apply_rotary(k, self._cos, self._sin)
+        attend: Callable = _compiled() if q.is_cuda else flex_attention
+        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, ., D]
+        out = attend(query, key, value, block_mask=self._mask, scale=scale)
+        return out[0].transpose(0, 1).index_fill(0, self._padding, 0.0)

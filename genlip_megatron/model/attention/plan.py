@@ -1,0 +1,102 @@
+"""What the attention layers of a micro-batch share, worked out once, and which backend does the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.config import ModelConfig
+from genlip_megatron.model.attention.backend import Backend, Place, Spans
+from genlip_megatron.model.attention.dense import Dense
+from genlip_megatron.model.attention.flex import Flex
+from genlip_megatron.model.attention.grouped import Grouped
+from genlip_megatron.model.attention.two_calls import TransformerEngine, Varlen
+from genlip_megatron.model.rope import rotary_cos_sin
+from genlip_megatron.parallel.sequence import slot_share
+
+BACKENDS: dict[str, type[Backend]] = {
+    "dense": Dense,
+    "grouped": Grouped,
+    "varlen": Varlen,
+    "flex": Flex,
+    "te": TransformerEngine,
+}
+
+
+def choose_backend(wanted: str, place: Place, transformer_engine: bool = False) -> tuple[str, str]:
+    """(backend, why) for ``train.attention_backend``; auto takes the fastest exact one that runs.
+
+    Args:
+        wanted: a name of BACKENDS, or auto.
+        place: where it is to run.
+        transformer_engine: the layers are Transformer Engine's, so its attention comes first.
+
+    Raises:
+        ValueError: a wanted backend that cannot run there, with the reason and those that can.
+    """
+    reasons = {name: backend.why_not(place) for name, backend in BACKENDS.items()}
+    if wanted != "auto":
+        if wanted not in BACKENDS:
+            raise ValueError(f"train.attention_backend = {wanted!r}: allowed are auto, {', '.join(BACKENDS)}")
+        if reasons[wanted]:
+            able = ", ".join(name for name, reason in reasons.items() if reason is None)
+            raise ValueError(f"train.attention_backend = {wanted}: {reasons[wanted]}; those that run here: {able}")
+        return wanted, "as set"
+    order = ["varlen", "te", "grouped"]
+    if transformer_engine:
+        order.insert(0, "te")
+    chosen = next(name for name in order if reasons[name] is None)
+    passed = [f"{name} {reasons[name]}" for name in order[: order.index(chosen)]]
+    return chosen, "; ".join(["the fastest that runs here", *passed])
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """What one micro-batch's layers share. Stands in for Megatron-Core's ``PackedSeqParams``, which recomputation
+    passes on unchanged.
+
+    Attributes:
+        backend: attends the micro-batch's samples.
+        context: context-parallel process group; None where a rank holds the whole sequence.
+        gather_keys: context-parallel ranks gather keys and values instead of exchanging heads for sequence.
+        drop_path: float32 [L, 2, S_local, 1, 1], factors of the residual branches' rows; None keeps everything.
+        qkv_format: "sbhd", so that Megatron-Core's attention leaves the tensors as they are.
+    """
+
+    backend: Backend
+    context: Any = None
+    gather_keys: bool = False
+    drop_path: Tensor | None = None
+    qkv_format: str = "sbhd"
+    cu_seqlens_q: Any = None
+    cu_seqlens_kv: Any = None
+
+
+def plan_attention(
+    batch: PackedBatch,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+    context: Any = None,
+    gather_keys: bool = False,
+) -> PackedAttention:
+    """Work out once what every layer's attention over ``batch`` needs.
+
+    Args:
+        batch: best on the CPU, where its lengths are read.
+        dtype: of the activations.
+        backend: a name of BACKENDS, from ``choose_backend``.
+        device: where attention runs.
+        context: context-parallel process group, or None.
+        gather_keys: with ``context``: gather keys and values (all_gather) instead of exchanging heads (a2a).
+    """
+    positions = batch.position_ids.to(device, non_blocking=True)
+    cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype)
+    mine = slot_share(batch.num_tokens, context if gather_keys else None)
+    spans = Spans.of(batch, mine.start, mine.stop)
+    return PackedAttention(BACKENDS[backend](spans, batch, cos, sin), context, gather_keys)

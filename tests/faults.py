@@ -1,0 +1,115 @@
+"""Faults planted into a parallel run, one at a time: each must make the comparison of layouts fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def _unmarked(*names: str) -> Any:
+    """The parameters are not marked for the gradient sum over the tensor-parallel group."""
+    from genlip_megatron.parallel import initial
+
+    fill = initial.fill_weights
+
+    def unmarking(model: Any, get: Any) -> None:
+        fill(model, get)
+        for name, parameter in model.named_parameters():
+            if name.endswith(names):
+                parameter.sequence_parallel = False
+
+    return mock.patch.object(initial, "fill_weights", unmarking)
+
+
+def _changed_batch(change: Any) -> Any:
+    """Every rank works on ``change(batch, context-parallel rank)`` instead of the batch."""
+    from megatron.core import parallel_state
+
+    from genlip_megatron.train.step import Stepper
+
+    prepare = Stepper._prepare
+
+    def changed(self: Any, batch: Any) -> Any:
+        return prepare(self, change(batch, parallel_state.get_context_parallel_rank()))
+
+    return mock.patch.object(Stepper, "_prepare", changed)
+
+
+def _positions(batch: Any, rank: int) -> Any:
+    share = batch.num_tokens // 2
+    return replace(batch, position_ids=batch.position_ids.roll(share if rank else 0, dims=1))
+
+
+def _leaking(batch: Any, rank: int) -> Any:
+    """The text of the first sample runs on into the second."""
+    total = batch.image_lengths + batch.text_lengths
+    texts, starts = batch.text_lengths.clone(), batch.sample_starts.clone()
+    texts[0] += total[1]
+    images = batch.image_lengths.clone()
+    images[1] = texts[1] = starts[1] = 0
+    return replace(batch, text_lengths=texts, image_lengths=images, sample_starts=starts)
+
+
+def _shifted_labels() -> Any:
+    from genlip_megatron.model.head import Head
+
+    share = Head._share
+
+    def shifted(self: Any, x: Any) -> Any:
+        mine = share(self, x)
+        return mine if mine.dtype.is_floating_point else mine.roll(1)
+
+    return mock.patch.object(Head, "_share", shifted)
+
+
+def _counted_by_every_rank() -> Any:
+    from genlip_megatron.train import step
+
+    def counting(batch: Any, total: Any) -> Any:
+        count = (batch.loss_weights > 0).sum()
+        return total, count.to(torch.int), {"loss": torch.stack((total.detach().double(), count.double()))}
+
+    return mock.patch.object(step, "loss_sum", counting)
+
+
+def _drop_path_per_rank(batch: Any, rank: int) -> Any:
+    return replace(batch, drop_path=batch.drop_path.roll(rank, dims=2))
+
+
+def _forgotten_context_sum() -> Any:
+    """Keys and values are gathered for the forward pass, but other ranks' gradients of them are dropped."""
+    from megatron.core import tensor_parallel
+
+    from genlip_megatron.model.attention import core
+
+    def gather(x: Any, group: Any) -> Any:
+        return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
+
+    return mock.patch.object(core, "gather_sequence", gather)
+
+
+# Fault: (layout that shows it, further settings, context manager).
+FAULTS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "norm's gradient not summed": ("TP2", {}, lambda: _unmarked("input_layernorm.weight")),
+    "LayerScale's gradient not summed": ("TP2", {}, lambda: _unmarked("mlp_bda.scale")),
+    "bias's gradient not summed": ("TP2", {}, lambda: _unmarked("linear_proj.bias")),
+    "patch embedding's gradient not summed": ("TP2", {}, lambda: _unmarked("patch_weight")),
+    "positions off by one rank": ("CP2", {}, lambda: _changed_batch(_positions)),
+    "a sample sees its neighbour": ("DP2", {}, lambda: _changed_batch(_leaking)),
+    "labels shifted": ("CP2", {}, _shifted_labels),
+    "token counts not scaled": ("CP2", {}, _counted_by_every_rank),
+    "DropPath drawn per rank": ("CP2", {}, lambda: _changed_batch(_drop_path_per_rank)),
+    "keys' gradients not summed": ("CP2", {"parallel__cp_comm_type": "all_gather"}, _forgotten_context_sum),
+}
+
+
+@contextlib.contextmanager
+def planted(fault: str | None) -> Iterator[None]:
+    """Within it the fault is in place on this rank; None plants nothing."""
+    with FAULTS[fault][2]() if fault else contextlib.nullcontext():
+        yield

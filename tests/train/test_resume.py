@@ -1,0 +1,91 @@
+"""A run continues from a checkpoint as if it had never stopped, and its mistakes are found before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genlip_megatron.config import RunConfig
+from tests.distributed import run_distributed
+from tests.runs import layout, run_steps, tiny_config, weights
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def reference(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run on one process, without an interruption."""
+    folder = tmp_path_factory.mktemp("reference")
+    return run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=str(folder)), STEPS)[0]
+
+
+def test_loss_falls(reference: dict[str, Any]) -> None:
+    assert reference["losses"][-1] < reference["losses"][0] - 0.01
+
+
+@pytest.mark.parametrize("name", ["TP2", "TP2xPP2"])
+def test_resume_is_bit_for_bit_on_the_same_layout(name: str, demo_data: Path, tmp_path: Path) -> None:
+    world_size, flags = layout(name)
+    whole = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
+    folder = str(tmp_path / "run")
+    config = tiny_config(demo_data, **flags, checkpoint__save=folder, checkpoint__load=folder)
+    first = run_distributed(world_size, run_steps, config, STEPS // 2)
+    second = run_distributed(world_size, run_steps, config, STEPS)
+    assert first[0]["losses"] + second[0]["losses"] == whole[0]["losses"]
+    assert first[0]["keys"] + second[0]["keys"] == whole[0]["keys"]
+    expected = weights(whole)
+    for tensor, weight in weights(second).items():
+        assert torch.equal(weight, expected[tensor]), tensor
+
+
+@pytest.mark.parametrize("name", ["DP2", "PP2"])
+def test_resume_on_another_layout_continues_the_curve(
+    name: str, reference: dict[str, Any], demo_data: Path, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "run")
+    world_size, flags = layout("TP2")
+    config = tiny_config(demo_data, **flags, checkpoint__save=folder)
+    run_distributed(world_size, run_steps, config, STEPS // 2)
+    world_size, flags = layout(name)
+    config = tiny_config(demo_data, **flags, checkpoint__load=folder)
+    results = run_distributed(world_size, run_steps, config, STEPS)
+    assert results[0]["losses"] == pytest.approx(reference["losses"][STEPS // 2 :], rel=1e-5)
+
+
+def failing_set_up(config: RunConfig) -> str:
+    from genlip_megatron.train.loop import set_up
+
+    try:
+        set_up(config)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_checkpoint_of_another_model_is_refused(demo_data: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 1)
+    config = tiny_config(demo_data, checkpoint__load=folder, model__num_layers=3, model__ffn_hidden_size=32)
+    message = run_distributed(1, failing_set_up, config)[0]
+    assert "model.num_layers: 4 in the checkpoint, 3 here" in message
+    assert "model.ffn_hidden_size: 48 in the checkpoint, 32 here" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"data__train_data": "/nowhere/*.tar"}, "data.train_data: '/nowhere/*.tar' matches no .tar file"),
+        ({"data__tokenizer": "/nowhere.model"}, "no such file; give a tokenizer.json or a SentencePiece .model"),
+        ({"model__vocab_size": 64}, "do not fit model.vocab_size = 64"),
+        ({"data__seq_length": 40}, "data.seq_length = 40: an image of"),
+        ({"data__prompt": "Describe."}, "was made with another prompt than data.prompt = 'Describe.'"),
+        ({"checkpoint__load": "/nowhere"}, "checkpoint.load = /nowhere: no checkpoint there"),
+        ({"train__global_batch_size": 3, "train__micro_batch_size": 2}, "nearest allowed: 4"),
+        ({"parallel__tensor_model_parallel_size": 2}, "world size 1 is not a multiple of tp * pp * cp = 2"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(flags: dict[str, Any], message: str, demo_data: Path) -> None:
+    assert message in run_distributed(1, failing_set_up, tiny_config(demo_data, **flags))[0]
