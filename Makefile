@@ -1,10 +1,11 @@
 # make demo: train a small GenLIP from nothing and caption unseen images.  make test: the CPU test suite.
+# make parity: the same run on every parallel layout, into docs/parity.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all parity check format clean
 
 $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +20,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+parity: $(STAMP)
+	$(BIN)/python tools/parity_matrix.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

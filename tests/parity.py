@@ -1,7 +1,6 @@
 """Is a run the same on another layout? Runs that note all there is to compare, and the comparison.
 
-What must hold, and the tolerance of each: initial weights bit for bit; every gradient tensor of the first step; the loss
-of every step; the order of the samples; after the last step every replicated parameter bit for bit among its replicas,
+What must hold: initial weights bit for bit; every gradient tensor of the first step and the loss of every step; the order of the samples; after the last step every replicated parameter bit for bit among its replicas,
 and all weights against the run on one process.
 """
 
@@ -33,11 +32,11 @@ class Tolerance:
     weight: float
 
 
-# In float32 sums run in another order: 3e-7, 2e-5 and 4e-3 were the most seen. Adam divides a gradient by its size, so
-# that rounding in an entry that is nearly zero can turn its first steps around.
-FLOAT32 = Tolerance(loss=1e-5, gradient=1e-4, weight=2e-2)
-# bfloat16 carries 8 bits of which sums in another order move the last.
-BFLOAT16 = Tolerance(loss=2e-3, gradient=5e-2, weight=0.5)
+# In float32 sums run in another order: 8e-8, 7e-7 and 1.3e-5 were the most seen.
+FLOAT32 = Tolerance(loss=1e-6, gradient=1e-5, weight=1e-3)
+# bfloat16 carries 8 bits of which sums in another order move the last: 2e-5, 5e-2 and 0.49 were the most seen. Weights
+# are rounded to it as well: a LayerScale of 0.1 moves in steps of half a thousandth, which is what ten steps move it.
+BFLOAT16 = Tolerance(loss=2e-4, gradient=0.1, weight=0.75)
 
 DATA: dict[str, dict[str, Any]] = {
     "stage 1": {"data__image_mode": "fixed", "data__image_size": 96},
@@ -95,7 +94,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
     """Train on every rank of the job and note what is compared; ``fault`` plants one of ``tests/faults.py``."""
     from megatron.core import parallel_state
 
-    from genlip_megatron.train.loop import save, set_up, train_step
+    from genlip_megatron.train.loop import gather_weights, save, set_up, train_step
     from genlip_megatron.train.step import sum_over_run
     from tests.faults import planted
 
@@ -129,6 +128,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
             total, count = sum_over_run(total).tolist()
             losses.append(total / count)
         save(run)
+        gather_weights(run)
         run.train_loader.close()
         return {
             "steps": steps - begin,

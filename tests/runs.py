@@ -26,11 +26,12 @@ def layout(name: str) -> tuple[int, dict[str, Any]]:
     """
     world_size, flags = 1, {}
     for part in name.split("x") if name != "1" else ():
-        kind = part.rstrip("0123456789")
-        size = int(part[len(kind) :])
-        world_size *= 1 if kind == "VPP" else size
+        kind, size = part.rstrip("0123456789"), part.lstrip("TPVCD")
+        if kind not in (*_SIZES, "DP") or not size.isdigit():
+            raise ValueError(f"layout {name!r}: expected 1, or parts such as TP2, PP2, VPP2, CP2, DP2 joined by x")
+        world_size *= 1 if kind == "VPP" else int(size)
         if kind != "DP":
-            flags[f"parallel__{_SIZES[kind]}"] = size
+            flags[f"parallel__{_SIZES[kind]}"] = int(size)
     return world_size, flags
 
 

@@ -22,11 +22,10 @@ from torch import Tensor
 from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
-from genlip_megatron.model.attention import PackedAttention, choose_backend, plan_attention
-from genlip_megatron.model.attention.backend import Place
+from genlip_megatron.model.attention import PackedAttention, plan_attention
 from genlip_megatron.model.embed import Embedding
 from genlip_megatron.model.head import Head
-from genlip_megatron.model.specs import compute_dtype, layer_spec
+from genlip_megatron.model.specs import attention_choice, layer_spec
 from genlip_megatron.parallel.initial import fill_initial_weights
 from genlip_megatron.parallel.sequence import local_slots
 
@@ -120,17 +119,6 @@ class GenLIP(MegatronModule):
         if self.head is None:
             return hidden
         return self.head(hidden, batch.loss_rows, batch.labels, batch.loss_weights)
-
-
-def attention_choice(config: RunConfig) -> tuple[str, str]:
-    """(attention backend of a run on this machine, why).
-
-    Raises:
-        ValueError: the one that is set cannot run here.
-    """
-    place = Place(host.device(), compute_dtype(config), config.model.head_dim)
-    wanted, train = config.train.attention_backend, config.train
-    return choose_backend(wanted, place, train.transformer_impl == "transformer_engine")
 
 
 def build_model(

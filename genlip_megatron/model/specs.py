@@ -19,8 +19,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from genlip_megatron import host
 from genlip_megatron.config import RunConfig
-from genlip_megatron.model.attention import PrefixLMAttention
+from genlip_megatron.model.attention import PrefixLMAttention, choose_backend
+from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.linear import ColumnLinear, RowLinear
 from genlip_megatron.model.mlp import SwiGLU
 from genlip_megatron.model.norm import LayerNorm
@@ -34,6 +36,39 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_machine(config: RunConfig) -> str:
+    """One line about the attention backend that a run takes on this machine, and why.
+
+    Raises:
+        ValueError: the run asks for what this machine does not have.
+    """
+    train = config.train
+    if train.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "train.transformer_impl = transformer_engine: Transformer Engine is not installed; "
+            "pip install 'genlip-megatron[te]' on a CUDA machine, or use --transformer-impl local"
+        )
+    if config.parallel.offload_modules and not HAVE_TE:
+        raise ValueError(
+            f"parallel.offload_modules = {','.join(config.parallel.offload_modules)}: Megatron-Core offloads with "
+            "Transformer Engine, which is not installed; pip install 'genlip-megatron[te]' on a CUDA machine, or "
+            "recompute instead (--recompute selective --recompute-modules core_attn,mlp)"
+        )
+    backend, reason = attention_choice(config)
+    return f"attention backend {backend}: {reason}"
+
+
+def attention_choice(config: RunConfig) -> tuple[str, str]:
+    """(attention backend of a run on this machine, why).
+
+    Raises:
+        ValueError: the one that is set cannot run here.
+    """
+    place = Place(host.device(), compute_dtype(config), config.model.head_dim)
+    layers_are_te = config.train.transformer_impl == "transformer_engine"
+    return choose_backend(config.train.attention_backend, place, layers_are_te)
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -87,18 +122,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
-    """The spec of every layer.
-
-    Raises:
-        ValueError: Transformer Engine asked for, but not installed.
-    """
+    """The spec of every layer, of what ``check_machine`` found to be there."""
     column, row = ColumnLinear, RowLinear
     if config.train.transformer_impl == "transformer_engine":
-        if not HAVE_TE:
-            raise ValueError(
-                "train.transformer_impl = transformer_engine: Transformer Engine is not installed; "
-                "pip install 'genlip-megatron[te]' on a CUDA machine, or use --transformer-impl local"
-            )
         extension = importlib.import_module("megatron.core.extensions.transformer_engine")
         column, row = extension.TEColumnParallelLinear, extension.TERowParallelLinear
     residual = ModuleSpec(

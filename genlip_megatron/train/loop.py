@@ -16,9 +16,9 @@ from genlip_megatron.checkpoint import store
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader, merge_cursors
 from genlip_megatron.data.share import Share
-from genlip_megatron.model.genlip import attention_choice, build_model
+from genlip_megatron.model.genlip import build_model
 from genlip_megatron.model.pipeline import describe_split
-from genlip_megatron.model.specs import transformer_config
+from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
 from genlip_megatron.train.faults import EXIT_PREEMPTED, StopRequest
 from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, Writer, training_flops
@@ -63,6 +63,7 @@ class Run:
 def set_up(config: RunConfig) -> Run:
     """Join the processes, open the data, build the run, and load what is to be loaded."""
     groups.initialize(config)
+    log(check_machine(config))
     # Data comes first: its mistakes are cheap to find.
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, data_share(config))
@@ -97,11 +98,10 @@ def build_run(config: RunConfig) -> Run:
     """Model, optimizer and schedule on the process groups at hand, without data."""
     parallel = config.parallel
     transformer = transformer_config(config)
-    backend, reason = attention_choice(config)
-    log(f"attention backend {backend}: {reason}")
     model = build_model(config, transformer)
-    held = sum(p.numel() for chunk in model for p in chunk.parameters())
-    parameters = torch.tensor([float(held)], device=host.device())
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    held = [p.numel() for chunk in model for p in chunk.parameters() if first or p.tensor_model_parallel]
+    parameters = torch.tensor([float(sum(held))], device=host.device())
     torch.distributed.all_reduce(parameters, group=parallel_state.get_model_parallel_group())
     log(f"parameters {int(parameters.item())} | {describe_split(config.model, parallel)}")
     if config.checkpoint.save and not config.log.eval_only:
@@ -157,10 +157,18 @@ def load(run: Run) -> None:
     log(f"resumed at step {run.iteration} from {options.load}")
 
 
+def gather_weights(run: Run) -> None:
+    """Make every rank's weights whole now: with ``overlap_param_gather`` they otherwise are at the next forward pass."""
+    if run.config.parallel.overlap_param_gather:
+        for chunk in run.model:
+            chunk.start_param_sync(force_sync=True)
+
+
 def save(run: Run) -> None:
     """Save the run's state, if it saves at all."""
     if not run.config.checkpoint.save or run.train_loader is None:
         return
+    gather_weights(run)
     begin = time.monotonic()
     cursor = merge_cursors(store.data_parallel_gather(run.train_loader.state_dict()))
     common = {"data": cursor, "consumed_samples": run.consumed_samples, "consumed_tokens": run.consumed_tokens}

@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""Run the same few training steps on every parallel layout and write down in how much they differ from one process.
+
+    python tools/parity_matrix.py                                  # all layouts, into docs/parity.md
+    python tools/parity_matrix.py --layouts TP2xPP2 CP4 --output table.md
+
+Every row is a run of real processes (gloo, float32 unless said otherwise) through the whole training path: data, model,
+pipeline schedule, optimizer. Layouts are spelled like TP2xPP2xVPP2xCP2xDP2. Exits with 1 when a run differs by more
+than is allowed, with 2 on bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+LAYOUTS = (
+    *("DP2", "TP2", "PP2", "PP2xVPP2", "CP2"),
+    *("DP4", "TP4", "PP4", "CP4", "TP2xPP2", "TP2xCP2", "PP2xCP2", "CP2xDP2", "PP2xVPP2xCP2"),
+    *("TP2xPP2xCP2", "TP2xPP2xDP2", "TP2xPP2xVPP2xCP2"),
+)
+_OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
+_SELECTIVE = {"parallel__recompute": "selective", "parallel__recompute_modules": "core_attn,mlp"}
+_ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
+# What a layout can be combined with, in words, layout and settings.
+VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("no sequence parallelism", "TP2", {"parallel__sequence_parallel": False}),
+    ("full recomputation", "TP2", {"parallel__recompute": "full"}),
+    ("attention and MLP recomputed", "PP2xVPP2", _SELECTIVE),
+    ("keys and values gathered", "CP2", _ALL_GATHER),
+    ("keys and values gathered", "CP4", _ALL_GATHER),
+    ("overlapped reduction and gather", "TP2xDP2", _OVERLAP),
+    ("no sequence parallelism", "TP2xCP2", {"parallel__sequence_parallel": False}),
+    ("3 layers on the first stage", "PP2xDP2", {"parallel__num_layers_in_first_pipeline_stage": 3}),
+    ("more ranks than heads, gathered", "TP4xCP2", _ALL_GATHER),
+)
+BFLOAT16_LAYOUTS = ("DP2", "TP2", "PP2", "CP2", "PP2xVPP2", "TP2xCP2", "TP2xPP2xCP2")
+
+
+def make_data(folder: Path) -> None:
+    """A small rendered data set with its tokenizer and index."""
+
+    def run(*words: str) -> None:
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+
+    run("tools/render_demo_data.py", "--output", str(folder), "--train-samples", "160", "--val-samples", "24")
+    run("tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", str(folder / "tokenizer.model"))
+    for split in ("train", "val"):
+        run("tools/prepare_data.py", str(folder / f"{split}-*.tar"), "--tokenizer", str(folder / "tokenizer.model"))
+
+
+class Matrix:
+    """Runs cases and collects the rows of the report."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.failures: list[str] = []
+        self._references: dict[tuple, dict[str, Any]] = {}
+
+    def reference(self, case: dict[str, Any]) -> dict[str, Any]:
+        """The case on one process."""
+        from tests.distributed import run_distributed
+        from tests.parity import parity_config, parity_run
+
+        key = tuple(sorted(case.items()))
+        if key not in self._references:
+            self._references[key] = run_distributed(1, parity_run, parity_config(self.data, **case))[0]
+        return self._references[key]
+
+    def compare(self, name: str, case: dict[str, Any], flags: dict[str, Any]) -> dict[str, float]:
+        """The worst errors of one layout in one case; what is not allowed goes to ``failures``."""
+        from tests.distributed import run_distributed
+        from tests.parity import BFLOAT16, FLOAT32, parity_config, parity_run, problems, worst_errors
+        from tests.runs import layout
+
+        world_size, sizes = layout(name)
+        begin = time.monotonic()
+        results = run_distributed(world_size, parity_run, parity_config(self.data, **case, **sizes, **flags))
+        tolerance = BFLOAT16 if case.get("train__precision") == "bf16" else FLOAT32
+        found = problems(results, self.reference(case), tolerance)
+        self.failures += [f"{name} {case} {flags}: {problem}" for problem in found]
+        errors = worst_errors(results, self.reference(case))
+        print(f"{name} {case} {flags}: {errors} {found or 'same'} ({time.monotonic() - begin:.1f} s)", file=sys.stderr)
+        return errors
+
+    def relay(self, names: list[str], folder: Path) -> tuple[list[str], float]:
+        """(legs, worst relative error of the loss) of a run in which each step is another layout's, which continues
+        from the checkpoint of the one before."""
+        from tests.distributed import run_distributed
+        from tests.parity import STEPS, parity_config, parity_run
+        from tests.runs import layout
+
+        legs = [*(names[i % len(names)] for i in range(STEPS - 1)), "1"]
+        losses: list[float] = []
+        for step, name in enumerate(legs, start=1):
+            world_size, sizes = layout(name)
+            config = parity_config(self.data, **sizes, checkpoint__save=str(folder), checkpoint__load=str(folder))
+            losses += run_distributed(world_size, parity_run, config, step)[0]["losses"]
+        expected = self.reference({})["losses"]
+        error = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, expected, strict=True))
+        if not error <= 1e-6:
+            self.failures.append(f"relay over {legs}: loss differs by {error:.1e}")
+        return legs, error
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def worst(errors: list[dict[str, float]]) -> list[str]:
+    """The largest of each kind, as cells."""
+    return [f"{max(error[kind] for error in errors):.1e}" for kind in ("loss", "gradient", "weight")]
+
+
+def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
+    """Run everything and return the document."""
+    import torch
+
+    from tests.parity import BFLOAT16, DATA, FLOAT32, STEPS
+    from tests.runs import layout
+
+    cases = [{"stage": stage, "drop_path": drop_path} for stage in DATA for drop_path in (0.0, 0.2)]
+    kinds = ["loss", "gradient", "weights"]
+    jobs: list[tuple[str, str, list[dict[str, Any]], dict[str, Any]]] = [("", name, cases, {}) for name in layouts]
+    if full:
+        jobs += [(words, name, [{}], flags) for words, name, flags in VARIANTS]
+        jobs += [("bf16", name, [{"train__precision": "bf16"}], {}) for name in BFLOAT16_LAYOUTS]
+    rows: dict[str, list[list[str]]] = {"": [], "variant": [], "bf16": []}
+    # Fewest processes first: a pool of processes serves all layouts of its size.
+    for words, name, mine, flags in sorted(jobs, key=lambda job: layout(job[1])[0]):
+        cells = worst([matrix.compare(name, case, flags) for case in mine])
+        processes = str(layout(name)[0])
+        if words in ("", "bf16"):
+            rows[words].append([name, processes, *cells])
+        else:
+            rows["variant"].append([name, words, processes, *cells])
+    lines = [
+        "# Parity of the parallel layouts",
+        "",
+        "Written by `python tools/parity_matrix.py` (`make parity`). A small model (4 layers, 4 heads, text width unlike",
+        f"hidden width, vocabulary 511) trains {STEPS} steps of 4 packs on rendered scenes, through the whole training",
+        "path with real processes on gloo. Each layout is compared with one process. Worst of all its cases:",
+        "",
+        "* loss: relative difference of any step's loss;",
+        "* gradient: of any parameter tensor at step 1, norm of the difference relative to the tensor's norm;",
+        f"* weights: of any tensor after {STEPS} steps, norm of the difference relative to how far it moved.",
+        "",
+        "Checked beside: initial weights equal bit for bit after gathering; the same samples in the same order; after",
+        "the last step every parameter replicated over tensor, context or data parallel ranks bit-equal among replicas.",
+        "",
+        f"Allowed in float32: loss {FLOAT32.loss:.0e}, gradient {FLOAT32.gradient:.0e}, weights {FLOAT32.weight:.0e}; in",
+        f"bfloat16: {BFLOAT16.loss:.0e}, {BFLOAT16.gradient:.0e}, {BFLOAT16.weight} (the weights themselves are rounded).",
+        f"torch {torch.__version__}, {platform.machine()} CPU.",
+        "",
+        "## Layouts: stage 1 and stage 2 data, with and without DropPath",
+        "",
+        table(["layout", "processes", *kinds], rows[""]),
+    ]
+    if full:
+        lines += ["", "## Settings", "", table(["layout", "with", "processes", *kinds], rows["variant"])]
+        lines += ["", "## bfloat16", "", table(["layout", "processes", *kinds], rows["bf16"])]
+        legs, error = matrix.relay(layouts, folder)
+        lines += [
+            "",
+            "## Checkpoints between layouts",
+            "",
+            "One run in which every step is another layout's, continued from the checkpoint of the one before:",
+            f"{', '.join(legs)}. Worst relative difference of a step's loss from one process: {error:.1e}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run the tool; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="parity_matrix.py", description="Compare training on every parallel layout with training on one process."
+    )
+    parser.add_argument("--layouts", nargs="+", default=None, help=f"only these; default: {' '.join(LAYOUTS)} and more")
+    parser.add_argument("--output", default=str(ROOT / "docs" / "parity.md"), help="Markdown file to write")
+    options = parser.parse_args()
+
+    from genlip_megatron import host
+
+    host.install()
+    from tests.runs import layout
+
+    try:
+        for name in options.layouts or ():
+            layout(name)
+    except ValueError as error:
+        parser.error(str(error))
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        make_data(data)
+        matrix = Matrix(data)
+        text = report(matrix, list(options.layouts or LAYOUTS), options.layouts is None, Path(folder) / "relay")
+    partial = Path(options.output).with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, options.output)
+    print(text)
+    for failure in matrix.failures:
+        print(f"DIFFERS: {failure}", file=sys.stderr)
+    return 1 if matrix.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
