@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from genlip_megatron.config import parse_args
+from genlip_megatron.arguments import parse_args
 
 
 def main() -> int:

@@ -1,14 +1,13 @@
 """The configuration of a whole run: strict dataclasses, filled from a recipe, a YAML file and flags.
 
 Order of precedence, lowest first: the defaults below, the YAML file or named recipe (``--config``), flags. A
-field has the same name in the YAML file, as a flag (with dashes), in the code and in the documentation. Unknown
-keys and flags are errors that name the nearest known one. ``check`` finds what can be checked without opening
-a file or a process group.
+field has the same name in the YAML file, as a flag (with dashes, ``arguments.py``), in the code and in the
+documentation. Unknown keys are errors that name the nearest known one; ``checks.py`` finds settings that contradict
+each other.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import importlib.resources
@@ -231,7 +230,7 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
     """The end of a sentence that names an unknown ``word``: a full stop, and the nearest known word if one is near."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f". Did you mean {match[0]!r}?" if match else "."
@@ -263,7 +262,7 @@ def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError(f"{where} = {value!r}: expected a finite number")
     if choices and converted not in choices:
-        raise ValueError(f"{where} = {value!r}: expected one of {', '.join(choices)}{_nearest(str(value), choices)}")
+        raise ValueError(f"{where} = {value!r}: expected one of {', '.join(choices)}{nearest(str(value), choices)}")
     return converted
 
 
@@ -277,7 +276,7 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
     for name, part in tree.items():
         if name not in SECTIONS:
             raise ValueError(
-                f"{source}: unknown section {name!r}{_nearest(str(name), list(SECTIONS))} "
+                f"{source}: unknown section {name!r}{nearest(str(name), list(SECTIONS))} "
                 f"Sections: {', '.join(SECTIONS)}."
             )
         if not isinstance(part, dict):
@@ -287,7 +286,7 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
         values = {}
         for key, value in part.items():
             if key not in known:
-                raise ValueError(f"{source}: unknown key {name}.{key}{_nearest(str(key), list(known))}")
+                raise ValueError(f"{source}: unknown key {name}.{key}{nearest(str(key), list(known))}")
             values[key] = _convert(value, kinds[key], f"{source}: {name}.{key}", known[key].metadata["choices"])
         sections[name] = SECTIONS[name](**values)
     return RunConfig(**sections)
@@ -322,7 +321,7 @@ def load_yaml(name_or_path: str) -> dict[str, Any]:
         names = recipe_names()
         if name_or_path not in names:
             raise ValueError(
-                f"--config {name_or_path}: no such recipe{_nearest(name_or_path, names)} "
+                f"--config {name_or_path}: no such recipe{nearest(name_or_path, names)} "
                 f"Recipes: {', '.join(names)}; or give the path of a YAML file."
             )
         text = (importlib.resources.files("genlip_megatron") / "recipes" / f"{name_or_path}.yaml").read_text()
@@ -335,73 +334,6 @@ def load_yaml(name_or_path: str) -> dict[str, Any]:
     return tree
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and name the nearest known flag for an unknown one."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        # The usage of some eighty flags would push the one line that matters off the screen, once per rank.
-        self.exit(2, f"{self.prog}: error: {message.rstrip('.')} (see --help)\n")
-
-    def parse_strict(self, argv: Sequence[str]) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            word = unknown[0].split("=")[0]
-            kind = "flag" if word.startswith("-") else "argument"
-            self.error(f"unknown {kind} {word}{_nearest(word, flags)}")
-        return known
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of ``pretrain_genlip.py``: one flag per configuration field, grouped by section."""
-    parser = _Parser(
-        prog="pretrain_genlip.py",
-        usage="%(prog)s [--config NAME|FILE] [--FLAG VALUE ...]",
-        allow_abbrev=False,
-        description="Train GenLIP. Start it with torchrun; every flag overrides the same key of the recipe.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=118),
-    )
-    parser.add_argument(
-        "--config", default="", metavar="NAME|FILE", help=f"one of {', '.join(recipe_names())}, or a YAML file"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    for section, cls in SECTIONS.items():
-        _, _, summary = (cls.__doc__ or "").strip().partition(". ")
-        group = parser.add_argument_group(section, summary or None)
-        kinds = typing.get_type_hints(cls)
-        for f in fields(cls):
-            names = [f"--{f.name.replace('_', '-')}", *(f"--{alias}" for alias in f.metadata["aliases"])]
-            default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            if isinstance(default, bool):
-                default = "on" if default else "off"
-            text = f"{f.metadata['help']} (default: {default if default != '' else 'none'})".replace("%", "%%")
-            common: dict[str, Any] = {"dest": f"{section}.{f.name}", "default": argparse.SUPPRESS, "help": text}
-            if kinds[f.name] is bool:
-                group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
-            else:
-                is_list = typing.get_origin(kinds[f.name]) is tuple
-                metavar = "|".join(f.metadata["choices"]) or ("LIST" if is_list else kinds[f.name].__name__.upper())
-                group.add_argument(*names, metavar=metavar, **common)
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
-    """(configuration, print_config) from a command line. User errors end the process with status 2 and one line."""
-    import sys
-
-    parser = typing.cast(_Parser, build_parser())
-    options = vars(parser.parse_strict(sys.argv[1:] if argv is None else argv))
-    name, print_config = options.pop("config"), options.pop("print_config")
-    try:
-        tree = load_yaml(name) if name else {}
-        config = from_dict(tree, f"--config {name}" if name else "defaults")
-        config = override(config, options)
-        check(config)
-    except ValueError as error:
-        parser.error(str(error))
-    return config, print_config
-
-
 def override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """``config`` with ``{"section.key": value}`` replaced; values are converted and checked like YAML's."""
     tree = config.to_dict()
@@ -409,78 +341,6 @@ def override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
         section, key = dotted.split(".")
         tree[section][key] = value
     return from_dict(tree, "flags")
-
-
-def _positive(config: RunConfig) -> None:
-    for section, names in {
-        "model": (
-            "num_layers",
-            "hidden_size",
-            "num_attention_heads",
-            "ffn_hidden_size",
-            "text_hidden_size",
-            "vocab_size",
-        ),
-        "data": ("image_size", "seq_length", "pack_buffer", "shuffle_window", "chunk_size", "prefetch"),
-        "parallel": tuple(f.name for f in fields(ParallelConfig) if f.name.endswith("_parallel_size")),
-        "train": ("micro_batch_size", "global_batch_size", "train_iters"),
-        "checkpoint": ("save_interval",),
-        "log": ("log_interval", "eval_iters"),
-    }.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            if value < 1:
-                raise ValueError(f"{section}.{name} = {value}: must be at least 1")
-
-
-def _ranges(config: RunConfig) -> None:
-    model, data, train, log = config.model, config.data, config.train, config.log
-    share, at_least_0 = "must be in [0, 1)", "must be at least 0"
-    rules = (
-        ("model.drop_path_rate", model.drop_path_rate, 0 <= model.drop_path_rate < 1, share),
-        ("model.layer_scale_init", model.layer_scale_init, model.layer_scale_init >= 0, at_least_0),
-        ("model.init_method_std", model.init_method_std, model.init_method_std >= 0, at_least_0),
-        ("model.rope_theta", model.rope_theta, model.rope_theta > 1, "must be above 1"),
-        ("data.image_size", data.image_size, data.image_size % 16 == 0, "must be a multiple of the patch size 16"),
-        ("data.min_pixels", data.min_pixels, data.min_pixels >= 256, "must be at least 256, one patch"),
-        (
-            "data.max_pixels",
-            data.max_pixels,
-            data.max_pixels >= data.min_pixels,
-            f"must be at least data.min_pixels = {data.min_pixels}",
-        ),
-        ("data.num_workers", data.num_workers, data.num_workers >= 0, at_least_0),
-        ("data.cache_gb", data.cache_gb, data.cache_gb > 0, "must be above 0"),
-        ("data.read_timeout", data.read_timeout, data.read_timeout > 0, "must be above 0"),
-        ("data.read_retries", data.read_retries, data.read_retries >= 0, at_least_0),
-        (
-            "data.max_consecutive_failures",
-            data.max_consecutive_failures,
-            data.max_consecutive_failures >= 0,
-            at_least_0,
-        ),
-        ("train.lr", train.lr, train.lr > 0, "must be above 0"),
-        ("train.min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, f"must be from 0 to train.lr = {train.lr}"),
-        (
-            "train.lr_warmup_iters",
-            train.lr_warmup_iters,
-            0 <= train.lr_warmup_iters < train.train_iters,
-            f"must be from 0 to below train.train_iters = {train.train_iters}",
-        ),
-        ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, at_least_0),
-        ("train.adam_beta1", train.adam_beta1, 0 <= train.adam_beta1 < 1, share),
-        ("train.adam_beta2", train.adam_beta2, 0 <= train.adam_beta2 < 1, share),
-        ("train.adam_eps", train.adam_eps, train.adam_eps > 0, "must be above 0"),
-        ("train.clip_grad", train.clip_grad, train.clip_grad >= 0, at_least_0),
-        ("train.seed", train.seed, train.seed >= 0, at_least_0),
-        ("train.exit_interval", train.exit_interval, train.exit_interval >= 0, at_least_0),
-        ("log.eval_interval", log.eval_interval, log.eval_interval >= 0, at_least_0),
-        ("log.timing_log_level", log.timing_log_level, log.timing_log_level in (0, 1, 2), "must be 0, 1 or 2"),
-        ("log.caption_samples", log.caption_samples, log.caption_samples >= 0, at_least_0),
-    )
-    for name, value, holds, allowed in rules:
-        if not holds:
-            raise ValueError(f"{name} = {value}: {allowed}")
 
 
 def source_weights(data: DataConfig) -> list[tuple[int, tuple[float, ...]]]:
@@ -523,123 +383,3 @@ def _numbers(setting: str, text: str, count: int) -> tuple[float, ...]:
             "colons (in YAML within quotes: '7:3'), none negative and not all 0"
         )
     return numbers
-
-
-def _divides(what: str, value: int, setting: str, divisor: int) -> None:
-    if value % divisor:
-        allowed = [str(d) for d in range(1, min(value, 64) + 1) if value % d == 0]
-        raise ValueError(f"{what} = {value} is not a multiple of {setting} = {divisor}; allowed: {', '.join(allowed)}")
-
-
-def check(config: RunConfig, world_size: int | None = None) -> None:
-    """Raise ValueError for settings that contradict each other; with ``world_size``, also for layouts that do not fit.
-
-    Checked before any file is opened or process group made, so that a mistake costs nothing.
-    """
-    _positive(config)
-    _ranges(config)
-    model, data = config.model, config.data
-    _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)
-    if model.head_dim % 2:
-        raise ValueError(
-            f"model.hidden_size / model.num_attention_heads = {model.head_dim}: must be even, for rotary positions"
-        )
-    if len(model.rope_sections) != 3:
-        raise ValueError(f"model.rope_sections = {model.rope_sections}: expected three numbers (T, H, W)")
-    _check_layout(config)
-    if data.train_weights and data.train_epochs:
-        raise ValueError("data.train_weights and data.train_epochs: give one of them")
-    source_weights(data)
-    source_epochs(data)
-    if config.log.eval_only and not config.checkpoint.load:
-        raise ValueError("log.eval_only needs checkpoint.load: name the checkpoint folder with --load")
-    if world_size is not None:
-        _check_world_size(config, world_size)
-
-
-def _check_layout(config: RunConfig) -> None:
-    model, parallel, train = config.model, config.parallel, config.train
-    tp, pp, cp = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    _divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
-    _divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
-    heads = model.num_attention_heads // tp
-    if cp > 1 and parallel.cp_comm_type == "a2a" and heads % cp:
-        allowed = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
-        raise ValueError(
-            f"context_parallel_size = {cp}: a2a exchanges the {heads} heads of a rank (num_attention_heads / "
-            f"tensor_model_parallel_size = {model.num_attention_heads} / {tp}) for sequence; allowed: {allowed}; or "
-            "--cp-comm-type all_gather, which takes any number"
-        )
-    shares = {"context_parallel_size": cp}
-    if parallel.sequence_parallel:
-        shares = {"tensor_model_parallel_size": tp, **shares}
-    parts = math.prod(shares.values())
-    tokens = config.data.seq_length * train.micro_batch_size
-    if tokens % parts:
-        raise ValueError(
-            f"data.seq_length * micro_batch_size = {tokens} is not a multiple of {' * '.join(shares)} = {parts}; "
-            f"nearest allowed: {max(round(tokens / parts), 1) * parts}"
-        )
-    if vpp > 1 and pp == 1:
-        raise ValueError(
-            f"virtual_pipeline_model_parallel_size = {vpp} needs pipeline_model_parallel_size > 1, here is 1; "
-            "allowed: --vpp 1, or --pp 2 and more"
-        )
-    _check_recomputation(config)
-
-
-_RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
-_OFFLOAD_MODULES = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm")
-
-
-def _check_recomputation(config: RunConfig) -> None:
-    parallel = config.parallel
-    for name, allowed in (("recompute_modules", _RECOMPUTE_MODULES), ("offload_modules", _OFFLOAD_MODULES)):
-        for module in getattr(parallel, name):
-            if module not in allowed:
-                raise ValueError(
-                    f"parallel.{name}: unknown module {module!r}{_nearest(module, allowed)} Allowed: "
-                    f"{', '.join(allowed)}."
-                )
-    if parallel.recompute == "selective" and not parallel.recompute_modules:
-        raise ValueError("parallel.recompute = selective: parallel.recompute_modules names no module")
-    needs_te = config.train.transformer_impl != "transformer_engine"
-    if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules and needs_te:
-        raise ValueError("parallel.recompute_modules: layernorm needs --transformer-impl transformer_engine")
-    if not 0 <= parallel.recompute_num_layers <= config.model.num_layers:
-        raise ValueError(
-            f"parallel.recompute_num_layers = {parallel.recompute_num_layers}: must be from 0 (all) to "
-            f"model.num_layers = {config.model.num_layers}"
-        )
-    if "attn_proj" in parallel.offload_modules and "core_attn" not in parallel.offload_modules:
-        raise ValueError("parallel.offload_modules: attn_proj needs core_attn as well, whose output is its input")
-
-
-def _check_world_size(config: RunConfig, world_size: int) -> None:
-    parallel, train = config.parallel, config.train
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    if world_size % ranks:
-        raise ValueError(
-            f"world size {world_size} is not a multiple of tp * pp * cp = {ranks}; "
-            f"start {ranks} processes or a multiple (torchrun --nproc-per-node), or change the layout"
-        )
-    share = train.micro_batch_size * (world_size // ranks)
-    if train.global_batch_size % share:
-        raise ValueError(
-            f"train.global_batch_size = {train.global_batch_size} packs is not a multiple of micro_batch_size * "
-            f"data parallel size = {train.micro_batch_size} * {world_size // ranks}; "
-            f"nearest allowed: {max(share, round(train.global_batch_size / share) * share)}"
-        )
-    pp, micro_batches = parallel.pipeline_model_parallel_size, train.global_batch_size // share
-    if parallel.virtual_pipeline_model_parallel_size > 1 and micro_batches % pp:
-        nearest = max(round(micro_batches / pp), 1) * pp * share
-        raise ValueError(
-            f"train.global_batch_size = {train.global_batch_size} packs are {micro_batches} micro-batches a pipeline; "
-            f"with interleaving they must be a multiple of pipeline_model_parallel_size = {pp}; "
-            f"nearest allowed: global_batch_size {nearest}"
-        )

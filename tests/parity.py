@@ -1,7 +1,8 @@
 """Is a run the same on another layout? Runs that note all there is to compare, and the comparison.
 
-What must hold: initial weights bit for bit; every gradient tensor of the first step and the loss of every step; the order of the samples; after the last step every replicated parameter bit for bit among its replicas,
-and all weights against the run on one process.
+What must hold: initial weights bit for bit; every gradient tensor of the first step and the loss of every step; the
+order of the samples; after the last step every replicated parameter bit for bit among its replicas, and all weights
+against the run on one process.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genlip_megatron.config import RunConfig, check, from_dict, load_yaml, override, parse_args, recipe_names
+from genlip_megatron.arguments import parse_args
+from genlip_megatron.checks import check
+from genlip_megatron.config import RunConfig, from_dict, load_yaml, override, recipe_names
 
 ENTRY = str(Path(__file__).parent.parent / "pretrain_genlip.py")
 
@@ -92,11 +94,6 @@ def test_aliases_are_the_canonical_flags() -> None:
     assert parse_args(short) == parse_args(long)
 
 
-@pytest.mark.parametrize("flag", ["--cp", "--vpp"])
-def test_parallelism_that_is_not_there_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "not implemented yet; allowed: 1" in error_of("--pp", "2", flag, "2", capsys=capsys)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -117,6 +114,31 @@ def test_parallelism_that_is_not_there_is_refused(flag: str, capsys: pytest.Capt
         (["--tp", "16", "--ffn-hidden-size", "3080"], "model.ffn_hidden_size = 3080 is not a multiple of"),
         (["--pp", "28"], "pipeline_model_parallel_size = 28: more stages than model.num_layers = 27"),
         (["--tp", "2", "--seq-length", "1001"], "data.seq_length * micro_batch_size = 1001 is not a multiple of"),
+        (
+            ["--tp", "2", "--seq-length", "1001"],
+            "tensor_model_parallel_size * context_parallel_size = 2; nearest allowed",
+        ),
+        (["--cp", "3"], "context_parallel_size = 3: a2a exchanges the 16 heads of a rank"),
+        (["--tp", "8", "--cp", "4"], "(num_attention_heads / tensor_model_parallel_size = 16 / 8)"),
+        (["--tp", "8", "--cp", "4"], "allowed: 1, 2; or --cp-comm-type all_gather, which takes any number"),
+        (["--cp", "32", "--cp-comm-type", "ring"], "parallel.cp_comm_type = 'ring': expected one of a2a, all_gather"),
+        (["--vpp", "2"], "virtual_pipeline_model_parallel_size = 2 needs pipeline_model_parallel_size > 1, here is 1"),
+        (
+            ["--pp", "14", "--vpp", "2"],
+            "= 14 * 2: more chunks than model.num_layers = 27; with --vpp 2 allowed: --pp 1 to 13",
+        ),
+        (["--pp", "3", "--num-layers-in-first-pipeline-stage", "26"], "leave 1 of 27 layers for the other 2 stages"),
+        (["--num-layers-in-last-pipeline-stage", "2"], "need pipeline_model_parallel_size > 1 (it is 1)"),
+        (["--pp", "2", "--num-layers-in-last-pipeline-stage", "-1"], "they are numbers of layers, 0 for computed"),
+        (["--recompute-modules", "core_atn"], "unknown module 'core_atn'. Did you mean 'core_attn'?"),
+        (
+            ["--recompute", "selective", "--recompute-modules", "layernorm"],
+            "needs --transformer-impl transformer_engine",
+        ),
+        (["--recompute", "selective", "--recompute-modules", ""], "parallel.recompute_modules names no module"),
+        (["--recompute-num-layers", "28"], "recompute_num_layers = 28: must be from 0 (all) to model.num_layers = 27"),
+        (["--offload-modules", "attn_proj"], "attn_proj needs core_attn as well"),
+        (["--attention-backend", "flash"], "expected one of auto, dense, grouped, varlen, flex, te"),
         (["--eval-only"], "log.eval_only needs checkpoint.load: name the checkpoint folder with --load"),
     ],
 )
@@ -155,10 +177,22 @@ def test_layouts_are_held_against_the_number_of_processes() -> None:
     )
     check(so16, world_size=8)
     check(so16, world_size=64)
-    with pytest.raises(ValueError, match=r"world size 12 is not a multiple of tp \* pp \* cp = 8; start 8 processes"):
+    with pytest.raises(ValueError, match=r"12 is not a multiple of tp \* pp \* cp = 8; start 8 or 16 processes"):
         check(so16, world_size=12)
     with pytest.raises(ValueError, match=r"global_batch_size = 512 packs is not a multiple of .* = 4 \* 3"):
         check(so16, world_size=24)
+
+
+def test_interleaving_needs_as_many_micro_batches_as_stages() -> None:
+    so16 = override(
+        recipe("so16_stage1"),
+        {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 4},
+    )
+    interleaved = override(so16, {"parallel.virtual_pipeline_model_parallel_size": 3, "train.global_batch_size": 12})
+    check(interleaved, world_size=8)
+    message = r"12 packs are 6 micro-batches a pipeline; .* multiple of .* = 4; nearest allowed: global_batch_size 16"
+    with pytest.raises(ValueError, match=message):
+        check(interleaved, world_size=16)
 
 
 def test_print_config_gives_the_configuration_back() -> None:

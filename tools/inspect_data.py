@@ -26,7 +26,8 @@ from typing import NoReturn
 import numpy as np
 
 from genlip_megatron.batch import PATCH_SIZE
-from genlip_megatron.config import CheckpointConfig, DataConfig, RunConfig, check, from_dict, load_yaml, override
+from genlip_megatron.checks import check
+from genlip_megatron.config import CheckpointConfig, DataConfig, RunConfig, from_dict, load_yaml, override
 from genlip_megatron.data import storage
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.evaluate.page import Origin, Pack, build_page, escape, heading, refused_card, sample_card

@@ -47,6 +47,23 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 BFLOAT16_LAYOUTS = ("DP2", "TP2", "PP2", "CP2", "PP2xVPP2", "TP2xCP2", "TP2xPP2xCP2")
 
 
+_INTRODUCTION = """# Parity of the parallel layouts
+
+Written by `python tools/parity_matrix.py` (`make parity`). A small model (4 layers, 4 heads, text width unlike hidden
+width, vocabulary 511) trains {steps} steps of 4 packs on rendered scenes, through the whole training path with real
+processes on gloo. Each layout is compared with one process. Worst of all its cases:
+
+* loss: relative difference of any step's loss;
+* gradient: of any parameter tensor at step 1, norm of the difference relative to the tensor's norm;
+* weights: of any tensor after {steps} steps, norm of the difference relative to how far it moved.
+
+Checked beside: initial weights equal bit for bit after gathering; the same samples in the same order; after the last
+step every parameter replicated over tensor, context or data parallel ranks bit-equal among its replicas.
+
+Allowed in float32: {float32}. In bfloat16: {bfloat16}; the weights themselves are rounded there. {versions}.
+"""
+
+
 def make_data(folder: Path) -> None:
     """A small rendered data set with its tokenizer and index."""
 
@@ -97,16 +114,18 @@ class Matrix:
         """(legs, worst relative error of the loss) of a run in which each step is another layout's, which continues
         from the checkpoint of the one before."""
         from tests.distributed import run_distributed
-        from tests.parity import STEPS, parity_config, parity_run
+        from tests.parity import parity_config, parity_run
         from tests.runs import layout
 
-        legs = [*(names[i % len(names)] for i in range(STEPS - 1)), "1"]
+        legs = [*sorted(names, key=lambda name: layout(name)[0]), "1"]
+        length: dict[str, Any] = {"train__train_iters": len(legs)}
         losses: list[float] = []
         for step, name in enumerate(legs, start=1):
             world_size, sizes = layout(name)
-            config = parity_config(self.data, **sizes, checkpoint__save=str(folder), checkpoint__load=str(folder))
+            places: dict[str, Any] = {"checkpoint__save": str(folder), "checkpoint__load": str(folder)}
+            config = parity_config(self.data, **length, **sizes, **places)
             losses += run_distributed(world_size, parity_run, config, step)[0]["losses"]
-        expected = self.reference({})["losses"]
+        expected = run_distributed(1, parity_run, parity_config(self.data, **length), len(legs))[0]["losses"]
         error = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, expected, strict=True))
         if not error <= 1e-6:
             self.failures.append(f"relay over {legs}: loss differs by {error:.1e}")
@@ -147,23 +166,12 @@ def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
         else:
             rows["variant"].append([name, words, processes, *cells])
     lines = [
-        "# Parity of the parallel layouts",
-        "",
-        "Written by `python tools/parity_matrix.py` (`make parity`). A small model (4 layers, 4 heads, text width unlike",
-        f"hidden width, vocabulary 511) trains {STEPS} steps of 4 packs on rendered scenes, through the whole training",
-        "path with real processes on gloo. Each layout is compared with one process. Worst of all its cases:",
-        "",
-        "* loss: relative difference of any step's loss;",
-        "* gradient: of any parameter tensor at step 1, norm of the difference relative to the tensor's norm;",
-        f"* weights: of any tensor after {STEPS} steps, norm of the difference relative to how far it moved.",
-        "",
-        "Checked beside: initial weights equal bit for bit after gathering; the same samples in the same order; after",
-        "the last step every parameter replicated over tensor, context or data parallel ranks bit-equal among replicas.",
-        "",
-        f"Allowed in float32: loss {FLOAT32.loss:.0e}, gradient {FLOAT32.gradient:.0e}, weights {FLOAT32.weight:.0e}; in",
-        f"bfloat16: {BFLOAT16.loss:.0e}, {BFLOAT16.gradient:.0e}, {BFLOAT16.weight} (the weights themselves are rounded).",
-        f"torch {torch.__version__}, {platform.machine()} CPU.",
-        "",
+        _INTRODUCTION.format(
+            steps=STEPS,
+            float32=f"loss {FLOAT32.loss:.0e}, gradient {FLOAT32.gradient:.0e}, weights {FLOAT32.weight:.0e}",
+            bfloat16=f"{BFLOAT16.loss:.0e}, {BFLOAT16.gradient:.0e}, {BFLOAT16.weight}",
+            versions=f"torch {torch.__version__}, {platform.machine()} CPU",
+        ),
         "## Layouts: stage 1 and stage 2 data, with and without DropPath",
         "",
         table(["layout", "processes", *kinds], rows[""]),

@@ -43,20 +43,10 @@ def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
 
     The smallest possible largest chunk, and then stages as equal as can be, unless the numbers of the first and last
     stage are set. Any number of layers works, so ``--pp 4`` splits the 27 layers of so16.
-
-    Raises:
-        ValueError: more chunks than layers, or set numbers that leave a stage without a layer.
     """
     stages = parallel.pipeline_model_parallel_size
     chunks = stages * parallel.virtual_pipeline_model_parallel_size
-    if chunks > model.num_layers:
-        vpp = parallel.virtual_pipeline_model_parallel_size
-        what = f"pipeline_model_parallel_size = {stages}: more stages"
-        if vpp > 1:
-            what = f"pipeline_model_parallel_size * virtual_pipeline_model_parallel_size = {chunks}: more chunks"
-        raise ValueError(
-            f"{what} than model.num_layers = {model.num_layers}; allowed: 1 to {model.num_layers // vpp} stages"
-        )
+    assert chunks <= model.num_layers, "checks.check refuses it"
     if parallel.num_layers_in_first_pipeline_stage or parallel.num_layers_in_last_pipeline_stage:
         return _split_as_set(model, parallel)
     edges = chunk_costs(model, [0] * chunks)
@@ -75,22 +65,12 @@ def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
 
 def _split_as_set(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
     """The split with the numbers of layers that the user set for the first and the last stage."""
+    stages = parallel.pipeline_model_parallel_size
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
-    stages, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    if stages == 1 or vpp > 1:
-        raise ValueError(
-            f"num_layers_in_first_pipeline_stage = {first}, num_layers_in_last_pipeline_stage = {last}: they need "
-            f"pipeline_model_parallel_size > 1 (it is {stages}) and no interleaving (vpp is {vpp})"
-        )
     fixed = {0: first} if first else {}
     fixed |= {stages - 1: last} if last else {}
     free = stages - len(fixed)
     rest = model.num_layers - sum(fixed.values())
-    if rest < free or (not free and rest):
-        raise ValueError(
-            f"num_layers_in_first_pipeline_stage = {first}, num_layers_in_last_pipeline_stage = {last}: leave {rest} "
-            f"of {model.num_layers} layers for the other {free} stages; allowed: at least one each, and none over"
-        )
     base, extra = divmod(rest, free) if free else (0, 0)
     others = iter([base + (1 if i < extra else 0) for i in range(free)])
     return [fixed[i] if i in fixed else next(others) for i in range(stages)]

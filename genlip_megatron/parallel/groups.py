@@ -11,7 +11,8 @@ import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from genlip_megatron.config import RunConfig, check
+from genlip_megatron.checks import check
+from genlip_megatron.config import RunConfig
 
 
 def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:

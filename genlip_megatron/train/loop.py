@@ -158,7 +158,7 @@ def load(run: Run) -> None:
 
 
 def gather_weights(run: Run) -> None:
-    """Make every rank's weights whole now: with ``overlap_param_gather`` they otherwise are at the next forward pass."""
+    """Make every rank's weights whole; with ``overlap_param_gather`` the next forward pass would."""
     if run.config.parallel.overlap_param_gather:
         for chunk in run.model:
             chunk.start_param_sync(force_sync=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import importlib.metadata
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.model.attention import PrefixLMAttention, choose_backend, plan_attention
+from genlip_megatron.model.attention import BACKENDS, choose_backend, plan_attention
+from genlip_megatron.model.attention.backend import Place
+from genlip_megatron.model.attention.grouped import Grouped
+from genlip_megatron.model.attention.two_calls import TwoCalls, reference_kernel
 
 Samples = list[tuple[int, int]]
 CPU = torch.device("cpu")
@@ -22,7 +25,8 @@ def pack(samples: Samples, padding: int) -> PackedBatch:
     total = sum(map(sum, samples)) + padding
     sample_ids = torch.full((total,), -1)
     is_image = torch.zeros(total, dtype=torch.bool)
-    starts, slot = [], 0
+    starts: list[int] = []
+    slot = 0
     for i, (image, text) in enumerate(samples):
         starts.append(slot)
         sample_ids[slot : slot + image + text] = i
@@ -44,58 +48,127 @@ def pack(samples: Samples, padding: int) -> PackedBatch:
     )
 
 
-def attend(batch: PackedBatch, backend: str, head_dim: int = 16, heads: int = 2) -> tuple[torch.Tensor, ...]:
-    """Output and the gradients of query, key and value."""
+class Reference(TwoCalls):
+    """The two calls of the GPU backends, by their kernels' plain twin."""
+
+    kernel = staticmethod(reference_kernel)
+
+    @staticmethod
+    def why_not(place: Place) -> str | None:
+        return None
+
+
+@pytest.fixture(autouse=True)
+def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "two calls", Reference)
+
+
+class Cut:
+    """Stands for a context-parallel group of ``ranks``; a rank's share of the sequence is attended by itself."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self._rank, self._ranks = rank, ranks
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._ranks
+
+
+def attend(batch: PackedBatch, backend: str, head_dim: int = 16, heads: int = 2, ranks: int = 1) -> list[torch.Tensor]:
+    """Output and the gradients of query, key and value; with ``ranks``, each part's queries attend by themselves."""
     model = ModelConfig(hidden_size=heads * head_dim, num_attention_heads=heads, rope_sections=(2, 2, 2))
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(batch.num_tokens, 1, heads, head_dim, generator=generator) for _ in range(4)]
+    inputs = [torch.randn(batch.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in inputs[:3])
-    attention = PrefixLMAttention(None, 1, None, "self", softmax_scale=head_dim**-0.5)
-    out = attention(q, k, v, None, packed_seq_params=plan_attention(batch, model, torch.float32, backend, CPU))
-    out.backward(inputs[3].flatten(2))
-    return out, q.grad, k.grad, v.grad
+    plans = [
+        plan_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True)
+        for rank in range(ranks)
+    ]
+    parts = [plan.backend(part, k, v, head_dim**-0.5) for plan, part in zip(plans, q.chunk(ranks), strict=True)]
+    out = torch.cat(parts)
+    out.backward(inputs[3])
+    assert q.grad is not None and k.grad is not None and v.grad is not None
+    return [out, q.grad, k.grad, v.grad]
 
 
-def assert_same(samples: Samples, padding: int, head_dim: int = 16) -> None:
+EXACT = ["grouped", "two calls"]
+
+
+def assert_same(samples: Samples, padding: int, head_dim: int = 16, backend: str = "grouped", ranks: int = 1) -> None:
     batch = pack(samples, padding)
-    for ours, oracle in zip(attend(batch, "grouped", head_dim), attend(batch, "dense", head_dim), strict=True):
+    oracle = attend(batch, "dense", head_dim)
+    for ours, theirs in zip(attend(batch, backend, head_dim, ranks=ranks), oracle, strict=True):
         # Softmax over up to 300 keys in float32: rounding reaches 3e-6 on values up to 5.
-        torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
+PACKS: dict[str, Samples] = {
+    "one": [(196, 40)],
+    "image-only": [(4, 0)],
+    "text-only": [(0, 7), (0, 1), (3, 2)],
+    "one-patch": [(1, 1), (1, 0), (1, 30)],
+    "hundreds": [(2, 3)] * 300,
+    "mixed": [(64, 10), (1, 4), (30, 25), (30, 25), (31, 25), (100, 3)],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
-def test_head_sizes(head_dim: int) -> None:
-    assert_same([(9, 5), (16, 3)], 2, head_dim)
+def test_head_sizes(head_dim: int, backend: str) -> None:
+    assert_same([(9, 5), (16, 3)], 2, head_dim, backend)
 
 
-@pytest.mark.parametrize(
-    "samples",
-    [
-        [(196, 40)],
-        [(4, 0)],
-        [(0, 7), (0, 1), (3, 2)],
-        [(1, 1), (1, 0), (1, 30)],
-        [(2, 3)] * 120,
-        [(64, 10), (1, 4), (30, 25), (30, 25), (31, 25), (100, 3)],
-    ],
-    ids=["one", "image-only", "text-only", "one-patch", "hundred", "mixed"],
-)
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("samples", PACKS.values(), ids=PACKS)
 @pytest.mark.parametrize("padding", [0, 5])
-def test_packs(samples: Samples, padding: int) -> None:
-    assert_same(samples, padding)
+def test_packs(samples: Samples, padding: int, backend: str) -> None:
+    if samples or padding:
+        assert_same(samples, padding, backend=backend)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("backend", [*EXACT, "dense"])
+@pytest.mark.parametrize("ranks", [2, 4, 7])
+@pytest.mark.parametrize("samples", PACKS.values(), ids=PACKS)
+def test_a_sequence_cut_anywhere(samples: Samples, ranks: int, backend: str) -> None:
+    """Each rank has queries for its slots only: all image, all text, all padding, samples cut in two or more."""
+    used = sum(map(sum, samples))
+    assert_same(samples, -used % ranks + ranks * 8, backend=backend, ranks=ranks)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12)).filter(any), min_size=1, max_size=12),
     st.integers(0, 9),
+    st.sampled_from(EXACT),
+    st.integers(1, 5),
 )
-def test_any_pack(samples: Samples, padding: int) -> None:
-    assert_same(samples, padding)
+def test_any_pack(samples: Samples, padding: int, backend: str, ranks: int) -> None:
+    total = sum(map(sum, samples)) + padding
+    assert_same(samples, padding + -total % ranks, backend=backend, ranks=ranks)
 
 
-def test_padding_gives_zeros_and_takes_no_gradient() -> None:
-    out, *grads = attend(pack([(3, 2)], 4), "grouped")
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_flex_follows_the_rule(ranks: int) -> None:
+    """Its forward pass alone: it has no backward pass on a CPU."""
+    batch = pack(PACKS["mixed"], 4 + -sum(map(sum, PACKS["mixed"])) % 4)
+    model = ModelConfig(hidden_size=32, num_attention_heads=2, rope_sections=(2, 2, 2))
+    q, k, v = (torch.randn(batch.num_tokens, 2, 16) for _ in range(3))
+    for rank in range(ranks):
+        ours, oracle = (
+            plan_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True).backend
+            for backend in ("flex", "dense")
+        )
+        part = q.chunk(ranks)[rank]
+        with torch.no_grad():
+            torch.testing.assert_close(ours(part, k, v, 0.25), oracle(part, k, v, 0.25), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "dense"])
+def test_padding_gives_zeros_and_takes_no_gradient(backend: str) -> None:
+    out, *grads = attend(pack([(3, 2)], 4), backend)
     assert not out[5:].any()
     assert not any(grad[5:].any() for grad in grads)
 
@@ -104,34 +177,74 @@ def test_cost_grows_with_the_samples_not_with_the_pack() -> None:
     """Ten times the samples means ten times the query-key pairs, where a dense pack would mean a hundred times."""
 
     def pairs(count: int) -> int:
-        plan = plan_attention(pack([(20, 10)] * count, 0), ModelConfig(), torch.float32, "grouped")
-        return sum(group.size * group.length**2 for group in plan.groups)
+        backend = plan_attention(pack([(20, 10)] * count, 0), ModelConfig(), torch.float32, "grouped", CPU).backend
+        assert isinstance(backend, Grouped)
+        return sum(size * queries * keys for size, queries, keys in backend.shapes)
 
     assert pairs(100) == 10 * pairs(10)
 
 
-def test_forced_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="'fast': allowed are dense, grouped, varlen"):
-        plan_attention(pack([(1, 1)], 0), ModelConfig(), torch.float32, "fast")
+HALF, FLOAT = torch.bfloat16, torch.float32
 
 
-def test_backend_choice() -> None:
-    assert choose_backend(torch.device("cpu"), torch.float32) == "grouped"
-    assert choose_backend(torch.device("cuda"), torch.float32) == "grouped"
-    assert choose_backend(torch.device("cuda"), torch.bfloat16) == "varlen"
+def test_choice_on_a_cpu_says_why() -> None:
+    name, reason = choose_backend("auto", Place(CPU, FLOAT, 72))
+    assert name == "grouped"
+    assert "varlen needs a CUDA device, here is cpu" in reason
+    assert "te Transformer Engine is not installed" in reason
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention needs a CUDA device")
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("varlen", "train.attention_backend = varlen: needs a CUDA device, here is cpu; those that run here: dense, "),
+        ("flex", "it has no backward pass on a CPU"),
+        ("te", "Transformer Engine is not installed"),
+        ("fast", "'fast': allowed are auto, dense, grouped, varlen, flex, te"),
+    ],
+)
+def test_a_forced_backend_that_cannot_run_is_refused(wanted: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        choose_backend(wanted, Place(CPU, HALF, 72))
+    assert message in str(error.value)
+
+
+def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert choose_backend("auto", Place(gpu, HALF, 72))[0] == "varlen"
+    assert choose_backend("auto", Place(gpu, FLOAT, 72))[0] == "grouped"
+    assert choose_backend("auto", Place(gpu, HALF, 36))[0] == "grouped"
+    assert choose_backend("flex", Place(gpu, HALF, 72)) == ("flex", "as set")
+    with pytest.raises(ValueError, match="varlen: needs bfloat16 activations"):
+        choose_backend("varlen", Place(gpu, FLOAT, 72))
+    versions = {"transformer_engine": "2.10.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions[name])
+    assert choose_backend("auto", Place(gpu, HALF, 72), transformer_engine=True)[0] == "te"
+    versions["transformer_engine"] = "2.20.0"
+    with pytest.raises(ValueError, match=r"2\.20\.0 is outside the tested range: 2\.9 and below 2\.12"):
+        choose_backend("te", Place(gpu, HALF, 72))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert choose_backend("auto", Place(gpu, HALF, 72))[0] == "grouped"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen and flex attention need a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
+@pytest.mark.parametrize("backend", ["varlen", "flex"])
 @pytest.mark.parametrize("samples", [[(196, 40)] * 3, [(16, 0), (0, 9), (1, 4)]])
-def test_varlen_equals_dense_in_bf16(samples: Samples) -> None:
+def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_dim: int) -> None:
     batch = pack(samples, 3)
-    model = ModelConfig(hidden_size=128, num_attention_heads=2, rope_sections=(8, 12, 12))
-    attention = PrefixLMAttention(None, 1, None, "self", softmax_scale=0.125)
-    tensors = [torch.randn(batch.num_tokens, 1, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    batch = replace(batch.to("cuda"), keys=())
-    ours, oracle = (
-        attention(*tensors, None, packed_seq_params=plan_attention(batch, model, torch.bfloat16, backend))
-        for backend in ("varlen", "dense")
-    )
-    # bfloat16 carries 8 bits: 1/128 of values up to 2.
-    torch.testing.assert_close(ours, oracle, atol=2e-2, rtol=2e-2)
+    model = ModelConfig(hidden_size=2 * head_dim, num_attention_heads=2, rope_sections=(8, 12, 12))
+    shape = (batch.num_tokens, 2, head_dim)
+    results = []
+    for name in (backend, "dense"):
+        generator = torch.Generator("cuda").manual_seed(0)
+        tensors = [torch.randn(shape, device="cuda", dtype=HALF, generator=generator) for _ in range(4)]
+        q, k, v = (x.requires_grad_() for x in tensors[:3])
+        plan = plan_attention(batch, model, HALF, name, torch.device("cuda"))
+        out = plan.backend(q, k, v, head_dim**-0.5)
+        out.backward(tensors[3])
+        results.append((out, q.grad, k.grad, v.grad))
+    for ours, oracle in zip(*results, strict=True):
+        # bfloat16 carries 8 bits: 1/128 of values up to 4.
+        torch.testing.assert_close(ours, oracle, atol=4e-2, rtol=4e-2)

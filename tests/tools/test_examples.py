@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.config import check, parse_args
+from genlip_megatron.arguments import parse_args
+from genlip_megatron.checks import check
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.iterdir())

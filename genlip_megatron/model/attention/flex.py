@@ -15,8 +15,8 @@ from genlip_megatron.model.rope import apply_rotary
 
 
 @functools.cache
-def _compiled() -> Callable:
-    return torch.compile(flex_attention, dynamic=False)
+def _kernel(compiled: bool) -> Callable:
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention  # type: ignore[return-value]
 
 
 class Flex(Backend):
@@ -47,7 +47,6 @@ class Flex(Backend):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
         k = apply_rotary(k, self._cos, self._sin)
-        attend: Callable = _compiled() if q.is_cuda else flex_attention
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, ., D]
-        out = attend(query, key, value, block_mask=self._mask, scale=scale)
+        out = _kernel(q.is_cuda)(query, key, value, block_mask=self._mask, scale=scale)
         return out[0].transpose(0, 1).index_fill(0, self._padding, 0.0)

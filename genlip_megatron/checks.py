@@ -1,0 +1,224 @@
+"""Settings that contradict each other, a layout that does not fit: found before any file or process group is opened."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+from genlip_megatron.config import ParallelConfig, RunConfig, nearest, source_epochs, source_weights
+
+
+def _positive(config: RunConfig) -> None:
+    for section, names in {
+        "model": (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "ffn_hidden_size",
+            "text_hidden_size",
+            "vocab_size",
+        ),
+        "data": ("image_size", "seq_length", "pack_buffer", "shuffle_window", "chunk_size", "prefetch"),
+        "parallel": tuple(f.name for f in fields(ParallelConfig) if f.name.endswith("_parallel_size")),
+        "train": ("micro_batch_size", "global_batch_size", "train_iters"),
+        "checkpoint": ("save_interval",),
+        "log": ("log_interval", "eval_iters"),
+    }.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 1:
+                raise ValueError(f"{section}.{name} = {value}: must be at least 1")
+
+
+def _ranges(config: RunConfig) -> None:
+    model, data, train, log = config.model, config.data, config.train, config.log
+    share, at_least_0 = "must be in [0, 1)", "must be at least 0"
+    rules = (
+        ("model.drop_path_rate", model.drop_path_rate, 0 <= model.drop_path_rate < 1, share),
+        ("model.layer_scale_init", model.layer_scale_init, model.layer_scale_init >= 0, at_least_0),
+        ("model.init_method_std", model.init_method_std, model.init_method_std >= 0, at_least_0),
+        ("model.rope_theta", model.rope_theta, model.rope_theta > 1, "must be above 1"),
+        ("data.image_size", data.image_size, data.image_size % 16 == 0, "must be a multiple of the patch size 16"),
+        ("data.min_pixels", data.min_pixels, data.min_pixels >= 256, "must be at least 256, one patch"),
+        (
+            "data.max_pixels",
+            data.max_pixels,
+            data.max_pixels >= data.min_pixels,
+            f"must be at least data.min_pixels = {data.min_pixels}",
+        ),
+        ("data.num_workers", data.num_workers, data.num_workers >= 0, at_least_0),
+        ("data.cache_gb", data.cache_gb, data.cache_gb > 0, "must be above 0"),
+        ("data.read_timeout", data.read_timeout, data.read_timeout > 0, "must be above 0"),
+        ("data.read_retries", data.read_retries, data.read_retries >= 0, at_least_0),
+        (
+            "data.max_consecutive_failures",
+            data.max_consecutive_failures,
+            data.max_consecutive_failures >= 0,
+            at_least_0,
+        ),
+        ("train.lr", train.lr, train.lr > 0, "must be above 0"),
+        ("train.min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, f"must be from 0 to train.lr = {train.lr}"),
+        (
+            "train.lr_warmup_iters",
+            train.lr_warmup_iters,
+            0 <= train.lr_warmup_iters < train.train_iters,
+            f"must be from 0 to below train.train_iters = {train.train_iters}",
+        ),
+        ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, at_least_0),
+        ("train.adam_beta1", train.adam_beta1, 0 <= train.adam_beta1 < 1, share),
+        ("train.adam_beta2", train.adam_beta2, 0 <= train.adam_beta2 < 1, share),
+        ("train.adam_eps", train.adam_eps, train.adam_eps > 0, "must be above 0"),
+        ("train.clip_grad", train.clip_grad, train.clip_grad >= 0, at_least_0),
+        ("train.seed", train.seed, train.seed >= 0, at_least_0),
+        ("train.exit_interval", train.exit_interval, train.exit_interval >= 0, at_least_0),
+        ("log.eval_interval", log.eval_interval, log.eval_interval >= 0, at_least_0),
+        ("log.timing_log_level", log.timing_log_level, log.timing_log_level in (0, 1, 2), "must be 0, 1 or 2"),
+        ("log.caption_samples", log.caption_samples, log.caption_samples >= 0, at_least_0),
+    )
+    for name, value, holds, allowed in rules:
+        if not holds:
+            raise ValueError(f"{name} = {value}: {allowed}")
+
+
+def _divides(what: str, value: int, setting: str, divisor: int) -> None:
+    if value % divisor:
+        allowed = [str(d) for d in range(1, min(value, 64) + 1) if value % d == 0]
+        raise ValueError(f"{what} = {value} is not a multiple of {setting} = {divisor}; allowed: {', '.join(allowed)}")
+
+
+def check(config: RunConfig, world_size: int | None = None) -> None:
+    """Raise ValueError for settings that contradict each other; with ``world_size``, also for layouts that do not fit.
+
+    Checked before any file is opened or process group made, so that a mistake costs nothing.
+    """
+    _positive(config)
+    _ranges(config)
+    model, data = config.model, config.data
+    _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)
+    if model.head_dim % 2:
+        raise ValueError(
+            f"model.hidden_size / model.num_attention_heads = {model.head_dim}: must be even, for rotary positions"
+        )
+    if len(model.rope_sections) != 3:
+        raise ValueError(f"model.rope_sections = {model.rope_sections}: expected three numbers (T, H, W)")
+    _check_layout(config)
+    if data.train_weights and data.train_epochs:
+        raise ValueError("data.train_weights and data.train_epochs: give one of them")
+    source_weights(data)
+    source_epochs(data)
+    if config.log.eval_only and not config.checkpoint.load:
+        raise ValueError("log.eval_only needs checkpoint.load: name the checkpoint folder with --load")
+    if world_size is not None:
+        _check_world_size(config, world_size)
+
+
+def _check_layout(config: RunConfig) -> None:
+    model, parallel, train = config.model, config.parallel, config.train
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    _divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tp)
+    _divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp)
+    heads = model.num_attention_heads // tp
+    if cp > 1 and parallel.cp_comm_type == "a2a" and heads % cp:
+        allowed = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+        raise ValueError(
+            f"context_parallel_size = {cp}: a2a exchanges the {heads} heads of a rank (num_attention_heads / "
+            f"tensor_model_parallel_size = {model.num_attention_heads} / {tp}) for sequence; allowed: {allowed}; or "
+            "--cp-comm-type all_gather, which takes any number"
+        )
+    shares = {"context_parallel_size": cp}
+    if parallel.sequence_parallel:
+        shares = {"tensor_model_parallel_size": tp, **shares}
+    parts = math.prod(shares.values())
+    tokens = config.data.seq_length * train.micro_batch_size
+    if tokens % parts:
+        raise ValueError(
+            f"data.seq_length * micro_batch_size = {tokens} is not a multiple of {' * '.join(shares)} = {parts}; "
+            f"nearest allowed: {max(round(tokens / parts), 1) * parts}"
+        )
+    _check_stages(config)
+    _check_recomputation(config)
+
+
+def _check_stages(config: RunConfig) -> None:
+    layers, parallel = config.model.num_layers, config.parallel
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if vpp > 1 and pp == 1:
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size = {vpp} needs pipeline_model_parallel_size > 1, here is 1; "
+            "allowed: --vpp 1, or --pp 2 and more"
+        )
+    if pp * vpp > layers:
+        what = f"pipeline_model_parallel_size = {pp}: more stages"
+        if vpp > 1:
+            what = f"pipeline_model_parallel_size * virtual_pipeline_model_parallel_size = {pp} * {vpp}: more chunks"
+        raise ValueError(
+            f"{what} than model.num_layers = {layers}; with --vpp {vpp} allowed: --pp 1 to {layers // vpp}"
+        )
+    if not first and not last:
+        return
+    setting = f"num_layers_in_first_pipeline_stage = {first}, num_layers_in_last_pipeline_stage = {last}"
+    if pp == 1 or vpp > 1 or min(first, last) < 0:
+        raise ValueError(
+            f"{setting}: they are numbers of layers, 0 for computed, and need pipeline_model_parallel_size > 1 (it is "
+            f"{pp}) without interleaving (vpp is {vpp})"
+        )
+    others, rest = pp - bool(first) - bool(last), layers - first - last
+    if rest < others or (rest and not others):
+        raise ValueError(
+            f"{setting}: leave {rest} of {layers} layers for the other {others} stages; each needs at least one, and "
+            "none may be left over"
+        )
+
+
+_RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+_OFFLOAD_MODULES = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm")
+
+
+def _check_recomputation(config: RunConfig) -> None:
+    parallel = config.parallel
+    for name, allowed in (("recompute_modules", _RECOMPUTE_MODULES), ("offload_modules", _OFFLOAD_MODULES)):
+        for module in getattr(parallel, name):
+            if module not in allowed:
+                raise ValueError(
+                    f"parallel.{name}: unknown module {module!r}{nearest(module, allowed)} Allowed: "
+                    f"{', '.join(allowed)}."
+                )
+    if parallel.recompute == "selective" and not parallel.recompute_modules:
+        raise ValueError("parallel.recompute = selective: parallel.recompute_modules names no module")
+    needs_te = config.train.transformer_impl != "transformer_engine"
+    if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules and needs_te:
+        raise ValueError("parallel.recompute_modules: layernorm needs --transformer-impl transformer_engine")
+    if not 0 <= parallel.recompute_num_layers <= config.model.num_layers:
+        raise ValueError(
+            f"parallel.recompute_num_layers = {parallel.recompute_num_layers}: must be from 0 (all) to "
+            f"model.num_layers = {config.model.num_layers}"
+        )
+    if "attn_proj" in parallel.offload_modules and "core_attn" not in parallel.offload_modules:
+        raise ValueError("parallel.offload_modules: attn_proj needs core_attn as well, whose output is its input")
+
+
+def _check_world_size(config: RunConfig, world_size: int) -> None:
+    parallel, train = config.parallel, config.train
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    if world_size % ranks:
+        lower, upper = world_size // ranks * ranks, -(-world_size // ranks) * ranks
+        raise ValueError(
+            f"world size {world_size} is not a multiple of tp * pp * cp = {ranks}; start "
+            f"{f'{lower} or ' if lower else ''}{upper} processes (torchrun --nproc-per-node), or change the layout"
+        )
+    share = train.micro_batch_size * (world_size // ranks)
+    if train.global_batch_size % share:
+        raise ValueError(
+            f"train.global_batch_size = {train.global_batch_size} packs is not a multiple of micro_batch_size * "
+            f"data parallel size = {train.micro_batch_size} * {world_size // ranks}; "
+            f"nearest allowed: {max(share, round(train.global_batch_size / share) * share)}"
+        )
+    pp, micro_batches = parallel.pipeline_model_parallel_size, train.global_batch_size // share
+    if parallel.virtual_pipeline_model_parallel_size > 1 and micro_batches % pp:
+        nearest = max(round(micro_batches / pp), 1) * pp * share
+        raise ValueError(
+            f"train.global_batch_size = {train.global_batch_size} packs are {micro_batches} micro-batches a pipeline; "
+            f"with interleaving they must be a multiple of pipeline_model_parallel_size = {pp}; "
+            f"nearest allowed: global_batch_size {nearest}"
+        )
