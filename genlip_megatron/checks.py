@@ -137,6 +137,8 @@ def _check_layout(config: RunConfig) -> None:
         )
     _check_stages(config)
     _check_recomputation(config)
+    if parallel.fsdp:
+        _check_fsdp(parallel)
 
 
 def _check_stages(config: RunConfig) -> None:
@@ -196,6 +198,17 @@ def _check_recomputation(config: RunConfig) -> None:
         )
     if "attn_proj" in parallel.offload_modules and "core_attn" not in parallel.offload_modules:
         raise ValueError("parallel.offload_modules: attn_proj needs core_attn as well, whose output is its input")
+
+
+def _check_fsdp(parallel: ParallelConfig) -> None:
+    if parallel.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"parallel.fsdp with pipeline_model_parallel_size = {parallel.pipeline_model_parallel_size}: every "
+            "micro-batch would gather all weights anew; allowed: 1"
+        )
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(parallel, name):
+            raise ValueError(f"parallel.{name} with parallel.fsdp: sharding overlaps by itself; leave {name} out")
 
 
 def _check_world_size(config: RunConfig, world_size: int) -> None:

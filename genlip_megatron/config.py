@@ -116,6 +116,7 @@ class ParallelConfig:
     sequence_parallel: bool = _opt(True, "shard activations over the tensor-parallel group when tp > 1")
     overlap_grad_reduce: bool = _opt(False, "overlap gradient reduction with the backward pass")
     overlap_param_gather: bool = _opt(False, "overlap the parameter gather with the forward pass")
+    fsdp: bool = _opt(False, "shard weights, gradients and optimizer state over the data-parallel ranks")
     recompute: str = _opt(
         "none",
         "recompute activations in the backward pass: whole layers (full) or recompute_modules (selective)",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from genlip_megatron.config import RunConfig
 from tests.runs import full_weights, tiny_config
@@ -59,15 +60,16 @@ def _gradients(run: Any) -> dict[str, Tensor]:
     from genlip_megatron.parallel.initial import gather_canonical
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    kind = "grad" if run.config.parallel.fsdp else "main_grad"
     full: dict[str, Tensor] = {}
     for chunk in run.model:
-        # The distributed optimizer's reduction leaves each rank its part of a bucket.
-        for buffer in chunk.buffers:
+        # The distributed optimizer's reduction leaves each rank its part of a bucket; FSDP has no buckets.
+        for buffer in [] if run.config.parallel.fsdp else chunk.buffers:
             for bucket in buffer.buckets:
                 mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
         model = unwrap(chunk)
-        full |= gather_canonical(model, {name: p.main_grad for name, p in model.named_parameters()})
+        full |= gather_canonical(model, {name: getattr(p, kind) for name, p in model.named_parameters()})
     return {name: tensor.clone() for name, tensor in full.items()}
 
 
@@ -80,8 +82,11 @@ def _odd_replicas(run: Any) -> list[str]:
     odd = []
     for chunk in run.model:
         for name, parameter in unwrap(chunk).named_parameters():
+            sharded = parameter.tensor_model_parallel
             groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
-            if not parameter.tensor_model_parallel:
+            if isinstance(parameter, DTensor):  # in shards over that group: there are no replicas
+                groups, parameter = [], parameter.full_tensor()
+            if not sharded:
                 groups.append(parallel_state.get_tensor_model_parallel_group())
             for group in groups:
                 replicas = [torch.empty_like(parameter) for _ in range(group.size())]

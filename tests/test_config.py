@@ -188,9 +188,9 @@ def test_interleaving_needs_as_many_micro_batches_as_stages() -> None:
         recipe("so16_stage1"),
         {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 4},
     )
-    interleaved = override(so16, {"parallel.virtual_pipeline_model_parallel_size": 3, "train.global_batch_size": 12})
+    interleaved = override(so16, {"parallel.virtual_pipeline_model_parallel_size": 3, "train.global_batch_size": 16})
     check(interleaved, world_size=8)
-    message = r"12 packs are 6 micro-batches a pipeline; .* multiple of .* = 4; nearest allowed: global_batch_size 16"
+    message = r"16 packs are 2 micro-batches a pipeline; .* multiple of .* = 4; nearest allowed: global_batch_size 32"
     with pytest.raises(ValueError, match=message):
         check(interleaved, world_size=16)
 

@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from genlip_megatron.config import RunConfig, from_dict
 from genlip_megatron.model.genlip import unwrap
+from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
 
 LATEST = "latest_checkpointed_iteration.txt"
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -177,14 +178,19 @@ def check_same_model(saved: RunConfig, config: RunConfig, folder: Path) -> None:
         raise ValueError(f"{folder} holds another model; " + "; ".join(differing))
 
 
+def _weights_of(chunk: Any) -> Any:
+    """The part of a wrapped model chunk whose ``sharded_state_dict`` a checkpoint holds, whatever the wrapper."""
+    return chunk if isinstance(chunk, FullyShardedDataParallel) else unwrap(chunk)
+
+
 def _weights(model: list[Any]) -> dict[str, dict[str, Any]]:
     """Sharded tensors of this rank's chunks; what they are called in a checkpoint does not depend on the layout."""
-    return {f"chunk{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
+    return {f"chunk{i}": _weights_of(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
 
 
 def _set_weights(model: list[Any], weights: dict[str, dict[str, Any]]) -> None:
     for i, chunk in enumerate(model):
-        unwrap(chunk).load_state_dict(weights[f"chunk{i}"])
+        _weights_of(chunk).load_state_dict(weights[f"chunk{i}"])
 
 
 def load_weights(root: str | Path, config: RunConfig, model: list[Any]) -> int:

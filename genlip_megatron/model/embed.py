@@ -78,4 +78,5 @@ class Embedding(MegatronModule):
         image_slots = is_image.nonzero().squeeze(1)
         # A batch without images carries one blank patch, whose weight must still get its gradient (of zero).
         image = F.linear(pixels.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias)[: len(image_slots)]
-        return text.index_copy(0, image_slots, image)[:, None]
+        # Not a view of what was computed: FSDP hangs its backward hook on the result.
+        return text[:, None].index_copy(0, image_slots, image[:, None])

@@ -93,7 +93,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         attention_dropout=0.0,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        gradient_accumulation_fusion=has_apex and torch.cuda.is_available(),
+        gradient_accumulation_fusion=has_apex and torch.cuda.is_available() and not parallel.fsdp,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

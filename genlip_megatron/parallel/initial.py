@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from genlip_megatron.config import ModelConfig, RunConfig
 from genlip_megatron.convert.table import canonical_shapes, find
@@ -74,14 +75,16 @@ def fill_initial_weights(model: GenLIP, config: RunConfig) -> None:
 def gather_canonical(model: GenLIP, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Full canonical tensors of this pipeline stage from every rank's local ones (parameters or their gradients).
 
-    A collective over the tensor-parallel group; every rank gets the result, on the CPU.
+    A collective over the tensor-parallel group, and over the ranks that share a tensor under FSDP; every rank gets the
+    result, on the CPU.
     """
     offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     size = model.tp_group.size()
     full: dict[str, Tensor] = {}
     for local, tensor in tensors.items():
+        tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
         shards = [torch.empty_like(tensor) for _ in range(size)]
-        torch.distributed.all_gather(shards, tensor.detach().contiguous(), group=model.tp_group)
+        torch.distributed.all_gather(shards, tensor.contiguous(), group=model.tp_group)
         names, layout = find(local, offset)
         full |= zip(names, (part.cpu() for part in layout.join(shards, model.model_config)), strict=True)
     return full

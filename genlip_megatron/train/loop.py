@@ -20,6 +20,7 @@ from genlip_megatron.model.genlip import build_model
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
+from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
 from genlip_megatron.train.faults import EXIT_PREEMPTED, StopRequest
 from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, Writer, training_flops
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
@@ -112,9 +113,13 @@ def build_run(config: RunConfig) -> Run:
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=True,
     )
-    chunks: list[Any] = [
-        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(model)
-    ]
+    if parallel.fsdp:
+        chunks: list[Any] = [FullyShardedDataParallel(transformer, ddp, model[0])]
+    else:
+        # As Megatron-LM does, only the first chunk's gradients are reduced in several buckets.
+        chunks = [
+            DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(model)
+        ]
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = None
     transformer.no_sync_func = _per_chunk([chunk.no_sync for chunk in chunks], parallel.overlap_grad_reduce)

@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.specs import compute_dtype
+from genlip_megatron.parallel.fsdp import FullyShardedOptimizer
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -92,6 +93,12 @@ def build_optimizer(config: RunConfig, model: list[Any], timers: Timers) -> Mega
         overlap_param_gather=config.parallel.overlap_param_gather,
         timers=timers,
     )
+    if config.parallel.fsdp:
+        groups = megatron_optimizer._get_param_groups(model, options, {})
+        adam = GroupStepAdamW(
+            groups, train.lr, train.weight_decay, (train.adam_beta1, train.adam_beta2), train.adam_eps
+        )
+        return FullyShardedOptimizer(adam, options, model[0])
     # None would exempt vectors from weight decay; an empty mapping means no exception.
     return get_megatron_optimizer(options, model, config_overrides={})
 

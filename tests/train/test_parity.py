@@ -16,6 +16,8 @@ from tests.runs import layout
 STEPS = 4
 ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
 
+FSDP = {"parallel__fsdp": True}
+
 # Fewest processes first, so that each pool of them is started once.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DP2", {}, {}),
@@ -29,6 +31,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("CP2xDP2", {}, {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}),
     ("PP4", {"stage": "stage 1"}, {}),
     ("CP4", {}, ALL_GATHER),
+    ("TP2xDP2", {}, {**FSDP, "parallel__recompute": "selective"}),
+    ("CP2xDP2", {}, {**FSDP, "parallel__recompute": "full"}),
     ("TP2xPP2xCP2", {}, {}),
     ("TP2xPP2xDP2", {"stage": "stage 1"}, {}),
 ]
@@ -51,11 +55,11 @@ def test_same_run_on_every_layout(name: str, case: dict[str, Any], flags: dict[s
     assert problems(results, reference(demo_data, **case)) == []
 
 
-@pytest.mark.parametrize("name", ["TP2", "CP2", "PP2"])
-def test_same_run_in_bfloat16(name: str, demo_data: Path) -> None:
+@pytest.mark.parametrize(("name", "flags"), [("TP2", {}), ("CP2", {}), ("PP2", {}), ("DP2", FSDP)])
+def test_same_run_in_bfloat16(name: str, flags: dict[str, Any], demo_data: Path) -> None:
     world_size, sizes = layout(name)
-    half = {"train__precision": "bf16"}
-    results = run_distributed(world_size, parity_run, parity_config(demo_data, **half, **sizes), STEPS)
+    half: dict[str, Any] = {"train__precision": "bf16"}
+    results = run_distributed(world_size, parity_run, parity_config(demo_data, **half, **sizes, **flags), STEPS)
     assert problems(results, reference(demo_data, **half), BFLOAT16) == []
 
 

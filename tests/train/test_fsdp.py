@@ -1,0 +1,83 @@
+"""Sharding weights, gradients and optimizer state changes memory, not the run (whose parity ``test_parity.py`` shows)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genlip_megatron.checks import check
+from genlip_megatron.config import RunConfig
+from tests.distributed import run_distributed
+from tests.runs import run_steps, tiny_config, weights
+
+STEPS = 4
+LAYOUTS = {"DP2": (2, {}), "TP2xDP2": (4, {"parallel__tensor_model_parallel_size": 2})}
+FSDP = {"parallel__fsdp": True}
+
+
+def held_values(config: RunConfig) -> tuple[int, int]:
+    """(values of weights, gradients and optimizer state on this rank after a step, parameters of the model)."""
+    from genlip_megatron.train.loop import set_up, train_step
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    train_step(run, iter(run.train_loader))
+    run.train_loader.close()
+    parameters = list(run.model[0].parameters())
+    tensors = [*parameters, *(p.grad for p in parameters)]
+    tensors += [tensor for state in run.optimizer.state.values() for tensor in state.values()]
+    storages = {s.data_ptr(): s.nbytes() // 4 for s in (tensor.to_local().untyped_storage() for tensor in tensors)}
+    return sum(storages.values()), sum(p.numel() for p in parameters)
+
+
+def test_a_rank_holds_its_share(demo_data: Path) -> None:
+    for held, parameters in run_distributed(2, held_values, tiny_config(demo_data, **FSDP)):
+        assert held < 0.55 * 4 * parameters
+
+
+@pytest.mark.parametrize(
+    ("saving", "loading"),
+    [("fsdp DP2", "one"), ("fsdp TP2xDP2", "fsdp DP2"), ("one", "fsdp DP2"), ("fsdp DP2", "TP2xDP2")],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpoints_do_not_know(saving: str, loading: str, precision: str, demo_data: Path, tmp_path: Path) -> None:
+    def config(text: str, **more: Any) -> tuple[int, RunConfig]:
+        world_size, flags = LAYOUTS.get(text.removeprefix("fsdp "), (1, {}))
+        flags = flags | (FSDP if text.startswith("fsdp") else {}) | {"train__precision": precision}
+        return world_size, tiny_config(demo_data, **flags, **more)
+
+    folder = str(tmp_path / "run")
+    world_size, whole = config(saving)
+    losses = run_distributed(world_size, run_steps, whole, STEPS)[0]["losses"]
+    world_size, first = config(saving, checkpoint__save=folder)
+    run_distributed(world_size, run_steps, first, STEPS // 2)
+    world_size, second = config(loading, checkpoint__load=folder)
+    continued = run_distributed(world_size, run_steps, second, STEPS)[0]["losses"]
+    assert continued == pytest.approx(losses[STEPS // 2 :], rel=1e-5)
+
+
+def test_resume_is_bit_for_bit(demo_data: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    whole = run_distributed(2, run_steps, tiny_config(demo_data, **FSDP), STEPS)
+    config = tiny_config(demo_data, **FSDP, checkpoint__save=folder, checkpoint__load=folder)
+    first = run_distributed(2, run_steps, config, STEPS // 2)
+    second = run_distributed(2, run_steps, config, STEPS)
+    assert first[0]["losses"] + second[0]["losses"] == whole[0]["losses"]
+    expected = weights(whole)
+    for name, weight in weights(second).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"parallel__pipeline_model_parallel_size": 2}, "parallel.fsdp with pipeline_model_parallel_size = 2"),
+        ({"parallel__overlap_grad_reduce": True}, "parallel.overlap_grad_reduce with parallel.fsdp"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(flags: dict[str, Any], message: str, demo_data: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(tiny_config(demo_data, **flags, **FSDP))
