@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing.connection
 import os
 import socket
@@ -30,11 +31,24 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
         if job is None:
             break
         function, args = job
+        _leave_groups()
         try:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     torch.distributed.destroy_process_group()
+
+
+def _leave_groups() -> None:
+    """Destroy the process groups of earlier jobs: each has threads that wake again and again, some sixty a job."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    default = torch.distributed.group.WORLD
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not default:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()
 
 
 class Workers:

@@ -62,7 +62,8 @@ class FullyShardedDataParallel(_BaseDataParallel):
         self._entries = {name: entry.without_data() for name, entry in entries.items() if name in names}
         self._others = {name: entry for name, entry in entries.items() if name not in names}
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        mesh = DeviceMesh.from_group(group, host.device().type)
+        # torch keeps plans for equal meshes; the group's name tells this one from those of groups that are gone.
+        mesh = DeviceMesh.from_group(group, host.device().type, mesh_dim_names=(f"dp_cp_{group.group_name}",))
         # Inputs are in the right dtype already, and casting would round the weights of the loss.
         policy = MixedPrecisionPolicy(config.params_dtype, torch.float32, cast_forward_inputs=False)
         marks = {name: dict(vars(parameter)) for name, parameter in module.named_parameters()}

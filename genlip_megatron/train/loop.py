@@ -122,19 +122,16 @@ def build_run(config: RunConfig) -> Run:
         ]
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = None
-    transformer.no_sync_func = _per_chunk([chunk.no_sync for chunk in chunks], parallel.overlap_grad_reduce)
-    transformer.param_sync_func = _per_chunk(
-        [chunk.start_param_sync for chunk in chunks], parallel.overlap_param_gather
-    )
+    transformer.no_sync_func = _of_each(chunks, "no_sync") if parallel.overlap_grad_reduce else None
+    transformer.param_sync_func = _of_each(chunks, "start_param_sync") if parallel.overlap_param_gather else None
     transformer.timers = timers = Timers(config.log.timing_log_level, "minmax")
     optimizer = build_optimizer(config, chunks, timers)
     return Run(config, chunks, optimizer, build_scheduler(config, optimizer), Stepper(config, chunks), timers)
 
 
-def _per_chunk(functions: list[Any], wanted: bool) -> Any:
-    """What Megatron-Core's schedules take: one function a chunk, the bare function when there is one chunk."""
-    if not wanted:
-        return None
+def _of_each(chunks: list[Any], name: str) -> Any:
+    """A function of the chunks as Megatron-Core's schedules take it: a list, or of one chunk the bare function."""
+    functions = [getattr(chunk, name) for chunk in chunks]
     return functions if len(functions) > 1 else functions[0]
 
 

@@ -1,4 +1,4 @@
-"""Sharding weights, gradients and optimizer state changes memory, not the run (whose parity ``test_parity.py`` shows)."""
+"""Sharding weights, gradients and optimizer state changes memory, not the run; its parity is in ``test_parity.py``."""
 
 from __future__ import annotations
 
