@@ -64,13 +64,15 @@ def tiny_config(data: Path, **flags: Any) -> RunConfig:
 
 
 def full_weights(run: Any) -> dict[str, torch.Tensor]:
-    """Canonical weights of this rank's pipeline stage, gathered over tensor-parallel ranks."""
+    """Canonical weights of this rank's pipeline stage, gathered over tensor-parallel ranks, as they are computed with:
+    FSDP keeps the float32 originals of bfloat16 weights."""
     from genlip_megatron.model.genlip import unwrap
+    from genlip_megatron.model.specs import compute_dtype
     from genlip_megatron.parallel.initial import gather_canonical
 
     chunks = [unwrap(chunk) for chunk in run.model]
     return {
-        name: tensor.clone()
+        name: tensor.clone().to(compute_dtype(run.config))
         for chunk in chunks
         for name, tensor in gather_canonical(chunk, dict(chunk.named_parameters())).items()
     }
