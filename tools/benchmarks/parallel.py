@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""What tensor, pipeline and context parallelism cost at fixed work, as ratios to data parallelism.
+
+    torchrun --nproc-per-node 2 tools/benchmarks/parallel.py          (about three minutes on two CPU cores)
+    torchrun --nproc-per-node 8 tools/benchmarks/parallel.py --size so16
+
+Every layout trains the same model on the same global batch with the same number of processes, through the project's own
+training step, so that it does the same useful arithmetic. What a layout takes longer than data parallelism, which
+communicates gradients and weights once a step, is its communication, its pipeline bubble and smaller matrix products.
+Layouts take turns; the figure is the median step. Each line ends in ``ratio N``: data parallelism's step time over the
+layout's, so 1 is free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from genlip_megatron import host
+
+host.install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from genlip_megatron.batch import PackedBatch, Sample, pack_samples  # noqa: E402
+from genlip_megatron.checks import check  # noqa: E402
+from genlip_megatron.config import (  # noqa: E402
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    load_yaml,
+)
+from genlip_megatron.parallel import groups  # noqa: E402
+from genlip_megatron.train.loop import Run, build_run, train_step  # noqa: E402
+from genlip_megatron.train.step import sum_over_run  # noqa: E402
+
+SMALL = ModelConfig(
+    num_layers=8,
+    hidden_size=256,
+    num_attention_heads=8,
+    ffn_hidden_size=704,
+    text_hidden_size=256,
+    vocab_size=8192,
+    rope_sections=(5, 5, 6),
+    drop_path_rate=0.0,
+)
+PATCHES, SIDE, TEXT, PROMPT = 196, 14, 74, 6
+
+
+def layouts(processes: int) -> dict[str, ParallelConfig]:
+    """Each kind of parallelism over all processes, and mixtures where there are enough."""
+    n = processes
+    found = {
+        f"DP{n}": ParallelConfig(),
+        f"DP{n} overlapped": ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True),
+        f"DP{n} FSDP": ParallelConfig(fsdp=True),
+        f"TP{n}": ParallelConfig(tensor_model_parallel_size=n),
+        f"TP{n}, whole sequence": ParallelConfig(tensor_model_parallel_size=n, sequence_parallel=False),
+        f"PP{n}": ParallelConfig(pipeline_model_parallel_size=n),
+        f"PP{n}xVPP2": ParallelConfig(pipeline_model_parallel_size=n, virtual_pipeline_model_parallel_size=2),
+        f"CP{n} a2a": ParallelConfig(context_parallel_size=n),
+        f"CP{n} all_gather": ParallelConfig(context_parallel_size=n, cp_comm_type="all_gather"),
+    }
+    if n % 4 == 0:
+        half = n // 2
+        found[f"TP2xPP{half}"] = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=half)
+        found[f"TP2xCP{half}"] = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=half)
+        found[f"PP2xCP{half}"] = ParallelConfig(pipeline_model_parallel_size=2, context_parallel_size=half)
+    return found
+
+
+def make_batches(model: ModelConfig, packs: int, samples_per_pack: int) -> list[PackedBatch]:
+    """Full packs of stage-1 samples: 196 patches and 74 text tokens each, of which the prompt carries no loss."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(packs):
+        samples = [
+            Sample(
+                torch.from_numpy(rng.integers(0, 256, (PATCHES, 768), dtype=np.uint8)),
+                SIDE,
+                SIDE,
+                rng.integers(0, model.vocab_size, TEXT).tolist(),
+                [False] * PROMPT + [True] * (TEXT - PROMPT),
+            )
+            for _ in range(samples_per_pack)
+        ]
+        batches.append(pack_samples([samples], samples_per_pack * (PATCHES + TEXT)))
+    return batches
+
+
+def build(config: RunConfig, batches: list[PackedBatch]) -> tuple[Run, list[PackedBatch]]:
+    """The run on its own process groups, and the micro-batches of this rank."""
+    groups.initialize(config)
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return build_run(config), batches[rank::ranks]
+
+
+def timed(config: RunConfig, batches: list[PackedBatch], steps: int) -> tuple[list[float], float]:
+    """(seconds of each step but the first, loss of the first)."""
+    run, mine = build(config, batches)
+    seconds, first = [], 0.0
+    for step in range(steps + 1):
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        losses, _, _ = train_step(run, iter(mine))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        torch.distributed.barrier()
+        if step:
+            seconds.append(time.perf_counter() - begin)
+        else:
+            total, count = sum_over_run(losses).tolist()
+            first = total / count
+    return seconds, first
+
+
+def main() -> int:
+    """Run the benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="parallel.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="", help="a recipe's model, as so16; default: a small one for CPUs")
+    parser.add_argument("--packs", type=int, default=8, help="packs of the global batch (default: 8)")
+    parser.add_argument("--samples", type=int, default=4, help="samples of a pack, 270 tokens each (default: 4)")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a layout in each round (default: 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that layouts take (default: 3)")
+    options = parser.parse_args()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes < 2:
+        parser.error("start it with torchrun on two processes or more: torchrun --nproc-per-node 2 ...")
+    try:
+        model = from_dict(load_yaml(f"{options.size}_stage1"), options.size).model if options.size else SMALL
+    except ValueError as error:
+        parser.error(str(error))
+    base = RunConfig(
+        model=replace(model, drop_path_rate=0.0),
+        data=DataConfig(seq_length=options.samples * (PATCHES + TEXT)),
+        train=TrainConfig(global_batch_size=options.packs, lr_warmup_iters=0, train_iters=1000),
+    )
+    configs, skipped = {}, {}
+    for name, parallel in layouts(processes).items():
+        config = replace(base, parallel=parallel)
+        try:
+            check(config, processes)
+            configs[name] = config
+        except ValueError as error:
+            skipped[name] = str(error)
+    batches = make_batches(model, options.packs, options.samples)
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    losses: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # the runs' own log lines
+        for _ in range(options.rounds):
+            for name, config in configs.items():
+                taken, losses[name] = timed(config, batches, options.steps)
+                seconds[name] += taken
+    report(seconds, losses, skipped, processes, options.packs * options.samples * (PATCHES + TEXT))
+    groups.finalize()
+    return 0
+
+
+def report(
+    seconds: dict[str, list[float]], losses: dict[str, float], skipped: dict[str, str], processes: int, tokens: int
+) -> None:
+    """Print the table on rank 0; the losses of all layouts must be the same, or the work was not."""
+    baseline, *_ = losses
+    for name, loss in losses.items():
+        assert abs(loss / losses[baseline] - 1) < 1e-2, f"{name}: loss {loss} and not {losses[baseline]}"
+    if torch.distributed.get_rank():
+        return
+    medians: dict[str, Any] = {name: statistics.median(times) for name, times in seconds.items()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread each"
+    print(f"{processes} processes ({device}), torch {torch.__version__}; {tokens} tokens a step")
+    for name, median in medians.items():
+        ratio = medians[baseline] / median
+        print(f"{name:24} {1000 * median:8.0f} ms a step {tokens / median:9.0f} tokens/s   ratio {ratio:.2f}")
+    for name, reason in skipped.items():
+        print(f"{name:24} left out: {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
