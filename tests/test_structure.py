@@ -79,6 +79,7 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "model.rope",
         "evaluate.attributes",
         "evaluate.scenes",
+        "train.step",
     ],
 )
 def test_worked_examples_in_docstrings_hold(module: str) -> None:
