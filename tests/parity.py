@@ -52,7 +52,7 @@ def parity_config(data: Path, stage: str = "stage 2", drop_path: float = 0.2, **
     return tiny_config(data, **{**common, **flags})
 
 
-def _gradients(run: Any) -> dict[str, Tensor]:
+def gradients(run: Any) -> dict[str, Tensor]:
     """Canonical gradients of this rank's stage as the optimizer sees them, whole on every rank."""
     from megatron.core import parallel_state
 
@@ -109,7 +109,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
         assert run.train_loader is not None
         begin = run.iteration
         initial = full_weights(run)
-        gradients: dict[str, Tensor] = {}
+        first_gradients: dict[str, Tensor] = {}
         losses, keys = [], []
         taken = iter(run.train_loader)
 
@@ -121,8 +121,8 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
         optimizer_step = run.optimizer.step
 
         def noting_step() -> Any:
-            if not gradients:
-                gradients.update(_gradients(run))
+            if not first_gradients:
+                first_gradients.update(gradients(run))
             return optimizer_step()
 
         run.optimizer.step = noting_step
@@ -139,7 +139,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
         return {
             "steps": steps - begin,
             "initial": initial,
-            "gradients": gradients,
+            "gradients": first_gradients,
             "losses": losses,
             "keys": keys,
             "reads": parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage(),
@@ -156,7 +156,7 @@ def merged(results: list[dict[str, Any]], kind: str) -> dict[str, Tensor]:
 
 def worst_errors(results: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
     """The largest difference of each kind from ``reference``, the result of the run on one process."""
-    gradients, weights = merged(results, "gradients"), merged(results, "weights")
+    found, weights = merged(results, "gradients"), merged(results, "weights")
 
     def relative(ours: Tensor, theirs: Tensor) -> float:
         return ((ours - theirs).double().norm() / theirs.double().norm().clamp(min=1e-30)).item()
@@ -168,7 +168,7 @@ def worst_errors(results: list[dict[str, Any]], reference: dict[str, Any]) -> di
             for result in results
             for ours, theirs in zip(result["losses"], reference["losses"], strict=True)
         ),
-        "gradient": max(relative(gradients[name], reference["gradients"][name]) for name in reference["gradients"]),
+        "gradient": max(relative(found[name], reference["gradients"][name]) for name in reference["gradients"]),
         "weight": max(relative(weights[name] - reference["initial"][name], moved[name]) for name in weights),
     }
 

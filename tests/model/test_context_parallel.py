@@ -1,0 +1,67 @@
+"""Ranks with only image, only text or only padding of a pack; packs without an image, an answer or anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genlip_megatron.batch import PackedBatch, Sample, pack_samples
+from genlip_megatron.config import RunConfig
+from tests.distributed import run_distributed
+from tests.parity import FLOAT32, gradients, merged
+from tests.runs import layout, tiny_config
+
+SLOTS = 128
+# (rows, columns, prompt, answer) of the samples of a pack of 128 slots, of which each of four ranks holds 32.
+PACKS: dict[str, list[tuple[int, int, int, int]]] = {
+    "image, image and text, text, padding": [(6, 8, 2, 46)],
+    "samples cut in two": [(5, 4, 1, 20), (4, 5, 2, 25), (1, 1, 0, 9), (2, 3, 3, 20)],
+    "text alone": [(0, 0, 2, 60)],
+    "image alone": [(8, 8, 0, 0)],
+    "an answer on one rank": [(5, 5, 60, 3)],
+}
+
+
+def make_batch(pack: list[tuple[int, int, int, int]]) -> PackedBatch:
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for rows, columns, prompt, answer in pack:
+        patches = torch.randint(0, 256, (rows * columns, 768), generator=generator, dtype=torch.uint8)
+        tokens = torch.randint(0, 511, (prompt + answer,), generator=generator).tolist()
+        samples.append(Sample(patches, rows, columns, tokens, [False] * prompt + [True] * answer))
+    batch = pack_samples([samples], SLOTS)
+    if batch.patches is not None and not len(batch.patches):  # as the data engine does for a batch without images
+        return PackedBatch(**{**vars(batch), "patches": torch.zeros(1, 768, dtype=torch.uint8)})
+    return batch
+
+
+def loss_and_gradients(config: RunConfig, pack: list[tuple[int, int, int, int]]) -> dict[str, Any]:
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train.loop import build_run
+    from genlip_megatron.train.step import sum_over_run
+
+    groups.initialize(config)
+    run = build_run(config)
+    # Two micro-batches: with the fixed one no pack is without a loss.
+    batches = [make_batch(pack), make_batch(PACKS["samples cut in two"])]
+    total = run.stepper.run(iter(batches), forward_only=False)
+    return {"loss": sum_over_run(total).tolist(), "gradients": gradients(run)}
+
+
+@pytest.mark.parametrize("communication", ["a2a", "all_gather"])
+@pytest.mark.parametrize("name", ["CP4", "TP2xCP2"])
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
+def test_any_share_of_a_pack(pack: list[tuple[int, int, int, int]], name: str, communication: str) -> None:
+    settings: dict[str, Any] = {"train__global_batch_size": 2, "data__seq_length": SLOTS}
+    alone = run_distributed(1, loss_and_gradients, tiny_config(Path("unused"), **settings), pack)[0]
+    world_size, sizes = layout(name)
+    config = tiny_config(Path("unused"), **settings, **sizes, parallel__cp_comm_type=communication)
+    results = run_distributed(world_size, loss_and_gradients, config, pack)
+    for result in results:
+        assert result["loss"] == pytest.approx(alone["loss"], rel=FLOAT32.loss)
+    for tensor, gradient in merged(results, "gradients").items():
+        error = (gradient - alone["gradients"][tensor]).norm() / alone["gradients"][tensor].norm()
+        assert error < FLOAT32.gradient, tensor
