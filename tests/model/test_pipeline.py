@@ -46,6 +46,12 @@ def test_split_is_the_best_of_all() -> None:
     assert max(chunk_costs(model, layers_per_chunk(model, parallel(3)))) == best
 
 
+def test_interleaved_chunks_even_out_their_stages() -> None:
+    """The stage that also has the head's chunk keeps fewer layers in its other one."""
+    model = ModelConfig(12, 1152, 16, 3072, 1152)
+    assert layers_per_chunk(model, parallel(4, 2)) == [1, 1, 2, 1, 2, 2, 2, 1]
+
+
 def test_first_and_last_stage_can_be_set() -> None:
     assert layers_per_chunk(SO16, parallel(4, first=8)) == [8, 7, 6, 6]
     assert layers_per_chunk(SO16, parallel(4, last=3)) == [8, 8, 8, 3]

@@ -30,10 +30,9 @@ class Flex(Backend):
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             query = query + first
-            in_sample = (sample_ids[query] == sample_ids[key]) & (sample_ids[query] >= 0)
-            allowed = is_image[key] | (~is_image[query] & (key <= query))
-            # A padded query sees itself, since a softmax over nothing is not a number; its output is dropped.
-            return (in_sample & allowed) | (query == key)
+            # Padding is a sample of its own here, since a softmax over nothing is not a number; its output is dropped.
+            same = sample_ids[query] == sample_ids[key]
+            return same & (is_image[key] | (~is_image[query] & (key <= query)))
 
         self._mask = create_block_mask(sees, None, None, spans.last - first, spans.total, device=cos.device)
         self._padding = padding_slots(batch, first, spans.last, cos.device)
