@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import run_distributed
 from tests.faults import FAULTS
@@ -84,3 +85,14 @@ def test_checkpoint_goes_from_layout_to_layout(demo_data: Path, tmp_path: Path) 
         losses += results[0]["losses"]
     # As between layouts without a checkpoint: 1e-7 was the most seen.
     assert losses == pytest.approx(whole["losses"], rel=1e-6)
+
+
+def test_weights_saved_under_overlap_are_those_after_the_last_step(demo_data: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    overlap = {"parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": True}
+    saving = parity_config(demo_data, **overlap, checkpoint__save=folder)
+    trained = run_distributed(2, parity_run, saving, 2)[0]
+    taken = parity_config(demo_data, checkpoint__load=folder, checkpoint__finetune=True)
+    started = run_distributed(1, parity_run, taken, 1)[0]
+    for name, weight in trained["weights"].items():
+        assert torch.equal(started["initial"][name], weight), name
