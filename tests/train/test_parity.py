@@ -91,8 +91,10 @@ def test_weights_saved_under_overlap_are_those_after_the_last_step(demo_data: Pa
     folder = str(tmp_path / "run")
     overlap = {"parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": True}
     saving = parity_config(demo_data, **overlap, checkpoint__save=folder)
-    trained = run_distributed(2, parity_run, saving, 2)[0]
+    run_distributed(2, parity_run, saving, 2)
+    trained = run_distributed(2, parity_run, parity_config(demo_data), 2)[0]
     taken = parity_config(demo_data, checkpoint__load=folder, checkpoint__finetune=True)
     started = run_distributed(1, parity_run, taken, 1)[0]
     for name, weight in trained["weights"].items():
-        assert torch.equal(started["initial"][name], weight), name
+        # The same sums in the same order; a step moves a weight by 1e-3.
+        torch.testing.assert_close(started["initial"][name], weight, atol=1e-7, rtol=1e-6, msg=name)
