@@ -154,6 +154,7 @@ class TrainConfig:
     )
     transformer_impl: str = _opt("local", "layer implementation", choices=("local", "transformer_engine"))
     seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
+    check_memory: bool = _opt(True, "refuse a layout that by estimate needs more memory than a rank has")
     exit_interval: int = _opt(0, "save and exit after this step has been reached; 0: run to train_iters")
 
 

@@ -50,6 +50,7 @@ class SwiGLU(MLP):
         """
         assert per_token_scale is None
         x, bias = self.linear_fc1(hidden_states)
-        inner = bias_swiglu_impl(x, bias) if x.is_cuda else _SwiGLU.apply(x if bias is None else x + bias)
-        output, bias = self.linear_fc2(inner)
+        # One name, so that no input lives on beside the next product.
+        x = bias_swiglu_impl(x, bias) if x.is_cuda else _SwiGLU.apply(x if bias is None else x + bias)
+        output, bias = self.linear_fc2(x)
         return output if bias is None else output + bias, None

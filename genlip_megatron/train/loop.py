@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -16,6 +18,7 @@ from genlip_megatron.checkpoint import store
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader, merge_cursors
 from genlip_megatron.data.share import Share
+from genlip_megatron.estimate import check_fits
 from genlip_megatron.model.genlip import build_model
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
@@ -65,6 +68,8 @@ def set_up(config: RunConfig) -> Run:
     """Join the processes, open the data, build the run, and load what is to be loaded."""
     groups.initialize(config)
     log(check_machine(config))
+    if config.train.check_memory:
+        check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank())
     # Data comes first: its mistakes are cheap to find.
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, data_share(config))
@@ -78,6 +83,13 @@ def set_up(config: RunConfig) -> Run:
     folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save and not config.log.eval_only else "")
     run.writer = Writer(config.log, folder, torch.distributed.get_rank() == 0, config.to_dict())
     return run
+
+
+def memory_of_a_rank() -> float:
+    """Bytes that this rank may use: its GPU's, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def data_share(config: RunConfig) -> Share:
@@ -260,8 +272,6 @@ def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:
 
 
 def _resident_gib() -> float:
-    import psutil
-
     return psutil.Process().memory_info().rss / 2**30
 
 

@@ -1,0 +1,62 @@
+"""What a layout costs: parameters, memory of the fullest rank, traffic, time of a step. Pure: nothing is allocated.
+
+``sample.py`` says what a sample and a machine are; ``kept.py`` and ``memory.py`` count bytes, ``cost.py`` arithmetic,
+traffic and time; ``layouts.py`` searches and refuses.
+"""
+
+from genlip_megatron.estimate.cost import (
+    Estimate,
+    Traffic,
+    bubble_fraction,
+    estimate,
+    recomputed_fraction,
+    split_imbalance,
+    traffic,
+)
+from genlip_megatron.estimate.layouts import (
+    LAYOUT_FLAGS,
+    best_layouts,
+    changes,
+    check_fits,
+    layout_flags,
+    layouts,
+    nearest_fit,
+)
+from genlip_megatron.estimate.memory import Memory, in_flight, memory, stage_parameters
+from genlip_megatron.estimate.sample import (
+    GIB,
+    MACHINES,
+    Machine,
+    SampleMix,
+    default_mix,
+    micro_batches,
+    sample_flops,
+)
+
+__all__ = [
+    "GIB",
+    "LAYOUT_FLAGS",
+    "MACHINES",
+    "Estimate",
+    "Machine",
+    "Memory",
+    "SampleMix",
+    "Traffic",
+    "best_layouts",
+    "bubble_fraction",
+    "changes",
+    "check_fits",
+    "default_mix",
+    "estimate",
+    "in_flight",
+    "layout_flags",
+    "layouts",
+    "memory",
+    "micro_batches",
+    "nearest_fit",
+    "recomputed_fraction",
+    "sample_flops",
+    "split_imbalance",
+    "stage_parameters",
+    "traffic",
+]

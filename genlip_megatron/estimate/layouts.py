@@ -1,0 +1,152 @@
+"""Which layouts fit, which is the fastest, and the refusal of one that cannot run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from genlip_megatron.checks import check
+from genlip_megatron.config import RunConfig
+from genlip_megatron.estimate.cost import Estimate, estimate
+from genlip_megatron.estimate.memory import memory
+from genlip_megatron.estimate.sample import GIB, GPUS_PER_NODE, MACHINES, Machine, SampleMix, default_mix, micro_batches
+
+
+def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
+    """``config`` on every valid layout worth trying.
+
+    T, P and C in powers of two, T within a node; 1, 2 or 4 model chunks; up to 16 packs at once; with FSDP or as in
+    ``config``; recomputation as in ``config``, none, selective over attention and MLP, or full.
+    """
+    powers = [2**i for i in range(world_size.bit_length())]
+    micro = sorted({config.train.micro_batch_size, *(size for size in powers if size <= 16)})
+    modes = [("none", ("core_attn",)), ("selective", ("core_attn", "mlp")), ("full", ("core_attn",))]
+    shardings = sorted({config.parallel.fsdp, True})
+    own = (config.parallel.recompute, config.parallel.recompute_modules)
+    modes = [own, *(mode for mode in modes if mode != own and (mode[0] == "selective" or mode[0] != own[0]))]
+    for tp, pp, cp in itertools.product(powers, powers, powers):
+        if tp * pp * cp > world_size or tp > GPUS_PER_NODE:
+            continue
+        for vpp, size, (recompute, modules), fsdp in itertools.product((1, 2, 4), micro, modes, shardings):
+            parallel = replace(
+                config.parallel,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                context_parallel_size=cp,
+                virtual_pipeline_model_parallel_size=vpp,
+                fsdp=fsdp,
+                recompute=recompute,
+                recompute_modules=modules,
+                recompute_num_layers=config.parallel.recompute_num_layers if recompute == own[0] else 0,
+            )
+            if pp != config.parallel.pipeline_model_parallel_size:
+                parallel = replace(parallel, num_layers_in_first_pipeline_stage=0, num_layers_in_last_pipeline_stage=0)
+            changed = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=size))
+            # Interleaving works in rounds of P micro-batches.
+            if vpp > 1 and micro_batches(changed, world_size) % pp:
+                continue
+            try:
+                check(changed, world_size)
+            except ValueError:
+                continue
+            yield changed
+
+
+LAYOUT_FLAGS = (
+    ("parallel", "tensor_model_parallel_size", "--tp"),
+    ("parallel", "pipeline_model_parallel_size", "--pp"),
+    ("parallel", "virtual_pipeline_model_parallel_size", "--vpp"),
+    ("parallel", "context_parallel_size", "--cp"),
+    ("train", "micro_batch_size", "--micro-batch-size"),
+    ("parallel", "fsdp", "--fsdp"),
+    ("parallel", "recompute", "--recompute"),
+    ("parallel", "recompute_modules", "--recompute-modules"),
+)
+
+
+def layout_flags(config: RunConfig) -> str:
+    """The layout as flags of ``pretrain_genlip.py``."""
+    words = []
+    for section, name, flag in LAYOUT_FLAGS:
+        value = getattr(getattr(config, section), name)
+        if value is False or (value == 1 and name.startswith(("virtual", "context"))):
+            continue
+        if value is True:
+            words.append(flag)
+            continue
+        if name == "recompute_modules":
+            if config.parallel.recompute == "selective":
+                words.append(f"{flag} {','.join(value)}")
+            continue
+        words.append(f"{flag} {value}")
+    return " ".join(words)
+
+
+def changes(config: RunConfig, other: RunConfig) -> int:
+    """Settings of the layout that differ."""
+    both = config.parallel.recompute == other.parallel.recompute == "selective"
+    return sum(
+        getattr(getattr(config, section), name) != getattr(getattr(other, section), name)
+        for section, name, _ in LAYOUT_FLAGS
+        if both or name != "recompute_modules"
+    )
+
+
+def _rank(found: Estimate) -> tuple[float, float, float]:
+    """Fastest first; among equals the most tokens at once up to 128 thousand, then the least memory."""
+    tokens = found.config.train.micro_batch_size * found.config.data.seq_length
+    return (round(found.step_seconds, 6), -tokens if tokens <= 2**17 else tokens, found.memory.total)
+
+
+def best_layouts(
+    config: RunConfig, world_size: int, machine: Machine, mfu: float, mix: SampleMix | None = None, device: str = "cuda"
+) -> list[Estimate]:
+    """Every layout that fits ``machine``, the fastest first."""
+    mix = mix or default_mix(config)
+    found = (estimate(layout, world_size, machine, mfu, mix, device) for layout in layouts(config, world_size))
+    return sorted((e for e in found if e.memory.total <= machine.memory), key=_rank)
+
+
+def nearest_fit(
+    config: RunConfig, world_size: int, capacity_bytes: float, device: str = "cuda", mix: SampleMix | None = None
+) -> list[RunConfig]:
+    """The layouts that fit ``capacity_bytes`` a rank: fewest changed settings first, then the fastest expected."""
+    machine = replace(MACHINES["h100"], memory=capacity_bytes)
+    found = best_layouts(config, world_size, machine, 0.45, mix, device)
+    return [e.config for e in sorted(found, key=lambda e: (changes(config, e.config), _rank(e)))]
+
+
+def check_fits(
+    config: RunConfig,
+    world_size: int,
+    capacity_bytes: float,
+    device: str | None = None,
+    mix: SampleMix | None = None,
+) -> None:
+    """Refuse a layout whose fullest rank needs more than ``capacity_bytes``; ``device`` None means this machine's.
+
+    Raises:
+        ValueError: names the need, the capacity, the parts, and the nearest layout that fits as flags.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    need = memory(config, world_size, device, mix)
+    if need.total <= capacity_bytes:
+        return
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.parts().items() if size)
+    nearest = nearest_fit(config, world_size, capacity_bytes, device, mix)
+    advice = (
+        f"the nearest layout that fits: {layout_flags(nearest[0])}"
+        if nearest
+        else (
+            f"no layout on {world_size} ranks fits: take more or larger ones, a shorter data.seq_length or a smaller "
+            "model"
+        )
+    )
+    raise ValueError(
+        f"{layout_flags(config)}: the fullest rank (pipeline stage {need.stage}) needs an estimated "
+        f"{need.total / GIB:.2f} GiB of {capacity_bytes / GIB:.2f} GiB ({parts}); {advice}. "
+        "--no-check-memory starts it all the same."
+    )

@@ -1,0 +1,156 @@
+"""Memory of the fullest rank at its peak.
+
+Counted are what micro-batches in flight keep under Megatron-Core's 1F1B and interleaved schedules, and the largest
+temporaries beside them. The figures for a CPU are checked against the measured peak (``tools/estimate.py --measure``);
+those for a GPU follow the same formulas with its kernels' buffers and are not measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass, fields
+
+from genlip_megatron.config import ModelConfig, ParallelConfig, RunConfig
+from genlip_megatron.convert.table import TABLE, canonical_shapes
+from genlip_megatron.estimate.kept import Sizes
+from genlip_megatron.estimate.sample import GIB, SampleMix, data_parallel_size, default_mix, micro_batches
+from genlip_megatron.model.pipeline import layers_per_chunk
+
+# CUDA context, cuBLAS and NCCL buffers, and what the caching allocator cannot use. Assumed, not measured.
+_OVERHEAD = {"cuda": 2 * GIB, "cpu": 0}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its peak, by part; the parts add up to the peak.
+
+    Attributes:
+        weights: parameters in the compute dtype; FSDP's shards are float32.
+        gradients: the float32 gradient buffer, or FSDP's shard of it.
+        optimizer: two moments and, in bf16, the float32 master weights; shared out over data and context parallelism.
+        activations: what in-flight micro-batches keep for their backward pass, batch and attention plan included.
+        head: logits and gradients of the LM head, if the peak falls there.
+        temporaries: gradients of activations and of one weight, if the peak falls in the backward pass.
+        overhead: context, communication buffers and fragmentation; assumed.
+        stage: the pipeline stage of the rank.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    temporaries: float
+    overhead: float
+    stage: int
+
+    def parts(self) -> dict[str, float]:
+        """Name and bytes of every part."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stage"}
+
+    @property
+    def total(self) -> float:
+        """The peak in bytes."""
+        return sum(self.parts().values())
+
+
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[int, int]]:
+    """(trained, frozen) parameters of one rank of each pipeline stage; the vocabulary is padded to a multiple of T."""
+    size, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return _stage_parameters(model, size, stages, tuple(layers_per_chunk(model, parallel)))
+
+
+@functools.cache  # a search asks for the same few again and again
+def _stage_parameters(model: ModelConfig, size: int, stages: int, counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    split = {name.replace("{i}", "*"): e.layout.dim is not None for e in TABLE for name in e.canonical}
+    stage_of_layer = [i % stages for i, count in enumerate(counts) for _ in range(count)]
+    frozen_names = {
+        **{name: model.freeze_embeddings for name in ("embeddings.weight", "in_proj.weight", "in_proj.bias")},
+        **{name: model.freeze_head for name in ("lm_head.weight", "proj.weight", "proj.bias")},
+    }
+    totals = [[0, 0] for _ in range(stages)]
+    for name, shape in canonical_shapes(model).items():
+        rows = -(-shape[0] // size) * size if name in ("embeddings.weight", "lm_head.weight") else shape[0]
+        numel = rows * math.prod(shape[1:])
+        layer = re.match(r"visual\.layers\.(\d+)\.", name)
+        if split[re.sub(r"layers\.\d+", "layers.*", name)]:
+            numel //= size
+        first = name.startswith(("vision_embeddings", "embeddings", "in_proj"))
+        stage = stage_of_layer[int(layer[1])] if layer else 0 if first else stages - 1
+        totals[stage][frozen_names.get(name, False)] += numel
+    return [(trained, frozen) for trained, frozen in totals]
+
+
+def in_flight(parallel: ParallelConfig, stage: int, count: int, kept: list[float]) -> float:
+    """The most bytes that a stage keeps at once over Megatron-Core's schedule of ``count`` micro-batches.
+
+    A stage runs ahead by P - 1 - stage micro-batches (1F1B), with ``vpp`` chunks by 2 (P - 1 - stage) + (vpp - 1) P
+    chunk passes, and then frees one for each that it adds (Narayanan et al. 2021, section 2.2).
+
+    Args:
+        kept: bytes of a micro-batch in each of the stage's chunks.
+    """
+    stages, chunks = parallel.pipeline_model_parallel_size, len(kept)
+    total = min(count, 4 * stages) * chunks
+    ahead = stages - 1 - stage if chunks == 1 else 2 * (stages - 1 - stage) + (chunks - 1) * stages
+    ahead = min(ahead, total)
+    order = [(i % (stages * chunks)) // stages for i in range(total)]
+    now = most = sum(kept[chunk] for chunk in order[:ahead])
+    for added, freed in zip(order[ahead:], order, strict=False):
+        now += kept[added]
+        most = max(most, now)
+        now -= kept[chunks - 1 - freed]
+    return most
+
+
+def memory(config: RunConfig, world_size: int, device: str = "cuda", mix: SampleMix | None = None) -> Memory:
+    """The fullest rank's peak in steady state, by part. ``device`` is "cuda" or "cpu"."""
+    mix = mix or default_mix(config)
+    model, parallel = config.model, config.parallel
+    sizes = Sizes(config, device, mix)
+    stages, counts = parallel.pipeline_model_parallel_size, layers_per_chunk(model, parallel)
+    shards = data_parallel_size(config, world_size) * sizes.cp
+    number = micro_batches(config, world_size)
+    sharded = shards if parallel.fsdp else 1
+    found = []
+    for stage, (trained, frozen) in enumerate(stage_parameters(model, parallel)):
+        mine = range(stage, len(counts), stages)
+        kept = [sizes.chunk(counts[i], i == 0, i == len(counts) - 1) for i in mine]
+        passes = in_flight(parallel, stage, number, [1.0, *[0.0] * (len(kept) - 1)])
+        # A batch waits for the stage's last chunk; an attention plan for the backward pass.
+        pixels = sizes.pixels() * (stage == 0)
+        batches = passes * sizes.shared() + (passes * pixels if len(kept) > 1 else 0)
+        alive = in_flight(parallel, stage, number, kept) + batches
+        # (activations, head, temporaries) at the moments that can be the peak.
+        unit = sizes.unit(sizes.layer_parameters()) if parallel.fsdp else 0.0
+        table = sizes.unit(sizes.vocabulary) if parallel.fsdp else 0.0
+        moments = [(alive, 0.0, max(sizes.passing(counts[i]) for i in mine) + unit)]
+        if stage == stages - 1:
+            # In the forward pass the batch is at hand, and the plan of the micro-batch before is not yet freed.
+            before = pixels + sizes.shared() * (number > 1)
+            moments += [(alive + before, sizes.head(), table / 2), (alive, sizes.head_backward(), table)]
+        if stage == 0 and not model.freeze_embeddings:
+            layers = sizes.chunk(counts[0], False, True)
+            moments.append((alive - layers, 0.0, sizes.accumulated(sizes.vocabulary) + sizes.hidden + table))
+        if device == "cpu" and shards > 1 and not parallel.fsdp:
+            moments.append((batches, 0.0, 4.0 * trained))  # gloo's copy of the gradients that it scatters
+        activations, head, temporaries = max(moments, key=sum)
+        # Megatron-Core gathers a column-parallel linear's input into a buffer that it never gives back; a pipeline
+        # stage holds what it has received last from both sides.
+        buffer = (sizes.gathered if sizes.shards_sequence else 0) + (2 * sizes.hidden if stages > 1 else 0)
+        found.append(
+            Memory(
+                # Shards are float32, so that they need no master copy.
+                weights=(trained + frozen) * (4 if parallel.fsdp else sizes.e) / sharded,
+                gradients=4.0 * trained / sharded,
+                optimizer=trained * (12 if sizes.e == 2 and not parallel.fsdp else 8) / shards,
+                activations=activations,
+                head=head,
+                temporaries=temporaries + buffer,
+                overhead=_OVERHEAD[device],
+                stage=stage,
+            )
+        )
+    return max(found, key=lambda part: part.total)
