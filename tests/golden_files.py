@@ -35,12 +35,16 @@ def load_golden(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return model, load_file(path)
 
 
-def golden_run(model: ModelConfig, seq_length: int, tp: int = 1, pp: int = 1, precision: str = "fp32") -> RunConfig:
+def golden_run(
+    model: ModelConfig, seq_length: int, tp: int = 1, pp: int = 1, precision: str = "fp32", cp: int = 1
+) -> RunConfig:
     """A run of a golden model."""
     return RunConfig(
         model=model,
         data=DataConfig(seq_length=seq_length),
-        parallel=ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+        ),
         train=TrainConfig(precision=precision),
     )
 
@@ -96,8 +100,10 @@ def vision_batch(pixels: Tensor, grid: Tensor) -> PackedBatch:
     )
 
 
-def compare(path: str, tp: int, pp: int, backend: str | None = None, precision: str = "fp32") -> dict[str, float]:
-    """Worst differences of this rank's part of the model, by kind; runs on every rank of tp * pp processes.
+def compare(
+    path: str, tp: int, pp: int, backend: str | None = None, precision: str = "fp32", cp: int = 1
+) -> dict[str, float]:
+    """Worst differences of this rank's part of the model, by kind; runs on every rank of tp * pp * cp processes.
 
     ``hidden``, ``logits`` and ``features`` are absolute, ``loss`` is relative, ``gradient`` is the norm of a tensor's
     difference relative to the tensor's norm; ``tensors`` counts the gradients that were compared.
@@ -112,12 +118,12 @@ def compare(path: str, tp: int, pp: int, backend: str | None = None, precision: 
     from genlip_megatron.parallel.initial import fill_weights, gather_canonical
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
     model_parallel_cuda_manual_seed(1)
     model_config, golden = load_golden(Path(path))
     golden = {name: tensor.to(host.device()) for name, tensor in golden.items()}
     batch = golden_batch({name: tensor.cpu() for name, tensor in golden.items()}).to(host.device())
-    run = golden_run(model_config, batch.num_tokens, tp, pp, precision)
+    run = golden_run(model_config, batch.num_tokens, tp, pp, precision, cp)
     config = transformer_config(run)
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = None
@@ -130,11 +136,11 @@ def compare(path: str, tp: int, pp: int, backend: str | None = None, precision: 
         worst[kind] = max(worst.get(kind, 0.0), error)
 
     def gathered(hidden: Tensor) -> Tensor:
-        if not config.sequence_parallel:
-            return hidden[:, 0]
-        shards = [torch.empty_like(hidden) for _ in range(tp)]
-        torch.distributed.all_gather(shards, hidden.contiguous(), group=model.tp_group)
-        return torch.cat(shards)[:, 0]
+        for group in ([model.tp_group] if config.sequence_parallel else []) + ([model.context] if cp > 1 else []):
+            shards = [torch.empty_like(hidden) for _ in range(group.size())]
+            torch.distributed.all_gather(shards, hidden.contiguous(), group=group)
+            hidden = torch.cat(shards)
+        return hidden[:, 0]
 
     def check_layer(layer: torch.nn.Module, _: tuple, output: tuple[Tensor, None]) -> None:
         expected = golden[f"outputs/layers.{layer.layer_number - 1}"].flatten(0, 1)
@@ -147,7 +153,10 @@ def compare(path: str, tp: int, pp: int, backend: str | None = None, precision: 
     def forward_step(iterator: object, stage: torch.nn.Module) -> tuple:
         def loss_function(total: Tensor) -> tuple[Tensor, Tensor, dict]:
             count = batch.loss_weights.numel()
-            keep("loss", abs(total.item() / count / golden["outputs/loss"].item() - 1))
+            whole = total.detach().clone()
+            torch.distributed.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+            keep("loss", abs(whole.item() / count / golden["outputs/loss"].item() - 1))
+            count = count if parallel_state.get_context_parallel_rank() == 0 else 0
             return total, torch.tensor(count, dtype=torch.int), {}
 
         return stage(batch), loss_function
@@ -172,7 +181,7 @@ def compare(path: str, tp: int, pp: int, backend: str | None = None, precision: 
         with torch.no_grad():
             logits = model.head.logits(model.hidden_states(batch))
             keep("logits", (logits[valid] - golden["outputs/logits"].flatten(0, 1)[valid]).abs().max().item())
-            if tp == 1:
+            if tp == cp == 1:
                 image = vision_batch(golden["vision/pixel_values"].cpu(), golden["vision/grid"].cpu())
                 image = image.to(host.device())
                 hidden = model.hidden_states(image)

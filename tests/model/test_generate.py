@@ -1,32 +1,34 @@
-"""Greedy generation repeats the authors' tokens and logits, on one process and over tensor and pipeline parallelism."""
+"""Greedy generation repeats the authors' tokens, on one process and on any layout."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from genlip_megatron.batch import Sample
+from genlip_megatron.config import RunConfig
 from tests.distributed import run_distributed
 from tests.golden_files import golden_run, load_golden
+from tests.runs import layout, tiny_config
 
 
-def run_generate(path: str, tp: int, pp: int) -> list[int]:
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from genlip_megatron.batch import Sample
+def run_generate(path: str, flags: dict[str, Any]) -> list[int]:
+    from genlip_megatron.config import override
     from genlip_megatron.infer.generate import generate
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel import groups
     from genlip_megatron.parallel.initial import fill_weights
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
-    model_parallel_cuda_manual_seed(1)
     model, golden = load_golden(Path(path))
-    run = golden_run(model, 96, tp, pp)
+    run = override(golden_run(model, 96), {name.replace("__", "."): value for name, value in flags.items()})
+    groups.initialize(run)
     chunks = build_model(run, transformer_config(run))
-    fill_weights(chunks[0], lambda name: golden[f"weights/{name}"])
+    for chunk in chunks:
+        fill_weights(chunk, lambda name: golden[f"weights/{name}"])
     _, rows, columns = golden["generation/grid"][0].tolist()
     request = Sample(
         golden["generation/pixel_values"].flatten(1),
@@ -37,8 +39,32 @@ def run_generate(path: str, tp: int, pp: int) -> list[int]:
     return generate(chunks, [request], stop_ids=(), max_new_tokens=len(golden["generation/tokens"]))[0]
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 3)])
-def test_greedy_tokens_equal_the_authors(golden_file: Path, tp: int, pp: int) -> None:
+@pytest.mark.parametrize("name", ["1", "TP2", "CP2", "TP2xCP2", "TP2xPP3"])
+def test_greedy_tokens_equal_the_authors(golden_file: Path, name: str) -> None:
     _, golden = load_golden(golden_file)
-    for tokens in run_distributed(tp * pp, run_generate, str(golden_file), tp, pp):
+    world_size, flags = layout(name)
+    for tokens in run_distributed(world_size, run_generate, str(golden_file), flags):
         assert tokens == golden["generation/tokens"].tolist()
+
+
+def captions_of_a_new_model(config: RunConfig) -> list[list[int]]:
+    from genlip_megatron.infer.generate import generate
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train.loop import build_run
+
+    groups.initialize(config)
+    run = build_run(config)
+    generator = torch.Generator().manual_seed(3)
+    requests = [
+        Sample(torch.randint(0, 256, (rows * 3, 768), generator=generator, dtype=torch.uint8), rows, 3, [5, 6])
+        for rows in (2, 4, 3)
+    ]
+    return generate(run.model, requests, stop_ids=(), max_new_tokens=6)
+
+
+@pytest.mark.parametrize(("name", "flags"), [("PP2xVPP2", {}), ("CP2xDP2", {"parallel__fsdp": True})])
+def test_wrapped_models_of_several_chunks_or_shards(name: str, flags: dict[str, Any]) -> None:
+    alone = run_distributed(1, captions_of_a_new_model, tiny_config(Path("unused")))[0]
+    world_size, sizes = layout(name)
+    for captions in run_distributed(world_size, captions_of_a_new_model, tiny_config(Path("unused"), **sizes, **flags)):
+        assert captions == alone

@@ -28,12 +28,12 @@ def check(worst: dict[str, float]) -> None:
         assert worst.get(kind, 0.0) <= limit, f"{kind}: {worst[kind]:.2e} above {limit:.0e}"
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 3), (2, 3)])
-def test_layouts_match_the_authors_model(golden_file: Path, tp: int, pp: int) -> None:
-    results = run_distributed(tp * pp, compare, str(golden_file), tp, pp)
+@pytest.mark.parametrize(("tp", "pp", "cp"), [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 3, 1), (2, 1, 2), (2, 3, 1)])
+def test_layouts_match_the_authors_model(golden_file: Path, tp: int, pp: int, cp: int) -> None:
+    results = run_distributed(tp * pp * cp, compare, str(golden_file), tp, pp, None, "fp32", cp)
     _, golden = load_golden(golden_file)
     expected = sum(name.startswith("grads/") for name in golden)
-    assert sum(worst["tensors"] for worst in results) == expected * tp, "some gradient tensor was not compared"
+    assert sum(worst["tensors"] for worst in results) == expected * tp * cp, "some gradient tensor was not compared"
     for worst in results:
         check(worst)
 
