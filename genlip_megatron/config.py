@@ -215,7 +215,7 @@ SECTIONS: dict[str, type] = {
 }
 
 
-# Overrides that turn any run's layout into that of one process.
+# Overrides that turn any run's layout into that of one process on any machine.
 ONE_RANK = {
     "parallel.tensor_model_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
@@ -223,6 +223,11 @@ ONE_RANK = {
     "parallel.context_parallel_size": 1,
     "parallel.num_layers_in_first_pipeline_stage": 0,
     "parallel.num_layers_in_last_pipeline_stage": 0,
+    "parallel.overlap_grad_reduce": False,
+    "parallel.overlap_param_gather": False,
+    "parallel.fsdp": False,
+    "parallel.offload_modules": (),
+    "train.attention_backend": "auto",
 }
 
 

@@ -78,6 +78,8 @@ def _counted_by_every_rank() -> Any:
 
 
 def _drop_path_per_rank(batch: Any, rank: int) -> Any:
+    if batch.drop_path is None:  # in validation
+        return batch
     return replace(batch, drop_path=batch.drop_path.roll(rank, dims=2))
 
 
@@ -93,18 +95,20 @@ def _forgotten_context_sum() -> Any:
     return mock.patch.object(core, "gather_sequence", gather)
 
 
-# Fault: (layout that shows it, further settings, context manager).
-FAULTS: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "norm's gradient not summed": ("TP2", {}, lambda: _unmarked("input_layernorm.weight")),
-    "LayerScale's gradient not summed": ("TP2", {}, lambda: _unmarked("mlp_bda.scale")),
-    "bias's gradient not summed": ("TP2", {}, lambda: _unmarked("linear_proj.bias")),
-    "patch embedding's gradient not summed": ("TP2", {}, lambda: _unmarked("patch_weight")),
-    "positions off by one rank": ("CP2", {}, lambda: _changed_batch(_positions)),
-    "a sample sees its neighbour": ("DP2", {}, lambda: _changed_batch(_leaking)),
-    "labels shifted": ("CP2", {}, _shifted_labels),
-    "token counts not scaled": ("CP2", {}, _counted_by_every_rank),
-    "DropPath drawn per rank": ("CP2", {}, lambda: _changed_batch(_drop_path_per_rank)),
-    "keys' gradients not summed": ("CP2", {"parallel__cp_comm_type": "all_gather"}, _forgotten_context_sum),
+_GATHERED = {"parallel__cp_comm_type": "all_gather"}
+
+# Fault: (layout that shows it, further settings, context manager, what the comparison must say of it).
+FAULTS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
+    "norm's gradient not summed": ("TP2", {}, lambda: _unmarked("input_layernorm.weight"), "0.input_layernorm.weight"),
+    "LayerScale's gradient not summed": ("TP2", {}, lambda: _unmarked("mlp_bda.scale"), "0.mlp_bda.scale"),
+    "bias's gradient not summed": ("TP2", {}, lambda: _unmarked("linear_proj.bias"), "0.self_attention.linear_proj"),
+    "patch embedding's gradient not summed": ("TP2", {}, lambda: _unmarked("patch_weight"), "embed.patch_weight"),
+    "positions off by one rank": ("CP2", {}, lambda: _changed_batch(_positions), "gradient differs"),
+    "a sample sees its neighbour": ("DP2", {}, lambda: _changed_batch(_leaking), "gradient differs"),
+    "labels shifted": ("CP2", {}, _shifted_labels, "loss differs"),
+    "token counts not scaled": ("CP2", {}, _counted_by_every_rank, "loss differs"),
+    "DropPath drawn per rank": ("CP2", {}, lambda: _changed_batch(_drop_path_per_rank), "gradient differs"),
+    "keys' gradients not summed": ("CP2", _GATHERED, _forgotten_context_sum, "gradient differs"),
 }
 
 

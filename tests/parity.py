@@ -101,7 +101,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
     from megatron.core import parallel_state
 
     from genlip_megatron.train.loop import gather_weights, save, set_up, train_step
-    from genlip_megatron.train.step import sum_over_run
+    from genlip_megatron.train.step import evaluate, sum_over_run
     from tests.faults import planted
 
     with planted(fault):
@@ -110,7 +110,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
         begin = run.iteration
         initial = full_weights(run)
         first_gradients: dict[str, Tensor] = {}
-        losses, keys = [], []
+        losses, keys, validation = [], [], 0.0
         taken = iter(run.train_loader)
 
         def watched() -> Any:
@@ -133,6 +133,9 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
             run.iteration += 1
             total, count = sum_over_run(total).tolist()
             losses.append(total / count)
+            if run.iteration == 2:
+                # Between steps, where gathers and caches of the layout are under way.
+                validation = evaluate(run.stepper, run.valid_loader)
         save(run)
         gather_weights(run)
         run.train_loader.close()
@@ -141,6 +144,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
             "initial": initial,
             "gradients": first_gradients,
             "losses": losses,
+            "validation": validation,
             "keys": keys,
             "reads": parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage(),
             "data_parallel": parallel_state.get_data_parallel_rank(),
@@ -189,6 +193,9 @@ def problems(results: list[dict[str, Any]], reference: dict[str, Any], tolerance
         limit = getattr(tolerance, kind)
         if not error <= limit:
             found.append(f"{kind} differs by {error:.1e}, allowed {limit:.0e}")
+    for result in results:
+        if not abs(result["validation"] - reference["validation"]) <= tolerance.loss * reference["validation"]:
+            found.append(f"validation loss {result['validation']} and not {reference['validation']}")
     odd = sorted({name for result in results for name in result["odd_replicas"]})
     if odd:
         found.append(f"replicas differ: {', '.join(odd)}")

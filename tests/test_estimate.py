@@ -227,6 +227,26 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_nearest_that_does() -> Non
         assert es.memory(layout, 64).total <= capacity
 
 
+def test_the_flags_put_over_the_own_configuration_give_the_proposed_layout() -> None:
+    config = recipe(
+        "so16_stage1",
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=2,
+        context_parallel_size=2,
+        recompute="full",
+        recompute_num_layers=1,
+        fsdp=False,
+    )
+    for layout in es.nearest_fit(config, 64, 20 * GIB)[:200]:
+        flags = es.layout_flags(layout, config)
+        values: dict[str, Any] = {}
+        for section, name, flag in es.LAYOUT_FLAGS:
+            words = flags.split()
+            if flag in words:
+                values[f"{section}.{name}"] = True if name == "fsdp" else words[words.index(flag) + 1]
+        assert es.memory(override(config, values), 64).total == es.memory(layout, 64).total, flags
+
+
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name != "demo"])
 def test_every_recipe_fits_an_h100(name: str) -> None:
     es.check_fits(recipe(name), 64, es.MACHINES["h100"].memory, "cuda")

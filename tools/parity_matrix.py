@@ -40,6 +40,7 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("keys and values gathered", "CP2", _ALL_GATHER),
     ("keys and values gathered", "CP4", _ALL_GATHER),
     ("overlapped reduction and gather", "TP2xDP2", _OVERLAP),
+    ("overlapped reduction and gather", "PP2xVPP2xDP2", _OVERLAP),
     ("fully sharded (FSDP)", "DP2", {"parallel__fsdp": True}),
     ("fully sharded (FSDP)", "TP2xDP2", {"parallel__fsdp": True}),
     ("fully sharded (FSDP)", "CP2xDP2", {"parallel__fsdp": True}),
@@ -60,8 +61,9 @@ processes on gloo. Each layout is compared with one process. Worst of all its ca
 * gradient: of any parameter tensor at step 1, norm of the difference relative to the tensor's norm;
 * weights: of any tensor after {steps} steps, norm of the difference relative to how far it moved.
 
-Checked beside: initial weights equal bit for bit after gathering; the same samples in the same order; after the last
-step every parameter replicated over tensor, context or data parallel ranks bit-equal among its replicas.
+Checked beside: initial weights equal bit for bit after gathering; the same samples in the same order; the validation
+loss after step 2, within the loss's tolerance; after the last step every parameter replicated over tensor, context or
+data parallel ranks bit-equal among its replicas.
 
 Allowed in float32: {float32}. In bfloat16: {bfloat16}; the weights themselves are rounded there. {versions}.
 """

@@ -64,24 +64,27 @@ LAYOUT_FLAGS = (
     ("parallel", "fsdp", "--fsdp"),
     ("parallel", "recompute", "--recompute"),
     ("parallel", "recompute_modules", "--recompute-modules"),
+    ("parallel", "recompute_num_layers", "--recompute-num-layers"),
+    ("parallel", "num_layers_in_first_pipeline_stage", "--num-layers-in-first-pipeline-stage"),
+    ("parallel", "num_layers_in_last_pipeline_stage", "--num-layers-in-last-pipeline-stage"),
 )
+# Always shown; the others where they are not the default, or not the user's.
+_CORE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "recompute")
 
 
-def layout_flags(config: RunConfig) -> str:
-    """The layout as flags of ``pretrain_genlip.py``."""
-    words = []
+def layout_flags(config: RunConfig, given: RunConfig | None = None) -> str:
+    """The layout as flags of ``pretrain_genlip.py``, which put over ``given`` (None: the defaults) make ``config``."""
+    given, words = given or RunConfig(), []
     for section, name, flag in LAYOUT_FLAGS:
         value = getattr(getattr(config, section), name)
-        if value is False or (value == 1 and name.startswith(("virtual", "context"))):
-            continue
-        if value is True:
-            words.append(flag)
-            continue
+        differs = value != getattr(getattr(given, section), name)
         if name == "recompute_modules":
-            if config.parallel.recompute == "selective":
-                words.append(f"{flag} {','.join(value)}")
-            continue
-        words.append(f"{flag} {value}")
+            differs = config.parallel.recompute == "selective"
+            value = ",".join(value)
+        if isinstance(value, bool):
+            words += [flag if value else flag.replace("--", "--no-", 1)] if differs else []
+        elif differs or name in _CORE:
+            words.append(f"{flag} {value}")
     return " ".join(words)
 
 
@@ -138,7 +141,7 @@ def check_fits(
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.parts().items() if size)
     nearest = nearest_fit(config, world_size, capacity_bytes, device, mix)
     advice = (
-        f"the nearest layout that fits: {layout_flags(nearest[0])}"
+        f"the nearest layout that fits: {layout_flags(nearest[0], config)}"
         if nearest
         else (
             f"no layout on {world_size} ranks fits: take more or larger ones, a shorter data.seq_length or a smaller "

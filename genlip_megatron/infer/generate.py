@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import fine_grained_activation_offload as offloading
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from genlip_megatron.batch import PackedBatch, Sample, pack_samples
+from genlip_megatron.batch import PATCH_VALUES, PackedBatch, Sample, pack_samples
 from genlip_megatron.model.genlip import GenLIP, unwrap
 
 
@@ -24,6 +25,8 @@ def _pack(samples: Sequence[Sample], multiple: int) -> tuple[PackedBatch, Tensor
     """(micro-batch of the samples in one pack, int64 [N] the slot of each sample's last token)."""
     lengths = [sample.rows * sample.columns + len(sample.token_ids) for sample in samples]
     batch = pack_samples([samples], -(-sum(lengths) // multiple) * multiple)
+    if batch.patches is None:
+        batch = replace(batch, patches=torch.zeros(1, PATCH_VALUES, dtype=torch.uint8))
     return batch, torch.tensor(lengths).cumsum(0) - 1
 
 
@@ -50,6 +53,8 @@ def _next_logits(model: list[torch.nn.Module], batch: PackedBatch, rows: Tensor,
         micro_batch_size=1,
         forward_only=True,
     )
+    if config.fine_grained_activation_offloading:
+        offloading.FineGrainedActivationOffloadingInterface.reset()
     device = rows.device
     logits = outputs[0] if outputs else torch.empty(len(rows), vocab_size, device=device)
     if config.pipeline_model_parallel_size > 1:

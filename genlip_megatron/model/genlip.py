@@ -101,20 +101,27 @@ class GenLIP(MegatronModule):
             plan: from ``plan``, when there is one already.
         """
         plan = plan or self.plan(batch)
+        if self.config.fine_grained_activation_offloading:
+            self._begin_offloading()
         if not self.training:
             plan = replace(plan, drop_path=None)
         hidden = self.embed(batch) if self.embed is not None else None
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=plan)
 
+    def _begin_offloading(self) -> None:
+        """Tell Megatron-Core's offloading that a micro-batch of this chunk begins; weights stay where they are."""
+        offloader = offloading.FineGrainedActivationOffloadingInterface
+        offloader.init_chunk_handler(
+            vp_size=self.config.virtual_pipeline_model_parallel_size,
+            vp_stage=self.vp_stage,
+            min_offloaded_tensor_size=self.config.min_offloaded_tensor_size,
+        )
+        for parameter in self.parameters():
+            offloader.mark_not_offloadable(parameter)
+
     def forward(self, batch: PackedBatch, plan: PackedAttention | None = None) -> Tensor:
         """The summed loss of this rank's answer rows (float32 scalar) on the last chunk, hidden states
         [S_local, 1, D] before it."""
-        if self.config.fine_grained_activation_offloading and self.training:
-            offloading.FineGrainedActivationOffloadingInterface.init_chunk_handler(
-                vp_size=self.config.virtual_pipeline_model_parallel_size,
-                vp_stage=self.vp_stage,
-                min_offloaded_tensor_size=self.config.min_offloaded_tensor_size,
-            )
         hidden = self.hidden_states(batch, plan)
         if self.head is None:
             return hidden

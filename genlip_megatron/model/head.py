@@ -203,7 +203,8 @@ class Head(MegatronModule):
             x = self.proj(x)
         local = F.linear(x, self.weight).float()
         gathered = tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
-        return gathered[:, : self.vocab_size]
+        # Contiguous, since it may go through a collective.
+        return gathered[:, : self.vocab_size].contiguous()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

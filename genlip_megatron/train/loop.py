@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -68,7 +69,7 @@ def set_up(config: RunConfig) -> Run:
     """Join the processes, open the data, build the run, and load what is to be loaded."""
     groups.initialize(config)
     log(check_machine(config))
-    if config.train.check_memory:
+    if config.train.check_memory and not config.log.eval_only:
         check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank())
     # Data comes first: its mistakes are cheap to find.
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
@@ -86,10 +87,18 @@ def set_up(config: RunConfig) -> Run:
 
 
 def memory_of_a_rank() -> float:
-    """Bytes that this rank may use: its GPU's, or its share of the machine's."""
+    """Bytes that a rank may use: its GPU's, or its share of the machine's. The smallest of all ranks, since they must
+    agree; a collective."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        memory = float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    else:
+        limit = Path("/sys/fs/cgroup/memory.max")  # of the container
+        text = limit.read_text().strip() if limit.is_file() else "max"
+        whole = float(psutil.virtual_memory().total)
+        memory = min(whole, float(text) if text.isdigit() else whole) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    smallest = torch.tensor([memory], dtype=torch.float64, device=host.device())
+    torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
+    return float(smallest.item())
 
 
 def data_share(config: RunConfig) -> Share:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import fine_grained_activation_offload as offloading
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -92,6 +93,9 @@ class Stepper:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        if forward_only and self.config.parallel.offload_modules:
+            # Megatron-Core resets it after training steps alone.
+            offloading.FineGrainedActivationOffloadingInterface.reset()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for report in reports:
             total += report["loss"]

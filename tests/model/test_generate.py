@@ -62,8 +62,8 @@ def captions_of_a_new_model(config: RunConfig) -> list[list[int]]:
     return generate(run.model, requests, stop_ids=(), max_new_tokens=6)
 
 
-@pytest.mark.parametrize(("name", "flags"), [("PP2xVPP2", {}), ("CP2xDP2", {"parallel__fsdp": True})])
-def test_wrapped_models_of_several_chunks_or_shards(name: str, flags: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "flags"), [("TP2xPP2", {}), ("PP2xVPP2", {}), ("CP2xDP2", {"parallel__fsdp": True})])
+def test_several_requests_on_wrapped_models(name: str, flags: dict[str, Any]) -> None:
     alone = run_distributed(1, captions_of_a_new_model, tiny_config(Path("unused")))[0]
     world_size, sizes = layout(name)
     for captions in run_distributed(world_size, captions_of_a_new_model, tiny_config(Path("unused"), **sizes, **flags)):

@@ -11,17 +11,19 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.faults import FAULTS
-from tests.parity import BFLOAT16, parity_config, parity_run, problems
+from tests.parity import BFLOAT16, parity_config, parity_run, problems, worst_errors
 from tests.runs import layout
 
 STEPS = 4
 ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
 
 FSDP = {"parallel__fsdp": True}
+OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 
 # Fewest processes first, so that each pool of them is started once.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DP2", {}, {}),
+    ("TP2", {}, {}),
     ("TP2", {}, {"parallel__recompute": "selective", "parallel__recompute_modules": "core_attn,mlp"}),
     ("TP2", {"stage": "stage 1"}, {"parallel__sequence_parallel": False}),
     ("PP2xVPP2", {}, {"parallel__recompute": "full"}),
@@ -29,7 +31,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("CP2", {"stage": "stage 1"}, ALL_GATHER),
     ("TP2xPP2", {}, {"parallel__num_layers_in_first_pipeline_stage": 3}),
     ("TP2xCP2", {"drop_path": 0.0}, {}),
-    ("CP2xDP2", {}, {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}),
+    ("CP2xDP2", {}, OVERLAP),
+    ("PP2xVPP2xDP2", {}, OVERLAP),
     ("PP4", {"stage": "stage 1"}, {}),
     ("CP4", {}, ALL_GATHER),
     ("TP2xDP2", {}, {**FSDP, "parallel__recompute": "selective"}),
@@ -54,6 +57,9 @@ def test_same_run_on_every_layout(name: str, case: dict[str, Any], flags: dict[s
     world_size, sizes = layout(name)
     results = run_distributed(world_size, parity_run, parity_config(demo_data, **case, **sizes, **flags), STEPS)
     assert problems(results, reference(demo_data, **case)) == []
+    if set(name) <= set("PVx0123456789"):
+        # Pipelines alone change no sum.
+        assert set(worst_errors(results, reference(demo_data, **case)).values()) == {0.0}
 
 
 @pytest.mark.parametrize(("name", "flags"), [("TP2", {}), ("CP2", {}), ("PP2", {}), ("DP2", FSDP)])
@@ -66,10 +72,18 @@ def test_same_run_in_bfloat16(name: str, flags: dict[str, Any], demo_data: Path)
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_seen(fault: str, demo_data: Path) -> None:
-    name, flags, _ = FAULTS[fault]
+    name, flags, _, sign = FAULTS[fault]
     world_size, sizes = layout(name)
     results = run_distributed(world_size, parity_run, parity_config(demo_data, **sizes, **flags), STEPS, fault)
-    assert problems(results, reference(demo_data))
+    assert sign in "; ".join(problems(results, reference(demo_data)))
+
+
+@pytest.mark.parametrize("fault", ["norm's gradient not summed", "DropPath drawn per rank"])
+def test_planted_fault_is_seen_in_bfloat16(fault: str, demo_data: Path) -> None:
+    half: dict[str, Any] = {"train__precision": "bf16"}
+    world_size, sizes = layout(FAULTS[fault][0])
+    results = run_distributed(world_size, parity_run, parity_config(demo_data, **half, **sizes), STEPS, fault)
+    assert "gradient differs" in "; ".join(problems(results, reference(demo_data, **half), BFLOAT16))
 
 
 def test_checkpoint_goes_from_layout_to_layout(demo_data: Path, tmp_path: Path) -> None:
@@ -77,8 +91,7 @@ def test_checkpoint_goes_from_layout_to_layout(demo_data: Path, tmp_path: Path) 
     folder = str(tmp_path / "relay")
     whole = reference(demo_data)
     losses: list[float] = []
-    overlap = {"parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": True}
-    for step, (name, flags) in enumerate([("PP2xVPP2", {}), ("CP2", overlap), ("TP2", {}), ("1", {})], start=1):
+    for step, (name, flags) in enumerate([("PP2xVPP2", {}), ("CP2", OVERLAP), ("TP2", {}), ("1", {})], start=1):
         world_size, sizes = layout(name)
         config = parity_config(demo_data, **sizes, **flags, checkpoint__save=folder, checkpoint__load=folder)
         results = run_distributed(world_size, parity_run, config, step)
@@ -89,8 +102,7 @@ def test_checkpoint_goes_from_layout_to_layout(demo_data: Path, tmp_path: Path) 
 
 def test_weights_saved_under_overlap_are_those_after_the_last_step(demo_data: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    overlap = {"parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": True}
-    saving = parity_config(demo_data, **overlap, checkpoint__save=folder)
+    saving = parity_config(demo_data, **OVERLAP, checkpoint__save=folder)
     run_distributed(2, parity_run, saving, 2)
     trained = run_distributed(2, parity_run, parity_config(demo_data), 2)[0]
     taken = parity_config(demo_data, checkpoint__load=folder, checkpoint__finetune=True)

@@ -2,7 +2,7 @@
 
 Each rank holds S / C neighbouring slots of all its heads. ``a2a`` hands every rank all slots of H / C heads for the
 attention itself; ``all_gather`` hands every rank the keys and values of all slots, for its own queries. The first moves
-4 / C of what the second moves of keys and values; the second works with any number of heads.
+2 / C of what the second moves; the second works with any number of heads.
 
 Legend: S slots of the micro-batch, C context-parallel ranks, H heads of this tensor-parallel rank, D channels.
 """

@@ -34,7 +34,9 @@ class Flex(Backend):
             same = sample_ids[query] == sample_ids[key]
             return same & (is_image[key] | (~is_image[query] & (key <= query)))
 
-        self._mask = create_block_mask(sees, None, None, spans.last - first, spans.total, device=cos.device)
+        shape = (None, None, spans.last - first, spans.total)
+        # Compiled, it never makes the whole mask.
+        self._mask = create_block_mask(sees, *shape, device=cos.device, _compile=cos.is_cuda)
         self._padding = padding_slots(batch, first, spans.last, cos.device)
 
     @staticmethod

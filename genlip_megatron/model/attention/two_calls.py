@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -180,7 +180,7 @@ def _te_kernel(
     return attended.view(q.shape)
 
 
-def _not_half_on_cuda(place: Place) -> str | None:
+def _why_no_flash(place: Place) -> str | None:
     if place.device.type != "cuda":
         return f"needs a CUDA device, here is {place.device.type}"
     if place.dtype not in (torch.bfloat16, torch.float16):
@@ -198,9 +198,7 @@ class Varlen(TwoCalls):
 
     @staticmethod
     def why_not(place: Place) -> str | None:
-        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-            return f"needs torch >= 2.10, here is {torch.__version__}"
-        return _not_half_on_cuda(place)
+        return _why_no_flash(place)
 
 
 class TransformerEngine(TwoCalls):
@@ -215,7 +213,7 @@ class TransformerEngine(TwoCalls):
         except importlib.metadata.PackageNotFoundError:
             return "Transformer Engine is not installed (pip install 'genlip-megatron[te]' on a CUDA machine)"
         first, end = TE_VERSIONS
-        if not first <= tuple(int(part) for part in found.split(".")[:2]) < end:
+        if not first <= tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < end:
             allowed = " and below ".join(".".join(map(str, version)) for version in TE_VERSIONS)
-            return f"Transformer Engine {found} is outside the tested range: {allowed}"
-        return _not_half_on_cuda(place)
+            return f"Transformer Engine {found} is not one that Megatron-Core 0.16.1 asks for: {allowed}"
+        return _why_no_flash(place)
