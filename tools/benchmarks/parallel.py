@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What tensor, pipeline and context parallelism cost at fixed work, as ratios to data parallelism.
 
-    torchrun --nproc-per-node 2 tools/benchmarks/parallel.py          (about three minutes on two CPU cores)
+    torchrun --nproc-per-node 2 tools/benchmarks/parallel.py          (about six minutes on two CPU cores)
     torchrun --nproc-per-node 8 tools/benchmarks/parallel.py --size so16
 
 Every layout trains the same model on the same global batch with the same number of processes, through the project's own
