@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from genlip_megatron import host
+from tests.runs import make_data
 
 host.install()
 torch.set_num_threads(2)
@@ -33,13 +32,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small rendered data set with its tokenizer and index, made by the project's own tools."""
     folder = tmp_path_factory.mktemp("demo")
-    root = Path(__file__).parent.parent
-
-    def run(*words: str) -> None:
-        subprocess.run([sys.executable, *words], cwd=root, check=True, capture_output=True)
-
-    run("tools/render_demo_data.py", "--output", str(folder), "--train-samples", "160", "--val-samples", "24")
-    run("tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", str(folder / "tokenizer.model"))
-    for split in ("train", "val"):
-        run("tools/prepare_data.py", str(folder / f"{split}-*.tar"), "--tokenizer", str(folder / "tokenizer.model"))
+    make_data(folder)
     return folder

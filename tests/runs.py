@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,19 @@ def layout(name: str) -> tuple[int, dict[str, Any]]:
         if kind != "DP":
             flags[f"parallel__{_SIZES[kind]}"] = int(size)
     return world_size, flags
+
+
+def make_data(folder: Path) -> None:
+    """A small rendered data set with its tokenizer and index, made by the project's own tools."""
+    root = Path(__file__).parent.parent
+
+    def run(*words: str) -> None:
+        subprocess.run([sys.executable, *words], cwd=root, check=True, capture_output=True)
+
+    run("tools/render_demo_data.py", "--output", str(folder), "--train-samples", "160", "--val-samples", "24")
+    run("tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", str(folder / "tokenizer.model"))
+    for split in ("train", "val"):
+        run("tools/prepare_data.py", str(folder / f"{split}-*.tar"), "--tokenizer", str(folder / "tokenizer.model"))
 
 
 def tiny_config(data: Path, **flags: Any) -> RunConfig:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -67,18 +66,6 @@ data parallel ranks bit-equal among its replicas.
 
 Allowed in float32: {float32}. In bfloat16: {bfloat16}; the weights themselves are rounded there. {versions}.
 """
-
-
-def make_data(folder: Path) -> None:
-    """A small rendered data set with its tokenizer and index."""
-
-    def run(*words: str) -> None:
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-
-    run("tools/render_demo_data.py", "--output", str(folder), "--train-samples", "160", "--val-samples", "24")
-    run("tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", str(folder / "tokenizer.model"))
-    for split in ("train", "val"):
-        run("tools/prepare_data.py", str(folder / f"{split}-*.tar"), "--tokenizer", str(folder / "tokenizer.model"))
 
 
 class Matrix:
@@ -207,7 +194,7 @@ def main() -> int:
     from genlip_megatron import host
 
     host.install()
-    from tests.runs import layout
+    from tests.runs import layout, make_data
 
     try:
         for name in options.layouts or ():
