@@ -24,8 +24,8 @@ def main() -> int:
 
     host.install()
     from genlip_megatron.data.quarantine import DataFailure
+    from genlip_megatron.faults.exits import EXIT_DATA_FAILURE, EXIT_USER_ERROR
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.faults import EXIT_DATA_FAILURE
     from genlip_megatron.train.loop import train
 
     if first:
@@ -36,7 +36,7 @@ def main() -> int:
         # A user's mistake: most often every rank finds the same one, but a node may lack a file.
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return EXIT_USER_ERROR
     except DataFailure as error:
         # Only the ranks that share the samples know; torchrun ends the others when these leave.
         print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ def _positive(config: RunConfig) -> None:
         "parallel": tuple(f.name for f in fields(ParallelConfig) if f.name.endswith("_parallel_size")),
         "train": ("micro_batch_size", "global_batch_size", "train_iters"),
         "checkpoint": ("save_interval",),
+        "faults": ("spike_window", "max_bad_steps"),
         "log": ("log_interval", "eval_iters"),
     }.items():
         for name in names:
@@ -32,6 +33,7 @@ def _positive(config: RunConfig) -> None:
 
 def _ranges(config: RunConfig) -> None:
     model, data, train, log = config.model, config.data, config.train, config.log
+    checkpoint, faults = config.checkpoint, config.faults
     share, at_least_0 = "must be in [0, 1)", "must be at least 0"
     rules = (
         ("model.drop_path_rate", model.drop_path_rate, 0 <= model.drop_path_rate < 1, share),
@@ -71,6 +73,26 @@ def _ranges(config: RunConfig) -> None:
         ("train.clip_grad", train.clip_grad, train.clip_grad >= 0, at_least_0),
         ("train.seed", train.seed, train.seed >= 0, at_least_0),
         ("train.exit_interval", train.exit_interval, train.exit_interval >= 0, at_least_0),
+        ("train.exit_duration_in_mins", train.exit_duration_in_mins, train.exit_duration_in_mins >= 0, at_least_0),
+        ("checkpoint.ckpt_step", checkpoint.ckpt_step, checkpoint.ckpt_step >= 0, at_least_0),
+        (
+            "checkpoint.fully_reshardable_every",
+            checkpoint.fully_reshardable_every,
+            checkpoint.fully_reshardable_every >= 0,
+            at_least_0,
+        ),
+        ("checkpoint.keep_last", checkpoint.keep_last, checkpoint.keep_last >= 0, at_least_0),
+        ("checkpoint.keep_every", checkpoint.keep_every, checkpoint.keep_every >= 0, at_least_0),
+        ("checkpoint.keep_best", checkpoint.keep_best, checkpoint.keep_best >= 0, at_least_0),
+        ("faults.spike_threshold", faults.spike_threshold, faults.spike_threshold > 0, "must be above 0"),
+        ("faults.max_rollbacks", faults.max_rollbacks, faults.max_rollbacks >= 0, at_least_0),
+        ("faults.step_timeout", faults.step_timeout, faults.step_timeout >= 0, "must be at least 0; 0: no limit"),
+        (
+            "faults.check_replicas_interval",
+            faults.check_replicas_interval,
+            faults.check_replicas_interval >= 0,
+            at_least_0,
+        ),
         ("log.eval_interval", log.eval_interval, log.eval_interval >= 0, at_least_0),
         ("log.timing_log_level", log.timing_log_level, log.timing_log_level in (0, 1, 2), "must be 0, 1 or 2"),
         ("log.caption_samples", log.caption_samples, log.caption_samples >= 0, at_least_0),

@@ -95,6 +95,7 @@ class DataConfig:
     change_lanes: bool = _opt(
         False, "resume with another global_batch_size: the rest of the epoch is dealt out to the new number of lanes"
     )
+    change_data: bool = _opt(False, "resume on other data, or in another order of it: the data starts anew")
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class TrainConfig:
     seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
     check_memory: bool = _opt(True, "refuse a layout that by estimate needs more memory than a rank has")
     exit_interval: int = _opt(0, "save and exit after this step has been reached; 0: run to train_iters")
+    exit_duration_in_mins: float = _opt(0.0, "save and exit with status 17 after so many minutes; 0: never")
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,46 @@ class CheckpointConfig:
     load: str = _opt("", "folder to resume from (or to take weights from with finetune)")
     save_interval: int = _opt(1000, "steps between checkpoints")
     finetune: bool = _opt(False, "take only the weights from load; optimizer, schedule and data start anew")
+    ckpt_step: int = _opt(0, "load the checkpoint of this step; 0: the newest good one")
+    async_save: bool = _opt(True, "write checkpoints behind the next steps; training stops for a host copy alone")
+    fully_reshardable_every: int = _opt(
+        10,
+        "every so many saves, and at the end, the optimizer state is stored for any tp and pp, gathered while training "
+        "waits; 0: at the end alone",
+    )
+    keep_last: int = _opt(3, "newest good checkpoints that are kept; 0: all")
+    keep_every: int = _opt(0, "checkpoints of steps that are a multiple of this are kept as well; 0: none")
+    keep_best: int = _opt(1, "checkpoints of the lowest validation loss that are kept as well")
+    verify: str = _opt(
+        "full", "before loading compare checksums of all files (full) or only their sizes", choices=("full", "sizes")
+    )
+    change_drop_path: bool = _opt(False, "resume with another drop_path_rate than the checkpoint's")
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """Faults. What a run does about bad numbers, hangs, silent corruption and requests to stop."""
+
+    on_spike: str = _opt(
+        "warn",
+        "loss or gradient norm far above the last steps': say so, leave the update out, or go back to the last good "
+        "checkpoint and leave out the data since",
+        choices=("warn", "skip", "rollback"),
+    )
+    spike_threshold: float = _opt(10.0, "robust standard deviations above the median that make a spike")
+    spike_window: int = _opt(128, "steps whose median and spread are compared with; half of them must be there")
+    max_bad_steps: int = _opt(5, "steps in a row without an update after which the run rolls back, or else stops")
+    max_rollbacks: int = _opt(3, "rollbacks after which the run stops instead")
+    rerun_bad_steps: bool = _opt(
+        True, "compute a step of NaN or Inf once more: other numbers tell a faulty device from a fault of data or model"
+    )
+    step_timeout: float = _opt(20.0, "minutes without a finished step after which stacks are printed and the run ends")
+    check_replicas_interval: int = _opt(1000, "steps between comparisons of data-parallel ranks' weights; 0: never")
+    stop_file: str = _opt("", "a file that makes the run save and exit when it appears; empty: <save>/stop")
+    inject_fault: tuple[str, ...] = _opt(
+        (), "for drills: faults as kind@step:rank, such as kill@7:0; needs allow_fault_injection"
+    )
+    allow_fault_injection: bool = _opt(False, "accept inject_fault")
 
 
 @dataclass(frozen=True)
@@ -191,6 +233,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -211,6 +254,7 @@ SECTIONS: dict[str, type] = {
     "parallel": ParallelConfig,
     "train": TrainConfig,
     "checkpoint": CheckpointConfig,
+    "faults": FaultsConfig,
     "log": LogConfig,
 }
 

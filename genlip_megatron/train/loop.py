@@ -20,12 +20,13 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader, merge_cursors
 from genlip_megatron.data.share import Share
 from genlip_megatron.estimate import check_fits
+from genlip_megatron.faults.exits import EXIT_PREEMPTED
+from genlip_megatron.faults.stop import StopRequest
 from genlip_megatron.model.genlip import build_model
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
-from genlip_megatron.train.faults import EXIT_PREEMPTED, StopRequest
 from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, Writer, training_flops
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
 from genlip_megatron.train.samples import write_caption_samples

@@ -11,9 +11,6 @@ from types import FrameType
 
 import torch
 
-EXIT_PREEMPTED = 17
-EXIT_DATA_FAILURE = 18  # too many bad samples in a row
-
 
 class StopRequest:
     """Whether this run has been told to stop."""
