@@ -74,7 +74,6 @@ def _ranges(config: RunConfig) -> None:
         ("train.seed", train.seed, train.seed >= 0, at_least_0),
         ("train.exit_interval", train.exit_interval, train.exit_interval >= 0, at_least_0),
         ("train.exit_duration_in_mins", train.exit_duration_in_mins, train.exit_duration_in_mins >= 0, at_least_0),
-        ("checkpoint.ckpt_step", checkpoint.ckpt_step, checkpoint.ckpt_step >= 0, at_least_0),
         (
             "checkpoint.fully_reshardable_every",
             checkpoint.fully_reshardable_every,

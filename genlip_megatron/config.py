@@ -164,11 +164,10 @@ class TrainConfig:
 class CheckpointConfig:
     """Checkpoints."""
 
-    save: str = _opt("", "folder to save checkpoints in; empty: none are saved")
-    load: str = _opt("", "folder to resume from (or to take weights from with finetune)")
+    save: str = _opt("", "folder of the run's checkpoints, from the newest of which it goes on; empty: none are saved")
+    load: str = _opt("", "where to begin as long as save is empty: a folder of checkpoints, or one of them")
     save_interval: int = _opt(1000, "steps between checkpoints")
     finetune: bool = _opt(False, "take only the weights from load; optimizer, schedule and data start anew")
-    ckpt_step: int = _opt(0, "load the checkpoint of this step; 0: the newest good one")
     async_save: bool = _opt(True, "write checkpoints behind the next steps; training stops for a host copy alone")
     fully_reshardable_every: int = _opt(
         10,

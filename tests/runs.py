@@ -93,11 +93,15 @@ def full_weights(run: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def run_steps(config: RunConfig, steps: int) -> dict[str, Any]:
-    """Train on every rank: losses, gradient norms, sample keys of this rank, final weights of this stage."""
+def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any]:
+    """Train on every rank: losses, gradient norms, sample keys of this rank, final weights of this stage.
+
+    ``last`` saves the state for any layout, else as it stands.
+    """
     from megatron.core import parallel_state
 
-    from genlip_megatron.train.loop import save, set_up, train_step
+    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.resume import finish_saves, save
     from genlip_megatron.train.step import evaluate, sum_over_run
 
     run = set_up(config)
@@ -120,7 +124,8 @@ def run_steps(config: RunConfig, steps: int) -> dict[str, Any]:
         losses.append(total / count)
         norms.append(norm)
     validation = evaluate(run.stepper, run.valid_loader)
-    save(run)
+    save(run, last)
+    finish_saves(run)
     run.train_loader.close()
     return {
         "losses": losses,

@@ -32,7 +32,7 @@ def main() -> int:
     host.install()
     from tqdm import tqdm
 
-    from genlip_megatron.checkpoint import store
+    from genlip_megatron.checkpoint import loading
     from genlip_megatron.config import ONE_RANK, override
     from genlip_megatron.data.loader import Loader
     from genlip_megatron.infer.generate import generate
@@ -41,16 +41,18 @@ def main() -> int:
     from genlip_megatron.parallel import groups
 
     try:
-        folder, _ = store.resolve(options.load)
+        found = loading.find(options.load, True, lambda text: print(text, file=sys.stderr))
+        if found is None:
+            raise ValueError(f"--load {options.load}: no checkpoint there (no folder iter_NNNNNNN)")
         config = override(
-            store.read_config(folder),
+            loading.read_config(found[0]),
             {"data.valid_data": options.shards, **ONE_RANK},
         )
         os.environ.setdefault("MASTER_PORT", "29511")
         groups.initialize(config)
         loader = Loader(config, "valid")
         model = build_model(config, transformer_config(config))
-        store.load_weights(folder, config, list(model))
+        loading.load_weights(found[0], list(model))
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

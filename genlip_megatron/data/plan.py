@@ -294,6 +294,14 @@ class Plan:
             "sources": [source.size for source in self.sources],
         }
 
+    def differences(self, state: dict[str, Any]) -> list[str]:
+        """What makes a cursor mean something else here, a line for each name."""
+        return [
+            f"data {name}: {state.get(name)!r} in the checkpoint, {mine!r} here"
+            for name, mine in self._identity().items()
+            if state.get(name) != mine
+        ]
+
     def load_state_dict(self, state: dict[str, Any], change_lanes: bool = False) -> None:
         """Continue from a cursor; it may hold more lanes than this rank works.
 
@@ -304,12 +312,11 @@ class Plan:
         Raises:
             ValueError: the cursor belongs to another data set, seed, deal or number of lanes.
         """
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"the checkpoint's data cursor has another {name} ({state.get(name)!r}, here {mine!r}): the data "
-                    "set, its index or the setting changed since; restore it, or start anew with --finetune"
-                )
+        if differing := self.differences(state):
+            raise ValueError(
+                f"the checkpoint's data cursor is of other data or another order: {'; '.join(differing)}; restore it, "
+                "begin with the data anew (--change-data), or start anew with --finetune"
+            )
         old = {int(lane): cursor for lane, cursor in state["lanes"].items()}
         taken = max(cursor["packs"] for cursor in old.values())
         theirs = [(start, tuple(weights)) for start, weights in state["phases"] if start < max(taken, 1)]

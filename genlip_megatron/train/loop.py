@@ -15,9 +15,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.timers import Timers
 
 from genlip_megatron import host
-from genlip_megatron.checkpoint import store
+from genlip_megatron.checkpoint.saving import Saver, check_free_space
 from genlip_megatron.config import RunConfig
-from genlip_megatron.data.loader import Loader, merge_cursors
+from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.share import Share
 from genlip_megatron.estimate import check_fits
 from genlip_megatron.faults.exits import EXIT_PREEMPTED
@@ -29,9 +29,11 @@ from genlip_megatron.parallel import groups
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
 from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, Writer, training_flops
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
+from genlip_megatron.train.resume import finish_saves, load, log, make_saver, save
 from genlip_megatron.train.samples import write_caption_samples
 from genlip_megatron.train.step import Stepper, evaluate, sum_over_run
 
+_BUCKET_PARAMETERS = 40_000_000
 # Names are given, since ranks must agree on them and stages have timers of their own.
 _TIMERS = [
     "forward-backward",
@@ -40,12 +42,6 @@ _TIMERS = [
     "optimizer-clip-main-grad",
     "optimizer-inner-step",
 ]
-
-
-def log(text: str) -> None:
-    """Print on rank 0."""
-    if torch.distributed.get_rank() == 0:
-        print(text, flush=True)
 
 
 @dataclass
@@ -64,6 +60,8 @@ class Run:
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    validated: tuple[int, float] = (-1, 0.0)  # step and loss of the last validation
+    saver: Saver | None = None
 
 
 def set_up(config: RunConfig) -> Run:
@@ -80,6 +78,7 @@ def set_up(config: RunConfig) -> Run:
         raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
     run = build_run(config)
     run.train_loader, run.valid_loader = train_loader, valid_loader
+    run.saver = make_saver(run)
     load(run)
     save = config.checkpoint.save
     folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save and not config.log.eval_only else "")
@@ -128,12 +127,14 @@ def build_run(config: RunConfig) -> Run:
     torch.distributed.all_reduce(parameters, group=parallel_state.get_model_parallel_group())
     log(f"parameters {int(parameters.item())} | {describe_split(config.model, parallel)}")
     if config.checkpoint.save and not config.log.eval_only:
-        store.check_free_space(config.checkpoint.save, config, int(parameters.item()))
+        check_free_space(config.checkpoint.save, config, int(parameters.item()))
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=True,
+        # By default it grows with the data-parallel size, and buckets are what checkpoints of shards are cut into.
+        bucket_size=_BUCKET_PARAMETERS,
     )
     if parallel.fsdp:
         chunks: list[Any] = [FullyShardedDataParallel(transformer, ddp, model[0])]
@@ -157,56 +158,12 @@ def _of_each(chunks: list[Any], name: str) -> Any:
     return functions if len(functions) > 1 else functions[0]
 
 
-def load(run: Run) -> None:
-    """Resume, take weights only, or start anew, as the configuration says."""
-    options, config = run.config.checkpoint, run.config
-    if not options.load:
-        return
-    if options.load == options.save and store.latest_iteration(options.load) is None:
-        log(f"no checkpoint in {options.load} yet: starting anew")
-        return
-    if options.finetune or config.log.eval_only:
-        step = store.load_weights(options.load, config, run.model)
-        if config.log.eval_only:
-            run.iteration = step
-        else:
-            log(f"weights of step {step} from {options.load}; optimizer, schedule and data start anew")
-        run.optimizer.reload_model_params()
-        return
-    common = store.load(options.load, config, run.model, run.optimizer, run.scheduler)
-    run.iteration = common["iteration"]
-    run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]
-    assert run.train_loader is not None
-    run.train_loader.load_state_dict(common["data"])
-    log(f"resumed at step {run.iteration} from {options.load}")
-
-
-def gather_weights(run: Run) -> None:
-    """Make every rank's weights whole; with ``overlap_param_gather`` the next forward pass would."""
-    if run.config.parallel.overlap_param_gather:
-        for chunk in run.model:
-            chunk.start_param_sync(force_sync=True)
-
-
-def save(run: Run) -> None:
-    """Save the run's state, if it saves at all."""
-    if not run.config.checkpoint.save or run.train_loader is None:
-        return
-    gather_weights(run)
-    begin = time.monotonic()
-    cursor = merge_cursors(store.data_parallel_gather(run.train_loader.state_dict()))
-    common = {"data": cursor, "consumed_samples": run.consumed_samples, "consumed_tokens": run.consumed_tokens}
-    folder = store.save(
-        run.config.checkpoint.save, run.iteration, run.config, run.model, run.optimizer, run.scheduler, common
-    )
-    log(f"saved {folder} in {time.monotonic() - begin:.1f} s")
-
-
 def validate(run: Run) -> None:
     """Validation loss, to the log and the writers; captions of a few images beside their truth."""
     if run.valid_loader is None:
         return
     loss = evaluate(run.stepper, run.valid_loader)
+    run.validated = (run.iteration, loss)
     log(f"iteration {run.iteration} | validation loss {loss:.4f}")
     if run.writer is None:
         return
@@ -318,10 +275,11 @@ def train(config: RunConfig) -> int:
                 if validation and not leave:
                     validate(run)
                 if saving and run.iteration != saved:
-                    save(run)
+                    save(run, last=at_end)
                     saved = run.iteration
                 begin = time.monotonic()
             if at_end:
+                finish_saves(run)
                 status = EXIT_PREEMPTED if leave and not last else 0
                 break
         return status

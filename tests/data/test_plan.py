@@ -129,13 +129,13 @@ def test_another_number_of_lanes_keeps_every_sample_once_an_epoch(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fingerprint": "g"}, "another fingerprint"),
-        ({"seed": 2}, "another seed"),
-        ({"chunk_size": 3}, "another chunk_size"),
-        ({"shuffle_window": 3}, "another shuffle_window"),
-        ({"pack_buffer": 3}, "another pack_buffer"),
-        ({"seq_length": 2 * SEQ}, "another seq_length"),
-        ({"sources": [source([5] * 8)]}, "another sources"),
+        ({"fingerprint": "g"}, "data fingerprint"),
+        ({"seed": 2}, "data seed"),
+        ({"chunk_size": 3}, "data chunk_size"),
+        ({"shuffle_window": 3}, "data shuffle_window"),
+        ({"pack_buffer": 3}, "data pack_buffer"),
+        ({"seq_length": 2 * SEQ}, "data seq_length"),
+        ({"sources": [source([5] * 8)]}, "data sources"),
         ({"lanes": 3}, "has 2 lanes, this run 3"),
     ],
 )

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from genlip_megatron.checkpoint import manifest
+from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE
+from genlip_megatron.checkpoint.folder import step_folder
 from genlip_megatron.config import RunConfig
 from tests.distributed import run_distributed
 from tests.runs import layout, run_steps, tiny_config, weights
@@ -26,13 +29,15 @@ def test_loss_falls(reference: dict[str, Any]) -> None:
     assert reference["losses"][-1] < reference["losses"][0] - 0.01
 
 
-@pytest.mark.parametrize("name", ["TP2", "TP2xPP2"])
-def test_resume_is_bit_for_bit_on_the_same_layout(name: str, demo_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
+@pytest.mark.parametrize("name", ["DP2", "TP2", "TP2xPP2"])
+def test_resume_is_bit_for_bit_on_the_same_layout(name: str, kind: str, demo_data: Path, tmp_path: Path) -> None:
     world_size, flags = layout(name)
     whole = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
     folder = str(tmp_path / "run")
     config = tiny_config(demo_data, **flags, checkpoint__save=folder, checkpoint__load=folder)
-    first = run_distributed(world_size, run_steps, config, STEPS // 2)
+    first = run_distributed(world_size, run_steps, config, STEPS // 2, kind == FULLY_RESHARDABLE)
+    assert manifest.read(step_folder(folder, STEPS // 2)).kind == kind
     second = run_distributed(world_size, run_steps, config, STEPS)
     assert first[0]["losses"] + second[0]["losses"] == whole[0]["losses"]
     assert first[0]["keys"] + second[0]["keys"] == whole[0]["keys"]

@@ -1,0 +1,124 @@
+"""What a checkpoint is made of, beside the optimizer's state: weights, random states, small objects, descriptions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    is_main_replica,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
+
+from genlip_megatron.config import RunConfig
+from genlip_megatron.model.genlip import unwrap
+from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
+
+DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
+COMMON, CONFIG = "common.pt", "config.yaml"
+# These must be equal for ``dp_reshardable`` state to be read; by them a rank's share is named and cut.
+SHARES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "overlap_grad_reduce",
+    "fsdp",
+)
+
+
+@dataclass
+class State:
+    """The objects that a checkpoint is made of and loaded into."""
+
+    model: list[Any]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def describe_layout(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What decides which rank holds which part of the state."""
+    parallel = config.to_dict()["parallel"]
+    return {
+        "world_size": world_size,
+        "context_parallel_size": parallel["context_parallel_size"],
+        **{name: parallel[name] for name in SHARES},
+    }
+
+
+def random_states() -> dict[str, Tensor]:
+    """uint8 states of this rank's generators, by name."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for name, state in get_cuda_rng_tracker().get_states().items():
+        states[f"tracker.{name}"] = state if isinstance(state, Tensor) else state.get_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Set this rank's generators from ``random_states``."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    tracker = get_cuda_rng_tracker()
+    held = tracker.get_states()
+    for name, state in held.items():
+        saved = states[f"tracker.{name}"]
+        held[name] = saved if isinstance(state, Tensor) else state.set_state(saved) or state
+    tracker.set_states(held)
+
+
+def one_row_a_rank(name: str, state: Tensor) -> ShardedTensor:
+    """A rank's random state as its row of one tensor of all ranks."""
+    return ShardedTensor.from_rank_offsets(
+        f"random.{name}",
+        state[None],
+        (0, torch.distributed.get_rank(), torch.distributed.get_world_size()),
+        replica_id=0,
+    )
+
+
+def _saved_part(chunk: Any) -> Any:
+    """The part of a wrapped model chunk whose ``sharded_state_dict`` a checkpoint holds, whatever the wrapper."""
+    return chunk if isinstance(chunk, FullyShardedDataParallel) else unwrap(chunk)
+
+
+def weights_of(model: list[Any]) -> dict[str, dict[str, Any]]:
+    """Sharded tensors of this rank's chunks; what they are called in a checkpoint does not depend on the layout."""
+    return {f"chunk{i}": _saved_part(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
+
+
+def set_weights(model: list[Any], weights: dict[str, dict[str, Any]]) -> None:
+    """Set the weights of this rank's chunks from what ``weights_of`` described and a checkpoint gave."""
+    for i, chunk in enumerate(model):
+        _saved_part(chunk).load_state_dict(weights[f"chunk{i}"])
+
+
+def take_objects(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(``state`` without its sharded objects, those that this rank is to save, by key).
+
+    ``torch_dist`` would pickle each of them, and unpickling runs code. They are few and small, and go to the common
+    part, which is loaded as plain values.
+    """
+    objects, rest = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
+    mine = {found.unique_key: found.data for found in nested_values(objects) if is_main_replica(found.replica_id)}
+    return rest, mine
+
+
+def put_objects(state: dict[str, Any], objects: dict[str, Any]) -> None:
+    """Replace the sharded objects of a ``state`` that is to be loaded by their values, by key."""
+
+    def put(value: Any) -> Any:
+        return LocalNonpersistentObject(objects[value.unique_key]) if isinstance(value, ShardedObject) else value
+
+    dict_list_map_inplace(put, state)

@@ -1,0 +1,136 @@
+"""The folder of a run's checkpoints: names, what is complete in it, and how a new one appears there all at once.
+
+A checkpoint is written to a hidden sibling folder, every file synced, and renamed; only then
+``latest_checkpointed_iteration.txt`` is replaced. So whatever stands under a final name was complete once, and the
+newest of these that its manifest confirms is where a run goes on. The pointer is for people and scripts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+LATEST = "latest_checkpointed_iteration.txt"
+SET_ASIDE = "set_aside"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def step_folder(root: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint folder by its name, or None for another folder."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else None
+
+
+def steps(root: str | Path) -> list[int]:
+    """Steps of which a folder stands under ``root``, newest first; whether they are good is not looked at."""
+    try:
+        found = [step_of(entry) for entry in Path(root).iterdir() if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    return sorted((step for step in found if step is not None), reverse=True)
+
+
+def pointed(root: str | Path) -> int | None:
+    """The step that the pointer names, or None when there is none or it cannot be read."""
+    try:
+        return int((Path(root) / LATEST).read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def sync(path: Path) -> None:
+    """Have the file system write out a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write and sync a new file."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def partial_folder(root: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of a step is written before it appears."""
+    return Path(root) / f".{step_folder(root, iteration).name}.partial"
+
+
+def _replaced_folder(root: str | Path, iteration: int) -> Path:
+    return Path(root) / f".{step_folder(root, iteration).name}.replaced"
+
+
+def clean(root: str | Path) -> None:
+    """Remove what crashed saves left behind; a checkpoint that was about to be replaced is put back."""
+    for entry in list(Path(root).glob(".iter_*")):
+        name = entry.name[1:].rpartition(".")[0]
+        if entry.suffix == ".replaced" and not (Path(root) / name).exists():
+            os.rename(entry, Path(root) / name)
+        elif entry.suffix in (".partial", ".replaced"):
+            shutil.rmtree(entry)
+
+
+def publish(root: str | Path, iteration: int) -> Path:
+    """Let the written and synced checkpoint of a step appear, and point to it."""
+    root, target = Path(root), step_folder(root, iteration)
+    partial, replaced = partial_folder(root, iteration), _replaced_folder(root, iteration)
+    for folder in {path.parent for path in partial.rglob("*")} | {partial}:
+        sync(folder)
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(partial, target)
+    sync(root)
+    point_to(root, iteration)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    return target
+
+
+def point_to(root: str | Path, iteration: int) -> None:
+    """Replace the pointer."""
+    pointer = Path(root) / LATEST
+    partial = pointer.with_name(f".{LATEST}.partial")
+    write_file(partial, f"{iteration}\n".encode())
+    os.replace(partial, pointer)
+    sync(Path(root))
+
+
+def set_aside(root: str | Path, after: int) -> list[Path]:
+    """Move checkpoints of later steps than ``after`` out of the way; returns where they are now.
+
+    They are of a course that the run has left, or damaged; nothing is deleted.
+    """
+    moved = []
+    for step in steps(root):
+        if step <= after:
+            continue
+        source = step_folder(root, step)
+        target, again = Path(root) / SET_ASIDE / source.name, 1
+        while target.exists():
+            again += 1
+            target = target.with_name(f"{source.name}-{again}")
+        target.parent.mkdir(exist_ok=True)
+        os.rename(source, target)
+        moved.append(target)
+    if moved:
+        sync(Path(root))
+    return moved
+
+
+def remove(root: str | Path, iteration: int) -> None:
+    """Delete a checkpoint; a crash meanwhile leaves a hidden rest that the next ``clean`` removes."""
+    source, hidden = step_folder(root, iteration), partial_folder(root, iteration)
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(source, hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,168 @@
+"""Loading: find the newest good checkpoint, say what does not fit, and set a run's state from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+from genlip_megatron.checkpoint import content, folder, manifest, metadata
+from genlip_megatron.checkpoint.agree import from_rank_0, gather, rank, world_size
+from genlip_megatron.checkpoint.content import CONFIG, DP_RESHARDABLE, SHARES, State
+from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.config import RunConfig, from_dict
+
+# What matters when weights are made, or while they are trained, and never changes what they mean.
+_FREE_MODEL_FIELDS = ("init_method_std", "freeze_embeddings", "freeze_head")
+
+
+def read_config(place: Path) -> RunConfig:
+    """The configuration of the run that saved a checkpoint.
+
+    Raises:
+        ValueError: the folder is not a checkpoint of this project.
+    """
+    file = place / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{place} is not a checkpoint: it has no {CONFIG}")
+    return from_dict(yaml.safe_load(file.read_text()), str(file))
+
+
+def find(root: str | Path, checksums: bool, log: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+    """The newest good checkpoint under ``root``, or ``root`` itself when it is one; None where there is none at all.
+
+    Damaged ones are passed over loudly. A collective over all ranks, which share the reading.
+
+    Raises:
+        ValueError: there are checkpoints and none is good; ``root`` is a checkpoint and damaged.
+    """
+    root = Path(root)
+    itself = folder.step_of(root) is not None
+    places = [root] if itself else [folder.step_folder(root, step) for step in folder.steps(root)]
+    places = from_rank_0(places)
+    damage: list[str] = []
+    for place in places:
+        found = _verified(place, checksums)
+        if isinstance(found, Manifest):
+            if damage:
+                log(
+                    "WARNING: damaged checkpoints are passed over:\n  "
+                    + "\n  ".join(damage)
+                    + f"\nWARNING: going on from step {found.iteration} instead"
+                )
+            named = folder.pointed(root)
+            if not itself and not damage and named != found.iteration:
+                log(f"WARNING: {root / folder.LATEST} names step {named}; the newest good one is {found.iteration}")
+            return place, found
+        damage += found
+    if not places:
+        return None
+    raise ValueError(f"no good checkpoint in {root}: " + "; ".join(damage))
+
+
+def _verified(place: Path, checksums: bool) -> Manifest | list[str]:
+    """A checkpoint's manifest when it is good, else what is wrong with it. A collective."""
+    found: Manifest | list[str] = []
+    if rank() == 0:
+        try:
+            found = manifest.read(place)
+        except manifest.Damaged as error:
+            found = [str(error)]
+    found = from_rank_0(found)
+    if not isinstance(found, Manifest):
+        return found
+    part = (rank(), world_size())
+    mine = manifest.problems(place, found, checksums, part)
+    return [problem for some in gather(mine) for problem in some] or found
+
+
+def model_differences(saved: RunConfig, config: RunConfig, same_run: bool) -> list[str]:
+    """Fields by which the saved model differs from the configured one, a line each.
+
+    Args:
+        same_run: it is resumed, so that what is trained must stay the same as well.
+    """
+    theirs, ours = saved.to_dict()["model"], config.to_dict()["model"]
+    free = {*_FREE_MODEL_FIELDS}
+    if same_run:
+        free -= {"freeze_embeddings", "freeze_head"}
+    if not same_run or config.checkpoint.change_drop_path:
+        free.add("drop_path_rate")
+    hints = {
+        "drop_path_rate": " (--change-drop-path accepts it)",
+        "freeze_embeddings": " (--finetune starts a new run from the weights)",
+        "freeze_head": " (--finetune starts a new run from the weights)",
+    }
+    return [
+        f"model.{name}: {theirs[name]!r} in the checkpoint, {ours[name]!r} here{hints.get(name, '')}"
+        for name in ours
+        if name not in free and theirs[name] != ours[name]
+    ]
+
+
+def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
+    """Why ``dp_reshardable`` state cannot be read on this layout."""
+    here = content.describe_layout(config, world_size())
+    return [
+        f"parallel.{name}: {saved.layout[name]!r} in the checkpoint, {here[name]!r} here"
+        for name in SHARES
+        if saved.kind == DP_RESHARDABLE and saved.layout[name] != here[name]
+    ]
+
+
+def read_common(place: Path) -> dict[str, Any]:
+    """The part of a checkpoint that is the same on every rank: plain values and tensors, no code."""
+    return load_common_state_dict(str(place))
+
+
+def load_weights(place: Path, model: list[Any]) -> None:
+    """Set the model's weights from a checkpoint of any layout. A collective."""
+    metadata.check(place)
+    state = {"model": content.weights_of(model)}
+    objects = read_common(place)["objects"]
+    content.put_objects(state, objects)
+    content.set_weights(model, dist_checkpointing.load(state, str(place))["model"])
+
+
+def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
+    """Raise ValueError when the optimizer's state cannot be read on this layout."""
+    if differing := _kind_differences(saved, config):
+        raise ValueError(
+            f"{place} holds optimizer state of kind {saved.kind}, which needs the layout that saved it: "
+            + "; ".join(differing)
+            + f". Use that layout, or make it readable by any: tools/checkpoints.py reshard {place}"
+        )
+
+
+@torch.no_grad()  # Megatron-Core 0.16.1 copies into float32 weights without it
+def load(place: Path, saved: Manifest, config: RunConfig, state: State) -> None:
+    """Set weights, optimizer, schedule and random states from a checkpoint. A collective.
+
+    Raises:
+        ValueError: its optimizer state cannot be read on this layout.
+    """
+    check_layout(place, saved, config)
+    metadata.check(place)
+    weights = content.weights_of(state.model)
+    kind_of_state = {"distrib_optim_sharding_type": saved.kind}
+    request: dict[str, Any] = {
+        "model": weights,
+        "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=kind_of_state),
+    }
+    random = {name: values.clone() for name, values in content.random_states().items()}
+    same_ranks = saved.layout["world_size"] == world_size()
+    if same_ranks and saved.random == {name: values.numel() for name, values in random.items()}:
+        request["random"] = {name: content.one_row_a_rank(name, values) for name, values in random.items()}
+    common = read_common(place)
+    content.put_objects(request, common["objects"])
+    loaded = dist_checkpointing.load(request, str(place))
+    content.set_weights(state.model, loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(common["scheduler"])
+    if "random" in request:
+        content.set_random_states({name: values.view(-1) for name, values in loaded["random"].items()})

@@ -1,0 +1,195 @@
+"""Manifest: what a checkpoint is and what its files must look like, so that a damaged one is known before it is used.
+
+``manifest.json`` stands in every checkpoint folder and holds the size and SHA-256 of every other file, facts about the
+run, and a SHA-256 of itself. It is written in one exact form, so that any flipped bit in it shows as well.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_BLOCK = 8 * 2**20
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "nvidia-dali-cuda130", "numpy")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size in bytes and SHA-256 (hexadecimal) of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts about a checkpoint.
+
+    Attributes:
+        iteration: the step after which it was saved.
+        kind: of its optimizer state, ``dp_reshardable`` or ``fully_reshardable``.
+        layout: parallel sizes and what else decides which rank holds what.
+        validation_loss: of that step, if it was validated.
+        tokenizer, data: fingerprints.
+        random: bytes of each random state of a rank, by name.
+        versions, revision: of the software that saved it.
+        created: UTC, ISO 8601.
+        files: relative path -> facts, of every file but the manifest.
+    """
+
+    iteration: int
+    kind: str
+    layout: dict[str, Any]
+    validation_loss: float | None = None
+    tokenizer: str = ""
+    data: str = ""
+    random: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    revision: str = ""
+    created: str = ""
+    files: dict[str, FileFacts] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(facts.size for facts in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        """The file's one exact form."""
+        tree = {"format": _FORMAT, **asdict(self)}
+        return _exact({**tree, "sha256": hashlib.sha256(_exact(tree)).hexdigest()})
+
+
+class Damaged(ValueError):
+    """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+
+
+def _exact(tree: dict[str, Any]) -> bytes:
+    return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        Damaged: there is none, or it is not what was written.
+    """
+    file = folder / MANIFEST
+    try:
+        content = file.read_bytes()
+        tree = json.loads(content)
+        stated = tree.pop("sha256")
+        whole = {**tree, "sha256": hashlib.sha256(_exact(tree)).hexdigest()}
+        if whole["sha256"] != stated or content != _exact(whole):
+            raise Damaged(f"{file}: damaged, its own checksum does not match")
+        if tree.pop("format") != _FORMAT:
+            raise Damaged(f"{file}: of another format than {_FORMAT}; load it with the version that wrote it")
+        tree["files"] = {name: FileFacts(**facts) for name, facts in tree["files"].items()}
+        return Manifest(**tree)
+    except FileNotFoundError:
+        raise Damaged(f"{file}: missing") from None
+    except OSError as error:
+        raise Damaged(f"{file}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{file}: damaged, not the JSON that was written") from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    digest, block = hashlib.sha256(), bytearray(_BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+def facts_of(path: Path) -> FileFacts:
+    """Size and checksum of a file, read anew."""
+    return FileFacts(path.stat().st_size, sha256_of(path))
+
+
+def _problem(folder: Path, name: str, facts: FileFacts, checksums: bool) -> str | None:
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != facts.size:
+            return f"{path}: {size} bytes, {facts.size} were written"
+        if checksums and sha256_of(path) != facts.sha256:
+            return f"{path}: damaged, its SHA-256 does not match the manifest's"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None
+
+
+def problems(
+    folder: Path,
+    manifest: Manifest,
+    checksums: bool = True,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[int], Any] = lambda size: None,
+) -> list[str]:
+    """What is wrong with a checkpoint's files, a line each; none of a good one.
+
+    Args:
+        checksums: read every file; otherwise compare sizes alone.
+        part: (i, n) looks at the i-th of n shares of about equal size, so that ranks may share the work.
+        progress: is told the bytes of each file that has been looked at.
+    """
+    shares = [0] * part[1]
+    mine: list[tuple[str, FileFacts]] = []
+    for name, facts in sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0])):
+        share = shares.index(min(shares))
+        shares[share] += facts.size + 1
+        if share == part[0]:
+            mine.append((name, facts))
+
+    def look(item: tuple[str, FileFacts]) -> str | None:
+        found = _problem(folder, *item, checksums)
+        progress(item[1].size)
+        return found
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+        return [found for found in threads.map(look, mine) if found]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what it is built on."""
+    found = {"python": platform.python_version()}
+    for name in ("genlip-megatron", *_PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def revision() -> str:
+    """Revision of the source tree that is running, with "+changes" when files differ; empty outside of a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

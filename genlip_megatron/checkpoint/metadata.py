@@ -1,0 +1,45 @@
+"""Torch pickles the metadata of a distributed checkpoint, and pickles may run code: it is looked through first."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What torch's metadata is made of, beside dtypes.
+_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath"},
+}
+
+
+class _Listed(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def check(folder: Path) -> None:
+    """Raise ValueError when the metadata of a checkpoint names anything but what belongs in it."""
+    file = folder / ".metadata"
+    try:
+        with open(file, "rb") as stream:
+            _Listed(stream).load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file}: not the metadata of a checkpoint, it would load {error}; do not use it") from None

@@ -1,0 +1,86 @@
+"""Retention: which checkpoints of a run are kept. Only good ones count, and only good ones are deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.config import CheckpointConfig
+
+
+def kept(
+    checkpoints: Sequence[tuple[int, float | None]], keep_last: int, keep_every: int, keep_best: int
+) -> dict[int, str]:
+    """step -> why it is kept.
+
+    Args:
+        checkpoints: (step, validation loss or None) of every good checkpoint.
+        keep_last: so many of the newest; 0 keeps all.
+        keep_every: and those of steps that are a multiple of this; 0: none.
+        keep_best: and so many of the lowest validation loss; of equal ones the newest.
+
+    >>> kept([(10, 3.5), (20, 3.1), (30, 3.3), (40, None)], keep_last=1, keep_every=30, keep_best=1)
+    {20: 'best', 30: 'every 30', 40: 'last'}
+    """
+    by_age = sorted((step for step, _ in checkpoints), reverse=True)
+    reasons = {step: "last" for step in (by_age[:keep_last] if keep_last else by_age)}
+    for step in by_age:
+        if keep_every and step % keep_every == 0:
+            reasons.setdefault(step, f"every {keep_every}")
+    validated = sorted((loss, -step) for step, loss in checkpoints if loss is not None)
+    for _, negative in validated[:keep_best]:
+        reasons.setdefault(-negative, "best")
+    return dict(sorted(reasons.items()))
+
+
+class Keeper:
+    """Prunes the checkpoints of a run and remembers which it has found good, so that each is read once."""
+
+    def __init__(self) -> None:
+        self._good: set[tuple[str, tuple[tuple[str, int, int], ...]]] = set()
+
+    def good(self, root: str | Path, checksums: bool = True) -> tuple[dict[int, manifest.Manifest], list[str]]:
+        """(step -> manifest of the good checkpoints, what is wrong with the others)."""
+        found, wrong = {}, []
+        for step in folder.steps(root):
+            place = folder.step_folder(root, step)
+            try:
+                facts = manifest.read(place)
+                state = (str(place), _state(place, facts))
+            except manifest.Damaged as error:
+                wrong.append(str(error))
+                continue
+            if state not in self._good:
+                if damage := manifest.problems(place, facts, checksums):
+                    wrong += damage
+                    continue
+                if checksums:
+                    self._good.add(state)
+            found[step] = facts
+        return found, wrong
+
+    def prune(self, root: str | Path, options: CheckpointConfig, dry_run: bool = False) -> tuple[list[int], list[str]]:
+        """(steps that were deleted, what is wrong with damaged ones, which stay where they are).
+
+        Nothing is deleted before every checkpoint that is kept has been read and found good.
+        """
+        found, wrong = self.good(root)
+        checkpoints = [(step, facts.validation_loss) for step, facts in found.items()]
+        stay = kept(checkpoints, options.keep_last, options.keep_every, options.keep_best)
+        gone = sorted(step for step in found if step not in stay)
+        for step in () if dry_run else gone:
+            folder.remove(root, step)
+        return gone, wrong
+
+
+def _state(place: Path, facts: manifest.Manifest) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a file is written to: (name, size, time of change) of each; a missing one has size -1."""
+    states = []
+    for name in [manifest.MANIFEST, *sorted(facts.files)]:
+        try:
+            status = (place / name).stat()
+            states.append((name, status.st_size, status.st_mtime_ns))
+        except OSError:
+            states.append((name, -1, 0))
+    return tuple(states)

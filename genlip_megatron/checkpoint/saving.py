@@ -1,0 +1,250 @@
+"""Saving: a run's state into a new checkpoint, while training waits or behind it."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+from genlip_megatron.checkpoint import content, folder, manifest
+from genlip_megatron.checkpoint.agree import NotSaved, gather_on_rank_0, on_rank_0
+from genlip_megatron.checkpoint.content import COMMON, CONFIG, FULLY_RESHARDABLE, State
+from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.checkpoint.retention import Keeper
+from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Strategy, Written
+from genlip_megatron.config import RunConfig
+from genlip_megatron.model.specs import compute_dtype
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the manifest says of a run beside its configuration."""
+
+    tokenizer: str = ""
+    data: str = ""
+    validation_loss: float | None = None
+
+
+def bytes_of(config: RunConfig, parameters: int) -> int:
+    """Bytes of a checkpoint: weights, and in float32 master weights and two moments."""
+    return parameters * (compute_dtype(config).itemsize + 12)
+
+
+def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> None:
+    """Raise ValueError when a checkpoint of ``parameters`` parameters does not fit on the disk of ``root``."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    needed, free = bytes_of(config, parameters), shutil.disk_usage(root).free
+    if free < needed:
+        raise ValueError(
+            f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, one checkpoint of {parameters} parameters takes "
+            f"{needed / 1e9:.2f} GB; free some space or choose another folder"
+        )
+
+
+@dataclass
+class _Pending:
+    """A save whose files are being written."""
+
+    iteration: int
+    kind: str
+    planned: PlannedWrite
+    written: Background | Written
+    common: dict[str, Any]  # on rank 0
+    random: dict[str, int]
+    facts: Facts
+    gathering: float
+    stopped: float  # seconds for which training has waited
+
+
+class Saver:
+    """Saves a run's state; one save at a time. Every method is a collective over all ranks unless it says otherwise.
+
+    Args:
+        config: of the run; checkpoints go to ``checkpoint.save``.
+        state: what is saved.
+        log: prints a line, on rank 0.
+    """
+
+    def __init__(self, config: RunConfig, state: State, log: Callable[[str], None]) -> None:
+        self.config, self.state, self._log = config, state, log
+        self.root = Path(config.checkpoint.save)
+        self.saves = 0  # begun by this process
+        self._pending: _Pending | None = None
+        self._strategies: dict[str, Any] = {}
+        self._copies = HostCopies()
+        self._keeper = Keeper()
+        self._pruning: Background | None = None
+        self._validated: set[str] = set()
+        self._configuration = config.to_yaml().encode()
+        self._versions = manifest.versions()
+        self._revision = manifest.revision() if torch.distributed.get_rank() == 0 else ""
+
+    @property
+    def writing(self) -> bool:
+        """Whether a save has begun and is not finished; the same on every rank."""
+        return self._pending is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are written, or nothing is being saved. Not a collective."""
+        pending = self._pending
+        return pending is None or isinstance(pending.written, Written) or pending.written.done
+
+    def save(self, iteration: int, common: dict[str, Any], kind: str, facts: Facts, behind: bool = False) -> None:
+        """Save the run's state after a step.
+
+        Args:
+            common: what is the same on every rank (counters, data cursor); only rank 0's is written.
+            kind: of the optimizer's state, DP_RESHARDABLE or FULLY_RESHARDABLE.
+            facts: for the manifest.
+            behind: return once the state has been copied, and write meanwhile; ``finish`` completes the save.
+
+        Raises:
+            NotSaved: this save failed, or one before that was still being written; nothing else is touched.
+        """
+        self.finish()
+        begin = time.monotonic()
+        place = on_rank_0(lambda: self._prepare(iteration))
+        kind = FULLY_RESHARDABLE if self.config.parallel.fsdp else kind
+        weights = content.weights_of(self.state.model)
+        state, scheduler = self._sharded_state(weights, kind), self.state.scheduler.state_dict()
+        gathering = time.monotonic() - begin
+        random = content.random_states()
+        state["random"] = {name: content.one_row_a_rank(name, values) for name, values in random.items()}
+        state, objects = content.take_objects(state)
+        sharded, plain = save_preprocess(state, kind not in self._validated)
+        self._validated.add(kind)
+        planned = self._plan(sharded, place, kind)
+        everyone = gather_on_rank_0(objects)
+        common = {
+            **common,
+            **plain,
+            "iteration": iteration,
+            "scheduler": scheduler,
+            "objects": {key: value for some in everyone for key, value in some.items()},
+        }
+        if behind:
+            self._copies.copy(planned)
+        stopped = time.monotonic() - begin
+        written = Background(planned.write) if behind else planned.write()
+        sizes = {name: values.numel() for name, values in random.items()}
+        self._pending = _Pending(iteration, kind, planned, written, common, sizes, facts, gathering, stopped)
+        self.saves += 1
+        if behind:
+            self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s")
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and let the checkpoint appear.
+
+        Raises:
+            NotSaved: it could not be written; what was written of it is removed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        written = pending.written if isinstance(pending.written, Written) else pending.written.result()
+        parts: list[Written] = gather_on_rank_0(written)
+        try:
+            text = on_rank_0(lambda: self._commit(pending, parts))
+        except NotSaved as error:
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(folder.partial_folder(self.root, pending.iteration), ignore_errors=True)
+            raise NotSaved(
+                f"the checkpoint of step {pending.iteration} could not be written to {self.root}: {error}; earlier "
+                "ones are untouched"
+            ) from None
+        self._log(text)
+
+    def close(self) -> None:
+        """Wait for deletions under way. Not a collective."""
+        if self._pruning is not None:
+            self._pruning.result()
+
+    def _prepare(self, iteration: int) -> Path:
+        if self._pruning is not None and (text := self._pruning.result()):
+            self._log(text)
+        place = folder.partial_folder(self.root, iteration)
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder.clean(self.root)
+        place.mkdir()
+        return place
+
+    def _sharded_state(self, weights: dict[str, Any], kind: str) -> dict[str, Any]:
+        kind_of_state = {"distrib_optim_sharding_type": kind}
+        return {"model": weights, "optimizer": self.state.optimizer.sharded_state_dict(weights, metadata=kind_of_state)}
+
+    def _plan(self, sharded: dict[str, Any], place: Path, kind: str) -> PlannedWrite:
+        if kind not in self._strategies:
+            strategy: Any = Strategy(reuse_plan=True)
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            # Replicas share the writing of what they all hold.
+            wrapper = FullyParallelSaveStrategyWrapper(strategy, group, do_cache_distribution=True)
+            self._strategies[kind] = (strategy, wrapper)
+        strategy, wrapper = self._strategies[kind]
+        wrapper.async_save(sharded, place)
+        return strategy.planned
+
+    def _commit(self, pending: _Pending, parts: list[Written]) -> str:
+        """On rank 0: write what is left, the manifest last, and publish; returns what there is to say."""
+        if errors := [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]:
+            raise NotSaved("; ".join(errors[:4]))
+        if errors := [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]:
+            raise NotSaved("; ".join(errors[:4]))
+        begin = time.monotonic()
+        place = folder.partial_folder(self.root, pending.iteration)
+        pending.planned.finish([part.results for part in parts])
+        save_config(CheckpointingConfig("torch_dist", 1), str(place))
+        folder.sync(place / "metadata.json")
+        common = io.BytesIO()
+        torch.save(pending.common, common)
+        folder.write_file(place / COMMON, common.getvalue())
+        folder.write_file(place / CONFIG, self._configuration)
+        files = {name: facts for part in parts for name, facts in part.files.items()}
+        for name in (".metadata", "metadata.json", COMMON, CONFIG):
+            files[name] = manifest.facts_of(place / name)
+        saved = Manifest(
+            iteration=pending.iteration,
+            kind=pending.kind,
+            layout=content.describe_layout(self.config, len(parts)),
+            validation_loss=pending.facts.validation_loss,
+            tokenizer=pending.facts.tokenizer,
+            data=pending.facts.data,
+            random=pending.random,
+            versions=self._versions,
+            revision=self._revision,
+            created=manifest.now(),
+            files=files,
+        )
+        folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
+        target = folder.publish(self.root, pending.iteration)
+        self._pruning = Background(self._prune)
+        seconds = max(part.seconds for part in parts)
+        hashing = max(part.hashing for part in parts)
+        return (
+            f"saved {target}: {saved.size / 1e9:.3f} GB, {pending.kind}; training waited {pending.stopped:.2f} s"
+            + (f" ({pending.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")
+            + f", written in {seconds:.2f} s at {saved.size / 1e9 / max(seconds, 1e-9):.2f} GB/s "
+            f"({hashing / max(seconds, 1e-9):.0%} of it checksums), completed in {time.monotonic() - begin:.2f} s"
+        )
+
+    def _prune(self) -> str:
+        try:
+            gone, wrong = self._keeper.prune(self.root, self.config.checkpoint)
+        except OSError as error:
+            return f"WARNING: old checkpoints in {self.root} could not be deleted: {error}"
+        lines = [f"WARNING: a damaged checkpoint is not counted: {problem}" for problem in wrong]
+        if gone:
+            lines.append(f"deleted the checkpoints of steps {', '.join(map(str, gone))}")
+        return "\n".join(lines)

@@ -1,0 +1,182 @@
+"""A run and its checkpoints: where it begins, what it saves and when, how it goes back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+
+from genlip_megatron.checkpoint import folder, loading
+from genlip_megatron.checkpoint.agree import NotSaved, gather, on_rank_0
+from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE, State
+from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.checkpoint.saving import Facts, Saver
+from genlip_megatron.data.loader import merge_cursors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from genlip_megatron.train.loop import Run
+
+
+def log(text: str) -> None:
+    """Print on rank 0."""
+    if torch.distributed.get_rank() == 0:
+        print(text, flush=True)
+
+
+def _state(run: Run) -> State:
+    return State(run.model, run.optimizer, run.scheduler)
+
+
+def make_saver(run: Run) -> Saver | None:
+    """What saves the run, if it saves at all."""
+    if not run.config.checkpoint.save or run.train_loader is None:
+        return None
+    return Saver(run.config, _state(run), log)
+
+
+def load(run: Run) -> None:
+    """Go on from the newest good checkpoint of ``checkpoint.save``; else begin as ``checkpoint.load`` says, or anew.
+
+    So a run that is started again with the same command goes on where it stood, also when it had begun from the
+    weights of another. A collective.
+
+    Raises:
+        ValueError: no good checkpoint where one is needed, or one that does not fit the configuration.
+    """
+    options, whole = run.config.checkpoint, run.config.checkpoint.verify == "full"
+    if options.save and not run.config.log.eval_only and (found := loading.find(options.save, whole, log)):
+        _resume(run, *found)
+        if moved := on_rank_0(lambda: folder.set_aside(options.save, run.iteration)):
+            log("WARNING: later checkpoints, which this run does not go on from, are now " + ", ".join(map(str, moved)))
+        return
+    if not options.load:
+        return
+    found = loading.find(options.load, whole, log)
+    if found is None:
+        if options.load != options.save:
+            raise ValueError(f"checkpoint.load = {options.load}: no checkpoint there (no folder iter_NNNNNNN)")
+        log(f"no checkpoint in {options.load} yet: starting anew")
+    elif options.finetune or run.config.log.eval_only:
+        _take_weights(run, *found)
+    else:
+        _resume(run, *found)
+
+
+def _take_weights(run: Run, place: Path, saved: Manifest) -> None:
+    differing = loading.model_differences(loading.read_config(place), run.config, same_run=False)
+    _refuse(place, differing + _tokenizer_differences(run, saved))
+    loading.load_weights(place, run.model)
+    run.optimizer.reload_model_params()
+    if run.config.log.eval_only:
+        run.iteration = saved.iteration
+    else:
+        log(f"weights of step {saved.iteration} from {place}; optimizer, schedule and data start anew")
+
+
+def _resume(run: Run, place: Path, saved: Manifest) -> None:
+    """Set the whole run from a checkpoint."""
+    assert run.train_loader is not None
+    config, theirs = run.config, loading.read_config(place)
+    common = loading.read_common(place)
+    data = run.train_loader.plan.differences(common["data"]["plan"])
+    hint = " (--change-data begins with the data anew and keeps the rest)"
+    differing = loading.model_differences(theirs, config, same_run=True) + _tokenizer_differences(run, saved)
+    _refuse(place, differing + ([] if config.data.change_data else [line + hint for line in data]))
+    loading.load(place, saved, config, _state(run))
+    run.iteration = saved.iteration
+    run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]
+    if data:
+        log("the data begins anew: " + "; ".join(data))
+    else:
+        run.train_loader.load_state_dict(common["data"])
+    if changed := _changed_settings(theirs.to_dict(), config.to_dict()):
+        log("settings that differ from the checkpoint's: " + "; ".join(changed))
+    log(f"resumed at step {run.iteration} from {place}")
+
+
+def _refuse(place: Path, differing: list[str]) -> None:
+    if differing:
+        raise ValueError(f"{place} does not fit this run: " + "; ".join(differing))
+
+
+def _tokenizer_differences(run: Run, saved: Manifest) -> list[str]:
+    loader = run.train_loader or run.valid_loader
+    here = loader.tokenizer.fingerprint if loader is not None else saved.tokenizer
+    return [] if here == saved.tokenizer else [f"data.tokenizer: {saved.tokenizer} in the checkpoint, {here} here"]
+
+
+def _changed_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    return [
+        f"{section}.{name} was {theirs[section][name]!r}, is {value!r}"
+        for section in ("model", "data", "parallel", "train")
+        for name, value in ours[section].items()
+        if theirs[section][name] != value
+    ]
+
+
+def rewind(run: Run) -> int | None:
+    """Go back to the newest good checkpoint of ``checkpoint.save``; returns its step, or None when there is none.
+
+    The loader must not be iterating. A collective.
+    """
+    finish_saves(run)
+    found = loading.find(run.config.checkpoint.save, True, log) if run.config.checkpoint.save else None
+    if found is None:
+        return None
+    _resume(run, *found)
+    return run.iteration
+
+
+def gather_weights(run: Run) -> None:
+    """Make every rank's weights whole; with ``overlap_param_gather`` the next forward pass would."""
+    if run.config.parallel.overlap_param_gather:
+        for chunk in run.model:
+            chunk.start_param_sync(force_sync=True)
+
+
+def save(run: Run, last: bool = False) -> bool:
+    """Save the run's state, if it saves at all; returns False when it could not be, which is no reason to stop.
+
+    Args:
+        last: nothing follows: the state is stored for any layout, and written before this returns.
+    """
+    if run.saver is None:
+        return True
+    assert run.train_loader is not None
+    options = run.config.checkpoint
+    gather_weights(run)
+    cursors = gather(run.train_loader.state_dict(), parallel_state.get_data_parallel_group())
+    common: dict[str, Any] = {
+        "data": merge_cursors(cursors),
+        "consumed_samples": run.consumed_samples,
+        "consumed_tokens": run.consumed_tokens,
+    }
+    every = options.save_interval * options.fully_reshardable_every
+    whole = last or (every > 0 and run.iteration % every == 0)
+    step, loss = run.validated
+    facts = Facts(
+        run.train_loader.tokenizer.fingerprint,
+        run.train_loader.plan.fingerprint,
+        loss if step == run.iteration else None,
+    )
+    kind = FULLY_RESHARDABLE if whole else DP_RESHARDABLE
+    try:
+        run.saver.save(run.iteration, common, kind, facts, behind=options.async_save and not whole)
+    except NotSaved as error:
+        log(f"WARNING: NOT SAVED: {error}")
+        return False
+    return True
+
+
+def finish_saves(run: Run) -> bool:
+    """Wait for a save under way and complete it; returns False when it failed. A collective."""
+    try:
+        if run.saver is not None:
+            run.saver.finish()
+    except NotSaved as error:
+        log(f"WARNING: NOT SAVED: {error}")
+        return False
+    return True
