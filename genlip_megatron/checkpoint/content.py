@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.genlip import unwrap
+from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
 
 DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
@@ -33,6 +34,7 @@ SHARES = (
     "num_layers_in_last_pipeline_stage",
     "overlap_grad_reduce",
     "fsdp",
+    "precision",
 )
 
 
@@ -51,7 +53,8 @@ def describe_layout(config: RunConfig, world_size: int) -> dict[str, Any]:
     return {
         "world_size": world_size,
         "context_parallel_size": parallel["context_parallel_size"],
-        **{name: parallel[name] for name in SHARES},
+        "precision": {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(config)],
+        **{name: parallel[name] for name in SHARES if name in parallel},
     }
 
 
@@ -78,14 +81,41 @@ def set_random_states(states: dict[str, Tensor]) -> None:
     tracker.set_states(held)
 
 
-def one_row_a_rank(name: str, state: Tensor) -> ShardedTensor:
-    """A rank's random state as its row of one tensor of all ranks."""
-    return ShardedTensor.from_rank_offsets(
-        f"random.{name}",
-        state[None],
-        (0, torch.distributed.get_rank(), torch.distributed.get_world_size()),
-        replica_id=0,
-    )
+@dataclass(frozen=True)
+class RandomStates:
+    """Random states of all ranks as parts of a checkpoint.
+
+    Attributes:
+        parts: name -> this rank's part of a uint8 tensor [ranks, bytes].
+        sizes: name -> bytes.
+        world_size: ranks.
+    """
+
+    parts: dict[str, ShardedTensor]
+    sizes: dict[str, int]
+    world_size: int
+
+    @staticmethod
+    def of_this_run() -> RandomStates:
+        """A row of every rank."""
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        states = random_states()
+        parts = {
+            name: ShardedTensor.from_rank_offsets(f"random.{name}", state[None], (0, rank, world_size), replica_id=0)
+            for name, state in states.items()
+        }
+        return RandomStates(parts, {name: state.numel() for name, state in states.items()}, world_size)
+
+    @staticmethod
+    def of_another_run(sizes: dict[str, int], world_size: int) -> RandomStates:
+        """All rows on every rank, to carry them from one checkpoint to another."""
+        replica = torch.distributed.get_rank()
+        rows = {name: torch.zeros(world_size, size, dtype=torch.uint8) for name, size in sizes.items()}
+        parts = {
+            name: ShardedTensor.from_rank_offsets(f"random.{name}", table, replica_id=replica)
+            for name, table in rows.items()
+        }
+        return RandomStates(parts, dict(sizes), world_size)
 
 
 def _saved_part(chunk: Any) -> Any:

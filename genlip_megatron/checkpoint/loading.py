@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 
 from genlip_megatron.checkpoint import content, folder, manifest, metadata
 from genlip_megatron.checkpoint.agree import from_rank_0, gather, rank, world_size
-from genlip_megatron.checkpoint.content import CONFIG, DP_RESHARDABLE, SHARES, State
+from genlip_megatron.checkpoint.content import CONFIG, DP_RESHARDABLE, SHARES, RandomStates, State
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.config import RunConfig, from_dict
 
@@ -154,10 +154,9 @@ def load(place: Path, saved: Manifest, config: RunConfig, state: State) -> None:
         "model": weights,
         "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=kind_of_state),
     }
-    random = {name: values.clone() for name, values in content.random_states().items()}
-    same_ranks = saved.layout["world_size"] == world_size()
-    if same_ranks and saved.random == {name: values.numel() for name, values in random.items()}:
-        request["random"] = {name: content.one_row_a_rank(name, values) for name, values in random.items()}
+    random = RandomStates.of_this_run()
+    if (saved.layout["world_size"], saved.random) == (random.world_size, random.sizes):
+        request["random"] = random.parts
     common = read_common(place)
     content.put_objects(request, common["objects"])
     loaded = dist_checkpointing.load(request, str(place))

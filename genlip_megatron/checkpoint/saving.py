@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 
 from genlip_megatron.checkpoint import content, folder, manifest
 from genlip_megatron.checkpoint.agree import NotSaved, gather_on_rank_0, on_rank_0
-from genlip_megatron.checkpoint.content import COMMON, CONFIG, FULLY_RESHARDABLE, State
+from genlip_megatron.checkpoint.content import COMMON, CONFIG, FULLY_RESHARDABLE, RandomStates, State
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.checkpoint.retention import Keeper
 from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Strategy, Written
@@ -60,7 +60,7 @@ class _Pending:
     planned: PlannedWrite
     written: Background | Written
     common: dict[str, Any]  # on rank 0
-    random: dict[str, int]
+    random: RandomStates
     facts: Facts
     gathering: float
     stopped: float  # seconds for which training has waited
@@ -100,7 +100,15 @@ class Saver:
         pending = self._pending
         return pending is None or isinstance(pending.written, Written) or pending.written.done
 
-    def save(self, iteration: int, common: dict[str, Any], kind: str, facts: Facts, behind: bool = False) -> None:
+    def save(
+        self,
+        iteration: int,
+        common: dict[str, Any],
+        kind: str,
+        facts: Facts,
+        behind: bool = False,
+        random: RandomStates | None = None,
+    ) -> None:
         """Save the run's state after a step.
 
         Args:
@@ -108,6 +116,7 @@ class Saver:
             kind: of the optimizer's state, DP_RESHARDABLE or FULLY_RESHARDABLE.
             facts: for the manifest.
             behind: return once the state has been copied, and write meanwhile; ``finish`` completes the save.
+            random: of all ranks; by default as they are now.
 
         Raises:
             NotSaved: this save failed, or one before that was still being written; nothing else is touched.
@@ -119,8 +128,8 @@ class Saver:
         weights = content.weights_of(self.state.model)
         state, scheduler = self._sharded_state(weights, kind), self.state.scheduler.state_dict()
         gathering = time.monotonic() - begin
-        random = content.random_states()
-        state["random"] = {name: content.one_row_a_rank(name, values) for name, values in random.items()}
+        random = random or RandomStates.of_this_run()
+        state["random"] = random.parts
         state, objects = content.take_objects(state)
         sharded, plain = save_preprocess(state, kind not in self._validated)
         self._validated.add(kind)
@@ -137,8 +146,7 @@ class Saver:
             self._copies.copy(planned)
         stopped = time.monotonic() - begin
         written = Background(planned.write) if behind else planned.write()
-        sizes = {name: values.numel() for name, values in random.items()}
-        self._pending = _Pending(iteration, kind, planned, written, common, sizes, facts, gathering, stopped)
+        self._pending = _Pending(iteration, kind, planned, written, common, random, facts, gathering, stopped)
         self.saves += 1
         if behind:
             self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s")
@@ -217,11 +225,11 @@ class Saver:
         saved = Manifest(
             iteration=pending.iteration,
             kind=pending.kind,
-            layout=content.describe_layout(self.config, len(parts)),
+            layout=content.describe_layout(self.config, pending.random.world_size),
             validation_loss=pending.facts.validation_loss,
             tokenizer=pending.facts.tokenizer,
             data=pending.facts.data,
-            random=pending.random,
+            random=pending.random.sizes,
             versions=self._versions,
             revision=self._revision,
             created=manifest.now(),

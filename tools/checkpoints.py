@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Look after the checkpoints of a run: list, verify, prune, describe, turn one kind of optimizer state into the other.
+
+    python tools/checkpoints.py list runs/so16
+    python tools/checkpoints.py verify runs/so16                     (or one checkpoint: runs/so16/iter_0002000)
+    python tools/checkpoints.py prune runs/so16 --keep-last 3 --keep-every 10000 --dry-run
+    python tools/checkpoints.py info runs/so16/iter_0002000
+    python tools/checkpoints.py reshard runs/so16/iter_0002000       (so that any layout can resume from it)
+    python tools/checkpoints.py rewind runs/so16 --step 2000         (the run goes on from there)
+
+Every command runs on a CPU. ``verify`` ends with status 1 when a checkpoint is damaged, and names its files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from genlip_megatron.arguments import StrictParser
+from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint.retention import Keeper, kept
+from genlip_megatron.config import CheckpointConfig
+
+_KINDS = ("fully_reshardable", "dp_reshardable")
+
+
+def build_parser() -> StrictParser:
+    """The command line, one sub-command for each thing to do."""
+    summary, _, rest = (__doc__ or "").partition("\n")
+    parser = StrictParser(
+        prog="checkpoints.py", description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, where: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("path", type=Path, help=where)
+        return added
+
+    run, one = "folder of checkpoints", "a checkpoint, iter_NNNNNNN"
+    listing = command("list", "one line for each checkpoint", run)
+    listing.add_argument("--full", action="store_true", help="read every file, instead of looking at sizes")
+    verify = command("verify", "read every file and compare it with what was written", f"{run}, or {one}")
+    verify.add_argument("--sizes", action="store_true", help="look at sizes alone")
+    defaults = CheckpointConfig()
+    prune = command("prune", "delete good checkpoints that need not be kept", run)
+    prune.add_argument("--keep-last", type=int, default=defaults.keep_last, help="newest to keep; 0: all")
+    prune.add_argument("--keep-every", type=int, default=defaults.keep_every, help="keep multiples of so many steps")
+    prune.add_argument("--keep-best", type=int, default=defaults.keep_best, help="lowest validation losses to keep")
+    prune.add_argument("--damaged", action="store_true", help="delete damaged ones older than the newest good one too")
+    prune.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    command("info", "what a checkpoint is and what saved it", f"{one}, or {run} for its newest")
+    reshard = command("reshard", "write a checkpoint with the other kind of optimizer state", one)
+    reshard.add_argument("--to", choices=_KINDS, default=_KINDS[0], help="kind of optimizer state")
+    reshard.add_argument("--output", type=Path, help="folder of checkpoints to write to; by default it is replaced")
+    for size in ("tensor", "pipeline", "virtual_pipeline"):
+        flag = {"tensor": "--tp", "pipeline": "--pp", "virtual_pipeline": "--vpp"}[size]
+        text = f"{size.replace('_', ' ')} parallel size that is to read dp_reshardable state"
+        reshard.add_argument(flag, type=int, dest=f"{size}_model_parallel_size", metavar="SIZE", help=text)
+    rewind = command("rewind", "set later checkpoints aside, so that the run goes on from a step", run)
+    rewind.add_argument("--step", type=int, required=True, help="step to go on from")
+    return parser
+
+
+def _places(path: Path) -> list[Path]:
+    """The checkpoint that ``path`` is, or those in it, newest first; ValueError without any."""
+    if folder.step_of(path) is not None and path.is_dir():
+        return [path]
+    if found := [folder.step_folder(path, step) for step in folder.steps(path)]:
+        return found
+    raise ValueError(f"{path}: neither a checkpoint (iter_NNNNNNN) nor a folder with one")
+
+
+def _look(place: Path, checksums: bool) -> tuple[manifest.Manifest | None, list[str]]:
+    """(manifest if it can be read, what is wrong)."""
+    try:
+        facts = manifest.read(place)
+    except manifest.Damaged as error:
+        return None, [str(error)]
+    if not checksums:
+        return facts, manifest.problems(place, facts, False)
+    from tqdm import tqdm
+
+    with tqdm(total=facts.size, desc=place.name, unit="B", unit_scale=True, file=sys.stderr, leave=False) as bar:
+        return facts, manifest.problems(place, facts, True, progress=bar.update)
+
+
+def _sizes(facts: manifest.Manifest) -> str:
+    """The layout in short, as TP2xDP4."""
+    layout = facts.layout
+    names = {"TP": "tensor_model", "PP": "pipeline_model", "VPP": "virtual_pipeline_model", "CP": "context"}
+    sizes = {short: layout[f"{name}_parallel_size"] for short, name in names.items()}
+    sizes["DP"] = layout["world_size"] // (sizes["TP"] * sizes["PP"] * sizes["CP"])
+    return "x".join(f"{short}{size}" for short, size in sizes.items() if size > 1) or "1"
+
+
+def list_checkpoints(options: argparse.Namespace) -> int:
+    """Print a line for each checkpoint."""
+    looked = [(place, *_look(place, options.full)) for place in _places(options.path)]
+    good = [(f.iteration, f.validation_loss) for _, f, wrong in looked if f is not None and not wrong]
+    defaults = CheckpointConfig()
+    best = [step for step, why in kept(good, len(good) and 1, 0, defaults.keep_best).items() if why == "best"]
+    print(f"{'step':>9}  {'saved (UTC)':19}  {'GB':>8}  {'optimizer state':17}  {'layout':12}  {'val. loss':>9}  state")
+    for place, facts, wrong in looked:
+        step = folder.step_of(place)
+        if facts is None:
+            print(f"{step:>9}  {'':19}  {'':>8}  {'':17}  {'':12}  {'':>9}  damaged")
+            continue
+        loss = "" if facts.validation_loss is None else f"{facts.validation_loss:.4f}"
+        state = "damaged" if wrong else "good, best" if step in best else "good"
+        size = f"{facts.size / 1e9:.3f}"
+        print(f"{step:>9}  {facts.created[:19]:19}  {size:>8}  {facts.kind:17}  {_sizes(facts):12}  {loss:>9}  {state}")
+    pointer = folder.pointed(options.path)
+    if folder.step_of(options.path) is None and good and pointer != max(step for step, _ in good):
+        print(f"{folder.LATEST} names {pointer}; a run goes on from {max(step for step, _ in good)}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Say of each checkpoint whether it is good; 1 when one is not."""
+    status = 0
+    for place in _places(options.path):
+        facts, wrong = _look(place, not options.sizes)
+        for problem in wrong:
+            print(f"damaged: {problem}")
+            status = 1
+        if facts is not None and not wrong:
+            print(f"good: {place}, {len(facts.files)} files, {facts.size / 1e9:.3f} GB" + " (sizes)" * options.sizes)
+    return status
+
+
+def prune(options: argparse.Namespace) -> int:
+    """Delete what need not be kept."""
+    _places(options.path)
+    rules = CheckpointConfig(keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best)
+    keeper = Keeper()
+    gone, wrong = keeper.prune(options.path, rules, options.dry_run)
+    for problem in wrong:
+        print(f"damaged, not counted: {problem}")
+    verb = "would delete" if options.dry_run else "deleted"
+    print(f"{verb} steps: {', '.join(map(str, gone)) or 'none'}")
+    if options.damaged:
+        good, _ = keeper.good(options.path)
+        damaged = [step for step in folder.steps(options.path) if step not in good and good and step < max(good)]
+        for step in () if options.dry_run else damaged:
+            folder.remove(options.path, step)
+        print(f"{verb} damaged steps: {', '.join(map(str, damaged)) or 'none'}")
+    return 0
+
+
+def info(options: argparse.Namespace) -> int:
+    """Print a checkpoint's facts as YAML."""
+    place = _places(options.path)[0]
+    facts = manifest.read(place)
+    tree = {
+        "checkpoint": str(place),
+        "step": facts.iteration,
+        "saved": facts.created,
+        "bytes": facts.size,
+        "files": len(facts.files),
+        "optimizer_state": facts.kind,
+        "validation_loss": facts.validation_loss,
+        "layout": facts.layout,
+        "tokenizer": facts.tokenizer,
+        "data": facts.data,
+        "revision": facts.revision,
+        "versions": facts.versions,
+    }
+    print(yaml.safe_dump(tree, sort_keys=False), end="")
+    return 0
+
+
+def reshard(options: argparse.Namespace) -> int:
+    """Write a checkpoint with the other kind of optimizer state."""
+    from genlip_megatron.train.reshard import reshard as write
+
+    place = _places(options.path)[0]
+    sizes = {name: getattr(options, name) for name in vars(options) if name.endswith("_model_parallel_size")}
+    layout = {name: size for name, size in sizes.items() if size is not None}
+    if layout and options.to != "dp_reshardable":
+        raise ValueError("--tp, --pp and --vpp belong to --to dp_reshardable; fully_reshardable state fits any layout")
+    print(f"wrote {write(place, options.to, options.output or place.parent, layout)}")
+    return 0
+
+
+def rewind(options: argparse.Namespace) -> int:
+    """Set later checkpoints aside."""
+    place = folder.step_folder(options.path, options.step)
+    if not place.is_dir():
+        steps = ", ".join(map(str, folder.steps(options.path))) or "none"
+        raise ValueError(f"--step {options.step}: {place} is missing; steps there: {steps}")
+    if wrong := _look(place, True)[1]:
+        raise ValueError("; ".join(wrong))
+    for moved in folder.set_aside(options.path, options.step):
+        print(f"set aside: {moved}")
+    print(f"a run with --save {options.path} goes on from step {options.step}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; user errors end with status 2 and one line."""
+    parser = build_parser()
+    options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "list": list_checkpoints,
+        "verify": verify,
+        "prune": prune,
+        "info": info,
+        "reshard": reshard,
+        "rewind": rewind,
+    }
+    try:
+        return commands[options.command](options)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
