@@ -190,6 +190,10 @@ class Saver:
         return place
 
     def _sharded_state(self, weights: dict[str, Any], kind: str) -> dict[str, Any]:
+        # Moments are made by the first update, of which there may have been none.
+        for each in getattr(self.state.optimizer, "chained_optimizers", ()):
+            if not each.is_stub_optimizer:
+                each.init_state_fn(each.optimizer, each.config)
         kind_of_state = {"distrib_optim_sharding_type": kind}
         return {"model": weights, "optimizer": self.state.optimizer.sharded_state_dict(weights, metadata=kind_of_state)}
 

@@ -1,0 +1,63 @@
+"""Checkpoints appear whole, crashed saves leave nothing that counts, and nothing is lost when a run goes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from genlip_megatron.checkpoint import folder
+
+
+def publish(root: Path, step: int, content: str = "x") -> Path:
+    partial = folder.partial_folder(root, step)
+    partial.mkdir(parents=True)
+    (partial / "file").write_text(content)
+    return folder.publish(root, step)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_dir())
+
+
+def test_a_published_checkpoint_is_the_newest_and_pointed_to(tmp_path: Path) -> None:
+    assert folder.steps(tmp_path) == [] and folder.pointed(tmp_path) is None and folder.steps(tmp_path / "no") == []
+    publish(tmp_path, 7)
+    publish(tmp_path, 12_345_678)
+    assert folder.steps(tmp_path) == [12_345_678, 7] and folder.pointed(tmp_path) == 12_345_678
+    # Written again: the pointer stays at the newest.
+    publish(tmp_path, 7, "again")
+    assert (folder.step_folder(tmp_path, 7) / "file").read_text() == "again"
+    assert folder.pointed(tmp_path) == 12_345_678 and names(tmp_path) == ["iter_0000007", "iter_12345678"]
+
+
+def test_only_step_folders_count(tmp_path: Path) -> None:
+    for name in ("iter_7", "iter_0000008.bak", ".iter_0000009.partial", "tensorboard"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "iter_0000010").write_text("a file")
+    (tmp_path / folder.LATEST).write_text("what\n")
+    assert folder.steps(tmp_path) == [] and folder.pointed(tmp_path) is None
+
+
+def test_clean_removes_what_crashed_saves_left(tmp_path: Path) -> None:
+    publish(tmp_path, 7)
+    for name in (".iter_0000008.partial", ".iter_0000007.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    folder.clean(tmp_path)
+    assert names(tmp_path) == ["iter_0000007"]
+
+
+def test_clean_puts_back_a_checkpoint_whose_replacement_never_came(tmp_path: Path) -> None:
+    publish(tmp_path, 7).rename(tmp_path / ".iter_0000007.replaced")
+    folder.clean(tmp_path)
+    assert names(tmp_path) == ["iter_0000007"]
+
+
+def test_set_aside_moves_later_steps_and_deletes_nothing(tmp_path: Path) -> None:
+    for step in (7, 8, 9):
+        publish(tmp_path, step)
+    moved = folder.set_aside(tmp_path, 7)
+    assert [path.name for path in moved] == ["iter_0000009", "iter_0000008"]
+    assert folder.steps(tmp_path) == [7] and folder.pointed(tmp_path) == 7
+    publish(tmp_path, 8, "other")
+    assert folder.set_aside(tmp_path, 7) == [tmp_path / folder.SET_ASIDE / "iter_0000008-2"]
+    assert (tmp_path / folder.SET_ASIDE / "iter_0000008" / "file").read_text() == "x"

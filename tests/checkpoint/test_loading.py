@@ -1,0 +1,264 @@
+"""A run goes on from the newest good checkpoint, and from one that fits, or says what does not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genlip_megatron.checkpoint import folder, loading, manifest, metadata
+from genlip_megatron.checkpoint.content import DP_RESHARDABLE
+from genlip_megatron.config import RunConfig
+from tests.distributed import run_distributed
+from tests.runs import layout, run_steps, tiny_config, weights
+
+
+@pytest.fixture(scope="module")
+def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with checkpoints of steps 1 and 2."""
+    root = tmp_path_factory.mktemp("saved") / "run"
+    config = tiny_config(demo_data, checkpoint__save=str(root))
+    for steps in (1, 2):
+        run_distributed(1, run_steps, config, steps, False)
+    return root
+
+
+def begun(config: RunConfig) -> Any:
+    """(step, step of the data, learning rate) that a run begins with, or the error."""
+    from genlip_megatron.train.loop import set_up
+
+    try:
+        run = set_up(config)
+    except ValueError as error:
+        return str(error)
+    assert run.train_loader is not None
+    return run.iteration, run.train_loader.step, run.optimizer.param_groups[0]["lr"]
+
+
+def start(config: RunConfig, processes: int = 1) -> Any:
+    return run_distributed(processes, begun, config)[0]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    saved: Path, demo_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    file = next((root / "iter_0000002").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+    assert start(tiny_config(demo_data, checkpoint__save=str(root)), 2)[:2] == (1, 1)
+    said = capfd.readouterr().out
+    assert f"WARNING: damaged checkpoints are passed over:\n  {file}: damaged, its SHA-256" in said
+    assert "WARNING: going on from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
+    assert folder.steps(root) == [1] and folder.pointed(root) == 1
+    # Alone it is refused, and so are sizes when it was cut.
+    error = start(tiny_config(demo_data, checkpoint__load=str(root / "set_aside" / "iter_0000002")))
+    assert "no good checkpoint" in error and "its SHA-256 does not match" in error
+
+
+def test_sizes_alone_do_not_show_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
+    place = tmp_path / "iter_0000002"
+    shutil.copytree(saved / "iter_0000002", place)
+    file = next(place.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert loading.find(place, False, print) is not None
+    with pytest.raises(ValueError, match="its SHA-256 does not match"):
+        loading.find(place, True, print)
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=f"{len(content) - 1} bytes, {len(content)} were written"):
+        loading.find(place, False, print)
+
+
+def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
+    root, said = tmp_path / "run", []
+    shutil.copytree(saved, root)
+    for text in ("1\n", "99\n", "zwei\n", ""):
+        (root / folder.LATEST).write_text(text)
+        found = loading.find(root, True, said.append)
+        assert found is not None and found[1].iteration == 2 and "the newest good one is 2" in said[-1]
+    assert loading.find(tmp_path / "nowhere", True, said.append) is None
+
+
+def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    for step in (1, 2):
+        (folder.step_folder(root, step) / "common.pt").unlink()
+    error = start(tiny_config(demo_data, checkpoint__save=str(root)))
+    assert "no good checkpoint" in error
+    assert "iter_0000001/common.pt: missing" in error and "iter_0000002/common.pt: missing" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (
+            {"model__num_layers": 3, "model__ffn_hidden_size": 32, "data__seq_length": 256},
+            [
+                "model.num_layers: 4 in the checkpoint, 3 here",
+                "model.ffn_hidden_size: 48 in the checkpoint, 32 here",
+                "data seq_length: 512 in the checkpoint, 256 here (--change-data begins with the data anew",
+            ],
+        ),
+        ({"model__drop_path_rate": 0.1}, ["model.drop_path_rate: 0.2 in the checkpoint, 0.1 here (--change-drop-path"]),
+        ({"model__freeze_head": True}, ["model.freeze_head: False in the checkpoint, True here (--finetune starts"]),
+        ({"train__seed": 7}, ["data seed: 1234 in the checkpoint, 7 here"]),
+        ({"train__global_batch_size": 2}, ["has 4 lanes, this run 2", "--change-lanes"]),
+        (
+            {"train__precision": "bf16"},
+            ["holds optimizer state of kind dp_reshardable", "precision: 'fp32' in", "tools/checkpoints.py reshard"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_listed(flags: dict[str, Any], parts: list[str], saved: Path, demo_data: Path) -> None:
+    error = start(tiny_config(demo_data, checkpoint__load=str(saved), **flags))
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "step_of_data"),
+    [
+        ({"model__drop_path_rate": 0.1, "checkpoint__change_drop_path": True}, 2),
+        ({"data__seq_length": 256, "data__change_data": True}, 0),
+        ({"data__change_data": True}, 2),
+        ({"train__global_batch_size": 2, "data__change_lanes": True}, 2),
+    ],
+)
+def test_what_is_safe_to_change_has_a_flag(
+    flags: dict[str, Any], step_of_data: int, saved: Path, demo_data: Path
+) -> None:
+    config = tiny_config(demo_data, checkpoint__load=str(saved), **flags)
+    assert start(config) == (2, step_of_data, config.train.lr)
+
+
+def test_another_tokenizer_is_refused(saved: Path, demo_data: Path, tmp_path: Path) -> None:
+    place = tmp_path / "iter_0000002"
+    shutil.copytree(saved / "iter_0000002", place)
+    facts = manifest.read(place)
+    (place / manifest.MANIFEST).write_bytes(replace(facts, tokenizer="another").to_bytes())
+    for finetune in (False, True):
+        config = tiny_config(demo_data, checkpoint__load=str(place), checkpoint__finetune=finetune)
+        assert "data.tokenizer: another in the checkpoint" in start(config)
+
+
+def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp_path: Path) -> None:
+    from genlip_megatron.train.reshard import reshard
+
+    root = tmp_path / "run"
+    world_size, flags = layout("TP2xPP2")
+    run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__save=str(root)), 2, False)
+    alone = tiny_config(demo_data, checkpoint__load=str(root))
+    error = start(alone)
+    assert "parallel.tensor_model_parallel_size: 2 in the checkpoint, 1 here" in error
+    assert "parallel.pipeline_model_parallel_size: 2 in the checkpoint, 1 here" in error
+    assert f"tools/checkpoints.py reshard {root}/iter_0000002" in error
+    # Its weights are of no layout.
+    evaluated = tiny_config(demo_data, checkpoint__load=str(root), log__eval_only=True)
+    assert run_distributed(1, loss_of, evaluated)[0] > 0
+    unbroken = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__load=str(root)), 4)
+    fully = tmp_path / "fully"
+    place = reshard(root / "iter_0000002", "fully_reshardable", fully)
+    assert manifest.read(place).kind == "fully_reshardable"
+    # Another layout: sums run in another order.
+    config = tiny_config(demo_data, checkpoint__load=str(fully))
+    assert run_distributed(1, run_steps, config, 4)[0]["losses"] == pytest.approx(unbroken[0]["losses"], rel=1e-5)
+    # There and back, on the first layout again: bit for bit, random states too.
+    shards = reshard(place, DP_RESHARDABLE, tmp_path / "shards", {"tensor_model_parallel_size": 2})
+    back = tiny_config(demo_data, **flags, checkpoint__load=str(shards.parent))
+    again = run_distributed(world_size, run_steps, back, 4)
+    assert again[0]["losses"] == unbroken[0]["losses"] and again[0]["keys"] == unbroken[0]["keys"]
+    for name, weight in weights(unbroken).items():
+        assert torch.equal(weights(again)[name], weight), name
+    rows = [random_rows(folder.step_folder(path, 2)) for path in (root, tmp_path / "shards")]
+    assert rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][name], rows[1][name]) for name in rows[0])
+    with pytest.raises(ValueError, match="holds fully_reshardable optimizer state already"):
+        reshard(place, "fully_reshardable", fully)
+
+
+def loss_of(config: RunConfig) -> float:
+    """The validation loss of an eval-only run."""
+    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.step import evaluate
+
+    run = set_up(config)
+    return evaluate(run.stepper, run.valid_loader)
+
+
+def random_rows(place: Path) -> dict[str, torch.Tensor]:
+    """Random states of all ranks in a checkpoint."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    facts = manifest.read(place)
+    rows = {
+        f"random.{name}": torch.zeros(facts.layout["world_size"], size, dtype=torch.uint8)
+        for name, size in facts.random.items()
+    }
+    load(rows, storage_reader=FileSystemReader(place), no_dist=True)
+    return rows
+
+
+def drawn(config: RunConfig, save: bool) -> list[float]:
+    """What this rank's generators give after a save, or after a load."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.resume import finish_saves
+    from genlip_megatron.train.resume import save as save_run
+
+    run = set_up(config)
+    if save:
+        torch.rand(5 + torch.distributed.get_rank())
+        with get_cuda_rng_tracker().fork():
+            torch.rand(3)
+        run.iteration = 1
+        assert save_run(run) and finish_saves(run)
+    values = torch.rand(2).tolist()
+    with get_cuda_rng_tracker().fork():
+        return values + torch.rand(2).tolist()
+
+
+def test_random_states_of_every_rank_come_back(demo_data: Path, tmp_path: Path) -> None:
+    world_size, flags = layout("TP2")
+    config = tiny_config(demo_data, **flags, checkpoint__save=str(tmp_path / "run"))
+    before = run_distributed(world_size, drawn, config, True)
+    assert before[0] != before[1]
+    assert run_distributed(world_size, drawn, config, False) == before
+
+
+def test_started_again_a_finetuned_run_goes_on_from_its_own_checkpoints(
+    saved: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    root = str(tmp_path / "stage2")
+    flags = {"checkpoint__load": str(saved), "checkpoint__finetune": True, "checkpoint__save": root}
+    config = tiny_config(demo_data, **flags)
+    assert start(config)[:2] == (0, 0)
+    run_distributed(1, run_steps, config, 1)
+    assert start(config)[:2] == (1, 1)
+
+
+class _Runs:
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
+    place = tmp_path / "iter_0000002"
+    shutil.copytree(saved / "iter_0000002", place)
+    metadata.check(place)
+    (place / ".metadata").write_bytes(pickle.dumps(_Runs()))
+    with pytest.raises(ValueError, match=r"it would load posix\.system; do not use it"):
+        metadata.check(place)
+    torch.save({"objects": _Runs()}, place / "common.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        loading.read_common(place)

@@ -1,0 +1,86 @@
+"""Which checkpoints stay: the newest, every Kth and the best, of the good ones alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.checkpoint.retention import Keeper, kept
+from genlip_megatron.config import CheckpointConfig
+
+LOSSES = {10: 3.0, 20: 2.0, 30: None, 40: 2.0, 50: 2.5, 60: None}
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "best", "stay"),
+    [
+        (1, 0, 0, [60]),
+        (3, 0, 0, [40, 50, 60]),
+        (0, 0, 0, [10, 20, 30, 40, 50, 60]),
+        (1, 30, 0, [30, 60]),
+        (1, 0, 1, [40, 60]),
+        (1, 0, 2, [20, 40, 60]),
+        (1, 0, 9, [10, 20, 40, 50, 60]),
+        (9, 20, 1, [10, 20, 30, 40, 50, 60]),
+    ],
+)
+def test_last_every_and_best_are_kept(last: int, every: int, best: int, stay: list[int]) -> None:
+    assert list(kept(list(LOSSES.items()), last, every, best)) == stay
+
+
+def write(root: Path, step: int, loss: float | None = None) -> Path:
+    place = folder.partial_folder(root, step)
+    place.mkdir(parents=True)
+    (place / "weights").write_bytes(bytes([step]) * 100)
+    files = {"weights": manifest.facts_of(place / "weights")}
+    (place / manifest.MANIFEST).write_bytes(
+        Manifest(step, "dp_reshardable", {}, validation_loss=loss, files=files).to_bytes()
+    )
+    return folder.publish(root, step)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[50] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_never_counted(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step, loss=1.0 if step == 10 else 2.0)
+    flip(tmp_path / "iter_0000040" / "weights")
+    flip(tmp_path / "iter_0000010" / "weights")
+    gone, wrong = Keeper().prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))
+    # Of the four the two newest good ones stay; the damaged ones are neither counted nor deleted.
+    assert gone == [] and folder.steps(tmp_path) == [40, 30, 20, 10]
+    assert [problem.split(": ")[0] for problem in wrong] == [
+        f"{tmp_path}/iter_0000040/weights",
+        f"{tmp_path}/iter_0000010/weights",
+    ]
+    write(tmp_path, 50)
+    assert Keeper().prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))[0] == [20]
+    assert folder.steps(tmp_path) == [50, 40, 30, 10]
+
+
+def test_damage_after_the_first_look_is_seen(tmp_path: Path) -> None:
+    keeper, options = Keeper(), CheckpointConfig(keep_last=1, keep_best=0)
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    assert keeper.good(tmp_path)[0].keys() == {10, 20}
+    flip(tmp_path / "iter_0000020" / "weights")
+    assert keeper.prune(tmp_path, options) == (
+        [],
+        [f"{tmp_path}/iter_0000020/weights: damaged, its SHA-256 does not match the manifest's"],
+    )
+    assert 10 in folder.steps(tmp_path)
+
+
+def test_a_dry_run_deletes_nothing(tmp_path: Path) -> None:
+    for step in (10, 20):
+        write(tmp_path, step)
+    options = CheckpointConfig(keep_last=1)
+    assert Keeper().prune(tmp_path, options, dry_run=True) == ([10], [])
+    assert folder.steps(tmp_path) == [20, 10]
