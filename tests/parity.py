@@ -97,12 +97,12 @@ def _odd_replicas(run: Any) -> list[str]:
 
 
 def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) -> dict[str, Any]:
-    """Train on every rank of the job and note what is compared; ``fault`` plants one of ``tests/faults.py``."""
+    """Train on every rank of the job and note what is compared; ``fault`` plants one of ``tests/planted.py``."""
     from megatron.core import parallel_state
 
     from genlip_megatron.train.loop import gather_weights, save, set_up, train_step
     from genlip_megatron.train.step import evaluate, sum_over_run
-    from tests.faults import planted
+    from tests.planted import planted
 
     with planted(fault):
         run = set_up(config)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.faults import FAULTS
+from tests.planted import FAULTS
 from tests.parity import BFLOAT16, parity_config, parity_run, problems, worst_errors
 from tests.runs import layout
 
