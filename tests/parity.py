@@ -101,7 +101,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
     from megatron.core import parallel_state
 
     from genlip_megatron.train.loop import gather_weights, save, set_up, train_step
-    from genlip_megatron.train.step import evaluate, sum_over_run
+    from genlip_megatron.train.step import evaluate
     from tests.planted import planted
 
     with planted(fault):
@@ -118,21 +118,20 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
                 keys.append(batch.keys)
                 yield batch
 
-        optimizer_step = run.optimizer.step
+        prepare_grads = run.optimizer.prepare_grads
 
-        def noting_step() -> Any:
+        def noting() -> bool:
             if not first_gradients:
                 first_gradients.update(gradients(run))
-            return optimizer_step()
+            return prepare_grads()
 
-        run.optimizer.step = noting_step
+        run.optimizer.prepare_grads = noting
         batches = watched()
         while run.iteration < steps:
-            total, _, updated = train_step(run, batches)
-            assert updated
+            outcome = train_step(run, batches)
+            assert outcome.updated
             run.iteration += 1
-            total, count = sum_over_run(total).tolist()
-            losses.append(total / count)
+            losses.append(outcome.loss)
             if run.iteration == 2:
                 # Between steps, where gathers and caches of the layout are under way.
                 validation = evaluate(run.stepper, run.valid_loader)

@@ -13,7 +13,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from genlip_megatron.config import FaultsConfig, nearest
 
@@ -29,6 +33,7 @@ _ASKED = (
     "flip",  # one bit of a weight is another after the step
     "full-disk",  # the save after the step finds no space
 )
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 KINDS = (*_SENT, *_HERE, *_ASKED)
 
 
@@ -76,6 +81,12 @@ def parse_faults(options: FaultsConfig) -> list[Fault]:
             f"faults.allow_fault_injection: add --allow-fault-injection. Allowed kinds: {', '.join(KINDS)}."
         )
     return faults
+
+
+def flip_bit(parameters: Iterable[Any]) -> None:
+    """Flip the lowest bit of the first value of the first parameter."""
+    first = next(iter(parameters)).data.view(-1)[:1]
+    first.copy_((first.view(_INTEGERS[first.element_size()]) ^ 1).view(first.dtype))
 
 
 class Injector:

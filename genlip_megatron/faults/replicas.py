@@ -35,7 +35,7 @@ Hashes = dict[str, bytes]
 
 def hash_tensor(tensor: Tensor) -> bytes:
     """16 bytes that tell tensors apart by their bits, NaN and signed zeros included."""
-    return xxhash.xxh3_128_digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_128_digest(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
 def odd_ranks(hashes: dict[int, Hashes]) -> dict[int, str]:
@@ -65,13 +65,16 @@ def check_replicas(named_parameters: Iterable[tuple[str, Tensor]], step: int) ->
     Raises:
         LeaveRun: they differ, on every rank alike; the message names the odd ranks, their hosts and parameters.
     """
+    groups = (
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
+    if all(group.size() == 1 for group in groups):
+        return  # on every rank alike
     parameters = list(named_parameters)
     hashes = {name: hash_tensor(parameter) for name, parameter in parameters}
     shared = {name: hashes[name] for name, parameter in parameters if getattr(parameter, "sequence_parallel", False)}
-    comparisons = (
-        (hashes, parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        (shared, parallel_state.get_tensor_model_parallel_group()),
-    )
+    comparisons = list(zip((hashes, shared), groups, strict=True))
     differ = any([_differ(mine, group) for mine, group in comparisons])
     flag = torch.tensor([float(differ)], device=host.device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,8 +85,9 @@ class Watchdog:
 
     def __init__(self, minutes: float, processes: list[Sibling] | None = None, grace: float = _GRACE) -> None:
         self._limit, self._grace = 60 * minutes, grace
-        self._processes = processes or [Sibling(0, socket.gethostname(), os.getpid(), _stat(os.getpid())[1])]
-        self._mine = next(p for p in self._processes if p.pid == os.getpid() and p.host == socket.gethostname())
+        me = Sibling(0, socket.gethostname(), os.getpid(), _stat(os.getpid())[1])
+        self._processes = processes or [me]
+        self._mine = next(p for p in self._processes if replace(p, rank=0) == me)
         self._quiet = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -128,7 +129,7 @@ class Watchdog:
         here = [p for p in self._processes if p.host == self._mine.host and _stat(p.pid)[1] == p.started]
         stopped = [p for p in here if p.pid != self._mine.pid and _stat(p.pid)[0] in ("T", "t")]
         running = [p.rank for p in here if p not in stopped]
-        if self._mine.rank != min(running):
+        if self._mine.rank != min(running, default=self._mine.rank):
             return
         for process in stopped:
             print(
