@@ -35,7 +35,8 @@ Hashes = dict[str, bytes]
 
 def hash_tensor(tensor: Tensor) -> bytes:
     """16 bytes that tell tensors apart by their bits, NaN and signed zeros included."""
-    return xxhash.xxh3_128_digest(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_128_digest(values)
 
 
 def odd_ranks(hashes: dict[int, Hashes]) -> dict[int, str]:

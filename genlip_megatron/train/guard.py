@@ -24,7 +24,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +43,11 @@ from genlip_megatron.train.step import Stepper
 
 # Kernels that add in no fixed order give other last bits each time; a fault changes more than that.
 _SAME_RESULT = 1e-3
+
+
+def no_wish() -> list[float]:
+    """The votes of a rank that was told nothing."""
+    return [0.0] * len(REASONS)
 
 
 class Replay(Iterator[PackedBatch]):
@@ -160,18 +165,22 @@ class Guard:
         self.skipped = self.spikes = self.without_update = self.rollbacks = 0
 
     def step(
-        self, batches: Iterator[PackedBatch], number: int, stop: list[float] | None = None, unwritten: bool = False
+        self,
+        batches: Iterator[PackedBatch],
+        number: int,
+        stop: Callable[[], list[float]] = no_wish,
+        unwritten: Callable[[], bool] = bool,
     ) -> Outcome:
         """Step ``number`` of the run, the first is 1. A collective over all ranks; the result is the same on each.
 
         Args:
             batches: micro-batches of this rank.
-            stop, unwritten: what ``agree`` takes along.
+            stop, unwritten: what ``agree`` takes along; asked as late as can be, so that a signal that comes while
+                the step is computed counts for this step.
         """
         source = Replay(batches) if self.options.rerun_bad_steps else batches
-        stop = stop or [0.0] * len(REASONS)
         total, norm, found_inf = self._compute(source, number, first=True)
-        numbers = agree(total, norm, found_inf, stop, unwritten)
+        numbers = agree(total, norm, found_inf, stop(), unwritten())
         if not numbers.finite and isinstance(source, Replay):
             numbers = self._compute_again(source, number, numbers, total)
         verdict, why = "good", ""
@@ -242,7 +251,7 @@ class Guard:
         total, norm, found_inf = self._compute(batches, number, first=False)
         self.stepper.counts = counts  # the micro-batches were counted the first time
         again = self._own_numbers(total)
-        numbers = agree(total, norm, found_inf, [0.0] * len(REASONS), False)
+        numbers = agree(total, norm, found_inf, no_wish(), False)
         changed = [not _same(a, b) for a, b in zip(mine, again, strict=True)]
         where = f"rank {torch.distributed.get_rank()} on {socket.gethostname()} (process {os.getpid()})"
         reports: list[Any] = [None] * torch.distributed.get_world_size()

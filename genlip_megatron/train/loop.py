@@ -32,7 +32,7 @@ from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
-from genlip_megatron.train.guard import Guard, Outcome
+from genlip_megatron.train.guard import Guard, Outcome, no_wish
 from genlip_megatron.train.metrics import Writer
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
 from genlip_megatron.train.report import Tally, log, report
@@ -237,17 +237,22 @@ def validate(run: Run) -> None:
         run.watchdog.beat()
 
 
-def train_step(run: Run, batches: Iterator[Any], stop: list[float] | None = None) -> Outcome:
+def train_step(run: Run, batches: Iterator[Any], stop: StopRequest | None = None) -> Outcome:
     """The step after ``run.iteration``; what became of it, the same on all ranks. A collective over them.
 
     Args:
         batches: this rank's micro-batches.
-        stop: this rank's votes to stop, of each of ``faults.stop.REASONS``.
+        stop: whether this rank was told to stop.
     """
     number = run.iteration + 1
     run.injector.at("step", number)
     pending = getattr(run, "pending", None)
-    outcome = run.guard.step(batches, number, stop, pending is not None and not pending.done)
+    outcome = run.guard.step(
+        batches,
+        number,
+        stop=stop.votes if stop else no_wish,
+        unwritten=lambda: pending is not None and not pending.done,
+    )
     if run.injector.fires("flip", number):
         flip_bit(unwrap(run.model[0]).parameters())
     return outcome
@@ -302,8 +307,11 @@ def roll_back(run: Run, batches: Any, why: str) -> Iterator[Any]:
     # The loader's thread works on the same plan, together with those of the ranks that share its micro-batches.
     batches.close()
     seen, skipped, spikes = loader.step, run.guard.skipped, run.guard.spikes
+    # Megatron-Core's schedule adds the steps it loads to those it has done.
+    done, run.scheduler.num_steps = run.scheduler.num_steps, 0
     back = rewind(run)
     if back is None:
+        run.scheduler.num_steps = done
         if helpless:
             raise LeaveRun(EXIT_BAD_NUMBERS, f"step {step}: {why}, and there is no checkpoint to go back to")
         log(f"{why}: no checkpoint to go back to yet; only its update was left out")
@@ -331,7 +339,7 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     batches: Iterator[Any] = iter(run.train_loader)
     saved, tally, status = run.iteration, Tally(), 0
     while run.iteration < config.train.train_iters:
-        outcome = train_step(run, batches, stop.votes())
+        outcome = train_step(run, batches, stop)
         run.watchdog.beat()
         run.iteration += 1
         tally.add(outcome)
