@@ -6,6 +6,7 @@ import math
 from dataclasses import fields
 
 from genlip_megatron.config import ParallelConfig, RunConfig, nearest, source_epochs, source_weights
+from genlip_megatron.faults.inject import parse_faults
 
 
 def _positive(config: RunConfig) -> None:
@@ -127,6 +128,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         raise ValueError("data.train_weights and data.train_epochs: give one of them")
     source_weights(data)
     source_epochs(data)
+    parse_faults(config.faults)
     if config.log.eval_only and not config.checkpoint.load:
         raise ValueError("log.eval_only needs checkpoint.load: name the checkpoint folder with --load")
     if world_size is not None:

@@ -97,12 +97,12 @@ def _odd_replicas(run: Any) -> list[str]:
 
 
 def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) -> dict[str, Any]:
-    """Train on every rank of the job and note what is compared; ``fault`` plants one of ``tests/faults.py``."""
+    """Train on every rank of the job and note what is compared; ``fault`` plants one of ``tests/planted.py``."""
     from megatron.core import parallel_state
 
     from genlip_megatron.train.loop import gather_weights, save, set_up, train_step
-    from genlip_megatron.train.step import evaluate, sum_over_run
-    from tests.faults import planted
+    from genlip_megatron.train.step import evaluate
+    from tests.planted import planted
 
     with planted(fault):
         run = set_up(config)
@@ -118,25 +118,24 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
                 keys.append(batch.keys)
                 yield batch
 
-        optimizer_step = run.optimizer.step
+        prepare_grads = run.optimizer.prepare_grads
 
-        def noting_step() -> Any:
+        def noting() -> bool:
             if not first_gradients:
                 first_gradients.update(gradients(run))
-            return optimizer_step()
+            return prepare_grads()
 
-        run.optimizer.step = noting_step
+        run.optimizer.prepare_grads = noting
         batches = watched()
         while run.iteration < steps:
-            total, _, updated = train_step(run, batches)
-            assert updated
+            outcome = train_step(run, batches)
+            assert outcome.updated
             run.iteration += 1
-            total, count = sum_over_run(total).tolist()
-            losses.append(total / count)
+            losses.append(outcome.loss)
             if run.iteration == 2:
                 # Between steps, where gathers and caches of the layout are under way.
                 validation = evaluate(run.stepper, run.valid_loader)
-        save(run)
+        save(run, last=True)
         gather_weights(run)
         run.train_loader.close()
         return {

@@ -102,7 +102,7 @@ def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any
 
     from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.resume import finish_saves, save
-    from genlip_megatron.train.step import evaluate, sum_over_run
+    from genlip_megatron.train.step import evaluate
 
     run = set_up(config)
     assert run.train_loader is not None and run.valid_loader is not None
@@ -117,12 +117,11 @@ def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any
 
     batches = watched()
     while run.iteration < steps:
-        total, norm, updated = train_step(run, batches)
-        assert updated
+        outcome = train_step(run, batches)
+        assert outcome.updated
         run.iteration += 1
-        total, count = sum_over_run(total).tolist()
-        losses.append(total / count)
-        norms.append(norm)
+        losses.append(outcome.loss)
+        norms.append(outcome.grad_norm)
     validation = evaluate(run.stepper, run.valid_loader)
     save(run, last)
     finish_saves(run)

@@ -76,7 +76,6 @@ def train(recipe: str, data: Path, steps: int, **settings: Any) -> dict[str, Any
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
-    from genlip_megatron.train.step import sum_over_run
 
     flags = {
         "data.train_data": [f"{data}/train-*.tar"],
@@ -96,8 +95,7 @@ def train(recipe: str, data: Path, steps: int, **settings: Any) -> dict[str, Any
             run.stepper.counts.zero_()
             torch.cuda.synchronize()
             begin = time.perf_counter()
-        total, count = sum_over_run(train_step(run, batches)[0]).tolist()
-        losses.append(total / count)
+        losses.append(train_step(run, batches).loss)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     counts = dict(zip(COUNTS, run.stepper.counts.tolist(), strict=True))

@@ -162,6 +162,7 @@ def load(place: Path, saved: Manifest, config: RunConfig, state: State) -> None:
     loaded = dist_checkpointing.load(request, str(place))
     content.set_weights(state.model, loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.num_steps = 0  # Megatron-Core adds the steps it loads to those it has done
     state.scheduler.load_state_dict(common["scheduler"])
     if "random" in request:
         content.set_random_states({name: values.view(-1) for name, values in loaded["random"].items()})

@@ -298,6 +298,8 @@ class Loader:
         self.step, self._consumed = state["step"], self.plan.state_dict(self.lanes)
         self.skipped = [list(interval) for interval in state["skipped"]]
         self._quarantined_before = state["quarantined_before"] + state["quarantined"]
+        # A run that rolls back has counted some of these in this process too.
+        self._quarantined = self.quarantine.total = 0
 
     def close(self) -> None:
         """End the threads and close the shards."""

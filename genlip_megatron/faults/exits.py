@@ -9,3 +9,15 @@ EXIT_BAD_NUMBERS = 19  # NaN, Inf or spikes that rolling back did not cure
 EXIT_HUNG = 20  # no step finished within faults.step_timeout
 EXIT_REPLICAS_DIFFER = 21  # weights of data-parallel ranks differ
 EXIT_NOT_SAVED = 22  # the last checkpoint could not be written
+
+
+class LeaveRun(Exception):
+    """All ranks leave together, and nothing is saved.
+
+    Attributes:
+        status: the exit status, one of those above.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,32 +1,93 @@
-"""Signals: a run that is told to stop saves first.
+"""Requests to stop: a signal, a stop file, or the end of the time a run may take. A run that is told to stop saves.
 
-SIGTERM and SIGUSR1 on any rank set a flag; all ranks agree on it after each step, save, and exit with status 17. A
-second signal stops at once.
+What this rank has seen goes into the one all-reduce of each step (``train/guard.py``), so that all ranks stop after the
+same step; they save and exit with status 17. From the request to the exit it takes at most the step in flight and a
+save (with the file, a second more); a validation that is under way is finished first.
+
+A second signal ends its process at once, without saving, even where the main thread waits in a collective: the signal
+number comes through a pipe to a thread of its own. Launchers and schedulers both pass signals on, so that what comes
+within a second of the first is the same request.
 """
 
 from __future__ import annotations
 
+import os
 import signal
-from types import FrameType
+import threading
+import time
+from pathlib import Path
+from typing import Any
 
-import torch
+from genlip_megatron.config import RunConfig
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SAME_REQUEST = 1.0  # seconds
+_FILE_INTERVAL = 1.0
+REASONS = ("a signal", "the stop file", "train.exit_duration_in_mins")
+
+
+def stop_file(config: RunConfig) -> Path | None:
+    """The file whose appearance stops the run; None where there is neither a name nor a folder for it."""
+    if config.faults.stop_file:
+        return Path(config.faults.stop_file)
+    return Path(config.checkpoint.save) / "stop" if config.checkpoint.save else None
 
 
 class StopRequest:
-    """Whether this run has been told to stop."""
+    """What this rank has been told; takes over SIGTERM and SIGUSR1 until it is closed. In the main thread only."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+    def __init__(self, config: RunConfig) -> None:
+        minutes = config.train.exit_duration_in_mins
+        self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+        # One process a machine looks; each machine looks, since the file may be on a disk of its own.
+        looks = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        self._file = stop_file(config) if looks else None
+        self._file_seen, self._next_look = False, 0.0
+        self._signalled = False
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, end == self._pipe[0])
+        self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._handlers: dict[int, Any] = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
+        self._thread.start()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise SystemExit(128 + number)
-        self.requested = True
+    def _receive(self, number: int, frame: Any) -> None:
+        """Python's part of the handler, which runs when the main thread gets to it; the pipe's comes at once."""
+        self._signalled = True
 
-    def agreed(self, device: torch.device) -> bool:
-        """True on every rank once any rank was told to stop. A collective over all ranks."""
-        flag = torch.tensor([float(self.requested)], device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+    def _watch(self) -> None:
+        first = 0.0
+        while data := os.read(self._pipe[0], 64):
+            if data == b"\0":
+                return
+            for number in data:
+                if number not in _SIGNALS:
+                    continue
+                if first and time.monotonic() - first > _SAME_REQUEST:
+                    os._exit(128 + number)
+                first = first or time.monotonic()
+                self._signalled = True
+
+    def votes(self) -> list[float]:
+        """1 for each of ``REASONS`` that this rank has to stop, else 0."""
+        now = time.monotonic()
+        if self._file is not None and not self._file_seen and now >= self._next_look:
+            self._next_look = now + _FILE_INTERVAL
+            self._file_seen = self._file.exists()
+        return [float(self._signalled), float(self._file_seen), float(now >= self._deadline)]
+
+    def remove_file(self) -> None:
+        """Take away the stop file that was obeyed, or it would stop the next start too; call when the run has saved."""
+        if self._file_seen and self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.write(self._pipe[1], b"\0")
+        self._thread.join(1)
+        for end in self._pipe:
+            os.close(end)

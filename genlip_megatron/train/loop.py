@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,25 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.share import Share
 from genlip_megatron.estimate import check_fits
-from genlip_megatron.faults.exits import EXIT_PREEMPTED
-from genlip_megatron.faults.stop import StopRequest
-from genlip_megatron.model.genlip import build_model
+from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun
+from genlip_megatron.faults.inject import Injector, flip_bit
+from genlip_megatron.faults.replicas import check_replicas
+from genlip_megatron.faults.stop import REASONS, StopRequest
+from genlip_megatron.faults.watchdog import Watchdog, exchange_processes
+from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
-from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, Writer, training_flops
+from genlip_megatron.train.guard import Guard, Outcome, no_wish
+from genlip_megatron.train.metrics import Writer
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
-from genlip_megatron.train.resume import finish_saves, load, log, make_saver, save
+from genlip_megatron.train.report import Tally, log, report
+from genlip_megatron.train.resume import finish_saves, gather_weights, load, make_saver, rewind, save
 from genlip_megatron.train.samples import write_caption_samples
-from genlip_megatron.train.step import Stepper, evaluate, sum_over_run
+from genlip_megatron.train.step import Stepper, evaluate
 
 _BUCKET_PARAMETERS = 40_000_000
-# Names are given, since ranks must agree on them and stages have timers of their own.
-_TIMERS = [
-    "forward-backward",
-    "all-grads-sync",
-    "optimizer",
-    "optimizer-clip-main-grad",
-    "optimizer-inner-step",
-]
 
 
 @dataclass
@@ -54,6 +52,9 @@ class Run:
     scheduler: Any
     stepper: Stepper
     timers: Timers
+    guard: Guard
+    injector: Injector
+    watchdog: Watchdog = field(default_factory=lambda: Watchdog(0))
     train_loader: Loader | None = None
     valid_loader: Loader | None = None
     writer: Writer | None = None
@@ -149,7 +150,10 @@ def build_run(config: RunConfig) -> Run:
     transformer.param_sync_func = _of_each(chunks, "start_param_sync") if parallel.overlap_param_gather else None
     transformer.timers = timers = Timers(config.log.timing_log_level, "minmax")
     optimizer = build_optimizer(config, chunks, timers)
-    return Run(config, chunks, optimizer, build_scheduler(config, optimizer), Stepper(config, chunks), timers)
+    scheduler, stepper = build_scheduler(config, optimizer), Stepper(config, chunks)
+    injector = Injector(config.faults, torch.distributed.get_rank())
+    guard = Guard(config, chunks, optimizer, scheduler, stepper, injector)
+    return Run(config, chunks, optimizer, scheduler, stepper, timers, guard, injector)
 
 
 def _of_each(chunks: list[Any], name: str) -> Any:
@@ -162,7 +166,8 @@ def validate(run: Run) -> None:
     """Validation loss, to the log and the writers; captions of a few images beside their truth."""
     if run.valid_loader is None:
         return
-    loss = evaluate(run.stepper, run.valid_loader)
+    run.injector.at("validation", run.iteration)
+    loss = evaluate(run.stepper, run.valid_loader, run.watchdog.beat)
     run.validated = (run.iteration, loss)
     log(f"iteration {run.iteration} | validation loss {loss:.4f}")
     if run.writer is None:
@@ -170,122 +175,176 @@ def validate(run: Run) -> None:
     run.writer.scalars({"lm loss validation": loss}, run.iteration)
     if run.config.log.caption_samples:
         write_caption_samples(run.config, run.model, run.valid_loader, run.writer, run.iteration)
+        run.watchdog.beat()
 
 
-def train_step(run: Run, batches: Any) -> tuple[torch.Tensor, float, bool]:
-    """(this rank's loss sum and count, gradient norm, whether the update was applied)."""
-    for chunk in run.model:
-        chunk.zero_grad_buffer()
-    run.optimizer.zero_grad()
-    total = run.stepper.run(batches, forward_only=False)
-    updated, grad_norm, _ = run.optimizer.step()
-    if updated:
-        run.scheduler.step(increment=1)
-    return total, float(grad_norm or 0.0), updated
+def train_step(run: Run, batches: Iterator[Any], stop: StopRequest | None = None) -> Outcome:
+    """The step after ``run.iteration``; what became of it, the same on all ranks. A collective over them.
 
-
-def report(run: Run, total: torch.Tensor, grad_norm: float, seconds: float, steps: int) -> None:
-    """The progress line of the last ``steps`` steps, which took ``seconds``."""
-    device = run.stepper.device
-    counts = run.stepper.counts.to(device, copy=True)
-    torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    counts = counts.cpu()
-    run.stepper.counts.zero_()
-    quarantined, truncated, waited = _loader_totals(run, device)
-    loss_total, loss_count = sum_over_run(total).tolist()
-    by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
-    run.consumed_samples += int(by_name["samples"])
-    run.consumed_tokens += int(by_name["tokens"])
-    flops = training_flops(counts, run.config.model) / seconds / torch.distributed.get_world_size() / 1e12
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident_gib()
-    progress = Progress(
-        iteration=run.iteration,
-        train_iters=run.config.train.train_iters,
-        loss=loss_total / max(loss_count, 1),
-        learning_rate=run.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0,
-        grad_norm=grad_norm,
-        seconds=seconds / steps,
-        consumed_samples=run.consumed_samples,
-        consumed_tokens=run.consumed_tokens,
-        tokens_per_second=by_name["tokens"] / seconds,
-        tflops=flops,
-        mfu=flops / HOPPER_TFLOPS if torch.cuda.is_available() else None,
-        pack_fill=by_name["tokens"] / by_name["slots"],
-        memory_gib=memory,
-        data_wait=waited / steps,
-        quarantined=quarantined,
-        truncated=truncated,
-    )
-    log(progress.line())
-    if run.config.log.timing_log_level:
-        log(run.timers.get_all_timers_string(_TIMERS, normalizer=steps))
-    if run.writer is not None:
-        run.writer.scalars(progress.scalars(), run.iteration)
-
-
-def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:
-    """(bad samples in the whole run, captions cut since it was resumed; longest wait since the last report, seconds).
-
-    Of all ranks.
+    Args:
+        batches: this rank's micro-batches.
+        stop: whether this rank was told to stop.
     """
+    number = run.iteration + 1
+    run.injector.at("step", number)
+    saver = run.saver
+    outcome = run.guard.step(
+        batches,
+        number,
+        stop=stop.votes if stop else no_wish,
+        unwritten=lambda: saver is not None and not saver.written,
+    )
+    if run.injector.fires("flip", number):
+        flip_bit(unwrap(run.model[0]).parameters())
+    return outcome
+
+
+def check_weights(run: Run) -> None:
+    """Compare the weights of replicas, when it is due. A collective over all ranks; LeaveRun when they differ."""
+    interval = run.config.faults.check_replicas_interval
+    if not interval or run.iteration % interval or run.config.parallel.fsdp:
+        return
+    gather_weights(run)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    check_replicas(
+        (
+            (f"stage {stage} chunk {i} {name}", parameter)
+            for i, chunk in enumerate(run.model)
+            for name, parameter in unwrap(chunk).named_parameters()
+        ),
+        run.iteration,
+    )
+
+
+def roll_back(run: Run, batches: Any, why: str) -> Iterator[Any]:
+    """Go back to the newest good checkpoint and leave out the data since, up to and including this step's.
+
+    Afterwards ``run.iteration`` and the loader's step differ by the steps that were left out: the order of the data and
+    DropPath follow the loader's. Without a checkpoint nothing changes, if the last update was merely a spike's.
+    A collective over all ranks.
+
+    Returns:
+        the micro-batches to go on with.
+
+    Raises:
+        LeaveRun: rolling back has not cured it, is not wanted, or cannot be done.
+    """
+    loader, options, step = run.train_loader, run.config.faults, run.iteration
+    assert loader is not None
+    helpless = run.guard.without_update >= options.max_bad_steps
+    if helpless and options.on_spike != "rollback":
+        raise LeaveRun(
+            EXIT_BAD_NUMBERS,
+            f"step {step}: {why}. Look at the data of these steps, lower train.lr, or let the run go back by itself "
+            "with --on-spike rollback",
+        )
+    if run.guard.rollbacks >= options.max_rollbacks:
+        raise LeaveRun(
+            EXIT_BAD_NUMBERS,
+            f"step {step}: {why}, after {run.guard.rollbacks} rollbacks (faults.max_rollbacks). Look at the data since "
+            "the last checkpoint, or lower train.lr",
+        )
+    finish_saves(run)
+    # The loader's thread works on the same plan, together with those of the ranks that share its micro-batches.
+    batches.close()
+    seen, skipped, spikes = loader.step, run.guard.skipped, run.guard.spikes
+    back = rewind(run)
+    if back is None:
+        if helpless:
+            raise LeaveRun(EXIT_BAD_NUMBERS, f"step {step}: {why}, and there is no checkpoint to go back to")
+        log(f"{why}: no checkpoint to go back to yet; only its update was left out")
+        return iter(loader)
+    first = loader.step + 1
+    loader.skip(seen - loader.step)
+    run.guard.rollbacks += 1
+    run.guard.skipped, run.guard.spikes, run.guard.without_update = skipped, spikes, 0
+    run.stepper.counts.zero_()
+    log(
+        f"ROLLBACK {run.guard.rollbacks} of at most {options.max_rollbacks}: {why}; back from step {step} to the "
+        f"checkpoint of step {back}; the data of steps {first} to {seen} are left out for good"
+    )
+    return iter(loader)
+
+
+def train_steps(run: Run, stop: StopRequest) -> int:
+    """Train to the end of the configuration or until told to stop; the exit status. LeaveRun where it cannot go on."""
+    config, options = run.config, run.config.log
     assert run.train_loader is not None
-    before, mine = run.train_loader.quarantined
-    found = torch.tensor([float(mine), float(run.train_loader.truncated)], device=device)
-    waited = torch.tensor([run.train_loader.waited], device=device)
-    run.train_loader.waited = 0.0
-    torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
-    torch.distributed.all_reduce(waited, op=torch.distributed.ReduceOp.MAX)
-    return before + int(found[0].item()), int(found[1].item()), float(waited.item())
-
-
-def _resident_gib() -> float:
-    return psutil.Process().memory_info().rss / 2**30
+    if config.parallel.fsdp and config.faults.check_replicas_interval:
+        log("replicas are not compared: with parallel.fsdp there are none")
+    if run.iteration == 0:
+        validate(run)
+    batches: Iterator[Any] = iter(run.train_loader)
+    saved, safe, tally, status = run.iteration, True, Tally(), 0
+    while run.iteration < config.train.train_iters:
+        outcome = train_step(run, batches, stop)
+        run.watchdog.beat()
+        run.iteration += 1
+        tally.add(outcome)
+        leave = any(outcome.stop)
+        if outcome.roll_back and not leave:
+            before = run.iteration
+            batches = roll_back(run, batches, outcome.roll_back)
+            run.watchdog.beat()
+            if run.iteration < before:
+                saved, tally = run.iteration, Tally()
+                continue
+        if run.saver is not None and run.saver.writing and not outcome.unwritten:
+            finish_saves(run)
+        check_weights(run)
+        due = run.iteration == config.train.exit_interval
+        last = run.iteration == config.train.train_iters
+        at_end = due or last or leave
+        validation = last or (options.eval_interval and run.iteration % options.eval_interval == 0)
+        saving = at_end or run.iteration % config.checkpoint.save_interval == 0
+        if run.iteration % options.log_interval == 0 or at_end or validation or saving:
+            report(run, tally)
+            if validation and not leave:
+                validate(run)
+            if saving and run.iteration != saved:
+                run.injector.at("save", run.iteration)
+                run.watchdog.beat()
+                safe = save(run, last=at_end)
+                run.watchdog.beat()
+                saved = run.iteration
+            tally = Tally()
+        if leave:
+            told = ", ".join(reason for reason, wish in zip(REASONS, outcome.stop, strict=True) if wish)
+            log(f"told to stop by {told}: leaving after step {run.iteration}")
+            status = 0 if due or last else EXIT_PREEMPTED
+        if at_end:
+            break
+    safe = finish_saves(run) and safe
+    stop.remove_file()
+    return status if safe else EXIT_NOT_SAVED
 
 
 def train(config: RunConfig) -> int:
     """Run to the end of ``config``; returns the exit status."""
-    run = set_up(config)
-    stop = StopRequest()
-    options, status = config.log, 0
+    Watchdog.listen()
+    stop = StopRequest(config)
+    run: Run | None = None
     try:
-        if options.eval_only:
+        run = set_up(config)
+        run.watchdog = Watchdog(config.faults.step_timeout, exchange_processes())
+        if config.log.eval_only:
             validate(run)
-            return status
-        if run.iteration == 0:
-            validate(run)
-        assert run.train_loader is not None
-        batches = iter(run.train_loader)
-        saved, logged = run.iteration, run.iteration
-        total = torch.zeros(2, dtype=torch.float64, device=run.stepper.device)
-        begin = time.monotonic()
-        while run.iteration < config.train.train_iters:
-            losses, grad_norm, _ = train_step(run, batches)
-            total += losses
-            run.iteration += 1
-            due = run.iteration == config.train.exit_interval
-            last = run.iteration == config.train.train_iters
-            leave = stop.agreed(run.stepper.device)
-            at_end = due or last or leave
-            validation = last or (options.eval_interval and run.iteration % options.eval_interval == 0)
-            saving = at_end or run.iteration % config.checkpoint.save_interval == 0
-            if run.iteration % options.log_interval == 0 or at_end or validation or saving:
-                report(run, total, grad_norm, time.monotonic() - begin, run.iteration - logged)
-                total.zero_()
-                logged = run.iteration
-                if validation and not leave:
-                    validate(run)
-                if saving and run.iteration != saved:
-                    save(run, last=at_end)
-                    saved = run.iteration
-                begin = time.monotonic()
-            if at_end:
-                finish_saves(run)
-                status = EXIT_PREEMPTED if leave and not last else 0
-                break
-        return status
+            return 0
+        return train_steps(run, stop)
+    except LeaveRun as leave:
+        assert run is not None
+        if torch.distributed.get_rank() == 0:
+            print(f"pretrain_genlip.py: error: {leave}", file=sys.stderr, flush=True)
+        finish_saves(run)
+        return leave.status
     finally:
-        if run.writer is not None:
-            run.writer.close()
-        for loader in (run.train_loader, run.valid_loader):
-            if loader is not None:
-                loader.close()
+        stop.close()
+        if run is not None:
+            if run.writer is not None:
+                run.writer.close()
+            if run.saver is not None:
+                run.saver.close()
+            for loader in (run.train_loader, run.valid_loader):
+                if loader is not None:
+                    loader.close()
+            run.watchdog.close()

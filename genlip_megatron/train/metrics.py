@@ -71,6 +71,8 @@ class Progress:
     data_wait: float  # seconds of a step, on the rank that waited longest
     quarantined: int  # bad samples met so far
     truncated: int  # captions cut to what their image leaves of a pack
+    skipped: int  # steps without an update
+    spikes: int
 
     def line(self) -> str:
         """The progress line."""
@@ -82,7 +84,8 @@ class Progress:
             f"grad norm {self.grad_norm:.3f} | step {1000 * self.seconds:.0f} ms | "
             f"tokens/s {self.tokens_per_second:.0f} | TFLOP/s {self.tflops:.3f} | MFU {mfu} | "
             f"pack fill {100 * self.pack_fill:.1f}% | data wait {1000 * self.data_wait:.0f} ms | "
-            f"quarantined {self.quarantined} | truncated {self.truncated} | memory {self.memory_gib:.1f} GiB | "
+            f"quarantined {self.quarantined} | truncated {self.truncated} | "
+            f"skipped {self.skipped} | spikes {self.spikes} | memory {self.memory_gib:.1f} GiB | "
             f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
         )
 
@@ -101,6 +104,8 @@ class Progress:
             "data-wait": self.data_wait,
             "quarantined-samples": float(self.quarantined),
             "truncated-captions": float(self.truncated),
+            "skipped-steps": float(self.skipped),
+            "spikes": float(self.spikes),
         }
         return values if self.mfu is None else {**values, "mfu": self.mfu}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from megatron.core import parallel_state
 
 from genlip_megatron.checkpoint import folder, loading
@@ -13,17 +12,12 @@ from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.data.loader import merge_cursors
+from genlip_megatron.train.report import log
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from genlip_megatron.train.loop import Run
-
-
-def log(text: str) -> None:
-    """Print on rank 0."""
-    if torch.distributed.get_rank() == 0:
-        print(text, flush=True)
 
 
 def _state(run: Run) -> State:
@@ -88,6 +82,7 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
     loading.load(place, saved, config, _state(run))
     run.iteration = saved.iteration
     run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]
+    run.guard.load_state_dict(common["guard"])
     if data:
         log("the data begins anew: " + "; ".join(data))
     else:
@@ -153,6 +148,7 @@ def save(run: Run, last: bool = False) -> bool:
         "data": merge_cursors(cursors),
         "consumed_samples": run.consumed_samples,
         "consumed_tokens": run.consumed_tokens,
+        "guard": run.guard.state_dict(),
     }
     every = options.save_interval * options.fully_reshardable_every
     whole = last or (every > 0 and run.iteration % every == 0)

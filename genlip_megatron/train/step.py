@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -62,12 +63,18 @@ def for_each_chunk(items: Iterator[Any], chunks: int) -> list[Iterator[Any]]:
 
 
 class Stepper:
-    """Runs micro-batches through the pipeline and keeps count of what they held."""
+    """Runs micro-batches through the pipeline and keeps count of what they held.
+
+    Attributes:
+        counts: float64 [len(COUNTS)], since they were last set to 0.
+        spoil: for drills, this rank's part of the model gives NaN.
+    """
 
     def __init__(self, config: RunConfig, model: list[Any]) -> None:
         self.config, self.model = config, model
         self.device = host.device()
         self.counts = torch.zeros(len(COUNTS), dtype=torch.float64)
+        self.spoil = False
 
     def _prepare(self, batch: PackedBatch) -> tuple[PackedBatch, PackedAttention]:
         """The micro-batch on the device and the plan of its attention, for all model chunks of this rank."""
@@ -75,10 +82,10 @@ class Stepper:
         plan = unwrap(self.model[0]).plan(batch)
         return batch.to(self.device), plan
 
-    @staticmethod
-    def _forward(iterator: Iterator[tuple[PackedBatch, PackedAttention]], stage: Any) -> tuple[Tensor, Any]:
+    def _forward(self, iterator: Iterator[tuple[PackedBatch, PackedAttention]], stage: Any) -> tuple[Tensor, Any]:
         batch, plan = next(iterator)
-        return stage(batch, plan), partial(loss_sum, batch)
+        output = stage(batch, plan)
+        return output * math.nan if self.spoil else output, partial(loss_sum, batch)
 
     def run(self, batches: Iterator[PackedBatch], forward_only: bool) -> Tensor:
         """float64 [2]: this rank's (sum of losses, answer tokens) of one global batch; zeros before the last stage."""
@@ -109,8 +116,8 @@ def sum_over_run(values: Tensor) -> Tensor:
     return values
 
 
-def evaluate(stepper: Stepper, loader: Any) -> float:
-    """Mean loss of an answer token over the validation split's batches."""
+def evaluate(stepper: Stepper, loader: Any, done: Callable[[], None] = lambda: None) -> float:
+    """Mean loss of an answer token over the validation split's batches; ``done`` is called after each global batch."""
     for chunk in stepper.model:
         chunk.eval()
     counts = stepper.counts.clone()
@@ -119,6 +126,7 @@ def evaluate(stepper: Stepper, loader: Any) -> float:
     with torch.no_grad():
         for _ in range(stepper.config.log.eval_iters):
             total += stepper.run(batches, forward_only=True)
+            done()
     for chunk in stepper.model:
         chunk.train()
     stepper.counts = counts

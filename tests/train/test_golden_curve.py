@@ -65,17 +65,12 @@ def curve(config: RunConfig) -> list[float]:
 
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import build_run, train_step
-    from genlip_megatron.train.step import sum_over_run
 
     groups.initialize(config)
     run = build_run(config)
     ranks = parallel_state.get_data_parallel_world_size()
     batches = drawn_batches(config, parallel_state.get_data_parallel_rank(), ranks)
-    losses = []
-    for _ in range(STEPS):
-        total, count = sum_over_run(train_step(run, batches)[0]).tolist()
-        losses.append(total / count)
-    return losses
+    return [train_step(run, batches).loss for _ in range(STEPS)]
 
 
 @pytest.mark.parametrize("name", ["1", "TP2xPP2"])

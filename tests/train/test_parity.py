@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.faults import FAULTS
 from tests.parity import BFLOAT16, parity_config, parity_run, problems, worst_errors
+from tests.planted import FAULTS
 from tests.runs import layout
 
 STEPS = 4

@@ -45,7 +45,6 @@ from genlip_megatron.config import (  # noqa: E402
 )
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.loop import Run, build_run, train_step  # noqa: E402
-from genlip_megatron.train.step import sum_over_run  # noqa: E402
 
 SMALL = ModelConfig(
     num_layers=8,
@@ -115,15 +114,14 @@ def timed(config: RunConfig, batches: list[PackedBatch], steps: int) -> tuple[li
     for step in range(steps + 1):
         torch.distributed.barrier()
         begin = time.perf_counter()
-        losses, _, _ = train_step(run, iter(mine))
+        outcome = train_step(run, iter(mine))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         torch.distributed.barrier()
         if step:
             seconds.append(time.perf_counter() - begin)
         else:
-            total, count = sum_over_run(losses).tolist()
-            first = total / count
+            first = outcome.loss
     return seconds, first
 
 

@@ -116,8 +116,7 @@ def ours(samples: list[Sample], packs: int) -> tuple[Callable[[], float], float]
     run: Run = build_run(config)
 
     def step() -> float:
-        loss, count = train_step(run, iter(batches))[0].tolist()
-        return loss / count
+        return train_step(run, iter(batches)).loss
 
     return step, total / (seq_length * len(batches))
 

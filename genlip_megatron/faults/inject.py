@@ -1,0 +1,132 @@
+"""Faults on request, to see a run survive them: ``--allow-fault-injection --inject-fault kill@7:0,nan-loss@9:1``.
+
+A fault is ``kind@step:rank``: it happens while global rank ``rank`` works on step ``step`` (the first is 1). ``kill``,
+``stop``, ``term`` and ``usr1`` may name another place than the beginning of the step: ``kill.save@4:1`` happens when
+step 4 is saved, ``kill.validation@4:0`` in the validation after it.
+
+A run that torchrun has started again, or that has rolled back, does not meet a fault again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from genlip_megatron.config import FaultsConfig, nearest
+
+PLACES = ("step", "validation", "save")
+_SENT = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+_HERE = ("exit", "raise", "hang")  # in the step, by the rank itself
+_ASKED = (
+    "nan-loss",  # the rank's part of the model gives NaN, however often the step is computed
+    "transient-nan",  # the same, but for the first time only
+    "nan-grad",
+    "inf-grad",
+    "spike",  # the rank's gradients are 10,000 times too large
+    "flip",  # one bit of a weight is another after the step
+    "full-disk",  # the save after the step finds no space
+)
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+KINDS = (*_SENT, *_HERE, *_ASKED)
+
+
+class InjectedError(RuntimeError):
+    """The exception of ``raise``."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault that is to happen."""
+
+    kind: str
+    place: str
+    step: int
+    rank: int
+
+
+def parse_faults(options: FaultsConfig) -> list[Fault]:
+    """The faults of ``faults.inject_fault``.
+
+    Raises:
+        ValueError: not of the form kind@step:rank, an unknown kind or place, or faults.allow_fault_injection is off.
+
+    >>> parse_faults(FaultsConfig(inject_fault=("kill.save@4:1",), allow_fault_injection=True))
+    [Fault(kind='kill', place='save', step=4, rank=1)]
+    """
+    faults = []
+    for text in options.inject_fault:
+        what, _, where = text.partition("@")
+        kind, dot, place = what.partition(".")
+        step, _, rank = where.partition(":")
+        setting = f"faults.inject_fault: {text!r}"
+        if not (step.isdigit() and rank.isdigit() and int(step) > 0):
+            raise ValueError(f"{setting}: expected kind@step:rank with a step from 1 on, such as kill@7:0")
+        if kind not in KINDS:
+            raise ValueError(f"{setting}: unknown kind{nearest(kind, KINDS)} Allowed: {', '.join(KINDS)}.")
+        if dot and (kind not in _SENT or place not in PLACES):
+            raise ValueError(
+                f"{setting}: a place ({', '.join(PLACES)}) may follow one of {', '.join(_SENT)}, as in kill.save@4:1"
+            )
+        faults.append(Fault(kind, place or "step", int(step), int(rank)))
+    if faults and not options.allow_fault_injection:
+        raise ValueError(
+            f"faults.inject_fault = {','.join(options.inject_fault)!r} breaks a run on purpose and needs "
+            f"faults.allow_fault_injection: add --allow-fault-injection. Allowed kinds: {', '.join(KINDS)}."
+        )
+    return faults
+
+
+def flip_bit(parameters: Iterable[Any]) -> None:
+    """Flip the lowest bit of the first value of the first parameter."""
+    first = next(iter(parameters)).data.view(-1)[:1]
+    first.copy_((first.view(_INTEGERS[first.element_size()]) ^ 1).view(first.dtype))
+
+
+class Injector:
+    """The faults of one rank. Without any, its methods cost nothing.
+
+    Args:
+        options: the settings; only the first start under torchrun obeys them.
+        rank: this rank in the whole run.
+    """
+
+    def __init__(self, options: FaultsConfig, rank: int) -> None:
+        first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        self._faults = [fault for fault in parse_faults(options) if first_start and fault.rank == rank]
+        self._reached = 0
+
+    def at(self, place: str, step: int) -> None:
+        """Do to this process what is to happen at ``place`` of ``step``; call at the beginning of each step."""
+        assert place in PLACES
+        if place == "step":
+            if step <= self._reached:  # the run has rolled back
+                self._faults = [fault for fault in self._faults if fault.step > self._reached]
+            self._reached = max(self._reached, step)
+        for kind, number in _SENT.items():
+            if self._due(kind, place, step):
+                os.kill(os.getpid(), number)
+        if place != "step":
+            return
+        if self.fires("exit", step):
+            sys.exit(1)
+        if self.fires("raise", step):
+            raise InjectedError(f"faults.inject_fault: raise in step {step}")
+        while self.fires("hang", step):
+            time.sleep(1)
+
+    def fires(self, kind: str, step: int) -> bool:
+        """Whether the caller is to do ``kind`` in ``step``; the answer is the same however often it asks."""
+        return self._due(kind, "step", step)
+
+    def _due(self, kind: str, place: str, step: int) -> bool:
+        found = [f for f in self._faults if (f.kind, f.place, f.step) == (kind, place, step)]
+        if found:
+            print(f"fault injected: {kind} in step {step}", file=sys.stderr, flush=True)
+        return bool(found)

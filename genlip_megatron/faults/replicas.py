@@ -1,0 +1,108 @@
+"""Replicas: ranks that should hold the same weights compare their bytes.
+
+Hashes (xxh3, 128 bits, of each parameter) go round; bytes that differ mean a device or a link that computes or carries
+wrong, and the weights cannot be trusted. The majority is taken to be right. Compared are
+
+* all parameters, over the data- and context-parallel ranks,
+* those marked ``sequence_parallel``, over the tensor-parallel ranks. Their gradients are summed over these, so that
+  the copies stay equal bit for bit. Of other copies each rank computes the gradient alone, and with kernels that add
+  in no fixed order they may differ in the last bit without a fault.
+
+What it finds is limited by the distributed optimizer: each step, every rank gets all weights anew from the ranks that
+own them. Seen is what went wrong since then, and what goes wrong at every step; a wrong weight of the owner reaches
+all replicas alike.
+
+The cost is one copy of the weights to the CPU and their hash, about 10 GB/s.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import xxhash
+from megatron.core import parallel_state
+from torch import Tensor
+
+from genlip_megatron import host
+from genlip_megatron.faults.exits import EXIT_REPLICAS_DIFFER, LeaveRun
+
+Hashes = dict[str, bytes]
+
+
+def hash_tensor(tensor: Tensor) -> bytes:
+    """16 bytes that tell tensors apart by their bits, NaN and signed zeros included."""
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_128_digest(values)
+
+
+def odd_ranks(hashes: dict[int, Hashes]) -> dict[int, str]:
+    """{rank whose parameters differ from the majority's: the first parameter that does}; of a tie, all of its ranks.
+
+    >>> good, bad = {"a": b"1", "b": b"2"}, {"a": b"1", "b": b"3"}
+    >>> odd_ranks({0: good, 1: bad, 2: good})
+    {1: 'b'}
+    >>> odd_ranks({0: good, 1: bad})
+    {0: 'b', 1: 'b'}
+    """
+    odd: dict[int, str] = {}
+    for name in next(iter(hashes.values())):
+        found = Counter(of_rank[name] for of_rank in hashes.values())
+        most, times = found.most_common(1)[0]
+        clear = times > len(hashes) / 2
+        if len(found) > 1:
+            for rank, of_rank in hashes.items():
+                if not clear or of_rank[name] != most:
+                    odd.setdefault(rank, name)
+    return odd
+
+
+def check_replicas(named_parameters: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Compare this rank's parameters with those of its replicas. A collective over all ranks.
+
+    Raises:
+        LeaveRun: they differ, on every rank alike; the message names the odd ranks, their hosts and parameters.
+    """
+    groups = (
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
+    if all(group.size() == 1 for group in groups):
+        return  # on every rank alike
+    parameters = list(named_parameters)
+    hashes = {name: hash_tensor(parameter) for name, parameter in parameters}
+    shared = {name: hashes[name] for name, parameter in parameters if getattr(parameter, "sequence_parallel", False)}
+    comparisons = list(zip((hashes, shared), groups, strict=True))
+    differ = any([_differ(mine, group) for mine, group in comparisons])
+    flag = torch.tensor([float(differ)], device=host.device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    if not flag.item():
+        return
+    odd: dict[int, str] = {}
+    for mine, group in comparisons:
+        everyone: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(everyone, (torch.distributed.get_rank(), mine), group=group)
+        odd = odd_ranks(dict(everyone)) | odd
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (odd, socket.gethostname()))
+    named = {rank: name for of_rank, _ in parts for rank, name in of_rank.items()}
+    which = "; ".join(f"rank {rank} on {parts[rank][1]}, first in {name}" for rank, name in sorted(named.items()))
+    raise LeaveRun(
+        EXIT_REPLICAS_DIFFER,
+        f"step {step}: weights that should be equal differ: {which}. Where two disagree, either may be wrong. Nothing "
+        "was saved; take the machine out, and start again from the last checkpoint",
+    )
+
+
+def _differ(mine: Hashes, group: torch.distributed.ProcessGroup) -> bool:
+    """Whether any rank of ``group`` has other ``mine`` than this one. A collective over it."""
+    if group.size() == 1:
+        return False
+    digest = torch.frombuffer(bytearray(xxhash.xxh3_128_digest(b"".join(mine.values()))), dtype=torch.int64)
+    digest = digest.to(host.device())
+    everyone = [torch.empty_like(digest) for _ in range(group.size())]
+    torch.distributed.all_gather(everyone, digest, group=group)
+    return any(not torch.equal(digest, other) for other in everyone)

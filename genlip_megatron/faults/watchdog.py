@@ -1,0 +1,147 @@
+"""Watchdog: a run that makes no step for too long says where each rank stands, and ends.
+
+A rank that waits in a collective for one that has gone astray waits in C, where no exception reaches it, so a thread
+of each rank watches the time since its last sign of life. When that is over it writes the stacks of all threads to
+stderr, waits until the other ranks have done so too, and ends the process with status 20.
+
+Two things keep a rank from doing this itself:
+
+* A thread that never releases the interpreter's lock. Then ``faulthandler``'s own timer, which needs no lock and which
+  the watching thread winds up again and again, writes the stacks and ends the process with status 1.
+* SIGSTOP. The ranks of a machine know each other's processes; the lowest one that runs finds those that are stopped,
+  and wakes them with SIGUSR2 waiting for them, which makes them write their stacks.
+
+Time in which this process did not run at all (the machine slept, a scheduler suspended the whole job) does not count.
+SIGUSR2 writes the stacks of a rank at any time, whether or not there is a limit.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from genlip_megatron.faults.exits import EXIT_HUNG
+
+_STDERR = 2  # the descriptor, which a test or a library cannot have replaced
+_GRACE = 5.0  # seconds from the stacks to the end; ranks' last signs of life are no further apart than this
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """A rank's process. ``started`` tells it from a later one with its number, or one of another container."""
+
+    rank: int
+    host: str
+    pid: int
+    started: int
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """(state, start in clock ticks since boot) of a process; ("", 0) where there is none or no /proc."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            # The command's name comes before, in parentheses, and may hold blanks.
+            parts = file.read().rpartition(")")[2].split()
+    except OSError:
+        return "", 0
+    return parts[0], int(parts[19])
+
+
+def exchange_processes() -> list[Sibling]:
+    """The process of every rank, in order. A collective over all ranks."""
+    rank = torch.distributed.get_rank()
+    mine = Sibling(rank, socket.gethostname(), os.getpid(), _stat(os.getpid())[1])
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def stacks(title: str) -> bytes:
+    """The stacks of all threads of this process, each line marked with ``title``."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return b"".join(f"[{title}] ".encode() + line for line in file)
+
+
+class Watchdog:
+    """Ends this process when nothing calls ``beat`` for ``minutes``; 0 never ends it.
+
+    Args:
+        minutes: the limit.
+        processes: of all ranks, from ``exchange_processes``; this process alone when left out.
+        grace: seconds from the stacks to the end.
+    """
+
+    def __init__(self, minutes: float, processes: list[Sibling] | None = None, grace: float = _GRACE) -> None:
+        self._limit, self._grace = 60 * minutes, grace
+        me = Sibling(0, socket.gethostname(), os.getpid(), _stat(os.getpid())[1])
+        self._processes = processes or [me]
+        self._mine = next(p for p in self._processes if replace(p, rank=0) == me)
+        self._quiet = 0.0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        if minutes:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    @staticmethod
+    def listen() -> None:
+        """From now on SIGUSR2 writes this process's stacks to stderr."""
+        faulthandler.register(signal.SIGUSR2, file=_STDERR, all_threads=True)
+
+    def beat(self) -> None:
+        """A sign of life: something that counts as progress has been finished."""
+        self._quiet = 0.0
+
+    def _watch(self) -> None:
+        period = min(1.0, self._limit / 10)
+        before = time.monotonic()
+        while not self._ended.wait(period):
+            now = time.monotonic()
+            self._quiet += min(now - before, 2 * period)
+            before = now
+            if self._quiet > self._limit:
+                self._expire()
+            faulthandler.dump_traceback_later(self._limit + self._grace, exit=True, file=_STDERR)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _expire(self) -> None:
+        title = f"rank {self._mine.rank} {self._mine.host}:{self._mine.pid}"
+        head = f"[{title}] no step finished for {self._quiet:.0f} s (faults.step_timeout); where its threads are:\n"
+        os.write(_STDERR, head.encode() + stacks(title))
+        self._wake_stopped()
+        time.sleep(self._grace)
+        os._exit(EXIT_HUNG)
+
+    def _wake_stopped(self) -> None:
+        """Let the ranks of this machine that are stopped write their stacks, if no lower one runs to see to it."""
+        here = [p for p in self._processes if p.host == self._mine.host and _stat(p.pid)[1] == p.started]
+        stopped = [p for p in here if p.pid != self._mine.pid and _stat(p.pid)[0] in ("T", "t")]
+        running = [p.rank for p in here if p not in stopped]
+        if self._mine.rank != min(running, default=self._mine.rank):
+            return
+        for process in stopped:
+            print(
+                f"rank {process.rank} {process.host}:{process.pid} is stopped (SIGSTOP): woken to show its stacks",
+                file=sys.stderr,
+                flush=True,
+            )
+            os.kill(process.pid, signal.SIGUSR2)
+            os.kill(process.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(5)

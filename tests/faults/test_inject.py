@@ -1,0 +1,67 @@
+"""Faults come only when they are asked for, where they are asked for, and once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from genlip_megatron.checks import check
+from genlip_megatron.config import FaultsConfig, RunConfig
+from genlip_megatron.faults.inject import InjectedError, Injector, flip_bit
+
+
+def options(*faults: str) -> FaultsConfig:
+    return FaultsConfig(inject_fault=faults, allow_fault_injection=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "allowed", "message"),
+    [
+        ("kill@7:0", False, "needs faults.allow_fault_injection: add --allow-fault-injection. Allowed kinds: kill"),
+        ("kil@7:0", True, "unknown kind. Did you mean 'kill'"),
+        ("kill@7", True, "expected kind@step:rank"),
+        ("kill@0:0", True, "with a step from 1 on"),
+        ("nan-loss.save@7:0", True, "may follow one of kill, stop, term, usr1"),
+        ("kill.lunch@7:0", True, "a place (step, validation, save)"),
+    ],
+)
+def test_what_is_refused(fault: str, allowed: bool, message: str) -> None:
+    faults = FaultsConfig(inject_fault=(fault,), allow_fault_injection=allowed)
+    with pytest.raises(ValueError) as error:
+        check(RunConfig(faults=faults))
+    assert message in str(error.value)
+
+
+def test_a_fault_comes_in_its_step_on_its_rank() -> None:
+    mine, other = (Injector(options("raise@2:1", "nan-loss@3:1"), rank) for rank in (1, 0))
+    mine.at("step", 1)
+    with pytest.raises(InjectedError):
+        mine.at("step", 2)
+    mine.at("save", 2)
+    mine.at("step", 3)
+    assert mine.fires("nan-loss", 3) and mine.fires("nan-loss", 3) and not mine.fires("nan-loss", 4)
+    other.at("step", 2)
+    assert not other.fires("nan-loss", 3)
+
+
+def test_a_fault_is_over_when_the_run_goes_back() -> None:
+    injector = Injector(options("spike@3:0", "spike@5:0"), 0)
+    injector.at("step", 3)
+    assert injector.fires("spike", 3)
+    injector.at("step", 2)
+    injector.at("step", 3)
+    assert not injector.fires("spike", 3) and injector.fires("spike", 5)
+
+
+def test_a_restarted_run_meets_no_fault(monkeypatch: Any) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    Injector(options("raise@2:0"), 0).at("step", 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_bit_is_flipped(dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3, dtype=dtype))
+    flip_bit([weight])
+    assert (weight != 1).sum() == 1 and weight[0, 0].item() == pytest.approx(1, abs=0.01)

@@ -1,0 +1,114 @@
+"""A run that hangs says where each rank stands, and ends with a status of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from genlip_megatron.faults.exits import EXIT_HUNG
+from genlip_megatron.faults.watchdog import Watchdog
+from tests.runs import tiny_config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def start(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def test_beats_keep_it_quiet_and_it_does_not_delay_the_end() -> None:
+    watchdog = Watchdog(0.5 / 60)
+    for _ in range(10):
+        time.sleep(0.1)
+        watchdog.beat()
+    begin = time.monotonic()
+    watchdog.close()
+    Watchdog(0).close()
+    assert time.monotonic() - begin < 0.3
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "said"),
+    [
+        ("time.sleep(60)", EXIT_HUNG, ["no step finished for", "in stuck", "in helper"]),
+        # Matching takes years and never releases the interpreter's lock, so only faulthandler's timer still runs.
+        ("re.match('(a+)+$', 'a' * 60 + 'b')", 1, ["Timeout", "in stuck", "in helper"]),
+    ],
+)
+def test_stacks_of_all_threads_are_shown(work: str, status: int, said: list[str]) -> None:
+    process = start(f"""
+import re, threading, time
+from genlip_megatron.faults.watchdog import Watchdog
+
+def helper():
+    time.sleep(60)
+
+def stuck():
+    {work}
+
+threading.Thread(target=helper, daemon=True).start()
+Watchdog(0.7 / 60, grace=0.1)
+time.sleep(0.3)
+stuck()
+""")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    for text in said:
+        assert text in errors
+
+
+def test_a_signal_shows_the_stacks_at_any_time() -> None:
+    process = start("""
+import time
+from genlip_megatron.faults.watchdog import Watchdog
+Watchdog.listen()
+print("ready", flush=True)
+time.sleep(1.5)
+""")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "most recent call first" in errors
+
+
+def test_a_stopped_rank_ends_the_run_and_shows_its_stacks(demo_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        demo_data,
+        faults__allow_fault_injection=True,
+        faults__inject_fault="stop@3:1",
+        faults__step_timeout=4 / 60,
+        log__eval_interval=0,
+        train__train_iters=50,
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
+        words = [sys.executable, str(ROOT / "pretrain_genlip.py"), "--config", str(file)]
+        processes.append(
+            subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        (_, first), (_, second) = (process.communicate(timeout=120) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == EXIT_HUNG, first
+    assert processes[1].returncode != 0
+    assert "[rank 0 " in first and "in step" in first and "in train" in first
+    assert f"rank 1 {socket.gethostname()}:{processes[1].pid} is stopped" in first
+    assert "in at" in second and "in train" in second

@@ -1,0 +1,229 @@
+"""Bad numbers do not spread: whatever rank they come from, all ranks leave the same update out, use a second result, or
+go back together."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+
+from genlip_megatron.config import RunConfig
+from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
+from tests.distributed import run_distributed
+from tests.runs import full_weights, layout, tiny_config, weights
+
+OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
+LAYOUTS = {
+    "DP2": ("DP2", {}),
+    "DP2 overlapping": ("DP2", OVERLAP),
+    "fsdp": ("DP2", {"parallel__fsdp": True}),
+    "PP2": ("PP2", {}),
+    "PP2 overlapping": ("PP2", {**OVERLAP, "train__precision": "bf16"}),
+    "TP2": ("TP2", {}),
+}
+
+
+def settings(demo_data: Path, name: str, *faults: str, **flags: Any) -> tuple[int, RunConfig]:
+    world_size, parallel = layout(LAYOUTS[name][0])
+    drill = {"faults__allow_fault_injection": True, "faults__inject_fault": list(faults)}
+    more = {"log__eval_iters": 1, "faults__spike_window": 4}
+    return world_size, tiny_config(demo_data, **{**parallel, **LAYOUTS[name][1], **drill, **more, **flags})
+
+
+def state(run: Any) -> bytes:
+    """Of the bits of this rank's weights, moments, master weights and schedule."""
+    from genlip_megatron.train.loop import gather_weights
+
+    gather_weights(run)
+    tensors = [p for chunk in run.model for p in chunk.parameters()]
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            tensors += [parameter, *run.optimizer.optimizer.state[parameter].values()]
+    values = [getattr(t, "to_local", lambda t=t: t)().detach().reshape(-1).view(torch.uint8).numpy() for t in tensors]
+    steps = [run.scheduler.num_steps, *(group.get("step", 0) for group in run.optimizer.param_groups)]
+    return xxhash.xxh3_128_digest(b"".join(value.tobytes() for value in values)) + bytes(steps)
+
+
+def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
+    """Verdicts, updates, the state before the first step and after each, and what rank 0 said."""
+    from genlip_megatron.train import guard
+    from genlip_megatron.train.loop import set_up, train_step
+
+    said: list[str] = []
+    guard._say = said.append  # type: ignore[assignment]
+    run = set_up(config)
+    assert run.train_loader is not None
+    batches = iter(run.train_loader)
+    outcomes, states, held = [], [state(run)], run.stepper.counts.clone()
+    for _ in range(steps):
+        outcomes.append(train_step(run, batches))
+        run.iteration += 1
+        states.append(state(run))
+        held = run.stepper.counts.clone()
+    run.train_loader.close()
+    return {
+        "verdicts": [outcome.verdict for outcome in outcomes],
+        "updated": [outcome.updated for outcome in outcomes],
+        "losses": [outcome.loss for outcome in outcomes],
+        "states": states,
+        "counts": held.tolist(),
+        "skipped": (run.guard.skipped, run.guard.spikes),
+        "said": said,
+        "weights": full_weights(run),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("DP2", "nan-loss@3:1"),
+        ("DP2", "inf-grad@3:1"),
+        ("DP2 overlapping", "nan-grad@3:0"),
+        ("fsdp", "nan-loss@3:1"),
+        ("fsdp", "inf-grad@3:0"),
+        ("PP2", "nan-loss@3:0"),
+        ("PP2 overlapping", "inf-grad@3:1"),
+        ("TP2", "nan-loss@3:1"),
+    ],
+)
+def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(name: str, fault: str, demo_data: Path) -> None:
+    for result in run_distributed(*_with(guarded, settings(demo_data, name, fault)), 4):
+        assert result["verdicts"] == ["good", "good", "bad", "good"]
+        assert result["updated"] == [True, True, False, True]
+        states = result["states"]
+        assert states[2] == states[3]
+        assert len(set(states)) == 4
+        assert result["skipped"] == (1, 0)
+        assert any("the second pass gave the same numbers" in line for line in result["said"])
+
+
+def _with(function: Any, made: tuple[int, RunConfig]) -> tuple[int, Any, RunConfig]:
+    return made[0], function, made[1]
+
+
+@pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2 overlapping"])
+def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Path) -> None:
+    clean = run_distributed(*_with(guarded, settings(demo_data, name)), 4)
+    healed = run_distributed(*_with(guarded, settings(demo_data, name, "transient-nan@3:1")), 4)
+    for ours, theirs in zip(healed, clean, strict=True):
+        assert ours["losses"] == theirs["losses"] and ours["states"] == theirs["states"]
+        assert ours["counts"] == theirs["counts"]
+        assert ours["skipped"] == (0, 0)
+    fault = next(line for line in healed[0]["said"] if "TRANSIENT FAULT" in line)
+    assert "rank 1 on " in fault and "rank 0 on " not in fault
+
+
+def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path) -> None:
+    made = settings(demo_data, "DP2", "transient-nan@3:1", faults__rerun_bad_steps=False)
+    for result in run_distributed(*_with(guarded, made), 3):
+        assert result["verdicts"] == ["good", "good", "bad"]
+
+
+@pytest.mark.parametrize(("on_spike", "updated"), [("warn", True), ("skip", False)])
+def test_a_spike_is_counted_and_does_as_it_is_told(on_spike: str, updated: bool, demo_data: Path) -> None:
+    made = settings(demo_data, "DP2", "spike@4:1", faults__on_spike=on_spike)
+    for result in run_distributed(*_with(guarded, made), 4):
+        assert result["verdicts"] == ["good", "good", "good", "spike"]
+        assert result["updated"][3] == updated == (result["states"][3] != result["states"][4])
+        assert result["skipped"] == (int(not updated), 1)
+
+
+def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
+    """(exit status of a whole run, its weights and skipped data)."""
+    from genlip_megatron.train import loop
+
+    runs: list[Any] = []
+    set_up = loop.set_up
+
+    def noting(config: RunConfig) -> Any:
+        runs.append(set_up(config))
+        return runs[0]
+
+    loop.set_up = noting  # type: ignore[assignment]
+    try:
+        status = loop.train(config)
+    finally:
+        loop.set_up = set_up  # type: ignore[assignment]
+    run = runs[0]
+    found = {
+        "weights": full_weights(run),
+        "skipped": run.train_loader.skipped,
+        "steps": (run.iteration, run.train_loader.step, run.scheduler.num_steps),
+        "counts": (run.guard.skipped, run.guard.spikes, run.guard.rollbacks),
+        "samples": run.consumed_samples,
+    }
+    return status, found
+
+
+def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
+    """The run that resumes from a checkpoint and leaves the next ``skipped`` steps' data out."""
+    from genlip_megatron.train.loop import set_up, train_step
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    run.train_loader.skip(skipped)
+    batches = iter(run.train_loader)
+    for _ in range(steps):
+        assert train_step(run, batches).updated
+        run.iteration += 1
+    run.train_loader.close()
+    return {"weights": full_weights(run)}
+
+
+@pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2"])
+def test_rolling_back_is_resuming_without_the_data_of_the_spike(name: str, demo_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    made = settings(
+        demo_data,
+        name,
+        "spike@4:1",
+        faults__on_spike="rollback",
+        checkpoint__save=str(folder),
+        checkpoint__save_interval=2,
+        train__train_iters=5,
+        log__log_interval=1,
+    )
+    results = run_distributed(*_with(trained, made))
+    for status, found in results:
+        assert status == 0
+        assert found["skipped"] == [[3, 4]]
+        assert found["steps"] == (5, 7, 5)
+        assert found["counts"] == (1, 1, 1)
+    for step in (4, 5):
+        shutil.rmtree(folder / f"iter_{step:07d}")
+    (folder / "latest_checkpointed_iteration.txt").write_text("2\n")
+    made = settings(demo_data, name, checkpoint__load=str(folder), train__train_iters=5)
+    expected = weights(run_distributed(*_with(resumed, made), 2, 3))
+    found = weights([found for _, found in results])
+    assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected)
+
+
+BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}
+
+
+@pytest.mark.parametrize(
+    ("faults", "flags", "status"),
+    [
+        # Without a checkpoint a spike's update is left out, and that is all.
+        (("spike@3:0",), {"faults__on_spike": "rollback"}, 0),
+        (("nan-loss@2:1", "nan-loss@3:0"), {"faults__on_spike": "skip"}, EXIT_BAD_NUMBERS),
+        (("nan-loss@2:1", "nan-loss@3:0"), {"faults__on_spike": "rollback"}, EXIT_BAD_NUMBERS),
+        (("nan-loss@2:1", "nan-grad@4:0"), {"faults__on_spike": "skip"}, 0),
+        (("nan-loss@2:1", "nan-loss@3:0"), BACK, 0),
+        (
+            ("spike@4:0",),
+            {"faults__on_spike": "rollback", "checkpoint__save_interval": 1, "faults__max_rollbacks": 0},
+            19,
+        ),
+    ],
+)
+def test_when_bad_numbers_end_a_run(
+    faults: tuple[str, ...], flags: dict[str, Any], status: int, demo_data: Path, tmp_path: Path
+) -> None:
+    more = {"faults__max_bad_steps": 2, "checkpoint__save": str(tmp_path), "checkpoint__save_interval": 100}
+    made = settings(demo_data, "DP2", *faults, train__train_iters=5, **{**more, **flags})
+    assert [result for result, _ in run_distributed(*_with(trained, made))] == [status] * 2
