@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import shutil
@@ -41,21 +43,27 @@ def begun(config: RunConfig) -> Any:
     return run.iteration, run.train_loader.step, run.optimizer.param_groups[0]["lr"]
 
 
+def begun_saying(config: RunConfig) -> tuple[Any, str]:
+    """What ``begun`` gives, and what was printed."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        return begun(config), said.getvalue()
+
+
 def start(config: RunConfig, processes: int = 1) -> Any:
     return run_distributed(processes, begun, config)[0]
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    saved: Path, demo_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(saved: Path, demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(saved, root)
     file = next((root / "iter_0000002").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 16
     file.write_bytes(content)
-    assert start(tiny_config(demo_data, checkpoint__save=str(root)), 2)[:2] == (1, 1)
-    said = capfd.readouterr().out
+    config = tiny_config(demo_data, checkpoint__save=str(root), data__num_workers=1)
+    (where, said), _ = run_distributed(2, begun_saying, config)
+    assert where[:2] == (1, 1)
     assert f"WARNING: damaged checkpoints are passed over:\n  {file}: damaged, its SHA-256" in said
     assert "WARNING: going on from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
     assert folder.steps(root) == [1] and folder.pointed(root) == 1

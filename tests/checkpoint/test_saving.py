@@ -43,6 +43,7 @@ def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
     PlannedWrite.write = late  # type: ignore[method-assign]
     try:
         common = {"data": run.train_loader.state_dict(), "consumed_samples": 3, "consumed_tokens": 4}
+        common["guard"] = run.guard.state_dict()
         run.saver.save(1, common, DP_RESHARDABLE, Facts(run.train_loader.tokenizer.fingerprint), behind=behind)
         run.saver.finish()
     finally:

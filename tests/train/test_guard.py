@@ -161,7 +161,7 @@ def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
 
 def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
     """The run that resumes from a checkpoint and leaves the next ``skipped`` steps' data out."""
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.loop import gather_weights, set_up, train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -171,6 +171,7 @@ def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
         assert train_step(run, batches).updated
         run.iteration += 1
     run.train_loader.close()
+    gather_weights(run)
     return {"weights": full_weights(run)}
 
 
