@@ -13,6 +13,7 @@ import xxhash
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
+from genlip_megatron.train.metrics import COUNTS
 from tests.distributed import run_distributed
 from tests.runs import full_weights, layout, tiny_config, weights
 
@@ -69,6 +70,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         "verdicts": [outcome.verdict for outcome in outcomes],
         "updated": [outcome.updated for outcome in outcomes],
         "losses": [outcome.loss for outcome in outcomes],
+        "answer_tokens": sum(outcome.loss_count for outcome in outcomes),
         "states": states,
         "counts": held.tolist(),
         "skipped": (run.guard.skipped, run.guard.spikes),
@@ -98,6 +100,8 @@ def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(name: str, fault: s
         assert states[2] == states[3]
         assert len(set(states)) == 4
         assert result["skipped"] == (1, 0)
+        if not name.startswith(("DP", "fsdp")):  # every rank saw the whole global batch
+            assert result["answer_tokens"] == dict(zip(COUNTS, result["counts"], strict=True))["loss_rows"]
         assert any("the second pass gave the same numbers" in line for line in result["said"])
 
 
