@@ -134,6 +134,19 @@ def set_weights(model: list[Any], weights: dict[str, dict[str, Any]]) -> None:
         _saved_part(chunk).load_state_dict(weights[f"chunk{i}"])
 
 
+def clear_padding(state: Any) -> None:
+    """Set the padding between parameters in ``dp_reshardable`` optimizer state to zeros.
+
+    Megatron-Core leaves what the memory held before; equal states are to be equal files.
+    """
+    for value in state.values() if isinstance(state, dict) else state if isinstance(state, list) else ():
+        clear_padding(value)
+    if isinstance(state, dict) and isinstance(mark := state.get("padding"), LocalNonpersistentObject) and mark.obj:
+        for value in state.values():
+            if isinstance(value, ShardedTensor):
+                value.data.zero_()
+
+
 def take_objects(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(``state`` without its sharded objects, those that this rank is to save, by key).
 

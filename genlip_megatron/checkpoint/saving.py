@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from genlip_megatron.checkpoint import content, folder, manifest
-from genlip_megatron.checkpoint.agree import NotSaved, gather_on_rank_0, on_rank_0
+from genlip_megatron.checkpoint.agree import NotSaved, everywhere, first_of, gather_on_rank_0, lowest, on_rank_0
 from genlip_megatron.checkpoint.content import COMMON, CONFIG, FULLY_RESHARDABLE, RandomStates, State
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.checkpoint.retention import Keeper
-from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Strategy, Written
+from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Planner, Written
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.specs import compute_dtype
 
@@ -52,17 +52,32 @@ def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> No
 
 
 @dataclass
+class _Plain:
+    """What is saved beside tensors.
+
+    Attributes:
+        common: values that are the same on every rank.
+        objects: values that this rank adds to them, by key.
+        random: states of all ranks' generators.
+        gathering: seconds that it took to describe and gather the tensors.
+    """
+
+    common: dict[str, Any]
+    objects: dict[str, Any]
+    random: RandomStates
+    gathering: float
+
+
+@dataclass
 class _Pending:
     """A save whose files are being written."""
 
     iteration: int
     kind: str
-    planned: PlannedWrite
+    planned: PlannedWrite | None  # None when planning failed on this rank
     written: Background | Written
-    common: dict[str, Any]  # on rank 0
-    random: RandomStates
+    plain: _Plain
     facts: Facts
-    gathering: float
     stopped: float  # seconds for which training has waited
 
 
@@ -80,11 +95,10 @@ class Saver:
         self.root = Path(config.checkpoint.save)
         self.saves = 0  # begun by this process
         self._pending: _Pending | None = None
-        self._strategies: dict[str, Any] = {}
+        self._planners: dict[str, Planner] = {}
         self._copies = HostCopies()
         self._keeper = Keeper()
         self._pruning: Background | None = None
-        self._validated: set[str] = set()
         self._configuration = config.to_yaml().encode()
         self._versions = manifest.versions()
         self._revision = manifest.revision() if torch.distributed.get_rank() == 0 else ""
@@ -125,33 +139,60 @@ class Saver:
         begin = time.monotonic()
         place = on_rank_0(lambda: self._prepare(iteration))
         kind = FULLY_RESHARDABLE if self.config.parallel.fsdp else kind
-        weights = content.weights_of(self.state.model)
-        state, scheduler = self._sharded_state(weights, kind), self.state.scheduler.state_dict()
-        gathering = time.monotonic() - begin
-        random = random or RandomStates.of_this_run()
-        state["random"] = random.parts
-        state, objects = content.take_objects(state)
-        sharded, plain = save_preprocess(state, kind not in self._validated)
-        self._validated.add(kind)
-        planned = self._plan(sharded, place, kind)
-        everyone = gather_on_rank_0(objects)
-        common = {
-            **common,
-            **plain,
-            "iteration": iteration,
-            "scheduler": scheduler,
-            "objects": {key: value for some in everyone for key, value in some.items()},
-        }
-        if behind:
-            self._copies.copy(planned)
+        planner = self._planner(kind)
+        try:
+            sharded, plain = everywhere(lambda: self._collect(iteration, common, kind, random))
+            # Planning anew is a collective.
+            if not lowest(planner.knows(sharded)):
+                planner.prepare(sharded)
+        except NotSaved as error:
+            raise NotSaved(self._failed(iteration, str(error))) from None
+        planned, written = self._write(planner, sharded, place, behind)
         stopped = time.monotonic() - begin
-        written = Background(planned.write) if behind else planned.write()
-        self._pending = _Pending(iteration, kind, planned, written, common, random, facts, gathering, stopped)
+        self._pending = _Pending(iteration, kind, planned, written, plain, facts, stopped)
         self.saves += 1
         if behind:
             self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s")
         else:
             self.finish()
+
+    def _collect(
+        self, iteration: int, common: dict[str, Any], kind: str, random: RandomStates | None
+    ) -> tuple[dict[str, Any], _Plain]:
+        """(tensors, the rest) of the run's state. Some kinds are gathered from other ranks."""
+        begin = time.monotonic()
+        # Moments are made by the first update, of which there may have been none.
+        for each in getattr(self.state.optimizer, "chained_optimizers", ()):
+            if not each.is_stub_optimizer:
+                each.init_state_fn(each.optimizer, each.config)
+        weights = content.weights_of(self.state.model)
+        optimizer = self.state.optimizer.sharded_state_dict(weights, metadata={"distrib_optim_sharding_type": kind})
+        gathering = time.monotonic() - begin
+        content.clear_padding(optimizer)
+        random = random or RandomStates.of_this_run()
+        state, objects = content.take_objects({"model": weights, "optimizer": optimizer, "random": random.parts})
+        sharded, plain = save_preprocess(state, validate_access_integrity=False)
+        common = {**common, **plain, "iteration": iteration, "scheduler": self.state.scheduler.state_dict()}
+        # Plain values are copied, since the next step changes what they refer to.
+        return sharded, _Plain(copy.deepcopy(common), copy.deepcopy(objects), random, gathering)
+
+    def _write(
+        self, planner: Planner, sharded: dict[str, Any], place: Path, behind: bool
+    ) -> tuple[PlannedWrite | None, Background | Written]:
+        """Write this rank's files, or have them written; never raises, since the other ranks wait for the answer."""
+        try:
+            planned = planner.plan(sharded, place)
+        except Exception as error:
+            return None, Written(error=f"{type(error).__name__}: {error}")
+        if not behind:
+            return planned, planned.write()
+        try:
+            self._copies.copy(planned)
+            return planned, Background(planned.write)
+        except (RuntimeError, MemoryError) as error:
+            written = planned.write()
+            written.warning = f"no copy in host memory, so that training waited for the disk ({error})"
+            return planned, written
 
     def finish(self) -> None:
         """Wait for the save under way, if there is one, and let the checkpoint appear.
@@ -163,17 +204,20 @@ class Saver:
         if pending is None:
             return
         written = pending.written if isinstance(pending.written, Written) else pending.written.result()
-        parts: list[Written] = gather_on_rank_0(written)
+        everyone = gather_on_rank_0((written, pending.plain.objects))
         try:
-            text = on_rank_0(lambda: self._commit(pending, parts))
+            text = on_rank_0(lambda: self._commit(pending, *zip(*everyone, strict=True)))
         except NotSaved as error:
-            if torch.distributed.get_rank() == 0:
-                shutil.rmtree(folder.partial_folder(self.root, pending.iteration), ignore_errors=True)
-            raise NotSaved(
-                f"the checkpoint of step {pending.iteration} could not be written to {self.root}: {error}; earlier "
-                "ones are untouched"
-            ) from None
+            raise NotSaved(self._failed(pending.iteration, str(error))) from None
         self._log(text)
+
+    def _failed(self, iteration: int, why: str) -> str:
+        """Remove what was written of a checkpoint; returns the message."""
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(folder.partial_folder(self.root, iteration), ignore_errors=True)
+        return (
+            f"the checkpoint of step {iteration} could not be written to {self.root}: {why}; earlier ones are untouched"
+        )
 
     def close(self) -> None:
         """Wait for deletions under way. Not a collective."""
@@ -189,38 +233,24 @@ class Saver:
         place.mkdir()
         return place
 
-    def _sharded_state(self, weights: dict[str, Any], kind: str) -> dict[str, Any]:
-        # Moments are made by the first update, of which there may have been none.
-        for each in getattr(self.state.optimizer, "chained_optimizers", ()):
-            if not each.is_stub_optimizer:
-                each.init_state_fn(each.optimizer, each.config)
-        kind_of_state = {"distrib_optim_sharding_type": kind}
-        return {"model": weights, "optimizer": self.state.optimizer.sharded_state_dict(weights, metadata=kind_of_state)}
+    def _planner(self, kind: str) -> Planner:
+        if kind not in self._planners:
+            self._planners[kind] = Planner(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return self._planners[kind]
 
-    def _plan(self, sharded: dict[str, Any], place: Path, kind: str) -> PlannedWrite:
-        if kind not in self._strategies:
-            strategy: Any = Strategy(reuse_plan=True)
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            # Replicas share the writing of what they all hold.
-            wrapper = FullyParallelSaveStrategyWrapper(strategy, group, do_cache_distribution=True)
-            self._strategies[kind] = (strategy, wrapper)
-        strategy, wrapper = self._strategies[kind]
-        wrapper.async_save(sharded, place)
-        return strategy.planned
-
-    def _commit(self, pending: _Pending, parts: list[Written]) -> str:
+    def _commit(self, pending: _Pending, parts: Sequence[Written], objects: Sequence[dict[str, Any]]) -> str:
         """On rank 0: write what is left, the manifest last, and publish; returns what there is to say."""
-        if errors := [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]:
-            raise NotSaved("; ".join(errors[:4]))
-        if errors := [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]:
-            raise NotSaved("; ".join(errors[:4]))
+        if errors := first_of([part.error for part in parts]):
+            raise NotSaved(errors)
+        assert pending.planned is not None
         begin = time.monotonic()
         place = folder.partial_folder(self.root, pending.iteration)
         pending.planned.finish([part.results for part in parts])
         save_config(CheckpointingConfig("torch_dist", 1), str(place))
         folder.sync(place / "metadata.json")
         common = io.BytesIO()
-        torch.save(pending.common, common)
+        together = {key: value for some in objects for key, value in some.items()}
+        torch.save({**pending.plain.common, "objects": together}, common)
         folder.write_file(place / COMMON, common.getvalue())
         folder.write_file(place / CONFIG, self._configuration)
         files = {name: facts for part in parts for name, facts in part.files.items()}
@@ -229,11 +259,11 @@ class Saver:
         saved = Manifest(
             iteration=pending.iteration,
             kind=pending.kind,
-            layout=content.describe_layout(self.config, pending.random.world_size),
+            layout=content.describe_layout(self.config, pending.plain.random.world_size),
             validation_loss=pending.facts.validation_loss,
             tokenizer=pending.facts.tokenizer,
             data=pending.facts.data,
-            random=pending.random.sizes,
+            random=pending.plain.random.sizes,
             versions=self._versions,
             revision=self._revision,
             created=manifest.now(),
@@ -242,13 +272,15 @@ class Saver:
         folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
         target = folder.publish(self.root, pending.iteration)
         self._pruning = Background(self._prune)
+        warnings = first_of([part.warning for part in parts])
         seconds = max(part.seconds for part in parts)
         hashing = max(part.hashing for part in parts)
         return (
             f"saved {target}: {saved.size / 1e9:.3f} GB, {pending.kind}; training waited {pending.stopped:.2f} s"
-            + (f" ({pending.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")
+            + (f" ({pending.plain.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")
             + f", written in {seconds:.2f} s at {saved.size / 1e9 / max(seconds, 1e-9):.2f} GB/s "
             f"({hashing / max(seconds, 1e-9):.0%} of it checksums), completed in {time.monotonic() - begin:.2f} s"
+            + (f"\nWARNING: {warnings}" if warnings else "")
         )
 
     def _prune(self) -> str:

@@ -20,22 +20,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, is_main_replica
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemWriter,
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from genlip_megatron.checkpoint.agree import everywhere, gather_on_rank_0, on_rank_0, rank
 from genlip_megatron.checkpoint.manifest import FileFacts
 
 # Files of a rank, written side by side; one thread hashes about as fast as one disk writes.
@@ -51,6 +59,7 @@ class Written:
         files: name -> facts.
         seconds, hashing: of writing, and of it in checksums (the longest of the threads).
         error: why it failed, or None.
+        warning: what did not go as it should, though it is written.
     """
 
     results: list[WriteResult] = field(default_factory=list)
@@ -58,6 +67,7 @@ class Written:
     seconds: float = 0.0
     hashing: float = 0.0
     error: str | None = None
+    warning: str | None = None
 
 
 class HashingFile(io.RawIOBase):
@@ -98,29 +108,17 @@ class HashingFile(io.RawIOBase):
         return FileFacts(self.size, self._digest.hexdigest())
 
 
-class _Writer(FileSystemWriterAsync):
-    """Holds what this rank is to write once it has been planned; writes nothing itself."""
-
-    items: list[tuple[WriteItem, Any]]
-    prefix: str
-
-    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        self.prefix = plan.storage_data.prefix
-        self.items = [(item, planner.resolve_data(item)) for item in plan.items]
-
-
 class PlannedWrite:
     """The tensors that this rank writes, and the checkpoint's metadata on rank 0."""
 
-    def __init__(self, folder: Path, writer: _Writer, metadata: Metadata | None) -> None:
-        self.folder, self._writer, self._metadata = folder, writer, metadata
-        self.items: list[tuple[WriteItem, Tensor]] = writer.items
+    def __init__(self, folder: Path, items: list[tuple[WriteItem, Tensor]], metadata: Metadata | None) -> None:
+        self.folder, self.items, self._metadata = folder, items, metadata
 
     def write(self) -> Written:
         """Write, hash and sync this rank's files; never raises, since the other ranks wait for the answer."""
         begin = time.monotonic()
         shares = _share_out(self.items, FILES_PER_RANK)
-        names = [f"{self._writer.prefix}{i}.distcp" for i in range(len(shares))]
+        names = [f"__{rank()}_{i}.distcp" for i in range(len(shares))]
         written = Written()
         try:
             with ThreadPoolExecutor(FILES_PER_RANK, "checkpoint") as threads:
@@ -151,7 +149,7 @@ class PlannedWrite:
     def finish(self, results: list[list[WriteResult]]) -> None:
         """Write the metadata, on rank 0, from the results of all ranks."""
         assert self._metadata is not None
-        self._writer.finish(self._metadata, results)
+        FileSystemWriter(self.folder).finish(self._metadata, results)
 
 
 def _share_out(items: Sequence[tuple[WriteItem, Tensor]], count: int) -> list[list[tuple[WriteItem, Tensor]]]:
@@ -165,36 +163,73 @@ def _share_out(items: Sequence[tuple[WriteItem, Tensor]], count: int) -> list[li
     return [part for part in parts if part]
 
 
-class Strategy(TorchDistSaveShardedStrategy):
-    """``torch_dist`` whose ``async_save`` only plans; the plan stands in ``planned`` afterwards.
+class Planner:
+    """Plans who writes what. A plan is kept as long as the structure of the state stays the same on every rank.
 
     Args:
-        reuse_plan: plan the first saves only; the state's structure must stay the same.
+        group: the ranks that share the writing of what they all hold.
     """
 
-    def __init__(self, reuse_plan: bool) -> None:
-        super().__init__("torch_dist", 1, cached_metadata=reuse_plan)
-        self.planned: PlannedWrite | None = None
-        self._cached: tuple[Any, Any, bool] = (None, None, False)
+    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
+        self._group = group
+        self._structure: list[Any] | None = None
+        self._distribution: Any = None
+        self._items: list[WriteItem] = []
+        self._metadata: Metadata | None = None
 
-    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> AsyncRequest:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        writer = _Writer(checkpoint_dir, thread_count=1)
-        (_, metadata, _), *cached, _ = save_state_dict_async_plan(
-            mcore_to_pyt_state_dict(state, False),
-            writer,
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            cached_ckpt_structure=self._cached if self.use_cached_ckpt_structure else None,
-        )
-        self._cached = (cached[0], cached[1], cached[2])
-        if metadata is not None:
-            # Only Megatron-Core's reuse across processes reads it; it grows with every rank.
-            metadata.all_local_plans = None
-            self.cached_global_metadata = metadata
-        elif torch.distributed.get_rank() == 0:
-            metadata = self.cached_global_metadata
-        self.planned = PlannedWrite(Path(checkpoint_dir), writer, metadata)
-        return AsyncRequest(None, (), [])
+    def knows(self, state: ShardedStateDict) -> bool:
+        """Whether the plan is one for a state of this structure. Not a collective: ranks must agree on it."""
+        return self._structure is not None and self._structure == _structure(state)
+
+    def prepare(self, state: ShardedStateDict) -> None:
+        """Plan anew: share out what replicas hold, and check that each element of each tensor is written once.
+
+        A collective.
+
+        Raises:
+            NotSaved: on every rank, when it failed on any.
+        """
+        self._structure = None
+        structure = _structure(state)
+        _check_coverage(state)
+        self._distribution = determine_main_replica_uniform_distribution(state, self._group)
+        planner = everywhere(lambda: self._planner(state))
+        _check_coverage(state)
+        plans = gather_on_rank_0(planner.create_local_plan())
+        self._metadata = on_rank_0(lambda: planner.create_global_plan(plans)[1], only_there=True)
+        self._items, self._structure = planner.plan.items, structure
+
+    def plan(self, state: ShardedStateDict, folder: Path) -> PlannedWrite:
+        """What this rank writes of a state that the planner ``knows``. Not a collective."""
+        planner = self._planner(state)
+        # A tensor that is left out would be missed by nothing until it is to be loaded.
+        held = [MetadataIndex(t.key, t.global_offset) for t in nested_values(state) if is_main_replica(t.replica_id)]
+        planned = {item.index for item in self._items}
+        assert len(planned) == len(self._items) == len(held), "the plan is not of this state"
+        assert planned == set(held), "the plan is not of this state"
+        items = [(item, planner.resolve_data(item)) for item in self._items]
+        for item, tensor in items:
+            facts = item.tensor_data
+            assert facts is not None and facts.chunk.sizes == tensor.shape and facts.properties.dtype == tensor.dtype
+        return PlannedWrite(folder, items, self._metadata)
+
+    def _planner(self, state: ShardedStateDict) -> MCoreSavePlanner:
+        """Megatron-Core's planner of what this rank is to write."""
+        distribute_main_replicas_with_precomputed_distribution(state, self._group, self._distribution)
+        mine, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.set_up_planner(mcore_to_pyt_state_dict(mine, False), is_coordinator=rank() == 0)
+        return planner
+
+
+def _structure(state: ShardedStateDict) -> list[Any]:
+    """Everything that describes a state before its replicas are shared out, but its values."""
+    return [tensor.without_data() for tensor in nested_values(state)]
+
+
+def _check_coverage(state: ShardedStateDict) -> None:
+    everyone = determine_global_metadata(state)[1]
+    on_rank_0(lambda: validate_sharding_integrity(everyone))
 
 
 class HostCopies:
@@ -204,18 +239,25 @@ class HostCopies:
         self._buffers: dict[Any, Tensor] = {}
 
     def copy(self, planned: PlannedWrite) -> None:
-        """Replace what is to be written by copies that the next step does not change."""
+        """Replace what is to be written by copies that the next step does not change.
+
+        Raises:
+            RuntimeError, MemoryError: there is not enough memory; nothing is replaced and nothing stays allocated.
+        """
+        held, self._buffers = self._buffers, {}
+        buffers: dict[Any, Tensor] = {}
         copies = []
         for item, tensor in planned.items:
             key = (item.index.fqn, item.index.offset)
-            buffer = self._buffers.get(key)
+            buffer = held.pop(key, None)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[key] = buffer
+            assert key not in buffers, key
+            buffers[key] = buffer
             buffer.copy_(tensor.detach(), non_blocking=True)
             copies.append((item, buffer))
         torch.cuda.synchronize()
-        planned.items = copies
+        self._buffers, planned.items = buffers, copies
 
 
 class Background:

@@ -1,0 +1,148 @@
+"""What is written is the state at the moment of the save, whichever way it is written and whoever has trouble."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genlip_megatron.checkpoint import content, manifest, saving, write
+from genlip_megatron.checkpoint.agree import NotSaved, rank
+from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE
+from genlip_megatron.checkpoint.folder import step_folder
+from genlip_megatron.config import RunConfig
+from tests.distributed import run_distributed
+from tests.runs import layout, tiny_config
+
+
+def build(config: RunConfig) -> Any:
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train.loop import build_run
+
+    groups.initialize(config)
+    return build_run(config)
+
+
+def saver_of(run: Any, folder: Path, lines: list[str]) -> saving.Saver:
+    config = tiny_config(Path("unused"), checkpoint__save=str(folder), checkpoint__keep_last=0)
+    return saving.Saver(config, content.State(run.model, run.optimizer, run.scheduler), lines.append)
+
+
+def change(run: Any) -> None:
+    """A step with gradients out of nowhere."""
+    for chunk in run.model:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                parameter.main_grad.normal_()
+    run.optimizer.step()
+
+
+def tensor_files(folder: Path, step: int) -> dict[str, manifest.FileFacts]:
+    files = manifest.read(step_folder(folder, step)).files
+    return {name: facts for name, facts in files.items() if name.endswith(".distcp")}
+
+
+def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, Any]:
+    """Four saves behind changes of the state; the last one again by another saver that waits."""
+    run, planned = build(config), 0
+    whole = write.Planner.prepare
+
+    def counted(*args: Any) -> None:
+        nonlocal planned
+        planned += 1
+        whole(*args)
+
+    behind, at_once = saver_of(run, folder / "behind", []), saver_of(run, folder / "at_once", [])
+    write.Planner.prepare = counted  # type: ignore[method-assign]
+    try:
+        for step in range(1, 5):
+            change(run)
+            behind.save(step, {}, kind, saving.Facts(), behind=True)
+            change(run)
+            behind.finish()
+        behind.save(5, {}, kind, saving.Facts(), behind=True)
+        write.Planner.prepare = whole  # type: ignore[method-assign]
+        at_once.save(5, {}, kind, saving.Facts())
+        change(run)
+        behind.finish()
+    finally:
+        write.Planner.prepare = whole  # type: ignore[method-assign]
+        behind.close()
+        at_once.close()
+    return {"planned": planned}
+
+
+@pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
+@pytest.mark.parametrize("name", ["DP2", "TP2xPP2"])
+def test_a_save_behind_training_is_the_one_that_waits(name: str, kind: str, tmp_path: Path) -> None:
+    world_size, flags = layout(name)
+    results = run_distributed(world_size, save_in_both_ways, tiny_config(Path("unused"), **flags), tmp_path, kind)
+    assert results == [{"planned": 1}] * world_size
+    files = tensor_files(tmp_path / "behind", 5)
+    assert files == tensor_files(tmp_path / "at_once", 5)
+    assert files != tensor_files(tmp_path / "behind", 4)
+
+
+def save_with_another_tensor(config: RunConfig, folder: Path) -> bool:
+    """Two saves, one with a tensor more, one that would leave it out by the plan before."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    run, whole = build(config), content.weights_of
+    saver = saver_of(run, folder, [])
+    new = ShardedTensor.from_rank_offsets("new", torch.arange(4.0), replica_id=rank())
+    saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
+    try:
+        content.weights_of = lambda model: whole(model) | {"new": {"new": new}}
+        saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
+    finally:
+        content.weights_of = whole
+    saver.finish()
+    saver.close()
+    try:  # what protects when ranks should ever be wrong about it
+        saver._planners[DP_RESHARDABLE].plan({"random": {}}, folder)
+    except AssertionError as error:
+        return "not of this state" in str(error)
+    return False
+
+
+def test_a_tensor_that_is_new_is_planned_and_written(tmp_path: Path) -> None:
+    assert run_distributed(2, save_with_another_tensor, tiny_config(Path("unused")), tmp_path) == [True, True]
+    sizes = [sum(facts.size for facts in tensor_files(tmp_path, step).values()) for step in (1, 2)]
+    assert sizes[1] > sizes[0]
+
+
+def save_with_trouble_on_one_rank(config: RunConfig, folder: Path) -> list[str]:
+    """The lines of rank 0, and the errors of this rank: nothing to save on rank 1, then no memory for copies there."""
+    run, errors = build(config), []
+    lines: list[str] = []
+    saver = saver_of(run, folder, lines)
+    originals = content.random_states, write.HostCopies.copy
+
+    def failing(*args: Any) -> Any:
+        raise MemoryError("no memory left")
+
+    if rank() == 1:
+        content.random_states = failing
+    try:
+        saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
+    except NotSaved as error:
+        errors.append(str(error))
+    content.random_states = originals[0]
+    if rank() == 1:
+        write.HostCopies.copy = failing  # type: ignore[method-assign]
+    saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
+    write.HostCopies.copy = originals[1]  # type: ignore[method-assign]
+    saver.finish()
+    saver.close()
+    return errors + [line for line in lines if "WARNING" in line]
+
+
+def test_trouble_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
+    first, second = run_distributed(2, save_with_trouble_on_one_rank, tiny_config(Path("unused")), tmp_path)
+    for errors in (first, second):
+        assert "the checkpoint of step 1 could not be written" in errors[0]
+        assert "rank 1: MemoryError: no memory left" in errors[0]
+    assert "rank 1: no copy in host memory, so that training waited for the disk (no memory left)" in first[1]
+    assert [path.name for path in sorted(tmp_path.glob("*iter_*"))] == ["iter_0000002"]

@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""What saving and loading a checkpoint cost, as ratios to torch.save and to Megatron-Core's own functions.
+
+    python tools/benchmarks/checkpoint.py --dir /local/disk           (1.2 GB; about three minutes on two CPU cores)
+    torchrun --nproc-per-node 8 tools/benchmarks/checkpoint.py --dir /local/disk --config l16_stage1
+
+Needs no data: weights are random, and so are the gradients of the step that fills the optimizer's state. All ways take
+turns and write to the same disk, each to its end: synced. Figures are medians of the rounds, with the lowest and the
+highest; those of several ranks are the slowest's. ``ratio`` is the baseline's seconds over the way's, so above 1 is
+faster. The baselines are ``torch.save`` of the same tensors to one file a rank, synced, and ``torch.load`` of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from genlip_megatron import host
+
+host.install()
+
+from megatron.core import dist_checkpointing  # noqa: E402
+
+from genlip_megatron.checkpoint import content, folder, loading, manifest  # noqa: E402
+from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE, State  # noqa: E402
+from genlip_megatron.checkpoint.saving import Facts, Saver  # noqa: E402
+from genlip_megatron.checks import check  # noqa: E402
+from genlip_megatron.config import CheckpointConfig, ModelConfig, RunConfig, from_dict, load_yaml, override  # noqa: E402
+from genlip_megatron.parallel import groups  # noqa: E402
+from genlip_megatron.train.loop import Run, build_run  # noqa: E402
+
+# l16's width, so that tensors have the sizes of a real run's; fewer layers and a smaller vocabulary.
+SMALL = ModelConfig(
+    num_layers=4,
+    hidden_size=1024,
+    num_attention_heads=16,
+    ffn_hidden_size=2816,
+    text_hidden_size=1024,
+    vocab_size=8192,
+    rope_sections=(8, 12, 12),
+    drop_path_rate=0.0,
+)
+
+
+class Times:
+    """Seconds of each way, by round; of several ranks the slowest's."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[float]] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        slowest = torch.tensor([seconds], dtype=torch.float64, device=host.device())
+        torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+        self.of.setdefault(name, []).append(float(slowest.item()))
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of what is done within, ranks starting together."""
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - begin)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.of[name])
+
+    def spread(self, name: str, digits: int = 2) -> str:
+        found = self.median(name), min(self.of[name]), max(self.of[name])
+        return "{} ({} to {})".format(*(f"{seconds:.{digits}f}" for seconds in found))
+
+
+def step(run: Run) -> None:
+    """An update by random gradients."""
+    for chunk in run.model:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                if hasattr(parameter, "main_grad"):
+                    parameter.main_grad.normal_()
+                else:
+                    parameter.grad = torch.randn_like(parameter)
+    run.optimizer.step()
+
+
+def sharded(run: Run, kind: str, loading_it: bool = False) -> dict[str, Any]:
+    """The state as Megatron-Core's functions take it."""
+    weights = content.weights_of(run.model)
+    facts = {"distrib_optim_sharding_type": kind}
+    return {"model": weights, "optimizer": run.optimizer.sharded_state_dict(weights, loading_it, metadata=facts)}
+
+
+def tensors_of(run: Run) -> dict[str, torch.Tensor]:
+    """The same tensors by plain names: this rank's weights, and what it holds of the optimizer's state."""
+    found = {f"{i}.{name}": p.detach() for i, chunk in enumerate(run.model) for name, p in chunk.named_parameters()}
+    for optimizer in getattr(run.optimizer, "chained_optimizers", [run.optimizer]):
+        for i, (parameter, state) in enumerate(optimizer.optimizer.state.items()):
+            found[f"{id(optimizer)}.{i}.param"] = parameter.detach().clone()
+            found |= {f"{id(optimizer)}.{i}.{name}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+    return {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in found.items()}
+
+
+def drop_page_cache(places: list[Path]) -> bool:
+    """Have the system forget the content of files, so that they are read from the disk; whether it can be told to."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for place in places:
+        for path in [place] if place.is_file() else [found for found in place.rglob("*") if found.is_file()]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+    return True
+
+
+def rate_of_work(until: Callable[[], bool], seconds: float) -> float:
+    """Matrix products a second, until ``until()`` is true but at least for ``seconds``."""
+    left, right = torch.randn(512, 512, device=host.device()), torch.randn(512, 512, device=host.device())
+    count, begin = 0, time.perf_counter()
+    while True:
+        torch.mm(left, right)
+        torch.cuda.synchronize()
+        count += 1
+        passed = time.perf_counter() - begin
+        if passed >= seconds and until():
+            return count / passed
+
+
+class Benchmark:
+    """One rank's part of it.
+
+    Args:
+        run: what is saved and loaded.
+        root: a folder on the disk, which is emptied.
+    """
+
+    def __init__(self, run: Run, root: Path) -> None:
+        self.run, self.root, self.times = run, root, Times()
+        self.rank = torch.distributed.get_rank()
+        self.file = root / f"plain-{self.rank}.pt"
+        self.lines: list[str] = []
+        self.slowdowns: list[float] = []
+        self.iteration = 0
+        self.bytes = self.ours_bytes = 0
+        self.dropped = True
+        config = override(run.config, {"checkpoint.save": str(root / "run")})
+        self.state = State(run.model, run.optimizer, run.scheduler)
+        self.saver = Saver(config, self.state, self.lines.append)
+        self.kinds = [FULLY_RESHARDABLE] if run.config.parallel.fsdp else [DP_RESHARDABLE, FULLY_RESHARDABLE]
+
+    def alone(self) -> None:
+        """Wait until nothing is read or written any more."""
+        self.saver.close()
+        torch.distributed.barrier()
+
+    def round(self) -> None:
+        """Every way of saving and loading once."""
+        times, run = self.times, self.run
+        step(run)
+        self._torch_save()
+        for kind in self.kinds:
+            self._megatron_save(kind)
+        for kind in self.kinds:
+            with times.timed(f"ours {kind}"):
+                self.saver.save(self._next(), {}, kind, Facts())
+            self.alone()
+        self._behind()
+        self._load()
+
+    def _next(self) -> int:
+        self.iteration += 1
+        return self.iteration
+
+    def _torch_save(self) -> None:
+        tensors = tensors_of(self.run)
+        self.bytes = sum(tensor.nbytes for tensor in tensors.values())
+        with self.times.timed("torch.save"), open(self.file, "wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _megatron_save(self, kind: str) -> None:
+        place = self.root / f"megatron-{kind}"
+        if self.rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+        with self.times.timed(f"dist_checkpointing.save {kind}"):
+            dist_checkpointing.save(sharded(self.run, kind), str(place))
+
+    def _behind(self) -> None:
+        """A save behind work, whose rate is compared with that of work alone."""
+        kind = self.kinds[0]
+        alone = rate_of_work(lambda: True, 1.0)
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        self.saver.save(self._next(), {}, kind, Facts(), behind=True)
+        stopped = time.perf_counter() - begin
+        meanwhile = rate_of_work(lambda: self.saver.written, 0.0)
+        self.times.add("behind, written", time.perf_counter() - begin)
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        self.saver.finish()
+        finishing = time.perf_counter() - begin
+        self.times.add("later" if "first" in self.times.of else "first", stopped)
+        self.times.add("finish", finishing)
+        self.alone()
+        again = rate_of_work(lambda: True, 1.0)
+        self.slowdowns.append(1 - meanwhile / ((alone + again) / 2))
+
+    def _load(self) -> None:
+        """Each way of loading, from the disk where the page cache can be dropped."""
+        run, times, kind = self.run, self.times, self.kinds[0]
+        ours = folder.step_folder(self.root / "run", self.iteration)
+        plain = self.root / f"megatron-{kind}"
+
+        def forget(*places: Path) -> None:
+            torch.distributed.barrier()
+            self.dropped &= drop_page_cache(list(places)) if self.rank == 0 else True
+            torch.distributed.barrier()
+
+        tensors = tensors_of(run)
+        forget(*self.root.glob("plain-*.pt"))
+        with times.timed("torch.load"), torch.no_grad():
+            loaded = torch.load(self.file, weights_only=True)
+            for name, tensor in tensors.items():
+                tensor.copy_(loaded[name])
+        del loaded, tensors
+        forget(plain)
+        with times.timed(f"dist_checkpointing.load {kind}"), torch.no_grad():
+            state = dist_checkpointing.load(sharded(run, kind, True), str(plain))
+            content.set_weights(run.model, state["model"])
+            run.optimizer.load_state_dict(state["optimizer"])
+        del state
+        for verify in ("full", "sizes"):
+            forget(ours)
+            with times.timed(f"ours, verify {verify}"):
+                with times.timed(f"find, verify {verify}"):
+                    found = loading.find(ours, verify == "full", self.lines.append)
+                assert found is not None
+                loading.load(*found, run.config, self.state)
+        self.ours_bytes = manifest.read(ours).size
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that holds ``path``."""
+    try:
+        words = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=True)
+        return words.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown file system"
+
+
+def report(bench: Benchmark, rounds: int) -> None:
+    """Print the tables, on rank 0."""
+    whole = torch.tensor([float(bench.bytes)], dtype=torch.float64, device=host.device())
+    torch.distributed.all_reduce(whole)
+    if bench.rank:
+        return
+    times, size, ranks = bench.times, bench.ours_bytes, torch.distributed.get_world_size()
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a rank"
+    )
+    print(f"{ranks} ranks ({device}), {os.cpu_count()} CPU cores, {platform.system()} {platform.release()}")
+    print(
+        f"disk {bench.root} ({file_system(bench.root)}); checkpoint {size / 1e9:.3f} GB; "
+        f"torch {torch.__version__}; {rounds} rounds"
+    )
+    print("\n| save | GB | seconds (lowest to highest) | GB/s | ratio |\n|---|---|---|---|---|")
+
+    def line(name: str, label: str, volume: float, baseline: str) -> None:
+        seconds = times.median(name)
+        print(
+            f"| {label} | {volume / 1e9:.3f} | {times.spread(name)} | {volume / 1e9 / seconds:.2f} "
+            f"| {times.median(baseline) / seconds:.2f} |"
+        )
+
+    line("torch.save", "torch.save, one file a rank, synced", whole.item(), "torch.save")
+    for kind in bench.kinds:
+        line(f"dist_checkpointing.save {kind}", f"dist_checkpointing.save, {kind}", size, "torch.save")
+    for kind in bench.kinds:
+        line(f"ours {kind}", f"ours, {kind}", size, "torch.save")
+    line("behind, written", f"ours, {bench.kinds[0]}, behind work", size, "torch.save")
+    synchronous = times.median(f"ours {bench.kinds[0]}")
+    print("\n| training stops for a save behind it | seconds | of the save that waits |\n|---|---|---|")
+    for name, label in (
+        ("first", "the first, which plans and allocates the copies"),
+        ("later", "a later one"),
+        ("finish", "and when it is completed"),
+    ):
+        print(f"| {label} | {times.spread(name, 3)} | {times.median(name) / synchronous:.1%} |")
+    slower = statistics.median(bench.slowdowns)
+    print(
+        f"\nmatrix products beside the writing threads: {slower:.0%} fewer a second "
+        f"({min(bench.slowdowns):.0%} to {max(bench.slowdowns):.0%})"
+    )
+    for warning in sorted({line for line in bench.lines if "WARNING" in line}):
+        print(warning)
+    for kind in bench.kinds:
+        lines = [line for line in bench.lines if f" {kind};" in line]
+        print(f"the last {kind}: {lines[-1].split(kind + '; ')[1]}")
+    where = "read from the disk" if bench.dropped else "IN THE PAGE CACHE, which could not be dropped"
+    print(f"\n| load ({where}) | GB | seconds (lowest to highest) | GB/s | ratio |\n|---|---|---|---|---|")
+    line("torch.load", "torch.load, copied into the state", whole.item(), "torch.load")
+    line(f"dist_checkpointing.load {bench.kinds[0]}", "dist_checkpointing.load", size, "torch.load")
+    for verify in ("full", "sizes"):
+        line(f"ours, verify {verify}", f"ours, verify {verify}", size, "torch.load")
+    line("find, verify full", "of it the verification", size, "torch.load")
+
+
+def main() -> int:
+    """Run the benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--dir", type=Path, required=True, help="a folder on the disk; a folder in it is made and removed"
+    )
+    parser.add_argument("--config", default="", help="a recipe, as l16_stage1; default: l16's width, 4 layers, 1.2 GB")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that the ways take (default: 3)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as model.num_layers=2")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: at least 2, since the first save is unlike the others")
+    try:
+        tree = load_yaml(options.config) if options.config else {}
+        config = from_dict(tree, options.config) if tree else RunConfig(model=SMALL)
+        settings = dict(word.split("=", 1) for word in options.set)
+        config = override(config, {name: yaml.safe_load(value) for name, value in settings.items()})
+        check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        parser.error(str(error))
+    root = options.dir / "genlip-checkpoint-benchmark"
+    groups.initialize(replace(config, checkpoint=CheckpointConfig()))
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+    torch.distributed.barrier()
+    try:
+        keep = replace(config, checkpoint=CheckpointConfig(keep_last=1, keep_best=0))
+        bench = Benchmark(build_run(keep), root)
+        for _ in range(options.rounds):
+            bench.round()
+        report(bench, options.rounds)
+        groups.finalize()
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(root, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
