@@ -2,8 +2,8 @@
 
 ``torchrun --max-restarts`` takes every code but 0 for a failure and starts the workers again. That helps after a crash
 or a hang, but a run that was told to stop, or that meets the same mistake each time, must end. So a worker that leaves
-with such a code first writes it to ``<save>/final_exit``, and a worker that was started again after that leaves with the
-same code before it imports torch: torchrun ends within seconds.
+with such a code first writes it to ``<save>/final_exit``, and a worker that was started again after that leaves with
+the same code before it imports torch: torchrun ends within seconds.
 
 This module imports nothing of the project and no torch.
 """

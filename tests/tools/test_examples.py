@@ -199,12 +199,14 @@ def test_failure_that_would_come_again_is_not_requeued(status: int, slurm: Slurm
 
 def test_stop_file_ends_the_job(slurm: Slurm) -> None:
     done = slurm.start('saved 5; touch "$save/stop"; exit 1')
-    assert done.returncode == 1 and not slurm.requeued and "run/stage" in done.stderr and "/stop is there" in done.stderr
+    assert (
+        done.returncode == 1 and not slurm.requeued and "run/stage" in done.stderr and "/stop is there" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("text", ["", "release", "0010 and more\nother lines"])
 def test_odd_pointer_to_the_newest_checkpoint(text: str, slurm: Slurm) -> None:
-    slurm.start(f"saved {shlex.quote(text)}; exit 1")
+    assert slurm.start(f"saved {shlex.quote(text)}; exit 1").stderr == ""
     assert (slurm.save / "requeues_without_progress").read_text() == ("7 0\n" if text.startswith("00") else "7 1\n")
 
 

@@ -131,7 +131,8 @@ def test_killed_worker_is_started_again_and_the_result_is_the_same(demo_data: Pa
         assert launch.trainings() == 2
         assert "resumed at step 8 from" in launch.output
     whole, killed = (
-        run_distributed(2, loaded_weights, resuming(demo_data, tmp_path / name, **flags)) for name in ("whole", "killed")
+        run_distributed(2, loaded_weights, resuming(demo_data, tmp_path / name, **flags))
+        for name in ("whole", "killed")
     )
     for name, weight in whole[0].items():
         assert torch.equal(weight, killed[0][name]), name
