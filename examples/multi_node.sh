@@ -10,7 +10,10 @@ head=$1 nodes=$2 tokenizer=$3 train=$4 valid=$5 run=$6
 shift 6
 cd "$(dirname "$0")/.."
 
-exec torchrun --nnodes "$nodes" --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$head" --max-restarts 0 \
+# A worker that dies is started again, with those of all nodes, from the last checkpoint; each time with a store of its
+# own, since torchrun's still has the dead worker's address.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec torchrun --nnodes "$nodes" --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$head" --max-restarts 3 \
     pretrain_genlip.py --config g16_stage1 --micro-batch-size 2 \
     --tokenizer "$tokenizer" --train-data "$train" --valid-data "$valid" --save "$run" --load "$run" \
     --overlap-grad-reduce --overlap-param-gather "$@"

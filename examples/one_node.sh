@@ -9,6 +9,9 @@ shift 4
 cd "$(dirname "$0")/.."
 
 python tools/prepare_data.py "$train" "$valid" --tokenizer "$tokenizer"
-exec torchrun --standalone --nproc-per-node 8 pretrain_genlip.py --config so16_stage1 \
+# A worker that dies is started again with the others from the last checkpoint; each time with a store of its own, since
+# torchrun's still has the dead worker's address.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec torchrun --standalone --nproc-per-node 8 --max-restarts 3 pretrain_genlip.py --config so16_stage1 \
     --tokenizer "$tokenizer" --train-data "$train" --valid-data "$valid" --save "$run" --load "$run" \
     --overlap-grad-reduce --overlap-param-gather "$@"

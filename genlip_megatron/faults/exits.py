@@ -1,6 +1,18 @@
-"""Exit codes of ``pretrain_genlip.py``, so that a launcher knows what to do next."""
+"""Exit codes of ``pretrain_genlip.py``, and how a launch that restarts its workers learns of them.
+
+``torchrun --max-restarts`` takes every code but 0 for a failure and starts the workers again. That helps after a crash
+or a hang, but a run that was told to stop, or that meets the same mistake each time, must end. So a worker that leaves
+with such a code first writes it to ``<save>/final_exit``, and a worker that was started again after that leaves with
+the same code before it imports torch: torchrun ends within seconds.
+
+This module imports nothing of the project and no torch.
+"""
 
 from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
 
 EXIT_USER_ERROR = 2  # a setting or a file is wrong; starting again changes nothing
 EXIT_PREEMPTED = 17  # told to stop, or out of time: saved; start again to go on
@@ -9,6 +21,10 @@ EXIT_BAD_NUMBERS = 19  # NaN, Inf or spikes that rolling back did not cure
 EXIT_HUNG = 20  # no step finished within faults.step_timeout
 EXIT_REPLICAS_DIFFER = 21  # weights of data-parallel ranks differ
 EXIT_NOT_SAVED = 22  # the last checkpoint could not be written
+# Restarting the workers at once does not help after these. It does after the others: a hang, a flipped bit or a full
+# disk may be gone, and the run goes on from the last good checkpoint.
+FINAL = (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_DATA_FAILURE, EXIT_BAD_NUMBERS)
+FINAL_EXIT = "final_exit"
 
 
 class LeaveRun(Exception):
@@ -21,3 +37,59 @@ class LeaveRun(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+def mark_final(save: str | Path, code: int) -> None:
+    """Write that this launch is over with ``code``, if it is one of ``FINAL``.
+
+    Every worker calls it before it leaves: torchrun acts on the first that is gone, on each node. It does nothing
+    without a folder, or without torchrun, since then nobody restarts the worker.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if not save or run_id is None or code not in FINAL:
+        return
+    file = Path(save) / FINAL_EXIT
+    partial = file.with_name(f".{FINAL_EXIT}.{os.environ.get('RANK', '0')}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(f"{code} {run_id}\n")
+        os.replace(partial, file)
+    except OSError as error:
+        # The code itself matters more; the price is that torchrun restarts the workers in vain.
+        print(f"{file} could not be written ({error}): torchrun may restart the workers", flush=True)
+
+
+def final_exit(save: str | Path) -> int | None:
+    """The code that workers of this same launch left with for good, or None if this worker is to run.
+
+    The first worker of a new launch removes what an earlier launch left.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if not save or run_id is None:
+        return None
+    file = Path(save) / FINAL_EXIT
+    try:
+        code, _, marked_by = file.read_text().strip().partition(" ")
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if marked_by == run_id and (restarted or _launcher_is_older_than(file)):
+            return int(code)
+        if int(os.environ.get("RANK", "0")) == 0:
+            file.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        pass  # no such file, as is usual; one that says nothing keeps no run from starting
+    return None
+
+
+def _launcher_is_older_than(file: Path) -> bool:
+    """Whether the process that started this one was there before ``file`` was written.
+
+    On several nodes torchrun does not count a restart that another node asked for, so the restart count may be 0; and
+    by hand every launch may have the same run id. Ages are compared, not times of day, to be exact to 0.01 s.
+    """
+    file_age = time.time() - file.stat().st_mtime
+    try:
+        started = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
+        launcher_age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError):  # not Linux: the restart count must do
+        return False
+    return launcher_age > file_age

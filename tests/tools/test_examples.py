@@ -1,10 +1,17 @@
-"""The launch examples are commands that the entry accepts, and their headings say what a user must know."""
+"""The launch examples are commands that the entry accepts, their headings say what a user must know, and those for
+SLURM requeue themselves as long as it helps.
+
+The SLURM examples run as real bash processes, with stand-ins for srun, scontrol and torchrun.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +20,7 @@ from genlip_megatron.arguments import parse_args
 from genlip_megatron.checks import check
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
-EXAMPLES = sorted(FOLDER.iterdir())
+EXAMPLES = sorted(path for path in FOLDER.iterdir() if path.name != "slurm_run.sh")  # which the others source
 GPUS = {"single_gpu.sh": 1, "one_node.sh": 8, "multi_node.sh": 64, "slurm_stage1.sbatch": 64, "slurm_stage2.sbatch": 32}
 
 
@@ -43,3 +50,178 @@ def test_unknown_flag_in_an_example_would_be_seen(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         parse_args([*entry_flags(EXAMPLES[0]), "--overlap-grad-reduction"])
     assert "Did you mean '--overlap-grad-reduce'?" in capsys.readouterr().err
+
+
+STAND_INS = {
+    # Options are left out; what is told to the training is written down, what is launched runs.
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        [[ $1 == pkill ]] && { echo "$@" >>told; exit; }
+        exec "$@"
+    """,
+    "scontrol": """
+        [[ $1 == show ]] && { echo node01; echo node02; exit; }
+        echo "$@" >>requeues
+    """,
+    # What a training does: the test's script, which finds the save folder in $save.
+    "torchrun": """
+        echo "$@" >>launches
+        while [[ $1 != --save ]]; do
+            [[ $1 == --rdzv-id ]] && launch=$2
+            shift
+        done
+        save=$2
+        mkdir -p "$save"
+        saved() { printf '%s' "$1" >"$save/latest_checkpointed_iteration.txt"; }
+        source ./training
+    """,
+}
+TOLD = "until [ -e told ]; do sleep 0.05; done; sleep 0.3"
+
+
+class Slurm:
+    """A job that runs an example again and again, as SLURM would, until it is not requeued."""
+
+    def __init__(self, folder: Path, example: str) -> None:
+        self.folder, self.example, self.starts = folder, example, 0
+        self.save = folder / "run" / example.removeprefix("slurm_").removesuffix(".sbatch")
+        (folder / "bin").mkdir()
+        for name, text in STAND_INS.items():
+            file = folder / "bin" / name
+            file.write_text(f"#!/usr/bin/env bash\n{text}")
+            file.chmod(0o755)
+        # The script runs where sbatch was called; its own files there are the repository's.
+        (folder / "examples").symlink_to(FOLDER)
+
+    def start(self, training: str, job: str = "7", preempted: bool = False) -> subprocess.CompletedProcess[str]:
+        """Run the script once, with what torchrun does; ``preempted``: SLURM signals it once training is under way."""
+        (self.folder / "training").write_text(training)
+        for name in ("told", "requeues"):
+            (self.folder / name).unlink(missing_ok=True)
+        environment = {
+            **os.environ,
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "RUN": "run",
+            "SLURM_SUBMIT_DIR": str(self.folder),
+            "SLURM_JOB_ID": job,
+            "SLURM_RESTART_COUNT": str(self.starts),
+            "SLURM_JOB_NODELIST": "node[01-02]",
+            "SLURM_JOB_NUM_NODES": "2",
+            **{name: "x" for name in ("TOKENIZER", "TRAIN_DATA", "VALID_DATA")},
+        }
+        self.starts += 1
+        before = len(self.launches)
+        script = subprocess.Popen(
+            ["bash", str(FOLDER / self.example)],
+            cwd="/",
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            end = time.monotonic() + 20
+            while preempted and len(self.launches) == before and time.monotonic() < end:
+                time.sleep(0.02)
+            if preempted:
+                script.send_signal(signal.SIGUSR1)
+            output, errors = script.communicate(timeout=20)
+        finally:
+            script.kill()
+        return subprocess.CompletedProcess(script.args, script.returncode, output, errors)
+
+    @property
+    def launches(self) -> list[str]:
+        file = self.folder / "launches"
+        return file.read_text().splitlines() if file.exists() else []
+
+    @property
+    def requeued(self) -> bool:
+        return (self.folder / "requeues").exists()
+
+
+@pytest.fixture(params=["slurm_stage1.sbatch", "slurm_stage2.sbatch"])
+def slurm(request: pytest.FixtureRequest, tmp_path: Path) -> Slurm:
+    return Slurm(tmp_path, request.param)
+
+
+def test_finished_job_is_not_requeued(slurm: Slurm) -> None:
+    done = slurm.start("saved 10")
+    assert done.returncode == 0 and not slurm.requeued and "done, at step 10" in done.stdout
+    assert "--nnodes 2 " in slurm.launches[0] and "--rdzv-endpoint node01:29500" in slurm.launches[0]
+
+
+def test_preempted_job_waits_for_the_save_and_is_requeued(slurm: Slurm) -> None:
+    done = slurm.start(f"{TOLD}; saved 10; exit 1", preempted=True)
+    assert (slurm.folder / "told").read_text().startswith("pkill -USR1 -f")
+    assert done.returncode == 1 and slurm.requeued
+    assert "requeued at step 10 (step 0 at the start" in done.stdout
+
+
+def test_job_that_ends_by_itself_while_it_is_told_to_stop_is_not_requeued(slurm: Slurm) -> None:
+    done = slurm.start(f"{TOLD}; saved 10", preempted=True)
+    assert done.returncode == 0 and not slurm.requeued
+
+
+def test_failure_after_a_newer_checkpoint_is_requeued_each_time(slurm: Slurm) -> None:
+    for step in (8, 10, 100, 1000):
+        assert slurm.start(f"saved {step}; exit 1").returncode == 1 and slurm.requeued
+
+
+def test_third_failure_in_a_row_without_progress_ends_the_job(slurm: Slurm) -> None:
+    slurm.start("saved 10; exit 1")
+    for _ in range(2):
+        slurm.start("exit 1")
+        assert slurm.requeued
+    done = slurm.start("saved 10; exit 1")
+    assert done.returncode == 1 and not slurm.requeued
+    assert "not requeued: 3 starts in a row" in done.stderr and "newer than step 10" in done.stderr
+    # Submitted again, when what was wrong has been mended, it has all its tries.
+    slurm.start("exit 1", job="8")
+    assert slurm.requeued
+
+
+def test_progress_forgives_earlier_failures(slurm: Slurm) -> None:
+    for training in ("exit 1", "exit 1", "saved 5; exit 1", "exit 1", "exit 1"):
+        slurm.start(training)
+        assert slurm.requeued
+    slurm.start("exit 1")
+    assert not slurm.requeued
+
+
+@pytest.mark.parametrize("status", [2, 18, 19])
+def test_failure_that_would_come_again_is_not_requeued(status: int, slurm: Slurm) -> None:
+    done = slurm.start(f'saved 5; echo "{status} $launch" >"$save/final_exit"; exit 1')
+    assert done.returncode == 1 and not slurm.requeued and f"left with status {status}" in done.stderr
+    slurm.start("saved 6; exit 1")  # what an earlier start left says nothing of this one
+    assert slurm.requeued
+
+
+def test_stop_file_ends_the_job(slurm: Slurm) -> None:
+    done = slurm.start('saved 5; touch "$save/stop"; exit 1')
+    assert (
+        done.returncode == 1 and not slurm.requeued and "run/stage" in done.stderr and "/stop is there" in done.stderr
+    )
+
+
+@pytest.mark.parametrize("text", ["", "release", "0010 and more\nother lines"])
+def test_odd_pointer_to_the_newest_checkpoint(text: str, slurm: Slurm) -> None:
+    assert slurm.start(f"saved {shlex.quote(text)}; exit 1").stderr == ""
+    assert (slurm.save / "requeues_without_progress").read_text() == ("7 0\n" if text.startswith("00") else "7 1\n")
+
+
+def test_stage_2_takes_the_weights_of_stage_1_until_it_has_saved(tmp_path: Path) -> None:
+    """And workers are not restarted meanwhile: they would take them again, and lose what stage 2 has learned."""
+    slurm = Slurm(tmp_path, "slurm_stage2.sbatch")
+    for training in ("exit 1", "saved 5; exit 1", "exit 1"):
+        slurm.start(training)
+    first, second, third = slurm.launches
+    for launch in (first, second):
+        assert "--save run/stage2 --load run/stage1 --finetune" in launch and "--max-restarts 0" in launch
+    assert "--save run/stage2 --load run/stage2 " in third and "--max-restarts 3" in third and "finetune" not in third
+
+
+def test_each_start_of_a_job_is_a_launch_of_its_own(slurm: Slurm) -> None:
+    slurm.start("saved 1; exit 1")
+    slurm.start("saved 2; exit 1")
+    assert [re.findall(r"--rdzv-id (\S+)", launch) for launch in slurm.launches] == [["7.0"], ["7.1"]]

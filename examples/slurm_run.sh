@@ -1,0 +1,100 @@
+# Sourced by the SLURM examples: launch the training on the job's nodes, and requeue the job until the run is done.
+#
+#   run_and_requeue SAVE_FOLDER MAX_RESTARTS pretrain_genlip.py FLAGS...
+#
+# Before its time limit SLURM signals the job's script (#SBATCH --signal=B:USR1@...). It tells the training processes,
+# which agree, save and leave. torchrun ends with 1 whatever its workers ended with, so what comes next is decided by
+# what is in the save folder:
+#   torchrun ended with 0                          the run is done: not requeued
+#   final_exit says 2, 18 or 19 for this start     a wrong setting, bad data or bad numbers: again would change nothing
+#   the stop file SAVE_FOLDER/stop is there        someone wants it to end: not requeued
+#   a newer checkpoint than at the start           preempted, or a process or node failed: requeued
+#   no newer one                                   requeued, but not after the third such start in a row
+# A node that fails takes this script with it or ends the job: then SLURM requeues it by itself (#SBATCH --requeue).
+# All of it needs --load equal to --save, so that each start resumes where the last one stood; so do the restarts of
+# workers within one start, of which torchrun makes at most MAX_RESTARTS.
+
+readonly MAX_STARTS_WITHOUT_PROGRESS=3
+
+# The step of a folder's newest checkpoint; 0 when there is none.
+latest_step() {
+    local step=0 file=$1/latest_checkpointed_iteration.txt
+    [ -f "$file" ] && read -r step _ <"$file"
+    [[ $step =~ ^[0-9]+$ ]] || step=0
+    echo "$((10#$step))"
+}
+
+# Starts of this job in a row that brought no newer checkpoint; those of another job do not count.
+starts_without_progress() {
+    local job="" count=0 file=$1/requeues_without_progress
+    [ -f "$file" ] && read -r job count _ <"$file"
+    [[ $job == "$SLURM_JOB_ID" && $count =~ ^[0-9]+$ ]] || count=0
+    echo "$count"
+}
+
+# The status with which the workers of a launch left for good; 0 when there is none.
+final_status() {
+    local status=0 launch="" file=$1/final_exit
+    [ -f "$file" ] && read -r status launch _ <"$file"
+    [[ $launch == "$2" ]] || status=0
+    echo "$status"
+}
+
+tell_training() {
+    signalled=1
+    # Only the training processes: torchrun itself would die of the signal.
+    srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        pkill -USR1 -f '^[^ ]*python[0-9.]* -u pretrain_genlip\.py' || true
+}
+
+run_and_requeue() {
+    local save=$1 restarts=$2 head before after count status training
+    shift 2
+    # Of this start alone: a job keeps its number when it is requeued.
+    local launch=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    before=$(latest_step "$save")
+    trap tell_training USR1
+
+    # Without a store of its own each time, a restarted worker may read the address of a dead one from torchrun's.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 \
+        --rdzv-id "$launch" --rdzv-backend c10d --rdzv-endpoint "$head:29500" --max-restarts "$restarts" "$@" &
+    training=$!
+    # A trapped signal ends `wait` while the training is still saving.
+    signalled=1
+    while ((signalled)); do
+        signalled=0
+        wait "$training"
+        status=$?
+    done
+
+    if ((status == 0)); then
+        rm -f "$save/requeues_without_progress"
+        echo "slurm_run.sh: done, at step $(latest_step "$save") of $save"
+        exit 0
+    fi
+    case $(final_status "$save" "$launch") in
+        2 | 18 | 19)
+            echo "slurm_run.sh: not requeued: the training left with status $(final_status "$save" "$launch")," \
+                "which starting again does not change; its error is above" >&2
+            exit "$status"
+            ;;
+    esac
+    if [ -e "$save/stop" ]; then
+        echo "slurm_run.sh: not requeued: $save/stop is there; remove it and submit the job again to go on" >&2
+        exit "$status"
+    fi
+    after=$(latest_step "$save")
+    count=0
+    ((after > before)) || count=$(($(starts_without_progress "$save") + 1))
+    mkdir -p "$save" && echo "$SLURM_JOB_ID $count" >"$save/requeues_without_progress"
+    if ((count >= MAX_STARTS_WITHOUT_PROGRESS)); then
+        echo "slurm_run.sh: not requeued: $count starts in a row ended with an error before a checkpoint newer than" \
+            "step $after was saved in $save; find the error above, mend it and submit the job again" >&2
+        exit "$status"
+    fi
+    echo "slurm_run.sh: requeued at step $after (step $before at the start, $count starts without progress)"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit "$status"
+}

@@ -1,0 +1,231 @@
+"""Under ``torchrun --max-restarts`` a crash is made good, and a run that is over for good stays over."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from genlip_megatron.checkpoint import store
+from genlip_megatron.config import RunConfig
+from genlip_megatron.faults import exits
+from tests.distributed import run_distributed
+from tests.runs import full_weights, tiny_config
+
+ROOT = Path(__file__).parent.parent.parent
+RESTARTED = "this launch is over with status {}: not starting again"
+
+
+class Launch:
+    """``torchrun --max-restarts 2 pretrain_genlip.py`` on two processes, with its output in a file."""
+
+    def __init__(self, config: RunConfig, folder: Path, shared_store: bool) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        self.file = folder / "output.txt"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
+            "2", "pretrain_genlip.py", "--config", str(folder / "config.yaml"),
+        ]  # fmt: skip
+        own_store = {} if shared_store else {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own_store}
+        with open(self.file, "w") as output:
+            self.torchrun = psutil.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+            )
+
+    @property
+    def output(self) -> str:
+        return self.file.read_text()
+
+    def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not happened():
+            if time.monotonic() > end or self.torchrun.poll() is not None:
+                raise AssertionError(f"{what} did not happen:\n{self.output[-4000:]}")
+            time.sleep(0.02)
+
+    def wait_for_text(self, text: str) -> None:
+        self.wait_for(repr(text), lambda: text in self.output)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(f"step {step}", lambda: re.search(rf"^iteration +{step}/", self.output, re.MULTILINE))
+
+    def workers(self) -> list[psutil.Process]:
+        return [child for child in self.torchrun.children() if "pretrain_genlip.py" in child.cmdline()]
+
+    def ended(self, seconds: float) -> int:
+        try:
+            return self.torchrun.wait(seconds)
+        except psutil.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output[-4000:]}") from None
+
+    def trainings(self) -> int:
+        """How often training began: rank 0 prints its configuration each time."""
+        return len(re.findall(r"^checkpoint:$", self.output, re.MULTILINE))
+
+
+@contextmanager
+def launched(config: RunConfig, folder: Path, shared_store: bool = False) -> Iterator[Launch]:
+    launch = Launch(config, folder, shared_store)
+    try:
+        yield launch
+    finally:
+        if launch.torchrun.poll() is None:
+            for process in (*launch.torchrun.children(recursive=True), launch.torchrun):
+                process.kill()
+            launch.torchrun.wait()
+
+
+def resuming(data: Path, save: Path, **flags: Any) -> RunConfig:
+    folder = {"checkpoint__save": str(save), "checkpoint__load": str(save), "data__valid_data": ""}
+    return tiny_config(data, **folder, log__log_interval=1, **flags)
+
+
+def loaded_weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    from genlip_megatron.train.loop import set_up
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    run.train_loader.close()
+    return full_weights(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preempted_run_saves_and_is_not_started_again(number: signal.Signals, demo_data: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "first") as launch:
+        launch.wait_for_step(3)
+        launch.workers()[1].send_signal(number)
+        assert launch.ended(40)
+        assert launch.trainings() == 1
+        assert launch.output.count(RESTARTED.format(exits.EXIT_PREEMPTED)) == 2
+    steps = store.latest_iteration(save)
+    assert steps is not None and steps >= 3
+    # The mark of that launch does not stop the next one.
+    with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "second") as launch:
+        launch.wait_for_text(f"resumed at step {steps} from")
+        assert not (save / exits.FINAL_EXIT).exists()
+
+
+@pytest.mark.slow
+def test_killed_worker_is_started_again_and_the_result_is_the_same(demo_data: Path, tmp_path: Path) -> None:
+    flags = {"train__train_iters": 24, "checkpoint__save_interval": 4}
+    with launched(resuming(demo_data, tmp_path / "whole", **flags), tmp_path / "first") as launch:
+        assert launch.ended(240) == 0
+    with launched(resuming(demo_data, tmp_path / "killed", **flags), tmp_path / "second") as launch:
+        launch.wait_for_step(10)
+        launch.workers()[1].kill()
+        assert launch.ended(240) == 0
+        assert launch.trainings() == 2
+        assert "resumed at step 8 from" in launch.output
+    whole, killed = (
+        run_distributed(2, loaded_weights, resuming(demo_data, tmp_path / name, **flags))
+        for name in ("whole", "killed")
+    )
+    for name, weight in whole[0].items():
+        assert torch.equal(weight, killed[0][name]), name
+
+
+def test_mistake_is_told_once(demo_data: Path, tmp_path: Path) -> None:
+    config = resuming(demo_data, tmp_path / "run", data__train_data="/nowhere/*.tar")
+    with launched(config, tmp_path / "launch", shared_store=True) as launch:
+        assert launch.ended(120)
+        assert launch.output.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
+        assert launch.output.count("matches no .tar file") == 1
+        assert launch.output.count(RESTARTED.format(exits.EXIT_USER_ERROR)) == 2
+        assert "exitcode  : 2 " in launch.output
+
+
+def test_preempted_before_training_began(demo_data: Path, tmp_path: Path) -> None:
+    """SIGUSR1 while torch is imported: nothing to save, but torchrun must not start training after it."""
+
+    def listening() -> bool:
+        return len(launch.workers()) == 2 and all(
+            int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text())[0], 16)
+            & 1 << signal.SIGUSR1 - 1
+            for worker in launch.workers()
+        )
+
+    with launched(resuming(demo_data, tmp_path / "run"), tmp_path / "launch") as launch:
+        launch.wait_for("both workers listen", listening)
+        launch.workers()[0].send_signal(signal.SIGUSR1)
+        assert launch.ended(40)
+        assert launch.trainings() <= 1 and "| lm loss" not in launch.output
+        assert launch.output.count(RESTARTED.format(exits.EXIT_PREEMPTED)) == 2
+
+
+@pytest.fixture
+def as_worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def set_environment(run_id: str = "", restart: int = 0, rank: int = 0) -> None:
+        for name, value in {"RUN_ID": run_id, "RESTART_COUNT": str(restart)}.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+        monkeypatch.setenv("RANK", str(rank))
+
+    return set_environment
+
+
+def long_ago(file: Path) -> None:
+    os.utime(file, (0, 0))
+
+
+def test_restarted_worker_leaves_as_its_launch_did(as_worker: Callable[..., None], tmp_path: Path) -> None:
+    as_worker("launch 1")
+    exits.mark_final(tmp_path, exits.EXIT_BAD_NUMBERS)
+    as_worker("launch 1", restart=1, rank=1)
+    assert exits.final_exit(tmp_path) == exits.EXIT_BAD_NUMBERS
+    # Restarted because another node was: not counted, but its torchrun (here pytest) is older than the mark.
+    as_worker("launch 1", restart=0)
+    assert exits.final_exit(tmp_path) == exits.EXIT_BAD_NUMBERS
+
+
+def test_new_launch_removes_an_older_mark(as_worker: Callable[..., None], tmp_path: Path) -> None:
+    as_worker("none")
+    exits.mark_final(tmp_path, exits.EXIT_PREEMPTED)
+    long_ago(tmp_path / exits.FINAL_EXIT)
+    as_worker("none", rank=1)
+    assert exits.final_exit(tmp_path) is None and (tmp_path / exits.FINAL_EXIT).exists()
+    as_worker("none", rank=0)
+    assert exits.final_exit(tmp_path) is None and not (tmp_path / exits.FINAL_EXIT).exists()
+    as_worker("launch 1")
+    exits.mark_final(tmp_path, exits.EXIT_PREEMPTED)
+    as_worker("launch 2", restart=1)
+    assert exits.final_exit(tmp_path) is None
+
+
+@pytest.mark.parametrize("code", [0, 1, exits.EXIT_HUNG, exits.EXIT_REPLICAS_DIFFER, exits.EXIT_NOT_SAVED])
+def test_codes_that_a_restart_may_cure_are_not_marked(
+    code: int, as_worker: Callable[..., None], tmp_path: Path
+) -> None:
+    as_worker("launch")
+    exits.mark_final(tmp_path, code)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_torchrun_nothing_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    exits.mark_final(tmp_path, exits.EXIT_PREEMPTED)
+    assert exits.final_exit(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_damaged_or_unwritable_mark_stops_nothing(as_worker: Callable[..., None], tmp_path: Path) -> None:
+    as_worker("launch", restart=1)
+    (tmp_path / exits.FINAL_EXIT).write_bytes(b"\xff\x00 launch")
+    assert exits.final_exit(tmp_path) is None
+    exits.mark_final(tmp_path / exits.FINAL_EXIT, exits.EXIT_PREEMPTED)  # a file where a folder is needed
+
+
+def test_a_restarted_worker_learns_it_without_importing_torch() -> None:
+    code = "import sys, pretrain_genlip; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
