@@ -24,7 +24,6 @@ from tests.distributed import run_distributed
 from tests.runs import full_weights, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
-RESTARTED = "this launch is over with status {}: not starting again"
 
 
 class Launch:
@@ -108,9 +107,9 @@ def test_preempted_run_saves_and_is_not_started_again(number: signal.Signals, de
     with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "first") as launch:
         launch.wait_for_step(3)
         launch.workers()[1].send_signal(number)
-        assert launch.ended(40)
+        assert launch.ended(60)
         assert launch.trainings() == 1
-        assert launch.output.count(RESTARTED.format(exits.EXIT_PREEMPTED)) == 2
+        assert "exitcode  : 17 " in launch.output
     steps = store.latest_iteration(save)
     assert steps is not None and steps >= 3
     # The mark of that launch does not stop the next one.
@@ -131,11 +130,11 @@ def test_killed_worker_is_started_again_and_the_result_is_the_same(demo_data: Pa
         assert launch.trainings() == 2
         assert "resumed at step 8 from" in launch.output
     whole, killed = (
-        run_distributed(2, loaded_weights, resuming(demo_data, tmp_path / name, **flags))
+        run_distributed(2, loaded_weights, resuming(demo_data, tmp_path / name, **flags))[0]
         for name in ("whole", "killed")
     )
-    for name, weight in whole[0].items():
-        assert torch.equal(weight, killed[0][name]), name
+    for name, weight in whole.items():
+        assert torch.equal(weight, killed[name]), name
 
 
 def test_mistake_is_told_once(demo_data: Path, tmp_path: Path) -> None:
@@ -144,7 +143,6 @@ def test_mistake_is_told_once(demo_data: Path, tmp_path: Path) -> None:
         assert launch.ended(120)
         assert launch.output.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
         assert launch.output.count("matches no .tar file") == 1
-        assert launch.output.count(RESTARTED.format(exits.EXIT_USER_ERROR)) == 2
         assert "exitcode  : 2 " in launch.output
 
 
@@ -161,9 +159,9 @@ def test_preempted_before_training_began(demo_data: Path, tmp_path: Path) -> Non
     with launched(resuming(demo_data, tmp_path / "run"), tmp_path / "launch") as launch:
         launch.wait_for("both workers listen", listening)
         launch.workers()[0].send_signal(signal.SIGUSR1)
-        assert launch.ended(40)
+        assert launch.ended(60)
         assert launch.trainings() <= 1 and "| lm loss" not in launch.output
-        assert launch.output.count(RESTARTED.format(exits.EXIT_PREEMPTED)) == 2
+        assert "exitcode  : 17 " in launch.output
 
 
 @pytest.fixture
