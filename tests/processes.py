@@ -31,8 +31,8 @@ from typing import Any, NamedTuple, NoReturn
 
 TRAINING = "pretrain_genlip:main"
 _ROOT = Path(__file__).parent.parent
-# What training imports late, so that no rank has to. Megatron-Core is imported after ``host.install``.
-_IMPORTS = ("torch.utils.tensorboard", "torch._dynamo", "pretrain_genlip", "genlip_megatron.train.loop")
+# What training and its tests import late, so that no rank has to. Megatron-Core comes after ``host.install``.
+_IMPORTS = ("pytest", "torch.utils.tensorboard", "torch._dynamo", "pretrain_genlip", "genlip_megatron.train.loop")
 
 
 class Ended(NamedTuple):

@@ -69,6 +69,8 @@ def test_ranks_left_alone_by_a_failed_one_are_ended(zygote: Zygote) -> None:
 def test_a_run_that_does_not_end_is_killed_and_shown(zygote: Zygote) -> None:
     job = zygote.start(2, [], target="tests.reliability.test_processes:linger")
     job.wait_for("waiting", rank=1)
+    while 0 not in job.codes:
+        zygote.receive(0.1)
     with pytest.raises(AssertionError, match=r"ranks \[1\] still run after 0\.1 s(.|\n)*rank 0 failed"):
         job.wait(timeout=0.1)
     assert job.wait()[1].code == -signal.SIGKILL
