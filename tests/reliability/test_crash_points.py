@@ -162,7 +162,7 @@ def test_every_kind_of_operation_is_counted(operations: list[str]) -> None:
 def test_a_process_dies_after_the_operation_that_was_asked_for(
     zygote: Zygote, operations: list[str], tmp_path: Path
 ) -> None:
-    for number in range(1, len(operations) + 1):
+    for number in range(2, len(operations) + 1, 3):
         done, _ = run(zygote, "every_kind", tmp_path / "run", -signal.SIGKILL, action="kill", at=number)
         assert len(done) == number
         if number == 5:

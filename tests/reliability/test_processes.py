@@ -61,7 +61,9 @@ def test_a_rank_ends_like_a_script_and_leaves_nothing_running(zygote: Zygote) ->
 
 def test_ranks_left_alone_by_a_failed_one_are_ended(zygote: Zygote) -> None:
     """As torchrun does: SIGTERM, and SIGKILL for who does not mind."""
-    first, second = zygote.run(2, [], target="tests.reliability.test_processes:linger", end_others=0.3)
+    job = zygote.start(2, [], target="tests.reliability.test_processes:linger")
+    job.wait_for("waiting", rank=1)
+    first, second = job.wait(end_others=1)
     assert first.code == 1 and "RuntimeError: rank 0 failed" in first.output
     assert second == (-signal.SIGKILL, "waiting\ntold to stop\n")
 
