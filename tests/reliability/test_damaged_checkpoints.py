@@ -89,9 +89,7 @@ def faults_of(trained: Training, folder: Path, cases: list[tuple[str, str]]) -> 
     return faults
 
 
-def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(
-    trained: Training, tmp_path: Path, fault_row: FaultRow
-) -> None:
+def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(trained: Training, tmp_path: Path) -> None:
     cases = [(file, damage) for file in files(trained) for damage in QUICK]
     faults = faults_of(trained, tmp_path, cases)
     assert not faults, "\n".join(faults)

@@ -32,8 +32,7 @@ def run(folder: Path, suite: str, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "test_it.py").write_text(suite)
     monkeypatch.chdir(folder)
     arguments = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "--fault-table", str(page), "test_it.py"]
-    # The plugin is the one of the running tests, not of a pytest that the suite starts: load it by hand.
-    pytest.main([*arguments, "-p", "tests.fault_table"])
+    pytest.main([*arguments, "-p", "tests.fault_table"])  # there is no conftest that loads it
     return page.read_text()
 
 

@@ -184,9 +184,7 @@ ASYNC = pytest.param(True, marks=requires("asynchronous saves"), id="async")
 
 
 @pytest.mark.parametrize("async_save", [pytest.param(False, id="sync"), ASYNC])
-def test_killed_after_each_kind_of_operation(
-    scene: Scene, tmp_path: Path, async_save: bool, fault_row: FaultRow
-) -> None:
+def test_killed_after_each_kind_of_operation(scene: Scene, tmp_path: Path, async_save: bool) -> None:
     """Of many writes to one file in a row the first and the last; the others are in the slow tests."""
     flags = {"checkpoint__async_save": async_save}
     numbers = telling(scene.operations(0, **flags))
