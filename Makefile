@@ -1,11 +1,12 @@
 # make demo: train a small GenLIP from nothing and caption unseen images.  make test: the CPU test suite.
 # make parity: the same run on every parallel layout, into docs/parity.md.
+# make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-all parity check format clean
+.PHONY: demo test test-all faults parity check format clean
 
 $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +21,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults --fault-table docs/reliability.md
 
 parity: $(STAMP)
 	$(BIN)/python tools/parity_matrix.py

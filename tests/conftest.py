@@ -10,6 +10,8 @@ import torch
 from genlip_megatron import host
 from tests.runs import make_data
 
+pytest_plugins = ["tests.fault_table"]
+
 host.install()
 torch.set_num_threads(2)
 

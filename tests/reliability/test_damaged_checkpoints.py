@@ -1,0 +1,140 @@
+"""A damaged checkpoint is never loaded: the file is named, and the newest good one used instead."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from genlip_megatron.checkpoint import store
+from tests.fault_table import FaultRow
+from tests.processes import Zygote
+from tests.reliability.features import requires
+from tests.reliability.training import Training, all_of
+
+pytestmark = [pytest.mark.faults, requires("checked files")]
+
+FLIPS = 5
+# Runs that only load and train a step.
+LOOKING = {"checkpoint__save": ""}
+
+
+def flip(seed: int) -> Callable[[Path], None]:
+    """Change one bit of a file, at a place drawn from the seed."""
+
+    def damage(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        place = random.Random(f"{seed} {file.name}").randrange(8 * len(content))
+        content[place // 8] ^= 1 << place % 8
+        file.write_bytes(content)
+
+    return damage
+
+
+def halve(file: Path) -> None:
+    """Cut a file to half its size."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "one flipped bit": flip(0),
+    "removed": Path.unlink,
+    "cut to half": halve,
+    "emptied": lambda file: file.write_bytes(b"") and None,
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)) and None,
+    **{f"one flipped bit, place {seed}": flip(seed) for seed in range(1, FLIPS)},
+}
+QUICK = ("one flipped bit", "removed")
+
+
+@pytest.fixture(scope="module")
+def trained(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A run with good checkpoints of steps 2 and 4."""
+    training = Training(zygote, demo_data, tmp_path_factory.mktemp("damage") / "start", 1, {"model__num_layers": 1})
+    assert training.go("--exit-interval", "4")[0].code == 0
+    return training
+
+
+def files(training: Training) -> list[str]:
+    """Every file of the newest checkpoint."""
+    folder = store.step_folder(training.run, 4)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def faults_of(trained: Training, folder: Path, cases: list[tuple[str, str]]) -> list[str]:
+    """What is wrong with loading after each (file, damage), one at a time."""
+
+    def start(case: tuple[str, str]) -> object:
+        training = trained.copy(folder / hashlib.sha256(str(case).encode()).hexdigest()[:12])
+        DAMAGES[case[1]](store.step_folder(training.run, 4) / case[0])
+        (training.folder / "history" / "rank0.jsonl").unlink()
+        jobs[case] = training
+        return training.start("--exit-interval", "3", **LOOKING)
+
+    jobs: dict[tuple[str, str], Training] = {}
+    expected = trained.history()[0, 3]
+    faults = []
+    for (file, damage), (ended,) in all_of(cases, start):  # type: ignore[arg-type]
+        output = ended.output
+        steps = jobs[file, damage].history()
+        if ended.code or "resumed at step 2" not in output:
+            faults.append(f"{file} {damage}: not resumed at step 2 (status {ended.code}): {output[-800:]}")
+        elif Path(file).name not in output:
+            faults.append(f"{file} {damage}: the output does not name the file: {output[-800:]}")
+        elif steps != {(0, 3): expected}:
+            faults.append(f"{file} {damage}: step 3 is not the undisturbed run's")
+    return faults
+
+
+def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(trained: Training, tmp_path: Path) -> None:
+    cases = [(file, damage) for file in files(trained) for damage in QUICK]
+    faults = faults_of(trained, tmp_path, cases)
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+def test_any_damage_to_any_file_is_found(trained: Training, tmp_path: Path, fault_row: FaultRow) -> None:
+    names = files(trained)
+    faults = faults_of(trained, tmp_path, [(file, damage) for file in names for damage in DAMAGES])
+    assert not faults, "\n".join(faults)
+    for damage in DAMAGES:
+        kind = damage.split(",")[0]
+        fault_row(
+            f"checkpoint file: {kind}",
+            f"each of the {len(names)} files",
+            "not loaded, file named, previous checkpoint used",
+            count=len(names),
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "resumed"),
+    [(None, "removed"), (b"", "empty"), (b"\xff\x00", "garbage"), (b"1000\n", "missing checkpoint")],
+    ids=["removed", "empty", "garbage", "names a missing checkpoint"],
+)
+def test_a_damaged_pointer_does_not_hide_good_checkpoints(
+    trained: Training, tmp_path: Path, content: bytes | None, resumed: str, fault_row: FaultRow
+) -> None:
+    training = trained.copy(tmp_path / "run")
+    pointer = training.run / store.LATEST
+    if content is None:
+        pointer.unlink()
+    else:
+        pointer.write_bytes(content)
+    (ended,) = training.go("--exit-interval", "5", **LOOKING)
+    assert ended.code == 0 and "resumed at step 4" in ended.output, ended.output[-1500:]
+    fault_row("latest_checkpointed_iteration.txt damaged", resumed, "newest good checkpoint used")
+
+
+def test_without_a_good_checkpoint_nothing_is_loaded(trained: Training, tmp_path: Path) -> None:
+    """A run that was to resume does not silently start anew over its damaged checkpoints."""
+    training = trained.copy(tmp_path / "run")
+    for step in 2, 4:
+        DAMAGES["one flipped bit"](store.step_folder(training.run, step) / ".metadata")
+    (training.folder / "history" / "rank0.jsonl").unlink()
+    (ended,) = training.go("--exit-interval", "5")
+    assert ended.code != 0 and ".metadata" in ended.output, ended.output[-1500:]
+    assert not training.history()

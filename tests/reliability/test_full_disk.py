@@ -1,0 +1,84 @@
+"""A disk that is really full costs checkpoints, not the run."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from genlip_megatron.checkpoint import store
+from genlip_megatron.faults.exits import EXIT_NOT_SAVED
+from tests.fault_table import FaultRow
+from tests.processes import Zygote
+from tests.reliability.features import requires
+from tests.reliability.training import Training
+
+pytestmark = [pytest.mark.faults, requires("failed saves")]
+
+FULL = "No space left on device"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a tmpfs of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, room: int) -> Path:
+    """A file that leaves ``room`` bytes of the disk."""
+    ballast = disk / "ballast"
+    usage = subprocess.run(["df", "--output=avail", "-B1", str(disk)], capture_output=True, text=True, check=True)
+    ballast.write_bytes(bytes(max(0, int(usage.stdout.split()[-1]) - room)))
+    return ballast
+
+
+def started(zygote: Zygote, data: Path, folder: Path, disk: Path) -> tuple[Training, int]:
+    """(two ranks' run on the small disk with a checkpoint of step 2, that checkpoint's bytes)."""
+    flags = {"checkpoint__save": str(disk / "run"), "checkpoint__load": str(disk / "run"), "train__train_iters": 24}
+    training = Training(zygote, data, folder, 2, flags)
+    assert [ended.code for ended in training.go("--exit-interval", "2")] == [0, 0]
+    size = sum(file.stat().st_size for file in store.step_folder(disk / "run", 2).rglob("*") if file.is_file())
+    return training, size
+
+
+def test_the_next_save_succeeds_when_there_is_space_again(
+    zygote: Zygote, demo_data: Path, tmp_path: Path, small_disk: Path, fault_row: FaultRow
+) -> None:
+    training, size = started(zygote, demo_data, tmp_path / "training", small_disk)
+    # Room for the check of free space at the start, but not for the whole checkpoint.
+    ballast = fill(small_disk, size * 2 // 3)
+    job = training.start("--no-async-save")
+    job.wait_for(FULL)
+    ballast.unlink()
+    ended = job.wait(end_others=0.5)
+    assert [one.code for one in ended] == [0, 0], ended[0].output[-2000:]
+    assert store.resolve(small_disk / "run")[1] == 24
+    assert not [path.name for path in (small_disk / "run").iterdir() if path.name.startswith(".")]
+    fault_row(
+        "full disk", "tmpfs, 2 ranks, freed later", "save fails and says so, training goes on, next save succeeds"
+    )
+
+
+def test_a_run_whose_last_save_fails_says_so_and_keeps_the_old_checkpoint(
+    zygote: Zygote, demo_data: Path, tmp_path: Path, small_disk: Path, fault_row: FaultRow
+) -> None:
+    training, size = started(zygote, demo_data, tmp_path / "training", small_disk)
+    fill(small_disk, size * 2 // 3)
+    ended = training.go()
+    assert [one.code for one in ended] == [EXIT_NOT_SAVED] * 2, ended[0].output[-2000:]
+    assert FULL in ended[0].output
+    assert store.resolve(small_disk / "run")[1] == 2
+    assert sorted(path.name for path in (small_disk / "run").iterdir() if path.name.startswith((".", "iter_"))) == [
+        "iter_0000002"
+    ]
+    fault_row("full disk", "tmpfs, 2 ranks, to the end", f"status {EXIT_NOT_SAVED}, old checkpoint kept")

@@ -1,0 +1,284 @@
+"""A crash at any moment of a save leaves a complete checkpoint that the run goes on from as if nothing had happened.
+
+A run with a good checkpoint of step 2 is killed at every file operation of its save at step 4. Whatever it leaves,
+loading finds the checkpoint of step 2 or 4, whole, and a run started again ends in the same bits as one that was
+never killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genlip_megatron.checkpoint import store
+from tests import crash
+from tests.fault_table import FaultRow
+from tests.processes import Ended, Zygote
+from tests.reliability.features import requires
+from tests.reliability.training import Training, all_of
+
+pytestmark = pytest.mark.faults
+
+LAST = 6
+# Few tensors, so few writes.
+TINY = {"model__num_layers": 1, "model__text_hidden_size": 32}
+# These name the folder or the moment of saving.
+VARYING = ("config.yaml", ".metadata", "manifest.json")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What the files of a checkpoint hold, by name, as far as two saves of the same step agree."""
+    return {
+        str(path.relative_to(folder)): "empty"
+        if not path.stat().st_size
+        else "written"
+        if path.name in VARYING
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+class Scene:
+    """An undisturbed run, and the state of one from which killed runs start."""
+
+    def __init__(self, zygote: Zygote, data: Path, folder: Path, world_size: int) -> None:
+        self.whole = Training(zygote, data, folder / "whole", world_size, TINY)
+        self.start = Training(zygote, data, folder / "start", world_size, TINY)
+        assert all(ended.code == 0 for ended in self.whole.go())
+        assert all(ended.code == 0 for ended in self.start.go("--exit-interval", "2"))
+        self.history = self.whole.history()
+        self.complete = {2: contents(store.step_folder(self.start.run, 2))}
+        self.folder = folder
+        self._operations: dict[str, list[crash.Operation]] = {}
+
+    def operations(self, rank: int, **flags: Any) -> list[crash.Operation]:
+        """Of a rank that starts from step 2, saves step 4 and ends. All that is on the disk must be among them."""
+        key = f"counted {rank} {flags}"
+        if key in self._operations:
+            return self._operations[key]
+        training = self.start.copy(self.folder / hashlib.sha256(key.encode()).hexdigest()[:8])
+        before = set(contents(training.run))
+        assert all(ended.code == 0 for ended in training.go("--exit-interval", "4", plan={"rank": rank}, **flags))
+        operations = self._operations[key] = training.plan(rank=rank).operations()
+        # Not the undisturbed run's: pickles hold equal values in other bytes when some of them were loaded.
+        self.complete[4] = contents(store.step_folder(training.run, 4))
+        if self.start.world_size == 1:
+            unseen = crash.unseen_files(training.run, operations)
+            assert set(unseen) <= before, f"written without being seen: {unseen}"
+        return operations
+
+    def fault_of(self, run: Path) -> str | None:
+        """What is wrong with a folder of checkpoints, or None: its newest one must be of step 2 or 4, and whole."""
+        try:
+            folder, step = store.resolve(run)
+        except ValueError as error:
+            return f"no checkpoint is found: {error}"
+        if step not in self.complete:
+            return f"step {step} is found"
+        found, expected = contents(folder), self.complete[step]
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        return f"the checkpoint of step {step} is not whole: {differing}" if differing else None
+
+    def fault_of_resuming(self, training: Training) -> str | None:
+        """What goes wrong when a run is started again, or None."""
+        ended = training.go()
+        if any(one.code for one in ended):
+            return f"starting again ends with {[one.code for one in ended]}: {ended[0].output[-1500:]}"
+        try:
+            history = training.history()
+        except AssertionError as error:
+            return str(error)
+        differing = sorted(step for step in self.history if history.get(step) != self.history[step])
+        if differing:
+            return f"steps {differing} (rank, step) differ from the undisturbed run's"
+        left = sorted(path.name for path in training.run.iterdir() if path.name.startswith("."))
+        return f"{left} is left over" if left else None
+
+
+def outcome(run: Path, closely: bool) -> tuple[Any, ...]:
+    """What a killed save left, so that the same need not be tried twice: which checkpoints and which of their files,
+    what ``latest`` says, whether something is unfinished, and when looking closely, how far it is."""
+    names = {str(path.relative_to(run)): path.stat().st_size for path in run.rglob("*") if path.is_file()}
+    unfinished = {name: size for name, size in names.items() if name.startswith(".")}
+    state = "empty" if not unfinished else "unfinished"
+    return (
+        (run / store.LATEST).read_text(),
+        tuple(sorted(names.keys() - unfinished.keys())),
+        tuple(sorted((name, size > 0) for name, size in unfinished.items())) if closely else state,
+        tuple(sorted(path.name for path in run.iterdir())),
+    )
+
+
+def telling(operations: list[crash.Operation]) -> list[int]:
+    """Numbers of the operations but for all between the first and the last write of a file without a break."""
+    return [
+        number
+        for number, operation in enumerate(operations, 1)
+        if operation.kind != "write"
+        or any(
+            not 0 <= other < len(operations)
+            or (operations[other].kind, operations[other].path) != (operation.kind, operation.path)
+            for other in (number - 2, number)
+        )
+    ]
+
+
+def kill_at(
+    scene: Scene, tmp_path: Path, action: str, rank: int, numbers: list[int], closely: bool, **flags: Any
+) -> int:
+    """Kill a save at each of the operations, and start again once for each state found. How many states.
+
+    Raises:
+        AssertionError: naming the operations at which the promise broke.
+    """
+    operations = scene.operations(rank, **flags)
+    folders = {number: tmp_path / str(number) for number in numbers}
+    seen: dict[tuple[Any, ...], int] = {}
+    faults: list[str] = []
+
+    def start(number: int) -> Any:
+        training = scene.start.copy(folders[number])
+        plan = {"action": action, "at": number, "rank": rank}
+        return training.start("--exit-interval", "4", plan=plan, **flags)
+
+    for number, ended in all_of(numbers, start):
+        training = Training(scene.start.zygote, scene.start.data, folders[number], scene.start.world_size, TINY, 2)
+        fault = None
+        if ended[rank].code != -signal.SIGKILL:
+            fault = f"the run ends with {ended[rank].code} instead of being killed: {ended[rank].output[-1500:]}"
+        fault = fault or scene.fault_of(training.run)
+        state = outcome(training.run, closely)
+        if fault is None and state not in seen:
+            seen[state] = number
+            fault = scene.fault_of_resuming(training)
+        if fault:
+            # What the killed run itself noted: writers side by side come in any order.
+            done = training.plan().operations()
+            place = f"after {done[-1] if done else 'the start'}" if action == "kill" else f"in {operations[number - 1]}"
+            faults.append(f"rank {rank} killed {place} (operation {number}): {fault}")
+    assert not faults, "\n".join(faults)
+    return len(seen)
+
+
+@pytest.fixture(scope="module")
+def scene(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Runs of one process."""
+    return Scene(zygote, demo_data, tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Runs of two data-parallel processes."""
+    return Scene(zygote, demo_data, tmp_path_factory.mktemp("two"), 2)
+
+
+ASYNC = pytest.param(True, marks=requires("asynchronous saves"), id="async")
+
+
+@pytest.mark.parametrize("async_save", [pytest.param(False, id="sync"), ASYNC])
+def test_killed_after_each_kind_of_operation(scene: Scene, tmp_path: Path, async_save: bool) -> None:
+    """Of many writes to one file in a row the first and the last; the others are in the slow tests."""
+    flags = {"checkpoint__async_save": async_save}
+    numbers = telling(scene.operations(0, **flags))
+    kill_at(scene, tmp_path, "kill", 0, numbers, closely=False, **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("async_save", [pytest.param(False, id="sync"), ASYNC])
+@pytest.mark.parametrize("action", ["kill", "tear"])
+@pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_killed_at_every_operation(
+    world_size: int,
+    rank: int,
+    action: str,
+    async_save: bool,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    fault_row: FaultRow,
+) -> None:
+    scene = request.getfixturevalue("scene" if world_size == 1 else "two_ranks")
+    flags = {"checkpoint__async_save": async_save}
+    numbers = list(range(1, len(scene.operations(rank, **flags)) + 1))
+    states = kill_at(scene, tmp_path, action, rank, numbers, closely=True, **flags)
+    fault_row(
+        "SIGKILL " + ("right after" if action == "kill" else "in the middle of") + " a file operation",
+        f"{'asynchronous' if async_save else 'synchronous'} save, rank {rank} of {world_size}",
+        f"newest checkpoint whole; run goes on bit for bit from each of {states} states of the disk",
+        count=len(numbers),
+    )
+
+
+def fail_at(scene: Scene, folder: Path, number: int, error: str, lasting: bool, **flags: Any) -> Any:
+    """Start a run whose disk fails at an operation of the save at step 4, and that goes on to save step 6."""
+    plan = {"action": "fail", "at": number, "error": error, "lasting": lasting}
+    return scene.start.copy(folder).start(plan=plan, **flags)
+
+
+def fault_of_failed_save(scene: Scene, training: Training, ended: list[Ended], error: str) -> str | None:
+    """What is wrong with a run that went on after a save failed, or None."""
+    if ended[0].code:
+        return f"the run ends with {ended[0].code}: {ended[0].output[-1500:]}"
+    if os.strerror(getattr(errno, error)) not in ended[0].output:
+        return f"the output never says {os.strerror(getattr(errno, error))!r}"
+    left = sorted(path.name for path in training.run.iterdir() if path.name.startswith("."))
+    if left:
+        return f"{left} is left over"
+    if store.resolve(training.run)[1] != LAST:
+        return f"the newest checkpoint is {store.resolve(training.run)[0].name}, not of step {LAST}"
+    history = training.history()
+    if any(history.get(step) != values for step, values in scene.history.items()):
+        return "training did not go on as the undisturbed run did"
+    return None
+
+
+@requires("failed saves")
+@pytest.mark.parametrize(
+    ("error", "lasting", "every"),
+    [
+        pytest.param("ENOSPC", True, False, id="full"),
+        pytest.param("ENOSPC", False, True, id="full for a moment, every operation", marks=pytest.mark.slow),
+        pytest.param("ENOSPC", True, True, id="full, every operation", marks=pytest.mark.slow),
+        pytest.param("EIO", False, True, id="one failed operation, every operation", marks=pytest.mark.slow),
+    ],
+)
+def test_a_disk_that_fails_costs_one_checkpoint(
+    scene: Scene, tmp_path: Path, error: str, lasting: bool, every: bool, fault_row: FaultRow
+) -> None:
+    """The save fails and says why, what it wrote is removed, training goes on, the next save succeeds."""
+    operations = scene.operations(0)
+    numbers = list(range(1, len(operations) + 1)) if every else telling(operations)
+    numbers = [number for number in numbers if crash.can_fail(error, operations[number - 1].kind)]
+    faults = []
+    for number, ended in all_of(numbers, lambda n: fail_at(scene, tmp_path / str(n), n, error, lasting)):
+        training = Training(scene.start.zygote, scene.start.data, tmp_path / str(number), 1, TINY)
+        fault = fault_of_failed_save(scene, training, ended, error)
+        if fault:
+            faults.append(f"{error} at operation {number}, {operations[number - 1]}: {fault}")
+    assert not faults, "\n".join(faults)
+    fault_row(
+        f"{error} {'until something is removed' if lasting else 'once'}",
+        "each file operation of a save" if every else "each kind of file operation of a save",
+        "save fails and says so, nothing left over, training goes on, next save succeeds",
+        count=len(numbers),
+    )
+
+
+def test_the_telling_operations_are_the_first_and_last_write_of_a_row() -> None:
+    write, other = crash.Operation("write", "a"), crash.Operation("sync", "a")
+    assert telling([write, write, write, other, write, crash.Operation("write", "b")]) == [1, 3, 4, 5, 6]
+
+
+def test_kinds_of_operations_of_a_save(scene: Scene) -> None:
+    """Crash points are where they are meant to be: a save makes, writes, syncs, and renames last."""
+    operations = scene.operations(0)
+    kinds = Counter(operation.kind for operation in operations)
+    assert kinds["mkdir"] and kinds["create"] and kinds["write"] and kinds["sync"] and kinds["rename"] >= 2
+    assert operations[-1].path.startswith(".") or operations[-1].kind == "sync"

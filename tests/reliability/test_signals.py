@@ -1,0 +1,103 @@
+"""Two ranks of which one is told to stop, stopped, or killed, at any place: the run ends as documented and resumes."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genlip_megatron.faults.exits import EXIT_HUNG, EXIT_PREEMPTED
+from tests.fault_table import FaultRow
+from tests.processes import Ended, Zygote
+from tests.reliability.features import requires
+from tests.reliability.training import Training
+
+pytestmark = [pytest.mark.faults, requires("fault injection")]
+
+STEP = 3
+TIMEOUT = 4.0  # seconds; a step takes a tenth of one
+PLACES = ("step", "validation", "save")
+
+
+@pytest.fixture(scope="module")
+def flags(demo_data: Path) -> dict[str, Any]:
+    """Validation and saves at steps 1, 3 and 5, so that step 3 has every place."""
+    return {
+        "model__num_layers": 1,
+        "data__valid_data": (f"{demo_data}/val-*.tar",),
+        "log__eval_interval": 1,
+        "log__eval_iters": 1,
+        "checkpoint__save_interval": 1,
+        "train__train_iters": 5,
+        "faults__step_timeout": TIMEOUT / 60,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFactory, flags: dict[str, Any]) -> Training:
+    """The undisturbed run."""
+    training = Training(zygote, demo_data, tmp_path_factory.mktemp("signals") / "whole", 2, flags)
+    assert [ended.code for ended in training.go()] == [0, 0]
+    return training
+
+
+def _every(quick: set[tuple[str, int]]) -> list[Any]:
+    """(place, rank), the others marked slow."""
+    return [
+        pytest.param(place, rank, marks=() if (place, rank) in quick else pytest.mark.slow, id=f"{place}-rank{rank}")
+        for place in PLACES
+        for rank in (0, 1)
+    ]
+
+
+def disturbed(whole: Training, folder: Path, kind: str, place: str, rank: int) -> tuple[Training, list[Ended]]:
+    """(a run with the fault at step 3, how its ranks ended)."""
+    training = Training(whole.zygote, whole.data, folder, 2, whole.flags)
+    fault = f"{kind}@{STEP}:{rank}" if place == "step" else f"{kind}.{place}@{STEP}:{rank}"
+    return training, training.go("--inject-fault", fault, "--allow-fault-injection", timeout=60)
+
+
+def check_resumes(training: Training, whole: Training) -> None:
+    """Started again, the run ends in the undisturbed one's bits."""
+    ended = training.go()
+    assert [one.code for one in ended] == [0, 0], ended[0].output[-2000:]
+    assert "resumed at step" in ended[0].output
+    assert training.history() == whole.history()
+
+
+@pytest.mark.parametrize(("place", "rank"), _every({("step", 1), ("validation", 0)}))
+def test_told_to_stop(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
+    """SIGTERM on one rank: all save and exit with status 17."""
+    training, ended = disturbed(whole, tmp_path / "run", "term", place, rank)
+    assert [one.code for one in ended] == [EXIT_PREEMPTED] * 2, ended[rank].output[-2000:]
+    steps = max(step for _, step in training.history())
+    assert steps <= STEP + 1
+    ended = training.go()
+    assert f"resumed at step {steps}" in ended[0].output, "a step in flight was lost although there was time to save"
+    assert training.history() == whole.history()
+    fault_row("SIGTERM", f"{place}, rank {rank} of 2", f"all save, status {EXIT_PREEMPTED}, resumed bit for bit")
+
+
+@pytest.mark.parametrize(("place", "rank"), _every({("step", 0), ("save", 1)}))
+def test_killed(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
+    """SIGKILL on one rank: the launcher ends the others, and a restart resumes."""
+    training, ended = disturbed(whole, tmp_path / "run", "kill", place, rank)
+    assert ended[rank].code == -signal.SIGKILL, ended[rank].output[-2000:]
+    assert ended[1 - rank].code != 0
+    check_resumes(training, whole)
+    fault_row("SIGKILL", f"{place}, rank {rank} of 2", "others ended, resumed bit for bit")
+
+
+@requires("watchdog")
+@pytest.mark.parametrize(("place", "rank"), _every({("step", 1)}))
+def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
+    """SIGSTOP on one rank: the other shows its stacks and exits with status 20 within the timeout."""
+    training, ended = disturbed(whole, tmp_path / "run", "stop", place, rank)
+    other = ended[1 - rank]
+    assert ended[rank].code == -signal.SIGKILL  # by the launcher
+    assert other.code == EXIT_HUNG, other.output[-2000:]
+    assert "most recent call first" in other.output and "train" in other.output, "no stack traces"
+    check_resumes(training, whole)
+    fault_row("SIGSTOP", f"{place}, rank {rank} of 2", f"stacks shown, status {EXIT_HUNG}, resumed bit for bit")
