@@ -146,7 +146,10 @@ class PlannedWrite:
             written.files = {name: facts for name, (_, facts, _) in zip(names, parts, strict=True)}
             written.hashing = max((hashing for _, _, hashing in parts), default=0.0)
         except Exception as error:  # a full disk, a lost mount: whatever it is, the run goes on
-            written = Written(error=f"{type(error).__name__}: {error}")
+            cause: BaseException = error
+            while cause.__context__ is not None:  # torch.save hides the file's error behind one of its own
+                cause = cause.__context__
+            written = Written(error=f"{type(cause).__name__}: {cause}")
         written.seconds = time.monotonic() - begin
         return written
 

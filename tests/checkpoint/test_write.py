@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.planner_helpers import _create_write_items
 
 from genlip_megatron.checkpoint import content, manifest, saving, write
 from genlip_megatron.checkpoint.agree import NotSaved, rank
@@ -146,3 +148,26 @@ def test_trouble_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
         assert "rank 1: MemoryError: no memory left" in errors[0]
     assert "rank 1: no copy in host memory, so that training waited for the disk (no memory left)" in first[1]
     assert [path.name for path in sorted(tmp_path.glob("*iter_*"))] == ["iter_0000002"]
+
+
+def test_a_full_disk_is_named_though_torch_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(3_000_000)
+
+    def put(self: Any, view: memoryview) -> None:
+        if len(view) == tensor.nbytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(write.HashingFile, "_put", put)
+    items = [(item, tensor) for item in _create_write_items("weight", tensor)]
+    assert write.PlannedWrite(tmp_path, items, None).write().error == "OSError: [Errno 28] No space left on device"
+
+
+def test_a_file_holds_what_was_written_in_pieces_of_any_size(tmp_path: Path) -> None:
+    pieces = [bytes([size % 251]) * size for size in (1, 700_000, 700_000, 0, 3_000_000, 5, 2**20, 1)]
+    with write.HashingFile(tmp_path / "file") as file:
+        for piece in pieces:
+            assert file.write(piece) == len(piece)
+            file.flush()
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert file.tell() == file.size == sum(map(len, pieces))
+    assert file.facts == manifest.facts_of(tmp_path / "file")
