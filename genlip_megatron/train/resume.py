@@ -142,6 +142,7 @@ def save(run: Run, last: bool = False) -> bool:
         return True
     assert run.train_loader is not None
     options = run.config.checkpoint
+    finish_saves(run)  # if that fails, this save is no worse for it
     gather_weights(run)
     cursors = gather(run.train_loader.state_dict(), parallel_state.get_data_parallel_group())
     common: dict[str, Any] = {

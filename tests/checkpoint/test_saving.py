@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,34 @@ def test_a_full_disk_of_one_rank_fails_the_save_on_all_and_no_more(
     for first, second in run_distributed(world_size, failing_then_good, config, rank):
         assert first == (False, [])
         assert second == (True, ["iter_0000002", latest])
+
+
+def failing_behind_the_next(config: RunConfig) -> bool:
+    """Whether a save succeeds when the one before has failed and nobody has asked yet."""
+    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.resume import save
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    run, write = set_up(config), PlannedWrite._write_file
+    assert run.train_loader is not None and run.saver is not None
+    run.iteration = 1
+    PlannedWrite._write_file = full  # type: ignore[method-assign]
+    assert save(run)
+    while not run.saver.written:
+        time.sleep(0.01)
+    PlannedWrite._write_file = write  # type: ignore[method-assign]
+    run.iteration = 2
+    good = save(run, last=True)
+    run.train_loader.close()
+    return good
+
+
+def test_a_save_is_made_although_the_one_before_fails_meanwhile(demo_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
+    assert run_distributed(1, failing_behind_the_next, config) == [True]
+    assert folder.steps(tmp_path / "run") == [2]
 
 
 def test_replicas_share_the_writing(demo_data: Path, tmp_path: Path) -> None:
