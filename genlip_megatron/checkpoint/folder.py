@@ -82,7 +82,7 @@ def clean(root: str | Path) -> None:
 
 
 def publish(root: str | Path, iteration: int) -> Path:
-    """Let the written and synced checkpoint of a step appear, and point to the newest."""
+    """Let the written and synced checkpoint of a step appear."""
     root, target = Path(root), step_folder(root, iteration)
     partial, replaced = partial_folder(root, iteration), _replaced_folder(root, iteration)
     for folder in {path.parent for path in partial.rglob("*")} | {partial}:
@@ -91,7 +91,6 @@ def publish(root: str | Path, iteration: int) -> Path:
         os.rename(target, replaced)
     os.rename(partial, target)
     sync(root)
-    point_to(root, steps(root)[0])
     if replaced.exists():
         shutil.rmtree(replaced)
     return target

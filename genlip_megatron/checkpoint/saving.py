@@ -133,14 +133,15 @@ class Saver:
             random: of all ranks; by default as they are now.
 
         Raises:
-            NotSaved: this save failed, or one before that was still being written; nothing else is touched.
+            NotSaved: this save failed; nothing else is touched. Or one before did that was still being written, and
+                this one has not begun: call ``finish`` first to tell them apart.
         """
         self.finish()
         begin = time.monotonic()
-        place = on_rank_0(lambda: self._prepare(iteration))
         kind = FULLY_RESHARDABLE if self.config.parallel.fsdp else kind
         planner = self._planner(kind)
         try:
+            place = on_rank_0(lambda: self._prepare(iteration))
             sharded, plain = everywhere(lambda: self._collect(iteration, common, kind, random))
             # Planning anew is a collective.
             if not lowest(planner.knows(sharded)):
@@ -272,7 +273,11 @@ class Saver:
         folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
         target = folder.publish(self.root, pending.iteration)
         self._pruning = Background(self._prune)
-        warnings = first_of([part.warning for part in parts])
+        warnings = [first_of([part.warning for part in parts])]
+        try:
+            folder.point_to(self.root, folder.steps(self.root)[0])
+        except OSError as error:  # nothing that loads needs it
+            warnings.append(f"{folder.LATEST} could not be replaced: {error}")
         seconds = max(part.seconds for part in parts)
         hashing = max(part.hashing for part in parts)
         return (
@@ -280,7 +285,7 @@ class Saver:
             + (f" ({pending.plain.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")
             + f", written in {seconds:.2f} s at {saved.size / 1e9 / max(seconds, 1e-9):.2f} GB/s "
             f"({hashing / max(seconds, 1e-9):.0%} of it checksums), completed in {time.monotonic() - begin:.2f} s"
-            + (f"\nWARNING: {warnings}" if warnings else "")
+            + "".join(f"\nWARNING: {warning}" for warning in warnings if warning)
         )
 
     def _prune(self) -> str:

@@ -11,7 +11,9 @@ def publish(root: Path, step: int, content: str = "x") -> Path:
     partial = folder.partial_folder(root, step)
     partial.mkdir(parents=True)
     (partial / "file").write_text(content)
-    return folder.publish(root, step)
+    target = folder.publish(root, step)
+    folder.point_to(root, folder.steps(root)[0])
+    return target
 
 
 def names(root: Path) -> list[str]:
