@@ -221,13 +221,13 @@ class Saver:
         )
 
     def close(self) -> None:
-        """Wait for deletions under way. Not a collective."""
-        if self._pruning is not None:
-            self._pruning.result()
+        """Wait for deletions under way and say what became of them. Not a collective."""
+        pruning, self._pruning = self._pruning, None
+        if pruning is not None and (text := pruning.result()):
+            self._log(text)
 
     def _prepare(self, iteration: int) -> Path:
-        if self._pruning is not None and (text := self._pruning.result()):
-            self._log(text)
+        self.close()
         place = folder.partial_folder(self.root, iteration)
         self.root.mkdir(parents=True, exist_ok=True)
         folder.clean(self.root)
