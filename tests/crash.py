@@ -32,7 +32,7 @@ from typing import Any
 VARIABLE = "TEST_CRASH_PLAN"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # A full disk refuses all that may need a block, and for delayed writes that is sync and close as well.
-_SPARED_BY_A_FULL_DISK = {"remove", "rmdir", "chmod", "touch"}
+_SPARED_BY_A_FULL_DISK = {"remove", "rmdir", "rename", "chmod", "touch"}
 _FREES_SPACE = {"remove", "rmdir"}
 
 
