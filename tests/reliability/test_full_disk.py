@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint.saving import bytes_of
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED
 from tests.fault_table import FaultRow
 from tests.processes import Zygote
 from tests.reliability.training import Training
+from tests.runs import tiny_config
 
 pytestmark = pytest.mark.faults
 
@@ -21,11 +24,11 @@ FULL = "No space left on device"
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a tmpfs of 8 MiB."""
+    """The folder of a tmpfs of 16 MiB, enough for those that are kept and one more."""
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if made.returncode:
         pytest.skip(f"a small tmpfs cannot be mounted here: {made.stderr.strip()}")
@@ -33,29 +36,36 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(disk: Path, room: int) -> Path:
-    """A file that leaves ``room`` bytes of the disk."""
+def fill(disk: Path, training: Training, output: str) -> Path:
+    """A file that leaves room for the estimate by which a start looks, and not for a whole checkpoint.
+
+    The estimate counts no more than the numbers; a small model's checkpoint is a good part larger.
+    """
+    found = re.search(r"parameters (\d+)", output)
+    assert found is not None
+    room = bytes_of(tiny_config(training.data), int(found.group(1))) + 2**16
+    size = sum(file.stat().st_size for file in checkpoints.step_folder(disk / "run", 2).rglob("*") if file.is_file())
+    assert room < size - 2**16
     ballast = disk / "ballast"
     usage = subprocess.run(["df", "--output=avail", "-B1", str(disk)], capture_output=True, text=True, check=True)
     ballast.write_bytes(bytes(max(0, int(usage.stdout.split()[-1]) - room)))
     return ballast
 
 
-def started(zygote: Zygote, data: Path, folder: Path, disk: Path) -> tuple[Training, int]:
-    """(two ranks' run on the small disk with a checkpoint of step 2, that checkpoint's bytes)."""
+def started(zygote: Zygote, data: Path, folder: Path, disk: Path) -> tuple[Training, str]:
+    """(two ranks' run on the small disk with a checkpoint of step 2, what it printed)."""
     flags = {"checkpoint__save": str(disk / "run"), "train__train_iters": 24}
     training = Training(zygote, data, folder, 2, flags)
-    assert [ended.code for ended in training.go("--exit-interval", "2")] == [0, 0]
-    size = sum(file.stat().st_size for file in checkpoints.step_folder(disk / "run", 2).rglob("*") if file.is_file())
-    return training, size
+    first, second = training.go("--exit-interval", "2")
+    assert (first.code, second.code) == (0, 0), first.output
+    return training, first.output
 
 
 def test_the_next_save_succeeds_when_there_is_space_again(
     zygote: Zygote, demo_data: Path, tmp_path: Path, small_disk: Path, fault_row: FaultRow
 ) -> None:
-    training, size = started(zygote, demo_data, tmp_path / "training", small_disk)
-    # Room for the check of free space at the start, but not for the whole checkpoint.
-    ballast = fill(small_disk, size * 2 // 3)
+    training, output = started(zygote, demo_data, tmp_path / "training", small_disk)
+    ballast = fill(small_disk, training, output)
     job = training.start("--no-async-save")
     job.wait_for(FULL)
     ballast.unlink()
@@ -71,8 +81,8 @@ def test_the_next_save_succeeds_when_there_is_space_again(
 def test_a_run_whose_last_save_fails_says_so_and_keeps_the_old_checkpoint(
     zygote: Zygote, demo_data: Path, tmp_path: Path, small_disk: Path, fault_row: FaultRow
 ) -> None:
-    training, size = started(zygote, demo_data, tmp_path / "training", small_disk)
-    fill(small_disk, size * 2 // 3)
+    training, output = started(zygote, demo_data, tmp_path / "training", small_disk)
+    fill(small_disk, training, output)
     ended = training.go()
     assert [one.code for one in ended] == [EXIT_NOT_SAVED] * 2, ended[0].output[-2000:]
     assert FULL in ended[0].output

@@ -91,11 +91,15 @@ def test_killed(place: str, rank: int, whole: Training, tmp_path: Path, fault_ro
 
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 1)}))
 def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
-    """SIGSTOP on one rank: the other shows its stacks and exits with status 20 within the timeout."""
+    """SIGSTOP on one rank: the other shows its stacks, wakes it to show its own, and exits with status 20.
+
+    How the one that is woken ends is open: it goes on with the other's main thread until that process ends.
+    """
     training, ended = disturbed(whole, tmp_path / "run", "stop", place, rank)
     other = ended[1 - rank]
-    assert ended[rank].code == -signal.SIGKILL  # by the launcher
     assert other.code == EXIT_HUNG, other.output[-2000:]
-    assert "most recent call first" in other.output and "train" in other.output, "no stack traces"
+    for one in ended:
+        assert "most recent call first" in one.output and "train_step" in one.output, f"no stacks: {one.output[-2000:]}"
+    assert f"rank {rank} " in other.output and "is stopped (SIGSTOP)" in other.output
     check_resumes(training, whole)
     fault_row("SIGSTOP", f"{place}, rank {rank} of 2", f"stacks shown, status {EXIT_HUNG}, resumed bit for bit")
