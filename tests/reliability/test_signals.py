@@ -30,7 +30,6 @@ def flags(demo_data: Path) -> dict[str, Any]:
         "log__eval_iters": 1,
         "checkpoint__save_interval": 1,
         "train__train_iters": 5,
-        "faults__step_timeout": TIMEOUT / 60,
     }
 
 
@@ -51,11 +50,13 @@ def _every(quick: set[tuple[str, int]]) -> list[Any]:
     ]
 
 
-def disturbed(whole: Training, folder: Path, kind: str, place: str, rank: int) -> tuple[Training, list[Ended]]:
+def disturbed(
+    whole: Training, folder: Path, kind: str, place: str, rank: int, **flags: Any
+) -> tuple[Training, list[Ended]]:
     """(a run with the fault at step 3, how its ranks ended)."""
     training = Training(whole.zygote, whole.data, folder, 2, whole.flags)
     fault = f"{kind}@{STEP}:{rank}" if place == "step" else f"{kind}.{place}@{STEP}:{rank}"
-    return training, training.go("--inject-fault", fault, "--allow-fault-injection", timeout=60)
+    return training, training.go("--inject-fault", fault, "--allow-fault-injection", **flags)
 
 
 def check_resumes(training: Training, whole: Training) -> None:
@@ -95,7 +96,7 @@ def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row:
 
     How the one that is woken ends is open: it goes on with the other's main thread until that process ends.
     """
-    training, ended = disturbed(whole, tmp_path / "run", "stop", place, rank)
+    training, ended = disturbed(whole, tmp_path / "run", "stop", place, rank, faults__step_timeout=TIMEOUT / 60)
     other = ended[1 - rank]
     assert other.code == EXIT_HUNG, other.output[-2000:]
     for one in ended:
