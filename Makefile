@@ -23,7 +23,7 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest -m faults --fault-table docs/reliability.md
+	$(BIN)/python -m pytest -m faults --fault-table=docs/reliability.md
 
 parity: $(STAMP)
 	$(BIN)/python tools/parity_matrix.py

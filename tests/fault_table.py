@@ -1,6 +1,6 @@
 """What the fault tests tried, written down: a table in a page of the documentation.
 
-``pytest -m faults --fault-table docs/reliability.md`` replaces what stands between two markers of that page. Only a
+``pytest -m faults --fault-table=docs/reliability.md`` replaces what stands between two markers of that page. Only a
 run in which every test passed may write it.
 """
 

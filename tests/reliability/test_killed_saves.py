@@ -155,9 +155,7 @@ def telling(operations: list[crash.Operation]) -> list[int]:
     ]
 
 
-def kill_at(
-    scene: Scene, tmp_path: Path, action: str, rank: int, numbers: list[int], closely: bool, save: str
-) -> int:
+def kill_at(scene: Scene, tmp_path: Path, action: str, rank: int, numbers: list[int], closely: bool, save: str) -> int:
     """Kill a save at each of the operations, and start again once for each state found. How many states.
 
     Raises:
