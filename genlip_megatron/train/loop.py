@@ -315,7 +315,7 @@ def train_steps(run: Run, stop: StopRequest) -> int:
         if at_end:
             break
     safe = finish_saves(run) and safe
-    stop.remove_file()
+    stop.obey()
     return status if safe else EXIT_NOT_SAVED
 
 
