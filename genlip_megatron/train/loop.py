@@ -305,7 +305,6 @@ def train_steps(run: Run, stop: StopRequest) -> int:
             if validation and not leave:
                 validate(run)
             if saving and run.iteration != saved:
-                run.injector.at("save", run.iteration)
                 run.watchdog.beat()
                 safe = save(run, last=at_end)
                 run.watchdog.beat()
