@@ -48,6 +48,7 @@ from genlip_megatron.checkpoint.manifest import FileFacts
 
 # Files of a rank, written side by side; one thread hashes about as fast as one disk writes.
 FILES_PER_RANK = 2
+_BLOCK = 2**20
 
 
 @dataclass
@@ -71,11 +72,16 @@ class Written:
 
 
 class HashingFile(io.RawIOBase):
-    """A new file whose SHA-256 is known when it has been written; it is synced before it is closed."""
+    """A new file whose SHA-256 is known when it has been closed; it is synced before that.
+
+    Small pieces are gathered to blocks, also over a ``flush``: around every tensor torch.save writes dozens of them and
+    then flushes.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
         self._digest = hashlib.sha256()
+        self._held = bytearray()
         self.size, self.hashing = 0, 0.0
 
     def writable(self) -> bool:
@@ -86,18 +92,31 @@ class HashingFile(io.RawIOBase):
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")
+        if len(self._held) + len(view) > _BLOCK:
+            self._put_held()
+        if len(view) > _BLOCK:
+            self._put(view)
+        else:
+            self._held += view
+        self.size += len(view)
+        return len(view)
+
+    def _put_held(self) -> None:
+        held, self._held = self._held, bytearray()
+        self._put(memoryview(held))
+
+    def _put(self, view: memoryview) -> None:
         left = view
         while len(left):  # the system may write less than it was given
             left = left[self._file.write(left) :]
         begin = time.monotonic()
         self._digest.update(view)
         self.hashing += time.monotonic() - begin
-        self.size += len(view)
-        return len(view)
 
     def close(self) -> None:
         if not self._file.closed:
             try:
+                self._put_held()
                 os.fsync(self._file.fileno())
             finally:
                 self._file.close()

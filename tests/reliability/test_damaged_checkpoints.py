@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import store
+from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import loading
 from tests.fault_table import FaultRow
 from tests.processes import Zygote
-from tests.reliability.features import requires
 from tests.reliability.training import Training, all_of
 
-pytestmark = [pytest.mark.faults, requires("checked files")]
+pytestmark = pytest.mark.faults
 
 FLIPS = 5
-# Runs that only load and train a step.
-LOOKING = {"checkpoint__save": ""}
+
+
+def looking(training: Training) -> dict[str, str]:
+    """Settings of a start that saves nothing: it loads and trains."""
+    return {"checkpoint__save": "", "checkpoint__load": str(training.run)}
 
 
 def flip(seed: int) -> Callable[[Path], None]:
@@ -60,7 +63,7 @@ def trained(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFa
 
 def files(training: Training) -> list[str]:
     """Every file of the newest checkpoint."""
-    folder = store.step_folder(training.run, 4)
+    folder = checkpoints.step_folder(training.run, 4)
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -69,10 +72,10 @@ def faults_of(trained: Training, folder: Path, cases: list[tuple[str, str]]) -> 
 
     def start(case: tuple[str, str]) -> object:
         training = trained.copy(folder / hashlib.sha256(str(case).encode()).hexdigest()[:12])
-        DAMAGES[case[1]](store.step_folder(training.run, 4) / case[0])
+        DAMAGES[case[1]](checkpoints.step_folder(training.run, 4) / case[0])
         (training.folder / "history" / "rank0.jsonl").unlink()
         jobs[case] = training
-        return training.start("--exit-interval", "3", **LOOKING)
+        return training.start("--exit-interval", "3", **looking(training))
 
     jobs: dict[tuple[str, str], Training] = {}
     expected = trained.history()[0, 3]
@@ -119,12 +122,12 @@ def test_a_damaged_pointer_does_not_hide_good_checkpoints(
     trained: Training, tmp_path: Path, content: bytes | None, resumed: str, fault_row: FaultRow
 ) -> None:
     training = trained.copy(tmp_path / "run")
-    pointer = training.run / store.LATEST
+    pointer = training.run / checkpoints.LATEST
     if content is None:
         pointer.unlink()
     else:
         pointer.write_bytes(content)
-    (ended,) = training.go("--exit-interval", "5", **LOOKING)
+    (ended,) = training.go("--exit-interval", "5", **looking(training))
     assert ended.code == 0 and "resumed at step 4" in ended.output, ended.output[-1500:]
     fault_row("latest_checkpointed_iteration.txt damaged", resumed, "newest good checkpoint used")
 
@@ -132,9 +135,29 @@ def test_a_damaged_pointer_does_not_hide_good_checkpoints(
 def test_without_a_good_checkpoint_nothing_is_loaded(trained: Training, tmp_path: Path) -> None:
     """A run that was to resume does not silently start anew over its damaged checkpoints."""
     training = trained.copy(tmp_path / "run")
+    before = sorted(training.run.rglob("*"))
     for step in 2, 4:
-        DAMAGES["one flipped bit"](store.step_folder(training.run, step) / ".metadata")
+        DAMAGES["one flipped bit"](checkpoints.step_folder(training.run, step) / ".metadata")
     (training.folder / "history" / "rank0.jsonl").unlink()
     (ended,) = training.go("--exit-interval", "5")
     assert ended.code != 0 and ".metadata" in ended.output, ended.output[-1500:]
     assert not training.history()
+    assert sorted(training.run.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_kept_aside_and_its_step_saved_anew(
+    trained: Training, tmp_path: Path, fault_row: FaultRow
+) -> None:
+    training = trained.copy(tmp_path / "run")
+    name = next(file for file in files(trained) if file.endswith(".distcp"))
+    damaged = checkpoints.step_folder(training.run, 4) / name
+    DAMAGES["one flipped bit"](damaged)
+    content = damaged.read_bytes()
+    (ended,) = training.go("--exit-interval", "4")
+    assert ended.code == 0 and "resumed at step 2" in ended.output, ended.output[-1500:]
+    assert (training.run / checkpoints.SET_ASIDE / "iter_0000004" / name).read_bytes() == content
+    assert damaged.read_bytes() != content
+    found = loading.find(training.run, True, print)
+    assert found is not None and found[1].iteration == 4
+    assert training.history() == trained.history()
+    fault_row("checkpoint file: one flipped bit", "the run goes on", "damaged one set aside, step saved anew")

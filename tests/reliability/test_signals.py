@@ -11,10 +11,9 @@ import pytest
 from genlip_megatron.faults.exits import EXIT_HUNG, EXIT_PREEMPTED
 from tests.fault_table import FaultRow
 from tests.processes import Ended, Zygote
-from tests.reliability.features import requires
 from tests.reliability.training import Training
 
-pytestmark = [pytest.mark.faults, requires("fault injection")]
+pytestmark = pytest.mark.faults
 
 STEP = 3
 TIMEOUT = 4.0  # seconds; a step takes a tenth of one
@@ -90,7 +89,6 @@ def test_killed(place: str, rank: int, whole: Training, tmp_path: Path, fault_ro
     fault_row("SIGKILL", f"{place}, rank {rank} of 2", "others ended, resumed bit for bit")
 
 
-@requires("watchdog")
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 1)}))
 def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
     """SIGSTOP on one rank: the other shows its stacks and exits with status 20 within the timeout."""

@@ -59,11 +59,11 @@ def watch(folder: Path) -> None:
 
     def watched_step(run: Any, *args: Any, **kwargs: Any) -> Any:
         taken.clear()  # of what validation took
-        result = step(run, *args, **kwargs)
-        line = [float(result[0][0]).hex(), float(result[1]).hex(), taken, digest(run.model)]
+        outcome = step(run, *args, **kwargs)
+        line = [outcome.loss.hex(), outcome.grad_norm.hex(), taken, digest(run.model)]
         with open(file, "ab", buffering=0) as stream:
             stream.write(json.dumps([run.iteration + 1, *line]).encode() + b"\n")
-        return result
+        return outcome
 
     Ahead.__next__ = watched_take  # type: ignore[method-assign]
     loop.train_step = watched_step
@@ -120,7 +120,6 @@ class Training:
         history.mkdir(parents=True, exist_ok=True)
         settings = {
             "checkpoint__save": str(self.run),
-            "checkpoint__load": str(self.run),
             "checkpoint__save_interval": 2,
             "data__valid_data": (),
             "data__num_workers": 1,
