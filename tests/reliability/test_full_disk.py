@@ -21,11 +21,11 @@ FULL = "No space left on device"
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a tmpfs of 8 MiB."""
+    """The folder of a tmpfs of 16 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if made.returncode:
         pytest.skip(f"a small tmpfs cannot be mounted here: {made.stderr.strip()}")
@@ -55,7 +55,7 @@ def test_the_next_save_succeeds_when_there_is_space_again(
 ) -> None:
     training, size = started(zygote, demo_data, tmp_path / "training", small_disk)
     # Room for the check of free space at the start, but not for the whole checkpoint.
-    ballast = fill(small_disk, size * 2 // 3)
+    ballast = fill(small_disk, size * 9 // 10)
     job = training.start("--no-async-save")
     job.wait_for(FULL)
     ballast.unlink()
@@ -72,7 +72,7 @@ def test_a_run_whose_last_save_fails_says_so_and_keeps_the_old_checkpoint(
     zygote: Zygote, demo_data: Path, tmp_path: Path, small_disk: Path, fault_row: FaultRow
 ) -> None:
     training, size = started(zygote, demo_data, tmp_path / "training", small_disk)
-    fill(small_disk, size * 2 // 3)
+    fill(small_disk, size * 9 // 10)
     ended = training.go()
     assert [one.code for one in ended] == [EXIT_NOT_SAVED] * 2, ended[0].output[-2000:]
     assert FULL in ended[0].output

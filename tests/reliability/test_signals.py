@@ -91,11 +91,11 @@ def test_killed(place: str, rank: int, whole: Training, tmp_path: Path, fault_ro
 
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 1)}))
 def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
-    """SIGSTOP on one rank: the other shows its stacks and exits with status 20 within the timeout."""
+    """SIGSTOP on one rank: both show their stacks, the other exits with status 20 within the timeout."""
     training, ended = disturbed(whole, tmp_path / "run", "stop", place, rank)
     other = ended[1 - rank]
-    assert ended[rank].code == -signal.SIGKILL  # by the launcher
     assert other.code == EXIT_HUNG, other.output[-2000:]
-    assert "most recent call first" in other.output and "train" in other.output, "no stack traces"
+    for one in ended:
+        assert "most recent call first" in one.output and "train" in one.output, "no stack traces"
     check_resumes(training, whole)
     fault_row("SIGSTOP", f"{place}, rank {rank} of 2", f"stacks shown, status {EXIT_HUNG}, resumed bit for bit")
