@@ -283,6 +283,10 @@ def test_a_disk_that_fails_costs_one_checkpoint(
     operations = scene.operations(0, "behind")
     numbers = list(range(1, len(operations) + 1)) if every else telling(operations)
     numbers = [number for number in numbers if crash.can_fail(error, operations[number - 1].kind)]
+    if lasting:
+        # Before the hidden folder is made and after it has its name, a failed save has nothing to remove.
+        names = [str(operation) for operation in operations]
+        numbers = [n for n in numbers if 1 < n <= names.index("rename .iter_0000004.partial to iter_0000004") + 1]
     faults = []
     for number, ended in all_of(numbers, lambda n: fail_at(scene, tmp_path / str(n), n, error, lasting)):
         training = Training(scene.start.zygote, scene.start.data, tmp_path / str(number), 1, TINY)
