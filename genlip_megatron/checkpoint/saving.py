@@ -294,7 +294,7 @@ class Saver:
     def _prune(self) -> str:
         try:
             gone, wrong = self._keeper.prune(self.root, self.config.checkpoint)
-        except OSError as error:
+        except Exception as error:  # it runs in a thread, where nobody would see it
             return f"WARNING: old checkpoints in {self.root} could not be deleted: {error}"
         lines = [f"WARNING: a damaged checkpoint is not counted: {problem}" for problem in wrong]
         if gone:
