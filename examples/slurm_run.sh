@@ -7,12 +7,12 @@
 # what is in the save folder:
 #   torchrun ended with 0                          the run is done: not requeued
 #   final_exit says 2, 18 or 19 for this start     a wrong setting, bad data or bad numbers: again would change nothing
-#   the stop file SAVE_FOLDER/stop is there        someone wants it to end: not requeued
+#   SAVE_FOLDER/stop, or stop.obeyed               someone wants it to end: not requeued
 #   a newer checkpoint than at the start           preempted, or a process or node failed: requeued
 #   no newer one                                   requeued, but not after the third such start in a row
 # A node that fails takes this script with it or ends the job: then SLURM requeues it by itself (#SBATCH --requeue).
-# All of it needs --load equal to --save, so that each start resumes where the last one stood; so do the restarts of
-# workers within one start, of which torchrun makes at most MAX_RESTARTS.
+# Each start goes on from the newest good checkpoint of SAVE_FOLDER; so do the restarts of workers within one start, of
+# which torchrun makes at most MAX_RESTARTS.
 
 readonly MAX_STARTS_WITHOUT_PROGRESS=3
 
@@ -54,6 +54,7 @@ run_and_requeue() {
     local launch=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     before=$(latest_step "$save")
+    rm -f "$save/stop.obeyed"
     trap tell_training USR1
 
     # Without a store of its own each time, a restarted worker may read the address of a dead one from torchrun's.
@@ -81,8 +82,8 @@ run_and_requeue() {
             exit "$status"
             ;;
     esac
-    if [ -e "$save/stop" ]; then
-        echo "slurm_run.sh: not requeued: $save/stop is there; remove it and submit the job again to go on" >&2
+    if [ -e "$save/stop" ] || [ -e "$save/stop.obeyed" ]; then
+        echo "slurm_run.sh: not requeued: the stop file $save/stop ended it; submit the job again to go on" >&2
         exit "$status"
     fi
     after=$(latest_step "$save")

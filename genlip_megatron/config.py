@@ -201,7 +201,9 @@ class FaultsConfig:
         True, "compute a step of NaN or Inf once more: other numbers tell a faulty device from a fault of data or model"
     )
     step_timeout: float = _opt(20.0, "minutes without a finished step after which stacks are printed and the run ends")
-    check_replicas_interval: int = _opt(1000, "steps between comparisons of data-parallel ranks' weights; 0: never")
+    check_replicas_interval: int = _opt(
+        1000, "steps between comparisons of data-parallel ranks' weights, which are made before each save too; 0: never"
+    )
     stop_file: str = _opt("", "a file that makes the run save and exit when it appears; empty: <save>/stop")
     inject_fault: tuple[str, ...] = _opt(
         (), "for drills: faults as kind@step:rank, such as kill@7:0; needs allow_fault_injection"

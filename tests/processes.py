@@ -35,6 +35,10 @@ _ROOT = Path(__file__).parent.parent
 _IMPORTS = ("pytest", "torch.utils.tensorboard", "torch._dynamo", "pretrain_genlip", "genlip_megatron.train.loop")
 
 
+_PORTS = range(15_000, 32_000)
+_next_port = _PORTS.start + os.getpid() * 61 % len(_PORTS)
+
+
 class Ended(NamedTuple):
     """How a process ended: its exit status, or minus the signal that ended it, and what it printed."""
 
@@ -212,10 +216,16 @@ class Zygote:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing listens on: below those given to connections, and not one that was given lately."""
+    global _next_port
+    while True:
+        _next_port = _PORTS.start + (_next_port + 1 - _PORTS.start) % len(_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("0.0.0.0", _next_port))
+            except OSError:
+                continue
+        return _next_port
 
 
 def _serve(descriptor: int) -> tuple[str, list[str], dict[str, str], str] | None:

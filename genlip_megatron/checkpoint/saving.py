@@ -88,10 +88,17 @@ class Saver:
         config: of the run; checkpoints go to ``checkpoint.save``.
         state: what is saved.
         log: prints a line, on rank 0.
+        before_writing: called on each rank with the step when it is to write; what it raises fails the save.
     """
 
-    def __init__(self, config: RunConfig, state: State, log: Callable[[str], None]) -> None:
-        self.config, self.state, self._log = config, state, log
+    def __init__(
+        self,
+        config: RunConfig,
+        state: State,
+        log: Callable[[str], None],
+        before_writing: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.config, self.state, self._log, self._before_writing = config, state, log, before_writing
         self.root = Path(config.checkpoint.save)
         self.saves = 0  # begun by this process
         self._pending: _Pending | None = None
@@ -148,7 +155,7 @@ class Saver:
                 planner.prepare(sharded)
         except NotSaved as error:
             raise NotSaved(self._failed(iteration, str(error))) from None
-        planned, written = self._write(planner, sharded, place, behind)
+        planned, written = self._write(planner, sharded, place, behind, iteration)
         stopped = time.monotonic() - begin
         self._pending = _Pending(iteration, kind, planned, written, plain, facts, stopped)
         self.saves += 1
@@ -178,11 +185,12 @@ class Saver:
         return sharded, _Plain(copy.deepcopy(common), copy.deepcopy(objects), random, gathering)
 
     def _write(
-        self, planner: Planner, sharded: dict[str, Any], place: Path, behind: bool
+        self, planner: Planner, sharded: dict[str, Any], place: Path, behind: bool, iteration: int
     ) -> tuple[PlannedWrite | None, Background | Written]:
         """Write this rank's files, or have them written; never raises, since the other ranks wait for the answer."""
         try:
             planned = planner.plan(sharded, place)
+            self._before_writing(iteration)
         except Exception as error:
             return None, Written(error=f"{type(error).__name__}: {error}")
         if not behind:
@@ -272,12 +280,12 @@ class Saver:
         )
         folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
         target = folder.publish(self.root, pending.iteration)
-        self._pruning = Background(self._prune)
         warnings = [first_of([part.warning for part in parts])]
         try:
             folder.point_to(self.root, folder.steps(self.root)[0])
         except OSError as error:  # nothing that loads needs it
             warnings.append(f"{folder.LATEST} could not be replaced: {error}")
+        self._pruning = Background(self._prune)
         seconds = max(part.seconds for part in parts)
         hashing = max(part.hashing for part in parts)
         return (
@@ -291,7 +299,7 @@ class Saver:
     def _prune(self) -> str:
         try:
             gone, wrong = self._keeper.prune(self.root, self.config.checkpoint)
-        except OSError as error:
+        except Exception as error:  # it runs in a thread, where nobody would see it
             return f"WARNING: old checkpoints in {self.root} could not be deleted: {error}"
         lines = [f"WARNING: a damaged checkpoint is not counted: {problem}" for problem in wrong]
         if gone:

@@ -17,8 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from genlip_megatron.config import FaultsConfig, nearest
 
 PLACES = ("step", "validation", "save")
@@ -33,7 +31,6 @@ _ASKED = (
     "flip",  # one bit of a weight is another after the step
     "full-disk",  # the save after the step finds no space
 )
-_INTEGERS = {2: torch.int16, 4: torch.int32}
 KINDS = (*_SENT, *_HERE, *_ASKED)
 
 
@@ -85,8 +82,10 @@ def parse_faults(options: FaultsConfig) -> list[Fault]:
 
 def flip_bit(parameters: Iterable[Any]) -> None:
     """Flip the lowest bit of the first value of the first parameter."""
+    import torch  # the command line is checked without it
+
     first = next(iter(parameters)).data.view(-1)[:1]
-    first.copy_((first.view(_INTEGERS[first.element_size()]) ^ 1).view(first.dtype))
+    first.copy_((first.view({2: torch.int16, 4: torch.int32}[first.element_size()]) ^ 1).view(first.dtype))
 
 
 class Injector:

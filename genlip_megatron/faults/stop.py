@@ -11,6 +11,7 @@ within a second of the first is the same request.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -77,10 +78,12 @@ class StopRequest:
             self._file_seen = self._file.exists()
         return [float(self._signalled), float(self._file_seen), float(now >= self._deadline)]
 
-    def remove_file(self) -> None:
-        """Take away the stop file that was obeyed, or it would stop the next start too; call when the run has saved."""
+    def obey(self) -> None:
+        """Rename the stop file, which would stop the next start too, to ``<name>.obeyed``, by which a launcher sees
+        that the end was wanted; call when the run has saved."""
         if self._file_seen and self._file is not None:
-            self._file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another machine's process was faster
+                os.replace(self._file, self._file.with_name(f"{self._file.name}.obeyed"))
 
     def close(self) -> None:
         """Give the signals back."""

@@ -89,7 +89,7 @@ class Watchdog:
         self._processes = processes or [me]
         self._mine = next(p for p in self._processes if replace(p, rank=0) == me)
         self._quiet = 0.0
-        self._ended = threading.Event()
+        self._ended, self._expired = threading.Event(), False
         self._thread: threading.Thread | None = None
         if minutes:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -101,7 +101,10 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR2, file=_STDERR, all_threads=True)
 
     def beat(self) -> None:
-        """A sign of life: something that counts as progress has been finished."""
+        """A sign of life: something that counts as progress has been finished. Too late, it never returns: what was
+        found hanging must not go on while it is being ended."""
+        if self._expired:
+            self._ended.wait()
         self._quiet = 0.0
 
     def _watch(self) -> None:
@@ -117,6 +120,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _expire(self) -> None:
+        self._expired = True
         title = f"rank {self._mine.rank} {self._mine.host}:{self._mine.pid}"
         head = f"[{title}] no step finished for {self._quiet:.0f} s (faults.step_timeout); where its threads are:\n"
         os.write(_STDERR, head.encode() + stacks(title))

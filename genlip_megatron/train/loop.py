@@ -199,10 +199,13 @@ def train_step(run: Run, batches: Iterator[Any], stop: StopRequest | None = None
     return outcome
 
 
-def check_weights(run: Run) -> None:
-    """Compare the weights of replicas, when it is due. A collective over all ranks; LeaveRun when they differ."""
+def check_weights(run: Run, saving: bool) -> None:
+    """Compare the weights of replicas, when it is due and before they are saved.
+
+    A collective over all ranks; LeaveRun when they differ.
+    """
     interval = run.config.faults.check_replicas_interval
-    if not interval or run.iteration % interval or run.config.parallel.fsdp:
+    if not interval or not (saving or run.iteration % interval == 0) or run.config.parallel.fsdp:
         return
     gather_weights(run)
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -291,18 +294,17 @@ def train_steps(run: Run, stop: StopRequest) -> int:
                 continue
         if run.saver is not None and run.saver.writing and not outcome.unwritten:
             finish_saves(run)
-        check_weights(run)
         due = run.iteration == config.train.exit_interval
         last = run.iteration == config.train.train_iters
         at_end = due or last or leave
         validation = last or (options.eval_interval and run.iteration % options.eval_interval == 0)
         saving = at_end or run.iteration % config.checkpoint.save_interval == 0
+        check_weights(run, saving and run.saver is not None)
         if run.iteration % options.log_interval == 0 or at_end or validation or saving:
             report(run, tally)
             if validation and not leave:
                 validate(run)
             if saving and run.iteration != saved:
-                run.injector.at("save", run.iteration)
                 run.watchdog.beat()
                 safe = save(run, last=at_end)
                 run.watchdog.beat()
@@ -315,7 +317,7 @@ def train_steps(run: Run, stop: StopRequest) -> int:
         if at_end:
             break
     safe = finish_saves(run) and safe
-    stop.remove_file()
+    stop.obey()
     return status if safe else EXIT_NOT_SAVED
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
@@ -28,7 +30,14 @@ def make_saver(run: Run) -> Saver | None:
     """What saves the run, if it saves at all."""
     if not run.config.checkpoint.save or run.train_loader is None:
         return None
-    return Saver(run.config, _state(run), log)
+    return Saver(run.config, _state(run), log, lambda step: _inject(run, step))
+
+
+def _inject(run: Run, step: int) -> None:
+    """The faults of a drill that happen within a save."""
+    run.injector.at("save", step)
+    if run.injector.fires("full-disk", step):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def load(run: Run) -> None:

@@ -54,10 +54,13 @@ def start(config: RunConfig, processes: int = 1) -> Any:
     return run_distributed(processes, begun, config)[0]
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(saved: Path, demo_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", [0, 1])  # of two files, each of which another rank looks at
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    which: int, saved: Path, demo_data: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "run"
     shutil.copytree(saved, root)
-    file = next((root / "iter_0000002").glob("*.distcp"))
+    file = sorted((root / "iter_0000002").glob("*.distcp"))[which]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 16
     file.write_bytes(content)

@@ -31,18 +31,29 @@ def test_last_every_and_best_are_kept(last: int, every: int, best: int, stay: li
     assert list(kept(list(LOSSES.items()), last, every, best)) == stay
 
 
+LAYOUT = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "world_size": 8,
+}
+
+
 def write(root: Path, step: int, loss: float | None = None) -> Path:
+    """A checkpoint of one file."""
     place = folder.partial_folder(root, step)
     place.mkdir(parents=True)
     (place / "weights").write_bytes(bytes([step]) * 100)
     files = {"weights": manifest.facts_of(place / "weights")}
     (place / manifest.MANIFEST).write_bytes(
-        Manifest(step, "dp_reshardable", {}, validation_loss=loss, files=files).to_bytes()
+        Manifest(step, "dp_reshardable", LAYOUT, validation_loss=loss, files=files).to_bytes()
     )
     return folder.publish(root, step)
 
 
 def flip(file: Path) -> None:
+    """Change one bit of a file."""
     content = bytearray(file.read_bytes())
     content[50] ^= 1
     file.write_bytes(content)

@@ -38,10 +38,11 @@ def test_a_signal_on_one_rank_stops_all(flags: dict[str, Any], demo_data: Path, 
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
 
 
-def test_the_stop_file_stops_the_run_and_goes(demo_data: Path, tmp_path: Path) -> None:
+def test_the_stop_file_stops_the_run_and_is_marked_as_obeyed(demo_data: Path, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
     assert run_distributed(2, train, config(demo_data, tmp_path)) == [EXIT_PREEMPTED] * 2
     assert (tmp_path / "iter_0000001").is_dir() and not (tmp_path / "stop").exists()
+    assert (tmp_path / "stop.obeyed").exists()
 
 
 @pytest.mark.parametrize(
@@ -84,10 +85,10 @@ def test_the_file_is_looked_for_once_a_second_by_one_process_a_machine(tmp_path:
         assert stop.votes() == [0, 0, 0]
         time.sleep(1.05)
         assert stop.votes() == [0, 1, 0] and other.votes() == [0, 0, 0]
-        other.remove_file()
+        other.obey()
         assert file.exists()
-        stop.remove_file()
-        assert not file.exists()
+        stop.obey()
+        assert not file.exists() and (tmp_path / "halt.obeyed").exists()
     finally:
         stop.close()
         other.close()

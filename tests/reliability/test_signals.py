@@ -92,10 +92,7 @@ def test_killed(place: str, rank: int, whole: Training, tmp_path: Path, fault_ro
 
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 1)}))
 def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
-    """SIGSTOP on one rank: the other shows its stacks, wakes it to show its own, and exits with status 20.
-
-    How the one that is woken ends is open: it goes on with the other's main thread until that process ends.
-    """
+    """SIGSTOP on one rank: the other shows its stacks, wakes it to show its own, and exits with status 20."""
     training, ended = disturbed(whole, tmp_path / "run", "stop", place, rank, faults__step_timeout=TIMEOUT / 60)
     other = ended[1 - rank]
     assert other.code == EXIT_HUNG, other.output[-2000:]

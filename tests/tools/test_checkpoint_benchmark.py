@@ -41,7 +41,7 @@ def test_every_way_is_measured(ranks: int, tmp_path: Path) -> None:
         "dist_checkpointing.load",
     ):
         assert re.search(ROW.format(way, r"\d+\.\d\d"), done.stdout, re.M), done.stdout
-    for when in ("the first, which plans and allocates the copies", "a later one", "and when it is completed"):
+    for when in ("the first, which allocates the copies", "a later one", "and when it is completed"):
         assert re.search(STOPPED.format(when), done.stdout, re.M), done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -26,7 +26,7 @@ GPUS = {"single_gpu.sh": 1, "one_node.sh": 8, "multi_node.sh": 64, "slurm_stage1
 
 def entry_flags(example: Path) -> list[str]:
     """The words after ``pretrain_genlip.py`` in the example's launch, variables replaced by names."""
-    text = example.read_text().replace("\\\n", " ").replace('"${start[@]}"', "--load stage1 --finetune")
+    text = example.read_text().replace("\\\n", " ")
     launch = next(line for line in text.splitlines() if "pretrain_genlip.py --config" in line)
     words = shlex.split(launch.split("pretrain_genlip.py", 1)[1].replace('"$@"', "").rstrip("& "))
     return [re.sub(r"\$\w+", "name", word) for word in words]
@@ -199,26 +199,17 @@ def test_failure_that_would_come_again_is_not_requeued(status: int, slurm: Slurm
 
 def test_stop_file_ends_the_job(slurm: Slurm) -> None:
     done = slurm.start('saved 5; touch "$save/stop"; exit 1')
-    assert (
-        done.returncode == 1 and not slurm.requeued and "run/stage" in done.stderr and "/stop is there" in done.stderr
-    )
+    assert done.returncode == 1 and not slurm.requeued and "/stop ended it" in done.stderr
+    done = slurm.start('mv "$save/stop" "$save/stop.obeyed"; saved 6; exit 1')
+    assert not slurm.requeued and "/stop ended it" in done.stderr
+    slurm.start("saved 7; exit 1")  # submitted again
+    assert slurm.requeued and not (slurm.save / "stop.obeyed").exists()
 
 
 @pytest.mark.parametrize("text", ["", "release", "0010 and more\nother lines"])
 def test_odd_pointer_to_the_newest_checkpoint(text: str, slurm: Slurm) -> None:
     assert slurm.start(f"saved {shlex.quote(text)}; exit 1").stderr == ""
     assert (slurm.save / "requeues_without_progress").read_text() == ("7 0\n" if text.startswith("00") else "7 1\n")
-
-
-def test_stage_2_takes_the_weights_of_stage_1_until_it_has_saved(tmp_path: Path) -> None:
-    """And workers are not restarted meanwhile: they would take them again, and lose what stage 2 has learned."""
-    slurm = Slurm(tmp_path, "slurm_stage2.sbatch")
-    for training in ("exit 1", "saved 5; exit 1", "exit 1"):
-        slurm.start(training)
-    first, second, third = slurm.launches
-    for launch in (first, second):
-        assert "--save run/stage2 --load run/stage1 --finetune" in launch and "--max-restarts 0" in launch
-    assert "--save run/stage2 --load run/stage2 " in third and "--max-restarts 3" in third and "finetune" not in third
 
 
 def test_each_start_of_a_job_is_a_launch_of_its_own(slurm: Slurm) -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import store
+from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults import exits
 from tests.distributed import run_distributed
@@ -110,7 +110,7 @@ def test_preempted_run_saves_and_is_not_started_again(number: signal.Signals, de
         assert launch.ended(60)
         assert launch.trainings() == 1
         assert "exitcode  : 17 " in launch.output
-    steps = store.latest_iteration(save)
+    steps = checkpoints.pointed(save)
     assert steps is not None and steps >= 3
     # The mark of that launch does not stop the next one.
     with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "second") as launch:

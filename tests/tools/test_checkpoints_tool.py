@@ -1,0 +1,94 @@
+"""tools/checkpoints.py says which checkpoints are good, deletes no others' stand-ins, and can take a run back."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from genlip_megatron.checkpoint import folder
+from tests.checkpoint.test_retention import flip, write
+
+TOOL = Path(__file__).parent.parent.parent / "tools" / "checkpoints.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("checkpoints_tool", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Checkpoints of steps 10 to 50; that of 40 is damaged, that of 20 the best."""
+    for step, loss in ((10, 3.0), (20, 1.5), (30, 2.0), (40, 1.0), (50, None)):
+        write(tmp_path, step, loss)
+    flip(tmp_path / "iter_0000040" / "weights")
+    return tmp_path
+
+
+def test_list_shows_what_each_is(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["list", str(run)]) == 0
+    # By their sizes all are good.
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "50", "40", "30", "20", "10"]
+    assert tool.main(["list", str(run), "--full"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["40"].endswith("damaged") and lines["20"].endswith("1.5000  good, best")
+    assert lines["50"].endswith("good") and "TP2xDP4" in lines["50"] and "dp_reshardable" in lines["50"]
+
+
+def test_verify_names_what_is_damaged(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["verify", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert f"damaged: {run}/iter_0000040/weights: damaged, its SHA-256 does not match the manifest's" in out
+    assert out.count("good: ") == 4
+    assert tool.main(["verify", str(run / "iter_0000030")]) == 0
+    assert tool.main(["verify", str(run / "iter_0000040"), "--sizes"]) == 0
+
+
+def test_prune_counts_good_ones_alone(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["prune", str(run), "--keep-last", "2", "--keep-best", "1"]
+    assert tool.main([*flags, "--dry-run"]) == 0
+    assert "would delete steps: 10\n" in capsys.readouterr().out and len(folder.steps(run)) == 5
+    assert tool.main(flags) == 0
+    assert "damaged, not counted" in capsys.readouterr().out and folder.steps(run) == [50, 40, 30, 20]
+    assert tool.main([*flags, "--damaged"]) == 0
+    assert "deleted damaged steps: 40" in capsys.readouterr().out and folder.steps(run) == [50, 30, 20]
+
+
+def test_info_is_yaml(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["info", str(run)]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["step"], tree["optimizer_state"], tree["files"]) == (50, "dp_reshardable", 1)
+
+
+def test_rewind_sets_later_ones_aside(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["rewind", str(run), "--step", "40"]) == 2
+    assert "its SHA-256 does not match" in capsys.readouterr().err
+    assert tool.main(["rewind", str(run), "--step", "35"]) == 2
+    assert "steps there: 50, 40, 30, 20, 10" in capsys.readouterr().err
+    assert tool.main(["rewind", str(run), "--step", "30"]) == 0
+    assert folder.steps(run) == [30, 20, 10] and folder.pointed(run) == 30
+    assert sorted(path.name for path in (run / folder.SET_ASIDE).iterdir()) == ["iter_0000040", "iter_0000050"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["list", "/nowhere"], "/nowhere: neither a checkpoint (iter_NNNNNNN) nor a folder with one"),
+        (["reshard", "RUN", "--tp", "2"], "--tp, --pp and --vpp belong to --to dp_reshardable"),
+        (["reshard", "RUN", "--to", "dp_reshardable"], "holds dp_reshardable optimizer state already"),
+    ],
+)
+def test_mistakes_get_one_line(
+    words: list[str], message: str, tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main([str(run / "iter_0000030") if word == "RUN" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
