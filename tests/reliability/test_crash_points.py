@@ -25,6 +25,7 @@ def every_kind() -> None:
     crash.install_from_environment()
     work = Path(os.environ["WORK"])
     os.makedirs(work / "a" / "b", exist_ok=True)
+    (work / "a" / "b").mkdir(exist_ok=True)  # none, since it is there
     file = work / "a" / "file"
     with open(file, "wb") as stream:
         stream.write(b"x" * 10)
@@ -136,6 +137,19 @@ def full_disk() -> None:
             (work / attempt).unlink()
 
 
+def make_folders() -> None:
+    """A folder that is there and one that is not, which cannot be made at first."""
+    work = Path(os.environ["WORK"])
+    work.mkdir()
+    crash.install_from_environment()
+    for _ in range(2):
+        work.mkdir(exist_ok=True)
+        try:
+            (work / "new").mkdir()
+        except OSError as error:
+            print(error.strerror)
+
+
 def run(zygote: Zygote, function: str, folder: Path, code: int = 0, **plan: object) -> tuple[list[str], str]:
     """(operations, output) of a function below ``folder``/work."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -179,6 +193,11 @@ def test_a_write_fails_once(zygote: Zygote, tmp_path: Path) -> None:
     done, output = run(zygote, "full_disk", tmp_path / "run", action="fail", at=3, error="EIO")
     assert output == "first Input/output error 2\n"
     assert done[-1] == "close second"
+
+
+def test_making_a_folder_that_is_there_does_not_use_up_the_failure(zygote: Zygote, tmp_path: Path) -> None:
+    done, output = run(zygote, "make_folders", tmp_path / "run", action="fail", at=1, error="EIO")
+    assert (done, output) == (["mkdir new"], "Input/output error\n")
 
 
 def test_a_disk_is_full_until_something_is_removed(zygote: Zygote, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from genlip_megatron.checkpoint import folder as checkpoints
 from tests.fault_table import FaultRow
 from tests.processes import Job, Zygote
 from tests.reliability.training import Training
@@ -30,7 +31,7 @@ def wait_for_step(job: Job, step: int) -> bool:
 
 @pytest.mark.parametrize(
     ("kills", "steps", "world_size"),
-    [(3, 8, 2), pytest.param(20, 24, 2, marks=pytest.mark.slow), pytest.param(20, 24, 1, marks=pytest.mark.slow)],
+    [(3, 20, 2), pytest.param(20, 100, 2, marks=pytest.mark.slow), pytest.param(20, 100, 1, marks=pytest.mark.slow)],
 )
 def test_killed_at_random(
     kills: int, steps: int, world_size: int, zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow
@@ -40,11 +41,13 @@ def test_killed_at_random(
     assert all(ended.code == 0 for ended in whole.go())
     training = Training(zygote, demo_data, tmp_path / "killed", world_size, flags)
     draw = random.Random(kills)
-    # Steps after which the kills fall, 0 for while starting.
-    for number, step in enumerate(sorted(draw.choices(range(steps), k=kills)), 1):
+    for number in range(1, kills + 1):
+        # Of steps after the one that it goes on from; 0 is while starting.
+        further = draw.randrange(3)
+        step = max(checkpoints.steps(training.run), default=0) + further if further else 0
         job = training.start()
         assert wait_for_step(job, step), f"start {number} ended by itself: {job.codes} {job.output(0)[-1500:]}"
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.1 if further else 1))
         job.signal(draw.randrange(world_size), signal.SIGKILL)
         ended = job.wait(end_others=0.1)
         assert -signal.SIGKILL in [one.code for one in ended], "the run was over before it was killed"
