@@ -55,7 +55,10 @@ def test_killed_at_random(
     assert all(one.code == 0 for one in ended), ended[0].output[-2000:]
     assert training.history() == whole.history()
     fault_row(
-        "SIGKILL", f"random moments of {steps} steps, {world_size} ranks", "weights and samples equal", count=kills
+        "SIGKILL",
+        f"random moments of {steps} steps, {world_size} rank{'s' * (world_size > 1)}",
+        "weights and samples equal",
+        count=kills,
     )
 
 
