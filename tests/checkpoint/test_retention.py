@@ -49,7 +49,9 @@ def write(root: Path, step: int, loss: float | None = None) -> Path:
     (place / manifest.MANIFEST).write_bytes(
         Manifest(step, "dp_reshardable", LAYOUT, validation_loss=loss, files=files).to_bytes()
     )
-    return folder.publish(root, step)
+    target = folder.publish(root, step)
+    folder.point_to(root, folder.steps(root)[0])
+    return target
 
 
 def flip(file: Path) -> None:
