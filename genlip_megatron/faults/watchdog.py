@@ -17,6 +17,7 @@ SIGUSR2 writes the stacks of a rank at any time, whether or not there is a limit
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -55,6 +56,16 @@ def _stat(pid: int) -> tuple[str, int]:
     except OSError:
         return "", 0
     return parts[0], int(parts[19])
+
+
+def _signal_main_thread(pid: int, number: int) -> None:
+    """Send a signal that a process's main thread takes before anything else, where the C library can.
+
+    One that is sent to the whole process is taken by any thread, while the main one may be gone from where it stood.
+    """
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30
+    if tgkill is None or tgkill(pid, pid, number):
+        os.kill(pid, number)
 
 
 def exchange_processes() -> list[Sibling]:
@@ -141,7 +152,7 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-            os.kill(process.pid, signal.SIGUSR2)
+            _signal_main_thread(process.pid, signal.SIGUSR2)
             os.kill(process.pid, signal.SIGCONT)
 
     def close(self) -> None:
