@@ -122,6 +122,10 @@ def memory(config: RunConfig, world_size: int, device: str = "cuda", mix: Sample
         # A batch waits for the stage's last chunk; an attention plan for the backward pass.
         pixels = sizes.pixels() * (stage == 0)
         batches = passes * sizes.shared() + (passes * pixels if len(kept) > 1 else 0)
+        if device == "cpu" and config.faults.rerun_bad_steps:
+            # The step's batches stay in host memory, to be computed again, which here is the only one.
+            batches += number * pixels - (passes * pixels if len(kept) > 1 else 0)
+            pixels = 0.0
         alive = in_flight(parallel, stage, number, kept) + batches
         # (activations, head, temporaries) at the moments that can be the peak.
         unit = sizes.unit(sizes.layer_parameters()) if parallel.fsdp else 0.0
