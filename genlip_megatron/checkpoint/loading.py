@@ -109,7 +109,8 @@ def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
     """Why ``dp_reshardable`` state cannot be read on this layout."""
     here = content.describe_layout(config, world_size())
     return [
-        f"parallel.{name}: {saved.layout[name]!r} in the checkpoint, {here[name]!r} here"
+        f"{'train' if name == 'precision' else 'parallel'}.{name}: {saved.layout[name]!r} in the checkpoint, "
+        f"{here[name]!r} here"
         for name in SHARES
         if saved.kind == DP_RESHARDABLE and saved.layout[name] != here[name]
     ]

@@ -41,9 +41,12 @@ def bytes_of(config: RunConfig, parameters: int) -> int:
 
 
 def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> None:
-    """Raise ValueError when a checkpoint of ``parameters`` parameters does not fit on the disk of ``root``."""
-    Path(root).mkdir(parents=True, exist_ok=True)
-    needed, free = bytes_of(config, parameters), shutil.disk_usage(root).free
+    """Raise ValueError when ``root`` cannot be made, or has no room for a checkpoint of ``parameters`` parameters."""
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        needed, free = bytes_of(config, parameters), shutil.disk_usage(root).free
+    except OSError as error:
+        raise ValueError(f"checkpoint.save = {root}: {error}; give a folder that can be written to") from None
     if free < needed:
         raise ValueError(
             f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, one checkpoint of {parameters} parameters takes "
@@ -89,6 +92,7 @@ class Saver:
         state: what is saved.
         log: prints a line, on rank 0.
         before_writing: called on each rank with the step when it is to write; what it raises fails the save.
+        recorded: what the checkpoint says of the run, where that is not ``config``.
     """
 
     def __init__(
@@ -97,16 +101,16 @@ class Saver:
         state: State,
         log: Callable[[str], None],
         before_writing: Callable[[int], None] = lambda step: None,
+        recorded: RunConfig | None = None,
     ) -> None:
         self.config, self.state, self._log, self._before_writing = config, state, log, before_writing
         self.root = Path(config.checkpoint.save)
-        self.saves = 0  # begun by this process
         self._pending: _Pending | None = None
         self._planners: dict[str, Planner] = {}
         self._copies = HostCopies()
         self._keeper = Keeper()
         self._pruning: Background | None = None
-        self._configuration = config.to_yaml().encode()
+        self._recorded = recorded or config
         self._versions = manifest.versions()
         self._revision = manifest.revision() if torch.distributed.get_rank() == 0 else ""
 
@@ -158,7 +162,6 @@ class Saver:
         planned, written = self._write(planner, sharded, place, behind, iteration)
         stopped = time.monotonic() - begin
         self._pending = _Pending(iteration, kind, planned, written, plain, facts, stopped)
-        self.saves += 1
         if behind:
             self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s")
         else:
@@ -261,14 +264,14 @@ class Saver:
         together = {key: value for some in objects for key, value in some.items()}
         torch.save({**pending.plain.common, "objects": together}, common)
         folder.write_file(place / COMMON, common.getvalue())
-        folder.write_file(place / CONFIG, self._configuration)
+        folder.write_file(place / CONFIG, self._recorded.to_yaml().encode())
         files = {name: facts for part in parts for name, facts in part.files.items()}
         for name in (".metadata", "metadata.json", COMMON, CONFIG):
             files[name] = manifest.facts_of(place / name)
         saved = Manifest(
             iteration=pending.iteration,
             kind=pending.kind,
-            layout=content.describe_layout(self.config, pending.plain.random.world_size),
+            layout=content.describe_layout(self._recorded, pending.plain.random.world_size),
             validation_loss=pending.facts.validation_loss,
             tokenizer=pending.facts.tokenizer,
             data=pending.facts.data,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import ProcessException
 
 from genlip_megatron.config import RunConfig, override
 
@@ -39,7 +42,8 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
         The new checkpoint.
 
     Raises:
-        ValueError: the checkpoint is damaged, of that kind already, or does not fit the layout.
+        ValueError: the checkpoint is damaged, of that kind already, or does not fit the layout; or it could not be
+            written.
     """
     from genlip_megatron.checkpoint import folder, loading, manifest
     from genlip_megatron.checkpoint.content import DP_RESHARDABLE
@@ -50,27 +54,48 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
         raise ValueError(f"{place} holds {kind} optimizer state already")
     if saved.kind == DP_RESHARDABLE and layout:
         raise ValueError(f"{place} is {saved.kind}, which its own layout alone reads: first make it fully_reshardable")
-    config = loading.read_config(place)
-    if config.parallel.fsdp:
+    if wrong := manifest.problems(place, saved, checksums=True):
+        raise ValueError("; ".join(wrong))
+    recorded = loading.read_config(place)
+    if recorded.parallel.fsdp:
         raise ValueError(f"{place} was saved with --fsdp, whose optimizer state is read by any layout")
     changes: dict[str, Any] = {f"parallel.{name}": size for name, size in (layout or {}).items()}
     if layout:
         changes |= {f"parallel.num_layers_in_{end}_pipeline_stage": 0 for end in ("first", "last")}
-    changes |= {**_ALONE, "train.precision": saved.layout["precision"], "checkpoint.save": str(output)}
-    changes |= {"checkpoint.keep_last": 0}
-    config = override(config, changes)
+    recorded = override(recorded, {**changes, "train.precision": saved.layout["precision"]})
+    config = override(recorded, {**_ALONE, "checkpoint.save": str(output), "checkpoint.keep_last": 0})
     world_size = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     check(config, world_size)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes, which start with it
-    arguments = (world_size, port, config, place, kind)
-    torch.multiprocessing.spawn(_work, arguments, nprocs=world_size)  # type: ignore[attr-defined]
+    try:
+        with _without_gpus():
+            torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+                _work, (world_size, port, config, recorded, place, kind), nprocs=world_size
+            )
+    except ProcessException as error:
+        raise ValueError(f"{place} could not be resharded: {str(error).strip().splitlines()[-1]}") from error
     return folder.step_folder(output, saved.iteration)
 
 
-def _work(rank: int, world_size: int, port: int, config: RunConfig, place: Path, kind: str) -> None:
+@contextlib.contextmanager
+def _without_gpus() -> Iterator[None]:
+    """Processes started within see no GPU."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _work(
+    rank: int, world_size: int, port: int, config: RunConfig, recorded: RunConfig, place: Path, kind: str
+) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -80,17 +105,15 @@ def _work(rank: int, world_size: int, port: int, config: RunConfig, place: Path,
     host.install()
     from megatron.core import dist_checkpointing
 
-    from genlip_megatron.checkpoint import loading
+    from genlip_megatron.checkpoint import loading, manifest
     from genlip_megatron.checkpoint.content import RandomStates, State
     from genlip_megatron.checkpoint.saving import Facts, Saver
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import build_run
-    from genlip_megatron.train.resume import log
+    from genlip_megatron.train.report import log
 
     groups.initialize(config)
-    found = loading.find(place, True, log)
-    assert found is not None
-    saved = found[1]
+    saved = manifest.read(place)
     run = build_run(config)
     state = State(run.model, run.optimizer, run.scheduler)
     loading.load(place, saved, config, state)
@@ -101,7 +124,7 @@ def _work(rank: int, world_size: int, port: int, config: RunConfig, place: Path,
     )
     common = {name: value for name, value in loading.read_common(place).items() if name not in _RENEWED}
     facts = Facts(saved.tokenizer, saved.data, saved.validation_loss)
-    saver = Saver(config, state, log)
+    saver = Saver(config, state, log, recorded=recorded)
     saver.save(saved.iteration, common, kind, facts, random=random)
     saver.close()
     groups.finalize()

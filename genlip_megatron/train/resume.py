@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
@@ -50,9 +51,12 @@ def load(run: Run) -> None:
         ValueError: no good checkpoint where one is needed, or one that does not fit the configuration.
     """
     options, whole = run.config.checkpoint, run.config.checkpoint.verify == "full"
-    if options.save and not run.config.log.eval_only and (found := loading.find(options.save, whole, log)):
+    saves = bool(options.save) and not run.config.log.eval_only
+    if saves:
+        _in_save(run, folder.clean)
+    if saves and (found := loading.find(options.save, whole, log)):
         _resume(run, *found)
-        if moved := on_rank_0(lambda: folder.set_aside(options.save, run.iteration)):
+        if moved := _in_save(run, lambda root: folder.set_aside(root, run.iteration)):
             log("WARNING: later checkpoints, which this run does not go on from, are now " + ", ".join(map(str, moved)))
         return
     if not options.load:
@@ -66,6 +70,15 @@ def load(run: Run) -> None:
         _take_weights(run, *found)
     else:
         _resume(run, *found)
+
+
+def _in_save(run: Run, function: Callable[[str], Any]) -> Any:
+    """What ``function`` of the run's own folder returns on rank 0; ValueError when it cannot be written to."""
+    root = run.config.checkpoint.save
+    try:
+        return on_rank_0(lambda: function(root))
+    except NotSaved as error:
+        raise ValueError(f"checkpoint.save = {root}: {error}; the run needs to write there") from None
 
 
 def _take_weights(run: Run, place: Path, saved: Manifest) -> None:

@@ -17,6 +17,7 @@ import torch
 from genlip_megatron.checkpoint import folder, loading, manifest, metadata
 from genlip_megatron.checkpoint.content import DP_RESHARDABLE
 from genlip_megatron.config import RunConfig
+from genlip_megatron.train.reshard import reshard
 from tests.distributed import run_distributed
 from tests.runs import layout, run_steps, tiny_config, weights
 
@@ -100,6 +101,19 @@ def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
     assert loading.find(tmp_path / "nowhere", True, said.append) is None
 
 
+def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    (root / "iter_0000002").rename(root / ".iter_0000002.replaced")
+    config = tiny_config(demo_data, checkpoint__save=str(root))
+    assert start(config)[:2] == (2, 2)
+    # What cannot be moved out of the way stops the run at its start.
+    (root / "iter_0000002" / "common.pt").unlink()
+    (root / folder.SET_ASIDE).touch()
+    error = start(config)
+    assert f"checkpoint.save = {root}: " in error and "set_aside" in error and "the run needs to write there" in error
+
+
 def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(saved, root)
@@ -164,8 +178,6 @@ def test_another_tokenizer_is_refused(saved: Path, demo_data: Path, tmp_path: Pa
 
 
 def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp_path: Path) -> None:
-    from genlip_megatron.train.reshard import reshard
-
     root = tmp_path / "run"
     world_size, flags = layout("TP2xPP2")
     run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__save=str(root)), 2, False)
@@ -181,6 +193,7 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     fully = tmp_path / "fully"
     place = reshard(root / "iter_0000002", "fully_reshardable", fully)
     assert manifest.read(place).kind == "fully_reshardable"
+    assert (place / "config.yaml").read_text() == (root / "iter_0000002" / "config.yaml").read_text()
     # Another layout: sums run in another order.
     config = tiny_config(demo_data, checkpoint__load=str(fully))
     assert run_distributed(1, run_steps, config, 4)[0]["losses"] == pytest.approx(unbroken[0]["losses"], rel=1e-5)
@@ -195,6 +208,13 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     assert rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][name], rows[1][name]) for name in rows[0])
     with pytest.raises(ValueError, match="holds fully_reshardable optimizer state already"):
         reshard(place, "fully_reshardable", fully)
+    fully.joinpath("file").touch()
+    with pytest.raises(ValueError, match="could not be resharded: ValueError: checkpoint.save = .*; give a folder"):
+        reshard(place, DP_RESHARDABLE, fully / "file")
+    (place / "common.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"common.pt: 0 bytes, \d+ were written"):
+        reshard(place, DP_RESHARDABLE, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def loss_of(config: RunConfig) -> float:
@@ -244,6 +264,9 @@ def test_random_states_of_every_rank_come_back(demo_data: Path, tmp_path: Path) 
     config = tiny_config(demo_data, **flags, checkpoint__save=str(tmp_path / "run"))
     before = run_distributed(world_size, drawn, config, True)
     assert before[0] != before[1]
+    assert run_distributed(world_size, drawn, config, False) == before
+    place = reshard(tmp_path / "run" / "iter_0000001", "fully_reshardable", tmp_path / "run")
+    assert manifest.read(place).kind == "fully_reshardable"
     assert run_distributed(world_size, drawn, config, False) == before
 
 
