@@ -251,7 +251,7 @@ def drawn(config: RunConfig, save: bool) -> list[float]:
     if save:
         torch.rand(5 + torch.distributed.get_rank())
         with get_cuda_rng_tracker().fork():
-            torch.rand(3)
+            torch.rand(3 + torch.distributed.get_rank())
         run.iteration = 1
         assert save_run(run) and finish_saves(run)
     values = torch.rand(2).tolist()
@@ -260,7 +260,7 @@ def drawn(config: RunConfig, save: bool) -> list[float]:
 
 
 def test_random_states_of_every_rank_come_back(demo_data: Path, tmp_path: Path) -> None:
-    world_size, flags = layout("TP2")
+    world_size, flags = layout("DP2")  # which one rank reshards
     config = tiny_config(demo_data, **flags, checkpoint__save=str(tmp_path / "run"))
     before = run_distributed(world_size, drawn, config, True)
     assert before[0] != before[1]
