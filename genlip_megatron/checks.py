@@ -32,6 +32,16 @@ def _positive(config: RunConfig) -> None:
                 raise ValueError(f"{section}.{name} = {value}: must be at least 1")
 
 
+def _checkpoint(config: RunConfig) -> None:
+    options = config.checkpoint
+    if options.finetune and not options.load:
+        raise ValueError("checkpoint.finetune: takes weights from a checkpoint: name it with --load")
+    if options.finetune and options.load == options.save:
+        raise ValueError(
+            f"checkpoint.load = {options.load}: with --finetune it must be another run's folder than checkpoint.save"
+        )
+
+
 def _ranges(config: RunConfig) -> None:
     model, data, train, log = config.model, config.data, config.train, config.log
     checkpoint, faults = config.checkpoint, config.faults
@@ -115,6 +125,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     """
     _positive(config)
     _ranges(config)
+    _checkpoint(config)
     model, data = config.model, config.data
     _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:

@@ -172,7 +172,7 @@ class CheckpointConfig:
     fully_reshardable_every: int = _opt(
         10,
         "every so many saves, and at the end, the optimizer state is stored for any tp and pp, gathered while training "
-        "waits; 0: at the end alone",
+        "waits, and the newest such one is kept; 0: at the end alone",
     )
     keep_last: int = _opt(3, "newest good checkpoints that are kept; 0: all")
     keep_every: int = _opt(0, "checkpoints of steps that are a multiple of this are kept as well; 0: none")

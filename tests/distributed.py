@@ -33,9 +33,11 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
         function, args = job
         _leave_groups()
         try:
-            pipe.send((True, function(*args)))
+            answer = (True, function(*args))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = (False, traceback.format_exc())
+        gc.collect()  # so that runs of this job leave their folders to the next
+        pipe.send(answer)
     torch.distributed.destroy_process_group()
 
 

@@ -139,6 +139,8 @@ def test_aliases_are_the_canonical_flags() -> None:
         (["--recompute-num-layers", "28"], "recompute_num_layers = 28: must be from 0 (all) to model.num_layers = 27"),
         (["--offload-modules", "attn_proj"], "attn_proj needs core_attn as well"),
         (["--attention-backend", "flash"], "expected one of auto, dense, grouped, varlen, flex, te"),
+        (["--finetune"], "checkpoint.finetune: takes weights from a checkpoint: name it with --load"),
+        (["--finetune", "--load", "x", "--save", "x"], "checkpoint.load = x: with --finetune it must be another run's"),
         (["--eval-only"], "log.eval_only needs checkpoint.load: name the checkpoint folder with --load"),
     ],
 )

@@ -16,12 +16,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from genlip_megatron.arguments import StrictParser
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import folder, manifest, owner
+from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.manifest import CONFIG
 from genlip_megatron.checkpoint.retention import Keeper, kept
 from genlip_megatron.config import CheckpointConfig
 
@@ -46,11 +49,10 @@ def build_parser() -> StrictParser:
     listing.add_argument("--full", action="store_true", help="read every file, instead of looking at sizes")
     verify = command("verify", "read every file and compare it with what was written", f"{run}, or {one}")
     verify.add_argument("--sizes", action="store_true", help="look at sizes alone")
-    defaults = CheckpointConfig()
-    prune = command("prune", "delete good checkpoints that need not be kept", run)
-    prune.add_argument("--keep-last", type=int, default=defaults.keep_last, help="newest to keep; 0: all")
-    prune.add_argument("--keep-every", type=int, default=defaults.keep_every, help="keep multiples of so many steps")
-    prune.add_argument("--keep-best", type=int, default=defaults.keep_best, help="lowest validation losses to keep")
+    prune = command("prune", "delete good checkpoints that need not be kept; by default the run's own rules hold", run)
+    prune.add_argument("--keep-last", type=int, metavar="N", help="newest to keep; 0: all")
+    prune.add_argument("--keep-every", type=int, metavar="N", help="keep multiples of so many steps; 0: none")
+    prune.add_argument("--keep-best", type=int, metavar="N", help="lowest validation losses to keep")
     prune.add_argument("--damaged", action="store_true", help="delete damaged ones older than the newest good one too")
     prune.add_argument("--dry-run", action="store_true", help="say what would be deleted")
     command("info", "what a checkpoint is and what saved it", f"{one}, or {run} for its newest")
@@ -135,9 +137,9 @@ def verify(options: argparse.Namespace) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """Delete what need not be kept."""
+    rules, keeper = _rules(options), Keeper()
     _places(options.path)
-    rules = CheckpointConfig(keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best)
-    keeper = Keeper()
+    lock, _ = owner.own(options.path)
     gone, wrong = keeper.prune(options.path, rules, options.dry_run)
     for problem in wrong:
         print(f"damaged, not counted: {problem}")
@@ -149,7 +151,25 @@ def prune(options: argparse.Namespace) -> int:
         for step in () if options.dry_run else damaged:
             folder.remove(options.path, step)
         print(f"{verb} damaged steps: {', '.join(map(str, damaged)) or 'none'}")
+    lock.close()
     return 0
+
+
+def _rules(options: argparse.Namespace) -> CheckpointConfig:
+    """What is to be kept: as asked for, else as the newest good checkpoint's run did."""
+    given = {name: getattr(options, name) for name in ("keep_last", "keep_every", "keep_best")}
+    for name, value in given.items():
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 0")
+    rules = CheckpointConfig()
+    for place in _places(options.path):
+        if not _look(place, False)[1]:
+            tree = (
+                yaml.safe_load((place / CONFIG).read_text()).get("checkpoint", {}) if (place / CONFIG).exists() else {}
+            )
+            rules = replace(rules, **{name: tree[name] for name in [*given, "fully_reshardable_every"] if name in tree})
+            break
+    return replace(rules, **{name: value for name, value in given.items() if value is not None})
 
 
 def info(options: argparse.Namespace) -> int:
@@ -195,8 +215,10 @@ def rewind(options: argparse.Namespace) -> int:
         raise ValueError(f"--step {options.step}: {place} is missing; steps there: {steps}")
     if wrong := _look(place, True)[1]:
         raise ValueError("; ".join(wrong))
+    lock, _ = owner.own(options.path)
     for moved in folder.set_aside(options.path, options.step):
         print(f"set aside: {moved}")
+    lock.close()
     print(f"a run with --save {options.path} goes on from step {options.step}")
     return 0
 
@@ -215,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         return commands[options.command](options)
-    except ValueError as error:
+    except (ValueError, NotSaved, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from genlip_megatron import host
+from genlip_megatron.checkpoint.folder import NotSaved
 
 
 def rank() -> int:
@@ -18,10 +19,6 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-class NotSaved(RuntimeError):
-    """A checkpoint could not be written; what was there before is untouched. Raised on every rank alike."""
 
 
 def from_rank_0(value: Any) -> Any:

@@ -23,8 +23,6 @@ from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
 
-DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
-COMMON, CONFIG = "common.pt", "config.yaml"
 # These must be equal for ``dp_reshardable`` state to be read; by them a rank's share is named and cut.
 SHARES = (
     "tensor_model_parallel_size",

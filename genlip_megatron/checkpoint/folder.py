@@ -17,6 +17,10 @@ SET_ASIDE = "set_aside"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written; what was there before is untouched. Raised on every rank alike."""
+
+
 def step_folder(root: str | Path, iteration: int) -> Path:
     """Where the checkpoint of a step stands."""
     return Path(root) / f"iter_{iteration:07d}"
@@ -32,7 +36,7 @@ def steps(root: str | Path) -> list[int]:
     """Steps of which a folder stands under ``root``, newest first; whether they are good is not looked at."""
     try:
         found = [step_of(entry) for entry in Path(root).iterdir() if entry.is_dir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((step for step in found if step is not None), reverse=True)
 
@@ -72,28 +76,31 @@ def _replaced_folder(root: str | Path, iteration: int) -> Path:
 
 
 def clean(root: str | Path) -> None:
-    """Remove what crashed saves left behind; a checkpoint that was about to be replaced is put back."""
+    """Remove what crashed saves and deletions left behind; a checkpoint that was about to be replaced is put back."""
     for entry in list(Path(root).glob(".iter_*")):
         name = entry.name[1:].rpartition(".")[0]
         if entry.suffix == ".replaced" and not (Path(root) / name).exists():
             os.rename(entry, Path(root) / name)
-        elif entry.suffix in (".partial", ".replaced"):
+        elif entry.suffix in (".partial", ".replaced", ".removed"):
             shutil.rmtree(entry)
 
 
 def publish(root: str | Path, iteration: int) -> Path:
-    """Let the written and synced checkpoint of a step appear."""
-    root, target = Path(root), step_folder(root, iteration)
-    partial, replaced = partial_folder(root, iteration), _replaced_folder(root, iteration)
+    """Let the checkpoint of a step appear, whose files are written and synced; ``confirm`` follows."""
+    target, partial = step_folder(root, iteration), partial_folder(root, iteration)
     for folder in {path.parent for path in partial.rglob("*")} | {partial}:
         sync(folder)
     if target.exists():
-        os.rename(target, replaced)
+        os.rename(target, _replaced_folder(root, iteration))
     os.rename(partial, target)
-    sync(root)
-    if replaced.exists():
-        shutil.rmtree(replaced)
     return target
+
+
+def confirm(root: str | Path, iteration: int) -> None:
+    """Have the name of a published checkpoint written out, and point to the newest one; what it replaced goes."""
+    sync(Path(root))
+    shutil.rmtree(_replaced_folder(root, iteration), ignore_errors=True)
+    point_to(root, steps(root)[0])
 
 
 def point_to(root: str | Path, iteration: int) -> None:
@@ -110,6 +117,7 @@ def set_aside(root: str | Path, after: int) -> list[Path]:
 
     They are of a course that the run has left, or damaged; nothing is deleted.
     """
+    clean(root)  # what is put back later would count again
     moved = []
     for step in steps(root):
         if step <= after:
@@ -131,7 +139,8 @@ def set_aside(root: str | Path, after: int) -> list[Path]:
 
 def remove(root: str | Path, iteration: int) -> None:
     """Delete a checkpoint; a crash meanwhile leaves a hidden rest that the next ``clean`` removes."""
-    source, hidden = step_folder(root, iteration), partial_folder(root, iteration)
+    source = step_folder(root, iteration)
+    hidden = source.with_name(f".{source.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(source, hidden)
     shutil.rmtree(hidden)

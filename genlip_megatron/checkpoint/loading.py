@@ -13,12 +13,15 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 
 from genlip_megatron.checkpoint import content, folder, manifest, metadata
 from genlip_megatron.checkpoint.agree import from_rank_0, gather, rank, world_size
-from genlip_megatron.checkpoint.content import CONFIG, DP_RESHARDABLE, SHARES, RandomStates, State
-from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.checkpoint.content import SHARES, RandomStates, State
+from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, Manifest
 from genlip_megatron.config import RunConfig, from_dict
 
 # What matters when weights are made, or while they are trained, and never changes what they mean.
 _FREE_MODEL_FIELDS = ("init_method_std", "freeze_embeddings", "freeze_head")
+# Settings of the data: by which the pixels of an image are decided, and the samples with their order.
+_PIXELS = {"fixed": ("image_size", "fixed_resize"), "native": ("min_pixels", "max_pixels")}
+_SAMPLES = ("train_data", "prompt")
 
 
 def read_config(place: Path) -> RunConfig:
@@ -47,7 +50,7 @@ def find(root: str | Path, checksums: bool, log: Callable[[str], None]) -> tuple
     places = from_rank_0(places)
     damage: list[str] = []
     for place in places:
-        found = _verified(place, checksums)
+        found = _verified(place, checksums, folder.step_of(place))
         if isinstance(found, Manifest):
             if damage:
                 log(
@@ -65,12 +68,23 @@ def find(root: str | Path, checksums: bool, log: Callable[[str], None]) -> tuple
     raise ValueError(f"no good checkpoint in {root}: " + "; ".join(damage))
 
 
-def _verified(place: Path, checksums: bool) -> Manifest | list[str]:
+# What decides which rank a random state belongs to.
+_PLACES = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
+
+
+def _verified(place: Path, checksums: bool, step: int | None) -> Manifest | list[str]:
     """A checkpoint's manifest when it is good, else what is wrong with it. A collective."""
     found: Manifest | list[str] = []
     if rank() == 0:
         try:
             found = manifest.read(place)
+            if step != found.iteration:
+                found = [f"{place}: of step {found.iteration} by its {manifest.MANIFEST}, not {step}"]
         except manifest.Damaged as error:
             found = [str(error)]
     found = from_rank_0(found)
@@ -102,6 +116,23 @@ def model_differences(saved: RunConfig, config: RunConfig, same_run: bool) -> li
         f"model.{name}: {theirs[name]!r} in the checkpoint, {ours[name]!r} here{hints.get(name, '')}"
         for name in ours
         if name not in free and theirs[name] != ours[name]
+    ]
+
+
+def data_differences(saved: RunConfig, config: RunConfig, other_data: bool) -> list[str]:
+    """Fields by which the saved run's data differ from the configured ones, a line each.
+
+    Args:
+        other_data: samples or their order are known to differ; what may be why is listed too.
+    """
+    theirs, ours = saved.data, config.data
+    names = ["image_mode", *(_PIXELS[ours.image_mode] if theirs.image_mode == ours.image_mode else ())]
+    names += _SAMPLES if other_data else ()
+    return [
+        f"data.{name}: {getattr(theirs, name)!r} in the checkpoint, {getattr(ours, name)!r} here "
+        "(--change-data accepts it)"
+        for name in names
+        if getattr(theirs, name) != getattr(ours, name)
     ]
 
 
@@ -156,7 +187,9 @@ def load(place: Path, saved: Manifest, config: RunConfig, state: State) -> None:
         "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=kind_of_state),
     }
     random = RandomStates.of_this_run()
-    if (saved.layout["world_size"], saved.random) == (random.world_size, random.sizes):
+    here = content.describe_layout(config, world_size())
+    same_place = all(saved.layout[name] == here[name] for name in _PLACES)
+    if same_place and saved.random == random.sizes:
         request["random"] = random.parts
     common = read_common(place)
     content.put_objects(request, common["objects"])

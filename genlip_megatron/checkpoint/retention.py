@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint.manifest import FULLY_RESHARDABLE
 from genlip_megatron.config import CheckpointConfig
 
 
 def kept(
-    checkpoints: Sequence[tuple[int, float | None]], keep_last: int, keep_every: int, keep_best: int
+    checkpoints: Sequence[tuple[int, float | None]],
+    keep_last: int,
+    keep_every: int,
+    keep_best: int,
+    any_layout: Collection[int] = (),
 ) -> dict[int, str]:
     """step -> why it is kept.
 
@@ -18,7 +24,8 @@ def kept(
         checkpoints: (step, validation loss or None) of every good checkpoint.
         keep_last: so many of the newest; 0 keeps all.
         keep_every: and those of steps that are a multiple of this; 0: none.
-        keep_best: and so many of the lowest validation loss; of equal ones the newest.
+        keep_best: and so many of the lowest finite validation loss; of equal ones the newest.
+        any_layout: steps that any layout can resume from, of which the newest is kept.
 
     >>> kept([(10, 3.5), (20, 3.1), (30, 3.3), (40, None)], keep_last=1, keep_every=30, keep_best=1)
     {20: 'best', 30: 'every 30', 40: 'last'}
@@ -28,17 +35,28 @@ def kept(
     for step in by_age:
         if keep_every and step % keep_every == 0:
             reasons.setdefault(step, f"every {keep_every}")
-    validated = sorted((loss, -step) for step, loss in checkpoints if loss is not None)
+    validated = sorted((loss, -step) for step, loss in checkpoints if loss is not None and math.isfinite(loss))
     for _, negative in validated[:keep_best]:
         reasons.setdefault(-negative, "best")
+    if any_layout:
+        reasons.setdefault(max(any_layout), "any layout")
     return dict(sorted(reasons.items()))
 
 
 class Keeper:
-    """Prunes the checkpoints of a run and remembers which it has found good, so that each is read once."""
+    """Prunes the checkpoints of a run and remembers which it has found good, so that each is read once.
+
+    Attributes:
+        reading: whether files are being read, which takes long where there are many of other processes.
+    """
 
     def __init__(self) -> None:
+        self.reading = False
         self._good: set[tuple[str, tuple[tuple[str, int, int], ...]]] = set()
+
+    def trust(self, place: Path, facts: manifest.Manifest) -> None:
+        """Take a checkpoint for good that this process has written and hashed."""
+        self._good.add((str(place), _state(place, facts)))
 
     def good(self, root: str | Path, checksums: bool = True) -> tuple[dict[int, manifest.Manifest], list[str]]:
         """(step -> manifest of the good checkpoints, what is wrong with the others)."""
@@ -52,7 +70,10 @@ class Keeper:
                 wrong.append(str(error))
                 continue
             if state not in self._good:
-                if damage := manifest.problems(place, facts, checksums):
+                self.reading = checksums
+                damage = manifest.problems(place, facts, checksums)
+                self.reading = False
+                if damage:
                     wrong += damage
                     continue
                 if checksums:
@@ -63,11 +84,13 @@ class Keeper:
     def prune(self, root: str | Path, options: CheckpointConfig, dry_run: bool = False) -> tuple[list[int], list[str]]:
         """(steps that were deleted, what is wrong with damaged ones, which stay where they are).
 
-        Nothing is deleted before every checkpoint that is kept has been read and found good.
+        Nothing is deleted before every checkpoint that is kept has been read, or written, and found good.
         """
         found, wrong = self.good(root)
         checkpoints = [(step, facts.validation_loss) for step, facts in found.items()]
-        stay = kept(checkpoints, options.keep_last, options.keep_every, options.keep_best)
+        whole = [step for step, facts in found.items() if facts.kind == FULLY_RESHARDABLE]
+        whole = whole if options.fully_reshardable_every else []  # who makes none on the way does not rely on them
+        stay = kept(checkpoints, options.keep_last, options.keep_every, options.keep_best, whole)
         gone = sorted(step for step in found if step not in stay)
         for step in () if dry_run else gone:
             folder.remove(root, step)

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import psutil
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from genlip_megatron.checkpoint import content, folder, manifest
-from genlip_megatron.checkpoint.agree import NotSaved, everywhere, first_of, gather_on_rank_0, lowest, on_rank_0
-from genlip_megatron.checkpoint.content import COMMON, CONFIG, FULLY_RESHARDABLE, RandomStates, State
-from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.checkpoint import content, folder, manifest, owner
+from genlip_megatron.checkpoint.agree import (
+    everywhere,
+    first_of,
+    gather,
+    gather_on_rank_0,
+    lowest,
+    on_rank_0,
+    rank,
+)
+from genlip_megatron.checkpoint.content import RandomStates, State
+from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.checkpoint.retention import Keeper
 from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Planner, Written
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.specs import compute_dtype
+
+_PATIENCE_FOR_DELETIONS = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -87,12 +101,18 @@ class _Pending:
 class Saver:
     """Saves a run's state; one save at a time. Every method is a collective over all ranks unless it says otherwise.
 
+    It owns the folder of checkpoints from its making, a collective too, until ``close``.
+
     Args:
         config: of the run; checkpoints go to ``checkpoint.save``.
         state: what is saved.
         log: prints a line, on rank 0.
         before_writing: called on each rank with the step when it is to write; what it raises fails the save.
         recorded: what the checkpoint says of the run, where that is not ``config``.
+        patience: seconds to wait for another process to leave the folder.
+
+    Raises:
+        ValueError: the folder cannot be written to, is not the same on all ranks, or another process saves to it.
     """
 
     def __init__(
@@ -102,6 +122,7 @@ class Saver:
         log: Callable[[str], None],
         before_writing: Callable[[int], None] = lambda step: None,
         recorded: RunConfig | None = None,
+        patience: float = 0.0,
     ) -> None:
         self.config, self.state, self._log, self._before_writing = config, state, log, before_writing
         self.root = Path(config.checkpoint.save)
@@ -112,7 +133,20 @@ class Saver:
         self._pruning: Background | None = None
         self._recorded = recorded or config
         self._versions = manifest.versions()
-        self._revision = manifest.revision() if torch.distributed.get_rank() == 0 else ""
+        self._revision = manifest.revision() if rank() == 0 else ""
+        self._lock: IO[str] | None = None
+        try:
+            text = on_rank_0(lambda: self._own(patience))
+            strangers = first_of(gather(owner.seen(self.root, text)))
+        except NotSaved as error:
+            strangers = str(error)
+        if strangers:
+            raise ValueError(f"checkpoint.save = {self.root}: {strangers}")
+
+    def _own(self, patience: float) -> str:
+        self._lock, text = owner.own(self.root, patience, self._log)
+        folder.clean(self.root)
+        return text
 
     @property
     def writing(self) -> bool:
@@ -153,7 +187,12 @@ class Saver:
         planner = self._planner(kind)
         try:
             place = on_rank_0(lambda: self._prepare(iteration))
-            sharded, plain = everywhere(lambda: self._collect(iteration, common, kind, random))
+            if kind == FULLY_RESHARDABLE:
+                # Gathering waits for other ranks: what fails within it ends this process, and so the launch.
+                everywhere(self._check_host_memory)
+                sharded, plain = self._collect(iteration, common, kind, random)
+            else:
+                sharded, plain = everywhere(lambda: self._collect(iteration, common, kind, random))
             # Planning anew is a collective.
             if not lowest(planner.knows(sharded)):
                 planner.prepare(sharded)
@@ -166,6 +205,16 @@ class Saver:
             self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s")
         else:
             self.finish()
+
+    def _check_host_memory(self) -> None:
+        """Raise MemoryError when this machine has not the memory in which its ranks gather float32 weights and two
+        moments. Not a collective."""
+        parameters = sum(p.numel() for chunk in self.state.model for p in chunk.parameters())
+        needed = 12 * parameters * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if (free := psutil.virtual_memory().available) < needed:
+            raise MemoryError(
+                f"gathering takes {needed / 1e9:.2f} GB of host memory here, {free / 1e9:.2f} GB are free"
+            )
 
     def _collect(
         self, iteration: int, common: dict[str, Any], kind: str, random: RandomStates | None
@@ -225,23 +274,32 @@ class Saver:
 
     def _failed(self, iteration: int, why: str) -> str:
         """Remove what was written of a checkpoint; returns the message."""
-        if torch.distributed.get_rank() == 0:
+        if rank() == 0:
             shutil.rmtree(folder.partial_folder(self.root, iteration), ignore_errors=True)
         return (
             f"the checkpoint of step {iteration} could not be written to {self.root}: {why}; earlier ones are untouched"
         )
 
+    def settle(self, seconds: float | None = None) -> None:
+        """Wait for deletions under way, up to so many seconds, and say what became of them. Not a collective."""
+        if self._pruning is not None and self._pruning.wait(seconds):
+            pruning, self._pruning = self._pruning, None
+            if text := pruning.result():
+                self._log(text)
+
     def close(self) -> None:
-        """Wait for deletions under way and say what became of them. Not a collective."""
-        pruning, self._pruning = self._pruning, None
-        if pruning is not None and (text := pruning.result()):
-            self._log(text)
+        """Leave the folder to others; deletions that take long go on until the process ends. Not a collective."""
+        self.settle(_PATIENCE_FOR_DELETIONS)
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lock.close()
 
     def _prepare(self, iteration: int) -> Path:
-        self.close()
+        self.settle(0.0 if self._keeper.reading else None)  # a deletion makes room, and is short
         place = folder.partial_folder(self.root, iteration)
         self.root.mkdir(parents=True, exist_ok=True)
-        folder.clean(self.root)
+        if self._pruning is None:
+            folder.clean(self.root)
         place.mkdir()
         return place
 
@@ -285,10 +343,12 @@ class Saver:
         target = folder.publish(self.root, pending.iteration)
         warnings = [first_of([part.warning for part in parts])]
         try:
-            folder.point_to(self.root, folder.steps(self.root)[0])
+            folder.confirm(self.root, pending.iteration)
         except OSError as error:  # nothing that loads needs it
-            warnings.append(f"{folder.LATEST} could not be replaced: {error}")
-        self._pruning = Background(self._prune)
+            warnings.append(f"the checkpoint stands, but {folder.LATEST} may be an older one's: {error}")
+        self._keeper.trust(target, saved)
+        if self._pruning is None:
+            self._pruning = Background(self._prune)
         seconds = max(part.seconds for part in parts)
         hashing = max(part.hashing for part in parts)
         return (

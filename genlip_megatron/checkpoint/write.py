@@ -298,6 +298,11 @@ class Background:
     def done(self) -> bool:
         return not self._thread.is_alive()
 
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the function's end, up to so many seconds; whether it has ended."""
+        self._thread.join(seconds)
+        return self.done
+
     def result(self) -> Any:
         """What the function returned, once it has."""
         self._thread.join()

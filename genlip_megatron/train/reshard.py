@@ -46,7 +46,7 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
             written.
     """
     from genlip_megatron.checkpoint import folder, loading, manifest
-    from genlip_megatron.checkpoint.content import DP_RESHARDABLE
+    from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
     from genlip_megatron.checks import check
 
     saved = manifest.read(place)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
 
 from genlip_megatron.checkpoint import folder, loading
-from genlip_megatron.checkpoint.agree import NotSaved, gather, on_rank_0
-from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE, State
-from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.checkpoint.agree import gather, on_rank_0
+from genlip_megatron.checkpoint.content import State
+from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.data.loader import merge_cursors
 from genlip_megatron.train.report import log
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from genlip_megatron.train.loop import Run
 
 
+_PATIENCE = 120.0  # seconds in which the process before, which is told to end, leaves the folder
+
+
 def _state(run: Run) -> State:
     return State(run.model, run.optimizer, run.scheduler)
 
@@ -31,7 +34,7 @@ def make_saver(run: Run) -> Saver | None:
     """What saves the run, if it saves at all."""
     if not run.config.checkpoint.save or run.train_loader is None:
         return None
-    return Saver(run.config, _state(run), log, lambda step: _inject(run, step))
+    return Saver(run.config, _state(run), log, lambda step: _inject(run, step), patience=_PATIENCE)
 
 
 def _inject(run: Run, step: int) -> None:
@@ -51,12 +54,9 @@ def load(run: Run) -> None:
         ValueError: no good checkpoint where one is needed, or one that does not fit the configuration.
     """
     options, whole = run.config.checkpoint, run.config.checkpoint.verify == "full"
-    saves = bool(options.save) and not run.config.log.eval_only
-    if saves:
-        _in_save(run, folder.clean)
-    if saves and (found := loading.find(options.save, whole, log)):
+    if run.saver is not None and (found := loading.find(options.save, whole, log)):
         _resume(run, *found)
-        if moved := _in_save(run, lambda root: folder.set_aside(root, run.iteration)):
+        if moved := _set_aside(run):
             log("WARNING: later checkpoints, which this run does not go on from, are now " + ", ".join(map(str, moved)))
         return
     if not options.load:
@@ -72,13 +72,13 @@ def load(run: Run) -> None:
         _resume(run, *found)
 
 
-def _in_save(run: Run, function: Callable[[str], Any]) -> Any:
-    """What ``function`` of the run's own folder returns on rank 0; ValueError when it cannot be written to."""
+def _set_aside(run: Run) -> list[Path]:
     root = run.config.checkpoint.save
     try:
-        return on_rank_0(lambda: function(root))
+        moved: list[Path] = on_rank_0(lambda: folder.set_aside(root, run.iteration))
+        return moved
     except NotSaved as error:
-        raise ValueError(f"checkpoint.save = {root}: {error}; the run needs to write there") from None
+        raise ValueError(f"checkpoint.save = {root}: {error}; later checkpoints must be moved out of the way") from None
 
 
 def _take_weights(run: Run, place: Path, saved: Manifest) -> None:
@@ -100,7 +100,9 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
     data = run.train_loader.plan.differences(common["data"]["plan"])
     hint = " (--change-data begins with the data anew and keeps the rest)"
     differing = loading.model_differences(theirs, config, same_run=True) + _tokenizer_differences(run, saved)
-    _refuse(place, differing + ([] if config.data.change_data else [line + hint for line in data]))
+    if not config.data.change_data:
+        differing += loading.data_differences(theirs, config, bool(data)) + [line + hint for line in data]
+    _refuse(place, differing)
     loading.load(place, saved, config, _state(run))
     run.iteration = saved.iteration
     run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]

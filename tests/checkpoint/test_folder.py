@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import pytest
 
 from genlip_megatron.checkpoint import folder
 
@@ -12,7 +15,7 @@ def publish(root: Path, step: int, content: str = "x") -> Path:
     partial.mkdir(parents=True)
     (partial / "file").write_text(content)
     target = folder.publish(root, step)
-    folder.point_to(root, folder.steps(root)[0])
+    folder.confirm(root, step)
     return target
 
 
@@ -31,6 +34,35 @@ def test_a_published_checkpoint_is_the_newest_and_pointed_to(tmp_path: Path) -> 
     assert folder.pointed(tmp_path) == 12_345_678 and names(tmp_path) == ["iter_0000007", "iter_12345678"]
 
 
+def test_names_are_written_out_before_the_next_thing_relies_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill cannot show a missing sync; a power cut would."""
+    done: list[str] = []
+    rename, sync = os.rename, folder.sync
+
+    def noted_rename(source: Path, target: Path) -> None:
+        done.append(f"rename {Path(source).name}")
+        rename(source, target)
+
+    def noted_sync(path: Path) -> None:
+        done.append(f"sync {path.name}")
+        sync(path)
+
+    publish(tmp_path, 7)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(folder, "sync", noted_sync)
+    publish(tmp_path, 7)
+    root = tmp_path.name
+    assert done == [
+        "sync .iter_0000007.partial",
+        "rename iter_0000007",
+        "rename .iter_0000007.partial",
+        f"sync {root}",
+        f"sync {root}",
+    ]
+
+
 def test_only_step_folders_count(tmp_path: Path) -> None:
     for name in ("iter_7", "iter_0000008.bak", ".iter_0000009.partial", "tensorboard"):
         (tmp_path / name).mkdir()
@@ -41,7 +73,7 @@ def test_only_step_folders_count(tmp_path: Path) -> None:
 
 def test_clean_removes_what_crashed_saves_left(tmp_path: Path) -> None:
     publish(tmp_path, 7)
-    for name in (".iter_0000008.partial", ".iter_0000007.replaced"):
+    for name in (".iter_0000008.partial", ".iter_0000007.replaced", ".iter_0000006.removed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("half")
     folder.clean(tmp_path)
@@ -63,3 +95,17 @@ def test_set_aside_moves_later_steps_and_deletes_nothing(tmp_path: Path) -> None
     publish(tmp_path, 8, "other")
     assert folder.set_aside(tmp_path, 7) == [tmp_path / folder.SET_ASIDE / "iter_0000008-2"]
     assert (tmp_path / folder.SET_ASIDE / "iter_0000008" / "file").read_text() == "x"
+
+
+def test_what_was_being_replaced_is_set_aside_too(tmp_path: Path) -> None:
+    for step in (7, 9):
+        publish(tmp_path, step)
+    (tmp_path / "iter_0000009").rename(tmp_path / ".iter_0000009.replaced")
+    assert folder.set_aside(tmp_path, 7) == [tmp_path / folder.SET_ASIDE / "iter_0000009"]
+    folder.clean(tmp_path)
+    assert folder.steps(tmp_path) == [7]
+
+
+def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert folder.steps(tmp_path / "file") == []

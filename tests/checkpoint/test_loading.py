@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from genlip_megatron.checkpoint import folder, loading, manifest, metadata
-from genlip_megatron.checkpoint.content import DP_RESHARDABLE
+from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
 from genlip_megatron.config import RunConfig
 from genlip_megatron.train.reshard import reshard
 from tests.distributed import run_distributed
@@ -89,6 +89,20 @@ def test_sizes_alone_do_not_show_a_flipped_bit(saved: Path, tmp_path: Path) -> N
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"{len(content) - 1} bytes, {len(content)} were written"):
         loading.find(place, False, print)
+    # All others are small, and read in any case.
+    file.write_bytes(content)
+    common = place / "common.pt"
+    common.write_bytes(bytes(common.stat().st_size))
+    with pytest.raises(ValueError, match=r"common\.pt: damaged"):
+        loading.find(place, False, print)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(saved: Path, tmp_path: Path) -> None:
+    root, said = tmp_path / "run", []
+    shutil.copytree(saved, root)
+    shutil.copytree(root / "iter_0000001", root / "iter_0000003")
+    found = loading.find(root, True, said.append)
+    assert found is not None and found[1].iteration == 2 and "of step 1 by its manifest.json, not 3" in said[0]
 
 
 def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
@@ -111,7 +125,9 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data
     (root / "iter_0000002" / "common.pt").unlink()
     (root / folder.SET_ASIDE).touch()
     error = start(config)
-    assert f"checkpoint.save = {root}: " in error and "set_aside" in error and "the run needs to write there" in error
+    assert (
+        f"checkpoint.save = {root}: " in error and "set_aside" in error and "later checkpoints must be moved" in error
+    )
 
 
 def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp_path: Path) -> None:
@@ -137,6 +153,11 @@ def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp
         ),
         ({"model__drop_path_rate": 0.1}, ["model.drop_path_rate: 0.2 in the checkpoint, 0.1 here (--change-drop-path"]),
         ({"model__freeze_head": True}, ["model.freeze_head: False in the checkpoint, True here (--finetune starts"]),
+        (
+            {"data__max_pixels": 8192},
+            ["data fingerprint: ", "data.max_pixels: 16384 in the checkpoint, 8192 here (--change-data accepts it)"],
+        ),
+        ({"data__image_mode": "fixed"}, ["data.image_mode: 'native' in the checkpoint, 'fixed' here (--change-data"]),
         ({"train__seed": 7}, ["data seed: 1234 in the checkpoint, 7 here"]),
         ({"train__global_batch_size": 2}, ["has 4 lanes, this run 2", "--change-lanes"]),
         (

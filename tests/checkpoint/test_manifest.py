@@ -10,7 +10,7 @@ import pytest
 from genlip_megatron.checkpoint import manifest
 from genlip_megatron.checkpoint.manifest import Manifest
 
-NAMES = ("a.bin", "b.bin", "c.bin", "empty")
+NAMES = ("a.bin", "b.distcp", "c.bin", "empty")
 
 
 @pytest.fixture
@@ -47,13 +47,13 @@ def test_every_flipped_bit_of_the_manifest_is_seen(place: Path) -> None:
 
 def test_damage_is_named_with_its_file(place: Path) -> None:
     found = manifest.read(place)
-    content = bytearray((place / "b.bin").read_bytes())
+    content = bytearray((place / "b.distcp").read_bytes())
     content[100] ^= 4
-    (place / "b.bin").write_bytes(content)
+    (place / "b.distcp").write_bytes(content)
     (place / "c.bin").unlink()
     (place / "empty").write_bytes(b"!")
     assert sorted(manifest.problems(place, found)) == [
-        f"{place}/b.bin: damaged, its SHA-256 does not match the manifest's",
+        f"{place}/b.distcp: damaged, its SHA-256 does not match the manifest's",
         f"{place}/c.bin: missing",
         f"{place}/empty: 1 bytes, 0 were written",
     ]

@@ -40,17 +40,20 @@ LAYOUT = {
 }
 
 
-def write(root: Path, step: int, loss: float | None = None) -> Path:
+def test_the_newest_for_any_layout_is_kept_and_no_loss_that_is_no_number_is_best() -> None:
+    losses = [(10, 3.0), (20, float("nan")), (30, float("inf")), (40, float("nan"))]
+    assert kept(losses, 1, 0, 1, any_layout=[20, 30]) == {10: "best", 30: "any layout", 40: "last"}
+
+
+def write(root: Path, step: int, loss: float | None = None, kind: str = "dp_reshardable") -> Path:
     """A checkpoint of one file."""
     place = folder.partial_folder(root, step)
     place.mkdir(parents=True)
-    (place / "weights").write_bytes(bytes([step]) * 100)
-    files = {"weights": manifest.facts_of(place / "weights")}
-    (place / manifest.MANIFEST).write_bytes(
-        Manifest(step, "dp_reshardable", LAYOUT, validation_loss=loss, files=files).to_bytes()
-    )
+    (place / "weights.distcp").write_bytes(bytes([step]) * 100)
+    files = {"weights.distcp": manifest.facts_of(place / "weights.distcp")}
+    (place / manifest.MANIFEST).write_bytes(Manifest(step, kind, LAYOUT, validation_loss=loss, files=files).to_bytes())
     target = folder.publish(root, step)
-    folder.point_to(root, folder.steps(root)[0])
+    folder.confirm(root, step)
     return target
 
 
@@ -64,14 +67,14 @@ def flip(file: Path) -> None:
 def test_a_damaged_checkpoint_is_never_counted(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         write(tmp_path, step, loss=1.0 if step == 10 else 2.0)
-    flip(tmp_path / "iter_0000040" / "weights")
-    flip(tmp_path / "iter_0000010" / "weights")
+    flip(tmp_path / "iter_0000040" / "weights.distcp")
+    flip(tmp_path / "iter_0000010" / "weights.distcp")
     gone, wrong = Keeper().prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))
     # Of the four the two newest good ones stay; the damaged ones are neither counted nor deleted.
     assert gone == [] and folder.steps(tmp_path) == [40, 30, 20, 10]
     assert [problem.split(": ")[0] for problem in wrong] == [
-        f"{tmp_path}/iter_0000040/weights",
-        f"{tmp_path}/iter_0000010/weights",
+        f"{tmp_path}/iter_0000040/weights.distcp",
+        f"{tmp_path}/iter_0000010/weights.distcp",
     ]
     write(tmp_path, 50)
     assert Keeper().prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))[0] == [20]
@@ -83,10 +86,10 @@ def test_damage_after_the_first_look_is_seen(tmp_path: Path) -> None:
     write(tmp_path, 10)
     write(tmp_path, 20)
     assert keeper.good(tmp_path)[0].keys() == {10, 20}
-    flip(tmp_path / "iter_0000020" / "weights")
+    flip(tmp_path / "iter_0000020" / "weights.distcp")
     assert keeper.prune(tmp_path, options) == (
         [],
-        [f"{tmp_path}/iter_0000020/weights: damaged, its SHA-256 does not match the manifest's"],
+        [f"{tmp_path}/iter_0000020/weights.distcp: damaged, its SHA-256 does not match the manifest's"],
     )
     assert 10 in folder.steps(tmp_path)
 
@@ -97,3 +100,11 @@ def test_a_dry_run_deletes_nothing(tmp_path: Path) -> None:
     options = CheckpointConfig(keep_last=1)
     assert Keeper().prune(tmp_path, options, dry_run=True) == ([10], [])
     assert folder.steps(tmp_path) == [20, 10]
+
+
+@pytest.mark.parametrize(("every", "left"), [(10, [40, 20]), (0, [40])])
+def test_one_checkpoint_for_any_layout_outlives_newer_ones(every: int, left: list[int], tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step, kind="fully_reshardable" if step < 30 else "dp_reshardable")
+    Keeper().prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=0, fully_reshardable_every=every))
+    assert folder.steps(tmp_path) == left

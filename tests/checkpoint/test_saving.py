@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import folder, manifest, owner
 from genlip_megatron.checkpoint.saving import check_free_space
 from genlip_megatron.checkpoint.write import PlannedWrite, Written
 from genlip_megatron.config import RunConfig
@@ -21,7 +23,8 @@ from tests.runs import layout, run_steps, tiny_config, weights
 
 def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
     """Begin a save, change everything before it is written, finish it, load it; what was there and what came back."""
-    from genlip_megatron.checkpoint.content import DP_RESHARDABLE, State
+    from genlip_megatron.checkpoint.content import State
+    from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
     from genlip_megatron.checkpoint.saving import Facts
     from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import load
@@ -187,3 +190,88 @@ def test_a_run_saved_before_its_first_update_begins_as_if_it_had_not_been(
     unbroken = run_distributed(1, run_steps, tiny_config(demo_data), 3)[0]
     run_distributed(1, run_steps, config, 0, last)
     assert run_distributed(1, run_steps, config, 3)[0]["losses"] == unbroken["losses"]
+
+
+def second_process(config: RunConfig, root: Path) -> str:
+    """The error of a run whose folder another process holds, or that its rank 1 does not see."""
+    from genlip_megatron.checkpoint import owner
+    from genlip_megatron.train import resume
+    from genlip_megatron.train.loop import set_up
+
+    resume._PATIENCE, seen = 0.5, owner.seen
+    if torch.distributed.get_world_size() > 1 and torch.distributed.get_rank() == 1:
+        owner.seen = lambda folder, text: seen(root, text)
+    try:
+        set_up(config)
+    except ValueError as error:
+        return str(error)
+    finally:
+        owner.seen = seen
+    return ""
+
+
+def test_a_folder_has_one_owner_and_is_the_same_on_all_ranks(demo_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    config = tiny_config(demo_data, checkpoint__save=str(root))
+    lock, _ = owner.own(root)
+    (error,) = run_distributed(1, second_process, config, root)
+    assert f"process {os.getpid()} is saving to {root}; end it, or choose another folder" in error
+    lock.close()
+    assert run_distributed(1, second_process, config, root) == [""]
+    (tmp_path / "other").mkdir()
+    errors = run_distributed(2, second_process, config, tmp_path / "other")
+    assert all("rank 1: " in error and "does not see rank 0's folder" in error for error in errors)
+
+
+def with_little_memory(config: RunConfig) -> list[Any]:
+    """What a save for any layout says on each rank when rank 1 has no memory for it, and the next one."""
+    import psutil
+
+    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.resume import save
+
+    run, plenty = set_up(config), psutil.virtual_memory
+    little = collections.namedtuple("memory", "available")(1000)
+    run.iteration = 1
+    if torch.distributed.get_rank() == 1:
+        psutil.virtual_memory = lambda: little
+    first = save(run, last=True)
+    psutil.virtual_memory = plenty
+    return [first, save(run, last=True)]
+
+
+def test_too_little_memory_to_gather_in_is_known_before(demo_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
+    assert run_distributed(2, with_little_memory, config) == [[False, True]] * 2
+
+
+def with_slow_pruning(config: RunConfig) -> list[Any]:
+    """Checkpoints after three saves during which old ones are read, and their steps once that has ended."""
+    from genlip_megatron.checkpoint.retention import Keeper
+    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.resume import save
+
+    run, prune, entered = set_up(config), Keeper.prune, threading.Event()
+
+    def slow(self: Keeper, *arguments: Any) -> Any:
+        self.reading = True
+        entered.wait(60)
+        return prune(self, *arguments)
+
+    Keeper.prune = slow  # type: ignore[method-assign]
+    assert run.saver is not None
+    for run.iteration in (1, 2, 3):
+        assert save(run, last=True)
+    Keeper.prune = prune  # type: ignore[method-assign]
+    before = len(folder.steps(config.checkpoint.save))
+    entered.set()
+    run.saver.settle()
+    run.iteration = 4
+    assert save(run, last=True)
+    run.saver.settle()
+    return [before, folder.steps(config.checkpoint.save)]
+
+
+def test_no_save_waits_until_old_checkpoints_are_read(demo_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"), checkpoint__keep_last=1)
+    assert run_distributed(1, with_slow_pruning, config) == [[3, [4]]]

@@ -11,9 +11,9 @@ import torch
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 
 from genlip_megatron.checkpoint import content, manifest, saving, write
-from genlip_megatron.checkpoint.agree import NotSaved, rank
-from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE
-from genlip_megatron.checkpoint.folder import step_folder
+from genlip_megatron.checkpoint.agree import rank
+from genlip_megatron.checkpoint.folder import NotSaved, step_folder
+from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
 from genlip_megatron.config import RunConfig
 from tests.distributed import run_distributed
 from tests.runs import layout, tiny_config

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
 
-from genlip_megatron.checkpoint import folder
+from genlip_megatron.checkpoint import folder, owner
 from tests.checkpoint.test_retention import flip, write
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "checkpoints.py"
@@ -29,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     """Checkpoints of steps 10 to 50; that of 40 is damaged, that of 20 the best."""
     for step, loss in ((10, 3.0), (20, 1.5), (30, 2.0), (40, 1.0), (50, None)):
         write(tmp_path, step, loss)
-    flip(tmp_path / "iter_0000040" / "weights")
+    flip(tmp_path / "iter_0000040" / "weights.distcp")
     return tmp_path
 
 
@@ -46,7 +47,7 @@ def test_list_shows_what_each_is(tool: ModuleType, run: Path, capsys: pytest.Cap
 def test_verify_names_what_is_damaged(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["verify", str(run)]) == 1
     out = capsys.readouterr().out
-    assert f"damaged: {run}/iter_0000040/weights: damaged, its SHA-256 does not match the manifest's" in out
+    assert f"damaged: {run}/iter_0000040/weights.distcp: damaged, its SHA-256 does not match the manifest's" in out
     assert out.count("good: ") == 4
     assert tool.main(["verify", str(run / "iter_0000030")]) == 0
     assert tool.main(["verify", str(run / "iter_0000040"), "--sizes"]) == 0
@@ -60,6 +61,29 @@ def test_prune_counts_good_ones_alone(tool: ModuleType, run: Path, capsys: pytes
     assert "damaged, not counted" in capsys.readouterr().out and folder.steps(run) == [50, 40, 30, 20]
     assert tool.main([*flags, "--damaged"]) == 0
     assert "deleted damaged steps: 40" in capsys.readouterr().out and folder.steps(run) == [50, 30, 20]
+
+
+def test_prune_goes_by_the_rules_of_the_run_unless_told_otherwise(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    (tmp_path / "iter_0000040" / "config.yaml").write_text("checkpoint: {keep_last: 1, keep_every: 20}")
+    assert tool.main(["prune", str(tmp_path), "--dry-run"]) == 0
+    assert "would delete steps: 10, 30\n" in capsys.readouterr().out
+    assert tool.main(["prune", str(tmp_path), "--dry-run", "--keep-last", "3"]) == 0
+    assert "would delete steps: 10\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["prune"], ["rewind", "--step", "10"]])
+def test_nothing_is_changed_under_a_run(
+    words: list[str], tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock, _ = owner.own(run)
+    assert tool.main([words[0], str(run), *words[1:]]) == 2
+    assert f"process {os.getpid()} is saving to {run}; end it" in capsys.readouterr().err
+    lock.close()
+    assert tool.main([words[0], str(run), *words[1:]]) == 0
 
 
 def test_info_is_yaml(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +107,7 @@ def test_rewind_sets_later_ones_aside(tool: ModuleType, run: Path, capsys: pytes
     [
         (["list", "/nowhere"], "/nowhere: neither a checkpoint (iter_NNNNNNN) nor a folder with one"),
         (["reshard", "RUN", "--tp", "2"], "--tp, --pp and --vpp belong to --to dp_reshardable"),
+        (["prune", "RUN", "--keep-last", "-1"], "--keep-last -1: must be at least 0"),
         (["reshard", "RUN", "--to", "dp_reshardable"], "holds dp_reshardable optimizer state already"),
     ],
 )

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from genlip_megatron.checkpoint import manifest
-from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE
 from genlip_megatron.checkpoint.folder import step_folder
+from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
 from genlip_megatron.config import RunConfig
 from tests.distributed import run_distributed
 from tests.runs import layout, run_steps, tiny_config, weights

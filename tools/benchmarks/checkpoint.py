@@ -37,7 +37,8 @@ host.install()
 from megatron.core import dist_checkpointing  # noqa: E402
 
 from genlip_megatron.checkpoint import content, folder, loading, manifest  # noqa: E402
-from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE, State  # noqa: E402
+from genlip_megatron.checkpoint.content import State  # noqa: E402
+from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE  # noqa: E402
 from genlip_megatron.checkpoint.saving import Facts, Saver  # noqa: E402
 from genlip_megatron.checks import check  # noqa: E402
 from genlip_megatron.config import CheckpointConfig, ModelConfig, RunConfig, from_dict, load_yaml, override  # noqa: E402
@@ -165,7 +166,7 @@ class Benchmark:
 
     def alone(self) -> None:
         """Wait until nothing is read or written any more."""
-        self.saver.close()
+        self.saver.settle()
         torch.distributed.barrier()
 
     def round(self) -> None:
@@ -373,6 +374,7 @@ def main() -> int:
         for _ in range(options.rounds):
             bench.round()
         report(bench, options.rounds)
+        bench.saver.close()
         groups.finalize()
     finally:
         if os.environ.get("RANK", "0") == "0":

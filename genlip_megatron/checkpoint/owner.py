@@ -1,0 +1,71 @@
+"""One process at a time saves to a folder of checkpoints, and every rank sees the same folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from genlip_megatron.checkpoint.folder import NotSaved
+
+LOCK = "run.lock"
+
+
+def own(root: str | Path, patience: float = 0.0, log: Callable[[str], None] = lambda text: None) -> tuple[IO[str], str]:
+    """(a file whose lock lasts until it is closed or the process ends, what it says) of a folder that is made.
+
+    Where the file system has no locks, nothing keeps others out.
+
+    Args:
+        patience: seconds to wait for another process to end.
+
+    Raises:
+        NotSaved: another process holds the folder.
+        OSError: it cannot be written to.
+    """
+    Path(root).mkdir(parents=True, exist_ok=True)
+    file = open(Path(root) / LOCK, "a+")  # noqa: SIM115
+    try:
+        _lock(file, root, patience, log)
+        text = f"{socket.gethostname()} process {os.getpid()} {secrets.token_hex(8)}\n"
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    except BaseException:
+        file.close()
+        raise
+    return file, text
+
+
+def _lock(file: IO[str], root: str | Path, patience: float, log: Callable[[str], None]) -> None:
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().rpartition(" ")[0] or "another process"
+            if time.monotonic() >= end:
+                raise NotSaved(f"{owner} is saving to {root}; end it, or choose another folder") from None
+            if not told:
+                log(f"waiting up to {patience:.0f} s for {owner}, which is saving to {root}")
+                told = True
+            time.sleep(0.2)
+        except OSError:  # no locks here
+            return
+
+
+def seen(root: str | Path, text: str) -> str | None:
+    """Why this process does not see the folder whose owner wrote ``text``, or None."""
+    try:
+        found = (Path(root) / LOCK).read_text()
+    except OSError as error:
+        found = str(error)
+    return None if found == text else f"{socket.gethostname()} does not see rank 0's folder, and all ranks write to one"
