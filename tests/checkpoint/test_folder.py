@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,3 +111,58 @@ def test_what_was_being_replaced_is_set_aside_too(tmp_path: Path) -> None:
 def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert folder.steps(tmp_path / "file") == []
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """End before the ``at``-th operation that changes names or removes something."""
+    left = [at]
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                raise Crash
+            return function(*arguments, **options)
+
+        return call
+
+    for module, name in ((os, "rename"), (os, "replace"), (folder, "sync"), (folder, "write_file"), (os, "unlink")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    monkeypatch.setattr(os, "rmdir", watched(os.rmdir))
+
+
+CHANGES: dict[str, Callable[[Path], Any]] = {
+    "replace": lambda root: publish(root, 9, "again"),
+    "remove": lambda root: folder.remove(root, 7),
+    "set aside": lambda root: folder.set_aside(root, 7),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_crash_between_any_two_operations_leaves_whole_checkpoints(change: str, tmp_path: Path) -> None:
+    for at in range(1, 50):
+        root = tmp_path / str(at)
+        for step in (7, 9):
+            publish(root, step)
+        with pytest.MonkeyPatch.context() as patched:
+            crashing(patched, at)
+            try:
+                CHANGES[change](root)
+            except Crash:
+                over = False
+            else:
+                over = True
+        folder.clean(root)
+        steps = folder.steps(root)
+        assert steps in ({"replace": [[9, 7]], "remove": [[9], [9, 7]], "set aside": [[7], [9, 7]]}[change])
+        content = {step: (folder.step_folder(root, step) / "file").read_text() for step in steps}
+        assert set(content.values()) <= ({"x", "again"} if change == "replace" else {"x"})
+        assert not list(root.glob(".iter*")) and (change != "replace" or content[7] == "x")
+        if over:
+            assert at > 3
+            return
+    raise AssertionError("it never came to an end")
