@@ -102,7 +102,8 @@ class GenLIPConfig(PretrainedConfig):
         self.drop_path_rate = drop_path_rate
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
 
     def _set_rope(self, rope: dict[str, Any]) -> None:
         for name in ("type", "rope_type"):

@@ -10,7 +10,8 @@ key-value cache, H heads, C channels of a head, D hidden size, E text width, V v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,9 @@ class PrefixAttention:
         if cache is not None:
             self.cached = (len(lengths), max(lengths))
             offsets = [(row + 1) * self.cached[1] - length for row, length in enumerate(lengths)]
-            self.slots = torch.cat([torch.arange(o, o + n, device=device) for o, n in zip(offsets, lengths, strict=True)])
+            self.slots = torch.cat(
+                [torch.arange(o, o + n, device=device) for o, n in zip(offsets, lengths, strict=True)]
+            )
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """[N, H, C] from query, key and value [N, H, C]."""
@@ -259,7 +262,7 @@ class GenLIPLayerScale(nn.Module):
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__()
-        self.init = float(config.ls_init_value)
+        self.init = float(config.ls_init_value or 0.0)
         self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), self.init))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -295,10 +298,13 @@ class GenLIPLayer(nn.Module):
 class GenLIPTransformer(nn.Module):
     """The layers."""
 
+    _gradient_checkpointing_func: Callable[..., Any]  # set by gradient_checkpointing_enable, with the next
+
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(GenLIPLayer(config, i) for i in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
 
     def forward(
         self, x: Tensor, positions: Tensor, attention: Attention, row_lengths: Tensor | None = None
@@ -314,17 +320,20 @@ class GenLIPTransformer(nn.Module):
         rotary = rotary_cos_sin(positions, self.config, x.dtype)
         drops = self._drop_path(row_lengths, x.dtype) if row_lengths is not None else [None] * len(self.layers)
         states = [x]
+        # A layer that is computed again must not write into the cache again.
+        again = self.gradient_checkpointing and self.training and attention.cache is None
         for layer, drop in zip(self.layers, drops, strict=True):
-            states.append(layer(states[-1], rotary, attention, drop))
+            run = partial(self._gradient_checkpointing_func, layer.__call__) if again else layer
+            states.append(run(states[-1], rotary, attention, drop))
         return states
 
-    def _drop_path(self, row_lengths: Tensor, dtype: torch.dtype) -> Sequence[Tensor | None]:
+    def _drop_path(self, row_lengths: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """[layers, 2, N]: 0 or 1 / (1 - rate), one draw for each layer, branch and sample."""
         rate = self.config.drop_path_rate
         if not self.training or not rate:
             return [None] * len(self.layers)
         draws = torch.rand(len(self.layers), 2, len(row_lengths), device=row_lengths.device)
-        return ((draws >= rate) / (1 - rate)).to(dtype).repeat_interleave(row_lengths, dim=2)
+        return list(((draws >= rate) / (1 - rate)).to(dtype).repeat_interleave(row_lengths, dim=2))
 
 
 class GenLIPVisionEmbeddings(nn.Module):
@@ -348,6 +357,7 @@ class GenLIPPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     _no_split_modules = ["GenLIPLayer", "GenLIPVisionEmbeddings"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def _add_vision_parts(self, config: GenLIPConfig) -> None:
         self.vision_embeddings = GenLIPVisionEmbeddings(config)
@@ -375,10 +385,11 @@ class GenLIPPreTrainedModel(PreTrainedModel):
                 if part is not None:
                     self._init_normal(part)
 
-    def _init_normal(self, module: nn.Module) -> None:
+    def _init_normal(self, module: nn.Linear | nn.Conv2d | nn.Embedding) -> None:
         nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -387,7 +398,8 @@ class GenLIPPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the weights lack a tensor of the model, which would else start at random.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
@@ -510,7 +522,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         """The token embedding."""
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding."""
         self.embeddings = value
 
@@ -518,7 +530,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         """The LM head, which has weights of its own."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Replace the LM head."""
         self.lm_head = new_embeddings
 
@@ -671,9 +683,9 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: Any = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+    ) -> Any:
         """Each row ``expand_size`` times; packed patches are many to a row, so images are repeated as wholes."""
         pixels = model_kwargs.pop("pixel_values", None)
         if pixels is not None:
@@ -681,7 +693,9 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             if expand_size > 1:
                 repeated = [image for image in split_images(patches, grid) for _ in range(expand_size)]
                 patches, grid = torch.cat(repeated), grid.repeat_interleave(expand_size, dim=0)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        # Static in older versions of transformers.
+        mixin: Any = super()
+        input_ids, model_kwargs = mixin._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if pixels is not None:
