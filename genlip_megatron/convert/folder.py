@@ -1,0 +1,318 @@
+"""The files beside the weights in an exported Hugging Face folder, and a model's sizes from such a folder.
+
+Everything here is plain dictionaries and text: transformers is needed to use a folder, not to write one.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
+
+SOURCES = ("configuration_genlip.py", "image_processing_genlip.py", "modeling_genlip.py", "processing_genlip.py")
+MAX_NEW_TOKENS = 256  # of the paper's captions
+
+# Fields of the authors' configuration that have one value here.
+_FIXED = {
+    "patch_size": PATCH_SIZE,
+    "num_channels": 3,
+    "hidden_act": "silu",
+    "use_swiglu_ffn": True,
+    "attention_dropout": 0.0,
+    "spatial_merge_size": 1,
+    "mrope_interleaved": True,
+    "use_llm_head": False,
+    "llm_decoder": None,
+    "tie_word_embeddings": False,
+}
+_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "ffn_hidden_size",
+    "text_embed_dim": "text_hidden_size",
+    "gated_attention": "attention_output_gate",
+    "ls_init_value": "layer_scale_init",
+    "drop_path_rate": "drop_path_rate",
+    "rope_theta": "rope_theta",
+    "layer_norm_eps": "layernorm_epsilon",
+    "initializer_range": "init_method_std",
+}
+
+
+def hf_config(model: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+    """``config.json`` of a model whose weights are stored in ``dtype``, under the authors' names."""
+    return {
+        "architectures": ["GenLIPForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_genlip.GenLIPConfig",
+            "AutoModel": "modeling_genlip.GenLIPVisionModel",
+            "AutoModelForCausalLM": "modeling_genlip.GenLIPForCausalLM",
+        },
+        "model_type": "genlip",
+        **{name: getattr(model, ours) for name, ours in _NAMES.items()},
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": list(model.rope_sections)},
+        **_FIXED,
+        "dtype": dtype,
+    }
+
+
+def model_config(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], num_attention_heads: int | None = None
+) -> ModelConfig:
+    """The model of a ``config.json`` and its weights.
+
+    Published configurations leave fields out, so what the weights' shapes say is read from these. The head count and
+    the rotary sections are in no shape: if left out, they are known for the released models alone.
+
+    Args:
+        fields: of ``config.json``; may be empty.
+        shapes: of the weights, by their names in the released format.
+        num_attention_heads: where the configuration has none.
+
+    Raises:
+        ValueError: a value that this project does not compute, a contradiction between the configuration and the
+            weights, or a size that neither tells; the field is named, with what to do.
+    """
+    for name, allowed in _FIXED.items():
+        if fields.get(name, allowed) != allowed:
+            raise ValueError(f"config.json: {name} = {fields[name]!r}; this project computes {allowed!r} alone")
+    values = _sizes(shapes)
+    for name, ours in _NAMES.items():
+        value = fields.get(name)
+        if name == "ls_init_value" and name in fields:
+            value = value or 0.0
+        if value is None:
+            continue
+        known = values.get(ours)
+        # Whether there is LayerScale is in the weights, its initial value is not.
+        contradicts = bool(known) != bool(value) if name == "ls_init_value" else known != value
+        if ours in values and contradicts:
+            raise ValueError(f"config.json: {name} = {value!r}, but the weights have {known!r}")
+        values[ours] = value
+    release = _release(values)
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    for kind in (rope.get("type", "default"), rope.get("rope_type", "default")):
+        if kind not in ("default", "mrope"):
+            raise ValueError(f"config.json: rope_scaling.rope_type = {kind!r}; this project computes 'default' alone")
+    values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
+    values["rope_sections"] = tuple(rope.get("mrope_section") or (release.rope_sections if release else ()))
+    if num_attention_heads is not None and values.setdefault("num_attention_heads", num_attention_heads) != (
+        num_attention_heads
+    ):
+        raise ValueError(
+            f"num_attention_heads = {num_attention_heads}, but config.json has {values['num_attention_heads']}"
+        )
+    if release:
+        values.setdefault("num_attention_heads", release.num_attention_heads)
+        values.setdefault("drop_path_rate", release.drop_path_rate)
+    values.setdefault("drop_path_rate", 0.0)
+    if "num_attention_heads" not in values:
+        raise ValueError("the number of attention heads is in no weight's shape; give num_attention_heads")
+    if len(values["rope_sections"]) != 3:
+        raise ValueError(
+            f"config.json: rope_scaling.mrope_section = {values['rope_sections']!r}; it must be three whole numbers, "
+            "which are in no weight's shape"
+        )
+    return ModelConfig(**values)
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the weights tell of a ``ModelConfig``."""
+    needed = (
+        "embeddings.weight",
+        "visual.layers.0.self_attn.k_proj.weight",
+        "visual.layers.0.self_attn.q_proj.weight",
+        "visual.layers.0.mlp.fc1.weight",
+    )
+    for name in needed:
+        if name not in shapes:
+            raise ValueError(f"the weights have no {name}: they are no whole GenLIP model in the released format")
+    embeddings, key, query, inner = (shapes[name] for name in needed)
+    layers = {int(name.split(".")[2]) for name in shapes if name.startswith("visual.layers.")}
+    return {
+        "vocab_size": embeddings[0],
+        "text_hidden_size": embeddings[1],
+        "hidden_size": key[1],
+        "num_layers": max(layers) + 1,
+        "ffn_hidden_size": inner[0],
+        "attention_output_gate": query[0] == 2 * key[0],
+        "layer_scale_init": 0.1 if "visual.layers.0.layer_scale1.lambda1" in shapes else 0.0,
+    }
+
+
+def _release(values: Mapping[str, Any]) -> ModelConfig | None:
+    """The released model of these sizes, if there is one."""
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "text_hidden_size")
+    for recipe in recipe_names():
+        if recipe.endswith("_release_stage1"):
+            model = from_dict(load_yaml(recipe), recipe).model
+            if all(getattr(model, name) == values[name] for name in names):
+                return model
+    return None
+
+
+def preprocessor_config(data: DataConfig) -> dict[str, Any]:
+    """``preprocessor_config.json`` of images resized as in training.
+
+    Squashed to a fixed size they are what a stock processor of transformers makes, which the file names: callers get
+    it who do not allow the folder's own code to run.
+    """
+    stock = data.image_mode == "fixed" and data.fixed_resize == "squash"
+    return {
+        "image_processor_type": "ViTImageProcessor" if stock else "GenLIPImageProcessor",
+        "auto_map": {"AutoImageProcessor": "image_processing_genlip.GenLIPImageProcessor"},
+        "image_mode": data.image_mode,
+        "size": {"height": data.image_size, "width": data.image_size},
+        "fixed_resize": data.fixed_resize,
+        "min_pixels": data.min_pixels,
+        "max_pixels": data.max_pixels,
+        "do_resize": True,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
+    }
+
+
+def processor_config(prompt: str) -> dict[str, Any]:
+    """``processor_config.json``: images and text together, and the prompt that captions were trained with."""
+    return {
+        "processor_class": "GenLIPProcessor",
+        "auto_map": {"AutoProcessor": "processing_genlip.GenLIPProcessor"},
+        "prompt": prompt,
+    }
+
+
+def generation_config(end_token_id: int) -> dict[str, Any]:
+    """``generation_config.json`` of the paper's captions: greedy, which its temperature of 1e-6 comes to."""
+    return {
+        "do_sample": False,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "eos_token_id": end_token_id,
+        "pad_token_id": end_token_id,
+    }
+
+
+def model_card(model: ModelConfig, data: DataConfig, license_id: str, facts: Mapping[str, str]) -> str:
+    """``README.md`` of the folder.
+
+    Args:
+        model, data: what was trained, on which images.
+        license_id: of the weights, as Hugging Face names licences; "unknown" if nobody has said.
+        facts: lines about the training, by name, for example the step and the data.
+    """
+    if data.image_mode == "native":
+        images = f"native aspect ratio, {data.min_pixels} to {data.max_pixels} pixels"
+    else:
+        images = f"{data.image_size} x {data.image_size} pixels ({data.fixed_resize})"
+    sizes = {
+        "Layers": str(model.num_layers),
+        "Hidden size": str(model.hidden_size),
+        "Attention heads": str(model.num_attention_heads),
+        "Inner size of the SwiGLU": str(model.ffn_hidden_size),
+        "Text width": str(model.text_hidden_size),
+        "Vocabulary": str(model.vocab_size),
+        "Output gate": "yes" if model.attention_output_gate else "no",
+        "Images": images,
+        "Prompt": f"`{data.prompt}`",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in (sizes | dict(facts)).items())
+    packed = ""
+    if data.image_mode == "native":
+        packed = (
+            "\nSeveral images come back end to end; `model.split_images(features, inputs['image_grid_hw'])` takes them "
+            "apart.\n"
+        )
+    return f"""---
+license: {license_id}
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags:
+- vision
+- image-to-text
+- custom_code
+---
+
+# GenLIP
+
+A vision encoder pretrained by captioning alone, after *Let ViT Speak* ([arXiv 2605.00809]
+(https://arxiv.org/abs/2605.00809)): one Transformer reads image patches and text and predicts the next text token.
+Trained with GenLIP-Megatron. The Python files of this folder are under the Apache License 2.0; the licence of the
+weights is the one named above.
+
+| | |
+|---|---|
+{table}
+
+## Features
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "."  # this folder or its name on the Hub
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(Image.open("image.jpg"), return_tensors="pt").to(model.device, model.dtype)
+features = model(**inputs).last_hidden_state
+```
+{packed}
+## Captions
+
+```python
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=[Image.open("image.jpg")]).to(model.device, model.dtype)
+tokens = model.generate(**inputs)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :]))
+```
+
+## Limits
+
+The model repeats what its captions say, errors and biases included, and knows no instructions beyond its prompt. No
+benchmark was run on these weights unless the table above says so.
+"""
+
+
+def write_side_files(
+    folder: str | Path,
+    model: ModelConfig,
+    data: DataConfig,
+    end_token_id: int,
+    dtype: str = "bfloat16",
+    license_id: str = "unknown",
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Write everything of an exported folder but weights and tokenizer (``export_tokenizer``).
+
+    Args:
+        folder: where to write; made if it is not there.
+        model, data: of the run.
+        end_token_id: token that closes captions, as ``export_tokenizer`` returns it.
+        dtype: of the stored weights: "float32", "bfloat16" or "float16".
+        license_id, facts: see ``model_card``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, fields in (
+        ("config.json", hf_config(model, dtype)),
+        ("generation_config.json", generation_config(end_token_id)),
+        ("preprocessor_config.json", preprocessor_config(data)),
+        ("processor_config.json", processor_config(data.prompt)),
+    ):
+        (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, data, license_id, facts or {}), encoding="utf-8")
+    sources = importlib.resources.files("genlip_megatron.hf")
+    for name in SOURCES:
+        (folder / name).write_text((sources / name).read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,0 +1,89 @@
+"""A tokenizer as files that ``AutoTokenizer`` reads without this package."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+END_OF_TURN = "<|im_end|>"
+# Pieces of these types are no plain text (sentencepiece_model.proto, ModelProto.SentencePiece.Type).
+_CONTROL, _USER_DEFINED = 3, 4
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+def export_tokenizer(path: str | Path, folder: str | Path) -> int:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``; return the end token's id.
+
+    The end token closes every caption and pads batches too.
+
+    Args:
+        path: a Hugging Face ``tokenizer.json``, which is copied, or a SentencePiece unigram ``.model``.
+        folder: where to write.
+
+    Raises:
+        ValueError: not such a tokenizer, or a SentencePiece model with settings that tokenizers do not reproduce.
+    """
+    path, folder = Path(path), Path(folder)
+    if not path.is_file() or path.suffix not in (".json", ".model"):
+        raise ValueError(
+            f"data.tokenizer = {path}: expected the file of a Hugging Face .json or a SentencePiece .model"
+        )
+    content = path.read_text(encoding="utf-8") if path.suffix == ".json" else sentencepiece_to_json(path)
+    try:
+        end = Tokenizer.from_str(content).token_to_id(END_OF_TURN)
+    except Exception as error:  # of no class of its own
+        raise ValueError(f"data.tokenizer = {path}: cannot be read as a tokenizer: {error}") from error
+    if end is None:
+        raise ValueError(f"data.tokenizer = {path}: it has no token {END_OF_TURN!r}, which closes every sample")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    special = {"eos_token": END_OF_TURN, "pad_token": END_OF_TURN}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    for name, fields in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
+        (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    return end
+
+
+def sentencepiece_to_json(path: Path) -> str:
+    """The text of a ``tokenizer.json`` that encodes and decodes as a SentencePiece unigram model does.
+
+    Raises:
+        ValueError: another kind of model, or one that changes text before it is cut into pieces.
+    """
+    # Its types are made when it is imported, where no type checker sees them.
+    messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    proto = messages.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    for name, value, allowed in (
+        ("model_type", trainer.ModelType.Name(trainer.model_type), "UNIGRAM"),
+        ("normalization_rule_name", normalizer.name, "identity"),
+        ("add_dummy_prefix", normalizer.add_dummy_prefix, False),
+        ("remove_extra_whitespaces", normalizer.remove_extra_whitespaces, False),
+        ("escape_whitespaces", normalizer.escape_whitespaces, True),
+        ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, False),
+    ):
+        if value != allowed:
+            raise ValueError(
+                f"data.tokenizer = {path}: {name} = {value!r} has no equal among Hugging Face tokenizers here; allowed "
+                f"is {allowed!r}, as tools/train_tokenizer.py sets it"
+            )
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    added = [piece for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(p.piece, normalized=False) for p in added if p.type == _USER_DEFINED])
+    special = [p.piece for p in added if p.type == _CONTROL or p.piece == END_OF_TURN]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    return tokenizer.to_str()

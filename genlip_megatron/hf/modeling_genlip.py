@@ -1,0 +1,743 @@
+"""GenLIP: one Transformer over image patches and, for captions, text tokens.
+
+Image tokens attend to each other in both directions; text tokens attend to the image and causally to text. Batches
+run *packed*: every linear sees the tokens of all images and texts end to end, and attention runs over groups of equal
+lengths, so that no padding is computed and nothing is seen across samples.
+
+Legend: B rows of a batch, L text tokens of a row (padded), N tokens of all rows (packed), S slots of a row in the
+key-value cache, H heads, C channels of a head, D hidden size, E text width, V vocabulary, P patches of all images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from .configuration_genlip import GenLIPConfig
+
+PATCH_SIZE = 16
+PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
+IGNORED_LABEL = -100
+# Versions of transformers call the key-value cache by one of two names, in arguments and in outputs.
+_CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def to_patches(pixels: Tensor) -> Tensor:
+    """[B * rows * columns, 768] from [B, 3, height, width]: patches row by row, each as (channel, row, column)."""
+    batch, channels, height, width = pixels.shape
+    if channels != 3 or height % PATCH_SIZE or width % PATCH_SIZE or not pixels.numel():
+        raise ValueError(
+            f"pixel_values of shape {list(pixels.shape)}: expected [B, 3, height, width] with sides that are multiples "
+            f"of {PATCH_SIZE}"
+        )
+    grid = pixels.reshape(batch, 3, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, PATCH_VALUES)
+
+
+def pack_images(pixel_values: Tensor | Sequence[Tensor], image_grid_hw: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(patches [P, 768] of all images end to end, int64 [images, 2] rows and columns of each image's patches).
+
+    Args:
+        pixel_values: normalised floats: images of one size [B, 3, height, width], a list of images
+            [3, height, width] of any sizes, or packed patches [P, 768] with their ``image_grid_hw``.
+        image_grid_hw: int64 [images, 2], with packed patches alone; an image of (0, 0) has no patches.
+
+    Raises:
+        ValueError: another shape or dtype, or a grid that does not belong to the patches.
+    """
+    images = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
+    for image in images:
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"pixel_values of {kind}: expected normalised floats; GenLIPImageProcessor makes them")
+    if isinstance(pixel_values, Tensor) and pixel_values.dim() == 2:
+        return _check_packed(pixel_values, image_grid_hw)
+    if not images:
+        raise ValueError("pixel_values is an empty list: expected at least one image")
+    if not isinstance(pixel_values, Tensor):
+        for image in images:
+            if image.dim() != 3:
+                raise ValueError(f"an image of shape {list(image.shape)} in pixel_values: expected [3, height, width]")
+        images = [image[None] for image in images]
+    elif pixel_values.dim() != 4:
+        raise ValueError(
+            f"pixel_values of shape {list(pixel_values.shape)}: expected [B, 3, height, width], packed patches "
+            f"[P, {PATCH_VALUES}], or a list of [3, height, width]"
+        )
+    patches = torch.cat([to_patches(image) for image in images])
+    sides = [[i.shape[2] // PATCH_SIZE, i.shape[3] // PATCH_SIZE] for i in images for _ in range(i.shape[0])]
+    grid = torch.tensor(sides, device=patches.device)
+    if image_grid_hw is not None and image_grid_hw.tolist() != sides:
+        raise ValueError(f"image_grid_hw = {image_grid_hw.tolist()}: the images of pixel_values have {sides}")
+    return patches, grid
+
+
+def _check_packed(patches: Tensor, grid: Tensor | None) -> tuple[Tensor, Tensor]:
+    if grid is None:
+        raise ValueError("packed pixel_values need image_grid_hw, rows and columns of each image's patches")
+    if grid.dim() != 2 or grid.shape[1] != 2 or grid.is_floating_point() or bool((grid < 0).any()):
+        raise ValueError(f"image_grid_hw of shape {list(grid.shape)}, {grid.dtype}: expected whole numbers [images, 2]")
+    count = int(grid.prod(dim=1).sum())
+    if patches.shape != (count, PATCH_VALUES):
+        raise ValueError(
+            f"pixel_values of shape {list(patches.shape)}: image_grid_hw = {grid.tolist()} needs "
+            f"[{count}, {PATCH_VALUES}]"
+        )
+    return patches, grid.long()
+
+
+def split_images(features: Tensor, image_grid_hw: Tensor) -> list[Tensor]:
+    """Features of each image, [patches, D], from packed ones [P, D]; row-major, so ``.unflatten(0, grid)`` is a map."""
+    return list(features.split(image_grid_hw.prod(dim=1).tolist()))
+
+
+def image_positions(grid: Tensor) -> Tensor:
+    """int64 [3, P]: (T, H, W) of every patch of all images, with T = 0."""
+    counts = grid.prod(dim=1)
+    columns = grid[:, 1].repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    index = torch.arange(len(columns), device=grid.device) - first
+    return torch.stack((torch.zeros_like(index), index // columns, index % columns))
+
+
+def rotary_cos_sin(positions: Tensor, config: GenLIPConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each [..., C], of positions [3, ...]; computed in float32 and cast to ``dtype``.
+
+    Channel i of the first half turns by H when ``i % 3 == 1 and i < 3 * mrope_section[1]``, by W when ``i % 3 == 2 and
+    i < 3 * mrope_section[2]``, else by T; the second half repeats the first.
+    """
+    channels = torch.arange(config.head_dim // 2, device=positions.device)
+    _, height, width = config.mrope_section
+    axes = torch.zeros_like(channels)
+    axes[(channels % 3 == 1) & (channels < 3 * height)] = 1
+    axes[(channels % 3 == 2) & (channels < 3 * width)] = 2
+    inverse = config.rope_theta ** (-channels.to(torch.float32) * 2 / config.head_dim)
+    angles = positions.to(torch.float32)[axes].movedim(0, -1) * inverse
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x`` [N, H, C] by the angles of ``cos`` and ``sin`` [N, C]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+class PrefixAttention:
+    """Exact attention over packed rows, each of them an image and then text.
+
+    An image token sees the whole image; a text token sees the image and the text up to itself.
+
+    Args:
+        image_lengths: image tokens of each row.
+        text_lengths: text tokens of each row.
+        device: of the queries.
+        cache: takes keys and values, with rows padded at their front to the longest.
+    """
+
+    def __init__(
+        self, image_lengths: list[int], text_lengths: list[int], device: torch.device, cache: Any = None
+    ) -> None:
+        self.cache = cache
+        lengths = [image + text for image, text in zip(image_lengths, text_lengths, strict=True)]
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, sizes in enumerate(zip(image_lengths, text_lengths, strict=True)):
+            if sum(sizes):
+                groups.setdefault(sizes, []).append(starts[row])
+        # Each group: (image tokens, text tokens, int64 [rows, tokens] their places in the packed order).
+        self.groups = [
+            (image, text, torch.tensor(rows, device=device)[:, None] + torch.arange(image + text, device=device))
+            for (image, text), rows in groups.items()
+        ]
+        self.order = None  # of the packed tokens within the groups laid end to end; None: the same
+        if len(self.groups) > 1:
+            self.order = torch.cat([places.flatten() for _, _, places in self.groups]).argsort()
+        if cache is not None:
+            self.cached = (len(lengths), max(lengths))
+            offsets = [(row + 1) * self.cached[1] - length for row, length in enumerate(lengths)]
+            self.slots = torch.cat(
+                [torch.arange(o, o + n, device=device) for o, n in zip(offsets, lengths, strict=True)]
+            )
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """[N, H, C] from query, key and value [N, H, C]."""
+        if self.cache is not None:
+            self.cache.update(self._padded(key), self._padded(value), layer)
+        outputs = []
+        for image, text, places in self.groups:
+            # [rows, H, tokens, C]
+            q, k, v = (
+                (x if self.order is None else x[places.flatten()]).unflatten(0, places.shape).transpose(1, 2)
+                for x in (query, key, value)
+            )
+            parts = []
+            if image:
+                prefix = slice(0, image)
+                parts.append(F.scaled_dot_product_attention(q[:, :, prefix], k[:, :, prefix], v[:, :, prefix]))
+            if text:
+                seen = torch.ones(text, image + text, dtype=torch.bool, device=q.device).tril(image)
+                parts.append(F.scaled_dot_product_attention(q[:, :, image:], k, v, attn_mask=seen))
+            outputs.append(torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1))
+        return outputs[0] if self.order is None else torch.cat(outputs)[self.order]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """[B, H, S, C] from [N, H, C]."""
+        rows, longest = self.cached
+        padded = x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, self.slots, x)
+        return padded.unflatten(0, (rows, longest)).transpose(1, 2)
+
+
+class CachedAttention:
+    """Attention of new text tokens over the cache and themselves.
+
+    Args:
+        cache: keys and values of S slots a row, to which the new ones are added.
+        lengths: int64 [B], tokens of each row including the new ones; they are the last of its slots.
+        count: new tokens of each row, L.
+    """
+
+    def __init__(self, cache: Any, lengths: Tensor, count: int) -> None:
+        self.cache, self.count = cache, count
+        total = cache.get_seq_length() + count
+        slots = torch.arange(total, device=lengths.device)
+        causal = slots[None] <= slots[total - count :, None]
+        self.mask = causal & (slots >= total - lengths[:, None])[:, None, None]  # [B, 1, L, S]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """[B * L, H, C] from query, key and value [B * L, H, C]."""
+        query, key, value = (x.unflatten(0, (-1, self.count)).transpose(1, 2) for x in (query, key, value))
+        key, value = self.cache.update(key, value, layer)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask).transpose(1, 2).flatten(0, 1)
+
+
+Attention = PrefixAttention | CachedAttention
+
+
+class GenLIPAttention(nn.Module):
+    """Multi-head attention with rotary positions and, by configuration, a sigmoid gate on its output."""
+
+    def __init__(self, config: GenLIPConfig, layer: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.layer, self.head_dim, self.gated = layer, config.head_dim, config.gated_attention
+        self.q_proj = nn.Linear(width, 2 * width if self.gated else width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """[N, D] from [N, D]."""
+        query, *gate = self.q_proj(x).chunk(2, dim=-1) if self.gated else (self.q_proj(x),)
+        query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in (query, self.k_proj(x), self.v_proj(x)))
+        mixed = attention(apply_rotary(query, *rotary), apply_rotary(key, *rotary), value, self.layer).flatten(1)
+        return self.out_proj(gate[0].sigmoid() * mixed if gate else mixed)
+
+
+class GenLIPMLP(nn.Module):
+    """SwiGLU: ``fc2(silu(gate_fc(x)) * fc1(x))``."""
+
+    def __init__(self, config: GenLIPConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.gate_fc = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] from [N, D]."""
+        return self.fc2(F.silu(self.gate_fc(x)) * self.fc1(x))
+
+
+class GenLIPLayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch."""
+
+    def __init__(self, config: GenLIPConfig) -> None:
+        super().__init__()
+        self.init = float(config.ls_init_value or 0.0)
+        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), self.init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] from [N, D]."""
+        return x * self.lambda1
+
+
+class GenLIPLayer(nn.Module):
+    """Pre-norm Transformer layer with LayerScale and DropPath on both branches."""
+
+    def __init__(self, config: GenLIPConfig, layer: int) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = GenLIPAttention(config, layer)
+        self.mlp = GenLIPMLP(config)
+        self.scaled = bool(config.ls_init_value)
+        if self.scaled:
+            self.layer_scale1, self.layer_scale2 = GenLIPLayerScale(config), GenLIPLayerScale(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention, drop: Tensor | None = None
+    ) -> Tensor:
+        """[N, D] from [N, D]; ``drop`` [2, N] are DropPath's factors of both branches."""
+        branch = self.self_attn(self.layer_norm1(x), rotary, attention)
+        branch = self.layer_scale1(branch) if self.scaled else branch
+        x = x + (branch if drop is None else branch * drop[0, :, None])
+        branch = self.mlp(self.layer_norm2(x))
+        branch = self.layer_scale2(branch) if self.scaled else branch
+        return x + (branch if drop is None else branch * drop[1, :, None])
+
+
+class GenLIPTransformer(nn.Module):
+    """The layers."""
+
+    _gradient_checkpointing_func: Callable[..., Any]  # set by gradient_checkpointing_enable, with the next
+
+    def __init__(self, config: GenLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(GenLIPLayer(config, i) for i in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, x: Tensor, positions: Tensor, attention: Attention, row_lengths: Tensor | None = None
+    ) -> list[Tensor]:
+        """The input and the output of every layer, each [N, D].
+
+        Args:
+            x: [N, D].
+            positions: int64 [3, N].
+            attention: who sees whom.
+            row_lengths: int64 [rows], tokens of each sample, for which DropPath draws.
+        """
+        rotary = rotary_cos_sin(positions, self.config, x.dtype)
+        drops = self._drop_path(row_lengths, x.dtype) if row_lengths is not None else [None] * len(self.layers)
+        states = [x]
+        # A layer that is computed again must not write into the cache again.
+        again = self.gradient_checkpointing and self.training and attention.cache is None
+        for layer, drop in zip(self.layers, drops, strict=True):
+            run = partial(self._gradient_checkpointing_func, layer.__call__) if again else layer
+            states.append(run(states[-1], rotary, attention, drop))
+        return states
+
+    def _drop_path(self, row_lengths: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
+        """[layers, 2, N]: 0 or 1 / (1 - rate), one draw for each layer, branch and sample."""
+        rate = self.config.drop_path_rate
+        if not self.training or not rate:
+            return [None] * len(self.layers)
+        draws = torch.rand(len(self.layers), 2, len(row_lengths), device=row_lengths.device)
+        return list(((draws >= rate) / (1 - rate)).to(dtype).repeat_interleave(row_lengths, dim=2))
+
+
+class GenLIPVisionEmbeddings(nn.Module):
+    """Patches to tokens."""
+
+    def __init__(self, config: GenLIPConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[P, D] from [P, 768]: the convolution of single patches, as one product."""
+        weight = self.patch_embedding.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+
+
+class GenLIPPreTrainedModel(PreTrainedModel):
+    """What both models share: the vision parts, initial weights, and loading that tolerates no missing tensor."""
+
+    config_class = GenLIPConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    _no_split_modules = ["GenLIPLayer", "GenLIPVisionEmbeddings"]  # noqa: RUF012
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def _add_vision_parts(self, config: GenLIPConfig) -> None:
+        self.vision_embeddings = GenLIPVisionEmbeddings(config)
+        self.visual = GenLIPTransformer(config)
+        self.ln_post = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Attention: Xavier uniform (q and gate as one matrix). Other weights: normal. Biases 0, norms 1 and 0."""
+        if isinstance(module, GenLIPAttention):
+            for linear in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        elif isinstance(module, GenLIPMLP):
+            for linear in (module.fc1, module.gate_fc, module.fc2):
+                self._init_normal(linear)
+        elif isinstance(module, GenLIPVisionEmbeddings):
+            self._init_normal(module.patch_embedding)
+        elif isinstance(module, GenLIPLayerScale):
+            nn.init.constant_(module.lambda1, module.init)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, GenLIPForCausalLM):
+            for part in (module.embeddings, module.in_proj, module.proj, module.lm_head):
+                if part is not None:
+                    self._init_normal(part)
+
+    def _init_normal(self, module: nn.Linear | nn.Conv2d | nn.Embedding) -> None:
+        nn.init.normal_(module.weight, std=self.config.initializer_range)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As of ``PreTrainedModel``.
+
+        Raises:
+            ValueError: the weights lack a tensor of the model, which would else start at random.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise ValueError(f"{args[0] if args else 'the weights'}: no {names}, which {cls.__name__} needs")
+        return (model, info) if output_loading_info else model
+
+
+class GenLIPVisionModel(GenLIPPreTrainedModel):
+    """The vision encoder. Text parts of a checkpoint are left out."""
+
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^embeddings\.",
+        r"^in_proj\.",
+        r"^proj\.",
+        r"^lm_head\.",
+    ]
+
+    def __init__(self, config: GenLIPConfig) -> None:
+        super().__init__(config)
+        self._add_vision_parts(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.vision_embeddings.patch_embedding
+
+    def forward(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        image_grid_hw: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Features of images.
+
+        Args:
+            pixel_values: normalised floats, in one of three forms:
+                images of one size [B, 3, height, width], sides multiples of 16;
+                images of any such sizes as a list of [3, height, width];
+                packed patches [P, 768], each as (channel, row, column), with ``image_grid_hw``.
+            image_grid_hw: int64 [images, 2], rows and columns of each image's patches; with packed patches.
+            output_hidden_states: also return the embedding's and each layer's output.
+            return_dict: False: a tuple.
+
+        Returns:
+            ``last_hidden_state``: ``ln_post`` of every patch, [B, patches, D] for images of one size, else [P, D] with
+            the images end to end, row by row (``split_images`` takes them apart).
+            ``pooler_output``: [images, D], the mean over each image's patches. Nothing was trained on it.
+            ``hidden_states``: layers + 1 tensors of that shape, before ``ln_post``.
+        """
+        one_size = isinstance(pixel_values, Tensor) and pixel_values.dim() == 4
+        patches, grid = pack_images(pixel_values, image_grid_hw)
+        counts = grid.prod(dim=1)
+        lengths = counts.tolist()
+        if 0 in lengths:
+            raise ValueError(f"image_grid_hw = {grid.tolist()}: an image without patches has no features")
+        attention = PrefixAttention(lengths, [0] * len(lengths), patches.device)
+        states = self.visual(self.vision_embeddings(patches), image_positions(grid), attention, counts)
+        features = self.ln_post(states[-1])
+        pooled = torch.stack([image.mean(dim=0) for image in split_images(features, grid)])
+        if one_size:
+            features, *states = (x.unflatten(0, (len(lengths), -1)) for x in (features, *states))
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=pooled, hidden_states=tuple(states) if wanted else None
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @staticmethod
+    def split_images(features: Tensor, image_grid_hw: Tensor) -> list[Tensor]:
+        """Features of each image, [patches, D], from packed ones [P, D]."""
+        return split_images(features, image_grid_hw)
+
+
+class _Rows:
+    """Where the tokens of a batch lie when its rows are packed, each as its image and then its text.
+
+    Args:
+        grid: int64 [B, 2], rows and columns of each row's image, (0, 0) without one.
+        mask: bool [B, L], which text tokens are there.
+    """
+
+    def __init__(self, grid: Tensor, mask: Tensor) -> None:
+        images, texts = grid.prod(dim=1), mask.sum(dim=1)
+        self.image_lengths, self.text_lengths = images.tolist(), texts.tolist()
+        self.lengths = images + texts  # [B]
+        starts = self.lengths.cumsum(0) - self.lengths
+        order = mask.cumsum(dim=1) - 1  # [B, L] of a token within its text
+        self.text_slots = (starts + images)[:, None] + order  # [B, L]; of no meaning outside of the mask
+        self.has_previous = mask & ((order > 0) | (images > 0)[:, None])  # [B, L]
+        is_text = torch.zeros(sum(self.image_lengths) + sum(self.text_lengths), dtype=torch.bool, device=mask.device)
+        is_text[self.text_slots[mask]] = True
+        self.image_slots = (~is_text).nonzero().squeeze(1)  # [P]
+        text_positions = (grid.amax(dim=1)[:, None] + order)[mask]
+        self.positions = torch.empty(3, len(is_text), dtype=torch.int64, device=mask.device)
+        self.positions[:, self.image_slots] = image_positions(grid)
+        self.positions[:, is_text] = text_positions.expand(3, -1)
+
+
+class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
+    """The whole model: captions and answers from an image and a prompt.
+
+    ``input_ids`` hold text alone; a row's image comes by ``pixel_values`` and goes before its text. Without images, or
+    with a grid of (0, 0), a row is text alone.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: GenLIPConfig) -> None:
+        super().__init__(config)
+        self._add_vision_parts(config)
+        width, text = config.hidden_size, config.text_embed_dim
+        self.embeddings = nn.Embedding(config.vocab_size, text)
+        self.in_proj = nn.Linear(text, width) if text != width else None
+        self.proj = nn.Linear(width, text) if text != width else None
+        self.lm_head = nn.Linear(text, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embeddings
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the token embedding."""
+        self.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head, which has weights of its own."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the LM head."""
+        self.lm_head = new_embeddings
+
+    def read_out(self, features: Tensor) -> Tensor:
+        """Logits [..., V] of features after ``ln_post`` [..., D]; of patches as well."""
+        return self.lm_head(features if self.proj is None else self.proj(features))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_grid_hw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of every text token, and the loss.
+
+        Args:
+            input_ids: int64 [B, L], text without any image token. With a filled cache only the new tokens.
+            pixel_values: an image for each row, in one of the forms of ``GenLIPVisionModel``; not with a filled cache.
+            image_grid_hw: int64 [B, 2], rows and columns of each row's patches, with packed patches and a filled cache.
+            attention_mask: [B, L], 1 at tokens and 0 at padding (on either side); with a filled cache that of all
+                text so far. None: no padding.
+            past_key_values, cache: two names of the key-value cache, a ``DynamicCache``. It holds image and text,
+                padded at the front.
+            use_cache: return a cache, a new one if none is given.
+            labels: int64 [B, L], the tokens of ``input_ids`` to predict and -100 elsewhere, unshifted: token k is
+                predicted from the one before it, the first of a row from its image.
+            logits_to_keep: logits of so many last tokens alone, or of these columns; 0: of all.
+            output_hidden_states: also return the embedding's and each layer's output.
+            return_dict: False: a tuple.
+
+        Returns:
+            ``logits`` [B, L, V], 0 at padding. ``loss``: float32, the mean over all labels. ``hidden_states``:
+            layers + 1 tensors [N, D], before ``ln_post``, rows end to end without padding, each image then text.
+
+        Raises:
+            ValueError: images that do not fit the rows, or a cache that is not dynamic.
+        """
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids of shape {list(input_ids.shape)}: expected [B, L] with at least one token")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and getattr(cache, "is_compileable", False):
+            raise ValueError(f"a cache of {type(cache).__name__}: images need one that grows, DynamicCache")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if cache is not None and cache.get_seq_length():
+            if labels is not None or pixel_values is not None:
+                raise ValueError("a filled cache takes neither pixel_values nor labels: it holds the images already")
+            states = self._extend(input_ids, image_grid_hw, attention_mask, cache)
+            columns = _columns(input_ids.shape[1], logits_to_keep)
+            logits = self.read_out(self.ln_post(states[-1].unflatten(0, input_ids.shape)[:, columns]))
+            loss = None
+        else:
+            if use_cache and cache is None:
+                cache = DynamicCache()
+            rows, states = self._begin(input_ids, pixel_values, image_grid_hw, attention_mask, cache)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            logits, loss = self._outputs(states[-1], rows, mask.bool(), labels, logits_to_keep)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=tuple(states) if wanted else None, **{_CACHE_NAME: cache}
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _begin(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | Sequence[Tensor] | None,
+        image_grid_hw: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Any,
+    ) -> tuple[_Rows, list[Tensor]]:
+        """(where the tokens lie, the input and output of every layer [N, D]) of images and text."""
+        batch = input_ids.shape[0]
+        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask of shape {list(mask.shape)}: input_ids have {list(input_ids.shape)}")
+        if pixel_values is None:
+            if image_grid_hw is not None and bool(image_grid_hw.any()):
+                raise ValueError("image_grid_hw without pixel_values")
+            patches, grid = None, torch.zeros(batch, 2, dtype=torch.int64, device=input_ids.device)
+        else:
+            patches, grid = pack_images(pixel_values, image_grid_hw)
+        if len(grid) != batch:
+            raise ValueError(
+                f"{len(grid)} images for {batch} rows of input_ids: expected one a row; a row without an image has "
+                "(0, 0) in image_grid_hw"
+            )
+        rows = _Rows(grid.to(input_ids.device), mask)
+        text = self._embed_text(input_ids[mask])
+        x = text.new_zeros(rows.positions.shape[1], text.shape[1]).index_copy(0, rows.text_slots[mask], text)
+        if patches is not None:
+            x = x.index_copy(0, rows.image_slots, self.vision_embeddings(patches).to(text.dtype))
+        attention = PrefixAttention(rows.image_lengths, rows.text_lengths, x.device, cache)
+        return rows, self.visual(x, rows.positions, attention, rows.lengths)
+
+    def _extend(
+        self, input_ids: Tensor, image_grid_hw: Tensor | None, attention_mask: Tensor | None, cache: Any
+    ) -> list[Tensor]:
+        """The input and output of every layer [B * L, D], of tokens that follow those in the cache."""
+        batch, count = input_ids.shape
+        grid = image_grid_hw
+        if grid is None:
+            grid = torch.zeros(batch, 2, dtype=torch.int64, device=input_ids.device)
+        images = grid.prod(dim=1)
+        if attention_mask is None:
+            texts = (cache.get_seq_length() + count - images.amax()).expand(batch)
+        elif attention_mask.shape[1] < count or not bool(attention_mask[:, -count:].all()):
+            raise ValueError(
+                f"attention_mask of shape {list(attention_mask.shape)}: with a filled cache it covers the text so far "
+                f"and the {count} new tokens, none of which may be padding"
+            )
+        else:
+            texts = attention_mask.sum(dim=1)
+        order = texts[:, None] - count + torch.arange(count, device=input_ids.device)
+        positions = (grid.amax(dim=1)[:, None] + order).flatten().expand(3, -1)
+        attention = CachedAttention(cache, images + texts, count)
+        return self.visual(self._embed_text(input_ids.flatten()), positions, attention)
+
+    def _embed_text(self, ids: Tensor) -> Tensor:
+        """[N, D] of token ids [N]."""
+        x = self.embeddings(ids)
+        return x if self.in_proj is None else self.in_proj(x)
+
+    def _outputs(
+        self, hidden: Tensor, rows: _Rows, mask: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logits [B, kept, V], loss) of the last layer's output [N, D]; the head sees no slot twice, nor images."""
+        columns = _columns(mask.shape[1], logits_to_keep)
+        kept, kept_slots = mask[:, columns], rows.text_slots[:, columns]
+        slots = kept_slots[kept]
+        if labels is not None:
+            predicted = rows.has_previous & (labels != IGNORED_LABEL)
+            before = rows.text_slots[predicted] - 1
+            slots = torch.cat((slots, before))
+        slots = slots.unique()
+        read = self.read_out(self.ln_post(hidden[slots]))  # [slots, V]
+        logits = read.new_zeros(*kept.shape, read.shape[-1])
+        logits[kept] = read[torch.searchsorted(slots, kept_slots[kept])]
+        if labels is None:
+            return logits, None
+        return logits, F.cross_entropy(read[torch.searchsorted(slots, before)].float(), labels[predicted])
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Each row ``expand_size`` times; packed patches are many to a row, so images are repeated as wholes."""
+        pixels = model_kwargs.pop("pixel_values", None)
+        if pixels is not None:
+            patches, grid = pack_images(pixels, model_kwargs.pop("image_grid_hw", None))
+            if expand_size > 1:
+                repeated = [image for image in split_images(patches, grid) for _ in range(expand_size)]
+                patches, grid = torch.cat(repeated), grid.repeat_interleave(expand_size, dim=0)
+        # Static in older versions of transformers.
+        mixin: Any = super()
+        input_ids, model_kwargs = mixin._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixels is not None:
+            model_kwargs |= {"pixel_values": patches, "image_grid_hw": grid}
+        return input_ids, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_grid_hw: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of the next forward pass: all text and the images at first, then what the cache lacks."""
+        cache = past_key_values if cache is None else cache
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        cached = 0 if cache is None else cache.get_seq_length()
+        if cached:
+            lengths = mask.sum(dim=1)
+            if image_grid_hw is not None:
+                lengths = lengths + image_grid_hw.prod(dim=1)
+            input_ids = input_ids[:, -(int(lengths.max()) - cached) :]
+        return {
+            "input_ids": input_ids,
+            "pixel_values": None if cached else pixel_values,
+            "image_grid_hw": image_grid_hw,
+            "attention_mask": mask,
+            _CACHE_NAME: cache,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            "output_hidden_states": output_hidden_states,
+        }
+
+
+def _columns(length: int, logits_to_keep: int | Tensor) -> slice | Tensor:
+    """Which of ``length`` columns are kept."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    return slice(max(length - logits_to_keep, 0) if logits_to_keep else 0, None)

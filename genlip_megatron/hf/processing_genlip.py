@@ -1,0 +1,95 @@
+"""Images and prompts to the model's input, and generated tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import BatchFeature, ProcessorMixin
+
+
+class GenLIPProcessor(ProcessorMixin):
+    """A ``GenLIPImageProcessor`` and a tokenizer.
+
+    Args:
+        image_processor: of the model's images.
+        tokenizer: its end token closes captions.
+        prompt: what goes before a caption when no text is given.
+    """
+
+    if not hasattr(ProcessorMixin, "get_attributes"):
+        # Before version 5 of transformers, which reads the arguments of __init__ instead.
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        prompt: str = "Describe the image in detail.",
+        **_: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer)
+        self.prompt = prompt
+
+    def __call__(
+        self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str = "pt"
+    ) -> BatchFeature:
+        """The arguments of ``GenLIPForCausalLM``'s ``forward`` and ``generate``.
+
+        Args:
+            images: one image or a list, as ``GenLIPImageProcessor`` takes them; None: text alone.
+            text: one prompt for all images, or one for each; None: the model's own. It holds no image token, and no
+                special token is added.
+            return_tensors: "pt" or "np".
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` int64 [B, L], padded on the left, and with images ``pixel_values`` and,
+            for native sizes, ``image_grid_hw``.
+
+        Raises:
+            ValueError: an image that cannot be taken, an empty prompt, or not one text for each image.
+        """
+        if images is None and text is None:
+            raise ValueError("neither images nor text")
+        data: dict[str, Any] = {}
+        count = None
+        if images is not None:
+            data |= self.image_processor(images, return_tensors=return_tensors)
+            count = len(data["image_grid_hw"] if "image_grid_hw" in data else data["pixel_values"])
+        texts = self.prompt if text is None else text
+        texts = [texts] * (count or 1) if isinstance(texts, str) else list(texts)
+        if count is not None and len(texts) != count:
+            raise ValueError(f"{len(texts)} texts for {count} images: expected one for all, or one for each")
+        texts = [one.strip() for one in texts]
+        if "" in texts:
+            raise ValueError(f"text {texts.index('')} of {len(texts)} is empty: the model needs a prompt")
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors=return_tensors
+        )
+        data |= {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        return BatchFeature(data)
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """Texts of generated tokens, each up to its first end token.
+
+        Args:
+            sequences: token ids [B, T]. ``generate`` returns the prompt as well: cut it off with
+                ``sequences[:, input_ids.shape[1]:]``.
+        """
+        return [self.decode(sequence, **kwargs) for sequence in sequences]
+
+    def decode(self, sequence: Any, **kwargs: Any) -> str:
+        """Text of one sequence of token ids [T], up to its first end token."""
+        ids = [int(token) for token in sequence]
+        end = self.tokenizer.eos_token_id
+        # The model may have more rows than the tokenizer has tokens: those have no text.
+        ids = [token for token in ids[: ids.index(end) if end in ids else None] if token < len(self.tokenizer)]
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **options | kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the model's arguments that a call makes."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_grid_hw"]
