@@ -72,6 +72,7 @@ def run(config: RunConfig) -> int:
 
     host.install()
     from genlip_megatron.data.quarantine import DataFailure
+    from genlip_megatron.faults.exits import Mistake
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import train
 
@@ -79,9 +80,9 @@ def run(config: RunConfig) -> int:
         print(config.to_yaml(), flush=True)
     try:
         status = train(config)
-    except ValueError as error:
-        # A user's mistake: most often every rank finds the same one, but a node may lack a file.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    except Mistake as error:
+        # Most often every rank finds the same one, but a node may lack a file.
+        if groups.first_to_say(str(error)):
             print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except DataFailure as error:

@@ -27,6 +27,13 @@ FINAL = (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_DATA_FAILURE, EXIT_BAD_NUMBERS)
 FINAL_EXIT = "final_exit"
 
 
+class Mistake(ValueError):
+    """A setting or a file is wrong. Found while the run is set up or, of validation data, when they have been read.
+
+    Other ValueErrors are crashes: starting again may help, and their traceback must be seen.
+    """
+
+
 class LeaveRun(Exception):
     """All ranks leave together, and nothing is saved.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,6 +98,20 @@ def model_parallel_place() -> ModelParallelPlace:
     stage = [rank for rank in together if places[rank][1] == mine[1]]
     first_stage = tuple(rank for rank in together if places[rank][1] == 0)
     return ModelParallelPlace(group, stage.index(torch.distributed.get_rank()), len(stage), first_stage)
+
+
+def first_to_say(text: str) -> bool:
+    """Whether this rank is the first of all to ask this about ``text``; where they are not joined, of its machine.
+
+    Not a collective: others may have another text, or be elsewhere.
+    """
+    if torch.distributed.is_initialized():
+        store = torch.distributed.distributed_c10d._get_default_store()
+        try:
+            return bool(store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
+        except RuntimeError:  # the rank that keeps the store is gone; better said twice than not at all
+            return True
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def finalize() -> None:

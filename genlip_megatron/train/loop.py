@@ -21,7 +21,7 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.share import Share
 from genlip_megatron.estimate import check_fits
-from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun
+from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, Mistake
 from genlip_megatron.faults.inject import Injector, flip_bit
 from genlip_megatron.faults.replicas import check_replicas
 from genlip_megatron.faults.stop import REASONS, StopRequest
@@ -322,12 +322,19 @@ def train_steps(run: Run, stop: StopRequest) -> int:
 
 
 def train(config: RunConfig) -> int:
-    """Run to the end of ``config``; returns the exit status."""
+    """Run to the end of ``config``; returns the exit status.
+
+    Raises:
+        Mistake: a setting or a file is wrong.
+    """
     Watchdog.listen()
     stop = StopRequest(config)
     run: Run | None = None
     try:
-        run = set_up(config)
+        try:
+            run = set_up(config)
+        except ValueError as error:
+            raise Mistake(str(error)) from error
         run.watchdog = Watchdog(config.faults.step_timeout, exchange_processes())
         if config.log.eval_only:
             validate(run)

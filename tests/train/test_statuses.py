@@ -1,0 +1,61 @@
+"""What a run's exit status says is so: a mistake is one line, told once; everything unforeseen is a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from genlip_megatron.faults import exits
+from tests.processes import Zygote
+from tests.reliability.training import Training
+
+pytestmark = pytest.mark.faults
+
+UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "launch"}
+
+
+def mistaken() -> int:
+    """Training in whose set-up every rank finds a mistake, two of three the same."""
+    from genlip_megatron.train import loop
+
+    def build_run(config: object) -> None:
+        raise ValueError("the disk of this node" if os.environ["RANK"] == "1" else "the same for all")
+
+    loop.build_run = build_run  # type: ignore[assignment]
+    return _main()
+
+
+def failing() -> int:
+    """Training whose first step raises an error that is a ValueError, but nobody's mistake."""
+    from genlip_megatron.train import loop
+
+    def train_step(*_: object) -> None:
+        json.loads("{")
+
+    loop.train_step = train_step  # type: ignore[assignment]
+    return _main()
+
+
+def _main() -> int:
+    import pretrain_genlip
+
+    return pretrain_genlip.main()
+
+
+def test_a_mistake_is_told_once_on_a_rank_that_found_it(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
+    training = Training(zygote, demo_data, tmp_path, 3, {"train__global_batch_size": 3})
+    ended = training.start(env=UNDER_TORCHRUN, target=f"{__name__}:mistaken").wait()
+    assert [one.code for one in ended] == [exits.EXIT_USER_ERROR] * 3, ended[0].output[-2000:]
+    assert "error: the disk of this node" in ended[1].output
+    assert sum(one.output.count("error: the same for all") for one in ended) == 1
+    assert (training.run / exits.FINAL_EXIT).exists()
+
+
+def test_a_value_error_of_training_is_a_crash(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
+    training = Training(zygote, demo_data, tmp_path)
+    (ended,) = training.start(env=UNDER_TORCHRUN, target=f"{__name__}:failing").wait()
+    assert ended.code == 1 and "Traceback" in ended.output and "JSONDecodeError" in ended.output
+    assert not (training.run / exits.FINAL_EXIT).exists()
