@@ -4,7 +4,7 @@
 torchrun --nproc-per-node 2 pretrain_genlip.py --config demo --tp 2
 torchrun pretrain_genlip.py --help
 
-Exit status: 0 done, 2 a setting or a file is wrong, 17 told to stop and saved (start again to go on), 18 too many bad
+Exit status: 0 done, 2 a setting or a file is wrong, 17 told to stop (saved, if --save is given), 18 too many bad
 samples, 19 bad numbers that did not go away, 20 hung, 21 replicas' weights differ, 22 the last checkpoint could not be
 written. See ``genlip_megatron/faults/exits.py``.
 """

@@ -21,7 +21,7 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.share import Share
 from genlip_megatron.estimate import check_fits
-from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, Mistake
+from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, Mistake, mark_final
 from genlip_megatron.faults.inject import Injector, flip_bit
 from genlip_megatron.faults.replicas import check_replicas
 from genlip_megatron.faults.stop import REASONS, StopRequest
@@ -278,7 +278,7 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     if run.iteration == 0:
         validate(run)
     batches: Iterator[Any] = iter(run.train_loader)
-    saved, safe, tally, status = run.iteration, True, Tally(), 0
+    saved, safe, tally, status, leave = run.iteration, True, Tally(), 0, False
     while run.iteration < config.train.train_iters:
         outcome = train_step(run, batches, stop)
         run.watchdog.beat()
@@ -312,11 +312,15 @@ def train_steps(run: Run, stop: StopRequest) -> int:
             tally = Tally()
         if leave:
             told = ", ".join(reason for reason, wish in zip(REASONS, outcome.stop, strict=True) if wish)
-            log(f"told to stop by {told}: leaving after step {run.iteration}")
+            nowhere = "; nothing is saved, since checkpoint.save names no folder" if run.saver is None else ""
+            log(f"told to stop by {told}: leaving after step {run.iteration}{nowhere}")
             status = 0 if due or last else EXIT_PREEMPTED
         if at_end:
             break
     safe = finish_saves(run) and safe
+    if leave and not safe:
+        # torchrun would start it again, and the stop file is gone.
+        mark_final(config.checkpoint.save, EXIT_NOT_SAVED, told_to_stop=True)
     stop.obey()
     return status if safe else EXIT_NOT_SAVED
 

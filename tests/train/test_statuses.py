@@ -59,3 +59,20 @@ def test_a_value_error_of_training_is_a_crash(zygote: Zygote, demo_data: Path, t
     (ended,) = training.start(env=UNDER_TORCHRUN, target=f"{__name__}:failing").wait()
     assert ended.code == 1 and "Traceback" in ended.output and "JSONDecodeError" in ended.output
     assert not (training.run / exits.FINAL_EXIT).exists()
+
+
+@pytest.mark.parametrize(("saves", "status"), [("checkpoint__save", exits.EXIT_NOT_SAVED), ("", exits.EXIT_PREEMPTED)])
+def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
+    saves: str, status: int, zygote: Zygote, demo_data: Path, tmp_path: Path
+) -> None:
+    """The disk is full when it is told to stop, or it has no folder; then torchrun starts its worker again."""
+    environment = {**UNDER_TORCHRUN, "TMPDIR": str(tmp_path)}
+    training = Training(zygote, demo_data, tmp_path)
+    flags = {} if saves else {"checkpoint__save": ""}
+    drill = ("--allow-fault-injection", "--inject-fault", "usr1@3:0,full-disk@3:0" if saves else "usr1@3:0")
+    (ended,) = training.start(*drill, env=environment, **flags).wait()
+    assert ended.code == status, ended.output[-2000:]
+    assert ("NOT SAVED" in ended.output) == bool(saves)
+    assert ("leaving after step 3; nothing is saved" in ended.output) != bool(saves)
+    (again,) = training.start(env=environment, **flags).wait()
+    assert again.code == status and f"this launch is over with status {status}" in again.output
