@@ -48,11 +48,11 @@ class LeaveRun(Exception):
         self.status = status
 
 
-def _mark(save: str | Path) -> Path:
-    """The file that says how a launch ended; without a folder, one of this machine."""
+def mark_of(save: str | Path, launcher: int) -> Path:
+    """The file that says how a launch ended: in the run's folder, or without one, of this machine and its launcher."""
     if save:
         return Path(save) / FINAL_EXIT
-    return Path(tempfile.gettempdir()) / f"genlip_{FINAL_EXIT}.{os.getuid()}.{os.getppid()}"
+    return Path(tempfile.gettempdir()) / f"genlip_{FINAL_EXIT}.{os.getuid()}.{launcher}"
 
 
 def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
@@ -68,7 +68,7 @@ def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None or not (told_to_stop or code in FINAL):
         return
-    file = _mark(save)
+    file = mark_of(save, os.getppid())
     partial = file.with_name(f".{file.name}.{os.environ.get('RANK', '0')}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def final_exit(save: str | Path) -> int | None:
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
         return None
-    file = _mark(save)
+    file = mark_of(save, os.getppid())
     try:
         code, _, marked_by = file.read_text().strip().partition(" ")
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -25,6 +25,7 @@ LAYOUTS = {
     "PP2": ("PP2", {}),
     "PP2 overlapping": ("PP2", {**OVERLAP, "train__precision": "bf16"}),
     "TP2": ("TP2", {}),
+    "CP2": ("CP2", {}),
 }
 
 
@@ -90,6 +91,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         ("PP2", "nan-loss@3:0"),
         ("PP2 overlapping", "inf-grad@3:1"),
         ("TP2", "nan-loss@3:1"),
+        ("CP2", "nan-grad@3:1"),
     ],
 )
 def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(name: str, fault: str, demo_data: Path) -> None:
@@ -103,6 +105,37 @@ def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(name: str, fault: s
         if not name.startswith(("DP", "fsdp")):  # every rank saw the whole global batch
             assert result["answer_tokens"] == dict(zip(COUNTS, result["counts"], strict=True))["loss_rows"]
         assert any("the second pass gave the same numbers" in line for line in result["said"])
+
+
+def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
+    """(verdict, updated, states) of a step in which rank 1's gradients of copied parameters are NaN."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+    from genlip_megatron.train.loop import set_up, train_step
+
+    run = set_up(config)
+
+    def spoil(number: int) -> None:
+        if torch.distributed.get_rank() == 1:
+            for group in run.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not param_is_not_tensor_parallel_duplicate(parameter):
+                        parameter.grad.view(-1)[-1] = torch.nan
+
+    run.guard._spoil_gradients = spoil  # type: ignore[method-assign]
+    states = [state(run)]
+    assert run.train_loader is not None
+    outcome = train_step(run, iter(run.train_loader))
+    run.train_loader.close()
+    return outcome.verdict, outcome.updated, [*states, state(run)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path) -> None:
+    """The norm leaves out copies on further tensor-parallel ranks; their weights would become NaN."""
+    made = settings(demo_data, "TP2", train__precision=precision)
+    for verdict, updated, (before, after) in run_distributed(*_with(spoiled_copies, made)):
+        assert (verdict, updated) == ("bad", False) and before == after
 
 
 def _with(function: Any, made: tuple[int, RunConfig]) -> tuple[int, Any, RunConfig]:

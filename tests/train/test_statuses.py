@@ -66,13 +66,13 @@ def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
     saves: str, status: int, zygote: Zygote, demo_data: Path, tmp_path: Path
 ) -> None:
     """The disk is full when it is told to stop, or it has no folder; then torchrun starts its worker again."""
-    environment = {**UNDER_TORCHRUN, "TMPDIR": str(tmp_path)}
     training = Training(zygote, demo_data, tmp_path)
     flags = {} if saves else {"checkpoint__save": ""}
     drill = ("--allow-fault-injection", "--inject-fault", "usr1@3:0,full-disk@3:0" if saves else "usr1@3:0")
-    (ended,) = training.start(*drill, env=environment, **flags).wait()
+    (ended,) = training.start(*drill, env=UNDER_TORCHRUN, **flags).wait()
     assert ended.code == status, ended.output[-2000:]
     assert ("NOT SAVED" in ended.output) == bool(saves)
     assert ("leaving after step 3; nothing is saved" in ended.output) != bool(saves)
-    (again,) = training.start(env=environment, **flags).wait()
+    (again,) = training.start(env=UNDER_TORCHRUN, **flags).wait()
+    exits.mark_of("" if not saves else training.run, zygote.pid).unlink()
     assert again.code == status and f"this launch is over with status {status}" in again.output
