@@ -40,8 +40,8 @@ def test_beats_keep_it_quiet_and_it_does_not_delay_the_end() -> None:
     ("work", "status", "said"),
     [
         ("time.sleep(60)", EXIT_HUNG, ["no step finished for", "in stuck", "in helper"]),
-        # Matching takes years and never releases the interpreter's lock, so only faulthandler's timer still runs.
-        ("re.match('(a+)+$', 'a' * 60 + 'b')", 1, ["Timeout", "in stuck", "in helper"]),
+        # Matching takes years and never releases the interpreter's lock.
+        ("re.match('(a+)+$', 'a' * 60 + 'b')", -signal.SIGKILL, ["no Python thread but one", "in stuck", "in helper"]),
     ],
 )
 def test_stacks_of_all_threads_are_shown(work: str, status: int, said: list[str]) -> None:
@@ -56,6 +56,7 @@ def stuck():
     {work}
 
 threading.Thread(target=helper, daemon=True).start()
+Watchdog.listen()
 Watchdog(0.7 / 60, grace=0.1)
 time.sleep(0.3)
 stuck()
@@ -64,6 +65,46 @@ stuck()
     assert process.returncode == status, errors
     for text in said:
         assert text in errors
+
+
+def test_time_in_which_it_was_stopped_does_not_count() -> None:
+    process = start("""
+import time
+from genlip_megatron.faults.watchdog import Watchdog
+
+Watchdog.listen()
+watchdog = Watchdog(0.5 / 60, grace=0.1)
+print("ready", flush=True)
+for _ in range(30):
+    time.sleep(0.05)
+    watchdog.beat()
+watchdog.close()
+""")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
+def test_the_minder_does_not_outlive_the_process() -> None:
+    process = start("""
+import subprocess, sys, time
+from genlip_megatron.faults.minder import Minder
+
+print(Minder(60, 1)._process.pid, flush=True)
+time.sleep(60)
+""")
+    assert process.stdout is not None
+    minder = int(process.stdout.readline())
+    process.kill()
+    process.communicate(timeout=60)
+    end = time.monotonic() + 10
+    while Path(f"/proc/{minder}/stat").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{minder}/stat").exists()
 
 
 def test_a_signal_shows_the_stacks_at_any_time() -> None:
