@@ -73,13 +73,18 @@ def run(config: RunConfig) -> int:
     host.install()
     from genlip_megatron.data.quarantine import DataFailure
     from genlip_megatron.faults.exits import Mistake
+    from genlip_megatron.faults.watchdog import Watchdog
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import train
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(config.to_yaml(), flush=True)
+    Watchdog.listen()
+    watchdog = Watchdog(config.faults.step_timeout)
     try:
-        status = train(config)
+        status = train(config, watchdog)
+        groups.finalize()
+        return status
     except Mistake as error:
         # Most often every rank finds the same one, but a node may lack a file.
         if groups.first_to_say(str(error)):
@@ -89,8 +94,8 @@ def run(config: RunConfig) -> int:
         # Only the ranks that share the samples know; torchrun ends the others when these leave.
         print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
         return EXIT_DATA_FAILURE
-    groups.finalize()
-    return status
+    finally:
+        watchdog.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Watchdog: a run that makes no step for too long says where each rank stands, and ends.
+"""Watchdog: a run that makes no step for too long says where each rank stands, and ends. A part of the start and a
+validated batch count as a step does.
 
 A rank that waits in a collective for one that has gone astray waits in C, where no exception reaches it, so a thread
 of each rank watches the time since its last sign of life. When that is over it writes the stacks of all threads to
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,13 +69,8 @@ def _signal_main_thread(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def exchange_processes() -> list[Sibling]:
-    """The process of every rank, in order. A collective over all ranks."""
-    rank = torch.distributed.get_rank()
-    mine = Sibling(rank, socket.gethostname(), os.getpid(), _started(os.getpid()))
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
+def _this_process(rank: int) -> Sibling:
+    return Sibling(rank, socket.gethostname(), os.getpid(), _started(os.getpid()))
 
 
 def stacks(title: str) -> bytes:
@@ -88,17 +84,17 @@ def stacks(title: str) -> bytes:
 class Watchdog:
     """Ends this process when nothing calls ``beat`` for ``minutes``; 0 never ends it. Call ``listen`` before.
 
+    It knows this process alone until ``meet`` tells it of the others.
+
     Args:
         minutes: the limit.
-        processes: of all ranks, from ``exchange_processes``; this process alone when left out.
         grace: seconds from the stacks to the end.
     """
 
-    def __init__(self, minutes: float, processes: list[Sibling] | None = None, grace: float = _GRACE) -> None:
+    def __init__(self, minutes: float, grace: float = _GRACE) -> None:
         self._limit, self._grace = 60 * minutes, grace
-        me = Sibling(0, socket.gethostname(), os.getpid(), _started(os.getpid()))
-        self._processes = processes or [me]
-        self._mine = next(p for p in self._processes if replace(p, rank=0) == me)
+        self._mine = _this_process(int(os.environ.get("RANK", "0")))
+        self._processes = [self._mine]
         self._quiet = 0.0
         self._ended, self._expired = threading.Event(), False
         self._thread: threading.Thread | None = None
@@ -110,6 +106,13 @@ class Watchdog:
     def listen() -> None:
         """From now on SIGUSR2 writes this process's stacks to stderr."""
         faulthandler.register(signal.SIGUSR2, file=_STDERR, all_threads=True)
+
+    def meet(self) -> None:
+        """Learn of the processes of all ranks. A collective over them."""
+        self._mine = _this_process(torch.distributed.get_rank())
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, self._mine)
+        self._processes = everyone
 
     def beat(self) -> None:
         """A sign of life: something that counts as progress has been finished. Too late, it never returns: what was

@@ -16,7 +16,16 @@ from genlip_megatron.checks import check
 from genlip_megatron.config import RunConfig
 
 
-def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
+def timeout(config: RunConfig) -> timedelta:
+    """How long a collective may take: longer than the watchdog waits, which says more; a day where there is none.
+
+    >>> str(timeout(RunConfig()))  # faults.step_timeout is 20 minutes
+    '0:30:00'
+    """
+    return timedelta(minutes=config.faults.step_timeout + 10) if config.faults.step_timeout else timedelta(days=1)
+
+
+def initialize(config: RunConfig) -> None:
     """Join the run's processes and make Megatron-Core's groups.
 
     Started by torchrun, or by hand as one process. NCCL on GPUs, gloo without.
@@ -36,7 +45,7 @@ def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout(config),
         )
     parallel_state.destroy_model_parallel()
     vpp = config.parallel.virtual_pipeline_model_parallel_size
@@ -45,6 +54,7 @@ def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         context_parallel_size=config.parallel.context_parallel_size,
+        distributed_timeout_minutes=timeout(config) / timedelta(minutes=1),
     )
     num_microbatches_calculator.unset_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(

@@ -25,7 +25,7 @@ from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_
 from genlip_megatron.faults.inject import Injector, flip_bit
 from genlip_megatron.faults.replicas import check_replicas
 from genlip_megatron.faults.stop import REASONS, StopRequest
-from genlip_megatron.faults.watchdog import Watchdog, exchange_processes
+from genlip_megatron.faults.watchdog import Watchdog
 from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
@@ -65,9 +65,19 @@ class Run:
     saver: Saver | None = None
 
 
-def set_up(config: RunConfig) -> Run:
-    """Join the processes, open the data, build the run, and load what is to be loaded."""
+def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
+    """Join the processes, open the data, build the run, and load what is to be loaded.
+
+    Args:
+        watchdog: is told when each of these is done, and watches the run from then on.
+
+    Raises:
+        ValueError: a setting or a file is wrong.
+    """
+    watchdog = watchdog or Watchdog(0)
     groups.initialize(config)
+    watchdog.meet()
+    watchdog.beat()
     log(check_machine(config))
     if config.train.check_memory and not config.log.eval_only:
         check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank())
@@ -77,10 +87,14 @@ def set_up(config: RunConfig) -> Run:
     valid_loader = Loader(config, "valid", *data_parallel, data_share(config)) if config.data.valid_data else None
     if config.log.eval_only and valid_loader is None:
         raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
+    watchdog.beat()
     run = build_run(config)
+    run.watchdog = watchdog
     run.train_loader, run.valid_loader = train_loader, valid_loader
     run.saver = make_saver(run)
+    watchdog.beat()
     load(run)
+    watchdog.beat()
     save = config.checkpoint.save
     folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save and not config.log.eval_only else "")
     run.writer = Writer(config.log, folder, torch.distributed.get_rank() == 0, config.to_dict())
@@ -325,21 +339,22 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     return status if safe else EXIT_NOT_SAVED
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
     """Run to the end of ``config``; returns the exit status.
+
+    Args:
+        watchdog: watches all of it; it is the caller's to close.
 
     Raises:
         Mistake: a setting or a file is wrong.
     """
-    Watchdog.listen()
     stop = StopRequest(config)
     run: Run | None = None
     try:
         try:
-            run = set_up(config)
+            run = set_up(config, watchdog)
         except ValueError as error:
             raise Mistake(str(error)) from error
-        run.watchdog = Watchdog(config.faults.step_timeout, exchange_processes())
         if config.log.eval_only:
             validate(run)
             return 0
@@ -360,4 +375,3 @@ def train(config: RunConfig) -> int:
             for loader in (run.train_loader, run.valid_loader):
                 if loader is not None:
                     loader.close()
-            run.watchdog.close()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_HUNG
 from genlip_megatron.faults.watchdog import Watchdog
+from tests.distributed import run_distributed
 from tests.runs import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -121,35 +122,18 @@ time.sleep(1.5)
     assert process.returncode == 0 and "most recent call first" in errors
 
 
-def test_a_stopped_rank_ends_the_run_and_shows_its_stacks(demo_data: Path, tmp_path: Path) -> None:
-    config = tiny_config(
-        demo_data,
-        faults__allow_fault_injection=True,
-        faults__inject_fault="stop@3:1",
-        faults__step_timeout=4 / 60,
-        log__eval_interval=0,
-        train__train_iters=50,
-    )
-    file = tmp_path / "config.yaml"
-    file.write_text(config.to_yaml())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
-        words = [sys.executable, str(ROOT / "pretrain_genlip.py"), "--config", str(file)]
-        processes.append(
-            subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        (_, first), (_, second) = (process.communicate(timeout=120) for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[0].returncode == EXIT_HUNG, first
-    assert processes[1].returncode != 0, second[-3000:]
-    assert "[rank 0 " in first and "in step" in first and "in train" in first
-    assert f"rank 1 {socket.gethostname()}:{processes[1].pid} is stopped" in first
-    assert "in at" in second and "in train" in second
+def timeouts(config: RunConfig) -> list[float]:
+    """Seconds after which a collective of a tensor-parallel and of a data-parallel group gives up."""
+    from megatron.core import parallel_state
+
+    from genlip_megatron.parallel import groups
+
+    groups.initialize(config)
+    found = (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group())
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in found]
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(60.0, 70 * 60), (0.0, 24 * 3600)])
+def test_collectives_outlast_the_watchdog(minutes: float, seconds: float, demo_data: Path) -> None:
+    """A pause that step_timeout allows must not end in a process group's own timeout."""
+    assert run_distributed(2, timeouts, tiny_config(demo_data, faults__step_timeout=minutes)) == [[seconds] * 2] * 2
