@@ -100,16 +100,24 @@ def final_exit(save: str | Path) -> int | None:
     return None
 
 
+def age(pid: int) -> float:
+    """Seconds since a process started, exact to 0.01; 0 where that cannot be known (not Linux)."""
+    try:
+        started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError):
+        return 0.0
+
+
+def age_of_launch() -> float:
+    """Seconds since torchrun started, or without it this process: restarts of workers do not begin anew."""
+    return age(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+
+
 def _launcher_is_older_than(file: Path) -> bool:
     """Whether the process that started this one was there before ``file`` was written.
 
     On several nodes torchrun does not count a restart that another node asked for, so the restart count may be 0; and
-    by hand every launch may have the same run id. Ages are compared, not times of day, to be exact to 0.01 s.
+    by hand every launch may have the same run id. Ages are compared, not times of day.
     """
-    file_age = time.time() - file.stat().st_mtime
-    try:
-        started = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
-        launcher_age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, IndexError):  # not Linux: the restart count must do
-        return False
-    return launcher_age > file_age
+    return age(os.getppid()) > time.time() - file.stat().st_mtime

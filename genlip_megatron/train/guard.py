@@ -45,6 +45,7 @@ from genlip_megatron.train.step import Stepper
 
 # Kernels that add in no fixed order give other last bits each time; a fault changes more than that.
 _SAME_RESULT = 1e-3
+_COUNTS = ("skipped", "spikes", "without_update", "rollbacks", "back_at")
 
 
 def no_wish() -> list[float]:
@@ -161,7 +162,8 @@ class Guard:
         skipped: steps without an update since the run began.
         spikes: spikes since the run began, whether the update was made or not.
         without_update: steps in a row without an update, up to now.
-        rollbacks: of this process.
+        rollbacks: in a row to one checkpoint, or to an older one than before: without a newer one saved since.
+        back_at: step of the checkpoint that the last of them went to; -1 before any.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class Guard:
         self.stepper, self.injector = stepper, injector
         self.judge = SpikeJudge(config.faults.spike_window, config.faults.spike_threshold)
         self.skipped = self.spikes = self.without_update = self.rollbacks = 0
+        self.back_at = -1
 
     def step(
         self,
@@ -294,14 +297,23 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with: plain numbers and lists."""
-        counts = {"skipped": self.skipped, "spikes": self.spikes, "without_update": self.without_update}
-        return {**self.judge.state_dict(), **counts}
+        return {**self.judge.state_dict(), **{name: getattr(self, name) for name in _COUNTS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``. Rollbacks are counted for each process."""
+        """Go on from ``state``; that of an older version lacks rollbacks."""
         self.judge.load_state_dict(state)
-        self.skipped, self.spikes = state["skipped"], state["spikes"]
-        self.without_update = state["without_update"]
+        for name in _COUNTS:
+            setattr(self, name, state.get(name, getattr(self, name)))
+
+    def went_back(self, step: int, before: dict[str, Any]) -> None:
+        """Count a rollback to the checkpoint of ``step``, whose state has been loaded.
+
+        Args:
+            before: ``state_dict`` before that; what was counted stays counted.
+        """
+        self.skipped, self.spikes, self.without_update = before["skipped"], before["spikes"], 0
+        self.rollbacks = before["rollbacks"] + 1 if step <= before["back_at"] else 1
+        self.back_at = step
 
 
 def _same(first: float, second: float) -> bool:

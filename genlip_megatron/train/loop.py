@@ -24,7 +24,7 @@ from genlip_megatron.estimate import check_fits
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, Mistake, mark_final
 from genlip_megatron.faults.inject import Injector, flip_bit
 from genlip_megatron.faults.replicas import check_replicas
-from genlip_megatron.faults.stop import REASONS, StopRequest
+from genlip_megatron.faults.stop import StopRequest, told_by
 from genlip_megatron.faults.watchdog import Watchdog
 from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
@@ -255,26 +255,25 @@ def roll_back(run: Run, batches: Any, why: str) -> Iterator[Any]:
             f"step {step}: {why}. Look at the data of these steps, lower train.lr, or let the run go back by itself "
             "with --on-spike rollback",
         )
-    if run.guard.rollbacks >= options.max_rollbacks:
-        raise LeaveRun(
-            EXIT_BAD_NUMBERS,
-            f"step {step}: {why}, after {run.guard.rollbacks} rollbacks (faults.max_rollbacks). Look at the data since "
-            "the last checkpoint, or lower train.lr",
-        )
     finish_saves(run)
     # The loader's thread works on the same plan, together with those of the ranks that share its micro-batches.
     batches.close()
-    seen, skipped, spikes = loader.step, run.guard.skipped, run.guard.spikes
+    seen, before = loader.step, run.guard.state_dict()
     back = rewind(run)
     if back is None:
         if helpless:
             raise LeaveRun(EXIT_BAD_NUMBERS, f"step {step}: {why}, and there is no checkpoint to go back to")
         log(f"{why}: no checkpoint to go back to yet; only its update was left out")
         return iter(loader)
+    run.guard.went_back(back, before)
+    if run.guard.rollbacks > options.max_rollbacks:
+        raise LeaveRun(
+            EXIT_BAD_NUMBERS,
+            f"step {step}: {why}, after {run.guard.rollbacks - 1} rollbacks since the checkpoint of step {back} "
+            "(faults.max_rollbacks). Look at the data since then, or lower train.lr",
+        )
     first = loader.step + 1
     loader.skip(seen - loader.step)
-    run.guard.rollbacks += 1
-    run.guard.skipped, run.guard.spikes, run.guard.without_update = skipped, spikes, 0
     run.stepper.counts.zero_()
     log(
         f"ROLLBACK {run.guard.rollbacks} of at most {options.max_rollbacks}: {why}; back from step {step} to the "
@@ -289,6 +288,12 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     assert run.train_loader is not None
     if config.parallel.fsdp and config.faults.check_replicas_interval:
         log("replicas are not compared: with parallel.fsdp there are none")
+    wishes = torch.tensor(stop.votes(), device=run.stepper.device)
+    torch.distributed.all_reduce(wishes)
+    if told := told_by(wishes.tolist()):
+        log(f"told to stop by {told}: leaving before the first step, with nothing to save")
+        stop.obey()
+        return EXIT_PREEMPTED
     if run.iteration == 0:
         validate(run)
     batches: Iterator[Any] = iter(run.train_loader)
@@ -308,7 +313,7 @@ def train_steps(run: Run, stop: StopRequest) -> int:
                 continue
         if run.saver is not None and run.saver.writing and not outcome.unwritten:
             finish_saves(run)
-        due = run.iteration == config.train.exit_interval
+        due = bool(config.train.exit_interval) and run.iteration % config.train.exit_interval == 0
         last = run.iteration == config.train.train_iters
         at_end = due or last or leave
         validation = last or (options.eval_interval and run.iteration % options.eval_interval == 0)
@@ -325,9 +330,8 @@ def train_steps(run: Run, stop: StopRequest) -> int:
                 saved = run.iteration
             tally = Tally()
         if leave:
-            told = ", ".join(reason for reason, wish in zip(REASONS, outcome.stop, strict=True) if wish)
             nowhere = "; nothing is saved, since checkpoint.save names no folder" if run.saver is None else ""
-            log(f"told to stop by {told}: leaving after step {run.iteration}{nowhere}")
+            log(f"told to stop by {told_by(outcome.stop)}: leaving after step {run.iteration}{nowhere}")
             status = 0 if due or last else EXIT_PREEMPTED
         if at_end:
             break
@@ -348,8 +352,8 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
     Raises:
         Mistake: a setting or a file is wrong.
     """
-    stop = StopRequest(config)
     run: Run | None = None
+    stop: StopRequest | None = None
     try:
         try:
             run = set_up(config, watchdog)
@@ -358,6 +362,8 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
         if config.log.eval_only:
             validate(run)
             return 0
+        # Not before: until then, and in a validation alone, signals end the process at once.
+        stop = StopRequest(config)
         return train_steps(run, stop)
     except LeaveRun as leave:
         assert run is not None
@@ -366,7 +372,8 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
         finish_saves(run)
         return leave.status
     finally:
-        stop.close()
+        if stop is not None:
+            stop.close()
         if run is not None:
             if run.writer is not None:
                 run.writer.close()

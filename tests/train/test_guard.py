@@ -176,15 +176,15 @@ def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
     runs: list[Any] = []
     set_up = loop.set_up
 
-    def noting(config: RunConfig) -> Any:
-        runs.append(set_up(config))
+    def noting(*args: Any) -> Any:
+        runs.append(set_up(*args))
         return runs[0]
 
-    loop.set_up = noting  # type: ignore[assignment]
+    loop.set_up = noting
     try:
         status = loop.train(config)
     finally:
-        loop.set_up = set_up  # type: ignore[assignment]
+        loop.set_up = set_up
     run = runs[0]
     found = {
         "weights": full_weights(run),
@@ -252,11 +252,11 @@ BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}
         (("nan-loss@2:1", "nan-loss@3:0"), {"faults__on_spike": "rollback"}, EXIT_BAD_NUMBERS),
         (("nan-loss@2:1", "nan-grad@4:0"), {"faults__on_spike": "skip"}, 0),
         (("nan-loss@2:1", "nan-loss@3:0"), BACK, 0),
-        (
-            ("spike@4:0",),
-            {"faults__on_spike": "rollback", "checkpoint__save_interval": 1, "faults__max_rollbacks": 0},
-            19,
-        ),
+        (("spike@4:0",), {**BACK, "faults__max_rollbacks": 0}, EXIT_BAD_NUMBERS),
+        # Each time a newer checkpoint has been saved since.
+        (("spike@4:0", "spike@5:0"), {**BACK, "faults__max_rollbacks": 1}, 0),
+        # The second time none has: back to step 3 twice.
+        (("spike@4:0", "spike@5:0"), {**BACK, "checkpoint__save_interval": 3, "faults__max_rollbacks": 1}, 19),
     ],
 )
 def test_when_bad_numbers_end_a_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,23 @@ def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
     (again,) = training.start(env=UNDER_TORCHRUN, **flags).wait()
     exits.mark_of("" if not saves else training.run, zygote.pid).unlink()
     assert again.code == status and f"this launch is over with status {status}" in again.output
+
+
+def validating() -> int:
+    """A validation that is told to stop while it runs."""
+    from genlip_megatron.train import loop
+
+    def evaluate(*_: object) -> float:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 0.0
+
+    loop.evaluate = evaluate  # type: ignore[assignment]
+    return _main()
+
+
+def test_a_validation_alone_ends_at_the_first_request(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
+    training = Training(zygote, demo_data, tmp_path)
+    assert training.go("--exit-interval", "2")[0].code == 0
+    flags = ("--eval-only", "--load", str(training.run), "--valid-data", f"{demo_data}/val-*.tar")
+    (ended,) = training.start(*flags, target=f"{__name__}:validating").wait()
+    assert ended.code == exits.EXIT_PREEMPTED and "validation loss" not in ended.output
