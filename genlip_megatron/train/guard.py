@@ -54,7 +54,8 @@ def no_wish() -> list[float]:
 
 
 class Replay(Iterator[PackedBatch]):
-    """Micro-batches that can be had once more. It holds those of one step, as they came, on the host."""
+    """Micro-batches that can be had once more. It holds those of one step, on the host: patches that DALI decoded on
+    the device are copied there behind the step's own work."""
 
     def __init__(self, batches: Iterator[PackedBatch]) -> None:
         self._batches, self._held, self._again = batches, list[PackedBatch](), False
@@ -65,12 +66,20 @@ class Replay(Iterator[PackedBatch]):
                 raise StopIteration
             return self._held.pop(0)
         batch = next(self._batches)
-        self._held.append(batch)
+        self._held.append(_on_host(batch))
         return batch
 
     def rewind(self) -> None:
         """Give the held micro-batches again, from the first; each is let go as it is given."""
         self._again = True
+
+
+def _on_host(batch: PackedBatch) -> PackedBatch:
+    """The same micro-batch with its patches on the host. They are there once the device has done what it was given."""
+    if batch.patches is None or not batch.patches.is_cuda:
+        return batch
+    patches = torch.empty(batch.patches.shape, dtype=batch.patches.dtype, pin_memory=True)
+    return replace(batch, patches=patches.copy_(batch.patches, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ go back together."""
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 import xxhash
 
+from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
+from genlip_megatron.train.guard import Replay
 from genlip_megatron.train.metrics import COUNTS
 from tests.distributed import run_distributed
 from tests.runs import full_weights, layout, tiny_config, weights
@@ -136,6 +139,19 @@ def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path) -> No
     made = settings(demo_data, "TP2", train__precision=precision)
     for verdict, updated, (before, after) in run_distributed(*_with(spoiled_copies, made)):
         assert (verdict, updated) == ("bad", False) and before == after
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU decodes to its own memory")
+def test_what_is_held_for_a_second_pass_takes_no_memory_of_the_device() -> None:
+    sample = Sample(torch.arange(768, dtype=torch.uint8)[None], 1, 1, [1])
+    batch = pack_samples([[sample]], 8)
+    source = Replay(iter([replace(batch, patches=batch.patches.cuda())]))  # type: ignore[union-attr]
+    first = next(source)
+    source.rewind()
+    torch.cuda.synchronize()
+    again = next(source)
+    assert again.patches is not None and not again.patches.is_cuda
+    assert first.patches is not None and torch.equal(first.patches.cpu(), again.patches)
 
 
 def _with(function: Any, made: tuple[int, RunConfig]) -> tuple[int, Any, RunConfig]:
