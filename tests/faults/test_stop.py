@@ -18,6 +18,7 @@ from genlip_megatron.faults import exits
 from genlip_megatron.faults.exits import EXIT_PREEMPTED
 from genlip_megatron.faults.stop import StopRequest, stop_file
 from tests.distributed import run_distributed
+from tests.fault_table import FaultRow
 from tests.runs import tiny_config
 
 
@@ -34,10 +35,15 @@ def config(demo_data: Path, folder: Path, **flags: Any) -> RunConfig:
     )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("flags", [{"faults__inject_fault": "term@2:1"}, {"faults__inject_fault": "usr1@2:0"}])
-def test_a_signal_on_one_rank_stops_all(flags: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
+def test_a_signal_on_one_rank_stops_all(
+    flags: dict[str, Any], demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
     assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
+    name = {"term": "SIGTERM", "usr1": "SIGUSR1"}[flags["faults__inject_fault"].partition("@")[0]]
+    fault_row(name, "one rank of 2", f"all save, status {EXIT_PREEMPTED}")
 
 
 def train_until(config: RunConfig, how: str) -> int:
@@ -60,24 +66,30 @@ def train_until(config: RunConfig, how: str) -> int:
         loop.train_step = step
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", ["file", "time"])
-def test_a_run_is_told_to_stop_while_it_trains(how: str, demo_data: Path, tmp_path: Path) -> None:
+def test_a_run_is_told_to_stop_while_it_trains(how: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
     settings = config(demo_data, tmp_path, train__train_iters=100_000, log__eval_interval=0)
     assert run_distributed(2, train_until, settings, how) == [EXIT_PREEMPTED] * 2
     (saved,) = tmp_path.glob("iter_*")
     assert saved.name >= "iter_0000002"
     assert (tmp_path / "stop.obeyed").exists() == (how == "file") and not (tmp_path / "stop").exists()
+    fault = {"file": "stop file", "time": "exit_duration_in_mins over"}[how]
+    fault_row(fault, "while training, 2 ranks", f"all save, status {EXIT_PREEMPTED}")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("flags", [{}, {"train__exit_duration_in_mins": 1e-6}])
 def test_a_request_before_the_first_step_ends_the_run_without_one(
-    flags: dict[str, Any], demo_data: Path, tmp_path: Path
+    flags: dict[str, Any], demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
     if not flags:
         (tmp_path / "stop").touch()
     assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
     assert not list(tmp_path.glob("iter_*"))
     assert (tmp_path / "stop.obeyed").exists() != bool(flags)
+    fault = "exit_duration_in_mins over" if flags else "stop file"
+    fault_row(fault, "before the first step, 2 ranks", f"nothing trained, status {EXIT_PREEMPTED}")
 
 
 def test_the_time_of_a_run_begins_with_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +148,8 @@ def test_the_file_is_looked_for_once_a_second_by_one_process_a_machine(tmp_path:
         other.close()
 
 
-def test_a_second_signal_ends_a_process_that_is_stuck_in_c() -> None:
+@pytest.mark.faults
+def test_a_second_signal_ends_a_process_that_is_stuck_in_c(fault_row: FaultRow) -> None:
     code = (
         "import hashlib; from genlip_megatron.config import RunConfig\n"
         "from genlip_megatron.faults.stop import StopRequest; StopRequest(RunConfig()); print('ready', flush=True)\n"
@@ -152,3 +165,4 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c() -> None:
         assert process.wait(3) == 128 + signal.SIGUSR1
     finally:
         process.kill()
+    fault_row("second signal", "stuck in C with the interpreter's lock", "process ended at once")

@@ -15,6 +15,7 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_HUNG
 from genlip_megatron.faults.watchdog import Watchdog
 from tests.distributed import run_distributed
+from tests.fault_table import FaultRow
 from tests.runs import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,6 +38,7 @@ def test_beats_keep_it_quiet_and_it_does_not_delay_the_end() -> None:
     assert time.monotonic() - begin < 0.3
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("work", "status", "said"),
     [
@@ -45,7 +47,7 @@ def test_beats_keep_it_quiet_and_it_does_not_delay_the_end() -> None:
         ("re.match('(a+)+$', 'a' * 60 + 'b')", -signal.SIGKILL, ["no Python thread but one", "in stuck", "in helper"]),
     ],
 )
-def test_stacks_of_all_threads_are_shown(work: str, status: int, said: list[str]) -> None:
+def test_stacks_of_all_threads_are_shown(work: str, status: int, said: list[str], fault_row: FaultRow) -> None:
     process = start(f"""
 import re, threading, time
 from genlip_megatron.faults.watchdog import Watchdog
@@ -66,9 +68,12 @@ stuck()
     assert process.returncode == status, errors
     for text in said:
         assert text in errors
+    if status != EXIT_HUNG:
+        fault_row("interpreter's lock never released", "one process", "stacks shown, process killed")
 
 
-def test_time_in_which_it_was_stopped_does_not_count() -> None:
+@pytest.mark.faults
+def test_time_in_which_it_was_stopped_does_not_count(fault_row: FaultRow) -> None:
     process = start("""
 import time
 from genlip_megatron.faults.watchdog import Watchdog
@@ -88,6 +93,7 @@ watchdog.close()
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
+    fault_row("SIGSTOP", "a process, longer than the limit, then SIGCONT", "goes on")
 
 
 def test_the_minder_does_not_outlive_the_process() -> None:

@@ -18,6 +18,7 @@ from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
 from genlip_megatron.train.guard import Replay
 from genlip_megatron.train.metrics import COUNTS
 from tests.distributed import run_distributed
+from tests.fault_table import FaultRow
 from tests.runs import full_weights, layout, tiny_config, weights
 
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
@@ -83,6 +84,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
@@ -97,7 +99,9 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         ("CP2", "nan-grad@3:1"),
     ],
 )
-def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(name: str, fault: str, demo_data: Path) -> None:
+def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(
+    name: str, fault: str, demo_data: Path, fault_row: FaultRow
+) -> None:
     for result in run_distributed(*_with(guarded, settings(demo_data, name, fault)), 4):
         assert result["verdicts"] == ["good", "good", "bad", "good"]
         assert result["updated"] == [True, True, False, True]
@@ -108,6 +112,12 @@ def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(name: str, fault: s
         if not name.startswith(("DP", "fsdp")):  # every rank saw the whole global batch
             assert result["answer_tokens"] == dict(zip(COUNTS, result["counts"], strict=True))["loss_rows"]
         assert any("the second pass gave the same numbers" in line for line in result["said"])
+    what, _, where = fault.partition("@")[0].partition("-")
+    fault_row(
+        {"nan": "NaN", "inf": "Inf"}[what],
+        f"{where} of one rank, {name}",
+        "update left out on all ranks, nothing changed",
+    )
 
 
 def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
@@ -133,12 +143,14 @@ def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
     return outcome.verdict, outcome.updated, [*states, state(run)]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path) -> None:
+def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path, fault_row: FaultRow) -> None:
     """The norm leaves out copies on further tensor-parallel ranks; their weights would become NaN."""
     made = settings(demo_data, "TP2", train__precision=precision)
     for verdict, updated, (before, after) in run_distributed(*_with(spoiled_copies, made)):
         assert (verdict, updated) == ("bad", False) and before == after
+    fault_row("NaN", f"grad of a copy on one rank, TP2, {precision}", "update left out on all ranks, nothing changed")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU decodes to its own memory")
@@ -158,8 +170,9 @@ def _with(function: Any, made: tuple[int, RunConfig]) -> tuple[int, Any, RunConf
     return made[0], function, made[1]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2 overlapping"])
-def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Path) -> None:
+def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Path, fault_row: FaultRow) -> None:
     clean = run_distributed(*_with(guarded, settings(demo_data, name)), 4)
     healed = run_distributed(*_with(guarded, settings(demo_data, name, "transient-nan@3:1")), 4)
     for ours, theirs in zip(healed, clean, strict=True):
@@ -168,6 +181,9 @@ def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Pa
         assert ours["skipped"] == (0, 0)
     fault = next(line for line in healed[0]["said"] if "TRANSIENT FAULT" in line)
     assert "rank 1 on " in fault and "rank 0 on " not in fault
+    fault_row(
+        "transient fault", f"NaN in the first pass, {name}", "rank named, second pass used, as without it bit for bit"
+    )
 
 
 def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path) -> None:
@@ -176,13 +192,19 @@ def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path)
         assert result["verdicts"] == ["good", "good", "bad"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("on_spike", "updated"), [("warn", True), ("skip", False)])
-def test_a_spike_is_counted_and_does_as_it_is_told(on_spike: str, updated: bool, demo_data: Path) -> None:
+def test_a_spike_is_counted_and_does_as_it_is_told(
+    on_spike: str, updated: bool, demo_data: Path, fault_row: FaultRow
+) -> None:
     made = settings(demo_data, "DP2", "spike@4:1", faults__on_spike=on_spike)
     for result in run_distributed(*_with(guarded, made), 4):
         assert result["verdicts"] == ["good", "good", "good", "spike"]
         assert result["updated"][3] == updated == (result["states"][3] != result["states"][4])
         assert result["skipped"] == (int(not updated), 1)
+    fault_row(
+        "spike", f"one rank, on_spike {on_spike}", f"counted, update {'made' if updated else 'left out on all ranks'}"
+    )
 
 
 def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
@@ -228,8 +250,11 @@ def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
     return {"weights": full_weights(run)}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2"])
-def test_rolling_back_is_resuming_without_the_data_of_the_spike(name: str, demo_data: Path, tmp_path: Path) -> None:
+def test_rolling_back_is_resuming_without_the_data_of_the_spike(
+    name: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
     folder = tmp_path / "run"
     made = settings(
         demo_data,
@@ -254,6 +279,9 @@ def test_rolling_back_is_resuming_without_the_data_of_the_spike(name: str, demo_
     expected = weights(run_distributed(*_with(resumed, made), 2, 3))
     found = weights([found for _, found in results])
     assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected)
+    fault_row(
+        "spike", f"one rank, on_spike rollback, {name}", "as resumed without the data since the checkpoint, bit for bit"
+    )
 
 
 BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from genlip_megatron.faults import exits
+from tests.fault_table import FaultRow
 from tests.processes import Zygote
 from tests.reliability.training import Training
 
@@ -62,9 +63,10 @@ def test_a_value_error_of_training_is_a_crash(zygote: Zygote, demo_data: Path, t
     assert not (training.run / exits.FINAL_EXIT).exists()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("saves", "status"), [("checkpoint__save", exits.EXIT_NOT_SAVED), ("", exits.EXIT_PREEMPTED)])
 def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
-    saves: str, status: int, zygote: Zygote, demo_data: Path, tmp_path: Path
+    saves: str, status: int, zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
     """The disk is full when it is told to stop, or it has no folder; then torchrun starts its worker again."""
     training = Training(zygote, demo_data, tmp_path)
@@ -77,6 +79,9 @@ def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
     (again,) = training.start(env=UNDER_TORCHRUN, **flags).wait()
     exits.mark_of("" if not saves else training.run, zygote.pid).unlink()
     assert again.code == status and f"this launch is over with status {status}" in again.output
+    fault_row(
+        "SIGUSR1", "disk full at the last save" if saves else "without --save", f"status {status}, not started again"
+    )
 
 
 def validating() -> int:
