@@ -99,7 +99,8 @@ class Watchdog:
         self._ended, self._expired = threading.Event(), False
         self._thread: threading.Thread | None = None
         if minutes:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            minder = Minder(self._limit + self._grace, self._grace)
+            self._thread = threading.Thread(target=self._watch, args=[minder], name="watchdog", daemon=True)
             self._thread.start()
 
     @staticmethod
@@ -121,9 +122,8 @@ class Watchdog:
             self._ended.wait()
         self._quiet = 0.0
 
-    def _watch(self) -> None:
+    def _watch(self, minder: Minder) -> None:
         period = min(1.0, self._limit / 10)
-        minder = Minder(self._limit + self._grace, self._grace)
         before = time.monotonic()
         while not self._ended.wait(period):
             now = time.monotonic()
