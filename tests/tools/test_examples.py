@@ -211,6 +211,11 @@ def test_failure_that_would_come_again_is_not_requeued(status: int, slurm: Slurm
     assert slurm.requeued
 
 
+def test_job_that_could_not_save_when_it_was_told_to_stop_is_requeued(slurm: Slurm) -> None:
+    slurm.start('saved 5; echo "22 $launch" >"$save/final_exit"; exit 1')
+    assert slurm.requeued
+
+
 def test_stop_file_ends_the_job(slurm: Slurm) -> None:
     done = slurm.start('saved 5; touch "$save/stop"; exit 1')
     assert done.returncode == 1 and not slurm.requeued and "/stop ended it" in done.stderr
