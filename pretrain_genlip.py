@@ -4,7 +4,7 @@
 torchrun --nproc-per-node 2 pretrain_genlip.py --config demo --tp 2
 torchrun pretrain_genlip.py --help
 
-Exit status: 0 done, 2 a setting or a file is wrong, 17 told to stop and saved (start again to go on), 18 too many bad
+Exit status: 0 done, 2 a setting or a file is wrong, 17 told to stop (saved, if --save is given), 18 too many bad
 samples, 19 bad numbers that did not go away, 20 hung, 21 replicas' weights differ, 22 the last checkpoint could not be
 written. See ``genlip_megatron/faults/exits.py``.
 """
@@ -72,24 +72,30 @@ def run(config: RunConfig) -> int:
 
     host.install()
     from genlip_megatron.data.quarantine import DataFailure
+    from genlip_megatron.faults.exits import Mistake
+    from genlip_megatron.faults.watchdog import Watchdog
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import train
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(config.to_yaml(), flush=True)
+    Watchdog.listen()
+    watchdog = Watchdog(config.faults.step_timeout)
     try:
-        status = train(config)
-    except ValueError as error:
-        # A user's mistake: most often every rank finds the same one, but a node may lack a file.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        status = train(config, watchdog)
+        groups.finalize()
+        return status
+    except Mistake as error:
+        # Most often every rank finds the same one, but a node may lack a file.
+        if groups.first_to_say(str(error)):
             print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except DataFailure as error:
         # Only the ranks that share the samples know; torchrun ends the others when these leave.
         print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
         return EXIT_DATA_FAILURE
-    groups.finalize()
-    return status
+    finally:
+        watchdog.close()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@
 #   SAVE_FOLDER/stop, or stop.obeyed               someone wants it to end: not requeued
 #   a newer checkpoint than at the start           preempted, or a process or node failed: requeued
 #   no newer one                                   requeued, but not after the third such start in a row
-# A node that fails takes this script with it or ends the job: then SLURM requeues it by itself (#SBATCH --requeue).
+# A node that fails takes this script with it or ends the job: then SLURM requeues it by itself (#SBATCH --requeue). So a
+# start is counted before it is made, and no longer when a newer checkpoint is there.
 # Each start goes on from the newest good checkpoint of SAVE_FOLDER; so do the restarts of workers within one start, of
 # which torchrun makes at most MAX_RESTARTS.
 
@@ -24,12 +25,21 @@ latest_step() {
     echo "$((10#$step))"
 }
 
-# Starts of this job in a row that brought no newer checkpoint; those of another job do not count.
+# Starts of this job in a row from the step it is at now, however they ended; those of another job do not count.
 starts_without_progress() {
-    local job="" count=0 file=$1/requeues_without_progress
-    [ -f "$file" ] && read -r job count _ <"$file"
-    [[ $job == "$SLURM_JOB_ID" && $count =~ ^[0-9]+$ ]] || count=0
+    local job="" count=0 step=0 file=$1/requeues_without_progress
+    [ -f "$file" ] && read -r job count step _ <"$file"
+    [[ $job == "$SLURM_JOB_ID" && $count =~ ^[0-9]+$ && $step =~ ^[0-9]+$ ]] || count=0
+    ((count == 0 || $(latest_step "$1") <= step)) || count=0
     echo "$count"
+}
+
+# End the job when so many starts in a row have brought nothing.
+give_up_without_progress() {
+    (($2 < MAX_STARTS_WITHOUT_PROGRESS)) && return
+    echo "slurm_run.sh: not requeued: $2 starts in a row ended with an error before a checkpoint newer than" \
+        "step $(latest_step "$1") was saved in $1; find the error above, mend it and submit the job again" >&2
+    exit "$3"
 }
 
 # The status with which the workers of a launch left for good; 0 when there is none.
@@ -48,12 +58,15 @@ tell_training() {
 }
 
 run_and_requeue() {
-    local save=$1 restarts=$2 head before after count status training
+    local save=$1 restarts=$2 head before count status training
     shift 2
     # Of this start alone: a job keeps its number when it is requeued.
     local launch=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     before=$(latest_step "$save")
+    count=$(starts_without_progress "$save")
+    give_up_without_progress "$save" "$count" 1  # SLURM requeued it each time, after a node had failed
+    mkdir -p "$save" && echo "$SLURM_JOB_ID $((count + 1)) $before" >"$save/requeues_without_progress"
     rm -f "$save/stop.obeyed"
     trap tell_training USR1
 
@@ -86,16 +99,9 @@ run_and_requeue() {
         echo "slurm_run.sh: not requeued: the stop file $save/stop ended it; submit the job again to go on" >&2
         exit "$status"
     fi
-    after=$(latest_step "$save")
-    count=0
-    ((after > before)) || count=$(($(starts_without_progress "$save") + 1))
-    mkdir -p "$save" && echo "$SLURM_JOB_ID $count" >"$save/requeues_without_progress"
-    if ((count >= MAX_STARTS_WITHOUT_PROGRESS)); then
-        echo "slurm_run.sh: not requeued: $count starts in a row ended with an error before a checkpoint newer than" \
-            "step $after was saved in $save; find the error above, mend it and submit the job again" >&2
-        exit "$status"
-    fi
-    echo "slurm_run.sh: requeued at step $after (step $before at the start, $count starts without progress)"
+    count=$(starts_without_progress "$save")
+    give_up_without_progress "$save" "$count" "$status"
+    echo "slurm_run.sh: requeued at step $(latest_step "$save") (step $before at the start, $count starts without progress)"
     scontrol requeue "$SLURM_JOB_ID"
     exit "$status"
 }

@@ -139,11 +139,26 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         raise ValueError("data.train_weights and data.train_epochs: give one of them")
     source_weights(data)
     source_epochs(data)
-    parse_faults(config.faults)
+    _check_faults(config)
     if config.log.eval_only and not config.checkpoint.load:
         raise ValueError("log.eval_only needs checkpoint.load: name the checkpoint folder with --load")
     if world_size is not None:
         _check_world_size(config, world_size)
+
+
+def _check_faults(config: RunConfig) -> None:
+    save = config.checkpoint.save
+    if config.faults.on_spike == "rollback" and not save and not config.log.eval_only:
+        raise ValueError(
+            "faults.on_spike = rollback: goes back to a checkpoint, and checkpoint.save names no folder for them; add "
+            "--save, or allowed without: warn, skip"
+        )
+    for fault in parse_faults(config.faults):
+        what = f"faults.inject_fault: {fault.kind} in step {fault.step} on rank {fault.rank} can never happen"
+        if fault.step > config.train.train_iters:
+            raise ValueError(f"{what}: allowed are steps 1 to train.train_iters = {config.train.train_iters}")
+        if not save and (fault.place == "save" or fault.kind == "full-disk"):
+            raise ValueError(f"{what}: without checkpoint.save nothing is saved; add --save")
 
 
 def _check_layout(config: RunConfig) -> None:
@@ -246,6 +261,12 @@ def _check_fsdp(parallel: ParallelConfig) -> None:
 
 
 def _check_world_size(config: RunConfig, world_size: int) -> None:
+    for fault in parse_faults(config.faults):
+        if fault.rank >= world_size:
+            raise ValueError(
+                f"faults.inject_fault: {fault.kind} in step {fault.step} on rank {fault.rank} can never happen: "
+                f"allowed are ranks 0 to {world_size - 1} of {world_size} processes"
+            )
     parallel, train = config.parallel, config.train
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     if world_size % ranks:

@@ -156,8 +156,8 @@ class TrainConfig:
     transformer_impl: str = _opt("local", "layer implementation", choices=("local", "transformer_engine"))
     seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
     check_memory: bool = _opt(True, "refuse a layout that by estimate needs more memory than a rank has")
-    exit_interval: int = _opt(0, "save and exit after this step has been reached; 0: run to train_iters")
-    exit_duration_in_mins: float = _opt(0.0, "save and exit with status 17 after so many minutes; 0: never")
+    exit_interval: int = _opt(0, "save and exit after each step that is a multiple of this; 0: run to train_iters")
+    exit_duration_in_mins: float = _opt(0.0, "save and exit with status 17 so many minutes after the launch; 0: never")
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class FaultsConfig:
     spike_threshold: float = _opt(10.0, "robust standard deviations above the median that make a spike")
     spike_window: int = _opt(128, "steps whose median and spread are compared with; half of them must be there")
     max_bad_steps: int = _opt(5, "steps in a row without an update after which the run rolls back, or else stops")
-    max_rollbacks: int = _opt(3, "rollbacks after which the run stops instead")
+    max_rollbacks: int = _opt(3, "rollbacks without a newer checkpoint in between after which the run stops instead")
     rerun_bad_steps: bool = _opt(
         True, "compute a step of NaN or Inf once more: other numbers tell a faulty device from a fault of data or model"
     )

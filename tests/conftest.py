@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from genlip_megatron import host
+from tests.processes import Zygote
 from tests.runs import make_data
 
 pytest_plugins = ["tests.fault_table"]
@@ -36,3 +38,11 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     make_data(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """The parent of the fault tests' runs."""
+    zygote = Zygote(tmp_path_factory.mktemp("ranks"))
+    yield zygote
+    zygote.close()

@@ -136,6 +136,7 @@ class Zygote:
         )
         theirs.close()
         self._pipe = multiprocessing.connection.Connection(ours.detach())
+        self.pid = self._process.pid
         self._started = 0
         self._jobs: dict[int, tuple[Job, int]] = {}  # by pid: of which job, which rank
 

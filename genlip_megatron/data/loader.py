@@ -153,10 +153,15 @@ class Ahead(Iterator[PackedBatch]):
         self._taken(cursor, time.monotonic() - begin)
         return batch
 
-    def close(self) -> None:
-        """End the thread, together with those of the ranks that share its micro-batches."""
+    def close(self, timeout: float | None = None) -> None:
+        """End the thread, together with those of the ranks that share its micro-batches.
+
+        Args:
+            timeout: seconds after which it is left to itself; None waits for as long as a read takes, since who goes
+                on with the loader must not find it at work.
+        """
         self._stop.set()
-        self._thread.join(10)
+        self._thread.join(timeout)
 
 
 class Loader:
@@ -302,7 +307,7 @@ class Loader:
         self._quarantined = self.quarantine.total = 0
 
     def close(self) -> None:
-        """End the threads and close the shards."""
+        """End the threads and close the shards. Nothing may be read after it."""
         for ahead in self._ahead:
-            ahead.close()
+            ahead.close(10)
         self.samples.close()

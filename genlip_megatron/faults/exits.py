@@ -3,7 +3,8 @@
 ``torchrun --max-restarts`` takes every code but 0 for a failure and starts the workers again. That helps after a crash
 or a hang, but a run that was told to stop, or that meets the same mistake each time, must end. So a worker that leaves
 with such a code first writes it to ``<save>/final_exit``, and a worker that was started again after that leaves with
-the same code before it imports torch: torchrun ends within seconds.
+the same code before it imports torch: torchrun ends within seconds. A run that saves nothing has no such folder; then
+the file is a temporary one of the machine, named after the launcher's process.
 
 This module imports nothing of the project and no torch.
 """
@@ -11,11 +12,12 @@ This module imports nothing of the project and no torch.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
 EXIT_USER_ERROR = 2  # a setting or a file is wrong; starting again changes nothing
-EXIT_PREEMPTED = 17  # told to stop, or out of time: saved; start again to go on
+EXIT_PREEMPTED = 17  # told to stop, or out of time: saved, if it saves at all; start again to go on
 EXIT_DATA_FAILURE = 18  # too many bad samples in a row
 EXIT_BAD_NUMBERS = 19  # NaN, Inf or spikes that rolling back did not cure
 EXIT_HUNG = 20  # no step finished within faults.step_timeout
@@ -25,6 +27,13 @@ EXIT_NOT_SAVED = 22  # the last checkpoint could not be written
 # disk may be gone, and the run goes on from the last good checkpoint.
 FINAL = (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_DATA_FAILURE, EXIT_BAD_NUMBERS)
 FINAL_EXIT = "final_exit"
+
+
+class Mistake(ValueError):
+    """A setting or a file is wrong. Found while the run is set up or, of validation data, when they have been read.
+
+    Other ValueErrors are crashes: starting again may help, and their traceback must be seen.
+    """
 
 
 class LeaveRun(Exception):
@@ -39,17 +48,28 @@ class LeaveRun(Exception):
         self.status = status
 
 
-def mark_final(save: str | Path, code: int) -> None:
+def mark_of(save: str | Path, launcher: int) -> Path:
+    """The file that says how a launch ended: in the run's folder, or without one, of this machine and its launcher."""
+    if save:
+        return Path(save) / FINAL_EXIT
+    return Path(tempfile.gettempdir()) / f"genlip_{FINAL_EXIT}.{os.getuid()}.{launcher}"
+
+
+def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
     """Write that this launch is over with ``code``, if it is one of ``FINAL``.
 
-    Every worker calls it before it leaves: torchrun acts on the first that is gone, on each node. It does nothing
-    without a folder, or without torchrun, since then nobody restarts the worker.
+    Every worker calls it before it leaves: torchrun acts on the first that is gone, on each node. Without torchrun it
+    does nothing, since nobody restarts the worker.
+
+    Args:
+        save: the run's folder; empty when it saves nothing.
+        told_to_stop: it is over with any code: someone wanted it to end.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if not save or run_id is None or code not in FINAL:
+    if run_id is None or not (told_to_stop or code in FINAL):
         return
-    file = Path(save) / FINAL_EXIT
-    partial = file.with_name(f".{FINAL_EXIT}.{os.environ.get('RANK', '0')}.partial")
+    file = mark_of(save, os.getppid())
+    partial = file.with_name(f".{file.name}.{os.environ.get('RANK', '0')}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(f"{code} {run_id}\n")
@@ -65,9 +85,9 @@ def final_exit(save: str | Path) -> int | None:
     The first worker of a new launch removes what an earlier launch left.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if not save or run_id is None:
+    if run_id is None:
         return None
-    file = Path(save) / FINAL_EXIT
+    file = mark_of(save, os.getppid())
     try:
         code, _, marked_by = file.read_text().strip().partition(" ")
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -80,16 +100,24 @@ def final_exit(save: str | Path) -> int | None:
     return None
 
 
+def age(pid: int) -> float:
+    """Seconds since a process started, exact to 0.01; 0 where that cannot be known (not Linux)."""
+    try:
+        started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError):
+        return 0.0
+
+
+def age_of_launch() -> float:
+    """Seconds since torchrun started, or without it this process: restarts of workers do not begin anew."""
+    return age(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+
+
 def _launcher_is_older_than(file: Path) -> bool:
     """Whether the process that started this one was there before ``file`` was written.
 
     On several nodes torchrun does not count a restart that another node asked for, so the restart count may be 0; and
-    by hand every launch may have the same run id. Ages are compared, not times of day, to be exact to 0.01 s.
+    by hand every launch may have the same run id. Ages are compared, not times of day.
     """
-    file_age = time.time() - file.stat().st_mtime
-    try:
-        started = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
-        launcher_age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, IndexError):  # not Linux: the restart count must do
-        return False
-    return launcher_age > file_age
+    return age(os.getppid()) > time.time() - file.stat().st_mtime

@@ -2,7 +2,8 @@
 
 What this rank has seen goes into the one all-reduce of each step (``train/guard.py``), so that all ranks stop after the
 same step; they save and exit with status 17. From the request to the exit it takes at most the step in flight and a
-save (with the file, a second more); a validation that is under way is finished first.
+save (with the file, a second more); a validation that is under way is finished first. A request that is there before
+the first step ends the run without one.
 
 A second signal ends its process at once, without saving, even where the main thread waits in a collective: the signal
 number comes through a pipe to a thread of its own. Launchers and schedulers both pass signals on, so that what comes
@@ -16,15 +17,26 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from genlip_megatron.config import RunConfig
+from genlip_megatron.faults.exits import age_of_launch
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SAME_REQUEST = 1.0  # seconds
 _FILE_INTERVAL = 1.0
 REASONS = ("a signal", "the stop file", "train.exit_duration_in_mins")
+
+
+def told_by(wishes: Iterable[Any]) -> str:
+    """Those of ``REASONS`` that are wished for, in words; empty for none.
+
+    >>> told_by([1.0, 0.0, 1.0])
+    'a signal, train.exit_duration_in_mins'
+    """
+    return ", ".join(reason for reason, wish in zip(REASONS, wishes, strict=True) if wish)
 
 
 def stop_file(config: RunConfig) -> Path | None:
@@ -39,7 +51,7 @@ class StopRequest:
 
     def __init__(self, config: RunConfig) -> None:
         minutes = config.train.exit_duration_in_mins
-        self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self._deadline = time.monotonic() + 60 * minutes - age_of_launch() if minutes else float("inf")
         # One process a machine looks; each machine looks, since the file may be on a disk of its own.
         looks = int(os.environ.get("LOCAL_RANK", "0")) == 0
         self._file = stop_file(config) if looks else None

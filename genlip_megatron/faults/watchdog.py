@@ -1,4 +1,5 @@
-"""Watchdog: a run that makes no step for too long says where each rank stands, and ends.
+"""Watchdog: a run that makes no step for too long says where each rank stands, and ends. A part of the start and a
+validated batch count as a step does.
 
 A rank that waits in a collective for one that has gone astray waits in C, where no exception reaches it, so a thread
 of each rank watches the time since its last sign of life. When that is over it writes the stacks of all threads to
@@ -6,8 +7,8 @@ stderr, waits until the other ranks have done so too, and ends the process with 
 
 Two things keep a rank from doing this itself:
 
-* A thread that never releases the interpreter's lock. Then ``faulthandler``'s own timer, which needs no lock and which
-  the watching thread winds up again and again, writes the stacks and ends the process with status 1.
+* A thread that never releases the interpreter's lock. Then a process beside this one (``faults/minder.py``), to which
+  the watching thread shows signs of life, has the stacks written and kills it.
 * SIGSTOP. The ranks of a machine know each other's processes; the lowest one that runs finds those that are stopped,
   and wakes them with SIGUSR2 waiting for them, which makes them write their stacks.
 
@@ -26,12 +27,13 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from genlip_megatron.faults.exits import EXIT_HUNG
+from genlip_megatron.faults.minder import Minder, stopped
 
 _STDERR = 2  # the descriptor, which a test or a library cannot have replaced
 _GRACE = 5.0  # seconds from the stacks to the end; ranks' last signs of life are no further apart than this
@@ -47,15 +49,14 @@ class Sibling:
     started: int
 
 
-def _stat(pid: int) -> tuple[str, int]:
-    """(state, start in clock ticks since boot) of a process; ("", 0) where there is none or no /proc."""
+def _started(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 where there is none or no /proc."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             # The command's name comes before, in parentheses, and may hold blanks.
-            parts = file.read().rpartition(")")[2].split()
+            return int(file.read().rpartition(")")[2].split()[19])
     except OSError:
-        return "", 0
-    return parts[0], int(parts[19])
+        return 0
 
 
 def _signal_main_thread(pid: int, number: int) -> None:
@@ -68,13 +69,8 @@ def _signal_main_thread(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def exchange_processes() -> list[Sibling]:
-    """The process of every rank, in order. A collective over all ranks."""
-    rank = torch.distributed.get_rank()
-    mine = Sibling(rank, socket.gethostname(), os.getpid(), _stat(os.getpid())[1])
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
+def _this_process(rank: int) -> Sibling:
+    return Sibling(rank, socket.gethostname(), os.getpid(), _started(os.getpid()))
 
 
 def stacks(title: str) -> bytes:
@@ -86,30 +82,38 @@ def stacks(title: str) -> bytes:
 
 
 class Watchdog:
-    """Ends this process when nothing calls ``beat`` for ``minutes``; 0 never ends it.
+    """Ends this process when nothing calls ``beat`` for ``minutes``; 0 never ends it. Call ``listen`` before.
+
+    It knows this process alone until ``meet`` tells it of the others.
 
     Args:
         minutes: the limit.
-        processes: of all ranks, from ``exchange_processes``; this process alone when left out.
         grace: seconds from the stacks to the end.
     """
 
-    def __init__(self, minutes: float, processes: list[Sibling] | None = None, grace: float = _GRACE) -> None:
+    def __init__(self, minutes: float, grace: float = _GRACE) -> None:
         self._limit, self._grace = 60 * minutes, grace
-        me = Sibling(0, socket.gethostname(), os.getpid(), _stat(os.getpid())[1])
-        self._processes = processes or [me]
-        self._mine = next(p for p in self._processes if replace(p, rank=0) == me)
+        self._mine = _this_process(int(os.environ.get("RANK", "0")))
+        self._processes = [self._mine]
         self._quiet = 0.0
         self._ended, self._expired = threading.Event(), False
         self._thread: threading.Thread | None = None
         if minutes:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            minder = Minder(self._limit + self._grace, self._grace)
+            self._thread = threading.Thread(target=self._watch, args=[minder], name="watchdog", daemon=True)
             self._thread.start()
 
     @staticmethod
     def listen() -> None:
         """From now on SIGUSR2 writes this process's stacks to stderr."""
         faulthandler.register(signal.SIGUSR2, file=_STDERR, all_threads=True)
+
+    def meet(self) -> None:
+        """Learn of the processes of all ranks. A collective over them."""
+        self._mine = _this_process(torch.distributed.get_rank())
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, self._mine)
+        self._processes = everyone
 
     def beat(self) -> None:
         """A sign of life: something that counts as progress has been finished. Too late, it never returns: what was
@@ -118,17 +122,17 @@ class Watchdog:
             self._ended.wait()
         self._quiet = 0.0
 
-    def _watch(self) -> None:
+    def _watch(self, minder: Minder) -> None:
         period = min(1.0, self._limit / 10)
         before = time.monotonic()
         while not self._ended.wait(period):
             now = time.monotonic()
             self._quiet += min(now - before, 2 * period)
             before = now
+            minder.beat()
             if self._quiet > self._limit:
                 self._expire()
-            faulthandler.dump_traceback_later(self._limit + self._grace, exit=True, file=_STDERR)
-        faulthandler.cancel_dump_traceback_later()
+        minder.close()
 
     def _expire(self) -> None:
         self._expired = True
@@ -141,12 +145,12 @@ class Watchdog:
 
     def _wake_stopped(self) -> None:
         """Let the ranks of this machine that are stopped write their stacks, if no lower one runs to see to it."""
-        here = [p for p in self._processes if p.host == self._mine.host and _stat(p.pid)[1] == p.started]
-        stopped = [p for p in here if p.pid != self._mine.pid and _stat(p.pid)[0] in ("T", "t")]
-        running = [p.rank for p in here if p not in stopped]
+        here = [p for p in self._processes if p.host == self._mine.host and _started(p.pid) == p.started]
+        asleep = [p for p in here if p.pid != self._mine.pid and stopped(p.pid)]
+        running = [p.rank for p in here if p not in asleep]
         if self._mine.rank != min(running, default=self._mine.rank):
             return
-        for process in stopped:
+        for process in asleep:
             print(
                 f"rank {process.rank} {process.host}:{process.pid} is stopped (SIGSTOP): woken to show its stacks",
                 file=sys.stderr,

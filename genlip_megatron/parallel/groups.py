@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,16 @@ from genlip_megatron.checks import check
 from genlip_megatron.config import RunConfig
 
 
-def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
+def timeout(config: RunConfig) -> timedelta:
+    """How long a collective may take: longer than the watchdog waits, which says more; a day where there is none.
+
+    >>> str(timeout(RunConfig()))  # faults.step_timeout is 20 minutes
+    '0:30:00'
+    """
+    return timedelta(minutes=config.faults.step_timeout + 10) if config.faults.step_timeout else timedelta(days=1)
+
+
+def initialize(config: RunConfig) -> None:
     """Join the run's processes and make Megatron-Core's groups.
 
     Started by torchrun, or by hand as one process. NCCL on GPUs, gloo without.
@@ -35,7 +45,7 @@ def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout(config),
         )
     parallel_state.destroy_model_parallel()
     vpp = config.parallel.virtual_pipeline_model_parallel_size
@@ -44,6 +54,7 @@ def initialize(config: RunConfig, timeout_minutes: float = 30.0) -> None:
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         context_parallel_size=config.parallel.context_parallel_size,
+        distributed_timeout_minutes=timeout(config) / timedelta(minutes=1),
     )
     num_microbatches_calculator.unset_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(
@@ -97,6 +108,20 @@ def model_parallel_place() -> ModelParallelPlace:
     stage = [rank for rank in together if places[rank][1] == mine[1]]
     first_stage = tuple(rank for rank in together if places[rank][1] == 0)
     return ModelParallelPlace(group, stage.index(torch.distributed.get_rank()), len(stage), first_stage)
+
+
+def first_to_say(text: str) -> bool:
+    """Whether this rank is the first of all to ask this about ``text``; where they are not joined, of its machine.
+
+    Not a collective: others may have another text, or be elsewhere.
+    """
+    if torch.distributed.is_initialized():
+        store = torch.distributed.distributed_c10d._get_default_store()
+        try:
+            return bool(store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
+        except RuntimeError:  # the rank that keeps the store is gone; better said twice than not at all
+            return True
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def finalize() -> None:

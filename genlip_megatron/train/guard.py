@@ -1,8 +1,10 @@
 """The guarded training step: what a step computed is looked at by all ranks together before the weights change.
 
-1. Forward and backward over the micro-batches; gradients are ready, their global norm is known.
-2. One all-reduce of a few numbers over all ranks: loss, norm, whether any rank has numbers that are not finite, whether
-   any was told to stop. From here on every rank knows the same and decides the same.
+1. Forward and backward over the micro-batches; gradients are ready. Their global norm is Megatron-Core's, which is an
+   all-reduce and brings the number to the host.
+2. One more all-reduce of a few numbers over all ranks, and one more wait for the device: loss, norm, whether any rank
+   has numbers that are not finite, whether any was told to stop. From here on every rank knows the same and decides
+   the same. The norm alone would not do: it counts copies on tensor-parallel ranks once, by rank 0's.
 3. Numbers that are not finite: the step is computed once more (``faults.rerun_bad_steps``). Other numbers mean a device
    that computed wrong, and the second result is used; the same numbers mean data or model, and the update is left out.
 4. A loss or norm far above the last ones is a spike: the update is made, left out, or the run goes back, as
@@ -43,6 +45,7 @@ from genlip_megatron.train.step import Stepper
 
 # Kernels that add in no fixed order give other last bits each time; a fault changes more than that.
 _SAME_RESULT = 1e-3
+_COUNTS = ("skipped", "spikes", "without_update", "rollbacks", "back_at")
 
 
 def no_wish() -> list[float]:
@@ -51,7 +54,8 @@ def no_wish() -> list[float]:
 
 
 class Replay(Iterator[PackedBatch]):
-    """Micro-batches that can be had once more. It holds those of one step, as they came, on the host."""
+    """Micro-batches that can be had once more. It holds those of one step, on the host: patches that DALI decoded on
+    the device are copied there behind the step's own work."""
 
     def __init__(self, batches: Iterator[PackedBatch]) -> None:
         self._batches, self._held, self._again = batches, list[PackedBatch](), False
@@ -62,12 +66,20 @@ class Replay(Iterator[PackedBatch]):
                 raise StopIteration
             return self._held.pop(0)
         batch = next(self._batches)
-        self._held.append(batch)
+        self._held.append(_on_host(batch))
         return batch
 
     def rewind(self) -> None:
         """Give the held micro-batches again, from the first; each is let go as it is given."""
         self._again = True
+
+
+def _on_host(batch: PackedBatch) -> PackedBatch:
+    """The same micro-batch with its patches on the host. They are there once the device has done what it was given."""
+    if batch.patches is None or not batch.patches.is_cuda:
+        return batch
+    patches = torch.empty(batch.patches.shape, dtype=batch.patches.dtype, pin_memory=True)
+    return replace(batch, patches=patches.copy_(batch.patches, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Numbers:
     Attributes:
         loss_sum, loss_count: sum of the losses of the global batch's answer tokens, and their number.
         grad_norm: of the whole model, before clipping.
-        bad_ranks: ranks whose own loss is not finite. (A gradient that is not is known by the norm.)
+        bad_ranks: ranks whose own loss or gradients are not all finite.
         stop: which of ``faults.stop.REASONS`` any rank has to stop.
         unwritten: ranks whose asynchronous checkpoint is not written yet.
     """
@@ -115,24 +127,30 @@ class Outcome(Numbers):
     roll_back: str
 
 
-def agree(total: Tensor, grad_norm: float, found_inf: bool, stop: list[float], unwritten: bool) -> Numbers:
-    """One all-reduce over all ranks, of 8 numbers in float64.
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """bool []: whether no value is NaN or Inf, on the device of ``tensors``. A few kernels for tensors of one dtype."""
+    # Largest values, which NaN is taken for; squares of finite values may overflow.
+    return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()
+
+
+def agree(total: Tensor, grad_norm: float, finite: Tensor, stop: list[float], unwritten: bool) -> Numbers:
+    """One all-reduce over all ranks, of 8 numbers in float64. The host waits for the device once.
 
     Args:
         total: float64 [2], this rank's (sum of losses, answer tokens); equal on tensor-parallel ranks.
         grad_norm: of the whole model; every rank has it, and rank 0's counts.
-        found_inf: the optimizer's own word on this rank's gradients.
+        finite: bool [], whether all of this rank's numbers are.
         stop: this rank's votes, one of each of ``REASONS``.
         unwritten: this rank's checkpoint is not written yet.
     """
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
     first = torch.distributed.get_rank() == 0
-    finite = torch.isfinite(total).all()
-    known = [float(found_inf), grad_norm if first else 0.0, float(unwritten), *stop]
-    vector = torch.cat((torch.zeros_like(total), torch.tensor(known, dtype=torch.float64, device=total.device)))
-    # A rank that does not count may have NaN, which times 0 would be NaN still.
-    vector[:2] = total if counts else 0.0
-    vector[2] = torch.where(finite, vector[2], 1.0)
+    known = [0.0, 0.0, 0.0, grad_norm if first else 0.0, float(unwritten), *stop]
+    # Of pinned memory, which alone is copied without a wait.
+    vector = torch.tensor(known, dtype=torch.float64, pin_memory=total.is_cuda).to(total.device, non_blocking=True)
+    if counts:
+        vector[:2] = total
+    vector[2] = ~finite
     torch.distributed.all_reduce(vector)
     loss_sum, loss_count, bad, norm, pending, *wishes = vector.tolist()
     return Numbers(loss_sum, loss_count, norm, int(bad), tuple(wish > 0 for wish in wishes), int(pending))
@@ -153,7 +171,8 @@ class Guard:
         skipped: steps without an update since the run began.
         spikes: spikes since the run began, whether the update was made or not.
         without_update: steps in a row without an update, up to now.
-        rollbacks: of this process.
+        rollbacks: in a row to one checkpoint, or to an older one than before: without a newer one saved since.
+        back_at: step of the checkpoint that the last of them went to; -1 before any.
     """
 
     def __init__(
@@ -163,6 +182,7 @@ class Guard:
         self.stepper, self.injector = stepper, injector
         self.judge = SpikeJudge(config.faults.spike_window, config.faults.spike_threshold)
         self.skipped = self.spikes = self.without_update = self.rollbacks = 0
+        self.back_at = -1
 
     def step(
         self,
@@ -179,8 +199,8 @@ class Guard:
                 the step is computed counts for this step.
         """
         source = Replay(batches) if self.options.rerun_bad_steps else batches
-        total, norm, found_inf = self._compute(source, number, first=True)
-        numbers = agree(total, norm, found_inf, stop(), unwritten())
+        total, norm, finite = self._compute(source, number, first=True)
+        numbers = agree(total, norm, finite, stop(), unwritten())
         if not numbers.finite and isinstance(source, Replay):
             numbers = self._compute_again(source, number, numbers, total)
         verdict, why = "good", ""
@@ -204,8 +224,8 @@ class Guard:
             back = f"{self.without_update} steps in a row without an update (faults.max_bad_steps)"
         return Outcome(**vars(numbers), verdict=verdict, updated=updated, roll_back=back)
 
-    def _compute(self, batches: Iterator[PackedBatch], number: int, first: bool) -> tuple[Tensor, float, bool]:
-        """(this rank's loss sum and count, norm of the whole model's gradient, whether the optimizer found Inf)."""
+    def _compute(self, batches: Iterator[PackedBatch], number: int, first: bool) -> tuple[Tensor, float, Tensor]:
+        """(this rank's loss sum and count, norm of the whole model's gradient, whether this rank's are all finite)."""
         # This also forgets what DDP's buckets have reduced, so that a second pass reduces again.
         for chunk in self.model:
             chunk.zero_grad_buffer()
@@ -214,9 +234,12 @@ class Guard:
             first and self.injector.fires("transient-nan", number)
         )
         total = self.stepper.run(batches, forward_only=False)
-        found_inf = self.optimizer.prepare_grads()
+        self.optimizer.prepare_grads()  # its answer is for scaled losses
         self._spoil_gradients(number)
-        return total, float(self.optimizer.get_grad_norm()), found_inf
+        finite, gradients = total.isfinite().all(), self._gradients()
+        if gradients:
+            finite &= all_finite(gradients)
+        return total, float(self.optimizer.get_grad_norm()), finite
 
     def _spoil_gradients(self, number: int) -> None:
         for kind, factor in (("nan-grad", math.nan), ("inf-grad", math.inf), ("spike", 1e4)):
@@ -230,8 +253,9 @@ class Guard:
         return [part for part in parts if not part.is_stub_optimizer]
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's part of the summed gradients, as the optimizer takes it."""
-        return [to_local_if_dtensor(g) for part in self._parts() for g in part.get_main_grads_for_grad_norm()]
+        """This rank's part of the summed gradients, as the optimizer takes it, copies of other ranks' included."""
+        parameters = [parameter for part in self._parts() for parameter in part.get_parameters()]
+        return [to_local_if_dtensor(p.grad) for p in parameters if p.grad is not None and p.grad.numel()]
 
     def _own_numbers(self, total: Tensor) -> tuple[float, float]:
         """(sum of losses, norm of the gradients) of this rank alone."""
@@ -248,10 +272,10 @@ class Guard:
         mine = self._own_numbers(total)
         counts = self.stepper.counts.clone()
         batches.rewind()
-        total, norm, found_inf = self._compute(batches, number, first=False)
+        total, norm, finite = self._compute(batches, number, first=False)
         self.stepper.counts = counts  # the micro-batches were counted the first time
         again = self._own_numbers(total)
-        numbers = agree(total, norm, found_inf, no_wish(), False)
+        numbers = agree(total, norm, finite, no_wish(), False)
         changed = [not _same(a, b) for a, b in zip(mine, again, strict=True)]
         where = f"rank {torch.distributed.get_rank()} on {socket.gethostname()} (process {os.getpid()})"
         reports: list[Any] = [None] * torch.distributed.get_world_size()
@@ -282,14 +306,23 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with: plain numbers and lists."""
-        counts = {"skipped": self.skipped, "spikes": self.spikes, "without_update": self.without_update}
-        return {**self.judge.state_dict(), **counts}
+        return {**self.judge.state_dict(), **{name: getattr(self, name) for name in _COUNTS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``. Rollbacks are counted for each process."""
+        """Go on from ``state``; that of an older version lacks rollbacks."""
         self.judge.load_state_dict(state)
-        self.skipped, self.spikes = state["skipped"], state["spikes"]
-        self.without_update = state["without_update"]
+        for name in _COUNTS:
+            setattr(self, name, state.get(name, getattr(self, name)))
+
+    def went_back(self, step: int, before: dict[str, Any]) -> None:
+        """Count a rollback to the checkpoint of ``step``, whose state has been loaded.
+
+        Args:
+            before: ``state_dict`` before that; what was counted stays counted.
+        """
+        self.skipped, self.spikes, self.without_update = before["skipped"], before["spikes"], 0
+        self.rollbacks = before["rollbacks"] + 1 if step <= before["back_at"] else 1
+        self.back_at = step
 
 
 def _same(first: float, second: float) -> bool:

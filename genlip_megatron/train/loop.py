@@ -21,11 +21,11 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.share import Share
 from genlip_megatron.estimate import check_fits
-from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun
+from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, Mistake, mark_final
 from genlip_megatron.faults.inject import Injector, flip_bit
 from genlip_megatron.faults.replicas import check_replicas
-from genlip_megatron.faults.stop import REASONS, StopRequest
-from genlip_megatron.faults.watchdog import Watchdog, exchange_processes
+from genlip_megatron.faults.stop import StopRequest, told_by
+from genlip_megatron.faults.watchdog import Watchdog
 from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
@@ -65,9 +65,19 @@ class Run:
     saver: Saver | None = None
 
 
-def set_up(config: RunConfig) -> Run:
-    """Join the processes, open the data, build the run, and load what is to be loaded."""
+def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
+    """Join the processes, open the data, build the run, and load what is to be loaded.
+
+    Args:
+        watchdog: is told when each of these is done, and watches the run from then on.
+
+    Raises:
+        ValueError: a setting or a file is wrong.
+    """
+    watchdog = watchdog or Watchdog(0)
     groups.initialize(config)
+    watchdog.meet()
+    watchdog.beat()
     log(check_machine(config))
     if config.train.check_memory and not config.log.eval_only:
         check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank())
@@ -77,10 +87,14 @@ def set_up(config: RunConfig) -> Run:
     valid_loader = Loader(config, "valid", *data_parallel, data_share(config)) if config.data.valid_data else None
     if config.log.eval_only and valid_loader is None:
         raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
+    watchdog.beat()
     run = build_run(config)
+    run.watchdog = watchdog
     run.train_loader, run.valid_loader = train_loader, valid_loader
     run.saver = make_saver(run)
+    watchdog.beat()
     load(run)
+    watchdog.beat()
     save = config.checkpoint.save
     folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save and not config.log.eval_only else "")
     run.writer = Writer(config.log, folder, torch.distributed.get_rank() == 0, config.to_dict())
@@ -241,26 +255,25 @@ def roll_back(run: Run, batches: Any, why: str) -> Iterator[Any]:
             f"step {step}: {why}. Look at the data of these steps, lower train.lr, or let the run go back by itself "
             "with --on-spike rollback",
         )
-    if run.guard.rollbacks >= options.max_rollbacks:
-        raise LeaveRun(
-            EXIT_BAD_NUMBERS,
-            f"step {step}: {why}, after {run.guard.rollbacks} rollbacks (faults.max_rollbacks). Look at the data since "
-            "the last checkpoint, or lower train.lr",
-        )
     finish_saves(run)
     # The loader's thread works on the same plan, together with those of the ranks that share its micro-batches.
     batches.close()
-    seen, skipped, spikes = loader.step, run.guard.skipped, run.guard.spikes
+    seen, before = loader.step, run.guard.state_dict()
     back = rewind(run)
     if back is None:
         if helpless:
             raise LeaveRun(EXIT_BAD_NUMBERS, f"step {step}: {why}, and there is no checkpoint to go back to")
         log(f"{why}: no checkpoint to go back to yet; only its update was left out")
         return iter(loader)
+    run.guard.went_back(back, before)
+    if run.guard.rollbacks > options.max_rollbacks:
+        raise LeaveRun(
+            EXIT_BAD_NUMBERS,
+            f"step {step}: {why}, after {run.guard.rollbacks - 1} rollbacks since the checkpoint of step {back} "
+            "(faults.max_rollbacks). Look at the data since then, or lower train.lr",
+        )
     first = loader.step + 1
     loader.skip(seen - loader.step)
-    run.guard.rollbacks += 1
-    run.guard.skipped, run.guard.spikes, run.guard.without_update = skipped, spikes, 0
     run.stepper.counts.zero_()
     log(
         f"ROLLBACK {run.guard.rollbacks} of at most {options.max_rollbacks}: {why}; back from step {step} to the "
@@ -275,10 +288,16 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     assert run.train_loader is not None
     if config.parallel.fsdp and config.faults.check_replicas_interval:
         log("replicas are not compared: with parallel.fsdp there are none")
+    wishes = torch.tensor(stop.votes(), device=run.stepper.device)
+    torch.distributed.all_reduce(wishes)
+    if told := told_by(wishes.tolist()):
+        log(f"told to stop by {told}: leaving before the first step, with nothing to save")
+        stop.obey()
+        return EXIT_PREEMPTED
     if run.iteration == 0:
         validate(run)
     batches: Iterator[Any] = iter(run.train_loader)
-    saved, safe, tally, status = run.iteration, True, Tally(), 0
+    saved, safe, tally, status, leave = run.iteration, True, Tally(), 0, False
     while run.iteration < config.train.train_iters:
         outcome = train_step(run, batches, stop)
         run.watchdog.beat()
@@ -294,7 +313,7 @@ def train_steps(run: Run, stop: StopRequest) -> int:
                 continue
         if run.saver is not None and run.saver.writing and not outcome.unwritten:
             finish_saves(run)
-        due = run.iteration == config.train.exit_interval
+        due = bool(config.train.exit_interval) and run.iteration % config.train.exit_interval == 0
         last = run.iteration == config.train.train_iters
         at_end = due or last or leave
         validation = last or (options.eval_interval and run.iteration % options.eval_interval == 0)
@@ -311,27 +330,40 @@ def train_steps(run: Run, stop: StopRequest) -> int:
                 saved = run.iteration
             tally = Tally()
         if leave:
-            told = ", ".join(reason for reason, wish in zip(REASONS, outcome.stop, strict=True) if wish)
-            log(f"told to stop by {told}: leaving after step {run.iteration}")
+            nowhere = "; nothing is saved, since checkpoint.save names no folder" if run.saver is None else ""
+            log(f"told to stop by {told_by(outcome.stop)}: leaving after step {run.iteration}{nowhere}")
             status = 0 if due or last else EXIT_PREEMPTED
         if at_end:
             break
     safe = finish_saves(run) and safe
+    if leave and not safe:
+        # torchrun would start it again, and the stop file is gone.
+        mark_final(config.checkpoint.save, EXIT_NOT_SAVED, told_to_stop=True)
     stop.obey()
     return status if safe else EXIT_NOT_SAVED
 
 
-def train(config: RunConfig) -> int:
-    """Run to the end of ``config``; returns the exit status."""
-    Watchdog.listen()
-    stop = StopRequest(config)
+def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
+    """Run to the end of ``config``; returns the exit status.
+
+    Args:
+        watchdog: watches all of it; it is the caller's to close.
+
+    Raises:
+        Mistake: a setting or a file is wrong.
+    """
     run: Run | None = None
+    stop: StopRequest | None = None
     try:
-        run = set_up(config)
-        run.watchdog = Watchdog(config.faults.step_timeout, exchange_processes())
+        try:
+            run = set_up(config, watchdog)
+        except ValueError as error:
+            raise Mistake(str(error)) from error
         if config.log.eval_only:
             validate(run)
             return 0
+        # Not before: until then, and in a validation alone, signals end the process at once.
+        stop = StopRequest(config)
         return train_steps(run, stop)
     except LeaveRun as leave:
         assert run is not None
@@ -340,7 +372,8 @@ def train(config: RunConfig) -> int:
         finish_saves(run)
         return leave.status
     finally:
-        stop.close()
+        if stop is not None:
+            stop.close()
         if run is not None:
             if run.writer is not None:
                 run.writer.close()
@@ -349,4 +382,3 @@ def train(config: RunConfig) -> int:
             for loader in (run.train_loader, run.valid_loader):
                 if loader is not None:
                     loader.close()
-            run.watchdog.close()

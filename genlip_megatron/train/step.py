@@ -19,6 +19,7 @@ from torch import Tensor
 from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
+from genlip_megatron.faults.exits import Mistake
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.train.metrics import COUNTS, count_batch
@@ -117,7 +118,11 @@ def sum_over_run(values: Tensor) -> Tensor:
 
 
 def evaluate(stepper: Stepper, loader: Any, done: Callable[[], None] = lambda: None) -> float:
-    """Mean loss of an answer token over the validation split's batches; ``done`` is called after each global batch."""
+    """Mean loss of an answer token over the validation split's batches; ``done`` is called after each global batch.
+
+    Raises:
+        Mistake: they hold no answer token.
+    """
     for chunk in stepper.model:
         chunk.eval()
     counts = stepper.counts.clone()
@@ -132,5 +137,5 @@ def evaluate(stepper: Stepper, loader: Any, done: Callable[[], None] = lambda: N
     stepper.counts = counts
     total, count = sum_over_run(total).tolist()
     if not count:
-        raise ValueError("data.valid_data holds no answer token: name other validation shards")
+        raise Mistake("data.valid_data holds no answer token: name other validation shards")
     return total / count

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.index import load_index
-from genlip_megatron.data.loader import Loader, drop_path_factors, merge_cursors
+from genlip_megatron.data.loader import Ahead, Loader, drop_path_factors, merge_cursors
 from genlip_megatron.data.share import Share
 from genlip_megatron.data.text import load_tokenizer
 from tests.runs import tiny_config
@@ -284,3 +286,22 @@ def test_a_failure_in_the_thread_reaches_the_step(demo_data: Path, monkeypatch: 
     batches.close()
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_who_ends_the_thread_goes_on_after_its_end() -> None:
+    """However long a read takes: a run that rolls back changes the plan that the thread works on."""
+    read = threading.Event()
+
+    def slow() -> Iterator[Any]:
+        read.wait()
+        yield None
+
+    ahead = Ahead(slow(), 1, Share(), lambda *_: None)
+    ahead.close(0.05)
+    closing = threading.Thread(target=ahead.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    read.set()
+    closing.join(10)
+    assert not closing.is_alive()

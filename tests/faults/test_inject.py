@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from genlip_megatron.checks import check
 from genlip_megatron.config import FaultsConfig, RunConfig
 from genlip_megatron.faults.inject import InjectedError, Injector, flip_bit
+from tests.runs import tiny_config
 
 
 def options(*faults: str) -> FaultsConfig:
@@ -32,6 +34,27 @@ def test_what_is_refused(fault: str, allowed: bool, message: str) -> None:
     with pytest.raises(ValueError) as error:
         check(RunConfig(faults=faults))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "flags", "message"),
+    [
+        ("kill@7:4", {}, "allowed are ranks 0 to 3 of 4 processes"),
+        ("kill@10:3", {"train__train_iters": 9}, "allowed are steps 1 to train.train_iters = 9"),
+        ("kill.save@7:0", {"checkpoint__save": ""}, "add --save"),
+        ("full-disk@7:0", {"checkpoint__save": ""}, "add --save"),
+    ],
+)
+def test_what_can_never_happen_is_refused(fault: str, flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    drill = {"faults__inject_fault": fault, "faults__allow_fault_injection": True, "checkpoint__save": "run"}
+    with pytest.raises(ValueError, match="can never happen") as error:
+        check(tiny_config(tmp_path, **{"train__train_iters": 20} | drill | flags), world_size=4)
+    assert message in str(error.value)
+
+
+def test_rolling_back_needs_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"on_spike = rollback.*--save"):
+        check(tiny_config(tmp_path, faults__on_spike="rollback"))
 
 
 def test_a_fault_comes_in_its_step_on_its_rank() -> None:

@@ -12,6 +12,7 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_REPLICAS_DIFFER
 from genlip_megatron.faults.replicas import odd_ranks
 from tests.distributed import run_distributed
+from tests.fault_table import FaultRow
 from tests.runs import layout, tiny_config
 
 
@@ -67,8 +68,11 @@ def train(config: RunConfig) -> int:
     return train(config)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_flipped_bit_ends_the_run_before_it_is_saved(overlap: bool, demo_data: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_ends_the_run_before_it_is_saved(
+    overlap: bool, demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
     flags = {"faults__allow_fault_injection": True, "faults__inject_fault": "flip@4:1"}
     if overlap:
         # Gathering the weights, which comes first, heals what another rank owns: a run without a fault passes.
@@ -85,3 +89,5 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(overlap: bool, demo_data:
     assert run_distributed(2, train, config) == [0 if overlap else EXIT_REPLICAS_DIFFER] * 2
     assert (tmp_path / "iter_0000002").is_dir()
     assert (tmp_path / "iter_0000004").is_dir() == overlap
+    if not overlap:
+        fault_row("flipped bit of a weight", "one replica of 2", f"status {EXIT_REPLICAS_DIFFER}, not saved")

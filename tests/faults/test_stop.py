@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
-from genlip_megatron.config import CheckpointConfig, FaultsConfig, RunConfig
+from genlip_megatron.checkpoint.folder import pointed
+from genlip_megatron.config import CheckpointConfig, FaultsConfig, RunConfig, TrainConfig
+from genlip_megatron.faults import exits
 from genlip_megatron.faults.exits import EXIT_PREEMPTED
-from genlip_megatron.faults.stop import StopRequest
+from genlip_megatron.faults.stop import StopRequest, stop_file
 from tests.distributed import run_distributed
+from tests.fault_table import FaultRow
 from tests.runs import tiny_config
 
 
@@ -32,30 +35,81 @@ def config(demo_data: Path, folder: Path, **flags: Any) -> RunConfig:
     )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("flags", [{"faults__inject_fault": "term@2:1"}, {"faults__inject_fault": "usr1@2:0"}])
-def test_a_signal_on_one_rank_stops_all(flags: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
+def test_a_signal_on_one_rank_stops_all(
+    flags: dict[str, Any], demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
     assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
+    name = {"term": "SIGTERM", "usr1": "SIGUSR1"}[flags["faults__inject_fault"].partition("@")[0]]
+    fault_row(name, "one rank of 2", f"all save, status {EXIT_PREEMPTED}")
 
 
-def test_the_stop_file_stops_the_run_and_is_marked_as_obeyed(demo_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "stop").touch()
-    assert run_distributed(2, train, config(demo_data, tmp_path)) == [EXIT_PREEMPTED] * 2
-    assert (tmp_path / "iter_0000001").is_dir() and not (tmp_path / "stop").exists()
-    assert (tmp_path / "stop.obeyed").exists()
+def train_until(config: RunConfig, how: str) -> int:
+    """Train on and on; in the second step the stop file appears, or the time of the run is over."""
+    from genlip_megatron.train import loop
+
+    step = loop.train_step
+
+    def told(run: Any, batches: Any, stop: Any) -> Any:
+        if run.iteration == 1 and how == "file":
+            stop_file(config).touch()  # type: ignore[union-attr]
+        if run.iteration == 1 and how == "time":
+            stop._deadline = 0.0
+        return step(run, batches, stop)
+
+    loop.train_step = told
+    try:
+        return loop.train(config)
+    finally:
+        loop.train_step = step
 
 
-@pytest.mark.parametrize(
-    ("flags", "status"),
-    [
-        ({"train__exit_duration_in_mins": 1e-6}, EXIT_PREEMPTED),
-        ({"train__exit_interval": 1}, 0),
-        ({"train__exit_interval": 1, "faults__inject_fault": "term@1:0"}, 0),
-    ],
-)
-def test_the_ends_that_settings_give(flags: dict[str, Any], status: int, demo_data: Path, tmp_path: Path) -> None:
-    assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [status] * 2
-    assert (tmp_path / "iter_0000001").is_dir()
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["file", "time"])
+def test_a_run_is_told_to_stop_while_it_trains(how: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
+    settings = config(demo_data, tmp_path, train__train_iters=100_000, log__eval_interval=0)
+    assert run_distributed(2, train_until, settings, how) == [EXIT_PREEMPTED] * 2
+    (saved,) = tmp_path.glob("iter_*")
+    assert saved.name >= "iter_0000002"
+    assert (tmp_path / "stop.obeyed").exists() == (how == "file") and not (tmp_path / "stop").exists()
+    fault = {"file": "stop file", "time": "exit_duration_in_mins over"}[how]
+    fault_row(fault, "while training, 2 ranks", f"all save, status {EXIT_PREEMPTED}")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("flags", [{}, {"train__exit_duration_in_mins": 1e-6}])
+def test_a_request_before_the_first_step_ends_the_run_without_one(
+    flags: dict[str, Any], demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
+    if not flags:
+        (tmp_path / "stop").touch()
+    assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
+    assert not list(tmp_path.glob("iter_*"))
+    assert (tmp_path / "stop.obeyed").exists() != bool(flags)
+    fault = "exit_duration_in_mins over" if flags else "stop file"
+    fault_row(fault, "before the first step, 2 ranks", f"nothing trained, status {EXIT_PREEMPTED}")
+
+
+def test_the_time_of_a_run_begins_with_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that torchrun starts again do not have all of it once more."""
+    ages = {os.getpid(): 5.0, os.getppid(): 600.0}
+    monkeypatch.setattr(exits, "age", ages.get)
+    for launched, over in ((False, 0), (True, 1)):
+        if launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
+        stop = StopRequest(RunConfig(train=TrainConfig(exit_duration_in_mins=5)))
+        votes = stop.votes()
+        stop.close()
+        assert votes == [0, 0, over]
+
+
+@pytest.mark.parametrize("flags", [{}, {"faults__inject_fault": "term@2:0"}])
+def test_each_multiple_of_exit_interval_ends_the_run(flags: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
+    for step in (2, 4):
+        assert run_distributed(2, train, config(demo_data, tmp_path, train__exit_interval=2, **flags)) == [0, 0]
+        assert pointed(tmp_path) == step
 
 
 def test_signals_are_given_back(tmp_path: Path) -> None:
@@ -94,7 +148,8 @@ def test_the_file_is_looked_for_once_a_second_by_one_process_a_machine(tmp_path:
         other.close()
 
 
-def test_a_second_signal_ends_a_process_that_is_stuck_in_c() -> None:
+@pytest.mark.faults
+def test_a_second_signal_ends_a_process_that_is_stuck_in_c(fault_row: FaultRow) -> None:
     code = (
         "import hashlib; from genlip_megatron.config import RunConfig\n"
         "from genlip_megatron.faults.stop import StopRequest; StopRequest(RunConfig()); print('ready', flush=True)\n"
@@ -110,3 +165,4 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c() -> None:
         assert process.wait(3) == 128 + signal.SIGUSR1
     finally:
         process.kill()
+    fault_row("second signal", "stuck in C with the interpreter's lock", "process ended at once")

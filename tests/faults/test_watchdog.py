@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_HUNG
 from genlip_megatron.faults.watchdog import Watchdog
+from tests.distributed import run_distributed
+from tests.fault_table import FaultRow
 from tests.runs import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,15 +38,16 @@ def test_beats_keep_it_quiet_and_it_does_not_delay_the_end() -> None:
     assert time.monotonic() - begin < 0.3
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("work", "status", "said"),
     [
         ("time.sleep(60)", EXIT_HUNG, ["no step finished for", "in stuck", "in helper"]),
-        # Matching takes years and never releases the interpreter's lock, so only faulthandler's timer still runs.
-        ("re.match('(a+)+$', 'a' * 60 + 'b')", 1, ["Timeout", "in stuck", "in helper"]),
+        # Matching takes years and never releases the interpreter's lock.
+        ("re.match('(a+)+$', 'a' * 60 + 'b')", -signal.SIGKILL, ["no Python thread but one", "in stuck", "in helper"]),
     ],
 )
-def test_stacks_of_all_threads_are_shown(work: str, status: int, said: list[str]) -> None:
+def test_stacks_of_all_threads_are_shown(work: str, status: int, said: list[str], fault_row: FaultRow) -> None:
     process = start(f"""
 import re, threading, time
 from genlip_megatron.faults.watchdog import Watchdog
@@ -56,6 +59,7 @@ def stuck():
     {work}
 
 threading.Thread(target=helper, daemon=True).start()
+Watchdog.listen()
 Watchdog(0.7 / 60, grace=0.1)
 time.sleep(0.3)
 stuck()
@@ -64,6 +68,50 @@ stuck()
     assert process.returncode == status, errors
     for text in said:
         assert text in errors
+    if status != EXIT_HUNG:
+        fault_row("interpreter's lock never released", "one process", "stacks shown, process killed")
+
+
+@pytest.mark.faults
+def test_time_in_which_it_was_stopped_does_not_count(fault_row: FaultRow) -> None:
+    process = start("""
+import time
+from genlip_megatron.faults.watchdog import Watchdog
+
+Watchdog.listen()
+watchdog = Watchdog(0.5 / 60, grace=0.1)
+print("ready", flush=True)
+for _ in range(30):
+    time.sleep(0.05)
+    watchdog.beat()
+watchdog.close()
+""")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    fault_row("SIGSTOP", "a process, longer than the limit, then SIGCONT", "goes on")
+
+
+def test_the_minder_does_not_outlive_the_process() -> None:
+    process = start("""
+import subprocess, sys, time
+from genlip_megatron.faults.minder import Minder
+
+print(Minder(60, 1)._process.pid, flush=True)
+time.sleep(60)
+""")
+    assert process.stdout is not None
+    minder = int(process.stdout.readline())
+    process.kill()
+    process.communicate(timeout=60)
+    end = time.monotonic() + 10
+    while Path(f"/proc/{minder}/stat").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{minder}/stat").exists()
 
 
 def test_a_signal_shows_the_stacks_at_any_time() -> None:
@@ -80,35 +128,18 @@ time.sleep(1.5)
     assert process.returncode == 0 and "most recent call first" in errors
 
 
-def test_a_stopped_rank_ends_the_run_and_shows_its_stacks(demo_data: Path, tmp_path: Path) -> None:
-    config = tiny_config(
-        demo_data,
-        faults__allow_fault_injection=True,
-        faults__inject_fault="stop@3:1",
-        faults__step_timeout=4 / 60,
-        log__eval_interval=0,
-        train__train_iters=50,
-    )
-    file = tmp_path / "config.yaml"
-    file.write_text(config.to_yaml())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
-        words = [sys.executable, str(ROOT / "pretrain_genlip.py"), "--config", str(file)]
-        processes.append(
-            subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        (_, first), (_, second) = (process.communicate(timeout=120) for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[0].returncode == EXIT_HUNG, first
-    assert processes[1].returncode != 0, second[-3000:]
-    assert "[rank 0 " in first and "in step" in first and "in train" in first
-    assert f"rank 1 {socket.gethostname()}:{processes[1].pid} is stopped" in first
-    assert "in at" in second and "in train" in second
+def timeouts(config: RunConfig) -> list[float]:
+    """Seconds after which a collective of a tensor-parallel and of a data-parallel group gives up."""
+    from megatron.core import parallel_state
+
+    from genlip_megatron.parallel import groups
+
+    groups.initialize(config)
+    found = (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group())
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in found]
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(60.0, 70 * 60), (0.0, 24 * 3600)])
+def test_collectives_outlast_the_watchdog(minutes: float, seconds: float, demo_data: Path) -> None:
+    """A pause that step_timeout allows must not end in a process group's own timeout."""
+    assert run_distributed(2, timeouts, tiny_config(demo_data, faults__step_timeout=minutes)) == [[seconds] * 2] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,30 @@ def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row:
     assert f"rank {rank} " in other.output and "is stopped (SIGSTOP)" in other.output
     check_resumes(training, whole)
     fault_row("SIGSTOP", f"{place}, rank {rank} of 2", f"stacks shown, status {EXIT_HUNG}, resumed bit for bit")
+
+
+def stopped_while_starting() -> int:
+    """Training whose rank 1 is stopped while the run is built."""
+    from genlip_megatron.train import loop
+
+    build_run = loop.build_run
+
+    def stopping(config: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return build_run(config)
+
+    loop.build_run = stopping
+    import pretrain_genlip
+
+    return pretrain_genlip.main()
+
+
+def test_hung_while_starting(zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
+    """As in a step: the others do not wait for ever in the first collective of the start."""
+    training = Training(zygote, demo_data, tmp_path, 2, {"faults__step_timeout": TIMEOUT / 60})
+    ended = training.start(target=f"{__name__}:stopped_while_starting").wait(end_others=0.5)
+    assert ended[0].code == EXIT_HUNG, ended[0].output[-2000:]
+    for one in ended:
+        assert "most recent call first" in one.output and "set_up" in one.output
+    fault_row("SIGSTOP", "start, rank 1 of 2", f"stacks shown, status {EXIT_HUNG}")

@@ -107,13 +107,20 @@ class Training:
         return self.folder / "run"
 
     def start(
-        self, *arguments: str, plan: dict[str, Any] | None = None, env: dict[str, str] | None = None, **flags: Any
+        self,
+        *arguments: str,
+        plan: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+        target: str = TARGET,
+        **flags: Any,
     ) -> Job:
         """Start the ranks: from the newest checkpoint, or anew.
 
         Args:
             arguments: more of the command line.
             plan: of crash points, see ``crash.Plan``; for the folder of checkpoints.
+            env: further environment variables.
+            target: what the ranks run, see ``Zygote.start``.
             flags: settings of this start alone.
         """
         history = self.folder / "history"
@@ -136,7 +143,7 @@ class Training:
             variables |= self.plan(**plan).env()
         self.starts += 1
         return self.zygote.start(
-            self.world_size, ["--config", str(file), *arguments], variables, TARGET, restart=self.starts - 1
+            self.world_size, ["--config", str(file), *arguments], variables, target, restart=self.starts - 1
         )
 
     def go(self, *arguments: str, timeout: float = 180, **kwargs: Any) -> list[Ended]:

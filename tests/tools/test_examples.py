@@ -18,6 +18,7 @@ import pytest
 
 from genlip_megatron.arguments import parse_args
 from genlip_megatron.checks import check
+from tests.fault_table import FaultRow
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 EXAMPLES = sorted(path for path in FOLDER.iterdir() if path.name != "slurm_run.sh")  # which the others source
@@ -151,11 +152,13 @@ def test_finished_job_is_not_requeued(slurm: Slurm) -> None:
     assert "--nnodes 2 " in slurm.launches[0] and "--rdzv-endpoint node01:29500" in slurm.launches[0]
 
 
-def test_preempted_job_waits_for_the_save_and_is_requeued(slurm: Slurm) -> None:
+@pytest.mark.faults
+def test_preempted_job_waits_for_the_save_and_is_requeued(slurm: Slurm, fault_row: FaultRow) -> None:
     done = slurm.start(f"{TOLD}; saved 10; exit 1", preempted=True)
     assert (slurm.folder / "told").read_text().startswith("pkill -USR1 -f")
     assert done.returncode == 1 and slurm.requeued
     assert "requeued at step 10 (step 0 at the start" in done.stdout
+    fault_row("SLURM time limit", slurm.example, "saved, requeued")
 
 
 def test_job_that_ends_by_itself_while_it_is_told_to_stop_is_not_requeued(slurm: Slurm) -> None:
@@ -189,11 +192,27 @@ def test_progress_forgives_earlier_failures(slurm: Slurm) -> None:
     assert not slurm.requeued
 
 
+@pytest.mark.faults
+def test_failures_of_nodes_are_counted_too(slurm: Slurm, fault_row: FaultRow) -> None:
+    """Then the script is killed, and SLURM requeues the job by itself."""
+    for training in ("saved 5", "true", "true", "true"):
+        slurm.start(f"{training}; kill -9 $PPID")
+    done = slurm.start("saved 10")
+    assert done.returncode == 1 and len(slurm.launches) == 4
+    assert "not requeued: 3 starts in a row" in done.stderr and "newer than step 5" in done.stderr
+    fault_row("SLURM node failure", slurm.example, "requeued, at most 3 times in a row without progress")
+
+
 @pytest.mark.parametrize("status", [2, 18, 19])
 def test_failure_that_would_come_again_is_not_requeued(status: int, slurm: Slurm) -> None:
     done = slurm.start(f'saved 5; echo "{status} $launch" >"$save/final_exit"; exit 1')
     assert done.returncode == 1 and not slurm.requeued and f"left with status {status}" in done.stderr
     slurm.start("saved 6; exit 1")  # what an earlier start left says nothing of this one
+    assert slurm.requeued
+
+
+def test_job_that_could_not_save_when_it_was_told_to_stop_is_requeued(slurm: Slurm) -> None:
+    slurm.start('saved 5; echo "22 $launch" >"$save/final_exit"; exit 1')
     assert slurm.requeued
 
 
@@ -208,8 +227,9 @@ def test_stop_file_ends_the_job(slurm: Slurm) -> None:
 
 @pytest.mark.parametrize("text", ["", "release", "0010 and more\nother lines"])
 def test_odd_pointer_to_the_newest_checkpoint(text: str, slurm: Slurm) -> None:
-    assert slurm.start(f"saved {shlex.quote(text)}; exit 1").stderr == ""
-    assert (slurm.save / "requeues_without_progress").read_text() == ("7 0\n" if text.startswith("00") else "7 1\n")
+    done = slurm.start(f"saved {shlex.quote(text)}; exit 1")
+    assert done.stderr == ""
+    assert f"{0 if text.startswith('00') else 1} starts without progress" in done.stdout
 
 
 def test_each_start_of_a_job_is_a_launch_of_its_own(slurm: Slurm) -> None:

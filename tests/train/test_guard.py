@@ -4,6 +4,7 @@ go back together."""
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 import xxhash
 
+from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
+from genlip_megatron.train.guard import Replay
 from genlip_megatron.train.metrics import COUNTS
 from tests.distributed import run_distributed
+from tests.fault_table import FaultRow
 from tests.runs import full_weights, layout, tiny_config, weights
 
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
@@ -25,6 +29,7 @@ LAYOUTS = {
     "PP2": ("PP2", {}),
     "PP2 overlapping": ("PP2", {**OVERLAP, "train__precision": "bf16"}),
     "TP2": ("TP2", {}),
+    "CP2": ("CP2", {}),
 }
 
 
@@ -79,6 +84,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
@@ -90,9 +96,12 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         ("PP2", "nan-loss@3:0"),
         ("PP2 overlapping", "inf-grad@3:1"),
         ("TP2", "nan-loss@3:1"),
+        ("CP2", "nan-grad@3:1"),
     ],
 )
-def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(name: str, fault: str, demo_data: Path) -> None:
+def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(
+    name: str, fault: str, demo_data: Path, fault_row: FaultRow
+) -> None:
     for result in run_distributed(*_with(guarded, settings(demo_data, name, fault)), 4):
         assert result["verdicts"] == ["good", "good", "bad", "good"]
         assert result["updated"] == [True, True, False, True]
@@ -103,14 +112,67 @@ def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(name: str, fault: s
         if not name.startswith(("DP", "fsdp")):  # every rank saw the whole global batch
             assert result["answer_tokens"] == dict(zip(COUNTS, result["counts"], strict=True))["loss_rows"]
         assert any("the second pass gave the same numbers" in line for line in result["said"])
+    what, _, where = fault.partition("@")[0].partition("-")
+    fault_row(
+        {"nan": "NaN", "inf": "Inf"}[what],
+        f"{where} of one rank, {name}",
+        "update left out on all ranks, nothing changed",
+    )
+
+
+def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
+    """(verdict, updated, states) of a step in which rank 1's gradients of copied parameters are NaN."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+    from genlip_megatron.train.loop import set_up, train_step
+
+    run = set_up(config)
+
+    def spoil(number: int) -> None:
+        if torch.distributed.get_rank() == 1:
+            for group in run.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not param_is_not_tensor_parallel_duplicate(parameter):
+                        parameter.grad.view(-1)[-1] = torch.nan
+
+    run.guard._spoil_gradients = spoil  # type: ignore[method-assign]
+    states = [state(run)]
+    assert run.train_loader is not None
+    outcome = train_step(run, iter(run.train_loader))
+    run.train_loader.close()
+    return outcome.verdict, outcome.updated, [*states, state(run)]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path, fault_row: FaultRow) -> None:
+    """The norm leaves out copies on further tensor-parallel ranks; their weights would become NaN."""
+    made = settings(demo_data, "TP2", train__precision=precision)
+    for verdict, updated, (before, after) in run_distributed(*_with(spoiled_copies, made)):
+        assert (verdict, updated) == ("bad", False) and before == after
+    fault_row("NaN", f"grad of a copy on one rank, TP2, {precision}", "update left out on all ranks, nothing changed")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU decodes to its own memory")
+def test_what_is_held_for_a_second_pass_takes_no_memory_of_the_device() -> None:
+    sample = Sample(torch.arange(768, dtype=torch.uint8)[None], 1, 1, [1])
+    batch = pack_samples([[sample]], 8)
+    source = Replay(iter([replace(batch, patches=batch.patches.cuda())]))  # type: ignore[union-attr]
+    first = next(source)
+    source.rewind()
+    torch.cuda.synchronize()
+    again = next(source)
+    assert again.patches is not None and not again.patches.is_cuda
+    assert first.patches is not None and torch.equal(first.patches.cpu(), again.patches)
 
 
 def _with(function: Any, made: tuple[int, RunConfig]) -> tuple[int, Any, RunConfig]:
     return made[0], function, made[1]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2 overlapping"])
-def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Path) -> None:
+def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Path, fault_row: FaultRow) -> None:
     clean = run_distributed(*_with(guarded, settings(demo_data, name)), 4)
     healed = run_distributed(*_with(guarded, settings(demo_data, name, "transient-nan@3:1")), 4)
     for ours, theirs in zip(healed, clean, strict=True):
@@ -119,6 +181,9 @@ def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Pa
         assert ours["skipped"] == (0, 0)
     fault = next(line for line in healed[0]["said"] if "TRANSIENT FAULT" in line)
     assert "rank 1 on " in fault and "rank 0 on " not in fault
+    fault_row(
+        "transient fault", f"NaN in the first pass, {name}", "rank named, second pass used, as without it bit for bit"
+    )
 
 
 def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path) -> None:
@@ -127,13 +192,19 @@ def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path)
         assert result["verdicts"] == ["good", "good", "bad"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("on_spike", "updated"), [("warn", True), ("skip", False)])
-def test_a_spike_is_counted_and_does_as_it_is_told(on_spike: str, updated: bool, demo_data: Path) -> None:
+def test_a_spike_is_counted_and_does_as_it_is_told(
+    on_spike: str, updated: bool, demo_data: Path, fault_row: FaultRow
+) -> None:
     made = settings(demo_data, "DP2", "spike@4:1", faults__on_spike=on_spike)
     for result in run_distributed(*_with(guarded, made), 4):
         assert result["verdicts"] == ["good", "good", "good", "spike"]
         assert result["updated"][3] == updated == (result["states"][3] != result["states"][4])
         assert result["skipped"] == (int(not updated), 1)
+    fault_row(
+        "spike", f"one rank, on_spike {on_spike}", f"counted, update {'made' if updated else 'left out on all ranks'}"
+    )
 
 
 def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
@@ -143,15 +214,15 @@ def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
     runs: list[Any] = []
     set_up = loop.set_up
 
-    def noting(config: RunConfig) -> Any:
-        runs.append(set_up(config))
+    def noting(*args: Any) -> Any:
+        runs.append(set_up(*args))
         return runs[0]
 
-    loop.set_up = noting  # type: ignore[assignment]
+    loop.set_up = noting
     try:
         status = loop.train(config)
     finally:
-        loop.set_up = set_up  # type: ignore[assignment]
+        loop.set_up = set_up
     run = runs[0]
     found = {
         "weights": full_weights(run),
@@ -179,8 +250,11 @@ def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
     return {"weights": full_weights(run)}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2"])
-def test_rolling_back_is_resuming_without_the_data_of_the_spike(name: str, demo_data: Path, tmp_path: Path) -> None:
+def test_rolling_back_is_resuming_without_the_data_of_the_spike(
+    name: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
     folder = tmp_path / "run"
     made = settings(
         demo_data,
@@ -205,6 +279,9 @@ def test_rolling_back_is_resuming_without_the_data_of_the_spike(name: str, demo_
     expected = weights(run_distributed(*_with(resumed, made), 2, 3))
     found = weights([found for _, found in results])
     assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected)
+    fault_row(
+        "spike", f"one rank, on_spike rollback, {name}", "as resumed without the data since the checkpoint, bit for bit"
+    )
 
 
 BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}
@@ -219,11 +296,11 @@ BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}
         (("nan-loss@2:1", "nan-loss@3:0"), {"faults__on_spike": "rollback"}, EXIT_BAD_NUMBERS),
         (("nan-loss@2:1", "nan-grad@4:0"), {"faults__on_spike": "skip"}, 0),
         (("nan-loss@2:1", "nan-loss@3:0"), BACK, 0),
-        (
-            ("spike@4:0",),
-            {"faults__on_spike": "rollback", "checkpoint__save_interval": 1, "faults__max_rollbacks": 0},
-            19,
-        ),
+        (("spike@4:0",), {**BACK, "faults__max_rollbacks": 0}, EXIT_BAD_NUMBERS),
+        # Each time a newer checkpoint has been saved since.
+        (("spike@4:0", "spike@5:0"), {**BACK, "faults__max_rollbacks": 1}, 0),
+        # The second time none has: back to step 3 twice.
+        (("spike@4:0", "spike@5:0"), {**BACK, "checkpoint__save_interval": 3, "faults__max_rollbacks": 1}, 19),
     ],
 )
 def test_when_bad_numbers_end_a_run(

@@ -21,6 +21,7 @@ from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults import exits
 from tests.distributed import run_distributed
+from tests.fault_table import FaultRow
 from tests.runs import full_weights, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,8 +102,11 @@ def loaded_weights(config: RunConfig) -> dict[str, torch.Tensor]:
     return full_weights(run)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_preempted_run_saves_and_is_not_started_again(number: signal.Signals, demo_data: Path, tmp_path: Path) -> None:
+def test_preempted_run_saves_and_is_not_started_again(
+    number: signal.Signals, demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
     save = tmp_path / "run"
     with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "first") as launch:
         launch.wait_for_step(3)
@@ -116,10 +120,14 @@ def test_preempted_run_saves_and_is_not_started_again(number: signal.Signals, de
     with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "second") as launch:
         launch.wait_for_text(f"resumed at step {steps} from")
         assert not (save / exits.FINAL_EXIT).exists()
+    fault_row(number.name, "a worker of torchrun --max-restarts", "saved, not started again; a new launch resumes")
 
 
+@pytest.mark.faults
 @pytest.mark.slow
-def test_killed_worker_is_started_again_and_the_result_is_the_same(demo_data: Path, tmp_path: Path) -> None:
+def test_killed_worker_is_started_again_and_the_result_is_the_same(
+    demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
     flags = {"train__train_iters": 24, "checkpoint__save_interval": 4}
     with launched(resuming(demo_data, tmp_path / "whole", **flags), tmp_path / "first") as launch:
         assert launch.ended(240) == 0
@@ -135,6 +143,7 @@ def test_killed_worker_is_started_again_and_the_result_is_the_same(demo_data: Pa
     )
     for name, weight in whole.items():
         assert torch.equal(weight, killed[name]), name
+    fault_row("SIGKILL", "a worker of torchrun --max-restarts", "started again, equals an undisturbed run bit for bit")
 
 
 def test_mistake_is_told_once(demo_data: Path, tmp_path: Path) -> None:

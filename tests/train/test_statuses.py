@@ -1,0 +1,104 @@
+"""What a run's exit status says is so: a mistake is one line, told once; everything unforeseen is a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from genlip_megatron.faults import exits
+from tests.fault_table import FaultRow
+from tests.processes import Zygote
+from tests.reliability.training import Training
+
+pytestmark = pytest.mark.faults
+
+UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "launch"}
+
+
+def mistaken() -> int:
+    """Training in whose set-up every rank finds a mistake, two of three the same."""
+    from genlip_megatron.train import loop
+
+    def build_run(config: object) -> None:
+        raise ValueError("the disk of this node" if os.environ["RANK"] == "1" else "the same for all")
+
+    loop.build_run = build_run  # type: ignore[assignment]
+    return _main()
+
+
+def failing() -> int:
+    """Training whose first step raises an error that is a ValueError, but nobody's mistake."""
+    from genlip_megatron.train import loop
+
+    def train_step(*_: object) -> None:
+        json.loads("{")
+
+    loop.train_step = train_step  # type: ignore[assignment]
+    return _main()
+
+
+def _main() -> int:
+    import pretrain_genlip
+
+    return pretrain_genlip.main()
+
+
+def test_a_mistake_is_told_once_on_a_rank_that_found_it(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
+    training = Training(zygote, demo_data, tmp_path, 3, {"train__global_batch_size": 3})
+    ended = training.start(env=UNDER_TORCHRUN, target=f"{__name__}:mistaken").wait()
+    assert [one.code for one in ended] == [exits.EXIT_USER_ERROR] * 3, ended[0].output[-2000:]
+    assert "error: the disk of this node" in ended[1].output
+    assert sum(one.output.count("error: the same for all") for one in ended) == 1
+    assert (training.run / exits.FINAL_EXIT).exists()
+
+
+def test_a_value_error_of_training_is_a_crash(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
+    training = Training(zygote, demo_data, tmp_path)
+    (ended,) = training.start(env=UNDER_TORCHRUN, target=f"{__name__}:failing").wait()
+    assert ended.code == 1 and "Traceback" in ended.output and "JSONDecodeError" in ended.output
+    assert not (training.run / exits.FINAL_EXIT).exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("saves", "status"), [("checkpoint__save", exits.EXIT_NOT_SAVED), ("", exits.EXIT_PREEMPTED)])
+def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
+    saves: str, status: int, zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
+    """The disk is full when it is told to stop, or it has no folder; then torchrun starts its worker again."""
+    training = Training(zygote, demo_data, tmp_path)
+    flags = {} if saves else {"checkpoint__save": ""}
+    drill = ("--allow-fault-injection", "--inject-fault", "usr1@3:0,full-disk@3:0" if saves else "usr1@3:0")
+    (ended,) = training.start(*drill, env=UNDER_TORCHRUN, **flags).wait()
+    assert ended.code == status, ended.output[-2000:]
+    assert ("NOT SAVED" in ended.output) == bool(saves)
+    assert ("leaving after step 3; nothing is saved" in ended.output) != bool(saves)
+    (again,) = training.start(env=UNDER_TORCHRUN, **flags).wait()
+    exits.mark_of("" if not saves else training.run, zygote.pid).unlink()
+    assert again.code == status and f"this launch is over with status {status}" in again.output
+    fault_row(
+        "SIGUSR1", "disk full at the last save" if saves else "without --save", f"status {status}, not started again"
+    )
+
+
+def validating() -> int:
+    """A validation that is told to stop while it runs."""
+    from genlip_megatron.train import loop
+
+    def evaluate(*_: object) -> float:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 0.0
+
+    loop.evaluate = evaluate  # type: ignore[assignment]
+    return _main()
+
+
+def test_a_validation_alone_ends_at_the_first_request(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
+    training = Training(zygote, demo_data, tmp_path)
+    assert training.go("--exit-interval", "2")[0].code == 0
+    flags = ("--eval-only", "--load", str(training.run), "--valid-data", f"{demo_data}/val-*.tar")
+    (ended,) = training.start(*flags, target=f"{__name__}:validating").wait()
+    assert ended.code == exits.EXIT_PREEMPTED and "validation loss" not in ended.output
