@@ -24,6 +24,7 @@ from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
 
 DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
+WEIGHTS_ONLY = "weights"  # converted from elsewhere: there is no state of a run
 COMMON, CONFIG = "common.pt", "config.yaml"
 # These must be equal for ``dp_reshardable`` state to be read; by them a rank's share is named and cut.
 SHARES = (
@@ -159,9 +160,15 @@ def take_objects(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def put_objects(state: dict[str, Any], objects: dict[str, Any]) -> None:
-    """Replace the sharded objects of a ``state`` that is to be loaded by their values, by key."""
+    """Replace the sharded objects of a ``state`` that is to be loaded by their values, by key.
+
+    The extra state of a layer, which is that of its low-precision arithmetic, is None where there is none.
+    """
 
     def put(value: Any) -> Any:
-        return LocalNonpersistentObject(objects[value.unique_key]) if isinstance(value, ShardedObject) else value
+        if not isinstance(value, ShardedObject):
+            return value
+        extra = value.key.endswith("_extra_state")
+        return LocalNonpersistentObject(objects.get(value.unique_key) if extra else objects[value.unique_key])
 
     dict_list_map_inplace(put, state)

@@ -39,7 +39,7 @@ class Manifest:
 
     Attributes:
         iteration: the step after which it was saved.
-        kind: of its optimizer state, ``dp_reshardable`` or ``fully_reshardable``.
+        kind: of its optimizer state, ``dp_reshardable`` or ``fully_reshardable``; ``weights`` when there is none.
         layout: parallel sizes and what else decides which rank holds what.
         validation_loss: of that step, if it was validated.
         tokenizer, data: fingerprints.

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from genlip_megatron.checkpoint import folder, loading
 from genlip_megatron.checkpoint.agree import NotSaved, gather, on_rank_0
-from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE, State
+from genlip_megatron.checkpoint.content import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, State
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.data.loader import merge_cursors
@@ -95,6 +95,11 @@ def _take_weights(run: Run, place: Path, saved: Manifest) -> None:
 def _resume(run: Run, place: Path, saved: Manifest) -> None:
     """Set the whole run from a checkpoint."""
     assert run.train_loader is not None
+    if saved.kind == WEIGHTS_ONLY:
+        raise ValueError(
+            f"{place} holds weights only, no state of a run to go on from: begin a new run from it with "
+            f"--load {place.parent} --finetune, and --save another folder"
+        )
     config, theirs = run.config, loading.read_config(place)
     common = loading.read_common(place)
     data = run.train_loader.plan.differences(common["data"]["plan"])
