@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint.manifest import Manifest
-from genlip_megatron.config import ModelConfig
+from genlip_megatron.config import ModelConfig, RunConfig, override
+from genlip_megatron.convert.folder import model_config
 from genlip_megatron.convert.megatron_source import MegatronSource
-from genlip_megatron.convert.safetensors_file import Planned, SafetensorsWriter
+from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
 from genlip_megatron.convert.source import Source
 from genlip_megatron.convert.table import TEXT_ONLY, groups
 
@@ -29,7 +31,9 @@ def open_checkpoint(
     """
     found = loading.find(path, True, log, progress)
     if found is None:
-        raise ValueError(f"{path}: no checkpoint there; expected a folder iter_NNNNNNN, or the folder of a run with some")
+        raise ValueError(
+            f"{path}: no checkpoint there; expected a folder iter_NNNNNNN, or the folder of a run with some"
+        )
     place, saved = found
     return place, saved, MegatronSource(place, saved, loading.read_config(place).model)
 
@@ -72,9 +76,72 @@ def export_weights(
         for name, tensor in zip(wanted, source.read(group) if wanted else (), strict=True):
             writer.write(name, tensor)
             progress(tensors[name].nbytes)
-    writer.close(folder)
+    writer.close()
 
 
-def parameters(model: ModelConfig) -> int:
-    """Parameters of a model."""
-    return sum(torch.Size(shape).numel() for group in groups(model) for shape in group.shapes)
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file.
+
+    Raises:
+        ValueError: it is not JSON, or not an object.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def open_released(folder: Path, num_attention_heads: int | None) -> SafetensorsSource:
+    """The weights of a Hugging Face folder, or of the authors' released format.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        num_attention_heads: where neither the configuration nor the sizes of a released model tell.
+
+    Raises:
+        ValueError: what is there is no whole model, or contradicts itself; the folder or file is named.
+    """
+    shapes = {name: facts.shape for name, facts in contents(folder).items()}
+    try:
+        model = model_config(read_json(folder / "config.json"), shapes, num_attention_heads)
+    except ValueError as error:
+        hint = " (--num-attention-heads)" if "num_attention_heads" in str(error) else ""
+        raise ValueError(f"{folder}: {error}{hint}") from None
+    return SafetensorsSource(folder, model)
+
+
+def recorded_run(folder: Path, model: ModelConfig, tokenizer: Path, precision: str) -> RunConfig:
+    """What a checkpoint of a folder's weights says of the run that made them: the model, its images and prompt as far
+    as the folder tells, the tokenizer."""
+    images, prompt = read_json(folder / "preprocessor_config.json"), read_json(folder / "processor_config.json")
+    data: dict[str, Any] = {"data.tokenizer": str(tokenizer.resolve()), "train.precision": precision}
+    if "image_mode" in images:  # of this project, not of a stock processor
+        names = ("image_mode", "fixed_resize", "min_pixels", "max_pixels")
+        data |= {f"data.{name}": images[name] for name in names if name in images}
+        data["data.image_size"] = images["size"]["height"]
+    if "prompt" in prompt:
+        data["data.prompt"] = prompt["prompt"]
+    return override(RunConfig(model=model), data)
+
+
+def may_replace(folder: Path) -> bool:
+    """Whether a folder is an export of a model, without folders of something else in it."""
+    try:
+        is_model = read_json(folder / "config.json").get("model_type") == "genlip"
+    except ValueError:
+        return False
+    return is_model and not any(entry.is_dir() for entry in folder.iterdir())
+
+
+def without_text(folder: Path) -> None:
+    """Let an exported folder say that it holds the vision encoder alone."""
+    fields = read_json(folder / "config.json")
+    fields["architectures"] = ["GenLIPVisionModel"]
+    fields["auto_map"].pop("AutoModelForCausalLM")
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").unlink()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from genlip_megatron.checkpoint import metadata
 from genlip_megatron.checkpoint.manifest import Manifest
@@ -139,7 +139,9 @@ class MegatronSource:
         archive.seek(0)
         shape = torch.load(archive, map_location="meta", weights_only=True)
         if tuple(shape.shape) != tuple(piece.sizes):
-            raise ValueError(f"{self._place / info.relative_path}: {key} is {list(shape.shape)}, not as its metadata says")
+            raise ValueError(
+                f"{self._place / info.relative_path}: {key} is {list(shape.shape)}, not as its metadata says"
+            )
         begin = info.offset + member.header_offset + _LOCAL_HEADER
         begin += sum(struct.unpack("<HH", mapped[lengths : lengths + 4]))
         values = torch.frombuffer(mapped, dtype=torch.uint8, count=member.file_size, offset=begin)

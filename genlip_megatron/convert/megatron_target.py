@@ -7,7 +7,6 @@ missing is the state of a run: optimizer, schedule, data, random states.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,9 @@ def precision_of(source: Source, dtype: torch.dtype | None) -> str:
     if strange := dtypes - set(_TRAINED):
         raise ValueError(f"the weights would be {strange.pop()}, which is not trained in; give --dtype fp32 or bf16")
     if dtype is None:
-        mixed = [group.canonical for group in groups(source.model) if len({source.dtypes[n] for n in group.canonical}) > 1]
+        mixed = [
+            group.canonical for group in groups(source.model) if len({source.dtypes[n] for n in group.canonical}) > 1
+        ]
         if mixed:
             raise ValueError(f"{listed(mixed[0])} are of different dtypes and become one; give --dtype fp32 or bf16")
     return "bf16" if dtypes == {torch.bfloat16} else "fp32"

@@ -41,9 +41,8 @@ def new_folder(target: Path, size: int, overwrite: bool, may_replace: Callable[[
         partial.mkdir()
         try:
             yield partial
-            for folder in [path for path in partial.rglob("*") if path.is_dir()]:
-                sync(folder)
-            sync(partial)
+            for path in [*partial.rglob("*"), partial]:
+                sync(path)
             if target.exists():
                 os.rename(target, replaced)
             os.rename(partial, target)
@@ -68,5 +67,6 @@ def check_target(target: Path, overwrite: bool, may_replace: Callable[[Path], bo
         raise ValueError(f"{target}: the folder is not empty; name another, or replace it with --overwrite")
     if not may_replace(target):
         raise ValueError(
-            f"{target}: --overwrite replaces what this tool has written, and the folder holds something else; name another"
+            f"{target}: --overwrite replaces what this tool has written alone, and the folder holds something else; "
+            "name another"
         )

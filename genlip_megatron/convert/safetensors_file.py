@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from genlip_megatron.checkpoint.folder import sync
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.source import cast, compare, listed
 from genlip_megatron.convert.table import Group, canonical_shapes
@@ -72,7 +71,7 @@ def contents(folder: Path) -> dict[str, Facts]:
     found: dict[str, Facts] = {}
     for file in files:
         with _opened(file) as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
                 if name in found:
                     raise ValueError(f"{name} is in {found[name].file} and in {file}; keep one of them")
                 part = tensors.get_slice(name)
@@ -197,11 +196,9 @@ class SafetensorsWriter:
                 while len(left):  # the system may write less than it was given
                     left = left[out.write(left) :]
 
-    def close(self, folder: Path) -> None:
-        """Have the file system write everything out."""
+    def close(self) -> None:
+        """Say that every tensor has been written."""
         assert not self._places, "tensors that were not written"
-        for file in folder.iterdir():
-            sync(file)
 
 
 def _shards(tensors: Mapping[str, Planned], limit: int) -> Iterator[list[str]]:

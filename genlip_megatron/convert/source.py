@@ -20,11 +20,14 @@ class Source(Protocol):
 
     Attributes:
         model: what they are the weights of.
-        dtypes: canonical name -> dtype, of every tensor.
     """
 
     model: ModelConfig
-    dtypes: Mapping[str, torch.dtype]
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Canonical name -> dtype, of every tensor."""
+        ...
 
     def read(self, group: Group) -> list[Tensor]:
         """The full canonical tensors of a group, in its order, on the CPU. They may be views into a mapped file."""
@@ -65,17 +68,6 @@ def compare(where: str, found: Mapping[str, tuple[int, ...]], needed: Mapping[st
         wrong.append(f"of another shape: {listed(shapes)}")
     if wrong:
         raise ValueError(f"{where}: its tensors are not the model's; {'; '.join(wrong)}. {hint}")
-
-
-def target_dtype(name: str) -> torch.dtype | None:
-    """The dtype that ``--dtype`` names, or None for ``keep``.
-
-    Raises:
-        ValueError: no such dtype.
-    """
-    if name != "keep" and name not in DTYPES:
-        raise ValueError(f"--dtype {name}: expected keep, {', '.join(DTYPES)}")
-    return DTYPES.get(name)
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

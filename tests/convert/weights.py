@@ -13,8 +13,7 @@ from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConf
 from genlip_megatron.convert.source import Source
 from genlip_megatron.convert.table import canonical_shapes, groups
 
-# The structures that presets and ablations differ in, scaled down: (hidden size, heads, inner, text) of l16, so16-release,
-# g16 and g16-release.
+# The structures that presets and ablations differ in, scaled down.
 VARIANTS = {
     "l16": ModelConfig(
         num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=88, text_hidden_size=32, vocab_size=53
