@@ -139,12 +139,15 @@ def to_hf(options: argparse.Namespace) -> int:
         if options.encoder_only:
             conversion.without_text(partial)
     print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")
-    return _verified(options, place, options.output, dtype) if options.verify else 0
+    if not options.verify:
+        return 0
+    return _compared(place, config, options.output, encoder_only=options.encoder_only, dtype=dtype)
 
 
 def to_megatron(options: argparse.Namespace) -> int:
     """Write a Megatron checkpoint of weights alone."""
     from genlip_megatron.convert import conversion, megatron_target
+    from genlip_megatron.convert.folder import hf_config
     from genlip_megatron.convert.new_folder import check_target, new_folder
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.data.text import load_tokenizer
@@ -165,16 +168,17 @@ def to_megatron(options: argparse.Namespace) -> int:
     ):
         name = megatron_target.write_checkpoint(partial, source, config, dtype, fingerprint, bar.update).name
     print(f"wrote {options.output / name}: {len(source.dtypes)} tensors of {options.source}; --load it with --finetune")
-    return _verified(options, options.output / name, options.source, dtype) if options.verify else 0
+    if not options.verify:
+        return 0
+    fields = hf_config(source.model)
+    return _compared(options.output / name, config, options.source, dtype=dtype, fields=fields)
 
 
-def _verified(options: argparse.Namespace, checkpoint: Path, released: Path, dtype: Any) -> int:
-    """Compare the models; 1 when they differ."""
-    from genlip_megatron.checkpoint import loading
+def _compared(*models: Any, **how: Any) -> int:
+    """Compare the models, as ``compare_models`` does; 1 when they differ."""
     from genlip_megatron.convert.verify import compare_models
 
-    encoder_only = getattr(options, "encoder_only", False)
-    found = compare_models(checkpoint, loading.read_config(checkpoint), released, encoder_only, dtype)
+    found = compare_models(*models, **how)
     for difference in found:
         print(difference)
     return 0 if all(difference.small for difference in found) else 1

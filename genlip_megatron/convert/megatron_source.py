@@ -80,7 +80,8 @@ class MegatronSource:
         self._pieces = {(key.fqn, tuple(key.offset or ())): info for key, info in index.storage_data.items()}
         if strange := {info.relative_path for info in self._pieces.values()} - set(saved.files):
             raise ValueError(f"{place}: its metadata names files that are not in its manifest: {listed(strange)}")
-        needed, self.dtypes, found = {}, {}, {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        needed, found = {}, {}
         for group in groups(model):
             layers = () if group.layer is None else (model.num_layers,)
             needed[group.key] = (*layers, *group.stored)
@@ -127,7 +128,7 @@ class MegatronSource:
         """The values of one piece, a view into the mapped file."""
         info = self._pieces[key, tuple(piece.offsets)]
         mapped = self._mapped(info.relative_path)
-        archive = _Part(mapped, info.offset, info.length)
+        archive = io.BufferedReader(_Part(mapped, info.offset, info.length))
         with zipfile.ZipFile(archive) as members:
             (member,) = (m for m in members.infolist() if m.filename.endswith("/data/0"))
             order = [m.filename for m in members.infolist() if m.filename.endswith("/byteorder")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -30,7 +30,7 @@ from genlip_megatron.checkpoint.content import COMMON, CONFIG, WEIGHTS_ONLY
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.checkpoint.write import HashingFile
 from genlip_megatron.config import RunConfig
-from genlip_megatron.convert.source import Source, cast, listed
+from genlip_megatron.convert.source import Source, listed, to_dtype
 from genlip_megatron.convert.table import Group, groups
 
 # It has been trained for no step of a run here.
@@ -100,16 +100,17 @@ def write_checkpoint(
     """
     place = folder.step_folder(root, ITERATION)
     place.mkdir()
-    model, tensors, results = source.model, {}, []
+    model, results = source.model, []
+    tensors: dict[str, TensorStorageMetadata] = {}
     with HashingFile(place / _WEIGHTS) as file:
         for group in groups(model):
             (whole,) = group.layout.split(source.read(group), model, 1)
-            whole = _alone(cast(", ".join(group.canonical), whole, dtype or whole.dtype))
+            whole = _alone(to_dtype(", ".join(group.canonical), whole, dtype or whole.dtype))
             described, result = _describe(tensors.get(group.key), group, model.num_layers, whole, file)
             tensors[group.key] = described
             results.append(result)
             progress(whole.nbytes)
-    FileSystemWriter(place).finish(Metadata(state_dict_metadata=tensors), [results])
+    FileSystemWriter(place).finish(Metadata(state_dict_metadata={**tensors}), [results])
     save_config(CheckpointingConfig("torch_dist", 1), str(place))
     common = io.BytesIO()
     torch.save({"iteration": ITERATION, "objects": {}}, common)
@@ -152,7 +153,7 @@ def _describe(
         so_far = TensorStorageMetadata(TensorProperties.create_from_tensor(values), size, [])
     so_far.chunks.append(ChunkStorageMetadata(offsets, values.shape))
     begin = file.tell()
-    torch.save(values, file)
+    torch.save(values, cast(IO[bytes], file))
     length = file.tell() - begin
     index = MetadataIndex(group.key, offsets, len(so_far.chunks) - 1)
     return so_far, WriteResult(index, length, _StorageInfo(_WEIGHTS, begin, length))

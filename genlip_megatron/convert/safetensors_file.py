@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.source import cast, compare, listed
+from genlip_megatron.convert.source import compare, listed, to_dtype
 from genlip_megatron.convert.table import Group, canonical_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -192,7 +192,7 @@ class SafetensorsWriter:
         with open(file, "r+b", buffering=0) as out:
             out.seek(offset)
             for block in tensor.reshape(-1).split(_BLOCK):
-                left = memoryview(cast(name, block, planned.dtype).contiguous().view(torch.uint8).numpy())
+                left = to_dtype(name, block, planned.dtype).contiguous().view(torch.uint8).numpy().data
                 while len(left):  # the system may write less than it was given
                     left = left[out.write(left) :]
 

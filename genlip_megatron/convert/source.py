@@ -70,7 +70,7 @@ def compare(where: str, found: Mapping[str, tuple[int, ...]], needed: Mapping[st
         raise ValueError(f"{where}: its tensors are not the model's; {'; '.join(wrong)}. {hint}")
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``; itself when it is so already.
 
     Raises:

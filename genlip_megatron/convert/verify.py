@@ -48,7 +48,12 @@ class Difference:
 
 
 def compare_models(
-    checkpoint: Path, config: RunConfig, released: Path, encoder_only: bool, dtype: torch.dtype | None
+    checkpoint: Path,
+    config: RunConfig,
+    released: Path,
+    encoder_only: bool = False,
+    dtype: torch.dtype | None = None,
+    fields: dict[str, Any] | None = None,
 ) -> list[Difference]:
     """Differences of hidden states (the embedding's, each layer's) and of logits; an encoder alone has none of these.
 
@@ -58,16 +63,20 @@ def compare_models(
         released: a Hugging Face folder.
         encoder_only: whether that holds the vision encoder alone.
         dtype: to which the conversion rounded the weights; None: it did not.
+        fields: of the Hugging Face configuration; by default those of the folder's ``config.json``, which may leave
+            some out in a release.
     """
     generator = torch.Generator().manual_seed(1)
     patches = [torch.empty(r * c, PATCH_VALUES).uniform_(-1, 1, generator=generator) for r, c, _ in _SAMPLES]
     texts = [torch.randint(config.model.vocab_size, (count,), generator=generator).tolist() for *_, count in _SAMPLES]
     hidden, logits, is_image = _megatron_outputs(checkpoint, config, patches, texts, dtype)
+    model = _released_model(released, encoder_only, fields)
+    _round(model, dtype)
     if encoder_only:
         hidden = [states[is_image] for states in hidden]
-        theirs, read = _encoder_outputs(released, patches, dtype), None
+        theirs, read = _encoder_outputs(model, patches), None
     else:
-        theirs, read = _released_outputs(released, patches, texts, dtype)
+        theirs, read = _released_outputs(model, patches, texts)
     found = [_difference("hidden states", torch.stack(hidden), torch.stack(theirs))]
     return found if read is None else [*found, _difference("logits", logits, read)]
 
@@ -110,6 +119,7 @@ def _megatron_outputs(
         os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
     groups.initialize(config)
     (model,) = build_model(config, transformer_config(config))
+    assert model.embed is not None and model.head is not None
     loading.load_weights(checkpoint, [model])
     _round(model, dtype)
     model.eval()
@@ -136,15 +146,20 @@ def _grid() -> Tensor:
     return torch.tensor([(rows, columns) for rows, columns, _ in _SAMPLES])
 
 
+def _released_model(folder: Path, encoder_only: bool, fields: dict[str, Any] | None) -> Any:
+    from genlip_megatron.hf.configuration_genlip import GenLIPConfig
+    from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
+
+    kind = GenLIPVisionModel if encoder_only else GenLIPForCausalLM
+    config = None if fields is None else GenLIPConfig(**fields)
+    return kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def _released_outputs(
-    folder: Path, patches: Sequence[Tensor], texts: Sequence[Sequence[int]], dtype: torch.dtype | None
+    model: Any, patches: Sequence[Tensor], texts: Sequence[Sequence[int]]
 ) -> tuple[list[Tensor], Tensor]:
     """(the embedding's and each layer's output [N, D], logits [T, V] of the text)."""
-    from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM
-
-    model = GenLIPForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    _round(model, dtype)
     length = max(map(len, texts))
     ids, mask = torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), length, dtype=torch.bool)
     for i, text in enumerate(texts):
@@ -154,10 +169,6 @@ def _released_outputs(
 
 
 @torch.no_grad()
-def _encoder_outputs(folder: Path, patches: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+def _encoder_outputs(model: Any, patches: Sequence[Tensor]) -> list[Tensor]:
     """The embedding's and each layer's output [N, D], N patches."""
-    from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
-
-    model = GenLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-    _round(model, dtype)
     return list(model(torch.cat(list(patches)), _grid(), output_hidden_states=True).hidden_states)
