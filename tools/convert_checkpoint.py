@@ -117,6 +117,8 @@ def to_hf(options: argparse.Namespace) -> int:
         place, saved, source = conversion.open_checkpoint(options.source, _say, bar.update)
     config = loading.read_config(place)
     tokenizer = options.tokenizer or Path(config.data.tokenizer)
+    if not tokenizer.is_file():
+        raise ValueError(f"{tokenizer}: no such file, where the run had its tokenizer; name it with --tokenizer")
     if (found := load_tokenizer(tokenizer, config.model.vocab_size).fingerprint) != saved.tokenizer:
         raise ValueError(
             f"{tokenizer}: not the tokenizer of {place}: its fingerprint is {found}, the checkpoint's "

@@ -130,13 +130,12 @@ class MegatronSource:
         mapped = self._mapped(info.relative_path)
         archive = io.BufferedReader(_Part(mapped, info.offset, info.length))
         with zipfile.ZipFile(archive) as members:
-            (member,) = (m for m in members.infolist() if m.filename.endswith("/data/0"))
-            order = [m.filename for m in members.infolist() if m.filename.endswith("/byteorder")]
-            if member.compress_type != zipfile.ZIP_STORED or any(
-                members.read(name).decode() != sys.byteorder for name in order
-            ):
-                raise ValueError(f"{self._place / info.relative_path}: {key} is stored in a way that is not read here")
-            lengths = info.offset + member.header_offset + 26
+            stored = [m for m in members.infolist() if m.filename.endswith("/data/0")]
+            orders = [members.read(m).decode() for m in members.infolist() if m.filename.endswith("/byteorder")]
+        if [m.compress_type for m in stored] != [zipfile.ZIP_STORED] or set(orders) - {sys.byteorder}:
+            raise ValueError(f"{self._place / info.relative_path}: {key} is stored in a way that is not read here")
+        (member,) = stored
+        lengths = info.offset + member.header_offset + 26
         archive.seek(0)
         shape = torch.load(archive, map_location="meta", weights_only=True)
         if tuple(shape.shape) != tuple(piece.sizes):

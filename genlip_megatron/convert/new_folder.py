@@ -25,7 +25,7 @@ def new_folder(target: Path, size: int, overwrite: bool, may_replace: Callable[[
     Raises:
         ValueError: there is something that must not be replaced, too little room, or the disk cannot be written to.
     """
-    target = Path(os.path.abspath(target))
+    target = target.resolve()  # where a link leads, so that the link stays
     partial = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
     try:
@@ -48,11 +48,15 @@ def new_folder(target: Path, size: int, overwrite: bool, may_replace: Callable[[
             os.rename(partial, target)
             sync(target.parent)
         except BaseException:
+            if not partial.exists():  # it has its place already, and the disk did not confirm it
+                os.rename(target, partial)
+            if replaced.exists():
+                os.rename(replaced, target)
             shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        raise ValueError(f"{target}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+        raise ValueError(f"{target} could not be written: {error}; nothing was left behind") from error
 
 
 def check_target(target: Path, overwrite: bool, may_replace: Callable[[Path], bool]) -> None:

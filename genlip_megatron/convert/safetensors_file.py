@@ -53,9 +53,10 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     try:
         placed = dict(json.loads(index.read_text())["weight_map"])
         names = sorted(set(placed.values()))
-        assert names and all(isinstance(name, str) and Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise ValueError(f"{index}: damaged, expected JSON with a weight_map of tensors to file names") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        names = []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError(f"{index}: damaged, expected JSON with a weight_map of tensors to file names")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{index}: names files that are missing: {listed(missing)}; download them")
     return [folder / name for name in names], placed
