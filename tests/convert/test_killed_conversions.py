@@ -1,0 +1,108 @@
+"""A conversion that is killed, or finds its disk full, at any file operation leaves the old output or the new one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genlip_megatron.config import ModelConfig
+from genlip_megatron.convert.folder import hf_config
+from tests import crash
+from tests.convert.weights import differing, random_weights, read_released
+from tests.processes import Zygote
+from tools.convert_checkpoint import main
+
+MODEL = ModelConfig(
+    num_layers=1, hidden_size=32, num_attention_heads=4, ffn_hidden_size=40, text_hidden_size=32, vocab_size=511
+)
+END = 10  # so many operations at the end, where folders are renamed, are all tried
+
+
+def convert() -> int:
+    """The tool, under the plan of the environment."""
+    crash.install_from_environment()
+    return main(sys.argv[1:])
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    zygote = Zygote(tmp_path_factory.mktemp("ranks"))
+    yield zygote
+    zygote.close()
+
+
+def released(folder: Path, weights: dict[str, Tensor], tokenizer: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(MODEL, "float32")))
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("action", "code"), [("kill", -9), ("fail", 2)])
+@pytest.mark.parametrize("direction", ["to-hf", "to-megatron"])
+@pytest.mark.parametrize("stride", [25, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_old_output_or_the_new(
+    stride: int, direction: str, action: str, code: int, zygote: Zygote, demo_data: Path, tmp_path: Path
+) -> None:
+    """The old output is in bfloat16, the new one in float32."""
+    weights = random_weights(MODEL)
+    rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    start, work = tmp_path / "start", tmp_path / "work"
+    given = tmp_path / "given"
+    released(given, weights, exported_tokenizer(demo_data, tmp_path))
+    assert main(["to-megatron", str(given), "--output", str(start)]) == 0
+    source = str(start if direction == "to-hf" else given)
+    target = work / "target"
+    words = [direction, source, "--output", str(target), "--overwrite"]
+
+    def old() -> None:
+        assert main([*words, "--dtype", "bf16"]) == 0
+
+    def held(folder: Path) -> dict[str, Tensor]:
+        if direction == "to-megatron":
+            back = tmp_path / "back"
+            assert main(["to-hf", str(folder), "--output", str(back), "--overwrite"]) == 0
+            folder = back
+        return read_released(folder)
+
+    def run(plan: crash.Plan) -> int:
+        (ended,) = zygote.run(1, words, plan.env(), target="tests.convert.test_killed_conversions:convert")
+        return ended.code
+
+    old()
+    count = crash.Plan(str(work), str(tmp_path / "count"))
+    assert run(count) == 0
+    operations = count.operations()
+    assert len(operations) > 20
+    points = sorted({*range(1, len(operations) - END, stride), *range(len(operations) - END, len(operations) + 1)})
+    for at in points:
+        old()
+        ended = run(crash.Plan(str(work), str(tmp_path / f"log{at}"), action, at))
+        said = f"{action} at operation {at}: {operations[at - 1]}"
+        hidden = sorted(path.name for path in work.glob(".*"))
+        if action == "fail" and ended == 0:  # a failure to remove the old output, or of what needs no room
+            assert differing(held(target), weights) == [], said
+            continue
+        assert ended == code, said
+        # In between the old one has another name, by which the next run finds it.
+        found = held(target if target.exists() else work / ".target.replaced")
+        assert differing(found, rounded) == [] or differing(found, weights) == [], said
+        if action == "fail":
+            assert hidden == [], said
+        assert main(words) == 0
+        assert differing(held(target), weights) == [] and not list(work.glob(".*")), said
+
+
+def exported_tokenizer(data: Path, folder: Path) -> Path:
+    """The demo's tokenizer as the ``tokenizer.json`` of an export."""
+    from genlip_megatron.convert.tokenizer import export_tokenizer
+
+    export_tokenizer(data / "tokenizer.model", folder / "tokenizer")
+    return folder / "tokenizer" / "tokenizer.json"
