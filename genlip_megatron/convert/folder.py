@@ -246,10 +246,10 @@ tags:
 
 # GenLIP
 
-A vision encoder pretrained by captioning alone, after *Let ViT Speak* ([arXiv 2605.00809]
-(https://arxiv.org/abs/2605.00809)): one Transformer reads image patches and text and predicts the next text token.
-Trained with GenLIP-Megatron. The Python files of this folder are under the Apache License 2.0; the licence of the
-weights is the one named above.
+A vision encoder pretrained by captioning alone, after *Let ViT Speak*
+([arXiv 2605.00809](https://arxiv.org/abs/2605.00809)): one Transformer reads image patches and text and predicts the
+next text token. Trained with GenLIP-Megatron. The Python files of this folder are under the Apache License 2.0; the
+licence of the weights is the one named above.
 
 | | |
 |---|---|
