@@ -31,6 +31,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "s3": ["s3fs>=2024.6"],
+        "hf": ["transformers>=4.56,<6"],
         "dev": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
@@ -42,6 +43,7 @@ setup(
             "flask>=3,<4",
             "flask-cors>=5",
             "webdataset>=1,<2",
+            "transformers>=4.56,<6",
         ],
         "wandb": ["wandb>=0.19"],
     },

@@ -6,12 +6,14 @@ import ast
 import doctest
 import importlib
 import importlib.metadata
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from genlip_megatron import host
+from genlip_megatron.convert.folder import SOURCES
 
 PACKAGE = Path(host.__file__).parent
 FORBIDDEN = {
@@ -23,8 +25,9 @@ FORBIDDEN = {
     "convert": {"train", "data", "infer", "evaluate", "checkpoint"},
     "config": {"data", "model", "train", "checkpoint", "parallel"},
     "batch": {"data", "model", "train", "checkpoint", "parallel"},
-    "hf": {"config", "batch", "data", "model", "train", "checkpoint", "parallel", "convert", "infer"},
 }
+# Files that are copied into exported folders: they need these libraries, Python's own and each other alone.
+SELF_CONTAINED, LIBRARIES = "hf", {"torch", "transformers", "numpy", "PIL"}
 
 
 def test_imports_go_one_way() -> None:
@@ -36,6 +39,24 @@ def test_imports_go_one_way() -> None:
                 target = node.module.split(".")[1]
                 if target in FORBIDDEN.get(part, set()):
                     wrong.append(f"{file.relative_to(PACKAGE)} imports {node.module}")
+    assert not wrong, wrong
+
+
+def test_exported_files_are_self_contained() -> None:
+    allowed = LIBRARIES | sys.stdlib_module_names
+    wrong, files = [], list((PACKAGE / SELF_CONTAINED).glob("*.py"))
+    assert len(files) == 1 + len(SOURCES) and {file.name for file in files} >= set(SOURCES)
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                known = node.level == 1 and f"{node.module}.py" in SOURCES
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                known = all(str(module).split(".")[0] in allowed for module in modules)
+            else:
+                continue
+            if not known:
+                wrong.append(f"{file.name} line {node.lineno}: {ast.unparse(node)}")
     assert not wrong, wrong
 
 

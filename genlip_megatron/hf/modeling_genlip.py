@@ -223,6 +223,10 @@ class CachedAttention:
 Attention = PrefixAttention | CachedAttention
 
 
+class AttentionLinear(nn.Linear):
+    """A linear of attention, which differs from others in its initial weights."""
+
+
 class GenLIPAttention(nn.Module):
     """Multi-head attention with rotary positions and, by configuration, a sigmoid gate on its output."""
 
@@ -230,10 +234,10 @@ class GenLIPAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.layer, self.head_dim, self.gated = layer, config.head_dim, config.gated_attention
-        self.q_proj = nn.Linear(width, 2 * width if self.gated else width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = AttentionLinear(width, 2 * width if self.gated else width)
+        self.k_proj = AttentionLinear(width, width)
+        self.v_proj = AttentionLinear(width, width)
+        self.out_proj = AttentionLinear(width, width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """[N, D] from [N, D]."""
@@ -366,30 +370,20 @@ class GenLIPPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Attention: Xavier uniform (q and gate as one matrix). Other weights: normal. Biases 0, norms 1 and 0."""
-        if isinstance(module, GenLIPAttention):
-            for linear in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
-        elif isinstance(module, GenLIPMLP):
-            for linear in (module.fc1, module.gate_fc, module.fc2):
-                self._init_normal(linear)
-        elif isinstance(module, GenLIPVisionEmbeddings):
-            self._init_normal(module.patch_embedding)
-        elif isinstance(module, GenLIPLayerScale):
-            nn.init.constant_(module.lambda1, module.init)
+        # For modules with parameters of their own alone: transformers calls it for no others.
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            if isinstance(module, AttentionLinear):
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, GenLIPForCausalLM):
-            for part in (module.embeddings, module.in_proj, module.proj, module.lm_head):
-                if part is not None:
-                    self._init_normal(part)
-
-    def _init_normal(self, module: nn.Linear | nn.Conv2d | nn.Embedding) -> None:
-        nn.init.normal_(module.weight, std=self.config.initializer_range)
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            nn.init.zeros_(bias)
+        elif isinstance(module, GenLIPLayerScale):
+            nn.init.constant_(module.lambda1, module.init)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -84,8 +84,7 @@ class GenLIPProcessor(ProcessorMixin):
         """Text of one sequence of token ids [T], up to its first end token."""
         ids = [int(token) for token in sequence]
         end = self.tokenizer.eos_token_id
-        # The model may have more rows than the tokenizer has tokens: those have no text.
-        ids = [token for token in ids[: ids.index(end) if end in ids else None] if token < len(self.tokenizer)]
+        ids = ids[: ids.index(end)] if end in ids else ids
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(ids, **options | kwargs)
 

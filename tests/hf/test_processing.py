@@ -1,0 +1,226 @@
+"""Exported processors give the pixels and tokens of training, and say what they cannot take."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from genlip_megatron.config import DEFAULT_PROMPT
+from genlip_megatron.data.decode import CpuDecoder, ImageTask
+from genlip_megatron.data.resize import native_size
+from genlip_megatron.data.text import load_tokenizer
+from tests.data.shards import image, interlaced, rotated, sixteen_bit
+from tests.hf.models import export
+
+transformers = pytest.importorskip("transformers")
+
+QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen3-tokenizer" / "tokenizer.json"
+
+
+def transparent(mode: str) -> bytes:
+    out = io.BytesIO()
+    picture = Image.linear_gradient("L").resize((70, 50)).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").rotate(90).resize((70, 50)))
+    picture.convert(mode).save(out, "PNG", **({"transparency": 3} if mode == "P" else {}))
+    return out.getvalue()
+
+
+PICTURES = {
+    "wide": image(size=(333, 90)),
+    "tall": image(size=(60, 700), quality=60),
+    "large": image(size=(900, 650)),
+    "exact": image(size=(224, 224)),
+    "grey": image(mode="L", size=(100, 81)),
+    "cmyk": image(mode="CMYK", size=(120, 100)),
+    "webp": image("WEBP", size=(99, 64)),
+    **{f"turned-{i}": rotated(i) for i in range(1, 9)},
+    "sixteen-bit": sixteen_bit(),
+    "interlaced": interlaced(),
+    "rgba": transparent("RGBA"),
+    "la": transparent("LA"),
+    "palette": transparent("P"),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "squash": {},
+    "crop": {"size": {"height": 96, "width": 160}, "fixed_resize": "resize-center-crop"},
+    "native": {"image_mode": "native"},
+    "native-small": {"image_mode": "native", "min_pixels": 1024, "max_pixels": 16384},
+}
+
+
+def processor(**settings: Any) -> Any:
+    from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
+
+    return GenLIPImageProcessor(**settings)
+
+
+def training_pixels(content: bytes, settings: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
+    """(normalised patches, their grid) as training makes them by its plain reference."""
+    if settings.get("image_mode") == "native":
+        with Image.open(io.BytesIO(content)) as opened:
+            width, height = opened.size
+            if opened.getexif().get(0x0112, 1) > 4:
+                width, height = height, width
+        bounds = {name: settings[name] for name in ("min_pixels", "max_pixels") if name in settings}
+        height, width = native_size(height, width, **bounds)
+    else:
+        size = settings.get("size", {"height": 224, "width": 224})
+        height, width = size["height"], size["width"]
+    task = ImageTask(content, height, width, center_crop="fixed_resize" in settings)
+    (patches,) = CpuDecoder(1, plain=True)([task])
+    assert isinstance(patches, Tensor), patches
+    return patches.float().mul_(1 / 127.5).sub_(1.0), (height // 16, width // 16)  # as the model's embedding does
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pixels_are_those_of_training(mode: str) -> None:
+    from genlip_megatron.hf.modeling_genlip import pack_images, split_images
+
+    made = processor(**MODES[mode])(
+        [Image.open(io.BytesIO(content)) for content in PICTURES.values()], return_tensors="pt"
+    )
+    patches, grid = pack_images(made["pixel_values"], made.get("image_grid_hw"))
+    for name, ours, sides in zip(PICTURES, split_images(patches, grid), grid.tolist(), strict=True):
+        expected, (rows, columns) = training_pixels(PICTURES[name], MODES[mode])
+        assert sides == [rows, columns] and torch.equal(ours, expected), name
+
+
+def test_sizes_are_those_of_training() -> None:
+    from genlip_megatron.hf import image_processing_genlip
+
+    sides = [1, 7, 8, 16, 24, 39, 40, 64, 199, 224, 511, 513, 1000, 3001]
+    for height in sides:
+        for width in sides:
+            if max(height, width) <= 200 * min(height, width):
+                for bounds in ((4096, 262144), (256, 16384)):
+                    ours = image_processing_genlip.native_size(height, width, *bounds)
+                    assert ours == native_size(height, width, *bounds)
+
+
+def test_arrays_and_tensors_are_taken_like_images() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), np.uint8)
+    grey, alpha = pixels[0, :, :, 0], np.concatenate((pixels[0], pixels[1, :, :, :1]), axis=2)
+    made = processor(image_mode="native")
+    for one, other in (
+        (pixels[0], Image.fromarray(pixels[0])),
+        (pixels, [Image.fromarray(picture) for picture in pixels]),
+        (torch.from_numpy(pixels[0]).permute(2, 0, 1), pixels[0]),
+        (torch.from_numpy(pixels).permute(0, 3, 1, 2), pixels),
+        (
+            [pixels[0], torch.from_numpy(pixels[1]).permute(2, 0, 1), Image.fromarray(grey)],
+            [pixels[0], pixels[1], grey],
+        ),
+        (grey[:, :, None], grey),
+        (torch.from_numpy(grey)[None], grey),
+        (torch.from_numpy(alpha).permute(2, 0, 1), Image.fromarray(alpha)),
+    ):
+        ours, theirs = made(one), made(other)
+        assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+        assert torch.equal(ours["image_grid_hw"], theirs["image_grid_hw"])
+    assert isinstance(made(pixels, return_tensors="np")["pixel_values"], np.ndarray)
+
+
+GOOD = np.zeros((32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([GOOD, GOOD.astype(np.float32)], "image 1 of 2: values of float32: expected uint8"),
+        ([GOOD, "cat.jpg"], "image 1 of 2: a str"),
+        ([GOOD.transpose(2, 0, 1)], r"image 0 of 1: shape \[3, 32, 32\].*NumPy arrays have them last"),
+        (torch.zeros(32, 32, 3, dtype=torch.uint8), "torch tensors first"),
+        (np.zeros((0, 5, 3), np.uint8), "image 0 of 1: shape"),
+        ([GOOD, np.zeros((2, 500, 3), np.uint8)], "image 1 of 2: 2x500 pixels: an aspect ratio above 200"),
+        ([], "images is empty"),
+        (Image.open(io.BytesIO(PICTURES["large"][:3000])), "image 0 of 1: .*truncated"),
+    ],
+)
+def test_an_image_that_cannot_be_taken_is_named(images: Any, message: str) -> None:
+    for settings in ({}, {"image_mode": "native"}):
+        with pytest.raises(ValueError, match=message):
+            processor(**settings)(images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_mode": "squash"}, "image_mode = 'squash': allowed are 'fixed' and 'native'"),
+        ({"fixed_resize": "crop"}, "fixed_resize = 'crop'"),
+        ({"size": {"height": 220, "width": 224}}, "multiples of 16"),
+        ({"min_pixels": 100}, "min_pixels = 100"),
+        ({"resample": 3}, "resample = 3: allowed is 2"),
+        ({"image_mean": [0.4, 0.5, 0.5]}, "image_mean = "),
+        ({"do_normalize": False}, "do_normalize = False: allowed is True"),
+    ],
+)
+def test_settings_that_change_pixels_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(**settings)
+    with pytest.raises(ValueError, match="size: not an option of a call"):
+        processor()(GOOD, size=32)
+
+
+def whole_processor(folder: Path) -> Any:
+    return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
+    return export(tmp_path_factory.mktemp("native"), demo_data / "tokenizer.model", image_mode="native")
+
+
+def test_images_and_prompts_become_the_models_input(exported: Path, demo_data: Path) -> None:
+    made, tokenizer = whole_processor(exported), load_tokenizer(demo_data / "tokenizer.model")
+    pictures = [Image.open(io.BytesIO(PICTURES[name])) for name in ("wide", "tall")]
+    inputs = made(images=pictures, text=["Describe.", " Describe the image. "])
+    texts = [tokenizer.encode(text) for text in ("Describe.", "Describe the image.")]
+    assert len(texts[0]) < len(texts[1])
+    for ids, mask, expected in zip(inputs["input_ids"], inputs["attention_mask"], texts, strict=True):
+        assert ids[mask.bool()].tolist() == expected and mask[-1] and int(mask.sum()) == len(expected)
+    assert len(inputs["image_grid_hw"]) == 2 and len(inputs["pixel_values"]) == inputs["image_grid_hw"].prod(1).sum()
+    default = made(images=pictures[0])
+    assert default["input_ids"].tolist() == [tokenizer.encode(DEFAULT_PROMPT)]
+    assert made(text="Describe.").keys() == {"input_ids", "attention_mask"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    tokens = model.generate(**inputs, max_new_tokens=3)
+    assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_text_ends_at_the_end_token(exported: Path, demo_data: Path) -> None:
+    made, tokenizer = whole_processor(exported), load_tokenizer(demo_data / "tokenizer.model")
+    text = "Two red crosses at the top left."
+    ids = tokenizer.encode(text)
+    end = tokenizer.closing_ids[0]
+    rows = [[*ids, *tokenizer.closing_ids, *ids], [*ids, end], [end], [*ids, 511]]
+    assert tokenizer.vocab_size <= 511
+    assert made.batch_decode(rows) == [text, text, "", text]
+    assert made.batch_decode(torch.tensor([rows[1]])) == [text]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "neither images nor text"),
+        ({"images": [GOOD, GOOD], "text": ["a"]}, "1 texts for 2 images"),
+        ({"images": [GOOD], "text": " "}, "text 0 of 1 is empty"),
+        ({"images": [GOOD, 3]}, "image 1 of 2: a int"),
+    ],
+)
+def test_what_a_processor_cannot_take_is_refused(exported: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        whole_processor(exported)(**arguments)
+
+
+@pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")
+def test_prompt_ids_are_the_authors(tmp_path: Path) -> None:
+    inputs = whole_processor(export(tmp_path, QWEN))(images=[GOOD, GOOD])
+    assert inputs["input_ids"].tolist() == [[74785, 279, 2168, 304, 7716, 13]] * 2
+    assert inputs["pixel_values"].shape == (2, 3, 224, 224)
