@@ -20,9 +20,9 @@ FORBIDDEN = {
     "data": {"model", "train", "checkpoint", "infer", "evaluate"},
     "model": {"data", "train", "checkpoint", "infer", "evaluate"},
     "parallel": {"train", "infer", "evaluate"},
-    "checkpoint": {"train", "infer", "evaluate"},
+    "checkpoint": {"train", "infer", "evaluate", "convert"},
     "faults": {"data", "model", "checkpoint", "train", "convert", "infer", "evaluate", "batch"},
-    "convert": {"train", "data", "infer", "evaluate", "checkpoint"},
+    "convert": {"train", "data", "infer", "evaluate"},
     "config": {"data", "model", "train", "checkpoint", "parallel"},
     "batch": {"data", "model", "train", "checkpoint", "parallel"},
 }

@@ -8,6 +8,7 @@ Legend: N tokens of all samples, T text tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 from collections.abc import Sequence
@@ -65,7 +66,12 @@ def compare_models(
         dtype: to which the conversion rounded the weights; None: it did not.
         fields: of the Hugging Face configuration; by default those of the folder's ``config.json``, which may leave
             some out in a release.
+
+    Raises:
+        ValueError: transformers is not installed, or refuses the folder.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("transformers, which runs the exported model, is not installed: genlip-megatron[hf] brings it")
     generator = torch.Generator().manual_seed(1)
     patches = [torch.empty(r * c, PATCH_VALUES).uniform_(-1, 1, generator=generator) for r, c, _ in _SAMPLES]
     texts = [torch.randint(config.model.vocab_size, (count,), generator=generator).tolist() for *_, count in _SAMPLES]
