@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
@@ -26,6 +27,7 @@ from genlip_megatron.convert.source import DTYPES, compare, listed
 from genlip_megatron.convert.table import VOCABULARY, Group, groups
 
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 
 
@@ -111,21 +113,24 @@ class MegatronSource:
             pieces = [piece for piece in pieces if piece.offsets[0] <= layer < piece.offsets[0] + piece.sizes[0]]
         if sum(_numel(piece, layer) for piece in pieces) != shape.numel():
             raise ValueError(f"{self._place}: {group.key} is not covered by its pieces; the checkpoint cannot be used")
+        dtype = facts.properties.dtype
         whole = None
         for piece in pieces:
-            values, offsets = self._piece(group.key, piece), piece.offsets
+            values, offsets = self._piece(group.key, piece, dtype), piece.offsets
             if layer is not None:
                 values, offsets = values[layer - offsets[0]], offsets[1:]
-            if values.shape == shape:
-                return values
+            if values.shape == shape and values.flags.aligned:
+                return torch.from_numpy(values).view(dtype)
             if whole is None:
-                whole = torch.empty(shape, dtype=values.dtype)
-            whole[tuple(slice(o, o + s) for o, s in zip(offsets, values.shape, strict=True))] = values
+                whole = torch.empty(shape, dtype=dtype)
+            place = tuple(slice(o, o + s) for o, s in zip(offsets, values.shape, strict=True))
+            whole.view(_INTEGERS[dtype.itemsize]).numpy()[place] = values
         assert whole is not None
         return whole
 
-    def _piece(self, key: str, piece: ChunkStorageMetadata) -> Tensor:
-        """The values of one piece, a view into the mapped file."""
+    def _piece(self, key: str, piece: ChunkStorageMetadata, dtype: torch.dtype) -> np.ndarray:
+        """The values of one piece as integers of their size, a view into the mapped file. It need not be aligned there,
+        which numpy copies from and torch does not."""
         info = self._pieces[key, tuple(piece.offsets)]
         mapped = self._mapped(info.relative_path)
         archive = io.BufferedReader(_Part(mapped, info.offset, info.length))
@@ -144,10 +149,14 @@ class MegatronSource:
             )
         begin = info.offset + member.header_offset + _LOCAL_HEADER
         begin += sum(struct.unpack("<HH", mapped[lengths : lengths + 4]))
-        values = torch.frombuffer(mapped, dtype=torch.uint8, count=member.file_size, offset=begin)
-        if begin % shape.dtype.itemsize:
-            values = values.clone()
-        return values.view(shape.dtype).as_strided(shape.shape, shape.stride(), shape.storage_offset())
+        size = dtype.itemsize
+        return np.ndarray(
+            tuple(shape.shape),
+            f"i{size}",
+            mapped,
+            begin + shape.storage_offset() * size,
+            tuple(step * size for step in shape.stride()),
+        )
 
     def _mapped(self, name: str) -> mmap.mmap:
         if name not in self._maps:
