@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def test_the_newest_good_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None
     damaged.mkdir()
     for file in place.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
+    (damaged / manifest.MANIFEST).write_bytes(replace(manifest.read(place), iteration=7).to_bytes())
     content = bytearray((damaged / "__0_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1
     (damaged / "__0_0.distcp").write_bytes(content)
