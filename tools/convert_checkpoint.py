@@ -137,9 +137,7 @@ def to_hf(options: argparse.Namespace) -> int:
             conversion.export_weights(source, tensors, partial, options.max_shard_size, bar.update)
         end = export_tokenizer(tokenizer, partial)
         name = str(stored).removeprefix("torch.")
-        write_side_files(partial, config.model, config.data, end, name, options.license, facts)
-        if options.encoder_only:
-            conversion.without_text(partial)
+        write_side_files(partial, config.model, config.data, end, name, options.license, facts, options.encoder_only)
     print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")
     if not options.verify:
         return 0

@@ -136,12 +136,3 @@ def may_replace(folder: Path) -> bool:
     except ValueError:
         return False
     return is_model and not any(entry.is_dir() for entry in folder.iterdir())
-
-
-def without_text(folder: Path) -> None:
-    """Let an exported folder say that it holds the vision encoder alone."""
-    fields = read_json(folder / "config.json")
-    fields["architectures"] = ["GenLIPVisionModel"]
-    fields["auto_map"].pop("AutoModelForCausalLM")
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").unlink()

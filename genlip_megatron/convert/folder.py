@@ -45,14 +45,16 @@ _NAMES = {
 }
 
 
-def hf_config(model: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
-    """``config.json`` of a model whose weights are stored in ``dtype``, under the authors' names."""
+def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = False) -> dict[str, Any]:
+    """``config.json`` of a model, or of its vision encoder alone, whose weights are stored in ``dtype``, under the
+    authors' names."""
+    text = {} if encoder_only else {"AutoModelForCausalLM": "modeling_genlip.GenLIPForCausalLM"}
     return {
-        "architectures": ["GenLIPForCausalLM"],
+        "architectures": ["GenLIPVisionModel" if encoder_only else "GenLIPForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_genlip.GenLIPConfig",
             "AutoModel": "modeling_genlip.GenLIPVisionModel",
-            "AutoModelForCausalLM": "modeling_genlip.GenLIPForCausalLM",
+            **text,
         },
         "model_type": "genlip",
         **{name: getattr(model, ours) for name, ours in _NAMES.items()},
@@ -204,13 +206,42 @@ def generation_config(end_token_id: int) -> dict[str, Any]:
     }
 
 
-def model_card(model: ModelConfig, data: DataConfig, license_id: str, facts: Mapping[str, str]) -> str:
+_CAPTIONS = """
+## Captions
+
+```python
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=[Image.open("image.jpg")]).to(model.device, model.dtype)
+tokens = model.generate(**inputs)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :]))
+```
+
+## Limits
+
+The model repeats what its captions say, errors and biases included, and knows no instructions beyond its prompt. No
+benchmark was run on these weights unless the table above says so.
+"""
+_NO_CAPTIONS = """
+## Limits
+
+This folder holds the vision encoder alone: what reads and writes text was left out. No benchmark was run on these
+weights unless the table above says so.
+"""
+
+
+def model_card(
+    model: ModelConfig, data: DataConfig, license_id: str, facts: Mapping[str, str], encoder_only: bool = False
+) -> str:
     """``README.md`` of the folder.
 
     Args:
         model, data: what was trained, on which images.
         license_id: of the weights, as Hugging Face names licences; "unknown" if nobody has said.
         facts: lines about the training, by name, for example the step and the data.
+        encoder_only: the folder makes no captions.
     """
     if data.image_mode == "native":
         images = f"native aspect ratio, {data.min_pixels} to {data.max_pixels} pixels"
@@ -267,24 +298,7 @@ processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(Image.open("image.jpg"), return_tensors="pt").to(model.device, model.dtype)
 features = model(**inputs).last_hidden_state
 ```
-{packed}
-## Captions
-
-```python
-from transformers import AutoModelForCausalLM, AutoProcessor
-
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(images=[Image.open("image.jpg")]).to(model.device, model.dtype)
-tokens = model.generate(**inputs)
-print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :]))
-```
-
-## Limits
-
-The model repeats what its captions say, errors and biases included, and knows no instructions beyond its prompt. No
-benchmark was run on these weights unless the table above says so.
-"""
+{packed}{_NO_CAPTIONS if encoder_only else _CAPTIONS}"""
 
 
 def write_side_files(
@@ -295,6 +309,7 @@ def write_side_files(
     dtype: str = "bfloat16",
     license_id: str = "unknown",
     facts: Mapping[str, str] | None = None,
+    encoder_only: bool = False,
 ) -> None:
     """Write everything of an exported folder but weights and tokenizer (``export_tokenizer``).
 
@@ -304,17 +319,21 @@ def write_side_files(
         end_token_id: token that closes captions, as ``export_tokenizer`` returns it.
         dtype: of the stored weights: "float32", "bfloat16" or "float16".
         license_id, facts: see ``model_card``.
+        encoder_only: the weights are those of the vision encoder alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, fields in (
-        ("config.json", hf_config(model, dtype)),
-        ("generation_config.json", generation_config(end_token_id)),
-        ("preprocessor_config.json", preprocessor_config(data)),
-        ("processor_config.json", processor_config(data.prompt)),
-    ):
+    files = {
+        "config.json": hf_config(model, dtype, encoder_only),
+        "preprocessor_config.json": preprocessor_config(data),
+        "processor_config.json": processor_config(data.prompt),
+    }
+    if not encoder_only:
+        files["generation_config.json"] = generation_config(end_token_id)
+    for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(model, data, license_id, facts or {}), encoding="utf-8")
+    card = model_card(model, data, license_id, facts or {}, encoder_only)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     sources = importlib.resources.files("genlip_megatron.hf")
     for name in SOURCES:
         (folder / name).write_text((sources / name).read_text(encoding="utf-8"), encoding="utf-8")
