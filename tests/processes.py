@@ -63,7 +63,8 @@ class Job:
         """Send a signal to a rank; none to one that has ended."""
         self.zygote.receive(0)
         if rank not in self.codes:
-            os.kill(self.pids[rank], number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pids[rank], number)
 
     def wait_for(self, text: str, rank: int = 0, timeout: float = 60) -> None:
         """Return once a rank has printed ``text``; AssertionError when it ends, or time passes, without."""

@@ -131,6 +131,7 @@ class Saver:
         self._copies = HostCopies()
         self._keeper = Keeper()
         self._pruning: Background | None = None
+        self._prune_more = False  # a checkpoint has come since deletions began
         self._recorded = recorded or config
         self._versions = manifest.versions()
         self._revision = manifest.revision() if rank() == 0 else ""
@@ -292,6 +293,8 @@ class Saver:
         self.settle(_PATIENCE_FOR_DELETIONS)
         if self._lock is not None:
             with contextlib.suppress(OSError):
+                if self._pruning is None and self._pending is None:
+                    folder.clean(self.root)  # of deletions that failed
                 self._lock.close()
 
     def _prepare(self, iteration: int) -> Path:
@@ -347,6 +350,8 @@ class Saver:
         except OSError as error:  # nothing that loads needs it
             warnings.append(f"the checkpoint stands, but {folder.LATEST} may be an older one's: {error}")
         self._keeper.trust(target, saved)
+        self._prune_more = True
+        self.settle(0.0)
         if self._pruning is None:
             self._pruning = Background(self._prune)
         seconds = max(part.seconds for part in parts)
@@ -360,8 +365,13 @@ class Saver:
         )
 
     def _prune(self) -> str:
+        gone: list[int] = []
+        wrong: list[str] = []
         try:
-            gone, wrong = self._keeper.prune(self.root, self.config.checkpoint)
+            while self._prune_more:
+                self._prune_more = False
+                deleted, wrong = self._keeper.prune(self.root, self.config.checkpoint)
+                gone += deleted
         except Exception as error:  # it runs in a thread, where nobody would see it
             return f"WARNING: old checkpoints in {self.root} could not be deleted: {error}"
         lines = [f"WARNING: a damaged checkpoint is not counted: {problem}" for problem in wrong]
