@@ -330,7 +330,8 @@ class GenLIPTransformer(nn.Module):
     def _drop_path(self, row_lengths: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """[layers, 2, N]: 0 or 1 / (1 - rate), one draw for each layer, branch and sample."""
         rate = self.config.drop_path_rate
-        if not self.training or not rate:
+        # A frozen encoder inside a model in training is in training mode too; its features must not be noisy.
+        if not self.training or not rate or not any(weight.requires_grad for weight in self.parameters()):
             return [None] * len(self.layers)
         draws = torch.rand(len(self.layers), 2, len(row_lengths), device=row_lengths.device)
         return list(((draws >= rate) / (1 - rate)).to(dtype).repeat_interleave(row_lengths, dim=2))
