@@ -6,8 +6,8 @@
 
 The graph takes ``pixel_values`` float32 [B, 3, height, width], images of one size, normalised as the folder's image
 processor does it, with sides that are multiples of 16 and at least 32. It gives ``features`` float32 [B, patches, D],
-row by row, after ``ln_post``. What was written is loaded again and compared with the model on several sizes before the tool
-ends. Weights of an ONNX file lie beside it in FILE.data: move the two together.
+row by row, after ``ln_post``. What was written is loaded again and compared with the model on several sizes before the
+tool ends. Weights of an ONNX file lie beside it in FILE.data: move the two together.
 """
 
 from __future__ import annotations
