@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Export the vision encoder of a Hugging Face folder as one graph for images of any size.
 
-    tools/export_encoder.py FOLDER encoder.onnx    # needs: pip install onnx onnxscript onnxruntime
-    tools/export_encoder.py FOLDER encoder.pt2     # torch.export; torch.export.load("encoder.pt2").module()
+    python tools/export_encoder.py FOLDER encoder.onnx    # needs: pip install onnx onnxscript onnxruntime
+    python tools/export_encoder.py FOLDER encoder.pt2     # torch.export; torch.export.load("encoder.pt2").module()
 
 The graph takes ``pixel_values`` float32 [B, 3, height, width], images of one size, normalised as the folder's image
 processor does it, with sides that are multiples of 16 and at least 32. It gives ``features`` float32 [B, patches, D],

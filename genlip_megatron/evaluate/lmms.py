@@ -1,6 +1,6 @@
 """GenLIP as a model of lmms-eval, with no LLM behind it: what the pretrained model itself says about an image.
 
-    lmms_eval --model genlip --model_args pretrained=FOLDER --tasks TASK --batch_size 8
+    lmms-eval --model genlip --model_args pretrained=FOLDER --tasks TASK --batch_size 8
 
 lmms-eval finds the model by the entry point of this package in the group ``lmms_eval.models``.
 """
