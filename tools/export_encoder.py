@@ -91,8 +91,16 @@ def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor],
             return torch.export.load(output).module()
         import onnxruntime
 
-        names = {"input_names": ["pixel_values"], "output_names": ["features"]}
-        torch.onnx.export(encoder, example, output, dynamo=True, dynamic_shapes=sizes, verbose=False, **names)
+        torch.onnx.export(
+            encoder,
+            example,
+            output,
+            input_names=["pixel_values"],
+            output_names=["features"],
+            dynamic_shapes=sizes,
+            dynamo=True,
+            verbose=False,
+        )
     session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 

@@ -66,8 +66,8 @@ class GenLIP(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = self.accelerator.device if self._world_size > 1 else torch.device(device or default)
-        self.model = AutoModelForCausalLM.from_pretrained(pretrained, trust_remote_code=True, dtype=dtype)
-        self.model = self.model.to(self.device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(pretrained, trust_remote_code=True, dtype=dtype)
+        self.model = model.to(self.device).eval()
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

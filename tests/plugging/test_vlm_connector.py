@@ -32,6 +32,7 @@ def test_exported_encoder_learns_only_when_told(example: ModuleType, exported: P
     encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
     before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
     model = example.VisionLanguageModel(encoder, example.small_llm(), train_encoder)
+    assert [weight.requires_grad for weight in encoder.parameters()] == [train_encoder] * len(before)
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
     labels = torch.tensor([[-100, 3, 4], [-100, 5, -100]])
@@ -43,6 +44,13 @@ def test_exported_encoder_learns_only_when_told(example: ModuleType, exported: P
     optimizer.step()
     moved = [name for name, weight in encoder.state_dict().items() if not torch.equal(weight, before[name])]
     assert len(moved) == (len(before) if train_encoder else 0)
+
+
+def test_frozen_encoder_draws_no_drop_path_while_the_rest_trains(example: ModuleType, exported: Path) -> None:
+    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
+    model = example.VisionLanguageModel(encoder, example.small_llm()).train()
+    pixels, ids = torch.rand(2, 3, 32, 48) * 2 - 1, torch.tensor([[7], [8]])
+    assert torch.equal(model.embed(pixels, ids), model.embed(pixels, ids))
 
 
 def test_every_patch_in_row_order_goes_before_the_text(example: ModuleType, exported: Path) -> None:
