@@ -37,7 +37,7 @@ def expected(folder: Path, pictures: list[Image.Image]) -> torch.Tensor:
     """Features by the project's own processor and model."""
     pixels = GenLIPImageProcessor(size=IMAGE_SIZE)(pictures)["pixel_values"]
     with torch.no_grad():
-        return GenLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()(pixels).last_hidden_state
+        return GenLIPVisionModel.from_pretrained(folder).eval()(pixels).last_hidden_state
 
 
 def test_right_setting_gives_the_features_after_the_last_norm(exported: Path, pictures: list[Image.Image]) -> None:
