@@ -334,7 +334,8 @@ class GenLIPTransformer(nn.Module):
     def _drop_path(self, row_lengths: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """[layers, 2, N]: 0 or 1 / (1 - rate), one draw for each layer, branch and sample."""
         rate = self.config.drop_path_rate
-        if not self.training or not rate:
+        # A frozen encoder inside a model in training is in training mode too; its features must not be noisy.
+        if not self.training or not rate or not any(weight.requires_grad for weight in self.parameters()):
             return [None] * len(self.layers)
         draws = torch.rand(len(self.layers), 2, len(row_lengths), device=row_lengths.device)
         return list(((draws >= rate) / (1 - rate)).to(dtype).repeat_interleave(row_lengths, dim=2))
@@ -401,6 +402,84 @@ class GenLIPPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
+class PatchStates(Tensor):
+    """Hidden states of patches [B, patches, D]: leaving out the first, as if it were a class token, is an error.
+
+    Whatever else is computed from them is a plain tensor, concatenation aside: towers join layers before they cut.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """``func`` on plain tensors, unless it cuts as ``[:, 1:]`` does."""
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple) and args[1][1:2] == (slice(1, None),):
+            raise ValueError(
+                "[:, 1:] of GenLIP's hidden states would leave out the image's first patch: there is no class token. "
+                "Take all of them; for LLaVA-NeXT: mm_vision_select_feature = 'cls_patch', mm_vision_select_layer = -1"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if func in (torch.cat, torch.concat, torch.concatenate) else result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a plain tensor, so that saved ones load where this class is not known."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+class _FeaturesAlone(tuple[Tensor, ...]):
+    """Hidden states of which callers that pick a layer get the last or an error."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if index != -1:
+            raise IndexError(
+                f"hidden state {index}: this tower gives the features alone, the output of ln_post, as the last one; "
+                "mm_vision_select_layer = -1 takes them"
+            )
+        return super().__getitem__(index)
+
+
+class GenLIPVisionTower(nn.Module):
+    """The vision model for callers that read features from ``hidden_states``, as towers of LLaVA-NeXT do.
+
+    Such a caller, set for a class token, another layer or another model's pixels, gets an error and not features that
+    are nearly right.
+    """
+
+    def __init__(self, model: GenLIPVisionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = True) -> BaseModelOutputWithPooling:
+        """Features of images of one size.
+
+        Args:
+            pixel_values: floats [B, 3, height, width] in [-1, 1], sides multiples of 16.
+            output_hidden_states: taken as True.
+
+        Returns:
+            As of ``GenLIPVisionModel``, but ``hidden_states`` have one entry, the features [B, patches, D] after
+            ``ln_post``, at index -1 alone.
+
+        Raises:
+            ValueError: pixels beyond [-1, 1], which another model's image processor has normalised, or of another
+                shape.
+        """
+        if pixel_values.dim() != 4:
+            raise ValueError(f"pixel_values of shape {list(pixel_values.shape)}: expected [B, 3, height, width]")
+        largest = float(pixel_values.detach().abs().amax())
+        if not largest <= 1.0:
+            raise ValueError(
+                f"pixel_values up to {largest:.3f}: GenLIP's are in [-1, 1], so another model's image processor made "
+                "these; load the folder's own with AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)"
+            )
+        output = self.model(pixel_values)
+        features = output.last_hidden_state
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=output.pooler_output,
+            hidden_states=_FeaturesAlone([features.as_subclass(PatchStates)]),
+        )
+
+
 class GenLIPVisionModel(GenLIPPreTrainedModel):
     """The vision encoder. Text parts of a checkpoint are left out."""
 
@@ -419,6 +498,11 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
         return self.vision_embeddings.patch_embedding
+
+    @property
+    def vision_model(self) -> GenLIPVisionTower:
+        """This model for callers that read ``hidden_states``; LLaVA-NeXT looks for it under this name."""
+        return GenLIPVisionTower(self)
 
     def forward(
         self,
@@ -442,7 +526,8 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
             ``last_hidden_state``: ``ln_post`` of every patch, [B, patches, D] for images of one size, else [P, D] with
             the images end to end, row by row (``split_images`` takes them apart).
             ``pooler_output``: [images, D], the mean over each image's patches. Nothing was trained on it.
-            ``hidden_states``: layers + 1 tensors of that shape, before ``ln_post``.
+            ``hidden_states``: layers + 1 tensors of that shape, before ``ln_post``. Those of images of one size are
+            ``PatchStates``.
         """
         one_size = isinstance(pixel_values, Tensor) and pixel_values.dim() == 4
         patches, grid = pack_images(pixel_values, image_grid_hw)
@@ -457,6 +542,8 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         if one_size:
             features, *states = (x.unflatten(0, (len(lengths), -1)) for x in (features, *states))
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if wanted and one_size:
+            states = [x.as_subclass(PatchStates) for x in states]
         output = BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=pooled, hidden_states=tuple(states) if wanted else None
         )

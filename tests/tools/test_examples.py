@@ -21,7 +21,8 @@ from genlip_megatron.checks import check
 from tests.fault_table import FaultRow
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
-EXAMPLES = sorted(path for path in FOLDER.iterdir() if path.name != "slurm_run.sh")  # which the others source
+LAUNCHES = [path for path in FOLDER.iterdir() if path.suffix in (".sh", ".sbatch")]
+EXAMPLES = sorted(path for path in LAUNCHES if path.name != "slurm_run.sh")  # which the others source
 GPUS = {"single_gpu.sh": 1, "one_node.sh": 8, "multi_node.sh": 64, "slurm_stage1.sbatch": 64, "slurm_stage2.sbatch": 32}
 
 

@@ -1,0 +1,82 @@
+"""The example of an encoder behind an LLM learns, and only what should."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModel
+
+FILE = Path(__file__).parent.parent.parent / "examples" / "vlm_connector.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("vlm_connector", FILE)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_random_encoder_suffices_for_colours(example: ModuleType) -> None:
+    assert example.main([]) == 1.0
+
+
+@pytest.mark.parametrize("train_encoder", [False, True])
+def test_exported_encoder_learns_only_when_told(example: ModuleType, exported: Path, train_encoder: bool) -> None:
+    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    model = example.VisionLanguageModel(encoder, example.small_llm(), train_encoder)
+    assert [weight.requires_grad for weight in encoder.parameters()] == [train_encoder] * len(before)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    labels = torch.tensor([[-100, 3, 4], [-100, 5, -100]])
+    model(pixels, labels.clamp(min=0), labels).backward()
+    projected = model.projector[0].weight.grad
+    assert projected is not None and bool(projected.abs().sum() > 0)
+    for name, weight in encoder.named_parameters():
+        assert (weight.grad is not None and bool(weight.grad.abs().sum() > 0)) == train_encoder, name
+    optimizer.step()
+    moved = [name for name, weight in encoder.state_dict().items() if not torch.equal(weight, before[name])]
+    assert len(moved) == (len(before) if train_encoder else 0)
+
+
+def test_frozen_encoder_draws_no_drop_path_while_the_rest_trains(example: ModuleType, exported: Path) -> None:
+    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
+    model = example.VisionLanguageModel(encoder, example.small_llm()).train()
+    pixels, ids = torch.rand(2, 3, 32, 48) * 2 - 1, torch.tensor([[7], [8]])
+    assert torch.equal(model.embed(pixels, ids), model.embed(pixels, ids))
+
+
+def test_every_patch_in_row_order_goes_before_the_text(example: ModuleType, exported: Path) -> None:
+    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32).eval()
+    model = example.VisionLanguageModel(encoder, example.small_llm()).eval()
+    pixels, ids = torch.rand(1, 3, 32, 48) * 2 - 1, torch.tensor([[7, 8]])
+    with torch.no_grad():
+        embeds = model.embed(pixels, ids)
+        assert embeds.shape == (1, 2 * 3 + 2, 64)
+        torch.testing.assert_close(embeds[:, :6], model.projector(encoder(pixels).last_hidden_state))
+        torch.testing.assert_close(embeds[:, 6:], model.llm.get_input_embeddings()(ids))
+        # The loss is that of the text alone, each token predicted from the one before it.
+        logits = model.llm(inputs_embeds=embeds).logits[0]
+        loss = model(pixels, ids, torch.tensor([[-100, 8]]))
+    torch.testing.assert_close(loss, -logits[6].log_softmax(-1)[8])
+
+
+def test_generated_tokens_are_those_of_greedy_steps(example: ModuleType, exported: Path) -> None:
+    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    model = example.VisionLanguageModel(encoder, example.small_llm()).eval()
+    pixels, ids = torch.rand(2, 3, 48, 48) * 2 - 1, torch.tensor([[257], [257]])
+    got = model.generate(pixels, ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    for _ in range(4):
+        with torch.no_grad():
+            logits = model.llm(inputs_embeds=model.embed(pixels, ids)).logits[:, -1]
+        logits[:, example.END] = -torch.inf  # which min_new_tokens forbids
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(got, ids[:, 1:])
