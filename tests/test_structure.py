@@ -20,7 +20,7 @@ FORBIDDEN = {
     "parallel": {"train", "infer", "evaluate"},
     "checkpoint": {"train", "infer", "evaluate"},
     "faults": {"data", "model", "checkpoint", "train", "convert", "infer", "evaluate", "batch"},
-    "convert": {"train", "data", "infer", "evaluate", "checkpoint"},
+    "convert": {"train", "data", "infer", "evaluate"},
     "config": {"data", "model", "train", "checkpoint", "parallel"},
     "batch": {"data", "model", "train", "checkpoint", "parallel"},
     "hf": {"config", "batch", "data", "model", "train", "checkpoint", "parallel", "convert", "infer"},

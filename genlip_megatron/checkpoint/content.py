@@ -157,9 +157,15 @@ def take_objects(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def put_objects(state: dict[str, Any], objects: dict[str, Any]) -> None:
-    """Replace the sharded objects of a ``state`` that is to be loaded by their values, by key."""
+    """Replace the sharded objects of a ``state`` that is to be loaded by their values, by key.
+
+    The extra state of a layer, which is that of its low-precision arithmetic, is None where there is none.
+    """
 
     def put(value: Any) -> Any:
-        return LocalNonpersistentObject(objects[value.unique_key]) if isinstance(value, ShardedObject) else value
+        if not isinstance(value, ShardedObject):
+            return value
+        extra = value.key.endswith("_extra_state")
+        return LocalNonpersistentObject(objects.get(value.unique_key) if extra else objects[value.unique_key])
 
     dict_list_map_inplace(put, state)

@@ -36,10 +36,13 @@ def read_config(place: Path) -> RunConfig:
     return from_dict(yaml.safe_load(file.read_text()), str(file))
 
 
-def find(root: str | Path, checksums: bool, log: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+def find(
+    root: str | Path, checksums: bool, log: Callable[[str], None], progress: Callable[[int], Any] = lambda size: None
+) -> tuple[Path, Manifest] | None:
     """The newest good checkpoint under ``root``, or ``root`` itself when it is one; None where there is none at all.
 
-    Damaged ones are passed over loudly. A collective over all ranks, which share the reading.
+    Damaged ones are passed over loudly. A collective over all ranks, which share the reading; ``progress`` is told the
+    bytes of each file that has been read.
 
     Raises:
         ValueError: there are checkpoints and none is good; ``root`` is a checkpoint and damaged.
@@ -50,7 +53,7 @@ def find(root: str | Path, checksums: bool, log: Callable[[str], None]) -> tuple
     places = from_rank_0(places)
     damage: list[str] = []
     for place in places:
-        found = _verified(place, checksums, folder.step_of(place))
+        found = _verified(place, checksums, folder.step_of(place), progress)
         if isinstance(found, Manifest):
             if damage:
                 log(
@@ -77,7 +80,7 @@ _PLACES = (
 )
 
 
-def _verified(place: Path, checksums: bool, step: int | None) -> Manifest | list[str]:
+def _verified(place: Path, checksums: bool, step: int | None, progress: Callable[[int], Any]) -> Manifest | list[str]:
     """A checkpoint's manifest when it is good, else what is wrong with it. A collective."""
     found: Manifest | list[str] = []
     if rank() == 0:
@@ -91,7 +94,7 @@ def _verified(place: Path, checksums: bool, step: int | None) -> Manifest | list
     if not isinstance(found, Manifest):
         return found
     part = (rank(), world_size())
-    mine = manifest.problems(place, found, checksums, part)
+    mine = manifest.problems(place, found, checksums, part, progress)
     return [problem for some in gather(mine) for problem in some] or found
 
 

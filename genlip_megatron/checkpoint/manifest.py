@@ -22,6 +22,7 @@ from typing import Any
 MANIFEST, COMMON, CONFIG = "manifest.json", "common.pt", "config.yaml"
 # Kinds of optimizer state.
 DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
+WEIGHTS_ONLY = "weights"  # converted from elsewhere: there is no state of a run
 TENSORS = ".distcp"  # files of tensors, all but kilobytes of a checkpoint
 _FORMAT = 1
 _BLOCK = 8 * 2**20
@@ -42,7 +43,7 @@ class Manifest:
 
     Attributes:
         iteration: the step after which it was saved.
-        kind: of its optimizer state, ``dp_reshardable`` or ``fully_reshardable``.
+        kind: of its optimizer state, ``dp_reshardable`` or ``fully_reshardable``; ``weights`` when there is none.
         layout: parallel sizes and what else decides which rank holds what.
         validation_loss: of that step, if it was validated.
         tokenizer, data: fingerprints.

@@ -1,7 +1,7 @@
 """One table of names and layouts: the authors' released format on one side, this project's parameters on the other.
 
-It serves every direction: initial weights (full tensors cut for a rank), loading released weights, comparing
-gradients, and exporting. A *canonical* name is one of the released format, for example
+It serves every direction: initial weights (full tensors cut for a rank), comparing gradients, and converting
+checkpoints both ways. A *canonical* name is one of the released format, for example
 ``visual.layers.3.self_attn.q_proj.weight``; layer indices in it are global. A *local* name is that of a parameter of
 ``GenLIP``, with the layer index within the pipeline stage.
 
@@ -10,7 +10,7 @@ Legend: D hidden size, F inner size, E text width, V vocabulary, H heads, T tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,21 +61,27 @@ def _join_patch(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
     return [shards[0].unflatten(1, (3, 16, 16))]
 
 
+def _together(shards: list[Tensor], dim: int = 0) -> Tensor:
+    """The whole of shards; one alone is not copied, since the largest tensors come that way."""
+    return shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)
+
+
 def _split_columns(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
     return list(full[0].chunk(size, dim=1))
 
 
 def _join_columns(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
-    return [torch.cat(shards, dim=1)]
+    return [_together(shards, dim=1)]
 
 
 def _split_vocabulary(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
     rows = -(-model.vocab_size // size) * size
-    return list(F.pad(full[0], (0, 0, 0, rows - model.vocab_size)).chunk(size))
+    padded = full[0] if rows == model.vocab_size else F.pad(full[0], (0, 0, 0, rows - model.vocab_size))
+    return list(padded.chunk(size))
 
 
 def _join_vocabulary(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
-    return [torch.cat(shards)[: model.vocab_size]]
+    return [_together(shards)[: model.vocab_size]]
 
 
 def _split_qkv(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
@@ -89,7 +95,7 @@ def _split_qkv(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor
 
 def _join_qkv(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
     count = 4 if model.attention_output_gate else 3
-    parts = torch.cat(shards).unflatten(0, (model.num_attention_heads, count, model.head_dim))
+    parts = _together(shards).unflatten(0, (model.num_attention_heads, count, model.head_dim))
     query, *gate, key, value = (part.flatten(0, 1) for part in parts.unbind(1))
     return [torch.cat((query, *gate)), key, value]
 
@@ -149,6 +155,9 @@ TABLE: tuple[Entry, ...] = (
 )
 _BY_LOCAL = {entry.local: entry for entry in TABLE}
 
+# What a vision encoder alone has no use for: the text's way in and out.
+TEXT_ONLY = tuple(f"{name}." for name in ("embeddings", "in_proj", "proj", "lm_head"))
+
 
 def find(local_name: str, layer_offset: int) -> tuple[tuple[str, ...], Layout]:
     """(canonical names, layout) of a parameter; ``layer_offset`` is the number of layers on earlier stages.
@@ -163,6 +172,46 @@ def find(local_name: str, layer_offset: int) -> tuple[tuple[str, ...], Layout]:
         parts[2] = "{i}"
     entry = _BY_LOCAL[".".join(parts)]
     return tuple(name.format(i=layer) for name in entry.canonical), entry.layout
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is converted at once: a parameter and the canonical tensors in it.
+
+    Attributes:
+        key: its name in a checkpoint, where the layers' parameters of one name are slices of one tensor.
+        layer: which slice, or None for a parameter outside the layers.
+        canonical: names of the canonical tensors.
+        shapes: their shapes.
+        stored: the parameter's shape without tensor parallelism.
+        layout: how the canonical tensors lie in it.
+    """
+
+    key: str
+    layer: int | None
+    canonical: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    stored: tuple[int, ...]
+    layout: Layout
+
+
+def groups(model: ModelConfig) -> Iterator[Group]:
+    """Every parameter of a model, in the order of the forward pass."""
+    shapes = canonical_shapes(model)
+    first = next(i for i, entry in enumerate(TABLE) if entry.local.startswith(_LAYER))
+    layered = tuple(entry for entry in TABLE if entry.local.startswith(_LAYER))
+    for entries, layer in (
+        (TABLE[:first], None),
+        *((layered, i) for i in range(model.num_layers)),
+        (TABLE[first + len(layered) :], None),
+    ):
+        for entry in entries:
+            names = tuple(name.format(i=layer) for name in entry.canonical)
+            if names[0] in shapes:
+                full = [torch.empty(shapes[name], device="meta") for name in names]
+                stored = entry.layout.split(full, model, 1)[0].shape
+                key = entry.local.replace("{i}.", "")
+                yield Group(key, layer, names, tuple(shapes[name] for name in names), tuple(stored), entry.layout)
 
 
 def canonical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

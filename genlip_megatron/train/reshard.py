@@ -46,10 +46,12 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
             written.
     """
     from genlip_megatron.checkpoint import folder, loading, manifest
-    from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
+    from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, WEIGHTS_ONLY
     from genlip_megatron.checks import check
 
     saved = manifest.read(place)
+    if saved.kind == WEIGHTS_ONLY:
+        raise ValueError(f"{place} holds weights only, which any layout reads: there is no optimizer state to turn")
     if saved.kind == kind and not layout:
         raise ValueError(f"{place} holds {kind} optimizer state already")
     if saved.kind == DP_RESHARDABLE and layout:

@@ -12,7 +12,7 @@ from genlip_megatron.checkpoint import folder, loading
 from genlip_megatron.checkpoint.agree import gather, on_rank_0
 from genlip_megatron.checkpoint.content import State
 from genlip_megatron.checkpoint.folder import NotSaved
-from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
+from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.data.loader import merge_cursors
 from genlip_megatron.train.report import log
@@ -95,6 +95,11 @@ def _take_weights(run: Run, place: Path, saved: Manifest) -> None:
 def _resume(run: Run, place: Path, saved: Manifest) -> None:
     """Set the whole run from a checkpoint."""
     assert run.train_loader is not None
+    if saved.kind == WEIGHTS_ONLY:
+        raise ValueError(
+            f"{place} holds weights only, no state of a run to go on from: begin a new run from it with "
+            f"--load {place.parent} --finetune, and --save another folder"
+        )
     config, theirs = run.config, loading.read_config(place)
     common = loading.read_common(place)
     data = run.train_loader.plan.differences(common["data"]["plan"])

@@ -1,0 +1,147 @@
+"""Both directions: which tensors are written, in what dtype, and the loop that moves them a parameter at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genlip_megatron.checkpoint import loading
+from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.config import ModelConfig, RunConfig, override
+from genlip_megatron.convert.folder import model_config
+from genlip_megatron.convert.megatron_source import MegatronSource
+from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
+from genlip_megatron.convert.source import Source
+from genlip_megatron.convert.table import TEXT_ONLY, groups
+
+
+def open_checkpoint(
+    path: Path, log: Callable[[str], None], progress: Callable[[int], Any]
+) -> tuple[Path, Manifest, MegatronSource]:
+    """(checkpoint, its manifest, its weights) of the newest good checkpoint in a run's folder, or of ``path`` itself.
+
+    Every file is read and compared with the manifest first; ``progress`` is told the bytes of each.
+
+    Raises:
+        ValueError: no checkpoint there, none that is good, or one whose tensors are not its model's.
+    """
+    found = loading.find(path, True, log, progress)
+    if found is None:
+        raise ValueError(
+            f"{path}: no checkpoint there; expected a folder iter_NNNNNNN, or the folder of a run with some"
+        )
+    place, saved = found
+    return place, saved, MegatronSource(place, saved, loading.read_config(place).model)
+
+
+def in_encoder(name: str) -> bool:
+    """Whether a canonical tensor belongs to the vision encoder alone."""
+    return not name.startswith(TEXT_ONLY)
+
+
+def planned(source: Source, dtype: torch.dtype | None, encoder_only: bool) -> dict[str, Planned]:
+    """What an export writes: canonical name -> shape and dtype, in the order in which it is read.
+
+    Args:
+        dtype: of all tensors; None keeps that of each.
+        encoder_only: leave out the text's embedding, projections and head.
+    """
+    return {
+        name: Planned(shape, dtype or source.dtypes[name])
+        for group in groups(source.model)
+        for name, shape in zip(group.canonical, group.shapes, strict=True)
+        if in_encoder(name) or not encoder_only
+    }
+
+
+def export_weights(
+    source: Source,
+    tensors: dict[str, Planned],
+    folder: Path,
+    max_shard_size: int,
+    progress: Callable[[int], Any] = lambda size: None,
+) -> None:
+    """Write ``tensors``, which ``planned`` chose, as safetensors files into a folder.
+
+    Raises:
+        ValueError: a value does not fit its new dtype.
+    """
+    writer = SafetensorsWriter(folder, tensors, max_shard_size)
+    for group in groups(source.model):
+        wanted = [name for name in group.canonical if name in tensors]
+        for name, tensor in zip(wanted, source.read(group) if wanted else (), strict=True):
+            writer.write(name, tensor)
+            progress(tensors[name].nbytes)
+    writer.close()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file.
+
+    Raises:
+        ValueError: it is not JSON, or not an object.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def open_released(folder: Path, num_attention_heads: int | None) -> SafetensorsSource:
+    """The weights of a Hugging Face folder, or of the authors' released format.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        num_attention_heads: where neither the configuration nor the sizes of a released model tell.
+
+    Raises:
+        ValueError: what is there is no whole model, or contradicts itself; the folder or file is named.
+    """
+    shapes = {name: facts.shape for name, facts in contents(folder).items()}
+    try:
+        model = model_config(read_json(folder / "config.json"), shapes, num_attention_heads)
+    except ValueError as error:
+        hint = " (--num-attention-heads)" if "num_attention_heads" in str(error) else ""
+        raise ValueError(f"{folder}: {error}{hint}") from None
+    return SafetensorsSource(folder, model)
+
+
+def recorded_run(folder: Path, model: ModelConfig, tokenizer: Path, precision: str) -> RunConfig:
+    """What a checkpoint of a folder's weights says of the run that made them: the model, its images and prompt as far
+    as the folder tells, the tokenizer."""
+    images, prompt = read_json(folder / "preprocessor_config.json"), read_json(folder / "processor_config.json")
+    data: dict[str, Any] = {"data.tokenizer": str(tokenizer.resolve()), "train.precision": precision}
+    if "image_mode" in images:  # of this project, not of a stock processor
+        names = ("image_mode", "fixed_resize", "min_pixels", "max_pixels")
+        data |= {f"data.{name}": images[name] for name in names if name in images}
+        data["data.image_size"] = images["size"]["height"]
+    if "prompt" in prompt:
+        data["data.prompt"] = prompt["prompt"]
+    return override(RunConfig(model=model), data)
+
+
+def may_replace(folder: Path) -> bool:
+    """Whether a folder is an export of a model, without folders of something else in it."""
+    try:
+        is_model = read_json(folder / "config.json").get("model_type") == "genlip"
+    except ValueError:
+        return False
+    return is_model and not any(entry.is_dir() for entry in folder.iterdir())
+
+
+def without_text(folder: Path) -> None:
+    """Let an exported folder say that it holds the vision encoder alone."""
+    fields = read_json(folder / "config.json")
+    fields["architectures"] = ["GenLIPVisionModel"]
+    fields["auto_map"].pop("AutoModelForCausalLM")
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").unlink()

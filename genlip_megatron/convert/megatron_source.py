@@ -1,0 +1,162 @@
+"""The weights of a Megatron checkpoint of any layout, read from its files without a model or a process group.
+
+Torch's distributed checkpoint keeps a tensor as the pieces that ranks held, each a ``torch.save`` archive within a
+file. An archive stores values uncompressed, so a piece is a view into the mapped file.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import struct
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+
+from genlip_megatron.checkpoint import metadata
+from genlip_megatron.checkpoint.manifest import Manifest
+from genlip_megatron.config import ModelConfig
+from genlip_megatron.convert.source import DTYPES, compare, listed
+from genlip_megatron.convert.table import VOCABULARY, Group, groups
+
+_BESIDE_WEIGHTS = ("optimizer.", "random.")
+_LOCAL_HEADER = 30  # bytes of a zip member's header before its name
+
+
+class _Part(io.RawIOBase):
+    """A part of a mapped file as a file of its own, which is not copied."""
+
+    def __init__(self, mapped: mmap.mmap, offset: int, length: int) -> None:
+        self._view, self._at = memoryview(mapped)[offset : offset + length], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+        values = self._view[self._at : self._at + len(target)]
+        target[: len(values)] = values
+        self._at += len(values)
+        return len(values)
+
+
+class MegatronSource:
+    """The model weights of a checkpoint; see ``Source``. Optimizer state is neither read nor used.
+
+    Args:
+        place: a checkpoint whose files have been compared with its manifest.
+        saved: the manifest.
+        model: of the run that saved it.
+
+    Raises:
+        ValueError: its tensors are not those of the model, or its metadata must not be loaded.
+    """
+
+    def __init__(self, place: Path, saved: Manifest, model: ModelConfig) -> None:
+        metadata.check(place)
+        self.model, self._place = model, place
+        index = FileSystemReader(place).read_metadata()
+        self._stored: dict[str, TensorStorageMetadata] = {
+            key: facts
+            for key, facts in index.state_dict_metadata.items()
+            if isinstance(facts, TensorStorageMetadata) and not key.startswith(_BESIDE_WEIGHTS)
+        }
+        self._pieces = {(key.fqn, tuple(key.offset or ())): info for key, info in index.storage_data.items()}
+        if strange := {info.relative_path for info in self._pieces.values()} - set(saved.files):
+            raise ValueError(f"{place}: its metadata names files that are not in its manifest: {listed(strange)}")
+        self.dtypes: dict[str, torch.dtype] = {}
+        needed, found = {}, {}
+        for group in groups(model):
+            layers = () if group.layer is None else (model.num_layers,)
+            needed[group.key] = (*layers, *group.stored)
+            if (facts := self._stored.get(group.key)) is not None:
+                rows = facts.size[:1]
+                if group.layout is VOCABULARY and rows[0] > model.vocab_size:
+                    rows = torch.Size([model.vocab_size])  # the rest is padding, which tensor parallelism adds
+                found[group.key] = (*rows, *facts.size[1:])
+                self.dtypes |= dict.fromkeys(group.canonical, facts.properties.dtype)
+        found |= {key: tuple(facts.size) for key, facts in self._stored.items() if key not in found}
+        compare(str(place), found, needed, "Is its config.yaml that of these weights?")
+        if wrong := [name for name, dtype in self.dtypes.items() if dtype not in DTYPES.values()]:
+            raise ValueError(f"{place}: {listed(wrong)}: expected one of {', '.join(DTYPES)}")
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def read(self, group: Group) -> list[Tensor]:
+        """The group's canonical tensors; where one piece holds them all, views into the mapped file."""
+        return group.layout.join([self._whole(group)], self.model)
+
+    def _whole(self, group: Group) -> Tensor:
+        """The parameter as one process has it."""
+        facts = self._stored[group.key]
+        shape, layer = facts.size, group.layer
+        pieces = facts.chunks
+        if layer is not None:
+            shape = shape[1:]
+            pieces = [piece for piece in pieces if piece.offsets[0] <= layer < piece.offsets[0] + piece.sizes[0]]
+        if sum(_numel(piece, layer) for piece in pieces) != shape.numel():
+            raise ValueError(f"{self._place}: {group.key} is not covered by its pieces; the checkpoint cannot be used")
+        whole = None
+        for piece in pieces:
+            values, offsets = self._piece(group.key, piece), piece.offsets
+            if layer is not None:
+                values, offsets = values[layer - offsets[0]], offsets[1:]
+            if values.shape == shape:
+                return values
+            if whole is None:
+                whole = torch.empty(shape, dtype=values.dtype)
+            whole[tuple(slice(o, o + s) for o, s in zip(offsets, values.shape, strict=True))] = values
+        assert whole is not None
+        return whole
+
+    def _piece(self, key: str, piece: ChunkStorageMetadata) -> Tensor:
+        """The values of one piece, a view into the mapped file."""
+        info = self._pieces[key, tuple(piece.offsets)]
+        mapped = self._mapped(info.relative_path)
+        archive = io.BufferedReader(_Part(mapped, info.offset, info.length))
+        with zipfile.ZipFile(archive) as members:
+            (member,) = (m for m in members.infolist() if m.filename.endswith("/data/0"))
+            order = [m.filename for m in members.infolist() if m.filename.endswith("/byteorder")]
+            if member.compress_type != zipfile.ZIP_STORED or any(
+                members.read(name).decode() != sys.byteorder for name in order
+            ):
+                raise ValueError(f"{self._place / info.relative_path}: {key} is stored in a way that is not read here")
+            lengths = info.offset + member.header_offset + 26
+        archive.seek(0)
+        shape = torch.load(archive, map_location="meta", weights_only=True)
+        if tuple(shape.shape) != tuple(piece.sizes):
+            raise ValueError(
+                f"{self._place / info.relative_path}: {key} is {list(shape.shape)}, not as its metadata says"
+            )
+        begin = info.offset + member.header_offset + _LOCAL_HEADER
+        begin += sum(struct.unpack("<HH", mapped[lengths : lengths + 4]))
+        values = torch.frombuffer(mapped, dtype=torch.uint8, count=member.file_size, offset=begin)
+        if begin % shape.dtype.itemsize:
+            values = values.clone()
+        return values.view(shape.dtype).as_strided(shape.shape, shape.stride(), shape.storage_offset())
+
+    def _mapped(self, name: str) -> mmap.mmap:
+        if name not in self._maps:
+            with open(self._place / name, "rb") as file:
+                # Private and writable, as tensors are; nobody writes to it.
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[name]
+
+
+def _numel(piece: ChunkStorageMetadata, layer: int | None) -> int:
+    return piece.sizes.numel() if layer is None else piece.sizes[1:].numel()

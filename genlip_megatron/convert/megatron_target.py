@@ -1,0 +1,158 @@
+"""A new Megatron checkpoint that holds weights only, written a parameter at a time by one process.
+
+It has the form that a run's own checkpoints have, so that whatever reads those reads it, on any layout. What is
+missing is the state of a run: optimizer, schedule, data, random states.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from genlip_megatron.checkpoint import content, folder, manifest
+from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, WEIGHTS_ONLY, Manifest
+from genlip_megatron.checkpoint.write import HashingFile
+from genlip_megatron.config import RunConfig
+from genlip_megatron.convert.source import Source, listed, to_dtype
+from genlip_megatron.convert.table import Group, groups
+
+# It has been trained for no step of a run here.
+ITERATION = 0
+_WEIGHTS = "__0_0.distcp"
+_TRAINED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def precision_of(source: Source, dtype: torch.dtype | None) -> str:
+    """``train.precision`` of weights that are converted to ``dtype``, or kept when it is None: fp32 or bf16.
+
+    Raises:
+        ValueError: another dtype, which nothing is trained in, or different ones within one parameter.
+    """
+    dtypes = {dtype} if dtype is not None else set(source.dtypes.values())
+    if strange := dtypes - set(_TRAINED):
+        raise ValueError(f"the weights would be {strange.pop()}, which is not trained in; give --dtype fp32 or bf16")
+    if dtype is None:
+        mixed = [
+            group.canonical for group in groups(source.model) if len({source.dtypes[n] for n in group.canonical}) > 1
+        ]
+        if mixed:
+            raise ValueError(f"{listed(mixed[0])} are of different dtypes and become one; give --dtype fp32 or bf16")
+    return "bf16" if dtypes == {torch.bfloat16} else "fp32"
+
+
+def size_of(source: Source, dtype: torch.dtype | None) -> int:
+    """About the bytes of the checkpoint."""
+    values = sum(
+        torch.Size(shape).numel() * (dtype or source.dtypes[name]).itemsize
+        for group in groups(source.model)
+        for name, shape in zip(group.canonical, group.shapes, strict=True)
+    )
+    return values + 2**20
+
+
+def may_replace(root: Path) -> bool:
+    """Whether a folder holds nothing but such a checkpoint."""
+    if {entry.name for entry in root.iterdir()} - {folder.LATEST, folder.step_folder(root, ITERATION).name}:
+        return False
+    try:
+        return manifest.read(folder.step_folder(root, ITERATION)).kind == WEIGHTS_ONLY
+    except manifest.Damaged:
+        return False
+
+
+def write_checkpoint(
+    root: Path,
+    source: Source,
+    config: RunConfig,
+    dtype: torch.dtype | None,
+    tokenizer: str,
+    progress: Callable[[int], Any] = lambda size: None,
+) -> Path:
+    """Write the weights as the one checkpoint of an empty folder.
+
+    Args:
+        root: the folder, which nobody else looks into yet.
+        source: of the weights.
+        config: recorded as that of the run; ``train.precision`` is that of the weights.
+        dtype: of the new weights; None keeps that of each.
+        tokenizer: fingerprint.
+        progress: is told the bytes of each parameter that has been written.
+
+    Returns:
+        The checkpoint, ``root/iter_0000000``.
+    """
+    place = folder.step_folder(root, ITERATION)
+    place.mkdir()
+    model, results = source.model, []
+    tensors: dict[str, TensorStorageMetadata] = {}
+    with HashingFile(place / _WEIGHTS) as file:
+        for group in groups(model):
+            (whole,) = group.layout.split(source.read(group), model, 1)
+            whole = _alone(to_dtype(", ".join(group.canonical), whole, dtype or whole.dtype))
+            described, result = _describe(tensors.get(group.key), group, model.num_layers, whole, file)
+            tensors[group.key] = described
+            results.append(result)
+            progress(whole.nbytes)
+    FileSystemWriter(place).finish(Metadata(state_dict_metadata={**tensors}), [results])
+    save_config(CheckpointingConfig("torch_dist", 1), str(place))
+    common = io.BytesIO()
+    torch.save({"iteration": ITERATION, "objects": {}}, common)
+    (place / COMMON).write_bytes(common.getvalue())
+    (place / CONFIG).write_text(config.to_yaml())
+    files = {_WEIGHTS: file.facts}
+    for name in (".metadata", "metadata.json", COMMON, CONFIG):
+        folder.sync(place / name)
+        files[name] = manifest.facts_of(place / name)
+    saved = Manifest(
+        iteration=ITERATION,
+        kind=WEIGHTS_ONLY,
+        layout=content.describe_layout(config, 1),
+        tokenizer=tokenizer,
+        versions=manifest.versions(),
+        revision=manifest.revision(),
+        created=manifest.now(),
+        files=files,
+    )
+    folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
+    folder.point_to(root, ITERATION)
+    return place
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The values in a storage of their own, since torch.save writes the whole storage that a view looks into."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _describe(
+    so_far: TensorStorageMetadata | None, group: Group, num_layers: int, whole: Tensor, file: HashingFile
+) -> tuple[TensorStorageMetadata, WriteResult]:
+    """Write a parameter; returns what is known of its tensor, this piece included, and where the piece is."""
+    layers = group.layer is not None
+    values = whole[None] if layers else whole
+    offsets = torch.Size([group.layer or 0] * layers + [0] * whole.dim())
+    if so_far is None:
+        size = torch.Size((num_layers,) * layers + tuple(whole.shape))
+        so_far = TensorStorageMetadata(TensorProperties.create_from_tensor(values), size, [])
+    so_far.chunks.append(ChunkStorageMetadata(offsets, values.shape))
+    begin = file.tell()
+    torch.save(values, cast(IO[bytes], file))
+    length = file.tell() - begin
+    index = MetadataIndex(group.key, offsets, len(so_far.chunks) - 1)
+    return so_far, WriteResult(index, length, _StorageInfo(_WEIGHTS, begin, length))

@@ -1,0 +1,213 @@
+"""Safetensors: read through a mapping of the file, and written a tensor at a time.
+
+The format: 8 bytes with the length of a JSON header (little endian), the header, the tensors' bytes. The header gives
+each tensor's dtype, shape and place after the header. The library's own writer wants every tensor in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from genlip_megatron.config import ModelConfig
+from genlip_megatron.convert.source import compare, listed, to_dtype
+from genlip_megatron.convert.table import Group, canonical_shapes
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
+_BLOCK = 2**22  # values cast and written at a time
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Shape, dtype and file of a tensor in a folder."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """(weight files of a folder, tensor -> file name as its index says, if it has one)."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected one with config.json and {SINGLE}")
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], None
+    index = folder / INDEX
+    if not index.is_file():
+        if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")):
+            raise ValueError(
+                f"{folder}: its weights are in {listed(pickles)}, pickles, which may run code when they are read; "
+                "have them saved as safetensors"
+            )
+        raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there; is it a Hugging Face folder?")
+    try:
+        placed = dict(json.loads(index.read_text())["weight_map"])
+        names = sorted(set(placed.values()))
+        assert names and all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise ValueError(f"{index}: damaged, expected JSON with a weight_map of tensors to file names") from None
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{index}: names files that are missing: {listed(missing)}; download them")
+    return [folder / name for name in names], placed
+
+
+def contents(folder: Path) -> dict[str, Facts]:
+    """Every tensor in the safetensors files of a folder, by name; nothing but headers is read.
+
+    Raises:
+        ValueError: no weights there, a damaged file, or an index that does not agree with the files.
+    """
+    files, placed = _files(folder)
+    found: dict[str, Facts] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                if name in found:
+                    raise ValueError(f"{name} is in {found[name].file} and in {file}; keep one of them")
+                part = tensors.get_slice(name)
+                found[name] = Facts(tuple(part.get_shape()), part.get_dtype(), file)
+    if placed is not None:
+        wrong = [
+            name
+            for name in {**placed, **found}
+            if name not in found or name not in placed or found[name].file.name != placed[name]
+        ]
+        if wrong:
+            raise ValueError(f"{folder / INDEX}: does not agree with the files on {listed(wrong)}; download them again")
+    return found
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged or cut off ({error}); download or export it again") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
+
+
+class SafetensorsSource:
+    """The weights of a folder in the released format, mapped into memory; see ``Source``.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or of another shape or dtype than the model's; a damaged file.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        self.model = model
+        facts = contents(folder)
+        if wrong := [f"{name} is {fact.dtype}" for name, fact in facts.items() if fact.dtype not in _BY_NAME]:
+            raise ValueError(f"{folder}: {listed(wrong)}; expected {', '.join(_BY_NAME)}")
+        shapes = {name: fact.shape for name, fact in facts.items()}
+        compare(str(folder), shapes, canonical_shapes(model), "Is config.json that of these weights?")
+        self.dtypes = {name: _BY_NAME[fact.dtype] for name, fact in facts.items()}
+        self._files = {name: fact.file for name, fact in facts.items()}
+
+    def read(self, group: Group) -> list[Tensor]:
+        """The group's tensors, views into the mapped files."""
+        tensors = []
+        for name in group.canonical:
+            with _opened(self._files[name]) as file:
+                tensors.append(file.get_tensor(name))
+        return tensors
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: shape, dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class SafetensorsWriter:
+    """New safetensors files in a folder, whose headers are written first and whose tensors come in any order.
+
+    Args:
+        folder: where to; it exists.
+        tensors: name -> what is to be written; files take them in this order.
+        max_shard_size: bytes of tensors in one file; a larger tensor has one of its own. More than one file get an
+            index.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Planned], max_shard_size: int) -> None:
+        self._tensors = tensors
+        shards = list(_shards(tensors, max_shard_size))
+        names = [SINGLE]
+        if len(shards) > 1:
+            names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+            index = {
+                "metadata": {"total_size": sum(planned.nbytes for planned in tensors.values())},
+                "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+            }
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        self._places: dict[str, tuple[Path, int]] = {}
+        for file, shard in zip(names, shards, strict=True):
+            self._begin(folder / file, shard)
+
+    def _begin(self, file: Path, names: Sequence[str]) -> None:
+        """Write a file's header and take the room for its tensors, the widest dtypes first so that all are aligned."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end, places = 0, {}
+        for name in sorted(names, key=lambda name: -self._tensors[name].dtype.itemsize):
+            planned = self._tensors[name]
+            places[name], end = end, end + planned.nbytes
+            header[name] = {
+                "dtype": _NAMES[planned.dtype],
+                "shape": list(planned.shape),
+                "data_offsets": [places[name], end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with open(file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            begin = out.tell()
+            out.truncate(begin + end)
+        self._places |= {name: (file, begin + offset) for name, offset in places.items()}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the planned shape, cast to the planned dtype a block at a time.
+
+        Raises:
+            ValueError: a value does not fit the dtype.
+        """
+        planned = self._tensors[name]
+        assert tuple(tensor.shape) == planned.shape, name
+        file, offset = self._places.pop(name)
+        with open(file, "r+b", buffering=0) as out:
+            out.seek(offset)
+            for block in tensor.reshape(-1).split(_BLOCK):
+                left = to_dtype(name, block, planned.dtype).contiguous().view(torch.uint8).numpy().data
+                while len(left):  # the system may write less than it was given
+                    left = left[out.write(left) :]
+
+    def close(self) -> None:
+        """Say that every tensor has been written."""
+        assert not self._places, "tensors that were not written"
+
+
+def _shards(tensors: Mapping[str, Planned], limit: int) -> Iterator[list[str]]:
+    shard: list[str] = []
+    size = 0
+    for name, planned in tensors.items():
+        if shard and size + planned.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += planned.nbytes
+    yield shard

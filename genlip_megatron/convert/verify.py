@@ -1,0 +1,174 @@
+"""The same batch through the Megatron model and the Hugging Face model, and how far apart they are.
+
+Both compute in float32 on the CPU, with weights rounded alike where a conversion rounds them, so that what is left is
+the order of additions. It takes the memory of both models in float32.
+
+Legend: N tokens of all samples, T text tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genlip_megatron.config import ONE_RANK, PATCH_VALUES, RunConfig, override
+
+# Of the largest absolute value. Sums over thousands of channels in another order differ by some 1e-6 of it; a
+# misplaced tensor by about 1.
+TOLERANCE = 1e-4
+# (rows, columns, text tokens) of each sample: images of different shapes, one text padded beside the other.
+_SAMPLES = ((3, 4, 7), (4, 2, 5))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest absolute difference of two tensors, and the largest absolute value in the first."""
+
+    what: str
+    absolute: float
+    largest: float
+
+    @property
+    def small(self) -> bool:
+        """Whether it is within the tolerance; a difference that is no number is not."""
+        return self.absolute <= TOLERANCE * self.largest
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: largest difference {self.absolute:.3g}, of values up to {self.largest:.3g} "
+            f"({'within' if self.small else 'ABOVE'} the tolerance of {TOLERANCE:.0e} of the largest)"
+        )
+
+
+def compare_models(
+    checkpoint: Path,
+    config: RunConfig,
+    released: Path,
+    encoder_only: bool = False,
+    dtype: torch.dtype | None = None,
+    fields: dict[str, Any] | None = None,
+) -> list[Difference]:
+    """Differences of hidden states (the embedding's, each layer's) and of logits; an encoder alone has none of these.
+
+    Args:
+        checkpoint: a Megatron checkpoint.
+        config: of the run that saved it.
+        released: a Hugging Face folder.
+        encoder_only: whether that holds the vision encoder alone.
+        dtype: to which the conversion rounded the weights; None: it did not.
+        fields: of the Hugging Face configuration; by default those of the folder's ``config.json``, which may leave
+            some out in a release.
+    """
+    generator = torch.Generator().manual_seed(1)
+    patches = [torch.empty(r * c, PATCH_VALUES).uniform_(-1, 1, generator=generator) for r, c, _ in _SAMPLES]
+    texts = [torch.randint(config.model.vocab_size, (count,), generator=generator).tolist() for *_, count in _SAMPLES]
+    hidden, logits, is_image = _megatron_outputs(checkpoint, config, patches, texts, dtype)
+    model = _released_model(released, encoder_only, fields)
+    _round(model, dtype)
+    if encoder_only:
+        hidden = [states[is_image] for states in hidden]
+        theirs, read = _encoder_outputs(model, patches), None
+    else:
+        theirs, read = _released_outputs(model, patches, texts)
+    found = [_difference("hidden states", torch.stack(hidden), torch.stack(theirs))]
+    return found if read is None else [*found, _difference("logits", logits, read)]
+
+
+def _difference(what: str, ours: Tensor, theirs: Tensor) -> Difference:
+    return Difference(what, (ours - theirs).abs().max().item(), ours.abs().max().item())
+
+
+@torch.no_grad()
+def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.copy_(parameter.to(dtype))
+
+
+@torch.no_grad()
+def _megatron_outputs(
+    checkpoint: Path,
+    config: RunConfig,
+    patches: Sequence[Tensor],
+    texts: Sequence[Sequence[int]],
+    dtype: torch.dtype | None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """(the embedding's and each layer's output [N, D], logits [T, V] of the text, bool [N] which token is of an image)
+    of a model on this one process."""
+    from genlip_megatron import host
+
+    host.install()
+    from genlip_megatron.batch import Sample, pack_samples
+    from genlip_megatron.checkpoint import loading
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel import groups
+
+    config = override(
+        config,
+        {**ONE_RANK, "train.precision": "fp32", "train.transformer_impl": "local", "parallel.recompute": "none"},
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+    groups.initialize(config)
+    (model,) = build_model(config, transformer_config(config))
+    assert model.embed is not None and model.head is not None
+    loading.load_weights(checkpoint, [model])
+    _round(model, dtype)
+    model.eval()
+    samples = [
+        Sample(image, rows, columns, text)
+        for image, text, (rows, columns, _) in zip(patches, texts, _SAMPLES, strict=True)
+    ]
+    batch = pack_samples([samples], sum(rows * columns + count for rows, columns, count in _SAMPLES))
+    states: list[Tensor] = []
+
+    def keep(_: torch.nn.Module, inputs: Any, output: Any) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output)[:, 0].clone())
+
+    hooks = [module.register_forward_hook(keep) for module in (model.embed, *model.decoder.layers)]
+    hidden = model.hidden_states(batch)
+    for hook in hooks:
+        hook.remove()
+    logits = model.head.logits(hidden, (~batch.is_image).nonzero()[:, 0])
+    groups.finalize()
+    return states, logits, batch.is_image
+
+
+def _grid() -> Tensor:
+    return torch.tensor([(rows, columns) for rows, columns, _ in _SAMPLES])
+
+
+def _released_model(folder: Path, encoder_only: bool, fields: dict[str, Any] | None) -> Any:
+    from genlip_megatron.hf.configuration_genlip import GenLIPConfig
+    from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
+
+    kind = GenLIPVisionModel if encoder_only else GenLIPForCausalLM
+    config = None if fields is None else GenLIPConfig(**fields)
+    return kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def _released_outputs(
+    model: Any, patches: Sequence[Tensor], texts: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], Tensor]:
+    """(the embedding's and each layer's output [N, D], logits [T, V] of the text)."""
+    length = max(map(len, texts))
+    ids, mask = torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), length, dtype=torch.bool)
+    for i, text in enumerate(texts):
+        ids[i, : len(text)], mask[i, : len(text)] = torch.tensor(text), True
+    output = model(ids, torch.cat(list(patches)), _grid(), attention_mask=mask, output_hidden_states=True)
+    return list(output.hidden_states), output.logits[mask]
+
+
+@torch.no_grad()
+def _encoder_outputs(model: Any, patches: Sequence[Tensor]) -> list[Tensor]:
+    """The embedding's and each layer's output [N, D], N patches."""
+    return list(model(torch.cat(list(patches)), _grid(), output_hidden_states=True).hidden_states)

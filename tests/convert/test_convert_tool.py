@@ -1,0 +1,286 @@
+"""The command line: from a run to a Hugging Face folder and back into a run, and one line about what cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint.manifest import WEIGHTS_ONLY
+from genlip_megatron.convert.folder import hf_config
+from genlip_megatron.train.reshard import reshard
+from tests.convert.weights import differing, random_weights, read_released
+from tests.distributed import run_distributed
+from tests.runs import tiny_config
+from tools.checkpoints import main as checkpoints
+from tools.convert_checkpoint import main, size
+
+Convert = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def weights(demo_data: Path) -> dict[str, Tensor]:
+    return random_weights(tiny_config(demo_data).model)
+
+
+@pytest.fixture
+def released(weights: dict[str, Tensor], demo_data: Path, tmp_path: Path) -> Path:
+    """A folder as the authors release them: configuration and weights."""
+    place = tmp_path / "released"
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(hf_config(tiny_config(demo_data).model, "float32")))
+    save_file(weights, place / "model.safetensors")
+    return place
+
+
+@pytest.fixture
+def convert(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
+    """Runs the tool, checks its status and what it leaves, and returns what it says: all of it, or the one error."""
+
+    def run(*words: Any, status: int = 0) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        try:
+            found = main([str(word) for word in words])
+        except SystemExit as end:  # argparse
+            found = end.code
+        said = capsys.readouterr()
+        assert found == status, said.err
+        if status != 2:
+            return said.out
+        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+        (line,) = (line for line in said.err.splitlines() if "error: " in line)
+        return line
+
+    return run
+
+
+@pytest.fixture
+def started(released: Path, convert: Convert, demo_data: Path, tmp_path: Path) -> Path:
+    """A checkpoint of weights alone."""
+    convert("to-megatron", released, "--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
+    return tmp_path / "start" / "iter_0000000"
+
+
+def test_both_ways_with_verify(
+    released: Path, weights: dict[str, Tensor], convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    start, back = tmp_path / "start", tmp_path / "back"
+    said = convert("to-megatron", released, "--output", start, "--tokenizer", demo_data / "tokenizer.model", "--verify")
+    assert "hidden states: largest difference" in said and "logits: largest difference" in said
+    said = convert("to-hf", start, "--output", back, "--dtype", "bf16", "--max-shard-size", "100KB", "--verify")
+    assert said.count("within the tolerance") == 2
+    assert differing(read_released(back), {name: tensor.bfloat16() for name, tensor in weights.items()}) == []
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (back / "model.safetensors.index.json").is_file() and (back / "tokenizer.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_verify_ends_with_status_1_when_the_models_differ(
+    released: Path, weights: dict[str, Tensor], started: Path, demo_data: Path
+) -> None:
+    from genlip_megatron.checkpoint import loading
+    from genlip_megatron.convert.verify import compare_models
+
+    config = loading.read_config(started)
+    assert all(difference.small for difference in compare_models(started, config, released))
+    swapped = {**weights, "lm_head.weight": weights["embeddings.weight"]}
+    save_file({name: tensor.clone() for name, tensor in swapped.items()}, released / "model.safetensors")
+    hidden, logits = compare_models(started, config, released)
+    assert hidden.small and not logits.small and "ABOVE the tolerance" in str(logits)
+
+
+def test_the_encoder_alone(started: Path, weights: dict[str, Tensor], convert: Convert, tmp_path: Path) -> None:
+    said = convert("to-hf", started, "--output", tmp_path / "encoder", "--encoder-only", "--verify")
+    assert "hidden states" in said and "logits" not in said and "within" in said
+    text = ("embeddings.", "in_proj.", "proj.", "lm_head.")
+    expected = {name: tensor for name, tensor in weights.items() if not name.startswith(text)}
+    assert differing(read_released(tmp_path / "encoder"), expected) == [] and len(expected) < len(weights)
+    line = convert("to-megatron", tmp_path / "encoder", "--output", tmp_path / "no", status=2)
+    assert "embeddings.weight" in line
+
+
+def begun(config: Any) -> Any:
+    from genlip_megatron.train.loop import set_up
+    from tests.runs import full_weights
+
+    try:
+        run = set_up(config)
+    except ValueError as error:
+        return str(error)
+    return run.iteration, full_weights(run)
+
+
+def test_a_run_begins_from_weights_alone_with_finetune_only(
+    started: Path, weights: dict[str, Tensor], demo_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(demo_data, checkpoint__load=str(started.parent), checkpoint__finetune=True)
+    iteration, found = run_distributed(1, begun, config)[0]
+    assert iteration == 0 and differing(found, weights) == []
+    for name in ("load", "save"):
+        error = run_distributed(1, begun, tiny_config(demo_data, **{f"checkpoint__{name}": str(started.parent)}))[0]
+        assert "holds weights only" in error and f"--load {started.parent} --finetune" in error
+    evaluated = tiny_config(demo_data, checkpoint__load=str(started.parent), log__eval_only=True)
+    assert differing(run_distributed(1, begun, evaluated)[0][1], weights) == []
+
+
+def test_the_tools_know_weights_alone(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert manifest.read(started).kind == WEIGHTS_ONLY and folder.pointed(started.parent) == 0
+    for command in ("list", "verify", "info"):
+        assert checkpoints([command, str(started.parent)]) == 0
+    said = capsys.readouterr().out
+    assert "weights" in said and "good: " in said and "optimizer_state: weights" in said
+    with pytest.raises(ValueError, match="holds weights only, which any layout reads"):
+        reshard(started, "fully_reshardable", started.parent)
+
+
+def test_the_target_is_replaced_when_asked_alone(
+    released: Path, started: Path, convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    tokenizer = ("--tokenizer", demo_data / "tokenizer.model")
+    line = convert("to-megatron", released, "--output", started.parent, *tokenizer, status=2)
+    assert f"{started.parent}: the folder is not empty" in line and "--overwrite" in line
+    convert("to-megatron", released, "--output", started.parent, *tokenizer, "--overwrite", "--dtype", "bf16")
+    assert manifest.read(started).layout["precision"] == "bf16"
+    exported = tmp_path / "exported"
+    convert("to-hf", started, "--output", exported)
+    assert "not empty" in convert("to-hf", started, "--output", exported, status=2)
+    convert("to-hf", started, "--output", exported, "--overwrite", "--dtype", "fp32")
+    assert read_released(exported)["ln_post.bias"].dtype == torch.float32
+    # Neither takes the place of the other, or of what it has not written.
+    for words in (("to-hf", started, "--output", started.parent), ("to-megatron", exported, "--output", exported)):
+        assert "holds something else" in convert(*words, "--overwrite", status=2)
+    (exported / "mine").mkdir()
+    assert "holds something else" in convert("to-hf", started, "--output", exported, "--overwrite", status=2)
+
+
+def rewrite(released: Path, weights: dict[str, Tensor], **changes: Tensor | None) -> None:
+    changed = {name: tensor for name, tensor in {**weights, **changes}.items() if tensor is not None}
+    save_file(changed, released / "model.safetensors")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(
+    released: Path, weights: dict[str, Tensor], convert: Convert, tmp_path: Path
+) -> None:
+    extra = {f"extra.{i}": torch.zeros(1) for i in range(23)}
+    changes = {"ln_post.bias": None, "proj.bias": torch.zeros(25), **extra}
+    rewrite(released, weights, **changes)
+    line = convert("to-megatron", released, "--output", tmp_path / "no", status=2)
+    assert f"{released}: " in line and "missing: ln_post.bias; unexpected: extra.0, " in line
+    assert "and 3 more" in line and "proj.bias is [25], [24] expected" in line
+    rewrite(released, weights, **{"ln_post.bias": torch.zeros(32, dtype=torch.int32)})
+    line = convert("to-megatron", released, "--output", tmp_path / "no", status=2)
+    assert "ln_post.bias is I32; expected F32, BF16, F16" in line
+
+
+@pytest.mark.parametrize(
+    ("harm", "parts"),
+    [
+        (lambda place: cut(place / "model.safetensors", -1), ["model.safetensors: damaged or cut off"]),
+        (lambda place: cut(place / "model.safetensors", 5), ["model.safetensors: damaged or cut off"]),
+        (lambda place: (place / "model.safetensors").write_bytes(b"\xff" * 100), ["damaged or cut off"]),
+        (lambda place: (place / "model.safetensors").unlink(), ["neither model.safetensors nor"]),
+        (
+            lambda place: (place / "model.safetensors").rename(place / "pytorch_model.bin"),
+            ["pytorch_model.bin, pickles, which may run code", "saved as safetensors"],
+        ),
+        (lambda place: (place / "config.json").write_text("{"), ["config.json: cannot be read as JSON"]),
+        (lambda place: heads(place, None), ["num_attention_heads", "--num-attention-heads"]),
+        (lambda place: heads(place, 4), ["tokenizer.json: no such file", "--tokenizer"]),
+        (lambda place: split(place, "missing"), ["index.json: names files that are missing: b.safetensors"]),
+        (lambda place: split(place, "wrong"), ["index.json: does not agree with the files on ln_post.bias"]),
+        (lambda place: split(place, "outside"), ["index.json: damaged, expected JSON with a weight_map"]),
+        (lambda place: shutil.rmtree(place), ["no such folder"]),
+    ],
+)
+def test_bad_folders_are_refused_in_one_line(
+    harm: Callable[[Path], Any], parts: list[str], released: Path, convert: Convert, tmp_path: Path
+) -> None:
+    harm(released)
+    line = convert("to-megatron", released, "--output", tmp_path / "no", status=2)
+    assert str(released) in line
+    for part in parts:
+        assert part in line
+
+
+def cut(file: Path, at: int) -> None:
+    file.write_bytes(file.read_bytes()[:at])
+
+
+def heads(place: Path, count: int | None) -> None:
+    fields = json.loads((place / "config.json").read_text())
+    fields["num_attention_heads"] = count
+    (place / "config.json").write_text(json.dumps(fields))
+
+
+def split(place: Path, fault: str) -> None:
+    """Two files with an index, in which something is wrong."""
+    tensors = read_released(place)
+    (place / "model.safetensors").unlink()
+    placed = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(tensors)}
+    for file in ("a.safetensors", "b.safetensors"):
+        save_file({name: tensor for name, tensor in tensors.items() if placed[name] == file}, place / file)
+    if fault == "missing":
+        (place / "b.safetensors").unlink()
+    elif fault == "wrong":
+        placed["ln_post.bias"] = "b.safetensors" if placed["ln_post.bias"][0] == "a" else "a.safetensors"
+    else:
+        placed["ln_post.bias"] = "../a.safetensors"
+    (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+
+
+def test_the_head_count_may_be_given(released: Path, convert: Convert, demo_data: Path, tmp_path: Path) -> None:
+    heads(released, None)
+    words = ("--tokenizer", demo_data / "tokenizer.model", "--num-attention-heads", "4", "--verify")
+    assert "within" in convert("to-megatron", released, "--output", tmp_path / "start", *words)
+
+
+def test_bad_checkpoints_are_refused_in_one_line(started: Path, convert: Convert, tmp_path: Path) -> None:
+    target = ("--output", tmp_path / "no")
+    assert "no checkpoint there" in convert("to-hf", tmp_path / "released", *target, status=2)
+    line = convert("to-hf", started, *target, "--dtype", "int8", status=2)
+    assert "--dtype" in line and "'keep'" in line and "int8" in line
+    assert "expected a size such as 5GB" in convert("to-hf", started, *target, "--max-shard-size", "big", status=2)
+    other = tmp_path / "tokenizer.json"
+    shutil.copy(Path(manifest.__file__), other)
+    assert "cannot be read as a tokenizer" in convert("to-hf", started, *target, "--tokenizer", other, status=2)
+    content = bytearray((started / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (started / "__0_0.distcp").write_bytes(content)
+    line = convert("to-hf", started, *target, status=2)
+    assert f"{started}/__0_0.distcp: damaged, its SHA-256 does not match" in line
+
+
+def test_a_value_beyond_fp16_is_not_written(
+    released: Path, weights: dict[str, Tensor], convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    large = weights["lm_head.weight"].clone()
+    large[1, 2] = 7e4
+    rewrite(released, weights, **{"lm_head.weight": large})
+    convert("to-megatron", released, "--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
+    line = convert("to-hf", tmp_path / "start", "--output", tmp_path / "no", "--dtype", "fp16", status=2)
+    assert "lm_head.weight: a value of 7e+04 is beyond float16" in line
+
+
+def test_weights_that_nothing_is_trained_in_need_a_dtype(
+    released: Path, weights: dict[str, Tensor], convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    words = ("--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
+    save_file({name: tensor.half() for name, tensor in weights.items()}, released / "model.safetensors")
+    assert "float16, which is not trained in" in convert("to-megatron", released, *words, status=2)
+    name = "visual.layers.0.self_attn.k_proj.weight"
+    rewrite(released, weights, **{name: weights[name].bfloat16()})
+    assert f"{name}, " in convert("to-megatron", released, *words, status=2)
+    convert("to-megatron", released, *words, "--dtype", "fp32")
+
+
+def test_sizes() -> None:
+    assert [size("5GB"), size("512 MiB"), size("1000"), size("1.5kb")] == [5 * 10**9, 2**29, 1000, 1500]

@@ -1,0 +1,139 @@
+"""Weights come through a conversion bit for bit, from and to every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genlip_megatron.checkpoint import folder, loading, manifest
+from genlip_megatron.config import RunConfig, override
+from genlip_megatron.convert.conversion import export_weights, open_checkpoint, planned
+from genlip_megatron.convert.megatron_source import MegatronSource
+from genlip_megatron.convert.megatron_target import precision_of, write_checkpoint
+from genlip_megatron.convert.safetensors_file import SafetensorsSource
+from tests.convert.weights import (
+    VARIANTS,
+    differing,
+    random_weights,
+    read_released,
+    read_source,
+    run_of,
+    write_released,
+)
+from tests.distributed import run_distributed
+from tests.runs import full_weights, layout, tiny_config, weights
+
+
+def to_megatron(released: Path, root: Path, config: RunConfig, dtype: torch.dtype | None = None) -> Path:
+    source = SafetensorsSource(released, config.model)
+    root.mkdir()
+    config = override(config, {"train.precision": precision_of(source, dtype)})
+    return write_checkpoint(root, source, config, dtype, "of a tokenizer")
+
+
+def to_hf(checkpoint: Path, target: Path, dtype: torch.dtype | None = None, shard: int = 10**9) -> Path:
+    _, _, source = open_checkpoint(checkpoint, print, lambda size: None)
+    target.mkdir()
+    export_weights(source, planned(source, dtype, False), target, shard)
+    return target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_released_weights_come_back_bit_for_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = VARIANTS[variant]
+    expected = random_weights(model, dtype)
+    place = to_megatron(write_released(tmp_path / "released", expected), tmp_path / "run", run_of(model))
+    assert manifest.problems(place, manifest.read(place)) == []
+    # Small shards: tensors that lie in one parameter are written to different files.
+    assert differing(read_released(to_hf(place, tmp_path / "back", shard=5000)), expected) == []
+
+
+def loaded(config: RunConfig, place: Path) -> dict[str, Any]:
+    """This stage's canonical weights, loaded from a checkpoint as a run loads them."""
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train.loop import build_run
+
+    groups.initialize(config)
+    if config.parallel.fsdp:
+        run: Any = build_run(config)
+    else:
+        run = type("Run", (), {"model": build_model(config, transformer_config(config)), "config": config})
+    loading.load_weights(place, list(run.model))
+    return {"weights": full_weights(run)}
+
+
+@pytest.mark.parametrize("name", ["1", "TP2", "PP2", "TP2xPP2", "FSDP"])
+def test_converted_weights_load_on_any_layout(name: str, tmp_path: Path) -> None:
+    model = VARIANTS["g16-release"]
+    expected = random_weights(model, torch.bfloat16)
+    place = to_megatron(write_released(tmp_path / "released", expected), tmp_path / "run", run_of(model))
+    processes, flags = (2, {"parallel__fsdp": True}) if name == "FSDP" else layout(name)
+    config = override(run_of(model), {key.replace("__", "."): value for key, value in flags.items()})
+    config = override(config, {"train.precision": "bf16"})
+    assert differing(weights(run_distributed(processes, loaded, config, place)), expected) == []
+
+
+def saved(config: RunConfig, last: bool) -> dict[str, Any]:
+    """Save a run that has not begun; returns this stage's weights."""
+    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.resume import finish_saves, save
+
+    run = set_up(config)
+    assert save(run, last) and finish_saves(run)
+    run.train_loader.close()
+    return {"weights": full_weights(run)}
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "flags"),
+    [
+        ("1", True, {}),
+        ("TP2", False, {}),
+        ("PP2xVPP2", True, {"train__precision": "bf16"}),
+        ("DP2", False, {"parallel__fsdp": True, "train__precision": "bf16"}),
+    ],
+)
+def test_checkpoints_of_any_layout_are_exported_and_come_back(
+    name: str, last: bool, flags: dict[str, Any], demo_data: Path, tmp_path: Path
+) -> None:
+    """With both kinds of optimizer state; 511 rows of vocabulary are padded to 512 by tensor parallelism."""
+    processes, sizes = layout(name)
+    config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"), data__num_workers=1, **sizes, **flags)
+    expected = weights(run_distributed(processes, saved, config, last))
+    exported = to_hf(tmp_path / "run", tmp_path / "exported")
+    assert differing(read_released(exported), expected) == []
+    place = to_megatron(exported, tmp_path / "again", config)
+    again = MegatronSource(place, manifest.read(place), config.model)
+    assert differing(read_source(again), expected) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_dtype_is_rounded_to_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = VARIANTS["l16"]
+    given = random_weights(model)
+    place = to_megatron(write_released(tmp_path / "released", given), tmp_path / "run", run_of(model))
+    expected = {name: tensor.to(dtype) for name, tensor in given.items()}
+    assert differing(read_released(to_hf(place, tmp_path / "back", dtype)), expected) == []
+
+
+def test_the_newest_good_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None:
+    model = VARIANTS["l16"]
+    given = random_weights(model)
+    root = tmp_path / "run"
+    place = to_megatron(write_released(tmp_path / "released", given), root, run_of(model))
+    damaged = folder.step_folder(root, 7)
+    damaged.mkdir()
+    for file in place.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    content = bytearray((damaged / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "__0_0.distcp").write_bytes(content)
+    said: list[str] = []
+    found, _, _ = open_checkpoint(root, said.append, lambda size: None)
+    assert found == place and "iter_0000007" in said[0] and "damaged checkpoints are passed over" in said[0]

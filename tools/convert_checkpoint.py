@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Convert weights: a Megatron checkpoint of any layout to a Hugging Face folder, and such a folder to a checkpoint.
+
+    python tools/convert_checkpoint.py to-hf runs/so16 --output exports/so16 --dtype bf16 --verify
+    python tools/convert_checkpoint.py to-hf runs/so16/iter_0002000 --output exports/encoder --encoder-only
+    python tools/convert_checkpoint.py to-megatron exports/so16 --output runs/so16-weights
+    python pretrain_genlip.py --config so16_stage2 --load runs/so16-weights --finetune --save runs/stage2 ...
+
+Runs on a CPU in one process, and holds one parameter in memory at a time. The model's weights are taken, in the dtype
+in which the run computed; float32 master weights, which are optimizer state, are not. Values are kept bit for bit
+unless --dtype rounds them. The authors' released folders are read like those that this tool writes.
+
+The output appears when it is complete: a failure leaves nothing, and what is killed leaves a hidden folder that the
+next run removes. Ends with status 2 and one line when the input cannot be converted, and with status 1 when --verify
+finds that the models differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from genlip_megatron.arguments import StrictParser
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 5GB or 512MiB.
+
+    >>> size("1.5GB"), size("2KiB")
+    (1500000000, 2048)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
+    count = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 512MiB")
+    return int(count)
+
+
+def build_parser() -> StrictParser:
+    """The command line, one sub-command for each direction."""
+    summary, _, rest = (__doc__ or "").partition("\n")
+    parser = StrictParser(
+        prog="convert_checkpoint.py",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, source: str, output: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.add_argument("source", type=Path, help=source)
+        added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=output)
+        added.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote there")
+        added.add_argument("--verify", action="store_true", help="then run a batch through both models and compare")
+        return added
+
+    def dtype(added: argparse.ArgumentParser, choices: Sequence[str]) -> None:
+        text = "dtype of the written weights; keep: as they are (default)"
+        added.add_argument("--dtype", choices=choices, default="keep", help=text)
+
+    to_hf = command(
+        "to-hf",
+        "Megatron checkpoint to Hugging Face folder",
+        "a checkpoint, iter_NNNNNNN, or the folder of a run for its newest good one",
+        "folder to write: weights, configuration, tokenizer and the model's code",
+    )
+    dtype(to_hf, ("keep", "fp32", "bf16", "fp16"))
+    to_hf.add_argument("--encoder-only", action="store_true", help="leave out the text's embedding, projections, head")
+    to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="weights in one file (default: 5GB)")
+    to_hf.add_argument("--tokenizer", type=Path, help="file of the run's tokenizer, if it is not where the run had it")
+    to_hf.add_argument("--license", default="unknown", help="of the weights, for the model card (default: unknown)")
+    to_megatron = command(
+        "to-megatron",
+        "Hugging Face folder to Megatron checkpoint of weights alone",
+        "a folder with config.json and safetensors, exported or released by the authors",
+        "folder of checkpoints to write, for --load with --finetune",
+    )
+    dtype(to_megatron, ("keep", "fp32", "bf16"))
+    text = "tokenizer.json or SentencePiece .model that the weights belong to (default: the folder's tokenizer.json)"
+    to_megatron.add_argument("--tokenizer", type=Path, help=text)
+    to_megatron.add_argument("--num-attention-heads", type=int, help="where config.json does not say")
+    return parser
+
+
+def _bar(total: int | None, what: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr, leave=False)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def to_hf(options: argparse.Namespace) -> int:
+    """Write a Hugging Face folder."""
+    import torch
+
+    from genlip_megatron.checkpoint import loading
+    from genlip_megatron.convert import conversion
+    from genlip_megatron.convert.folder import write_side_files
+    from genlip_megatron.convert.new_folder import check_target, new_folder
+    from genlip_megatron.convert.source import DTYPES
+    from genlip_megatron.convert.tokenizer import export_tokenizer
+    from genlip_megatron.data.text import load_tokenizer
+
+    check_target(options.output, options.overwrite, conversion.may_replace)
+    with _bar(None, "checksums") as bar:
+        place, saved, source = conversion.open_checkpoint(options.source, _say, bar.update)
+    config = loading.read_config(place)
+    tokenizer = options.tokenizer or Path(config.data.tokenizer)
+    if (found := load_tokenizer(tokenizer, config.model.vocab_size).fingerprint) != saved.tokenizer:
+        raise ValueError(
+            f"{tokenizer}: not the tokenizer of {place}: its fingerprint is {found}, the checkpoint's "
+            f"{saved.tokenizer}; name the right file with --tokenizer"
+        )
+    dtype = DTYPES.get(options.dtype)
+    tensors = conversion.planned(source, dtype, options.encoder_only)
+    total = sum(planned.nbytes for planned in tensors.values())
+    dtypes = {planned.dtype for planned in tensors.values()}
+    stored = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    facts = {"Step": str(saved.iteration)}
+    if saved.validation_loss is not None:
+        facts["Validation loss"] = f"{saved.validation_loss:.4f}"
+    with new_folder(options.output, total, options.overwrite, conversion.may_replace) as partial:
+        with _bar(total, "weights") as bar:
+            conversion.export_weights(source, tensors, partial, options.max_shard_size, bar.update)
+        end = export_tokenizer(tokenizer, partial)
+        name = str(stored).removeprefix("torch.")
+        write_side_files(partial, config.model, config.data, end, name, options.license, facts)
+        if options.encoder_only:
+            conversion.without_text(partial)
+    print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")
+    if not options.verify:
+        return 0
+    return _compared(place, config, options.output, encoder_only=options.encoder_only, dtype=dtype)
+
+
+def to_megatron(options: argparse.Namespace) -> int:
+    """Write a Megatron checkpoint of weights alone."""
+    from genlip_megatron.convert import conversion, megatron_target
+    from genlip_megatron.convert.folder import hf_config
+    from genlip_megatron.convert.new_folder import check_target, new_folder
+    from genlip_megatron.convert.source import DTYPES
+    from genlip_megatron.data.text import load_tokenizer
+
+    check_target(options.output, options.overwrite, megatron_target.may_replace)
+    source = conversion.open_released(options.source, options.num_attention_heads)
+    dtype = DTYPES.get(options.dtype)
+    precision = megatron_target.precision_of(source, dtype)
+    tokenizer = options.tokenizer or options.source / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ValueError(f"{tokenizer}: no such file; name the tokenizer that the weights belong to with --tokenizer")
+    fingerprint = load_tokenizer(tokenizer, source.model.vocab_size).fingerprint
+    config = conversion.recorded_run(options.source, source.model, tokenizer, precision)
+    total = megatron_target.size_of(source, dtype)
+    with (
+        new_folder(options.output, total, options.overwrite, megatron_target.may_replace) as partial,
+        _bar(total, "weights") as bar,
+    ):
+        name = megatron_target.write_checkpoint(partial, source, config, dtype, fingerprint, bar.update).name
+    print(f"wrote {options.output / name}: {len(source.dtypes)} tensors of {options.source}; --load it with --finetune")
+    if not options.verify:
+        return 0
+    fields = hf_config(source.model)
+    return _compared(options.output / name, config, options.source, dtype=dtype, fields=fields)
+
+
+def _compared(*models: Any, **how: Any) -> int:
+    """Compare the models, as ``compare_models`` does; 1 when they differ."""
+    from genlip_megatron.convert.verify import compare_models
+
+    found = compare_models(*models, **how)
+    for difference in found:
+        print(difference)
+    return 0 if all(difference.small for difference in found) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; user errors end with status 2 and one line."""
+    parser = build_parser()
+    options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {"to-hf": to_hf, "to-megatron": to_megatron}
+    try:
+        return commands[options.command](options)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.exit(main())
