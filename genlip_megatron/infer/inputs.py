@@ -97,8 +97,8 @@ class Inputs(Sequence[FileImage | ShardImage]):
     """Every image that ``patterns`` name, in their order; within a folder or glob by name.
 
     Args:
-        patterns: image files, ``.tar`` shards with an index beside them (also remote, or listed by a manifest), folders,
-            in which both are looked for at every depth, and globs.
+        patterns: image files, ``.tar`` shards with an index beside them (also remote, or listed by a manifest),
+            folders, in which both are looked for at every depth, and globs.
         limit: only the first so many images; 0: all.
 
     Raises:

@@ -42,18 +42,20 @@ class Prepared:
     error: str = ""
 
 
-def prepare(number: int, image: FileImage | ShardImage, processor: GenLIPImageProcessor, prompt: str) -> Prepared:
+def prepare(
+    number: int, image: FileImage | ShardImage, processor: GenLIPImageProcessor, prompt: str | None = None
+) -> Prepared:
     """Read, decode, resize and normalise one image; one that cannot be used tells why in its ``error``.
 
     Args:
         number: its place among the inputs.
         image: where to read it.
         processor: of the model.
-        prompt: of captions that come without one.
+        prompt: of captions that come without one; None: captions are not wanted.
     """
     try:
         pixels = processor(Image.fromarray(image.read()), return_tensors="pt")
-        truth = image.truth(prompt)
+        truth = None if prompt is None else image.truth(prompt)
     except ValueError as error:
         return Prepared(number, image.name, torch.empty(0, 768), 0, 0, error=" ".join(str(error).split()))
     values = pixels["pixel_values"]
@@ -66,7 +68,7 @@ def prepare(number: int, image: FileImage | ShardImage, processor: GenLIPImagePr
 
 
 def prepared(
-    images: Sequence[FileImage | ShardImage], processor: GenLIPImageProcessor, prompt: str = ""
+    images: Sequence[FileImage | ShardImage], processor: GenLIPImageProcessor, prompt: str | None = None
 ) -> Iterator[Prepared]:
     """Every image made ready, in order, a few ahead of who asks."""
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
