@@ -63,7 +63,8 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
     if token == tokenizer.closing_ids[0]:
         return END_OF_TURN
     text = tokenizer.decode([token])
-    return text if text and "\ufffd" not in text else f"#{token}"
+    seen = text.translate(_BLANKS)
+    return text if seen and seen.isprintable() and "\ufffd" not in seen else f"#{token}"
 
 
 def as_json(image: Prepared, tokens: list[list[Token]]) -> dict[str, Any]:
