@@ -53,6 +53,7 @@ def build_parser() -> StrictParser:
     text = "auto (default), as the weights are stored, or fp32, bf16, fp16"
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
     parser.add_argument("--tokenizer", default="", help="the model's tokenizer, if it is not where the run had it")
+    parser.add_argument("--token-ids", action="store_true", help="tokens of each caption in its row as well")
     text = "by the Megatron model, without a cache: slow, for comparison"
     parser.add_argument("--recompute", action="store_true", help=text)
     return parser
@@ -112,11 +113,18 @@ def caption(options: argparse.Namespace) -> int:
     ):
         for batch in batches(prepared(images, processor, prompt), size=options.batch_size):
             good = [image for image in batch if not image.error]
-            captions = iter(captioner(good) if good else [])
+            found = iter(captioner.tokens(good) if good else [])
             for image in batch:
-                row = image.name | ({"error": image.error} if image.error else {"caption": next(captions)})
-                if image.truth is not None:
-                    row["truth"] = image.truth
+                row: dict[str, Any] = dict(image.name)
+                if image.error:
+                    row["error"] = image.error
+                else:
+                    ids = next(found)
+                    row["caption"] = captioner.text(ids)
+                    if image.truth is not None:
+                        row["truth"] = image.truth
+                    if options.token_ids:
+                        row["token_ids"] = ids
                 print(json.dumps(row, ensure_ascii=False), file=out)
             failed += len(batch) - len(good)
             bar.update(len(batch))

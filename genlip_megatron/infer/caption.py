@@ -104,9 +104,9 @@ class Captioner:
         new = found[:, ids.shape[1] :].tolist()
         return [row[: row.index(end)] if end in row else row for row in new]
 
-    def __call__(self, images: Sequence[Prepared]) -> list[str]:
-        """The caption of each good image."""
-        return [self._tokenizer.decode(ids).strip() for ids in self.tokens(images)]
+    def text(self, ids: Sequence[int]) -> str:
+        """The caption of tokens."""
+        return self._tokenizer.decode(ids).strip()
 
     def close(self) -> None:
         """There is nothing to end."""

@@ -100,9 +100,9 @@ class RecomputingCaptioner:
                 decoding.seed,
             )
 
-    def __call__(self, images: Sequence[Prepared]) -> list[str]:
-        """The caption of each good image."""
-        return [self._tokenizer.decode(ids).strip() for ids in self.tokens(images)]
+    def text(self, ids: Sequence[int]) -> str:
+        """The caption of tokens."""
+        return self._tokenizer.decode(ids).strip()
 
     def close(self) -> None:
         """End the process group."""
