@@ -1,83 +1,148 @@
 #!/usr/bin/env python3
-"""Caption the samples of shards with a checkpoint of any layout; one JSON line each.
+"""Caption images with a checkpoint of any layout or an exported Hugging Face folder; one JSON line each.
 
-tools/caption.py demo/val-00000.tar --load runs/demo --limit 200 --output captions.jsonl
+    tools/caption.py photos/ --load runs/demo --output captions.jsonl
+    tools/caption.py 'photos/**/*.jpg' cat.png --load exported --prompt 'Describe the image.' --output captions.jsonl
+    tools/caption.py demo/val-00000.tar --load runs/demo --limit 200 --output captions.jsonl
+
+Rows come in the order of the inputs: of files {"path", "caption"}, of samples of shards {"key", "caption", "truth"}.
+An image that cannot be used gets a row with "error" instead of "caption" and does not end the run.
+Decoding is the paper's unless told otherwise: the likeliest token each time, at most 256 of them, up to the end token.
+The output appears when it is complete, in the place of a file of that name.
+
+Exit status: 0 done, also with some bad images; 1 not one image could be used; 2 a setting or a file is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from genlip_megatron.arguments import StrictParser
 
 
-def main() -> int:
-    """Load the checkpoint on this process and caption."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+def build_parser() -> StrictParser:
+    """The command line."""
+    summary, _, rest = (__doc__ or "").partition("\n")
+    parser = StrictParser(
+        prog="caption.py",
+        description=summary,
+        epilog=rest,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("shards", nargs="+", help="indexed .tar shards, folders of them, or globs")
-    parser.add_argument("--load", required=True, help="checkpoint folder of a run, or one step's folder in it")
-    parser.add_argument("--output", required=True, help="JSONL file to write")
-    parser.add_argument("--limit", type=int, default=0, help="caption only the first so many samples; 0: all")
-    parser.add_argument("--batch-size", type=int, default=50, help="samples a forward pass (default: 50)")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, indexed .tar shards, folders, or globs")
+    parser.add_argument("--load", required=True, help="folder of a run, of one checkpoint, or an exported folder")
+    parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
+    parser.add_argument("--limit", type=int, default=0, help="caption only the first so many images; 0: all")
+    parser.add_argument("--batch-size", type=int, default=50, help="images at a time (default: 50)")
+    parser.add_argument("--prompt", help="what captions go on from (default: what the model was trained with)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest caption (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default)")
-    options = parser.parse_args()
+    text = "up to 1e-6 the likeliest token each time (default), above it tokens are drawn"
+    parser.add_argument("--temperature", type=float, default=1e-6, help=text)
+    text = "draw among the likeliest tokens of this share of the probability (default: 1.0)"
+    parser.add_argument("--top-p", type=float, default=1.0, help=text)
+    parser.add_argument("--top-k", type=int, default=0, help="draw among so many likeliest tokens (default: 0, all)")
+    parser.add_argument("--num-beams", type=int, default=1, help="texts followed at the same time (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto, the GPU if there is one)")
+    text = "auto (default), as the weights are stored, or fp32, bf16, fp16"
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
+    parser.add_argument("--tokenizer", default="", help="the model's tokenizer, if it is not where the run had it")
+    parser.add_argument("--token-ids", action="store_true", help="tokens of each caption in its row as well")
+    text = "by the Megatron model, without a cache: slow, for comparison"
+    parser.add_argument("--recompute", action="store_true", help=text)
+    return parser
 
-    from genlip_megatron import host
 
-    host.install()
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _captioner(options: argparse.Namespace) -> tuple[Any, Any, str]:
+    """(captioner, image processor, prompt)."""
+    from genlip_megatron.infer.caption import Captioner, Decoding
+    from genlip_megatron.infer.load import load, pick_device
+
+    decoding = Decoding(
+        options.max_new_tokens,
+        options.temperature,
+        options.top_p,
+        options.top_k,
+        options.num_beams,
+        options.seed,
+    )
+    if options.recompute:
+        from genlip_megatron.infer.recompute import RecomputingCaptioner
+
+        plain = RecomputingCaptioner(
+            options.load, _say, options.prompt, decoding, options.dtype, options.device, options.tokenizer
+        )
+        return plain, plain.image_processor, plain.prompt
+    device = pick_device(options.device)
+    loaded = load(options.load, _say, device=device, dtype=options.dtype, tokenizer=options.tokenizer)
+    prompt = loaded.prompt if options.prompt is None else options.prompt
+    return Captioner(loaded, prompt, decoding), loaded.image_processor, prompt
+
+
+def caption(options: argparse.Namespace) -> int:
+    """Caption everything; returns the exit status.
+
+    Raises:
+        ValueError: a user's mistake.
+    """
     from tqdm import tqdm
 
-    from genlip_megatron.checkpoint import loading
-    from genlip_megatron.config import ONE_RANK, override
-    from genlip_megatron.data.loader import Loader
-    from genlip_megatron.infer.generate import generate
-    from genlip_megatron.model.genlip import build_model
-    from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.parallel import groups
+    from genlip_megatron.infer.inputs import Inputs
+    from genlip_megatron.infer.output import check_output, new_file
+    from genlip_megatron.infer.prepare import batches, prepared
 
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size}: must be at least 1")
+    check_output(options.output)
+    images = Inputs(options.inputs, options.limit)
+    captioner, processor, prompt = _captioner(options)
+    failed = 0
+    with (
+        new_file(options.output) as out,
+        tqdm(total=len(images), desc="caption", unit="image", file=sys.stderr) as bar,
+    ):
+        for batch in batches(prepared(images, processor, prompt), size=options.batch_size):
+            good = [image for image in batch if not image.error]
+            found = iter(captioner.tokens(good) if good else [])
+            for image in batch:
+                row: dict[str, Any] = dict(image.name)
+                if image.error:
+                    row["error"] = image.error
+                else:
+                    ids = next(found)
+                    row["caption"] = captioner.text(ids)
+                    if image.truth is not None:
+                        row["truth"] = image.truth
+                    if options.token_ids:
+                        row["token_ids"] = ids
+                print(json.dumps(row, ensure_ascii=False), file=out)
+            failed += len(batch) - len(good)
+            bar.update(len(batch))
+    captioner.close()
+    bad = f', {failed} images could not be used (see "error" in their rows)' if failed else ""
+    print(f"{len(images) - failed} captions in {options.output}{bad}")
+    return 1 if failed == len(images) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; user errors end with status 2 and one line."""
+    parser = build_parser()
+    options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
     try:
-        found = loading.find(options.load, True, lambda text: print(text, file=sys.stderr))
-        if found is None:
-            raise ValueError(f"--load {options.load}: no checkpoint there (no folder iter_NNNNNNN)")
-        config = override(
-            loading.read_config(found[0]),
-            {"data.valid_data": options.shards, **ONE_RANK},
-        )
-        os.environ.setdefault("MASTER_PORT", "29511")
-        groups.initialize(config)
-        loader = Loader(config, "valid")
-        model = build_model(config, transformer_config(config))
-        loading.load_weights(found[0], list(model))
+        return caption(options)
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    count = min(options.limit or len(loader), len(loader))
-    target = Path(options.output)
-    partial = target.with_name(f".{target.name}.partial")
-    with open(partial, "w") as out:
-        for first in tqdm(range(0, count, options.batch_size), desc="caption", unit="batch", file=sys.stderr):
-            samples = range(first, min(first + options.batch_size, count))
-            requests, truths = loader.requests(samples)
-            tokens = generate(
-                list(model), requests, loader.tokenizer.closing_ids[:1], options.max_new_tokens, options.temperature
-            )
-            for sample, truth, ids in zip(samples, truths, tokens, strict=True):
-                row = {
-                    "key": loader.samples.key(sample),
-                    "caption": loader.tokenizer.decode(ids).strip(),
-                    "truth": truth,
-                }
-                print(json.dumps(row, ensure_ascii=False), file=out)
-    os.replace(partial, target)
-    print(f"{count} captions in {target}")
-    loader.close()
-    groups.finalize()
-    return 0
 
 
 if __name__ == "__main__":

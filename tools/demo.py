@@ -1,33 +1,41 @@
 #!/usr/bin/env python3
-"""The whole way in one command: render scenes, index, train on two processes, stop, resume, caption unseen scenes.
+"""The whole way in one command: render scenes, index, train on two processes, stop, resume, caption, export.
 
     make demo                    (or: .venv/bin/python tools/demo.py)
     tools/demo.py --quick        the same path in a few steps, for CI: shows that it runs, not that it learns
 
 Ends with validation loss before and after, attribute accuracy of the captions of 200 held-out scenes, the same with
-the images shuffled among the captions, and where the log and the checkpoint lie.
+the images shuffled among the captions, and where the log and the checkpoint lie. The checkpoint is exported as a
+Hugging Face folder as well: plain transformers, in a process without this project, must caption scenes just as the
+Megatron model does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_ACCURACY, MINIMUM_MARGIN = 0.60, 0.30
+MAX_NEW_TOKENS = "48"
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     """Run a command of the project, show its output as it comes, and return it."""
     words = [str(word) for word in command]
     print("\n$ " + " ".join(words), flush=True)
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        words, cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -41,6 +49,34 @@ def run(*command: str | Path) -> str:
 def validation_losses(output: str) -> list[float]:
     """Every validation loss in a training log, in order."""
     return [float(found) for found in re.findall(r"validation loss[^\d-]*([\d.]+(?:e[-+]?\d+)?)", output)]
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+
+
+def export(checkpoint: Path, shard: str, count: str) -> Path:
+    """Export the checkpoint, caption with plain transformers and with the Megatron model, and compare; the folder.
+
+    Exits with status 1 when a caption differs.
+    """
+    folder = checkpoint.with_name(f"{checkpoint.name}-exported")
+    run(sys.executable, "tools/convert_checkpoint.py", "to-hf", checkpoint, "--output", folder, "--overwrite")
+    plain, recomputed = checkpoint / "captions-exported.jsonl", checkpoint / "captions-recomputed.jsonl"
+    words = ["--limit", count, "--max-new-tokens", MAX_NEW_TOKENS]
+    run(sys.executable, "tools/caption.py", shard, "--load", checkpoint, "--recompute", "--token-ids", "--output",
+        recomputed, *words)  # fmt: skip
+    # Isolated, elsewhere and with a new cache of the folder's code, so that nothing but the folder can be used.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        run(sys.executable, "-I", ROOT / "tools/caption_exported.py", ROOT / folder, ROOT / shard, "--output",
+            ROOT / plain, *words, cwd=Path(elsewhere), HF_MODULES_CACHE=elsewhere, HF_HUB_OFFLINE="1")  # fmt: skip
+    for ours, theirs in zip(read_rows(recomputed), read_rows(plain), strict=True):
+        # Tokenizers write bytes that are no character each in their way.
+        names = ["key", "token_ids"] + ([] if "\ufffd" in ours["caption"] else ["caption"])
+        if any(ours[name] != theirs[name] for name in names):
+            sys.exit(f"demo: the exported model captions {theirs}, the Megatron model {ours}")
+    return folder
 
 
 def main() -> None:
@@ -88,8 +124,10 @@ def main() -> None:
     count = "16" if options.quick else "200"
     shards = [shard for shard in shards if Path(shard).name.startswith("val")]
     run(python, "tools/caption.py", *shards, "--load", output, "--limit", count, "--output", captions,
-        "--max-new-tokens", "48")  # fmt: skip
-    rows = [json.loads(line) for line in (ROOT / captions).read_text().splitlines()]
+        "--max-new-tokens", MAX_NEW_TOKENS)  # fmt: skip
+    rows = read_rows(captions)
+    compared = "4" if options.quick else "32"
+    exported = export(output, shards[0], compared)
     texts, truths = [row["caption"] for row in rows], [parse_attributes(row["truth"]) for row in rows]
     accuracy, control = attribute_accuracy(texts, truths), shuffled_control(texts, truths, seed=0)
 
@@ -101,6 +139,9 @@ def main() -> None:
     for row in rows[:3]:
         print(f"\n  caption: {row['caption']}\n  truth:   {row['truth']}")
     print(f"\nTensorBoard log: {output}/tensorboard\ncheckpoint: {output}")
+    print(
+        f"Hugging Face folder: {exported}, whose captions by plain transformers equal the Megatron model's ({compared})"
+    )
     print(f"minutes: {(time.monotonic() - begin) / 60:.1f}")
     if options.quick:
         return

@@ -1,0 +1,123 @@
+"""Features of images of any sizes, packed end to end without padding, and written as arrays with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genlip_megatron.infer.load import Loaded
+from genlip_megatron.infer.prepare import Prepared, packed
+
+INDEX = "index.json"
+
+
+@torch.inference_mode()
+def features(loaded: Loaded, images: Sequence[Prepared], mean: bool = False) -> list[Tensor]:
+    """Output of ``ln_post`` of each image: [patches, D], row by row, or with ``mean`` [1, D], their mean.
+
+    Args:
+        loaded: the vision encoder alone.
+        images: good ones; they are computed as one pack without padding.
+        mean: the mean over each image's patches.
+    """
+    patches, grid = packed(images, loaded.device)
+    output = loaded.model(patches, grid)
+    if mean:
+        return list(output.pooler_output.split(1))
+    return loaded.model.split_images(output.last_hidden_state, grid)
+
+
+class FeatureWriter:
+    """Writes rows of features into files of a folder, many images a file, and an index that says where each is.
+
+    Every file holds one array ``features`` [rows, D], the images end to end: ``features-00000.safetensors``, or
+    ``features-00000.npy``, which NumPy can map into memory.
+
+    Args:
+        folder: an empty folder.
+        kind: "safetensors" or "npy".
+        dtype: of the files: float32, float16 or, in safetensors, bfloat16.
+        max_file_size: bytes of a file's array, beyond which the next is begun.
+    """
+
+    def __init__(self, folder: Path, kind: str, dtype: torch.dtype, max_file_size: int) -> None:
+        self._folder, self._kind, self._dtype, self._limit = folder, kind, dtype, max_file_size
+        self._rows: list[Tensor] = []
+        self._count = self._size = self._files = 0
+        self.entries: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+
+    def add(self, image: Prepared, rows: Tensor) -> None:
+        """Write one image's features [n, D].
+
+        Raises:
+            ValueError: a value does not fit the dtype.
+        """
+        rows = rows.detach().cpu()
+        stored = rows.to(self._dtype)
+        if not bool(stored.isfinite().all()) and bool(rows.isfinite().all()):
+            raise ValueError(f"--feature-dtype fp16: a feature of {rows.abs().max():.3g} is beyond it; use fp32")
+        if self._rows and self._size + stored.nbytes > self._limit:
+            self._flush()
+        entry = image.name | {
+            "file": self._name(),
+            "start": self._count,
+            "shape": list(stored.shape),
+            "grid": [image.rows, image.columns],
+        }
+        self.entries.append(entry)
+        self._rows.append(stored)
+        self._count, self._size = self._count + len(stored), self._size + stored.nbytes
+
+    def fail(self, image: Prepared) -> None:
+        """Note an image that could not be used."""
+        self.failed.append(image.name | {"error": image.error})
+
+    def close(self, facts: dict[str, Any]) -> None:
+        """Write what is left and the index, in which ``facts`` come first."""
+        if self._rows:
+            self._flush()
+        # A line for each image: the file can be read by eye, and is small.
+        lists = (
+            f'"{name}": [\n' + ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries) + "\n]"
+            for name, entries in (("images", self.entries), ("failed", self.failed))
+        )
+        text = ",\n".join([json.dumps(facts, indent=1)[1:-2].strip("\n"), *lists])
+        (self._folder / INDEX).write_text("{\n" + text + "\n}\n", encoding="utf-8")
+
+    def _name(self) -> str:
+        return f"features-{self._files:05}.{self._kind}"
+
+    def _flush(self) -> None:
+        rows, file = torch.cat(self._rows), self._folder / self._name()
+        if self._kind == "npy":
+            np.save(file, rows.numpy())
+        else:
+            save_file({"features": rows}, file)
+        self._rows, self._count, self._size = [], 0, 0
+        self._files += 1
+
+
+def may_replace(folder: Path) -> bool:
+    """Whether a folder holds features alone."""
+    names = [entry.name for entry in folder.iterdir()]
+    return INDEX in names and all(name == INDEX or name.startswith("features-") for name in names)
+
+
+def extract(loaded: Loaded, batches: Iterable[Sequence[Prepared]], writer: FeatureWriter, mean: bool) -> Iterable[int]:
+    """Compute and write every batch; yields the images of each when they are done."""
+    for batch in batches:
+        good = [image for image in batch if not image.error]
+        for image, rows in zip(good, features(loaded, good, mean) if good else (), strict=True):
+            writer.add(image, rows)
+        for image in batch:
+            if image.error:
+                writer.fail(image)
+        yield len(batch)

@@ -1,0 +1,182 @@
+"""Images that a command line names: files, folders, globs and indexed shards, as one numbered list."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from genlip_megatron.data import storage
+from genlip_megatron.data.image import check_image, decode_rgb
+from genlip_megatron.data.index import ShardIndex, read_index
+from genlip_megatron.data.read import Piece, ShardReader
+from genlip_megatron.data.text import parse_turns
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_EXPECTED = f"expected {', '.join(SUFFIXES)} or indexed .tar files, folders of them, or globs"
+_CACHE = "~/.cache/genlip_megatron", 64 * 10**9  # of shards in remote stores, as in training
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image file."""
+
+    path: str
+
+    @property
+    def name(self) -> dict[str, str]:
+        """What it is called in rows of results."""
+        return {"path": self.path}
+
+    def read(self) -> np.ndarray:
+        """uint8 [height, width, 3].
+
+        Raises:
+            ValueError: it cannot be read, or does not decode completely.
+        """
+        try:
+            content = Path(self.path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}") from error
+        _, _, plain_jpeg = check_image(content)
+        return decode_rgb(content, plain_jpeg)
+
+    def truth(self, prompt: str) -> None:
+        """There is no caption beside it."""
+
+
+@dataclass(frozen=True)
+class ShardImage:
+    """A sample of an indexed shard."""
+
+    index: ShardIndex
+    number: int
+    reader: ShardReader
+
+    @property
+    def name(self) -> dict[str, str]:
+        """What it is called in rows of results."""
+        return {"key": self.index.keys[self.number]}
+
+    def _content(self, kind: str) -> bytes:
+        row = self.index.rows[self.number]
+        piece = Piece(self.index.shard, int(row[f"{kind}_offset"]), int(row[f"{kind}_size"]))
+        (content,) = self.reader.read([piece])
+        if isinstance(content, OSError):
+            raise ValueError(f"cannot be read: {content}")
+        if zlib.crc32(content) != int(row[f"{kind}_crc"]):
+            raise ValueError(f"the {kind}'s bytes changed since the index was made (crc32)")
+        return bytes(content)
+
+    def read(self) -> np.ndarray:
+        """uint8 [height, width, 3]; whether it decodes completely was checked when the shard was indexed.
+
+        Raises:
+            ValueError: it cannot be read, or has changed since.
+        """
+        return decode_rgb(self._content("image"), bool(self.index.rows[self.number]["plain_jpeg"]))
+
+    def truth(self, prompt: str) -> str:
+        """The answer of its caption.
+
+        Raises:
+            ValueError: it cannot be read, or has changed since.
+        """
+        is_json = bool(self.index.rows[self.number]["caption_is_json"])
+        return " ".join(text for text, answers in parse_turns(self._content("caption"), is_json, prompt) if answers)
+
+
+class Inputs(Sequence[FileImage | ShardImage]):
+    """Every image that ``patterns`` name, in their order; within a folder or glob by name.
+
+    Args:
+        patterns: image files, ``.tar`` shards with an index beside them (also remote, or listed by a manifest),
+            folders, in which both are looked for at every depth, and globs.
+        limit: only the first so many images; 0: all.
+
+    Raises:
+        ValueError: a pattern that names nothing, a file of another kind, a shard without an index.
+    """
+
+    def __init__(self, patterns: Sequence[str], limit: int = 0) -> None:
+        if limit < 0:
+            raise ValueError(f"--limit {limit}: must be at least 0, which means all")
+        reader = ShardReader(*_CACHE)
+        # An image file, or the index of a shard.
+        self._parts: list[str | ShardIndex] = []
+        ends, total = [], 0
+        for path in dict.fromkeys(itertools.chain.from_iterable(map(_expand, patterns))):
+            part = read_index(path) if path.endswith(".tar") else path
+            total += 1 if isinstance(part, str) else len(part.rows)
+            self._parts.append(part)
+            ends.append(total)
+            if 0 < limit <= total:
+                break
+        self._ends, self._reader = np.array(ends, np.int64), reader
+        self._length = min(limit or total, total)
+        if not self._length:
+            raise ValueError(f"{' '.join(patterns)}: no image there; {_EXPECTED}")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> FileImage | ShardImage:  # type: ignore[override]
+        """One image, counted from 0."""
+        if not 0 <= number < self._length:
+            raise IndexError(number)
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        part = self._parts[place]
+        if isinstance(part, str):
+            return FileImage(part)
+        return ShardImage(part, number - int(self._ends[place]) + len(part.rows), self._reader)
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """The image files and shards of a pattern.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if pattern.endswith(".dataset.json"):
+        yield from storage.expand_shards(_listed(pattern), "INPUT")
+        return
+    if storage.is_remote(pattern) or pattern.endswith(".tar"):
+        yield from storage.expand_shards([pattern], "INPUT")
+        return
+    # A file may well have a star in its name.
+    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        raise ValueError(f"INPUT {pattern}: there is no such file or folder; {_EXPECTED}")
+    found = 0
+    for match in matches:
+        for path in _walk(match) if os.path.isdir(match) else [match]:
+            if path.lower().endswith((*SUFFIXES, ".tar")):
+                found += 1
+                yield path
+            elif not os.path.isdir(match) and match == pattern:
+                raise ValueError(f"INPUT {pattern}: not an image or shard; {_EXPECTED}")
+    if not found:
+        raise ValueError(f"INPUT {pattern}: no image or shard in there; {_EXPECTED}")
+
+
+def _listed(manifest: str) -> list[str]:
+    """The shards of a manifest."""
+    try:
+        entries = json.loads(storage.read_bytes(manifest))["shards"]
+        return [storage.join(storage.parent(manifest), entry["path"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"INPUT {manifest}: cannot be read as a manifest ({error})") from None
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Every file of a folder and those in it, by name; hidden ones are passed over."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))

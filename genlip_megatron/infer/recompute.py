@@ -1,0 +1,109 @@
+"""Captions by the Megatron model itself, which computes all tokens again for every new one: the plain twin."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from genlip_megatron import host
+from genlip_megatron.batch import Sample
+from genlip_megatron.config import ONE_RANK, override
+from genlip_megatron.convert.folder import preprocessor_config
+from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
+from genlip_megatron.infer.caption import Decoding, prompt_ids
+from genlip_megatron.infer.load import images_of
+from genlip_megatron.infer.prepare import Prepared
+
+
+class RecomputingCaptioner:
+    """Captions batches of images on this one process. Its interface is that of ``Captioner``.
+
+    Args:
+        place: folder of a run, or one checkpoint in it.
+        log: told of damaged checkpoints that are passed over.
+        prompt: that the captions go on from; None: the run's.
+        decoding: how tokens are chosen; drawing among some tokens and beams are not known here.
+        dtype: "auto": that of the run; "fp32" or "bf16".
+        device: "auto" or the kind of device that Megatron-Core runs on here.
+        tokenizer: file to use instead of the run's.
+
+    Raises:
+        ValueError: no checkpoint there, or something that this twin cannot do.
+    """
+
+    def __init__(
+        self,
+        place: str | Path,
+        log: Callable[[str], None],
+        prompt: str | None,
+        decoding: Decoding,
+        dtype: str = "auto",
+        device: str = "auto",
+        tokenizer: str = "",
+    ) -> None:
+        for flag, value, plain in (
+            ("top-p", decoding.top_p, 1.0),
+            ("top-k", decoding.top_k, 0),
+            ("num-beams", decoding.num_beams, 1),
+        ):
+            if value != plain:
+                raise ValueError(f"--{flag} {value}: not with --recompute, which takes {plain} alone")
+        if dtype not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"--dtype {dtype}: with --recompute allowed are auto, fp32 and bf16")
+        host.install()
+        from genlip_megatron.checkpoint import loading
+        from genlip_megatron.model.genlip import build_model
+        from genlip_megatron.model.specs import transformer_config
+        from genlip_megatron.parallel import groups
+
+        found = loading.find(place, True, log)
+        if found is None:
+            raise ValueError(f"--load {place}: no checkpoint there (no folder iter_NNNNNNN); --recompute needs one")
+        here = host.device()
+        if device not in ("auto", here.type, str(here)):
+            raise ValueError(f"--device {device}: with --recompute allowed is {here.type}, as this machine has it")
+        precision = {} if dtype == "auto" else {"train.precision": dtype}
+        config = override(loading.read_config(found[0]), {**ONE_RANK, **precision})
+        self.place = found[0]
+        self.prompt = config.data.prompt if prompt is None else prompt
+        self.image_processor: GenLIPImageProcessor = images_of(preprocessor_config(config.data))
+        self._tokenizer = load_tokenizer(tokenizer or config.data.tokenizer, config.model.vocab_size)
+        self._prompt, self._decoding = prompt_ids(self._tokenizer, self.prompt), decoding
+        if "MASTER_PORT" not in os.environ:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        groups.initialize(config)
+        self._end = groups.finalize
+        self._model: list[torch.nn.Module] = list(build_model(config, transformer_config(config)))
+        loading.load_weights(found[0], self._model)
+
+    def tokens(self, images: Sequence[Prepared]) -> list[list[int]]:
+        """New tokens of each good image, without the end token."""
+        from genlip_megatron.infer.generate import generate
+
+        samples = [Sample(image.patches, image.rows, image.columns, self._prompt) for image in images]
+        decoding = self._decoding
+        temperature = decoding.temperature if decoding.samples else 0.0
+        with torch.inference_mode():
+            return generate(
+                self._model,
+                samples,
+                self._tokenizer.closing_ids[:1],
+                decoding.max_new_tokens,
+                temperature,
+                decoding.seed,
+            )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The caption of tokens."""
+        return self._tokenizer.decode(ids).strip()
+
+    def close(self) -> None:
+        """End the process group."""
+        self._end()

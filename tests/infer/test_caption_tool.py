@@ -1,0 +1,155 @@
+"""tools/caption.py: what is captioned, in which order, the same with a cache as without, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.caption import main
+
+Tool = Callable[..., str]
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def caption(tool: Tool, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Captions, and returns the rows."""
+
+    def run(*words: Any, status: int = 0) -> list[dict[str, Any]]:
+        target = tmp_path / "captions.jsonl"
+        tool(main, *words, "--output", target, "--max-new-tokens", 12, status=status)
+        assert [entry.name for entry in tmp_path.glob("*captions*")] == ["captions.jsonl"]
+        return rows(target)
+
+    return run
+
+
+@pytest.mark.parametrize("layout", ["1", "TP2"])
+def test_captions_with_a_cache_are_those_of_the_megatron_model(
+    layout: str, caption: Any, checkpoints: dict[str, Path], demo_data: Path, photos: Path
+) -> None:
+    """On checkpoints of any layout, on mixed sizes in a batch, by the default prompt and another."""
+    words = [demo_data / "val-00000.tar", photos, "--load", checkpoints[layout], "--batch-size", 9]
+    for prompt in ([], ["--prompt", " one"]):
+        found = caption(*words, *prompt)
+        assert found == caption(*words, *prompt, "--recompute")
+        assert len({row["caption"] for row in found if "caption" in row}) > 5
+
+
+def test_an_exported_folder_captions_alike(
+    caption: Any, checkpoints: dict[str, Path], exported: Path, photos: Path
+) -> None:
+    """By its tokens: of bytes that are no character, each tokenizer makes what it likes."""
+    found, expected = (
+        [row.get("token_ids") for row in caption(photos, "--load", place, "--token-ids")]
+        for place in (exported, checkpoints["1"])
+    )
+    assert found == expected and sum(ids is not None for ids in found) == 5
+
+
+def test_rows_come_in_the_order_of_the_inputs_whatever_the_batch(
+    caption: Any, checkpoints: dict[str, Path], demo_data: Path, photos: Path
+) -> None:
+    """Of a folder by name, at every depth; hidden and other files are passed over; bad images have an error."""
+    words = [photos / "more" / "*.jpg", demo_data / "val-00000.tar", photos, "--load", checkpoints["1"]]
+    found = caption(*words, "--batch-size", 2)
+    assert found == caption(*words, "--batch-size", 50)
+    names = [Path(row["path"]).name if "path" in row else row["key"] for row in found]
+    keys = [f"val{i:06}" for i in range(24)]
+    # A file that is named twice is captioned once.
+    assert names == ["image1.jpg", *keys, "broken.jpg", "image0.png", "image2.webp", "image4.jpg", "short.jpg",
+                     "image3.png"]  # fmt: skip
+    assert [names[i] for i, row in enumerate(found) if "error" in row] == ["broken.jpg", "short.jpg"]
+    assert all("does not decode" in row["error"] for row in found if "error" in row)
+    assert all(row["truth"].endswith(".") for row in found if "key" in row)
+    assert all(set(row) == {"path", "caption"} for row in found if "path" in row and "error" not in row)
+
+
+def test_a_limit_and_an_older_output(
+    caption: Any, checkpoints: dict[str, Path], demo_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "captions.jsonl").write_text("old")
+    found = caption(demo_data / "val.dataset.json", "--load", checkpoints["1"], "--limit", 3)
+    assert [row["key"] for row in found] == ["val000000", "val000001", "val000002"]
+
+
+def test_drawn_captions_repeat_with_their_seed(caption: Any, checkpoints: dict[str, Path], photos: Path) -> None:
+    words = [photos, "--load", checkpoints["1"], "--temperature", 1.0, "--top-p", 0.9, "--top-k", 40]
+    assert caption(*words, "--seed", 3) == caption(*words, "--seed", 3) != caption(*words, "--seed", 4)
+    greedy = caption(photos, "--load", checkpoints["1"])
+    # With one token to choose from, drawing it is taking the likeliest.
+    assert caption(photos, "--load", checkpoints["1"], "--temperature", 1.0, "--top-k", 1) == greedy
+    assert caption(photos, "--load", checkpoints["1"], "--num-beams", 3) != greedy
+
+
+def test_only_bad_images_end_with_status_1(caption: Any, checkpoints: dict[str, Path], photos: Path) -> None:
+    (row,) = caption(photos / "broken.jpg", "--load", checkpoints["1"], status=1)
+    assert row == {"path": str(photos / "broken.jpg"), "error": "image does not decode: not a JPEG, PNG or WebP file"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--load", "{empty}"], "no checkpoint there"),
+        (["--load", "{tmp}/missing"], "no such folder"),
+        (["--load", "{run}", "--dtype", "fp8"], "--dtype"),
+        (["--load", "{run}", "--device", "abacus"], "--device abacus"),
+        (["--load", "{run}", "--top-p", "0.9"], "set --temperature above"),
+        (["--load", "{run}", "--top-p", "0"], "above 0 and at most 1"),
+        (["--load", "{run}", "--num-beams", "2", "--recompute"], "not with --recompute"),
+        (["--load", "{run}", "--batch-size", "0"], "at least 1"),
+        (["--load", "{run}", "--prompt", " "], "it is empty"),
+        (["--load", "{run}", "--tokenizer", "{tmp}/none.json"], "no such file"),
+        (["--load", "{run}", "--tokenizer", "{other}"], "not the tokenizer"),
+        (["--load", "{run}", "--output", "{empty}"], "name a file"),
+        (["--load", "{run}", "--output", "{tmp}/no/where.jsonl"], "make it first"),
+        (["--load", "{run}", "--top-q", "1"], "unknown flag --top-q. Did you mean '--top-"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    words: list[str],
+    message: str,
+    tool: Tool,
+    checkpoints: dict[str, Path],
+    demo_data: Path,
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copy(demo_data / "tokenizer.model", tmp_path / "other.model")
+    with open(tmp_path / "other.model", "ab") as file:
+        file.write(b"\x1a\x00")  # an empty field more: as good a model with another fingerprint
+    places = {
+        "run": checkpoints["1"],
+        "tmp": tmp_path,
+        "empty": tmp_path / "empty",
+        "other": tmp_path / "other.model",
+    }
+    filled = [word.format(**places) for word in words]
+    assert message in tool(main, photos, "--output", tmp_path / "captions.jsonl", *filled, status=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "no such file or folder"),
+        ("notes.txt", "not an image"),
+        ("*.gif", "no such file"),
+        ("{}", "no image"),
+    ],
+)
+def test_inputs_that_are_none(
+    name: str, message: str, tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "{}").mkdir()
+    place = (tmp_path if name == "{}" else photos) / name
+    line = tool(main, place, "--load", checkpoints["1"], "--output", tmp_path / "captions.jsonl", status=2)
+    assert message in line and name in line

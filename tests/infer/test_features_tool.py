@@ -1,0 +1,108 @@
+"""tools/extract_features.py: features are the model's, whatever is packed together, and the index finds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoImageProcessor, AutoModel
+
+from tools.extract_features import main
+
+Tool = Callable[..., str]
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(index, name -> features)."""
+    index = json.loads((folder / "index.json").read_text())
+    found = {}
+    for entry in index["images"]:
+        rows = slice(entry["start"], entry["start"] + entry["shape"][0])
+        if entry["file"].endswith(".npy"):
+            values = np.load(folder / entry["file"], mmap_mode="r")[rows]
+        else:
+            with safe_open(folder / entry["file"], "np") as file:
+                values = file.get_slice("features")[rows]
+        assert list(values.shape) == entry["shape"]
+        found[Path(entry["path"]).name if "path" in entry else entry["key"]] = values
+    return index, found
+
+
+def test_features_are_those_of_plain_transformers(
+    tool: Tool, checkpoints: dict[str, Path], exported: Path, photos: Path, tmp_path: Path
+) -> None:
+    tool(main, photos, "--load", checkpoints["TP2"], "--output", tmp_path / "features")
+    index, found = read(tmp_path / "features")
+    model = AutoModel.from_pretrained(exported, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(exported, trust_remote_code=True)
+    assert len(found) == 5 and [Path(entry["path"]).name for entry in index["failed"]] == ["broken.jpg", "short.jpg"]
+    for entry in index["images"]:
+        inputs = processor(Image.open(entry["path"]), return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**inputs).last_hidden_state
+        assert inputs["image_grid_hw"].tolist() == [entry["grid"]]
+        # Within float32's rounding of values of about 1.
+        torch.testing.assert_close(torch.from_numpy(found[Path(entry["path"]).name]), expected, atol=1e-5, rtol=0)
+
+
+def test_packs_formats_and_pooling_change_nothing(
+    tool: Tool, checkpoints: dict[str, Path], demo_data: Path, photos: Path, tmp_path: Path
+) -> None:
+    words = [demo_data / "val-00000.tar", photos, "--load", checkpoints["1"], "--output"]
+    tool(main, *words, tmp_path / "packed")
+    tool(main, *words, tmp_path / "single", "--max-patches", 1, "--format", "npy", "--max-file-size", 1e-5)
+    tool(main, *words, tmp_path / "mean", "--pool", "mean", "--max-patches", 200)
+    (_, packed), (index, single), (_, mean) = (read(tmp_path / name) for name in ("packed", "single", "mean"))
+    assert list(packed) == list(single) == list(mean) and len(packed) == 29
+    assert len({entry["file"] for entry in index["images"]}) > 3
+    for name, values in packed.items():
+        np.testing.assert_allclose(single[name], values, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(mean[name], values.mean(0, keepdims=True), atol=1e-5, rtol=0)
+
+
+def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_path: Path) -> None:
+    words = [photos, "--load", exported, "--overwrite", "--output", tmp_path / "features"]
+    tool(main, *words, "--image-mode", "fixed", "--image-size", 48, "--feature-dtype", "fp16")
+    index, found = read(tmp_path / "features")
+    assert all(values.shape == (9, 32) and values.dtype == np.float16 for values in found.values())
+    assert index["dtype"] == "float16" and index["images_resized"]["size"] == {"height": 48, "width": 48}
+    tool(main, *words, "--max-pixels", 4096, "--limit", 2)  # replaces the former
+    index, _ = read(tmp_path / "features")
+    # 4096 pixels are 16 patches; the first of the two is no image.
+    assert [entry["grid"][0] * entry["grid"][1] <= 16 for entry in index["images"]] == [True]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image-size", "50", "--image-mode", "fixed"], "multiples of 16"),
+        (["--image-size", "64"], "of fixed images, and these are native"),
+        (["--max-patches", "0"], "must be above 0"),
+        (["--feature-dtype", "bf16", "--format", "npy"], "NumPy has no such type"),
+        (["--output", "{tmp}/full"], "not empty"),
+        (["--output", "{tmp}/full", "--overwrite"], "holds something else"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    words: list[str], message: str, tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years")
+    filled = [word.format(tmp=tmp_path) for word in words]
+    place = ["--load", checkpoints["1"], "--output", tmp_path / "features"]
+    assert message in tool(main, photos, *place, *filled, status=2)
+
+
+def test_only_bad_images_end_with_status_1(
+    tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    tool(main, photos / "short.jpg", "--load", checkpoints["1"], "--output", tmp_path / "features", status=1)
+    index, found = read(tmp_path / "features")
+    assert not found and len(index["failed"]) == 1

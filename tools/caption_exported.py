@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Caption the images of a .tar shard with an exported folder, by plain transformers: nothing of this project is used.
+
+    python -I tools/caption_exported.py exported val-00000.tar --limit 16 --output captions.jsonl
+
+One line {"key", "caption", "token_ids"} for each image, in the order of the shard. It is how ``make demo`` shows that
+an exported folder stands alone, and an example of how one is used: copy it anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# What is not there cannot be used by mistake: importing it fails from here on.
+sys.modules["genlip_megatron"] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+def images_of(shard: str) -> Iterator[tuple[str, Image.Image]]:
+    """(key, image) of each sample."""
+    with tarfile.open(shard) as members:
+        for member in members:
+            content = members.extractfile(member)
+            if content is not None and Path(member.name).suffix.lower() in SUFFIXES:
+                yield str(Path(member.name).with_suffix("")), Image.open(io.BytesIO(content.read()))
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Caption and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="exported by tools/convert_checkpoint.py to-hf, or its name on the Hub")
+    parser.add_argument("shard", help=".tar with images")
+    parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
+    parser.add_argument("--limit", type=int, default=16, help="only the first so many images (default: 16)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest caption (default: 256)")
+    options = parser.parse_args()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.folder, trust_remote_code=True).eval()
+    processor: Any = AutoProcessor.from_pretrained(options.folder, trust_remote_code=True)
+    keys, images = zip(*itertools.islice(images_of(options.shard), options.limit), strict=True)
+    inputs = processor(images=list(images)).to(model.device, model.dtype)
+    tokens = model.generate(**inputs, max_new_tokens=options.max_new_tokens)
+    found, end = tokens[:, inputs["input_ids"].shape[1] :].tolist(), processor.tokenizer.eos_token_id
+    rows = (
+        {"key": key, "caption": text.strip(), "token_ids": ids[: ids.index(end)] if end in ids else ids}
+        for key, text, ids in zip(keys, processor.batch_decode(found), found, strict=True)
+    )
+    options.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{len(keys)} captions by plain transformers in {options.output}")
+
+
+if __name__ == "__main__":
+    main()
