@@ -110,7 +110,7 @@ def test_a_pipeline_s_steps_are_broken_down_and_traced(demo_data: Path, tmp_path
         assert found["forward"] + found["backward"] > 0.2 * sum(found.values())
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "rank1.steps2-3.pt.trace.json.gz"
-    events: list[dict[str, Any]] = json.loads(gzip.open(file).read())["traceEvents"]
+    events: list[dict[str, Any]] = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     spans = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert [name for name in sorted(set(spans)) if name.startswith("step ")] == ["step 2", "step 3"]
     # Two steps of four micro-batches under 1F1B.
