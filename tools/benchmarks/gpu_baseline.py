@@ -34,7 +34,7 @@ PADDED_HEAD_DIM = 128
 
 @functools.cache
 def _flex(compiled: bool) -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention  # type: ignore[return-value]
 
 
 def pack_mask(sample_ids: Tensor, is_image: Tensor, flex: bool) -> Any:
@@ -117,7 +117,7 @@ def trainer(
     flex = device.type == "cuda"
     with device:
         model = PackedGenLIP(config).to(dtype)
-    weights = list(model.parameters())
+    weights: list[Tensor] = list(model.parameters())
     masters = [weight.detach().float().requires_grad_() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     answers = sum(int((batch.loss_weights > 0).sum()) for batch in batches)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+# Of a step, in % MFU, and how many samples/s the loader must give for one that l16 takes.
+MFU_TARGETS = {"l16 stage 1 BF16": 50.0, "so16 stage 1 BF16": 55.0, "g16 stage 1 BF16": 58.0}
+OVER_BASELINE, OVER_MODEL = 2.0, 1.5
 _NOTHING = "Nothing was measured"
 _COLOURS = {"BF16": "#2b6cb0", "FP8": "#2f855a", "baseline": "#a0aec0"}
 
@@ -36,23 +39,26 @@ class Figure:
 
 
 def derived(figures: Sequence[Figure]) -> list[Figure]:
-    """``figures`` with what follows from several of them: speed over the baseline, and what the loader must sustain."""
+    """``figures`` with their targets and with what follows from several of them: the speed over the baseline."""
     by_name = {(figure.section, figure.name): figure for figure in figures}
     result = []
+    model = by_name.get(("step", "l16 stage 1 BF16"))
     for figure in figures:
-        model = by_name.get(("step", "l16 stage 1 BF16"))
+        target = MFU_TARGETS.get(figure.name)
         if figure.section == "data" and model is not None and model.value is not None:
-            figure = Figure(**{**asdict(figure), "target": 1.5 * model.details["samples/s"]})
-        result.append(figure)
+            target = OVER_MODEL * model.details["samples/s"]
+        result.append(replace(figure, target=target))
         baseline = by_name.get(("step", figure.name.replace("BF16", "baseline")))
         if figure.section != "step" or not figure.name.endswith("BF16") or baseline is None:
             continue
         name = figure.name.replace("BF16", "over the baseline")
         if figure.value is None or baseline.value is None:
-            result.append(Figure("step", name, target=2.0, missing=figure.missing or f"baseline: {baseline.missing}"))
+            result.append(
+                Figure("step", name, target=OVER_BASELINE, missing=figure.missing or f"baseline: {baseline.missing}")
+            )
         else:
             ratio = figure.details["samples/s"] / baseline.details["samples/s"]
-            result.append(Figure("step", name, ratio, "times", 2.0))
+            result.append(Figure("step", name, ratio, "times", OVER_BASELINE))
     return result
 
 

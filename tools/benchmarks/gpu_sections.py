@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from gpu_report import Figure  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples  # noqa: E402
-from genlip_megatron.checks import check  # noqa: E402
 from genlip_megatron.config import (  # noqa: E402
     ONE_RANK,
     ModelConfig,
@@ -39,7 +39,7 @@ from genlip_megatron.config import (  # noqa: E402
 from genlip_megatron.data.loader import Loader, drop_path_factors  # noqa: E402
 from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.model import genlip  # noqa: E402
-from genlip_megatron.model.attention import choose_backend, plan_attention  # noqa: E402
+from genlip_megatron.model.attention import BACKENDS, plan_attention  # noqa: E402
 from genlip_megatron.model.attention.backend import Place  # noqa: E402
 from genlip_megatron.model.head import Head  # noqa: E402
 from genlip_megatron.model.specs import check_machine, compute_dtype, transformer_config  # noqa: E402
@@ -49,7 +49,6 @@ from genlip_megatron.train.loop import build_run, train_step  # noqa: E402
 from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, count_batch, training_flops  # noqa: E402
 
 MODELS, STAGES, HEAD_DIMS = ("l16", "so16", "g16"), (1, 2), (64, 72, 96)
-MFU_TARGETS = {"l16 stage 1 BF16": 50.0, "so16 stage 1 BF16": 55.0, "g16 stage 1 BF16": 58.0}
 MATRIX_SIZES, HEAD_ROWS = (1024, 1152, 1536), (4100, 16500)
 _PADDED = "flex padded to 128"
 # Packs of a step, all in one micro-batch where they fit.
@@ -99,22 +98,21 @@ class Bench:
     def __init__(self, job: Job, tell: Callable[[Figure], None], tiny: bool, folder: Path) -> None:
         self.job, self._tell, self.tiny, self.folder = job, tell, tiny, folder
         self.device = host.device()
-        self.rng = np.random.default_rng(0)
 
     def run(self) -> None:
         """Measure everything."""
         getattr(self, f"_{self.job.section}")()
 
-    def _try(self, name: str, measure: Callable[[], tuple[float, str, dict[str, float]]], **known: Any) -> None:
+    def _try(self, name: str, measure: Callable[[], tuple[float, str, dict[str, float]]]) -> None:
         """Tell what ``measure`` gives (value, unit, details), or why it gives nothing."""
         try:
             value, unit, details = measure()
-            figure = Figure(self.job.section, name, value, unit, details=details, **known)
+            figure = Figure(self.job.section, name, value, unit, details=details)
         except torch.OutOfMemoryError:
-            figure = Figure(self.job.section, name, missing="out of memory", **known)
+            figure = Figure(self.job.section, name, missing="out of memory")
         except Exception as error:
             reason = f"{type(error).__name__}: " if not isinstance(error, ValueError) else ""
-            figure = Figure(self.job.section, name, missing=reason + " ".join(str(error).split())[:200], **known)
+            figure = Figure(self.job.section, name, missing=reason + " ".join(str(error).split())[:200])
         self._tell(figure)
         gc.collect()
         torch.cuda.empty_cache()
@@ -143,7 +141,7 @@ class Bench:
             return rate, "TFLOP/s", {"% of peak": 100 * rate / HOPPER_TFLOPS, "rows": rows}
 
         for size in MATRIX_SIZES:
-            self._try(f"K = {size}", lambda size=size: multiply(size))
+            self._try(f"K = {size}", partial(multiply, size))
 
         def cut() -> tuple[float, str, dict[str, float]]:
             breakdown, parts = Breakdown(self.device), 100
@@ -163,7 +161,8 @@ class Bench:
         return [sample for sample in samples if cpu_benchmark.tokens_of(sample) <= seq_length]
 
     def _packs(self, stage: int, packs: int, seq_length: int) -> tuple[list[Sample], list[list[int]]]:
-        """(samples, those of each pack), filled by the project's own plan."""
+        """(samples, those of each pack), filled by the project's own plan; the same every time."""
+        self.rng = np.random.default_rng(0)
         samples = self._samples(stage, max(packs * seq_length // 150, 8), seq_length)
         lengths = np.array([cpu_benchmark.tokens_of(sample) for sample in samples])
         plan = Plan([Source(len(lengths), lambda ids: lengths[ids])], seq_length, lanes=1, seed=0)
@@ -189,7 +188,7 @@ class Bench:
             for stage in STAGES:
                 self._try(
                     f"{kernel}, stage {stage} head dim {head_dim}",
-                    lambda head_dim=head_dim, stage=stage: self._attend(kernel, head_dim, stage, dtype),
+                    partial(self._attend, kernel, head_dim, stage, dtype),
                 )
 
     def _attend(
@@ -206,21 +205,23 @@ class Bench:
         batch = pack_samples([[samples[i] for i in pack]], slots)
         shape = (slots, heads, head_dim)
         q, k, v, grad = (torch.randn(shape, device=self.device, dtype=dtype) for _ in range(4))
-        inputs = [x.requires_grad_() for x in (q, k, v)]
+        inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
         if kernel == _PADDED:
             if self.device.type != "cuda":
                 raise ValueError("FlexAttention needs a CUDA device for its backward pass")
             mask = gpu_baseline.pack_mask(batch.sample_ids.to(self.device), batch.is_image.to(self.device), True)
 
             def forward() -> torch.Tensor:
-                return gpu_baseline.attend(*(x.transpose(0, 1)[None] for x in inputs), mask)[0].transpose(0, 1)
+                query, key, value = (x.transpose(0, 1)[None] for x in inputs)
+                return gpu_baseline.attend(query, key, value, mask)[0].transpose(0, 1)
 
         else:
-            choose_backend(kernel, Place(self.device, dtype, head_dim))  # ValueError where it cannot run
+            if reason := BACKENDS[kernel].why_not(Place(self.device, dtype, head_dim)):
+                raise ValueError(reason)
             plan = plan_attention(batch, model, dtype, kernel, self.device)
 
             def forward() -> torch.Tensor:
-                return plan.backend(*inputs, head_dim**-0.5)
+                return plan.backend(q, k, v, head_dim**-0.5)
 
         seconds = self._seconds(lambda: torch.autograd.grad(forward(), inputs, grad))
         counts = dict(zip(COUNTS, count_batch(batch).tolist(), strict=True))
@@ -250,7 +251,7 @@ class Bench:
                 return tensor_parallel.vocab_parallel_cross_entropy(logits, labels[:, None]).sum()
 
             for name, forward in (("ours", ours), ("unfused", unfused)):
-                self._try(f"{name} {rows} rows", lambda f=forward, w=wanted, n=count: self._head_rate(f, w, n, config))
+                self._try(f"{name} {rows} rows", partial(self._head_rate, forward, wanted, count, config))
         groups.finalize()
 
     def _head_rate(
@@ -266,9 +267,7 @@ class Bench:
     def _step(self) -> None:
         model, _, stage = self.job.name.split()
         for kind in ("BF16", "baseline", "FP8"):
-            name = f"{self.job.name} {kind}"
-            known = {"target": MFU_TARGETS[name]} if name in MFU_TARGETS else {}
-            self._try(name, lambda kind=kind: self._largest(kind, model, int(stage)), **known)
+            self._try(f"{self.job.name} {kind}", partial(self._largest, kind, model, int(stage)))
         if torch.distributed.is_initialized():
             groups.finalize()
 
@@ -293,7 +292,6 @@ class Bench:
                 raise ValueError("this version has no FP8")
             flags = {"train.transformer_impl": "transformer_engine", "train.fp8": "hybrid"}
             config = override(config, {**flags, "train.fp8_recipe": "delayed"})
-        check(config)
         check_machine(config)
         groups.initialize(config)
         # Weights that every layout agrees on are drawn on the CPU, which takes longer than all steps here.
@@ -346,11 +344,11 @@ class Bench:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         data = BenchData(self.folder, self.tiny, "", "")
         for decoder in ("dali", "cpu"):
-            self._try(f"loader, {decoder}", lambda decoder=decoder: self._loaded(data, decoder))
+            self._try(f"loader, {decoder}", partial(self._loaded, data, decoder))
 
     def _loaded(self, data: BenchData, decoder: str) -> tuple[float, str, dict[str, float]]:
         config = recipe("l16", 1, False, micro_batch_size=1, global_batch_size=4)
-        settings = {"data.train_data": data.indexed["stage 1"], "data.tokenizer": data.tokenizer}
+        settings: dict[str, Any] = {"data.train_data": data.indexed["stage 1"], "data.tokenizer": data.tokenizer}
         if self.tiny:
             settings |= {"data.seq_length": 1200}
         config = override(config, {**settings, "data.decoder": decoder, "model.drop_path_rate": 0.0})
