@@ -61,11 +61,14 @@ def test_what_follows_from_figures_and_what_does_not() -> None:
     assert found["l16 stage 1 over the baseline"].value == 2.5
     assert found["loader, dali"].target == 1200
     lost = Figure("step", "l16 stage 1 baseline", missing="out of memory")
-    found = {figure.name: figure for figure in gpu_report.derived([step, lost])}
+    figures = gpu_report.derived([step, lost])
+    found = {figure.name: figure for figure in figures}
     assert found["l16 stage 1 over the baseline"].missing == "baseline: out of memory"
-    drawing = gpu_report.chart([step, lost])
+    assert found["l16 stage 1 BF16"].target == 50
+    drawing = gpu_report.chart(figures)
     xml.dom.minidom.parseString(drawing)
-    assert drawing.count("<line") == 1 and "not measured" in drawing
+    # One bar with its target, one without a figure; a ratio is no MFU.
+    assert (drawing.count("<line"), drawing.count("not measured"), drawing.count("text-anchor")) == (1, 1, 2)
 
 
 def test_a_page_keeps_its_figures_until_there_are_others(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -106,8 +107,8 @@ def write_json(file: Path, figures: Sequence[Figure], machine: dict[str, str], r
 
 def chart(figures: Sequence[Figure]) -> str:
     """An SVG of the steps' MFU: a bar for each, its target as a line, grey words where nothing was measured."""
-    rows = [figure for figure in figures if figure.section == "step" and figure.unit in ("% MFU", "")]
-    rows = [figure for figure in rows if figure.name.split()[-1] in _COLOURS]
+    steps = [figure for figure in figures if figure.section == "step"]
+    rows = [figure for figure in steps if re.search(rf"stage \d ({'|'.join(_COLOURS)})$", figure.name)]
     left, scale, high = 170, 5.0, 22
     width, height = left + int(100 * scale) + 60, high * len(rows) + 44
     parts = [
