@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from genlip_megatron.config import ParallelConfig, RunConfig, nearest, source_epochs, source_weights
 from genlip_megatron.faults.inject import parse_faults
+from genlip_megatron.train.profile import profile_folder, profiled_steps
 
 
 def _positive(config: RunConfig) -> None:
@@ -140,6 +141,8 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     source_weights(data)
     source_epochs(data)
     _check_faults(config)
+    if config.log.profile:
+        _check_profile(config)
     if config.log.eval_only and not config.checkpoint.load:
         raise ValueError("log.eval_only needs checkpoint.load: name the checkpoint folder with --load")
     if world_size is not None:
@@ -159,6 +162,26 @@ def _check_faults(config: RunConfig) -> None:
             raise ValueError(f"{what}: allowed are steps 1 to train.train_iters = {config.train.train_iters}")
         if not save and (fault.place == "save" or fault.kind == "full-disk"):
             raise ValueError(f"{what}: without checkpoint.save nothing is saved; add --save")
+
+
+def _check_profile(config: RunConfig) -> None:
+    log = config.log
+    _, last = profiled_steps(log.profile_steps)
+    if last > config.train.train_iters:
+        raise ValueError(
+            f"log.profile_steps = {log.profile_steps}: allowed are steps 1 to train.train_iters = "
+            f"{config.train.train_iters}"
+        )
+    if not log.profile_ranks or min(log.profile_ranks) < 0:
+        ranks = ",".join(map(str, log.profile_ranks))
+        raise ValueError(f"log.profile_ranks = {ranks!r}: expected ranks from 0, as in 0,7")
+    if log.eval_only:
+        raise ValueError("log.profile with log.eval_only: no step is trained that could be recorded; leave one out")
+    if not profile_folder(config):
+        raise ValueError(
+            "log.profile: checkpoint.save and log.tensorboard_dir name no folder to write traces to; add --save or "
+            "--tensorboard-dir"
+        )
 
 
 def _check_layout(config: RunConfig) -> None:
@@ -267,6 +290,11 @@ def _check_world_size(config: RunConfig, world_size: int) -> None:
                 f"faults.inject_fault: {fault.kind} in step {fault.step} on rank {fault.rank} can never happen: "
                 f"allowed are ranks 0 to {world_size - 1} of {world_size} processes"
             )
+    if config.log.profile and max(config.log.profile_ranks) >= world_size:
+        raise ValueError(
+            f"log.profile_ranks = {','.join(map(str, config.log.profile_ranks))}: allowed are ranks 0 to "
+            f"{world_size - 1} of {world_size} processes"
+        )
     parallel, train = config.parallel, config.train
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     if world_size % ranks:

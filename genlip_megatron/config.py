@@ -217,6 +217,9 @@ class LogConfig:
 
     log_interval: int = _opt(10, "steps between progress lines")
     timing_log_level: int = _opt(0, "Megatron-Core's timers in the log: 0 none, 1 parts of a step, 2 details")
+    profile: bool = _opt(False, "record traces of some steps into <save>/profile, else <tensorboard_dir>/profile")
+    profile_steps: str = _opt("10:12", "first and last step that are recorded")
+    profile_ranks: tuple[int, ...] = _opt((0,), "ranks that record")
     eval_interval: int = _opt(1000, "steps between validations; 0: only at the end")
     eval_iters: int = _opt(10, "global batches of one validation")
     eval_only: bool = _opt(False, "validate the loaded checkpoint and exit")

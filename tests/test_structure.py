@@ -104,6 +104,8 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "faults.spikes",
         "evaluate.attributes",
         "evaluate.scenes",
+        "train.breakdown",
+        "train.profile",
         "train.step",
     ],
 )

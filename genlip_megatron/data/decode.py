@@ -5,8 +5,10 @@ All resize bilinearly with antialiasing, as Pillow does; ``image.py`` says how o
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +46,30 @@ def to_patches(pixels: np.ndarray) -> np.ndarray:
     height, width, _ = pixels.shape
     grid = pixels.reshape(height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE, 3)
     return np.ascontiguousarray(grid.transpose(0, 2, 4, 1, 3)).reshape(-1, PATCH_VALUES)
+
+
+@functools.lru_cache(maxsize=512)
+def _runs(rows: int, columns: int) -> np.ndarray:
+    """int64 [rows * columns * 16]: where the pixel rows of each patch lie among an image's runs of 16 pixels."""
+    patch_row, column, line = np.ogrid[:rows, :columns, :PATCH_SIZE]
+    return ((patch_row * PATCH_SIZE + line) * columns + column).ravel()
+
+
+def many_to_patches(images: Sequence[Tensor]) -> list[Tensor]:
+    """``to_patches`` of many images [height, width, 3] of any sizes: three kernels for all of them, not some for each.
+
+    A patch's pixel row is a run of 48 bytes in its image, so patches are a gathering of runs.
+    """
+    if not images:
+        return []
+    grids = [(image.shape[0] // PATCH_SIZE, image.shape[1] // PATCH_SIZE) for image in images]
+    runs = [_runs(*grid) for grid in grids]
+    first = np.cumsum([0, *map(len, runs)])
+    places = torch.from_numpy(np.concatenate([run + start for run, start in zip(runs, first[:-1], strict=True)]))
+    pixels = torch.cat([image.reshape(-1, PATCH_SIZE * 3) for image in images])
+    gathered = pixels.index_select(0, places.to(pixels.device)).view(-1, PATCH_SIZE, PATCH_SIZE, 3)
+    patches = gathered.permute(0, 3, 1, 2).reshape(-1, PATCH_VALUES)
+    return list(patches.split([rows * columns for rows, columns in grids]))
 
 
 def _scaled_size(height: int, width: int, task: ImageTask) -> tuple[int, int]:
@@ -136,22 +162,25 @@ class DaliDecoder:
 
         self._dali: Any = dynamic
         self._types: Any = types
-        self._dali.set_num_threads(num_threads)
         self._device = "gpu" if device.type == "cuda" else "cpu"
         self._cpu = CpuDecoder(num_threads)
         self._target = device
+        # On a stream of its own, decoding does not wait for the training step; DALI and torch work on the same one, so
+        # that neither waits for the other.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        place = {"device_id": device.index or 0, "cuda_stream": self._stream} if self._stream is not None else {}
+        self._context = dynamic.EvalContext(num_threads=num_threads, **place)
+        self._turn = threading.Lock()  # a context serves one thread at a time
 
     def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
         """uint8 patches [n, 768] of each image on the decoder's device, or why it could not be decoded."""
-        if self._stream is None:
-            return self._decode_all(tasks)
-        # A thread starts on the first GPU, and DALI works on the thread's GPU: the rank's own must be named. On a
-        # stream of its own, decoding does not wait for the training step. DALI's buffers are free again once
-        # ``results`` exist, so they must be finished by then.
-        with torch.cuda.device(self._target), torch.cuda.stream(self._stream):
-            results = self._decode_all(tasks)
-            self._stream.synchronize()
+        with self._turn, self._context:
+            if self._stream is None:
+                return self._decode_all(tasks)
+            # DALI's buffers are free again once ``results`` exist, so they must be finished by then.
+            with torch.cuda.device(self._target), torch.cuda.stream(self._stream):
+                results = self._decode_all(tasks)
+                self._stream.synchronize()
         for result in results:
             if isinstance(result, Tensor):
                 result.record_stream(torch.cuda.default_stream(self._target))
@@ -161,13 +190,20 @@ class DaliDecoder:
         suited = [task.plain_jpeg and _sound_header(task.content) for task in tasks]
         jpeg = [i for i in range(len(tasks)) if suited[i]]
         other = [i for i in range(len(tasks)) if not suited[i]]
-        results: dict[int, Tensor | str] = {}
-        for i, result in zip(other, self._cpu([tasks[i] for i in other]), strict=True):
-            results[i] = result if isinstance(result, str) else result.to(self._target)
+        results = dict(zip(other, self._by_cpu([tasks[i] for i in other]), strict=True))
         for crop in (False, True):
             group = [i for i in jpeg if tasks[i].center_crop == crop]
             results |= zip(group, self._decode([tasks[i] for i in group], crop), strict=True)
         return [results[i] for i in range(len(tasks))]
+
+    def _by_cpu(self, tasks: list[ImageTask]) -> list[Tensor | str]:
+        """By the CPU decoder, brought to the device in one copy."""
+        results = self._cpu(tasks)
+        good = [result for result in results if isinstance(result, Tensor)]
+        if not good or self._stream is None:
+            return results
+        moved = iter(torch.cat(good).to(self._target).split([len(patches) for patches in good]))
+        return [next(moved) if isinstance(result, Tensor) else result for result in results]
 
     def _decode(self, tasks: list[ImageTask], crop: bool) -> list[Tensor | str]:
         if not tasks:
@@ -178,7 +214,7 @@ class DaliDecoder:
             if len(tasks) == 1:
                 # The CPU's codec may take what the GPU's does not, and says more clearly what is wrong.
                 logger.debug("DALI refuses an image: %s", error)
-                return [r if isinstance(r, str) else r.to(self._target) for r in self._cpu(tasks)]
+                return self._by_cpu(tasks)
             half = len(tasks) // 2
             return self._decode(tasks[:half], crop) + self._decode(tasks[half:], crop)
 
@@ -192,13 +228,17 @@ class DaliDecoder:
         # On the GPU the header is parsed on the CPU and the rest decoded on the device.
         pixels = dali.decoders.image(encoded, device=self._device, output_type=self._types.RGB)
         pixels = dali.resize(pixels, size=sizes, mode="stretch", interp_type=self._types.INTERP_LINEAR, antialias=True)
-        patches = []
-        for task, image in zip(tasks, pixels.evaluate().tensors, strict=True):
-            tensor = torch.from_dlpack(image) if self._device == "gpu" else torch.from_numpy(np.array(image))
-            tensor = _cropped(tensor, task) if crop else tensor
-            grid = tensor.reshape(task.height // PATCH_SIZE, PATCH_SIZE, task.width // PATCH_SIZE, PATCH_SIZE, 3)
-            patches.append(grid.permute(0, 2, 4, 1, 3).reshape(-1, PATCH_VALUES))
-        return patches
+        if crop:
+            targets = [(task.height, task.width) for task in tasks]
+            corners = [
+                [(whole - part) // 2 for whole, part in zip(size, target, strict=True)]
+                for size, target in zip(scaled, targets, strict=True)
+            ]
+            start, shape = (dali.batch([np.array(x, np.int32) for x in values]) for values in (corners, targets))
+            pixels = dali.slice(pixels, start=start, shape=shape, axes=(0, 1))
+        images = pixels.evaluate().tensors
+        take = torch.from_dlpack if self._device == "gpu" else lambda image: torch.from_numpy(np.array(image))
+        return many_to_patches([take(image) for image in images])
 
     def close(self) -> None:
         """End the threads of the CPU decoder; DALI's belong to the process."""

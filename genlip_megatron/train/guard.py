@@ -211,7 +211,8 @@ class Guard:
             verdict = "spike"
         updated = verdict == "good" or (verdict == "spike" and self.options.on_spike == "warn")
         if updated:
-            self._update(numbers.grad_norm)
+            with self.stepper.breakdown.part("optimizer"):
+                self._update(numbers.grad_norm)
             self.judge.add(numbers.loss, numbers.grad_norm)
         self.spikes += verdict == "spike"
         self.skipped += not updated
@@ -234,12 +235,13 @@ class Guard:
             first and self.injector.fires("transient-nan", number)
         )
         total = self.stepper.run(batches, forward_only=False)
-        self.optimizer.prepare_grads()  # its answer is for scaled losses
-        self._spoil_gradients(number)
-        finite, gradients = total.isfinite().all(), self._gradients()
-        if gradients:
-            finite &= all_finite(gradients)
-        return total, float(self.optimizer.get_grad_norm()), finite
+        with self.stepper.breakdown.part("optimizer"):
+            self.optimizer.prepare_grads()  # its answer is for scaled losses
+            self._spoil_gradients(number)
+            finite, gradients = total.isfinite().all(), self._gradients()
+            if gradients:
+                finite &= all_finite(gradients)
+            return total, float(self.optimizer.get_grad_norm()), finite
 
     def _spoil_gradients(self, number: int) -> None:
         for kind, factor in (("nan-grad", math.nan), ("inf-grad", math.inf), ("spike", 1e4)):

@@ -31,9 +31,11 @@ from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
+from genlip_megatron.train.breakdown import Breakdown, StepTimers
 from genlip_megatron.train.guard import Guard, Outcome, no_wish
 from genlip_megatron.train.metrics import Writer
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
+from genlip_megatron.train.profile import Profiler
 from genlip_megatron.train.report import Tally, log, report
 from genlip_megatron.train.resume import finish_saves, gather_weights, load, make_saver, rewind, save
 from genlip_megatron.train.samples import write_caption_samples
@@ -54,6 +56,7 @@ class Run:
     timers: Timers
     guard: Guard
     injector: Injector
+    profiler: Profiler
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(0))
     train_loader: Loader | None = None
     valid_loader: Loader | None = None
@@ -162,12 +165,14 @@ def build_run(config: RunConfig) -> Run:
     transformer.grad_scale_func = None
     transformer.no_sync_func = _of_each(chunks, "no_sync") if parallel.overlap_grad_reduce else None
     transformer.param_sync_func = _of_each(chunks, "start_param_sync") if parallel.overlap_param_gather else None
-    transformer.timers = timers = Timers(config.log.timing_log_level, "minmax")
+    timers, breakdown = Timers(config.log.timing_log_level, "minmax"), Breakdown(host.device())
+    transformer.timers = StepTimers(timers, breakdown)
     optimizer = build_optimizer(config, chunks, timers)
-    scheduler, stepper = build_scheduler(config, optimizer), Stepper(config, chunks)
+    scheduler, stepper = build_scheduler(config, optimizer), Stepper(config, chunks, breakdown)
     injector = Injector(config.faults, torch.distributed.get_rank())
     guard = Guard(config, chunks, optimizer, scheduler, stepper, injector)
-    return Run(config, chunks, optimizer, scheduler, stepper, timers, guard, injector)
+    profiler = Profiler(config, torch.distributed.get_rank(), breakdown)
+    return Run(config, chunks, optimizer, scheduler, stepper, timers, guard, injector, profiler)
 
 
 def _of_each(chunks: list[Any], name: str) -> Any:
@@ -202,12 +207,13 @@ def train_step(run: Run, batches: Iterator[Any], stop: StopRequest | None = None
     number = run.iteration + 1
     run.injector.at("step", number)
     saver = run.saver
-    outcome = run.guard.step(
-        batches,
-        number,
-        stop=stop.votes if stop else no_wish,
-        unwritten=lambda: saver is not None and not saver.written,
-    )
+    with run.profiler.step(number), run.stepper.breakdown.step():
+        outcome = run.guard.step(
+            batches,
+            number,
+            stop=stop.votes if stop else no_wish,
+            unwritten=lambda: saver is not None and not saver.written,
+        )
     if run.injector.fires("flip", number):
         flip_bit(unwrap(run.model[0]).parameters())
     return outcome
@@ -375,6 +381,7 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
         if stop is not None:
             stop.close()
         if run is not None:
+            run.profiler.close()
             if run.writer is not None:
                 run.writer.close()
             if run.saver is not None:

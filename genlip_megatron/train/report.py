@@ -11,6 +11,7 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
+from genlip_megatron.train.breakdown import PARTS, describe, over_ranks
 from genlip_megatron.train.guard import Outcome
 from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, training_flops
 
@@ -86,11 +87,14 @@ def report(run: Run, tally: Tally) -> None:
         skipped=run.guard.skipped,
         spikes=run.guard.spikes,
     )
+    parts, longest = over_ranks(run.stepper.breakdown.take(), device)
     log(progress.line())
+    log(describe(parts, longest))
     if run.config.log.timing_log_level:
         log(run.timers.get_all_timers_string(_TIMERS, normalizer=steps))
     if run.writer is not None:
-        run.writer.scalars(progress.scalars(), run.iteration)
+        by_part = {f"step-parts/{part.replace(' ', '-')}": seconds for part, seconds in zip(PARTS, parts, strict=True)}
+        run.writer.scalars({**progress.scalars(), **by_part}, run.iteration)
 
 
 def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:

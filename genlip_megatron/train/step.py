@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import Mistake
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.genlip import unwrap
+from genlip_megatron.train.breakdown import Breakdown
 from genlip_megatron.train.metrics import COUNTS, count_batch
 
 
@@ -68,11 +68,12 @@ class Stepper:
 
     Attributes:
         counts: float64 [len(COUNTS)], since they were last set to 0.
+        breakdown: is told what a step does.
         spoil: for drills, this rank's part of the model gives NaN.
     """
 
-    def __init__(self, config: RunConfig, model: list[Any]) -> None:
-        self.config, self.model = config, model
+    def __init__(self, config: RunConfig, model: list[Any], breakdown: Breakdown) -> None:
+        self.config, self.model, self.breakdown = config, model, breakdown
         self.device = host.device()
         self.counts = torch.zeros(len(COUNTS), dtype=torch.float64)
         self.spoil = False
@@ -83,6 +84,19 @@ class Stepper:
         plan = unwrap(self.model[0]).plan(batch)
         return batch.to(self.device), plan
 
+    def _next(self, batches: Iterator[PackedBatch], count: int) -> Iterator[tuple[PackedBatch, PackedAttention]]:
+        """The next ``count`` micro-batches, prepared."""
+        for _ in range(count):
+            with self.breakdown.part("data wait"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            with self.breakdown.part("to device"):
+                prepared = self._prepare(batch)
+            del batch  # not held while the model is at work
+            yield prepared
+            del prepared
+
     def _forward(self, iterator: Iterator[tuple[PackedBatch, PackedAttention]], stage: Any) -> tuple[Tensor, Any]:
         batch, plan = next(iterator)
         output = stage(batch, plan)
@@ -91,7 +105,7 @@ class Stepper:
     def run(self, batches: Iterator[PackedBatch], forward_only: bool) -> Tensor:
         """float64 [2]: this rank's (sum of losses, answer tokens) of one global batch; zeros before the last stage."""
         count = get_num_microbatches()
-        prepared = map(self._prepare, itertools.islice(batches, count))
+        prepared = self._next(batches, count)
         reports = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=for_each_chunk(prepared, len(self.model)),

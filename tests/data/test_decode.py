@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from genlip_megatron.data.decode import CpuDecoder, DaliDecoder, ImageTask, make_decoder, to_patches
+from genlip_megatron.data.decode import (
+    CpuDecoder,
+    DaliDecoder,
+    ImageTask,
+    make_decoder,
+    many_to_patches,
+    to_patches,
+)
 from genlip_megatron.data.image import check_image, decode_rgb, open_image
 from tests.data.shards import bomb, image, rotated, sixteen_bit
 
@@ -151,3 +159,21 @@ def test_patches_are_laid_out_like_a_convolution_weight() -> None:
 def test_decoder_choice() -> None:
     assert isinstance(make_decoder("auto", 1, torch.device("cpu")), CpuDecoder)
     assert isinstance(make_decoder("dali", 1, torch.device("cpu")), DaliDecoder)
+
+
+def test_many_images_of_any_size_become_patches_at_once() -> None:
+    sizes = ((32, 48), (16, 16), (48, 16), (32, 48))
+    pictures = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for size in sizes]
+    found = many_to_patches(pictures)
+    for pixels, patches in zip(pictures, found, strict=True):
+        assert torch.equal(patches, torch.from_numpy(to_patches(pixels.numpy())))
+    assert len({patches.untyped_storage().data_ptr() for patches in found}) == 1
+
+
+def test_two_threads_may_ask_dali_at_once(dali: DaliDecoder) -> None:
+    """Captions are made while the loader is at work."""
+    tasks = [ImageTask(picture(64, 64), 32, 32, plain_jpeg=True)] * 8
+    (alone, *_) = dali(tasks)
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(dali, [tasks] * 12):
+            assert all(isinstance(result, torch.Tensor) and torch.equal(result, alone) for result in results)

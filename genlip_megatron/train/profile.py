@@ -1,0 +1,122 @@
+"""Traces of chosen steps on chosen ranks: ``--profile --profile-steps 10:12 --profile-ranks 0``.
+
+A rank writes ``rank0.steps10-12.pt.trace.json.gz``, for chrome://tracing, Perfetto and TensorBoard's profiler, and on
+a GPU ``rank0.steps10-12.memory.pickle``, for https://pytorch.org/memory_viz. While it records, the parts of
+``breakdown.py`` and Megatron-Core's own are NVTX ranges, so that Nsight shows them as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genlip_megatron.config import RunConfig
+from genlip_megatron.train.breakdown import Breakdown
+
+# Allocations of a snapshot; more would drop the oldest.
+_MEMORY_EVENTS = 1_000_000
+
+
+def profiled_steps(text: str) -> tuple[int, int]:
+    """(first, last) step of ``log.profile_steps``; both are recorded.
+
+    Raises:
+        ValueError: not FIRST:LAST, or no step.
+
+    >>> profiled_steps("10:12")
+    (10, 12)
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = (int(number) for number in match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(
+            f"log.profile_steps = {text!r}: expected FIRST:LAST, two steps that are both recorded and count from 1, as "
+            "in 10:12"
+        )
+    return first, last
+
+
+def profile_folder(config: RunConfig) -> str:
+    """Where traces go: beside the run's checkpoints or its TensorBoard log; empty when it has neither."""
+    beside = config.checkpoint.save or config.log.tensorboard_dir
+    return f"{beside}/profile" if beside else ""
+
+
+class Profiler:
+    """Records this rank's steps when they are to be recorded, and does nothing otherwise.
+
+    Args:
+        config: the run's configuration.
+        rank: this process's.
+        breakdown: is asked to name the parts of a step while it records.
+    """
+
+    def __init__(self, config: RunConfig, rank: int, breakdown: Breakdown) -> None:
+        self._left = config.log.profile and rank in config.log.profile_ranks
+        self._first, self._last = profiled_steps(config.log.profile_steps) if self._left else (0, 0)
+        self._folder, self._rank, self._breakdown = Path(profile_folder(config)), rank, breakdown
+        self._trace: Any = None
+        self._recorded: list[int] = []
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Record what is done within when step ``number`` is one of those; after the last of them write the files."""
+        if not (self._left and number >= self._first):
+            yield
+            return
+        if self._trace is None:
+            if number > self._last:  # resumed behind them
+                self._left = False
+                self._say(f"profiler: steps {self._first} to {self._last} are over, nothing is recorded")
+                yield
+                return
+            self._start()
+        with torch.profiler.record_function(f"step {number}"):
+            yield
+        self._recorded.append(number)
+        if number >= self._last:
+            self.close()
+
+    def _start(self) -> None:
+        from megatron.core.utils import configure_nvtx_profiling
+
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+        self._breakdown.annotate = True
+        configure_nvtx_profiling(True)
+        self._trace = torch.profiler.profile(activities=activities, record_shapes=True)
+        self._trace.start()
+
+    def close(self) -> None:
+        """Write what was recorded, also of a run that ends early. A disk that is full costs the files, not the run."""
+        if self._trace is None:
+            return
+        from megatron.core.utils import configure_nvtx_profiling
+
+        trace, self._trace, self._left = self._trace, None, False
+        self._breakdown.annotate = False
+        configure_nvtx_profiling(False)
+        trace.stop()
+        steps = f"{self._recorded[0]}-{self._recorded[-1]}" if self._recorded else "none"
+        file = self._folder / f"rank{self._rank}.steps{steps}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(f"{file}.pt.trace.json.gz")
+            if torch.cuda.is_available():
+                torch.cuda.memory._dump_snapshot(f"{file}.memory.pickle")
+            self._say(f"profiler: {file}.pt.trace.json.gz written")
+        except (OSError, RuntimeError) as error:
+            self._say(f"profiler: {file}.pt.trace.json.gz could not be written, the run goes on: {error}")
+        if torch.cuda.is_available():
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _say(self, text: str) -> None:
+        print(f"genlip: rank {self._rank}: {text}", file=sys.stderr, flush=True)

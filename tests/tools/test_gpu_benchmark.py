@@ -1,0 +1,148 @@
+"""The GPU benchmark: its baseline is the same model, its reports are honest, and its jobs run; figures need a GPU."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import sys
+import xml.dom.minidom
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent.parent / "tools" / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import gpu  # noqa: E402
+import gpu_baseline  # noqa: E402
+import gpu_report  # noqa: E402
+import train_step as cpu_benchmark  # noqa: E402
+from gpu_report import Figure  # noqa: E402
+from gpu_sections import Job  # noqa: E402
+from plain import PlainGenLIP  # noqa: E402
+
+from genlip_megatron.batch import pack_samples  # noqa: E402
+from genlip_megatron.config import ModelConfig  # noqa: E402
+
+HERE = {"device": "H", "date": "2030-01-01", "torch": "9"}
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+def test_the_baseline_is_the_plain_model_on_packs() -> None:
+    model = ModelConfig(2, 48, 2, 64, 32, 300, (4, 4, 4), drop_path_rate=0.0)
+    rng = np.random.default_rng(0)
+    samples = cpu_benchmark.make_samples([(2, 3), (4, 4), (1, 1)], rng)
+    for sample in samples:
+        sample.token_ids[:] = [token % model.vocab_size for token in sample.token_ids]  # type: ignore[index]
+    batch = pack_samples([samples], sum(map(cpu_benchmark.tokens_of, samples)) + 5)
+    torch.manual_seed(0)
+    packed, plain = gpu_baseline.PackedGenLIP(model), PlainGenLIP(model)
+    plain.load_state_dict(packed.state_dict())
+    answers = int((batch.loss_weights > 0).sum())
+    expected = plain(cpu_benchmark.padded(samples), "answer")
+    torch.testing.assert_close(packed.pack_loss(batch, flex=False) / answers, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():  # FlexAttention has no backward pass on a CPU
+        dense, flex = (packed.pack_features(batch, flex) for flex in (False, True))
+    torch.testing.assert_close(flex, dense, atol=1e-5, rtol=1e-5)
+    step = gpu_baseline.trainer(model, [batch] * 2, torch.device("cpu"), torch.float32)
+    losses = [step() for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def test_what_follows_from_figures_and_what_does_not() -> None:
+    failed, tried = doctest.testmod(gpu_report)
+    assert tried and not failed
+    step = Figure("step", "l16 stage 1 BF16", 50.0, "% MFU", details={"samples/s": 800.0})
+    baseline = Figure("step", "l16 stage 1 baseline", 20.0, "% MFU", details={"samples/s": 320.0})
+    loader = Figure("data", "loader, dali", 900.0, "samples/s")
+    found = {figure.name: figure for figure in gpu_report.derived([step, baseline, loader])}
+    assert found["l16 stage 1 over the baseline"].value == 2.5
+    assert found["loader, dali"].target == 1200
+    lost = Figure("step", "l16 stage 1 baseline", missing="out of memory")
+    figures = gpu_report.derived([step, lost])
+    found = {figure.name: figure for figure in figures}
+    assert found["l16 stage 1 over the baseline"].missing == "baseline: out of memory"
+    assert found["l16 stage 1 BF16"].target == 50
+    drawing = gpu_report.chart(figures)
+    xml.dom.minidom.parseString(drawing)
+    # One bar with its target, one without a figure; a ratio is no MFU.
+    assert (drawing.count("<line"), drawing.count("not measured"), drawing.count("text-anchor")) == (1, 1, 2)
+
+
+def test_a_page_keeps_its_figures_until_there_are_others(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    missing, there = Figure("head", "a", missing="no CUDA device"), Figure("head", "a", 3.0, "TFLOP/s")
+    page.write_text("before\n")
+    with pytest.raises(ValueError, match="has no <!-- gpu:begin -->"):
+        gpu_report.write_page(page, [missing], HERE)
+    page.write_text("before\n<!-- gpu:begin -->\n<!-- gpu:end -->\nafter\n")
+    gpu_report.write_page(page, [missing], HERE)
+    gpu_report.write_page(page, [missing], HERE)
+    assert "not measured: no CUDA device" in page.read_text() and not page.with_suffix(".svg").exists()
+    gpu_report.write_page(page, [there], HERE)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- gpu:begin -->\nMeasured on H, 2030-01-01; torch 9.\n")
+    assert text.endswith("<!-- gpu:end -->\nafter\n") and "3 TFLOP/s" in text and "(page.svg)" in text
+    with pytest.raises(ValueError, match="it holds figures"):
+        gpu_report.write_page(page, [missing], HERE)
+    assert page.read_text() == text
+
+
+@needs_no_gpu
+def test_without_a_gpu_everything_is_listed_as_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "b.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--sections", "head,step", "--output", str(output)])
+    assert gpu.main() == 0
+    figures = json.loads(output.read_text())["figures"]
+    assert len(figures) == 4 + 6 * 4
+    assert {figure["missing"] for figure in figures} == {"no CUDA device"}
+    assert all(figure["date"] and figure["torch"] == torch.__version__ for figure in figures)
+
+
+def test_a_mistake_on_the_command_line_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, message in (
+        (["--sections", "head,hed"], "--sections: unknown hed; there are matmul, attention"),
+        (["--write", "x.md", "--rehearse"], "figures of a rehearsal mean nothing"),
+        (["--write", "x.md", "--sections", "head"], "the page holds all sections"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+        with pytest.raises(SystemExit):
+            gpu.main()
+        assert message in capsys.readouterr().err
+
+
+def test_a_job_that_fails_or_hangs_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    (late,) = gpu.run_job(Job("head", "head", ("ours",)), 0, 1.0, True)
+    assert late.missing == "the section's time was over"
+    monkeypatch.setattr(gpu, "_LEAST", 0)
+    (hung,) = gpu.run_job(Job("head", "head", ("ours",)), 0, 0.5, True)
+    assert hung.missing == "not done within the section's time (0 s left)"
+    (broken,) = gpu.run_job(Job("head", "no such job", ("ours",)), 0, 100.0, True)
+    assert broken.missing.startswith("its process ended with status 1: ValueError")
+
+
+def test_a_step_is_measured_beside_its_baseline_on_the_same_samples() -> None:
+    job = next(job for job in gpu.all_jobs() if job.name == "so16 stage 2")
+    ours, baseline, fp8 = gpu.run_job(job, 1, 200.0, True)
+    assert [figure.name for figure in (ours, baseline, fp8)] == list(job.figures)
+    assert not ours.missing and not baseline.missing and fp8.missing
+    tokens_a_sample = [figure.details["tokens/s"] / figure.details["samples/s"] for figure in (ours, baseline)]
+    assert tokens_a_sample[0] == pytest.approx(tokens_a_sample[1])
+    assert ours.details["ms forward"] > 0 and ours.details["ms backward"] > 0
+
+
+@pytest.mark.slow
+def test_every_section_rehearses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "b.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(output)])
+    assert gpu.main() == 0
+    report = json.loads(output.read_text())
+    assert report["rehearsal"]
+    allowed = ("needs a CUDA device", "Transformer Engine", "no FP8")
+    for figure in report["figures"]:
+        reason = figure["missing"]
+        assert figure["value"] is not None or any(word in reason for word in allowed), figure

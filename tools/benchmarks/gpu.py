@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""How fast training is on one Hopper GPU: the parts, whole steps against a baseline, and the loader. Nine minutes.
+
+    tools/benchmarks/gpu.py                                all sections; writes gpu_benchmark.json and .svg
+    tools/benchmarks/gpu.py --sections step,data           some of them
+    tools/benchmarks/gpu.py --write docs/performance.md    also rewrites the table of that page
+    tools/benchmarks/gpu.py --rehearse                     everything in tiny sizes on the CPU: tests this script
+
+matmul: the matrix rate at the widths of the models. attention: every backend, forward and backward, on a pack of both
+stages. head: loss and gradients on so many answer rows, against Megatron-Core's unfused cross entropy. step: whole
+training steps of the paper's models, in BF16, in FP8 and by a baseline that does what the released code does
+(``gpu_baseline.py``). data: what the loader sustains alone. Rates count useful arithmetic only (docs/performance.md).
+
+Every job has a process of its own, and every section a limit of minutes, so that one failure hides no other figure.
+What was not measured is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+from gpu_report import Figure, chart, derived, heading, table, write_json, write_page  # noqa: E402
+from gpu_sections import Bench, Job, all_jobs  # noqa: E402
+
+# Seconds of each section; together under nine minutes.
+LIMITS = {"matmul": 25, "attention": 110, "head": 25, "step": 310, "data": 60}
+_LEAST = 8  # seconds that a process needs to be worth starting
+
+
+def machine() -> dict[str, str]:
+    """Device, date and versions."""
+    found = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"}
+    found |= {"date": date.today().isoformat(), "Python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["CUDA"] = torch.version.cuda
+    for name in ("megatron-core", "transformer_engine", "nvidia-dali-cuda130"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def run_job(job: Job, number: int, seconds: float, rehearse: bool) -> list[Figure]:
+    """The figures of a job, measured in a process of its own that has so many seconds."""
+    if seconds < _LEAST:
+        return [Figure(job.section, name, missing="the section's time was over") for name in job.figures]
+    with tempfile.TemporaryDirectory(prefix="genlip-benchmark-") as folder:
+        output = Path(folder) / "figures.jsonl"
+        output.touch()
+        environment = {**os.environ, "MASTER_PORT": str(29551 + number)}
+        if rehearse:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        command = [sys.executable, __file__, "--job", f"{job.section}:{job.name}", "--output", str(output)]
+        with open(Path(folder) / "log", "w+") as log:
+            process = subprocess.Popen(
+                command + ["--rehearse"] * rehearse, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                status = process.wait(seconds)
+                reason = f"its process ended with status {status}"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status, reason = 0, f"not done within the section's time ({seconds:.0f} s left)"
+            log.seek(0)
+            lines = log.read().strip().splitlines()
+        if status:
+            reason += f": {lines[-1][:150]}" if lines else ""
+            print("\n".join(lines[-30:]), file=sys.stderr)
+        told = {figure["name"]: Figure(**figure) for figure in map(json.loads, output.read_text().splitlines())}
+    return [told.get(name) or Figure(job.section, name, missing=reason) for name in job.figures]
+
+
+def serve(name: str, output: Path, tiny: bool) -> None:
+    """One job, in this process: a line of ``output`` for each figure."""
+    (job,) = (job for job in all_jobs() if f"{job.section}:{job.name}" == name)
+    with output.open("a") as file:
+
+        def tell(figure: Figure) -> None:
+            print(json.dumps(asdict(figure)), file=file, flush=True)
+
+        Bench(job, tell, tiny, output.parent).run()
+
+
+def measure(sections: list[str], rehearse: bool) -> list[Figure]:
+    """All figures of the sections."""
+    jobs = [job for job in all_jobs() if job.section in sections]
+    if not torch.cuda.is_available() and not rehearse:
+        return [Figure(job.section, name, missing="no CUDA device") for job in jobs for name in job.figures]
+    figures: list[Figure] = []
+    ends: dict[str, float] = {}
+    for number, job in enumerate(jobs):
+        # A rehearsal on a busy machine is slow, and measures nothing.
+        end = ends.setdefault(job.section, time.monotonic() + LIMITS[job.section] * (10 if rehearse else 1))
+        begin = time.monotonic()
+        figures += run_job(job, number, end - begin, rehearse)
+        print(f"{job.section} {job.name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    return figures
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sections", default=",".join(LIMITS), help=f"of {', '.join(LIMITS)} (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("gpu_benchmark.json"), help="JSON file; .svg beside it")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="page whose table between markers is rewritten")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU in tiny sizes: shows that this works")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        serve(options.job, options.output, options.rehearse)
+        return 0
+    sections = options.sections.split(",")
+    if unknown := set(sections) - set(LIMITS):
+        parser.error(f"--sections: unknown {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
+    if options.write and options.rehearse:
+        parser.error("--write: figures of a rehearsal mean nothing; leave out --rehearse or --write")
+    if options.write and set(sections) != set(LIMITS):
+        parser.error("--write: the page holds all sections; leave out --sections")
+    begin, here = time.monotonic(), machine()
+    figures = derived(measure(sections, options.rehearse))
+    print(heading(figures, here) if not options.rehearse else "A rehearsal: these figures mean nothing.")
+    print(table(figures))
+    write_json(options.output, figures, here, options.rehearse)
+    options.output.with_suffix(".svg").write_text(chart(figures))
+    if options.write:
+        try:
+            write_page(options.write, figures, here)
+        except ValueError as error:
+            parser.error(str(error))
+    print(f"{options.output} written, {(time.monotonic() - begin) / 60:.1f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What ``gpu.py`` measured: tables, a JSON file, a bar chart, and the block of a page of the documentation."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+# Of a step, in % MFU, and how many samples/s the loader must give for one that l16 takes.
+MFU_TARGETS = {"l16 stage 1 BF16": 50.0, "so16 stage 1 BF16": 55.0, "g16 stage 1 BF16": 58.0}
+OVER_BASELINE, OVER_MODEL = 2.0, 1.5
+_NOTHING = "Nothing was measured"
+_COLOURS = {"BF16": "#2b6cb0", "FP8": "#2f855a", "baseline": "#a0aec0"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One thing that was to be measured.
+
+    Attributes:
+        section, name: what it is; unique together.
+        value: in ``unit``; None when it was not measured.
+        target: at least so much is wanted; None when nothing was promised.
+        missing: why it was not measured.
+        details: other numbers of the same measurement, by name and unit.
+    """
+
+    section: str
+    name: str
+    value: float | None = None
+    unit: str = ""
+    target: float | None = None
+    missing: str = ""
+    details: dict[str, float] = field(default_factory=dict)
+
+
+def derived(figures: Sequence[Figure]) -> list[Figure]:
+    """``figures`` with their targets and with what follows from several of them: the speed over the baseline."""
+    by_name = {(figure.section, figure.name): figure for figure in figures}
+    result = []
+    model = by_name.get(("step", "l16 stage 1 BF16"))
+    for figure in figures:
+        target = MFU_TARGETS.get(figure.name)
+        if figure.section == "data" and model is not None and model.value is not None:
+            target = OVER_MODEL * model.details["samples/s"]
+        result.append(replace(figure, target=target))
+        baseline = by_name.get(("step", figure.name.replace("BF16", "baseline")))
+        if figure.section != "step" or not figure.name.endswith("BF16") or baseline is None:
+            continue
+        name = figure.name.replace("BF16", "over the baseline")
+        if figure.value is None or baseline.value is None:
+            result.append(
+                Figure("step", name, target=OVER_BASELINE, missing=figure.missing or f"baseline: {baseline.missing}")
+            )
+        else:
+            ratio = figure.details["samples/s"] / baseline.details["samples/s"]
+            result.append(Figure("step", name, ratio, "times", OVER_BASELINE))
+    return result
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """A Markdown table of all figures.
+
+    >>> print(table([Figure("step", "a", 51.27, "% MFU", 55, details={"samples/s": 600.4}), Figure("head", "b",
+    ...     missing="out of memory")]))
+    | section | what | measured | target | more |
+    |---|---|---|---|---|
+    | step | a | 51.3 % MFU | 55 | 600 samples/s |
+    | head | b | not measured: out of memory |  |  |
+    """
+    lines = ["| section | what | measured | target | more |", "|---|---|---|---|---|"]
+    section = ""
+    for figure in figures:
+        measured = f"not measured: {figure.missing}".replace("|", "/")
+        if figure.value is not None:
+            measured = f"{_number(figure.value)} {figure.unit}"
+        target = "" if figure.target is None else _number(figure.target)
+        more = ", ".join(f"{_number(value)} {name}" for name, value in figure.details.items())
+        shown = "" if figure.section == section else figure.section
+        section = figure.section
+        lines.append(f"| {shown} | {figure.name} | {measured} | {target} | {more} |")
+    return "\n".join(lines)
+
+
+def heading(figures: Sequence[Figure], machine: dict[str, str]) -> str:
+    """Where, when and with what the figures were measured."""
+    if all(figure.value is None for figure in figures):
+        return f"{_NOTHING} yet on a GPU."
+    versions = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in ("device", "date"))
+    return f"Measured on {machine['device']}, {machine['date']}; {versions}."
+
+
+def write_json(file: Path, figures: Sequence[Figure], machine: dict[str, str], rehearsal: bool) -> None:
+    """Every figure with device, versions and date."""
+    tree: dict[str, Any] = {"rehearsal": rehearsal, "figures": [{**asdict(figure), **machine} for figure in figures]}
+    file.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def chart(figures: Sequence[Figure]) -> str:
+    """An SVG of the steps' MFU: a bar for each, its target as a line, grey words where nothing was measured."""
+    steps = [figure for figure in figures if figure.section == "step"]
+    rows = [figure for figure in steps if re.search(rf"stage \d ({'|'.join(_COLOURS)})$", figure.name)]
+    left, scale, high = 170, 5.0, 22
+    width, height = left + int(100 * scale) + 60, high * len(rows) + 44
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
+        '<text x="8" y="16">MFU of a training step, % of 989.5 TFLOP/s; line: target</text>'
+    ]
+    for i, figure in enumerate(rows):
+        y = 28 + high * i
+        parts.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{html.escape(figure.name)}</text>')
+        if figure.value is None:
+            parts.append(f'<text x="{left}" y="{y + 13}" fill="#888">not measured</text>')
+        else:
+            length = min(figure.value, 100) * scale
+            parts.append(
+                f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{high - 5}" '
+                f'fill="{_COLOURS[figure.name.split()[-1]]}"/>'
+                f'<text x="{left + length + 4:.1f}" y="{y + 13}">{figure.value:.1f}</text>'
+            )
+        if figure.target is not None:
+            x = left + figure.target * scale
+            parts.append(f'<line x1="{x}" x2="{x}" y1="{y - 2}" y2="{y + high - 3}" stroke="#c53030"/>')
+    return "".join([*parts, "</svg>\n"])
+
+
+def write_page(page: Path, figures: Sequence[Figure], machine: dict[str, str]) -> None:
+    """Put the tables between the markers of ``page``, and the chart beside it.
+
+    Raises:
+        ValueError: the page has no markers, or holds figures and these have none.
+    """
+    before, begin, rest = page.read_text().partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"--write {page}: the page has no {BEGIN} and {END} to write between")
+    nothing = all(figure.value is None for figure in figures)
+    if nothing and old.strip() and not old.strip().startswith(_NOTHING):
+        raise ValueError(f"--write {page}: it holds figures, and this machine has none to put in their place")
+    picture = ""
+    if not nothing:
+        drawing = page.with_suffix(".svg")
+        drawing.write_text(chart(figures))
+        picture = f"\n![MFU of a training step]({drawing.name})\n"
+    page.write_text(f"{before}{BEGIN}\n{heading(figures, machine)}\n{picture}\n{table(figures)}\n{END}{after}")

@@ -1,0 +1,381 @@
+"""What ``gpu.py`` measures: each job in a process of its own, which tells its figures one by one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from genlip_megatron import host
+
+host.install()
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gpu_baseline  # noqa: E402
+import train_step as cpu_benchmark  # noqa: E402
+from data_images import BenchData  # noqa: E402
+from gpu_report import Figure  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
+
+from genlip_megatron.batch import PackedBatch, Sample, pack_samples  # noqa: E402
+from genlip_megatron.config import (  # noqa: E402
+    ONE_RANK,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    load_yaml,
+    override,
+)
+from genlip_megatron.data.loader import Loader, drop_path_factors  # noqa: E402
+from genlip_megatron.data.plan import Plan, Source  # noqa: E402
+from genlip_megatron.model import genlip  # noqa: E402
+from genlip_megatron.model.attention import BACKENDS, plan_attention  # noqa: E402
+from genlip_megatron.model.attention.backend import Place  # noqa: E402
+from genlip_megatron.model.head import Head  # noqa: E402
+from genlip_megatron.model.specs import check_machine, compute_dtype, transformer_config  # noqa: E402
+from genlip_megatron.parallel import groups  # noqa: E402
+from genlip_megatron.train.breakdown import PARTS, Breakdown  # noqa: E402
+from genlip_megatron.train.loop import build_run, train_step  # noqa: E402
+from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, count_batch, training_flops  # noqa: E402
+
+MODELS, STAGES, HEAD_DIMS = ("l16", "so16", "g16"), (1, 2), (64, 72, 96)
+MATRIX_SIZES, HEAD_ROWS = (1024, 1152, 1536), (4100, 16500)
+_PADDED = "flex padded to 128"
+# Packs of a step, all in one micro-batch where they fit.
+_PACKS = 4
+_TINY: dict[str, Any] = {
+    "model.num_layers": 2, "model.hidden_size": 64, "model.ffn_hidden_size": 96, "model.num_attention_heads": 4,
+    "model.text_hidden_size": 64, "model.vocab_size": 8192, "model.rope_sections": [3, 2, 2], "data.seq_length": 1200,
+    "train.lr_warmup_iters": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """Figures that one process measures."""
+
+    section: str
+    name: str
+    figures: tuple[str, ...]
+
+
+def all_jobs() -> list[Job]:
+    """Every job of every section, the most wanted of a section first."""
+    lengths = [f"stage {stage} head dim {head_dim}" for head_dim in HEAD_DIMS for stage in STAGES]
+    kernels = ("varlen", "te", "flex", _PADDED, "grouped", "dense")
+    kinds = ("BF16", "baseline", "FP8")
+    steps = [f"{model} stage {stage}" for stage in STAGES for model in ("so16", "l16", "g16")]
+    head = tuple(f"{who} {rows} rows" for rows in HEAD_ROWS for who in ("ours", "unfused"))
+    return [
+        Job("matmul", "matmul", (*(f"K = {size}" for size in MATRIX_SIZES), "a cut of the step breakdown")),
+        *(Job("attention", kernel, tuple(f"{kernel}, {length}" for length in lengths)) for kernel in kernels),
+        Job("head", "head", head),
+        *(Job("step", step, tuple(f"{step} {kind}" for kind in kinds)) for step in steps),
+        Job("data", "data", ("loader, dali", "loader, cpu")),
+    ]
+
+
+class Bench:
+    """Measures one job.
+
+    Args:
+        job: what.
+        tell: is given each figure as soon as it is there.
+        tiny: small sizes and single rounds, to see that everything works.
+        folder: for files.
+    """
+
+    def __init__(self, job: Job, tell: Callable[[Figure], None], tiny: bool, folder: Path) -> None:
+        self.job, self._tell, self.tiny, self.folder = job, tell, tiny, folder
+        self.device = host.device()
+
+    def run(self) -> None:
+        """Measure everything."""
+        getattr(self, f"_{self.job.section}")()
+
+    def _try(self, name: str, measure: Callable[[], tuple[float, str, dict[str, float]]]) -> None:
+        """Tell what ``measure`` gives (value, unit, details), or why it gives nothing."""
+        try:
+            value, unit, details = measure()
+            figure = Figure(self.job.section, name, value, unit, details=details)
+        except torch.OutOfMemoryError:
+            figure = Figure(self.job.section, name, missing="out of memory")
+        except Exception as error:
+            reason = f"{type(error).__name__}: " if not isinstance(error, ValueError) else ""
+            figure = Figure(self.job.section, name, missing=reason + " ".join(str(error).split())[:200])
+        self._tell(figure)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _seconds(self, function: Callable[[], object], least: float = 0.4) -> float:
+        """Mean seconds of a call after three to warm up, over rounds of five until ``least`` seconds are full."""
+        for _ in range(1 if self.tiny else 3):
+            function()
+        torch.cuda.synchronize()
+        calls, begin = 0, time.perf_counter()
+        while not calls or (not self.tiny and time.perf_counter() - begin < least):
+            for _ in range(1 if self.tiny else 5):
+                function()
+                calls += 1
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / calls
+
+    def _matmul(self) -> None:
+        rows, dtype = (64, torch.float32) if self.tiny else (65536, torch.bfloat16)
+
+        def multiply(size: int) -> tuple[float, str, dict[str, float]]:
+            a = torch.randn(rows, size, device=self.device, dtype=dtype)
+            b = torch.randn(3 * size, size, device=self.device, dtype=dtype)
+            seconds = self._seconds(lambda: a @ b.T)
+            rate = 2 * rows * size * 3 * size / seconds / 1e12
+            return rate, "TFLOP/s", {"% of peak": 100 * rate / HOPPER_TFLOPS, "rows": rows}
+
+        for size in MATRIX_SIZES:
+            self._try(f"K = {size}", partial(multiply, size))
+
+        def cut() -> tuple[float, str, dict[str, float]]:
+            breakdown, parts = Breakdown(self.device), 100
+            begin = time.perf_counter()
+            with breakdown.step():
+                for _ in range(parts):
+                    with breakdown.part("forward"):
+                        pass
+            return 1e6 * (time.perf_counter() - begin) / (2 * parts + 2), "us", {}
+
+        cut()
+        self._try("a cut of the step breakdown", cut)
+
+    def _samples(self, stage: int, count: int, seq_length: int) -> list[Sample]:
+        grids = [(14, 14)] * count if stage == 1 else cpu_benchmark.native_grids(count, self.rng)
+        samples = cpu_benchmark.make_samples(grids, self.rng)
+        return [sample for sample in samples if cpu_benchmark.tokens_of(sample) <= seq_length]
+
+    def _packs(self, stage: int, packs: int, seq_length: int) -> tuple[list[Sample], list[list[int]]]:
+        """(samples, those of each pack), filled by the project's own plan; the same every time."""
+        self.rng = np.random.default_rng(0)
+        samples = self._samples(stage, max(packs * seq_length // 150, 8), seq_length)
+        lengths = np.array([cpu_benchmark.tokens_of(sample) for sample in samples])
+        plan = Plan([Source(len(lengths), lambda ids: lengths[ids])], seq_length, lanes=1, seed=0)
+        return samples, [plan.next_pack(0) for _ in range(packs)]
+
+    def _batches(self, config: RunConfig, stage: int, micro_batch: int) -> list[PackedBatch]:
+        """``_PACKS`` packs as the loader gives them on a GPU: patches there, all else on the host."""
+        samples, packs = self._packs(stage, _PACKS, config.data.seq_length)
+        model, batches = config.model, []
+        for first in range(0, len(packs), micro_batch):
+            mine = packs[first : first + micro_batch]
+            batch = pack_samples([[samples[i] for i in pack] for pack in mine], config.data.seq_length)
+            ids = [i for pack in mine for i in pack]
+            factors = torch.ones(model.num_layers, 2, len(batch.sample_starts))
+            factors[:, :, : len(ids)] = drop_path_factors(0, 1, ids, model.num_layers, model.drop_path_rate)
+            assert batch.patches is not None
+            batches.append(replace(batch, patches=batch.patches.to(self.device), drop_path=factors))
+        return batches
+
+    def _attention(self) -> None:
+        kernel, dtype = self.job.name, torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        for head_dim in HEAD_DIMS:
+            for stage in STAGES:
+                self._try(
+                    f"{kernel}, stage {stage} head dim {head_dim}",
+                    partial(self._attend, kernel, head_dim, stage, dtype),
+                )
+
+    def _attend(
+        self, kernel: str, head_dim: int, stage: int, dtype: torch.dtype
+    ) -> tuple[float, str, dict[str, float]]:
+        heads, slots = (2, 600) if self.tiny else (16, 16384)
+        sixth = head_dim // 6
+        model = ModelConfig(
+            hidden_size=heads * head_dim,
+            num_attention_heads=heads,
+            rope_sections=(head_dim // 2 - 2 * sixth, sixth, sixth),
+        )
+        samples, (pack,) = self._packs(stage, 1, slots)
+        batch = pack_samples([[samples[i] for i in pack]], slots)
+        shape = (slots, heads, head_dim)
+        q, k, v, grad = (torch.randn(shape, device=self.device, dtype=dtype) for _ in range(4))
+        inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+        if kernel == _PADDED:
+            if self.device.type != "cuda":
+                raise ValueError("FlexAttention needs a CUDA device for its backward pass")
+            mask = gpu_baseline.pack_mask(batch.sample_ids.to(self.device), batch.is_image.to(self.device), True)
+
+            def forward() -> torch.Tensor:
+                query, key, value = (x.transpose(0, 1)[None] for x in inputs)
+                return gpu_baseline.attend(query, key, value, mask)[0].transpose(0, 1)
+
+        else:
+            if reason := BACKENDS[kernel].why_not(Place(self.device, dtype, head_dim)):
+                raise ValueError(reason)
+            plan = plan_attention(batch, model, dtype, kernel, self.device)
+
+            def forward() -> torch.Tensor:
+                return plan.backend(q, k, v, head_dim**-0.5)
+
+        seconds = self._seconds(lambda: torch.autograd.grad(forward(), inputs, grad))
+        counts = dict(zip(COUNTS, count_batch(batch).tolist(), strict=True))
+        flops = 3 * 4 * model.hidden_size * (counts["image_pairs"] + counts["text_pairs"])
+        return flops / seconds / 1e12, "TFLOP/s", {"ms": 1000 * seconds}
+
+    def _head(self) -> None:
+        config = recipe("so16", 1, self.tiny, micro_batch_size=1, global_batch_size=1)
+        groups.initialize(config)
+        transformer = transformer_config(config)
+        head = Head(config.model, transformer, groups.parallel_state.get_tensor_model_parallel_group())
+        head.to(self.device)
+        quick_weights(head, config)
+        for rows in HEAD_ROWS:
+            count = rows // 20 if self.tiny else rows
+            width, dtype = config.model.hidden_size, compute_dtype(config)
+            hidden = torch.randn(count, 1, width, device=self.device, dtype=dtype, requires_grad=True)
+            labels = torch.randint(0, config.model.vocab_size, (count,), device=self.device)
+            places, ones = torch.arange(count, device=self.device), torch.ones(count, device=self.device)
+            wanted = [hidden, head.weight]
+
+            def ours(hidden: Any = hidden, places: Any = places, labels: Any = labels, ones: Any = ones) -> Any:
+                return head(hidden, places, labels, ones)
+
+            def unfused(hidden: Any = hidden, labels: Any = labels) -> Any:
+                logits = torch.nn.functional.linear(head.ln_post(hidden), head.weight)
+                return tensor_parallel.vocab_parallel_cross_entropy(logits, labels[:, None]).sum()
+
+            for name, forward in (("ours", ours), ("unfused", unfused)):
+                self._try(f"{name} {rows} rows", partial(self._head_rate, forward, wanted, count, config))
+        groups.finalize()
+
+    def _head_rate(
+        self, forward: Callable[[], torch.Tensor], wanted: list[torch.Tensor], rows: int, config: RunConfig
+    ) -> tuple[float, str, dict[str, float]]:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = self._seconds(lambda: torch.autograd.grad(forward(), wanted))
+        flops = 3 * 2 * config.model.text_hidden_size * config.model.vocab_size * rows
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        return flops / seconds / 1e12, "TFLOP/s", {"ms": 1000 * seconds, "GiB at most": peak}
+
+    def _step(self) -> None:
+        model, _, stage = self.job.name.split()
+        for kind in ("BF16", "baseline", "FP8"):
+            self._try(f"{self.job.name} {kind}", partial(self._largest, kind, model, int(stage)))
+        if torch.distributed.is_initialized():
+            groups.finalize()
+
+    def _largest(self, kind: str, model: str, stage: int) -> tuple[float, str, dict[str, float]]:
+        """The step with the most packs in a micro-batch that fit. The baseline's logits leave room for one."""
+        if kind == "baseline":
+            return self._baseline_step(model, stage)
+        for micro_batch in (4, 2, 1):
+            try:
+                return self._our_step(kind, model, stage, micro_batch)
+            except torch.OutOfMemoryError:
+                if micro_batch == 1:
+                    raise
+            gc.collect()
+            torch.cuda.empty_cache()
+        raise AssertionError
+
+    def _our_step(self, kind: str, model: str, stage: int, micro_batch: int) -> tuple[float, str, dict[str, float]]:
+        config = recipe(model, stage, self.tiny, micro_batch_size=micro_batch, global_batch_size=_PACKS)
+        if kind == "FP8":
+            if "fp8" not in {field.name for field in fields(TrainConfig)}:
+                raise ValueError("this version has no FP8")
+            flags = {"train.transformer_impl": "transformer_engine", "train.fp8": "hybrid"}
+            config = override(config, {**flags, "train.fp8_recipe": "delayed"})
+        check_machine(config)
+        groups.initialize(config)
+        # Weights that every layout agrees on are drawn on the CPU, which takes longer than all steps here.
+        genlip.fill_initial_weights = quick_weights
+        run = build_run(config)
+        batches = self._batches(config, stage, micro_batch)
+        return self._timed_steps(
+            lambda: train_step(run, iter(batches)).loss, batches, config, micro_batch, run.stepper.breakdown
+        )
+
+    def _baseline_step(self, model: str, stage: int) -> tuple[float, str, dict[str, float]]:
+        config = recipe(model, stage, self.tiny, micro_batch_size=1, global_batch_size=_PACKS)
+        batches = self._batches(config, stage, 1)
+        step = gpu_baseline.trainer(config.model, batches, self.device, compute_dtype(config))
+        return self._timed_steps(step, batches, config, 1)
+
+    def _timed_steps(
+        self,
+        step: Callable[[], float],
+        batches: list[PackedBatch],
+        config: RunConfig,
+        micro_batch: int,
+        breakdown: Breakdown | None = None,
+    ) -> tuple[float, str, dict[str, float]]:
+        """(MFU, details) of a step over ``batches``."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        loss = step()
+        if not np.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss}")
+        if breakdown is not None:
+            breakdown.take()
+        seconds = self._seconds(step, 3.0)
+        counts = torch.stack([count_batch(batch) for batch in batches]).sum(0)
+        by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
+        details = {
+            "samples/s": by_name["samples"] / seconds,
+            "tokens/s": by_name["tokens"] / seconds,
+            "ms": 1000 * seconds,
+            "packs a micro-batch": micro_batch,
+            "GiB at most": torch.cuda.max_memory_allocated() / 2**30,
+        }
+        if breakdown is not None:
+            details |= {f"ms {part}": 1000 * s for part, s in zip(PARTS, breakdown.take(), strict=True) if s}
+        rate = training_flops(counts, config.model) / seconds / 1e12
+        return 100 * rate / HOPPER_TFLOPS, "% MFU", details
+
+    def _data(self) -> None:
+        """The loader alone, with nothing beside it, over photos of web sizes in stage 1's packs."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        data = BenchData(self.folder, self.tiny, "", "")
+        for decoder in ("dali", "cpu"):
+            self._try(f"loader, {decoder}", partial(self._loaded, data, decoder))
+
+    def _loaded(self, data: BenchData, decoder: str) -> tuple[float, str, dict[str, float]]:
+        config = recipe("l16", 1, False, micro_batch_size=1, global_batch_size=4)
+        settings: dict[str, Any] = {"data.train_data": data.indexed["stage 1"], "data.tokenizer": data.tokenizer}
+        if self.tiny:
+            settings |= {"data.seq_length": 1200}
+        config = override(config, {**settings, "data.decoder": decoder, "model.drop_path_rate": 0.0})
+        loader = Loader(config, "train")
+        batches = iter(loader)
+        for _ in range(config.data.prefetch + 2):
+            next(batches)
+        samples, begin, least = 0, time.perf_counter(), 0.0 if self.tiny else 6.0
+        while not samples or time.perf_counter() - begin < least:
+            samples += len(next(batches).keys)
+        seconds = time.perf_counter() - begin
+        loader.close()
+        return samples / seconds, "samples/s", {"cores": len(os.sched_getaffinity(0))}
+
+
+def recipe(model: str, stage: int, tiny: bool, **train: int) -> RunConfig:
+    """A paper recipe for one GPU, in BF16 there; ``tiny`` keeps only its kind."""
+    name = f"{model}_stage{stage}"
+    flags = {**ONE_RANK, **{f"train.{key}": value for key, value in train.items()}, **(_TINY if tiny else {})}
+    return override(from_dict(load_yaml(name), name), flags)
+
+
+def quick_weights(model: torch.nn.Module, config: RunConfig) -> None:
+    """Weights drawn where they are: normal matrices, and vectors of 0.1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, config.model.init_method_std)
+            else:
+                parameter.fill_(0.1)
