@@ -101,6 +101,8 @@ def why_no_fp8_images(config: RunConfig, gpu: Gpu) -> str | None:
         return f"needs heads of at most 128 channels, here are {config.model.head_dim}"
     current = config.train.fp8_recipe == "current"
     name, capability, cudnn = ("current", (10, 0), 91400) if current else ("delayed", (9, 0), 90700)
+    if gpu.capability[0] == 12:
+        return "has no kernel for compute capability 12.0"
     if gpu.capability < capability:
         found = ".".join(map(str, gpu.capability)) if any(gpu.capability) else "no GPU"
         hint = "; on Hopper take --fp8-recipe delayed" if current else ""

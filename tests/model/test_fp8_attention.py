@@ -64,7 +64,8 @@ def test_images_side_by_side_attend_as_the_rule_says(
     out.backward(inputs[3])
     for ours, oracle in zip((out, q.grad, k.grad, v.grad), attend(batch, "dense", head_dim), strict=True):
         torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
-    # One call a micro-batch, of few shapes, whatever it holds.
+    # One call a micro-batch, of few shapes, whatever it holds; its images take no other.
+    assert len(plan.backend.calls[0].query_slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
     assert kernel.shapes == [(images, length, heads, 80 if capability == (10, 0) else 128)]
 
 
@@ -101,6 +102,7 @@ def config(**flags: Any) -> RunConfig:
         ({"image_mode": "native"}, HOPPER, "images of data.image_mode = native differ in length"),
         ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*here is 9\.6\.0"),
         ({}, Gpu((9, 0), 91000), "which is faulty"),
+        ({"fp8_recipe": "current"}, Gpu((12, 0), 91500), "no kernel for compute capability 12.0"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_reason_or_runs_in_bf16(

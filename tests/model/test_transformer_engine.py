@@ -4,14 +4,18 @@ should. On a CPU stand-ins take its place; only a GPU shows its kernels."""
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.convert.table import FUSED_NORMS, find
+from genlip_megatron.convert.table import find
+from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.train.reshard import reshard
 from tests.distributed import run_distributed
 from tests.engine import run_engine_steps
@@ -97,6 +101,27 @@ def test_settings_reach_megatron_core(demo_data: Path) -> None:
         assert (delayed.fp8_recipe, delayed.fp8_dot_product_attention) == ("delayed", True)
 
 
+@pytest.mark.parametrize(("ends", "modes"), [(False, ["fp8"]), (True, ["fp8", "none"])])
+def test_user_buffers_are_made_for_what_the_layers_run_in(
+    ends: bool, modes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    base = types.SimpleNamespace(
+        UserBufferQuantizationMode=types.SimpleNamespace(NONE="none", FP8="fp8"),
+        initialize_ub=lambda **settings: asked.update(settings),
+    )
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module.base", base)  # type: ignore[arg-type]
+    transformer = TransformerConfig(
+        num_layers=4, hidden_size=64, num_attention_heads=2, fp8="hybrid", fp8_recipe="tensorwise",
+        first_last_layers_bf16=ends, tensor_model_parallel_size=2, params_dtype=torch.bfloat16,
+    )  # fmt: skip
+    prepare_user_buffers(transformer, 512)
+    assert not asked, "not without tp_comm_overlap"
+    transformer.tp_comm_overlap = True
+    prepare_user_buffers(transformer, 512)
+    assert (asked["shape"], asked["tp_size"], asked["quantization_modes"]) == ([512, 64], 2, modes)
+
+
 def test_a_norm_that_is_recomputed_stands_alone(demo_data: Path) -> None:
     from genlip_megatron.model.engine import fused_norms
 
@@ -107,9 +132,10 @@ def test_a_norm_that_is_recomputed_stands_alone(demo_data: Path) -> None:
 
 
 def test_names_of_fused_norms() -> None:
-    for fused, alone in FUSED_NORMS.items():
+    for fused, alone in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
         for kind in ("weight", "bias"):
-            assert find(f"decoder.layers.1.{fused}{kind}", 2) == find(f"decoder.layers.1.{alone}{kind}", 2)
+            names, layout = find(f"decoder.layers.1.{fused}.layer_norm_{kind}", 2)
+            assert names == (f"visual.layers.3.{alone}.{kind}",) and layout.dim is None
 
 
 def _exact_values(config: RunConfig) -> bool:
@@ -128,6 +154,33 @@ def _exact_values(config: RunConfig) -> bool:
 
 def test_weights_in_fp8_keep_what_they_were_made_from(demo_data: Path) -> None:
     assert run_distributed(1, _exact_values, tiny_config(demo_data, train__precision="bf16")) == [True]
+
+
+def _state(config: RunConfig) -> tuple[list[str], str]:
+    """Pickled entries of a checkpoint, and what a model says of a state without its first weight."""
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel import groups
+    from tests.engine import stand_ins
+
+    groups.initialize(config)
+    with stand_ins():
+        (model,) = build_model(config, transformer_config(config))
+        layers = [name for name in model.sharded_state_dict() if ".layers." in name]
+        state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+        model.load_state_dict(state)
+        del state["decoder.layers.0.mlp.linear_fc2.weight"]
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            return [name for name in layers if name.endswith("_extra_state")], str(error)
+    return [], "nothing"
+
+
+def test_checkpoints_hold_no_pickled_scales_and_all_weights(demo_data: Path) -> None:
+    (pickled, error), *_ = run_distributed(1, _state, tiny_config(demo_data, **FUSED))
+    assert not pickled
+    assert error == "the model and its state differ in decoder.layers.0.mlp.linear_fc2.weight"
 
 
 @pytest.mark.skipif(
