@@ -30,7 +30,7 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "s3": ["s3fs>=2024.6"],
         "hf": ["transformers>=4.56,<6"],
         "dev": [

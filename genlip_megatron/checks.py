@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from genlip_megatron.config import ParallelConfig, RunConfig, nearest, source_epochs, source_weights
 from genlip_megatron.faults.inject import parse_faults
+from genlip_megatron.fp8_checks import check_engine
 from genlip_megatron.train.profile import profile_folder, profiled_steps
 
 
@@ -136,6 +137,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     if len(model.rope_sections) != 3:
         raise ValueError(f"model.rope_sections = {model.rope_sections}: expected three numbers (T, H, W)")
     _check_layout(config)
+    check_engine(config)
     if data.train_weights and data.train_epochs:
         raise ValueError("data.train_weights and data.train_epochs: give one of them")
     source_weights(data)

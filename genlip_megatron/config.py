@@ -117,6 +117,12 @@ class ParallelConfig:
     sequence_parallel: bool = _opt(True, "shard activations over the tensor-parallel group when tp > 1")
     overlap_grad_reduce: bool = _opt(False, "overlap gradient reduction with the backward pass")
     overlap_param_gather: bool = _opt(False, "overlap the parameter gather with the forward pass")
+    tp_comm_overlap: bool = _opt(
+        False, "overlap tensor-parallel communication with products by Transformer Engine's user buffers"
+    )
+    tp_comm_overlap_ag: bool = _opt(True, "with tp_comm_overlap: split the gathers of column-parallel linears")
+    tp_comm_overlap_rs: bool = _opt(True, "with tp_comm_overlap: split the reductions of row-parallel linears")
+    tp_comm_overlap_rs_dgrad: bool = _opt(False, "with tp_comm_overlap: split the reductions of input gradients")
     fsdp: bool = _opt(False, "shard weights, gradients and optimizer state over the data-parallel ranks")
     recompute: str = _opt(
         "none",
@@ -154,6 +160,14 @@ class TrainConfig:
         choices=("auto", "dense", "grouped", "varlen", "flex", "te"),
     )
     transformer_impl: str = _opt("local", "layer implementation", choices=("local", "transformer_engine"))
+    fp8: str = _opt("none", "format of the layers' linears, with Transformer Engine", choices=("none", "hybrid"))
+    fp8_recipe: str = _opt("delayed", "scales from past steps or from the tensor", choices=("delayed", "current"))
+    fp8_primary_weights: bool = _opt(False, "hold the linears' weights in FP8 alone, beside the optimizer's float32")
+    fp8_attention: bool = _opt(False, "image queries attend in FP8, in a layout of fixed length (text in BF16)")
+    fp8_fallback: bool = _opt(False, "run in BF16, with a warning, what this machine cannot run in FP8")
+    first_last_layers_bf16: bool = _opt(False, "with fp8 keep the first and last layers in BF16")
+    num_layers_at_start_in_bf16: int = _opt(1, "with first_last_layers_bf16: first layers")
+    num_layers_at_end_in_bf16: int = _opt(1, "with first_last_layers_bf16: last layers")
     seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
     check_memory: bool = _opt(True, "refuse a layout that by estimate needs more memory than a rank has")
     exit_interval: int = _opt(0, "save and exit after each step that is a multiple of this; 0: run to train_iters")
@@ -263,6 +277,17 @@ SECTIONS: dict[str, type] = {
 }
 
 
+# Overrides that leave out Transformer Engine.
+LOCAL_LAYERS = {
+    "train.transformer_impl": "local",
+    "train.fp8": "none",
+    "train.fp8_primary_weights": False,
+    "train.fp8_attention": False,
+    "train.first_last_layers_bf16": False,
+    "parallel.tp_comm_overlap": False,
+}
+
+
 # Overrides that turn any run's layout into that of one process on any machine.
 ONE_RANK = {
     "parallel.tensor_model_parallel_size": 1,
@@ -276,6 +301,7 @@ ONE_RANK = {
     "parallel.fsdp": False,
     "parallel.offload_modules": (),
     "train.attention_backend": "auto",
+    **LOCAL_LAYERS,
 }
 
 

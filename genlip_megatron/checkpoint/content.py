@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from genlip_megatron.config import RunConfig
+from genlip_megatron.model.engine import fp8_primary_weights, fused_norms
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
@@ -33,6 +34,8 @@ SHARES = (
     "overlap_grad_reduce",
     "fsdp",
     "precision",
+    "fused_norms",
+    "fp8_primary_weights",
 )
 
 
@@ -52,6 +55,8 @@ def describe_layout(config: RunConfig, world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         "context_parallel_size": parallel["context_parallel_size"],
         "precision": {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(config)],
+        "fused_norms": fused_norms(config),
+        "fp8_primary_weights": fp8_primary_weights(config),
         **{name: parallel[name] for name in SHARES if name in parallel},
     }
 

@@ -142,11 +142,15 @@ def data_differences(saved: RunConfig, config: RunConfig, other_data: bool) -> l
 def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
     """Why ``dp_reshardable`` state cannot be read on this layout."""
     here = content.describe_layout(config, world_size())
+    settings = {
+        "precision": "train.precision",
+        "fused_norms": "norms within the linears (train.transformer_impl = transformer_engine)",
+        "fp8_primary_weights": "train.fp8_primary_weights",
+    }
     return [
-        f"{'train' if name == 'precision' else 'parallel'}.{name}: {saved.layout[name]!r} in the checkpoint, "
-        f"{here[name]!r} here"
+        f"{settings.get(name, f'parallel.{name}')}: {saved.layout.get(name)!r} in the checkpoint, {here[name]!r} here"
         for name in SHARES
-        if saved.kind == DP_RESHARDABLE and saved.layout[name] != here[name]
+        if saved.kind == DP_RESHARDABLE and saved.layout.get(name) != here[name]
     ]
 
 

@@ -154,6 +154,12 @@ TABLE: tuple[Entry, ...] = (
     Entry("head.weight", ("lm_head.weight",), VOCABULARY),
 )
 _BY_LOCAL = {entry.local: entry for entry in TABLE}
+# Within a layer, names of the norms that Transformer Engine fuses into the linears behind them, and those of norms that
+# stand alone. Checkpoints know the latter only, so that layers of either kind read those of the other.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 
 # What a vision encoder alone has no use for: the text's way in and out.
 TEXT_ONLY = tuple(f"{name}." for name in ("embeddings", "in_proj", "proj", "lm_head"))
@@ -170,7 +176,10 @@ def find(local_name: str, layer_offset: int) -> tuple[tuple[str, ...], Layout]:
     if parts[:2] == ["decoder", "layers"]:
         layer = int(parts[2]) + layer_offset
         parts[2] = "{i}"
-    entry = _BY_LOCAL[".".join(parts)]
+    name = ".".join(parts)
+    for fused, alone in FUSED_NORMS.items():
+        name = name.replace(fused, alone)
+    entry = _BY_LOCAL[name]
     return tuple(name.format(i=layer) for name in entry.canonical), entry.layout
 
 

@@ -27,7 +27,7 @@ class Memory:
     """Bytes of one rank at its peak, by part; the parts add up to the peak.
 
     Attributes:
-        weights: parameters in the compute dtype; FSDP's shards are float32.
+        weights: parameters in the compute dtype, and with FP8 the linears' copies; FSDP's shards are float32.
         gradients: the float32 gradient buffer, or FSDP's shard of it.
         optimizer: two moments and, in bf16, the float32 master weights; shared out over data and context parallelism.
         activations: what in-flight micro-batches keep for their backward pass, batch and attention plan included.
@@ -144,10 +144,14 @@ def memory(config: RunConfig, world_size: int, device: str = "cuda", mix: Sample
         # Megatron-Core gathers a column-parallel linear's input into a buffer that it never gives back; a pipeline
         # stage holds what it has received last from both sides.
         buffer = (sizes.gathered if sizes.shards_sequence else 0) + (2 * sizes.hidden if stages > 1 else 0)
+        # A linear keeps its weight in FP8 as it is and transposed; beside the one in bf16, or instead of it.
+        copies = 0.0
+        if config.train.fp8 != "none" and not config.train.fp8_primary_weights:
+            copies = 2.0 * sizes.layer_parameters() * sum(counts[i] for i in mine)
         found.append(
             Memory(
                 # Shards are float32, so that they need no master copy.
-                weights=(trained + frozen) * (4 if parallel.fsdp else sizes.e) / sharded,
+                weights=(trained + frozen) * (4 if parallel.fsdp else sizes.e) / sharded + copies,
                 gradients=4.0 * trained / sharded,
                 optimizer=trained * (12 if sizes.e == 2 and not parallel.fsdp else 8) / shards,
                 activations=activations,

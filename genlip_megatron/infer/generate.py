@@ -87,6 +87,9 @@ def generate(
     device = next(genlip.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     training = model[0].training
+    multiple = genlip.config.tensor_model_parallel_size * genlip.config.context_parallel_size
+    if genlip.config.fp8:
+        multiple *= 16  # a rank's rows in FP8 products
     for chunk in model:
         chunk.eval()
     texts = [list(request.token_ids) for request in requests]
@@ -94,7 +97,7 @@ def generate(
     active = list(range(len(requests)))
     for _ in range(max_new_tokens):
         extended = [replace(requests[i], token_ids=texts[i]) for i in active]
-        batch, ends = _pack(extended, genlip.config.tensor_model_parallel_size * genlip.config.context_parallel_size)
+        batch, ends = _pack(extended, multiple)
         logits = _next_logits(model, batch.to(device), ends.to(device), genlip.model_config.vocab_size).cpu()
         if temperature > 0:
             chosen = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -77,6 +78,14 @@ class GenLIP(MegatronModule):
         """The hidden states [S_local, 1, D] that came from the chunk before (None on the first)."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; FP8 scales (``_extra_state``) may be missing, since checkpoints have none."""
+        result = super().load_state_dict(state_dict, False, assign)
+        wrong = [name for name in result.missing_keys if not name.endswith("._extra_state")] + result.unexpected_keys
+        if strict and wrong:
+            raise RuntimeError(f"the model and its state differ in {', '.join(wrong)}")
+        return result
 
     def plan(self, batch: PackedBatch) -> PackedAttention:
         """What the attention of ``batch`` needs on this rank: the same for all its chunks. Waits for the device

@@ -60,3 +60,11 @@ class GenLIPLayer(TransformerLayer):
         self.self_attn_bda.drop_path = None if drop_path is None else drop_path[layer, 0]
         self.mlp_bda.drop_path = None if drop_path is None else drop_path[layer, 1]
         return super().forward(*args, **kwargs)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As ``TransformerLayer``'s, without the pickled FP8 scales of Transformer Engine's modules.
+
+        Checkpoints hold no code, and scales are found anew within a few steps.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.endswith("._extra_state")}

@@ -1,7 +1,7 @@
 """The Transformer layer as Megatron-Core specs, and the TransformerConfig that goes with them.
 
-``local`` is complete without Transformer Engine and is what runs on a CPU; ``transformer_engine`` takes its linears
-(imported only when asked for).
+``local`` is complete without Transformer Engine and is what runs on a CPU; ``transformer_engine`` takes its linears,
+with the norms before them fused in (imported only when asked for).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,8 +22,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from genlip_megatron import host
 from genlip_megatron.config import RunConfig
-from genlip_megatron.model.attention import PrefixLMAttention, choose_backend
+from genlip_megatron.convert.table import FUSED_NORMS
+from genlip_megatron.model.attention import FP8_BACKEND, PrefixLMAttention, choose_backend
 from genlip_megatron.model.attention.backend import Place
+from genlip_megatron.model.engine import RECIPES, choose_fp8, fused_norms, why_no_engine
 from genlip_megatron.model.linear import ColumnLinear, RowLinear
 from genlip_megatron.model.mlp import SwiGLU
 from genlip_megatron.model.norm import LayerNorm
@@ -39,16 +42,14 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def check_machine(config: RunConfig) -> str:
-    """One line about the attention backend that a run takes on this machine, and why.
+    """What a run takes on this machine and why: a line on the attention backend, after warnings of what stays in BF16.
 
     Raises:
         ValueError: the run asks for what this machine does not have.
     """
-    train = config.train
-    if train.transformer_impl == "transformer_engine" and not HAVE_TE:
+    if config.train.transformer_impl == "transformer_engine" and (reason := why_no_engine()):
         raise ValueError(
-            "train.transformer_impl = transformer_engine: Transformer Engine is not installed; "
-            "pip install 'genlip-megatron[te]' on a CUDA machine, or use --transformer-impl local"
+            f"train.transformer_impl = transformer_engine: {reason}; install it, or use --transformer-impl local"
         )
     if config.parallel.offload_modules and not HAVE_TE:
         raise ValueError(
@@ -57,7 +58,9 @@ def check_machine(config: RunConfig) -> str:
             "recompute instead (--recompute selective --recompute-modules core_attn,mlp)"
         )
     backend, reason = attention_choice(config)
-    return f"attention backend {backend}: {reason}"
+    fp8 = choose_fp8(config)
+    warnings = [f"WARNING: {note}" for note in fp8.notes]
+    return "\n".join([*warnings, f"attention backend {backend}: {reason}"])
 
 
 def attention_choice(config: RunConfig) -> tuple[str, str]:
@@ -67,6 +70,8 @@ def attention_choice(config: RunConfig) -> tuple[str, str]:
         ValueError: the one that is set cannot run here.
     """
     place = Place(host.device(), compute_dtype(config), config.model.head_dim)
+    if choose_fp8(config).images:
+        return FP8_BACKEND, "image queries in FP8, as set"
     layers_are_te = config.train.transformer_impl == "transformer_engine"
     return choose_backend(config.train.attention_backend, place, layers_are_te)
 
@@ -77,6 +82,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     dtype = compute_dtype(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
+    fp8, train = choose_fp8(config), config.train
     has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -110,6 +116,20 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         overlap_p2p_comm=vpp > 1,
         batch_p2p_comm=torch.cuda.is_available() and vpp == 1,
         calculate_per_token_loss=True,
+        fp8=train.fp8 if fp8.linears else None,
+        fp8_recipe=RECIPES[train.fp8_recipe],
+        # Delayed scaling takes the largest value of so many passes, as Transformer Engine does by default.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
+        fp8_param=fp8.linears and train.fp8_primary_weights,
+        fp8_dot_product_attention=fp8.images,
+        first_last_layers_bf16=train.first_last_layers_bf16,
+        num_layers_at_start_in_bf16=train.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=train.num_layers_at_end_in_bf16,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        tp_comm_overlap_ag=parallel.tp_comm_overlap_ag,
+        tp_comm_overlap_rs=parallel.tp_comm_overlap_rs,
+        tp_comm_overlap_rs_dgrad=parallel.tp_comm_overlap_rs_dgrad,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         recompute_method="block" if parallel.recompute == "full" else None,
         recompute_num_layers=parallel.recompute_num_layers or model.num_layers
@@ -123,10 +143,12 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
     """The spec of every layer, of what ``check_machine`` found to be there."""
-    column, row = ColumnLinear, RowLinear
+    column, row, norm, fused = ColumnLinear, RowLinear, LayerNorm, fused_norms(config)
     if config.train.transformer_impl == "transformer_engine":
         extension = importlib.import_module("megatron.core.extensions.transformer_engine")
         column, row = extension.TEColumnParallelLinear, extension.TERowParallelLinear
+        if fused:
+            column, norm = extension.TELayerNormColumnParallelLinear, IdentityOp
     residual = ModuleSpec(
         module=ScaledResidual,
         params={
@@ -139,7 +161,7 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(
         module=GenLIPLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
@@ -148,8 +170,9 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=residual,
-            pre_mlp_layernorm=LayerNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(module=SwiGLU, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=residual,
+            sharded_state_dict_keys_map=FUSED_NORMS if fused else {},
         ),
     )

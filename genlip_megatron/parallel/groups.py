@@ -31,7 +31,7 @@ def initialize(config: RunConfig) -> None:
     Started by torchrun, or by hand as one process. NCCL on GPUs, gloo without.
 
     Raises:
-        ValueError: the layout does not fit the number of processes.
+        ValueError: the layout does not fit the number of processes, or the processes the number of GPUs.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -39,7 +39,7 @@ def initialize(config: RunConfig) -> None:
     check(config, world_size)
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_gpu())
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
@@ -67,6 +67,22 @@ def initialize(config: RunConfig) -> None:
     )
     torch.manual_seed(config.train.seed)
     model_parallel_cuda_manual_seed(config.train.seed)
+
+
+def own_gpu() -> int:
+    """The number of this process's GPU.
+
+    Raises:
+        ValueError: the machine has no GPU left for it.
+    """
+    place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= gpus:
+        started = os.environ.get("LOCAL_WORLD_SIZE", str(place + 1))
+        raise ValueError(
+            f"torchrun started {started} processes on a machine that shows {gpus} GPUs, one for each; use "
+            f"--nproc-per-node {gpus}, or let CUDA_VISIBLE_DEVICES show more"
+        )
+    return place
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,10 @@ def fill_weights(model: GenLIP, get: Callable[[str], Tensor]) -> None:
         if shard.shape != parameter.shape:
             raise ValueError(f"{', '.join(names)}: shape {tuple(shard.shape)} for {local} {tuple(parameter.shape)}")
         parameter.copy_(shard)
+        # A weight held in FP8 carries what it was made from, which the optimizer's float32 weights are made from.
+        exact = getattr(parameter, "_high_precision_init_val", None)
+        if exact is not None:
+            exact.copy_(shard)
         # Megatron-Core marks shards only where it initialises them itself. Without the mark, the gradient norm takes
         # a shard for a replica and counts it on one rank alone.
         parameter.tensor_model_parallel = layout.dim is not None

@@ -31,7 +31,9 @@ from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
+from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.train.breakdown import Breakdown, StepTimers
+from genlip_megatron.train.exhausted import FIRST_STEPS, out_of_memory
 from genlip_megatron.train.guard import Guard, Outcome, no_wish
 from genlip_megatron.train.metrics import Writer
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
@@ -138,6 +140,9 @@ def build_run(config: RunConfig) -> Run:
     """Model, optimizer and schedule on the process groups at hand, without data."""
     parallel = config.parallel
     transformer = transformer_config(config)
+    prepare_user_buffers(
+        transformer, config.data.seq_length * config.train.micro_batch_size // parallel.context_parallel_size
+    )
     model = build_model(config, transformer)
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     held = [p.numel() for chunk in model for p in chunk.parameters() if first or p.tensor_model_parallel]
@@ -151,6 +156,7 @@ def build_run(config: RunConfig) -> Run:
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=True,
+        fp8_param_gather=bool(transformer.fp8_param),
         # By default it grows with the data-parallel size, and buckets are what checkpoints of shards are cut into.
         bucket_size=_BUCKET_PARAMETERS,
     )
@@ -356,10 +362,11 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
         watchdog: watches all of it; it is the caller's to close.
 
     Raises:
-        Mistake: a setting or a file is wrong.
+        Mistake: a setting or a file is wrong, or the first steps need more memory than a GPU has.
     """
     run: Run | None = None
     stop: StopRequest | None = None
+    began = 0
     try:
         try:
             run = set_up(config, watchdog)
@@ -370,7 +377,12 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
             return 0
         # Not before: until then, and in a validation alone, signals end the process at once.
         stop = StopRequest(config)
+        began = run.iteration
         return train_steps(run, stop)
+    except torch.OutOfMemoryError as error:
+        if run is not None and run.iteration - began >= FIRST_STEPS:
+            raise
+        raise Mistake(out_of_memory(config, torch.distributed.get_world_size(), error)) from error
     except LeaveRun as leave:
         assert run is not None
         if torch.distributed.get_rank() == 0:

@@ -14,6 +14,7 @@ from megatron.core.timers import Timers
 from torch.optim.adamw import adamw
 
 from genlip_megatron.config import RunConfig
+from genlip_megatron.model.engine import RECIPES, choose_fp8
 from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.parallel.fsdp import FullyShardedOptimizer
 
@@ -91,6 +92,7 @@ def build_optimizer(config: RunConfig, model: list[Any], timers: Timers) -> Mega
         params_dtype=compute_dtype(config),
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_recipe=RECIPES[train.fp8_recipe] if choose_fp8(config).linears else None,
         timers=timers,
     )
     if config.parallel.fsdp:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import ProcessException
 
-from genlip_megatron.config import RunConfig, override
+from genlip_megatron.config import LOCAL_LAYERS, RunConfig, override
 
 # A run's layout on as few ranks as hold its shards; what does not change how state is cut is left out.
 _ALONE = {
@@ -22,7 +22,7 @@ _ALONE = {
     "parallel.offload_modules": (),
     "parallel.recompute": "none",
     "train.attention_backend": "auto",
-    "train.transformer_impl": "local",
+    **LOCAL_LAYERS,
 }
 # Written anew by the save.
 _RENEWED = ("model", "optimizer", "scheduler", "objects", "iteration", "random")
@@ -46,8 +46,9 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
             written.
     """
     from genlip_megatron.checkpoint import folder, loading, manifest
-    from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, WEIGHTS_ONLY
+    from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY
     from genlip_megatron.checks import check
+    from genlip_megatron.model.engine import fp8_primary_weights, fused_norms
 
     saved = manifest.read(place)
     if saved.kind == WEIGHTS_ONLY:
@@ -61,6 +62,12 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
     recorded = loading.read_config(place)
     if recorded.parallel.fsdp:
         raise ValueError(f"{place} was saved with --fsdp, whose optimizer state is read by any layout")
+    if (fused_norms(recorded) or fp8_primary_weights(recorded)) and DP_RESHARDABLE in (saved.kind, kind):
+        raise ValueError(
+            f"{place}: the {DP_RESHARDABLE} state of Transformer Engine's layers holds parameters in an order of its "
+            "own, which this tool does not know; resume it on its own layout: what a run saves last is "
+            f"{FULLY_RESHARDABLE}"
+        )
     changes: dict[str, Any] = {f"parallel.{name}": size for name, size in (layout or {}).items()}
     if layout:
         changes |= {f"parallel.num_layers_in_{end}_pipeline_stage": 0 for end in ("first", "last")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,8 +91,13 @@ class Backend(ABC):
         """Why it cannot run there; None when it can."""
 
     @abstractmethod
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """[Q, H, D] from queries [Q, H, D], keys and values [S, H, D]; zeros where a slot is padding."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:
+        """[Q, H, D] from queries [Q, H, D], keys and values [S, H, D]; zeros where a slot is padding.
+
+        Args:
+            scale: factor of the scores.
+            own: what the layer has of its own; for ``fp8.py`` alone.
+        """
 
 
 def nothing_to_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genlip_megatron.model.attention.context import gather_sequence, heads_for_sequence, sequence_for_heads
+from genlip_megatron.model.attention.fp8 import TransformerEngineImages
 from genlip_megatron.model.attention.plan import PackedAttention
 
 
@@ -31,6 +32,8 @@ class PrefixLMAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.scale = softmax_scale or config.kv_channels**-0.5
+        # A layer's own, since delayed scaling keeps scales of its values.
+        self.image_kernel = TransformerEngineImages() if config.fp8_dot_product_attention else None
 
     def forward(
         self,
@@ -45,13 +48,14 @@ class PrefixLMAttention(torch.nn.Module):
         """[S_local, 1, H*D] from query, key and value [S_local, 1, H, D]; S_local is a context-parallel share."""
         plan = packed_seq_params
         assert plan is not None
+        own = {} if self.image_kernel is None else {"image_kernel": self.image_kernel}
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         if plan.context is None:
-            out = plan.backend(q, k, v, self.scale)
+            out = plan.backend(q, k, v, self.scale, **own)
         elif plan.gather_keys:
             k, v = gather_sequence(k, plan.context), gather_sequence(v, plan.context)
-            out = plan.backend(q, k, v, self.scale)
+            out = plan.backend(q, k, v, self.scale, **own)
         else:
             q, k, v = sequence_for_heads(q, k, v, plan.context)
-            out = heads_for_sequence(plan.backend(q, k, v, self.scale), plan.context)
+            out = heads_for_sequence(plan.backend(q, k, v, self.scale, **own), plan.context)
         return out.flatten(1).unsqueeze(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class Dense(Backend):
     def why_not(place: Place) -> str | None:
         return None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
         k = apply_rotary(k, self._cos, self._sin)
         scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale

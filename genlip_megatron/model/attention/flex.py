@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Flex(Backend):
             return f"needs a CUDA device (it has no backward pass on a CPU), here is {place.device.type}"
         return None if place.head_dim >= 16 else f"needs heads of at least 16 channels, here are {place.head_dim}"
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
         k = apply_rotary(k, self._cos, self._sin)
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, ., D]

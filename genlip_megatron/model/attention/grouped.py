@@ -141,7 +141,7 @@ class Grouped(Backend):
     def why_not(place: Place) -> str | None:
         return None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         if not self.shapes:
             return nothing_to_attend(q, k, v)
         queries = _ToGroups.apply(q, self._queries, True)

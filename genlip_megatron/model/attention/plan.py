@@ -13,6 +13,7 @@ from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.attention.backend import Backend, Place, Spans
 from genlip_megatron.model.attention.dense import Dense
 from genlip_megatron.model.attention.flex import Flex
+from genlip_megatron.model.attention.fp8 import Fp8Images
 from genlip_megatron.model.attention.grouped import Grouped
 from genlip_megatron.model.attention.two_calls import TransformerEngine, Varlen
 from genlip_megatron.model.rope import rotary_cos_sin
@@ -25,6 +26,8 @@ BACKENDS: dict[str, type[Backend]] = {
     "flex": Flex,
     "te": TransformerEngine,
 }
+# What train.fp8_attention takes, with a kernel of each layer's own.
+FP8_BACKEND = "te-fp8"
 
 
 def choose_backend(wanted: str, place: Place, transformer_engine: bool = False) -> tuple[str, str]:
@@ -90,7 +93,7 @@ def plan_attention(
     Args:
         batch: best on the CPU, where its lengths are read.
         dtype: of the activations.
-        backend: a name of BACKENDS, from ``choose_backend``.
+        backend: a name of BACKENDS, from ``choose_backend``, or FP8_BACKEND.
         device: where attention runs.
         context: context-parallel process group, or None.
         gather_keys: with ``context``: gather keys and values (all_gather) instead of exchanging heads (a2a).
@@ -99,4 +102,5 @@ def plan_attention(
     cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype)
     mine = slot_share(batch.num_tokens, context if gather_keys else None)
     spans = Spans.of(batch, mine.start, mine.stop)
-    return PackedAttention(BACKENDS[backend](spans, batch, cos, sin), context, gather_keys)
+    chosen = Fp8Images if backend == FP8_BACKEND else BACKENDS[backend]
+    return PackedAttention(chosen(spans, batch, cos, sin), context, gather_keys)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
-import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +17,8 @@ from torch import Tensor
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend
+from genlip_megatron.model.engine import why_no_engine
 from genlip_megatron.model.rope import apply_rotary
-
-# Transformer Engine as Megatron-Core 0.16.1 asks for it: from the first version, below the second.
-TE_VERSIONS = ((2, 9), (2, 12))
 
 
 class Kernel(Protocol):
@@ -90,28 +86,45 @@ class _Call:
 
 
 class TwoCalls(Backend):
-    """Both calls of a micro-batch; subclasses name the kernel."""
+    """Both calls of a micro-batch; subclasses name the kernel.
+
+    Args:
+        elsewhere: bool [N], samples whose image queries a subclass attends by itself.
+    """
 
     kernel: Kernel
 
-    def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
+    def __init__(
+        self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor, elsewhere: np.ndarray | None = None
+    ) -> None:
         self._cos, self._sin = cos, sin
         self._queries = slice(spans.first, spans.last)
         image_ends = np.minimum(spans.ends, spans.images)
         text_begins = np.maximum(spans.begins, spans.images)
         offset = spans.starts - spans.first
         image_queries, text_queries = image_ends - spans.begins, spans.ends - text_begins
+        if elsewhere is not None:
+            image_queries = np.where(elsewhere, 0, image_queries)
         self.calls = (
             _Call(offset + spans.begins, image_queries, spans.starts, spans.images, False, cos.device),
             _Call(offset + text_begins, text_queries, spans.starts, spans.keys, True, cos.device),
         )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         if all(call.empty for call in self.calls):
             return nothing_to_attend(q, k, v)
-        q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
-        k = apply_rotary(k, self._cos, self._sin)
-        out = torch.zeros_like(q)
+        q, k = self.rotate(q, k)
+        return self.add_calls(torch.zeros_like(q), q, k, v, scale)
+
+    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned by their rotary angles."""
+        return (
+            apply_rotary(q, self._cos[self._queries], self._sin[self._queries]),
+            apply_rotary(k, self._cos, self._sin),
+        )
+
+    def add_calls(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """``out`` [Q, H, D] with the calls' rows set, from turned queries and keys."""
         for call in self.calls:
             if call.empty:
                 continue
@@ -208,12 +221,4 @@ class TransformerEngine(TwoCalls):
 
     @staticmethod
     def why_not(place: Place) -> str | None:
-        try:
-            found = importlib.metadata.version("transformer_engine")
-        except importlib.metadata.PackageNotFoundError:
-            return "Transformer Engine is not installed (pip install 'genlip-megatron[te]' on a CUDA machine)"
-        first, end = TE_VERSIONS
-        if not first <= tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < end:
-            allowed = " and below ".join(".".join(map(str, version)) for version in TE_VERSIONS)
-            return f"Transformer Engine {found} is not one that Megatron-Core 0.16.1 asks for: {allowed}"
-        return _why_no_flash(place)
+        return why_no_engine() or _why_no_flash(place)

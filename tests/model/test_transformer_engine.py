@@ -1,0 +1,200 @@
+"""Layers of Transformer Engine are the same model as local ones: weights, training, checkpoints; and FP8 goes where it
+should. On a CPU stand-ins take its place; only a GPU shows its kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from genlip_megatron.config import RunConfig
+from genlip_megatron.convert.table import find
+from genlip_megatron.parallel.user_buffers import prepare_user_buffers
+from genlip_megatron.train.reshard import reshard
+from tests.distributed import run_distributed
+from tests.engine import run_engine_steps
+from tests.runs import layout, run_steps, tiny_config, weights
+
+STEPS = 4
+FUSED: dict[str, Any] = {"train__transformer_impl": "transformer_engine"}
+
+
+@pytest.mark.parametrize("name", ["1", "TP2"])
+def test_fused_norms_train_as_norms_alone(name: str, demo_data: Path) -> None:
+    world_size, flags = layout(name)
+    alone = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
+    fused = run_distributed(world_size, run_engine_steps, tiny_config(demo_data, **flags, **FUSED), STEPS)
+    assert fused[0]["losses"] == pytest.approx(alone[0]["losses"], rel=1e-6)
+    assert fused[0]["norms"] == pytest.approx(alone[0]["norms"], rel=1e-5)
+    assert [name for name, _ in fused[0]["seen"]] == ["qkv", "proj", "fc1", "fc2"] * 4
+    expected = weights(alone)
+    for tensor, weight in weights(fused).items():
+        # Adam turns rounding of tiny gradients into steps of the learning rate, of which four were made.
+        torch.testing.assert_close(weight, expected[tensor], atol=2e-5, rtol=0, msg=tensor)
+
+
+@pytest.mark.parametrize("begin", ["local", "transformer_engine"])
+def test_a_checkpoint_of_either_continues_in_the_other(begin: str, demo_data: Path, tmp_path: Path) -> None:
+    runs = (run_steps, {}), (run_engine_steps, FUSED)
+    first, then = runs if begin == "local" else runs[::-1]
+    folder = str(tmp_path / "run")
+    whole = run_distributed(1, run_steps, tiny_config(demo_data), STEPS)[0]
+    run_distributed(1, first[0], tiny_config(demo_data, checkpoint__save=folder, **first[1]), STEPS // 2)
+    rest = run_distributed(1, then[0], tiny_config(demo_data, checkpoint__save=folder, **then[1]), STEPS)[0]
+    assert rest["losses"] == pytest.approx(whole["losses"][STEPS // 2 :], rel=1e-5)
+
+
+def test_state_as_it_stands_is_not_read_in_another_order(demo_data: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    run_distributed(1, run_engine_steps, tiny_config(demo_data, checkpoint__save=folder, **FUSED), 1, False)
+    with pytest.raises(AssertionError, match="norms within the linears .*: True in the checkpoint, False here"):
+        run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)
+    with pytest.raises(ValueError, match="in an order of its own, which this tool does not know"):
+        reshard(Path(folder) / "iter_0000001", "fully_reshardable", tmp_path / "other")
+
+
+def _layers_in_fp8(result: dict[str, Any]) -> list[bool]:
+    seen = [in_fp8 for _, in_fp8 in result["seen"]]
+    layers = [set(seen[i : i + 4]) for i in range(0, len(seen), 4)]
+    assert all(len(layer) == 1 for layer in layers), "a layer is in one format as a whole"
+    return [layer.pop() for layer in layers]
+
+
+def fp8_config(data: Path, **flags: Any) -> RunConfig:
+    return tiny_config(data, train__precision="bf16", **FUSED, **{"train__fp8": "hybrid", **flags})
+
+
+def test_every_layer_is_in_fp8_and_edges_stay_in_bf16_on_request(demo_data: Path) -> None:
+    for flags, expected in (
+        ({"train__fp8": "none"}, [False] * 4),
+        ({}, [True] * 4),
+        ({"train__fp8_recipe": "current"}, [True] * 4),
+        (
+            {
+                "train__fp8_recipe": "current",
+                "train__first_last_layers_bf16": True,
+                "train__num_layers_at_end_in_bf16": 2,
+            },
+            [False, True, False, False],
+        ),
+    ):
+        config = fp8_config(demo_data, **flags)
+        assert _layers_in_fp8(run_distributed(1, run_engine_steps, config, 1)[0]) == expected
+
+
+def test_settings_reach_megatron_core(demo_data: Path) -> None:
+    from genlip_megatron.model.specs import transformer_config
+    from tests.engine import stand_ins
+
+    with stand_ins():
+        current = transformer_config(
+            fp8_config(demo_data, train__fp8_recipe="current", train__fp8_primary_weights=True)
+        )
+        assert (current.fp8, current.fp8_recipe, current.fp8_param) == ("hybrid", "tensorwise", True)
+        delayed = transformer_config(fp8_config(demo_data, data__image_mode="fixed", train__fp8_attention=True))
+        assert (delayed.fp8_recipe, delayed.fp8_dot_product_attention) == ("delayed", True)
+
+
+@pytest.mark.parametrize(("ends", "modes"), [(False, ["fp8"]), (True, ["fp8", "none"])])
+def test_user_buffers_are_made_for_what_the_layers_run_in(
+    ends: bool, modes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    base = types.SimpleNamespace(
+        UserBufferQuantizationMode=types.SimpleNamespace(NONE="none", FP8="fp8"),
+        initialize_ub=lambda **settings: asked.update(settings),
+    )
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module.base", base)  # type: ignore[arg-type]
+    transformer = TransformerConfig(
+        num_layers=4, hidden_size=64, num_attention_heads=2, fp8="hybrid", fp8_recipe="tensorwise",
+        first_last_layers_bf16=ends, tensor_model_parallel_size=2, params_dtype=torch.bfloat16,
+    )  # fmt: skip
+    prepare_user_buffers(transformer, 512)
+    assert not asked, "not without tp_comm_overlap"
+    transformer.tp_comm_overlap = True
+    prepare_user_buffers(transformer, 512)
+    assert (asked["shape"], asked["tp_size"], asked["quantization_modes"]) == ([512, 64], 2, modes)
+
+
+def test_a_norm_that_is_recomputed_stands_alone(demo_data: Path) -> None:
+    from genlip_megatron.model.engine import fused_norms
+
+    flags = {"parallel__recompute": "selective", "parallel__recompute_modules": ["layernorm"]}
+    assert fused_norms(tiny_config(demo_data, **FUSED))
+    assert not fused_norms(tiny_config(demo_data, **FUSED, **flags))
+    assert not fused_norms(tiny_config(demo_data, **FUSED, parallel__offload_modules=["mlp_norm"]))
+
+
+def test_names_of_fused_norms() -> None:
+    for fused, alone in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
+        for kind in ("weight", "bias"):
+            names, layout = find(f"decoder.layers.1.{fused}.layer_norm_{kind}", 2)
+            assert names == (f"visual.layers.3.{alone}.{kind}",) and layout.dim is None
+
+
+def _exact_values(config: RunConfig) -> bool:
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.parallel.initial import fill_initial_weights
+
+    groups.initialize(config)
+    (model,) = build_model(config, transformer_config(config))
+    weight = model.decoder.layers[0].mlp.linear_fc2.weight
+    weight._high_precision_init_val = torch.zeros(weight.shape)
+    fill_initial_weights(model, config)
+    return bool((weight._high_precision_init_val.bfloat16() == weight).all() and weight.any())
+
+
+def test_weights_in_fp8_keep_what_they_were_made_from(demo_data: Path) -> None:
+    assert run_distributed(1, _exact_values, tiny_config(demo_data, train__precision="bf16")) == [True]
+
+
+def _state(config: RunConfig) -> tuple[list[str], str]:
+    """Pickled entries of a checkpoint, and what a model says of a state without its first weight."""
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel import groups
+    from tests.engine import stand_ins
+
+    groups.initialize(config)
+    with stand_ins():
+        (model,) = build_model(config, transformer_config(config))
+        layers = [name for name in model.sharded_state_dict() if ".layers." in name]
+        state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+        model.load_state_dict(state)
+        del state["decoder.layers.0.mlp.linear_fc2.weight"]
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            return [name for name in layers if name.endswith("_extra_state")], str(error)
+    return [], "nothing"
+
+
+def test_checkpoints_hold_no_pickled_scales_and_all_weights(demo_data: Path) -> None:
+    (pickled, error), *_ = run_distributed(1, _state, tiny_config(demo_data, **FUSED))
+    assert not pickled
+    assert error == "the model and its state differ in decoder.layers.0.mlp.linear_fc2.weight"
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
+    reason="needs a CUDA device and Transformer Engine",
+)
+def test_fifty_steps_in_bf16_follow_the_local_layers(demo_data: Path) -> None:
+    flags: dict[str, Any] = {
+        "model__hidden_size": 256, "model__ffn_hidden_size": 704, "model__rope_sections": [12, 10, 10],
+        "train__precision": "bf16", "train__train_iters": 50,
+    }  # fmt: skip
+    local = run_steps(tiny_config(demo_data, **flags), 50)
+    fused = run_steps(tiny_config(demo_data, **flags, **FUSED), 50)
+    # The first step's gradients differ by rounding to bfloat16, 1/256; later ones by what training makes of it.
+    assert fused["losses"][0] == pytest.approx(local["losses"][0], rel=1e-3)
+    assert fused["norms"][0] == pytest.approx(local["norms"][0], rel=1e-2)
+    assert fused["losses"] == pytest.approx(local["losses"], rel=2e-2)
