@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
 
 from genlip_megatron.config import ParallelConfig, RunConfig, nearest, source_epochs, source_weights
 from genlip_megatron.faults.inject import parse_faults
 from genlip_megatron.fp8_checks import check_engine
-from genlip_megatron.train.profile import profile_folder, profiled_steps
 
 
 def _positive(config: RunConfig) -> None:
@@ -118,6 +118,31 @@ def _divides(what: str, value: int, setting: str, divisor: int) -> None:
     if value % divisor:
         allowed = [str(d) for d in range(1, min(value, 64) + 1) if value % d == 0]
         raise ValueError(f"{what} = {value} is not a multiple of {setting} = {divisor}; allowed: {', '.join(allowed)}")
+
+
+def profiled_steps(text: str) -> tuple[int, int]:
+    """(first, last) step of ``log.profile_steps``; both are recorded.
+
+    Raises:
+        ValueError: not FIRST:LAST, or no step.
+
+    >>> profiled_steps("10:12")
+    (10, 12)
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = (int(number) for number in match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(
+            f"log.profile_steps = {text!r}: expected FIRST:LAST, two steps that are both recorded and count from 1, as "
+            "in 10:12"
+        )
+    return first, last
+
+
+def profile_folder(config: RunConfig) -> str:
+    """Where traces go: beside the run's checkpoints or its TensorBoard log; empty when it has neither."""
+    beside = config.checkpoint.save or config.log.tensorboard_dir
+    return f"{beside}/profile" if beside else ""
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:

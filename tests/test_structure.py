@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import importlib.metadata
+import subprocess
 import sys
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "evaluate.attributes",
         "evaluate.scenes",
         "train.breakdown",
-        "train.profile",
+        "checks",
         "train.step",
     ],
 )
@@ -113,6 +114,12 @@ def test_worked_examples_in_docstrings_hold(module: str) -> None:
     loaded = importlib.import_module(f"genlip_megatron.{module}")
     failed, tried = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried and not failed
+
+
+def test_settings_are_checked_without_torch() -> None:
+    """So that ``--help``, a mistake, and a worker of a launch that is over take no seconds."""
+    code = "import sys, genlip_megatron.arguments, genlip_megatron.checks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_collectives_of_one_rank_keep_their_meaning() -> None:

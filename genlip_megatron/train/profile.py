@@ -8,7 +8,6 @@ a GPU ``rank0.steps10-12.memory.pickle``, for https://pytorch.org/memory_viz. Wh
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,36 +15,12 @@ from typing import Any
 
 import torch
 
+from genlip_megatron.checks import profile_folder, profiled_steps
 from genlip_megatron.config import RunConfig
 from genlip_megatron.train.breakdown import Breakdown
 
 # Allocations of a snapshot; more would drop the oldest.
 _MEMORY_EVENTS = 1_000_000
-
-
-def profiled_steps(text: str) -> tuple[int, int]:
-    """(first, last) step of ``log.profile_steps``; both are recorded.
-
-    Raises:
-        ValueError: not FIRST:LAST, or no step.
-
-    >>> profiled_steps("10:12")
-    (10, 12)
-    """
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    first, last = (int(number) for number in match.groups()) if match else (0, 0)
-    if not 1 <= first <= last:
-        raise ValueError(
-            f"log.profile_steps = {text!r}: expected FIRST:LAST, two steps that are both recorded and count from 1, as "
-            "in 10:12"
-        )
-    return first, last
-
-
-def profile_folder(config: RunConfig) -> str:
-    """Where traces go: beside the run's checkpoints or its TensorBoard log; empty when it has neither."""
-    beside = config.checkpoint.save or config.log.tensorboard_dir
-    return f"{beside}/profile" if beside else ""
 
 
 class Profiler:
