@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 
 
@@ -101,4 +102,4 @@ def nothing_to_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def padding_slots(batch: PackedBatch, first: int, last: int, device: torch.device) -> Tensor:
     """int64: the slots of no sample among ``first`` to ``last``, counted from ``first``."""
-    return (batch.sample_ids[first:last].cpu() < 0).nonzero().squeeze(1).to(device, non_blocking=True)
+    return host.to_device((batch.sample_ids[first:last].cpu() < 0).nonzero().squeeze(1), device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.attention.backend import Backend, Place, Spans
@@ -15,6 +16,7 @@ from genlip_megatron.model.attention.dense import Dense
 from genlip_megatron.model.attention.flex import Flex
 from genlip_megatron.model.attention.grouped import Grouped
 from genlip_megatron.model.attention.two_calls import TransformerEngine, Varlen
+from genlip_megatron.model.embed import ImageSlots
 from genlip_megatron.model.rope import rotary_cos_sin
 from genlip_megatron.parallel.sequence import slot_share
 
@@ -64,6 +66,7 @@ class PackedAttention:
         context: context-parallel process group; None where a rank holds the whole sequence.
         gather_keys: context-parallel ranks gather keys and values instead of exchanging heads for sequence.
         drop_path: float32 [L, 2, S_local, 1, 1], factors of the residual branches' rows; None keeps everything.
+        images: where the patches go of the slots that this rank holds (``embed.ImageSlots``).
         qkv_format: "sbhd", so that Megatron-Core's attention leaves the tensors as they are.
     """
 
@@ -71,6 +74,7 @@ class PackedAttention:
     context: Any = None
     gather_keys: bool = False
     drop_path: Tensor | None = None
+    images: ImageSlots | None = None
     qkv_format: str = "sbhd"
     cu_seqlens_q: Any = None
     cu_seqlens_kv: Any = None
@@ -95,7 +99,7 @@ def plan_attention(
         context: context-parallel process group, or None.
         gather_keys: with ``context``: gather keys and values (all_gather) instead of exchanging heads (a2a).
     """
-    positions = batch.position_ids.to(device, non_blocking=True)
+    positions = host.to_device(batch.position_ids, device)
     cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype)
     mine = slot_share(batch.num_tokens, context if gather_keys else None)
     spans = Spans.of(batch, mine.start, mine.stop)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend
 from genlip_megatron.model.rope import apply_rotary
@@ -78,7 +79,7 @@ class _Call:
         self.empty, self.causal = not used.any(), causal
 
         def on_device(numbers: np.ndarray) -> Tensor:
-            return torch.from_numpy(numbers).to(device, non_blocking=True)
+            return host.to_device(torch.from_numpy(numbers), device)
 
         def cumulative(lengths: np.ndarray) -> Tensor:
             return on_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
