@@ -154,6 +154,11 @@ class TrainConfig:
         choices=("auto", "dense", "grouped", "varlen", "flex", "te"),
     )
     transformer_impl: str = _opt("local", "layer implementation", choices=("local", "transformer_engine"))
+    fusion: str = _opt(
+        "auto",
+        "compile residual branches and rotary positions into one kernel each; auto does on a GPU",
+        choices=("auto", "none", "compile"),
+    )
     seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
     check_memory: bool = _opt(True, "refuse a layout that by estimate needs more memory than a rank has")
     exit_interval: int = _opt(0, "save and exit after each step that is a multiple of this; 0: run to train_iters")
@@ -273,6 +278,7 @@ ONE_RANK = {
     "parallel.fsdp": False,
     "parallel.offload_modules": (),
     "train.attention_backend": "auto",
+    "train.fusion": "auto",
 }
 
 

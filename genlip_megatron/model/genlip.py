@@ -24,6 +24,7 @@ from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.attention import PackedAttention, plan_attention
 from genlip_megatron.model.embed import Embedding, ImageSlots
+from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.head import Head
 from genlip_megatron.model.specs import attention_choice, layer_spec
 from genlip_megatron.parallel.initial import fill_initial_weights
@@ -56,6 +57,7 @@ class GenLIP(MegatronModule):
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.share_embeddings_and_output_weights = False
         self.attention_backend = attention_backend or attention_choice(config)[0]
+        self.fusion = fusion_choice(config.train.fusion)
         self.gather_keys = config.parallel.cp_comm_type == "all_gather"
         self.tp_group = groups.tp
         self.context = groups.cp if groups.cp.size() > 1 else None
@@ -83,9 +85,8 @@ class GenLIP(MegatronModule):
         when ``batch`` is not on the CPU."""
         device = host.device()
         dtype = self.config.params_dtype
-        plan = plan_attention(
-            batch, self.model_config, dtype, self.attention_backend, device, self.context, self.gather_keys
-        )
+        cut = (self.context, self.gather_keys)
+        plan = plan_attention(batch, self.model_config, dtype, self.attention_backend, device, *cut, self.fusion)
         slots = local_slots(batch.num_tokens, self.context, self.tp_group if self.config.sequence_parallel else None)
         plan = replace(plan, images=ImageSlots.of(batch, slots, device))
         if batch.drop_path is None:

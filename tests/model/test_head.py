@@ -72,7 +72,8 @@ def test_loss_and_gradients_are_those_of_torch(in_buffer: bool) -> None:
 
 
 @pytest.mark.usefixtures("_short_chunks")
-def test_bfloat16_sums_its_weight_gradient_in_float32() -> None:
+def test_bfloat16_sums_its_weight_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_CPU_ROWS", 4)  # many short sums, which bfloat16 would round again and again
     exact = loss_and_gradients(torch.float32, True)
     for in_buffer in (False, True):
         found = loss_and_gradients(torch.bfloat16, in_buffer)

@@ -9,6 +9,7 @@ Legend: S slots of the micro-batch, Q slots with queries, N samples, H heads at 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.model.rope import apply_rotary
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,12 @@ class Backend(ABC):
         spans: the samples.
         batch: the micro-batch.
         cos, sin: [S, D] on the device, of every slot's rotary angles.
+
+    Attributes:
+        rotate: ``rope.apply_rotary``, or the same compiled.
     """
+
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(apply_rotary)
 
     @abstractmethod
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None: ...

@@ -9,7 +9,6 @@ from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Backend, Place, Spans
 from genlip_megatron.model.mask import prefix_lm_mask
-from genlip_megatron.model.rope import apply_rotary
 
 
 class Dense(Backend):
@@ -25,8 +24,8 @@ class Dense(Backend):
         return None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
-        k = apply_rotary(k, self._cos, self._sin)
+        q = self.rotate(q, self._cos[self._queries], self._sin[self._queries])
+        k = self.rotate(k, self._cos, self._sin)
         scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale
         weights = scores.masked_fill(~self._mask, float("-inf")).softmax(dim=-1)
         weights = weights.masked_fill(~self._mask, 0.0)  # padding sees nothing: its softmax is over no key

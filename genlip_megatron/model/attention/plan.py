@@ -17,7 +17,8 @@ from genlip_megatron.model.attention.flex import Flex
 from genlip_megatron.model.attention.grouped import Grouped
 from genlip_megatron.model.attention.two_calls import TransformerEngine, Varlen
 from genlip_megatron.model.embed import ImageSlots
-from genlip_megatron.model.rope import rotary_cos_sin
+from genlip_megatron.model.fusion import compiled
+from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin
 from genlip_megatron.parallel.sequence import slot_share
 
 BACKENDS: dict[str, type[Backend]] = {
@@ -88,6 +89,7 @@ def plan_attention(
     device: torch.device,
     context: Any = None,
     gather_keys: bool = False,
+    fusion: bool = False,
 ) -> PackedAttention:
     """Work out once what every layer's attention over ``batch`` needs.
 
@@ -98,9 +100,13 @@ def plan_attention(
         device: where attention runs.
         context: context-parallel process group, or None.
         gather_keys: with ``context``: gather keys and values (all_gather) instead of exchanging heads (a2a).
+        fusion: compile rotary positions.
     """
     positions = host.to_device(batch.position_ids, device)
     cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype)
     mine = slot_share(batch.num_tokens, context if gather_keys else None)
     spans = Spans.of(batch, mine.start, mine.stop)
-    return PackedAttention(BACKENDS[backend](spans, batch, cos, sin), context, gather_keys)
+    made = BACKENDS[backend](spans, batch, cos, sin)
+    if fusion:
+        made.rotate = compiled(apply_rotary)
+    return PackedAttention(made, context, gather_keys)

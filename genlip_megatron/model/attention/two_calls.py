@@ -20,7 +20,6 @@ from torch import Tensor
 from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend
-from genlip_megatron.model.rope import apply_rotary
 
 # Transformer Engine as Megatron-Core 0.16.1 asks for it: from the first version, below the second.
 TE_VERSIONS = ((2, 9), (2, 12))
@@ -110,8 +109,8 @@ class TwoCalls(Backend):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if all(call.empty for call in self.calls):
             return nothing_to_attend(q, k, v)
-        q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
-        k = apply_rotary(k, self._cos, self._sin)
+        q = self.rotate(q, self._cos[self._queries], self._sin[self._queries])
+        k = self.rotate(k, self._cos, self._sin)
         out = torch.zeros_like(q)
         for call in self.calls:
             if call.empty:
