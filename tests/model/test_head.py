@@ -78,7 +78,8 @@ def test_bfloat16_sums_its_weight_gradient_in_float32(monkeypatch: pytest.Monkey
     for in_buffer in (False, True):
         found = loss_and_gradients(torch.bfloat16, in_buffer)
         for ours, theirs in zip(found, exact, strict=True):
-            assert (ours.float() - theirs).norm() <= 0.01 * theirs.norm()  # seen: 0.004
+            # Seen: 0.0040, from operands in bfloat16; 0.0075 when the sum is in bfloat16 too.
+            assert (ours.float() - theirs).norm() <= 0.006 * theirs.norm()
 
 
 def test_a_loss_that_is_scaled_spoils_what_is_in_the_buffer() -> None:
