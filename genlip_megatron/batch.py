@@ -10,7 +10,7 @@ Legend: S tokens, N samples, P patches, R rows with loss, L layers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.config import PATCH_SIZE, PATCH_VALUES
 
 __all__ = ["PATCH_SIZE", "PATCH_VALUES", "PackedBatch", "Sample", "pack_samples", "sample_positions", "to_image"]
@@ -70,14 +71,18 @@ class PackedBatch:
         """Slots of the micro-batch, padding included (S)."""
         return self.token_ids.shape[0]
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """The same batch with every tensor on ``device``."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on ``device``; the host waits for no copy to a GPU."""
+        return self._map(lambda tensor: host.to_device(tensor, device))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch with what lies in host memory page-locked, as ``to`` needs it for a GPU."""
+        return self._map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

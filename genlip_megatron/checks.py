@@ -307,7 +307,10 @@ def _check_fsdp(parallel: ParallelConfig) -> None:
         )
     for name in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(parallel, name):
-            raise ValueError(f"parallel.{name} with parallel.fsdp: sharding overlaps by itself; leave {name} out")
+            raise ValueError(
+                f"parallel.{name} with parallel.fsdp: sharding overlaps by itself; leave {name} out, or where a recipe "
+                "sets it: --no-overlap-grad-reduce --no-overlap-param-gather"
+            )
 
 
 def _check_world_size(config: RunConfig, world_size: int) -> None:

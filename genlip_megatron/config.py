@@ -168,6 +168,11 @@ class TrainConfig:
     first_last_layers_bf16: bool = _opt(False, "with fp8 keep the first and last layers in BF16")
     num_layers_at_start_in_bf16: int = _opt(1, "with first_last_layers_bf16: first layers")
     num_layers_at_end_in_bf16: int = _opt(1, "with first_last_layers_bf16: last layers")
+    fusion: str = _opt(
+        "auto",
+        "compile residual branches and rotary positions into one kernel each; auto does on a GPU",
+        choices=("auto", "none", "compile"),
+    )
     seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
     check_memory: bool = _opt(True, "refuse a layout that by estimate needs more memory than a rank has")
     exit_interval: int = _opt(0, "save and exit after each step that is a multiple of this; 0: run to train_iters")
@@ -302,6 +307,7 @@ ONE_RANK = {
     "parallel.offload_modules": (),
     "train.attention_backend": "auto",
     **LOCAL_LAYERS,
+    "train.fusion": "auto",
 }
 
 

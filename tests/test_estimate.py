@@ -259,8 +259,9 @@ def test_nothing_fits() -> None:
 
 def test_best_layouts_are_sorted_by_speed_and_fit() -> None:
     machine = es.MACHINES["h100"]
-    found = es.best_layouts(recipe("so16_stage1"), 64, machine, 0.45)
+    given = recipe("so16_stage1")
+    found = es.best_layouts(given, 64, machine, 0.45)
     seconds = [round(e.step_seconds, 6) for e in found]
     assert seconds == sorted(seconds)
     assert all(e.memory.total <= machine.memory for e in found)
-    assert es.layout_flags(found[0].config) == "--tp 1 --pp 1 --micro-batch-size 2 --recompute none"
+    assert es.layout_flags(found[0].config, given) == "--tp 1 --pp 1 --micro-batch-size 2 --recompute none"

@@ -84,7 +84,7 @@ def assemble(loader: Loader, samples: list[int], step: int, name: str) -> Pack:
     """The pack of the given samples."""
     records = loader.quarantine.records
     records.clear()
-    batch = loader.assemble([samples], step).to("cpu", non_blocking=False)
+    batch = loader.assemble([samples], step).to("cpu")
     reasons = {(bad.shard, bad.key): bad.reason for bad in records}
     origins = []
     for sample in samples:

@@ -267,7 +267,8 @@ class Loader:
                 self.config.train.seed, step, ids, model.num_layers, model.drop_path_rate
             )
             batch = replace(batch, drop_path=factors)
-        return batch
+        # Here, in the loader's thread: it copies.
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
         """(each image with the prompt alone, its true answer): for captioning."""

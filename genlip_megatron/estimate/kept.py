@@ -10,9 +10,8 @@ import math
 
 from genlip_megatron.config import PATCH_VALUES, RunConfig
 from genlip_megatron.estimate.sample import SampleMix
+from genlip_megatron.model.cross_entropy import PIECE, chunk_rows, logit_bytes
 
-# Rows of logits that the head holds at once, as in model/head.py.
-_HEAD_ROWS = {"cuda": 4096, "cpu": 512}
 # Token ids, positions, sample ids and slots of one token, in bytes.
 _INDEX_BYTES = 64
 
@@ -169,22 +168,31 @@ class Sizes:
         return max(1, math.ceil(rows / 128)) * 128
 
     def head(self) -> float:
-        """The most that the head holds while it makes its logits and their gradients, chunk by chunk."""
+        """The most that the head holds while it makes its logits and their gradients, chunk by chunk.
+
+        The weight's gradient goes straight into DDP's buffer; under FSDP it is a float32 matrix of its own.
+        """
         model, rows = self.config.model, self.head_rows()
         columns = -(-model.vocab_size // self.tp)
-        chunk = min(rows, _HEAD_ROWS[self.device])
-        following = min(rows - chunk, chunk)  # made while the chunk before is still at hand
-        logit = 4 if self.e == 4 else 6  # float32, and in bf16 its rounded gradient
+        chunk = min(rows, chunk_rows(rows, columns, self.device, self.e))
         kept = rows * (2 * model.hidden_size + 2 * model.text_hidden_size) * self.e
+        logits = logit_bytes(self.device, self.e) * columns * chunk
         if model.freeze_head:
-            return kept + logit * columns * (chunk + following)
-        product = self.accumulated(self.vocabulary)
-        return kept + 4 * self.vocabulary + logit * columns * chunk + max(logit * columns * following, product)
+            return kept + logits
+        # Beside it, at the end, its copy in the compute dtype.
+        own = (4 + self.e % 4) * self.vocabulary if self.config.parallel.fsdp else 0
+        return kept + own + max(logits, self.e * columns * chunk + self._head_product())
+
+    def _head_product(self) -> float:
+        """What is made of the weight's gradient before it is added: a CPU multiplies bfloat16 piece by piece."""
+        if self.device != "cpu" or self.e == 4:
+            return 0.0
+        return self.accumulated(min(PIECE * self.config.model.text_hidden_size, self.vocabulary))
 
     def head_backward(self) -> float:
-        """The head's gradients beside their scaled copies, then the weight's on its way into the buffer."""
+        """The gradient of the head's rows beside its scaled copy; under FSDP the weight's too, on its way out."""
         model = self.config.model
         rows = self.head_rows() * (model.hidden_size + 2 * model.text_hidden_size) * self.e
-        if model.freeze_head:
+        if model.freeze_head or not self.config.parallel.fsdp:
             return rows
         return rows + max(2 * self.vocabulary * self.e, self.accumulated(self.vocabulary))

@@ -38,6 +38,9 @@ def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
                 context_parallel_size=cp,
                 virtual_pipeline_model_parallel_size=vpp,
                 fsdp=fsdp,
+                # Sharding overlaps by itself, and is refused with these.
+                overlap_grad_reduce=config.parallel.overlap_grad_reduce and not fsdp,
+                overlap_param_gather=config.parallel.overlap_param_gather and not fsdp,
                 recompute=recompute,
                 recompute_modules=modules,
                 recompute_num_layers=config.parallel.recompute_num_layers if recompute == own[0] else 0,
@@ -62,6 +65,8 @@ LAYOUT_FLAGS = (
     ("parallel", "context_parallel_size", "--cp"),
     ("train", "micro_batch_size", "--micro-batch-size"),
     ("parallel", "fsdp", "--fsdp"),
+    ("parallel", "overlap_grad_reduce", "--overlap-grad-reduce"),
+    ("parallel", "overlap_param_gather", "--overlap-param-gather"),
     ("parallel", "recompute", "--recompute"),
     ("parallel", "recompute_modules", "--recompute-modules"),
     ("parallel", "recompute_num_layers", "--recompute-num-layers"),
@@ -89,12 +94,12 @@ def layout_flags(config: RunConfig, given: RunConfig | None = None) -> str:
 
 
 def changes(config: RunConfig, other: RunConfig) -> int:
-    """Settings of the layout that differ."""
+    """Settings of the layout that differ; overlap, which only follows ``fsdp`` here, is none of them."""
     both = config.parallel.recompute == other.parallel.recompute == "selective"
     return sum(
         getattr(getattr(config, section), name) != getattr(getattr(other, section), name)
         for section, name, _ in LAYOUT_FLAGS
-        if both or name != "recompute_modules"
+        if (both or name != "recompute_modules") and not name.startswith("overlap_")
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -11,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PATCH_VALUES, PackedBatch
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.parallel.sequence import local_slots, slot_share
@@ -19,6 +22,27 @@ from genlip_megatron.parallel.sequence import local_slots, slot_share
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     """Rows of embedding and head, so that every tensor-parallel rank holds equally many."""
     return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+@dataclass(frozen=True)
+class ImageSlots:
+    """Where the patches of a micro-batch go, as far as a rank holds them.
+
+    Attributes:
+        slots: int64 [P_local], on the device: image slots, counted from the rank's first slot.
+        first_patch: row of ``PackedBatch.patches`` that goes into the first of them; the others follow.
+    """
+
+    slots: Tensor
+    first_patch: int
+
+    @classmethod
+    def of(cls, batch: PackedBatch, slots: slice, device: torch.device) -> ImageSlots:
+        """Those of a rank that holds ``slots``. Best of a batch on the CPU: from another device it is waited for."""
+        is_image = batch.is_image.cpu().numpy()
+        found = torch.from_numpy(np.flatnonzero(is_image[slots]))
+        before = int(np.count_nonzero(is_image[: slots.start]))
+        return cls(host.to_device(found, device), before - batch.first_patch)
 
 
 class Embedding(MegatronModule):
@@ -57,26 +81,28 @@ class Embedding(MegatronModule):
             if self.in_proj is not None:
                 self.in_proj.requires_grad_(False)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Hidden states [S_local, 1, D] of the slots that this rank holds."""
+    def forward(self, batch: PackedBatch, images: ImageSlots | None = None) -> Tensor:
+        """Hidden states [S_local, 1, D] of the slots that this rank holds.
+
+        Args:
+            images: where patches go, from a batch on the CPU; without it the device is waited for.
+        """
         assert batch.patches is not None
         sequence = self.tp_group if self.config.sequence_parallel else None
         slots = local_slots(batch.num_tokens, self.context, sequence)
-        is_image = batch.is_image[slots]
+        images = images or ImageSlots.of(batch, slots, batch.token_ids.device)
         pixels = batch.patches
         if sequence is not None or self.context is not None:
-            patch_index = (batch.is_image.cumsum(0) - 1)[slots][is_image] - batch.first_patch
-            pixels = pixels.index_select(0, patch_index)
+            pixels = pixels[images.first_patch : images.first_patch + len(images.slots)]
         if pixels.dtype == torch.uint8:
             pixels = pixels.to(torch.float32).mul_(1 / 127.5).sub_(1.0)  # (x / 255 - 0.5) / 0.5
 
         token_ids = batch.token_ids[slot_share(batch.num_tokens, self.context)]
         text = self.tokens(token_ids[None])  # [1, S / C, E], or [S_local, 1, E] when it scatters
-        text = text.reshape(len(is_image), -1)
+        text = text.reshape(slots.stop - slots.start, -1)
         if self.in_proj is not None:
             text = self.in_proj(text)
-        image_slots = is_image.nonzero().squeeze(1)
         # A batch without images carries one blank patch, whose weight must still get its gradient (of zero).
-        image = F.linear(pixels.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias)[: len(image_slots)]
+        image = F.linear(pixels.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias)[: len(images.slots)]
         # Not a view of what was computed: FSDP hangs its backward hook on the result.
-        return text[:, None].index_copy(0, image_slots, image[:, None])
+        return text[:, None].index_copy(0, images.slots, image[:, None])

@@ -24,7 +24,8 @@ from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.attention import PackedAttention, plan_attention
-from genlip_megatron.model.embed import Embedding
+from genlip_megatron.model.embed import Embedding, ImageSlots
+from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.head import Head
 from genlip_megatron.model.specs import attention_choice, layer_spec
 from genlip_megatron.parallel.initial import fill_initial_weights
@@ -57,6 +58,7 @@ class GenLIP(MegatronModule):
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.share_embeddings_and_output_weights = False
         self.attention_backend = attention_backend or attention_choice(config)[0]
+        self.fusion = fusion_choice(config.train.fusion)
         self.gather_keys = config.parallel.cp_comm_type == "all_gather"
         self.tp_group = groups.tp
         self.context = groups.cp if groups.cp.size() > 1 else None
@@ -92,15 +94,16 @@ class GenLIP(MegatronModule):
         when ``batch`` is not on the CPU."""
         device = host.device()
         dtype = self.config.params_dtype
-        plan = plan_attention(
-            batch, self.model_config, dtype, self.attention_backend, device, self.context, self.gather_keys
-        )
+        cut = (self.context, self.gather_keys)
+        plan = plan_attention(batch, self.model_config, dtype, self.attention_backend, device, *cut, self.fusion)
+        slots = local_slots(batch.num_tokens, self.context, self.tp_group if self.config.sequence_parallel else None)
+        plan = replace(plan, images=ImageSlots.of(batch, slots, device))
         if batch.drop_path is None:
             return plan
-        slots = local_slots(batch.num_tokens, self.context, self.tp_group if self.config.sequence_parallel else None)
         # Padding has no sample; it keeps the branches of sample 0 and nobody sees it.
-        samples = batch.sample_ids[slots].clamp(min=0).to(device)
-        return replace(plan, drop_path=batch.drop_path.to(device)[:, :, samples][..., None, None])
+        samples = batch.sample_ids[slots].clamp(min=0)
+        factors, samples = (host.to_device(x, device) for x in (batch.drop_path, samples))
+        return replace(plan, drop_path=factors[:, :, samples][..., None, None])
 
     def hidden_states(self, batch: PackedBatch, plan: PackedAttention | None = None) -> Tensor:
         """Output of this chunk's layers, [S_local, 1, D], for the slots that this rank holds.
@@ -114,7 +117,7 @@ class GenLIP(MegatronModule):
             self._begin_offloading()
         if not self.training:
             plan = replace(plan, drop_path=None)
-        hidden = self.embed(batch) if self.embed is not None else None
+        hidden = self.embed(batch, plan.images) if self.embed is not None else None
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=plan)
 
     def _begin_offloading(self) -> None:

@@ -1,8 +1,14 @@
 """Final LayerNorm, projection and language-model head on answer rows, with a vocabulary-parallel loss.
 
 Logits are made in chunks of rows, and each chunk's gradient right beside its loss, while the logits are at hand: for
-16 thousand rows of the real vocabulary they would take 10 GB in float32 if kept, and a quarter of the head's
-arithmetic if made again.
+16 thousand rows of the real vocabulary they would take 5 GB in bfloat16 if kept, and a quarter of the head's
+arithmetic if made again. One buffer serves all chunks: first logits, then their gradient.
+
+So the weight's gradient is made in the forward pass too. It is added at once to the float32 buffer that Megatron-Core's
+DistributedDataParallel keeps for it (``main_grad``): a matrix of its own would take as much again, 0.9 GB at E = 1536.
+That is right for the one factor with which the loss enters the backward pass, 1: ``calculate_per_token_loss`` divides
+by the tokens after the last micro-batch, and no loss scale is used. Any other factor turns the gradient into NaN, which
+the guarded step refuses. Without such a buffer (FSDP, a bare module) the gradient waits for its factor.
 """
 
 from __future__ import annotations
@@ -19,12 +25,10 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
+from genlip_megatron.model.cross_entropy import add_product_, chunk_rows, cross_entropy_
 from genlip_megatron.model.embed import padded_vocab_size
 from genlip_megatron.model.norm import LayerNorm
 from genlip_megatron.parallel.sequence import slot_share
-
-# Long enough for a GPU's matrix units; on a CPU, short enough that the logits stay near its caches.
-_ROWS_PER_CHUNK = {"cuda": 4096, "cpu": 512}
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -55,58 +59,42 @@ class _HeadLoss(torch.autograd.Function):
             row_weights: float32 [R], each row's weight in the sum.
         """
         total = torch.zeros((), dtype=torch.float32, device=x.device)
+        trained = with_gradient and weight.requires_grad
+        ctx.main_grad = getattr(weight, "main_grad", None) if trained else None
+        own = torch.zeros_like(weight, dtype=torch.float32) if trained and ctx.main_grad is None else None
+        grad_weight = own if ctx.main_grad is None else ctx.main_grad
         grad_x = torch.empty_like(x) if with_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient and weight.requires_grad else None
-        chunk = _ROWS_PER_CHUNK[x.device.type]
-        for start in range(0, x.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            logits = _local_logits(x[rows], weight, columns)
-            local, mine = _local_labels(labels[rows], first, columns)
-            target = logits.gather(1, local[:, None]).squeeze(1).masked_fill(~mine, 0.0)
-            target = _reduce(target, torch.distributed.ReduceOp.SUM, group)
-            top = _reduce(logits.amax(dim=-1), torch.distributed.ReduceOp.MAX, group)
-            scores = logits.sub_(top[:, None]).exp_()
-            normaliser = _reduce(scores.sum(dim=-1), torch.distributed.ReduceOp.SUM, group)
-            total += ((top + normaliser.log() - target) * row_weights[rows]).sum()
-            if grad_x is None:
-                continue
-            grad_logits = scores.mul_((row_weights[rows] / normaliser)[:, None])
-            grad_logits.scatter_add_(1, local[:, None], -(mine * row_weights[rows])[:, None])
-            grad_logits = grad_logits.to(x.dtype)
-            torch.matmul(grad_logits, weight, out=grad_x[rows])
+        chunk = min(chunk_rows(len(x), len(weight), x.device.type, x.element_size()), len(x))
+        logits = x.new_empty(chunk, len(weight))
+        for start in range(0, len(x), max(chunk, 1)):
+            rows = slice(start, min(start + chunk, len(x)))
+            part = logits[: rows.stop - start]
+            torch.mm(x[rows], weight.T, out=part)
+            losses = cross_entropy_(part, labels[rows] - first, row_weights[rows], columns, group, with_gradient)
+            total += (losses * row_weights[rows]).sum()
+            if grad_x is not None:
+                torch.mm(part, weight, out=grad_x[rows])
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ x[rows]
-        ctx.group = group
-        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
+                add_product_(grad_weight, part, x[rows])
+        ctx.group, ctx.weight = group, weight
+        ctx.save_for_backward(grad_x, None if own is None else own.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        factor = grads[0].to(grad_x.dtype)
-        grad_x = _reduce(grad_x * factor, torch.distributed.ReduceOp.SUM, ctx.group)
-        return grad_x, None if grad_weight is None else grad_weight * factor, *[None] * 6
-
-
-def _local_logits(x: Tensor, weight: Tensor, columns: int) -> Tensor:
-    """float32 [rows, V_local]; columns past the real vocabulary are minus infinity."""
-    logits = F.linear(x, weight).float()
-    if columns < weight.shape[0]:
-        logits[:, columns:] = float("-inf")
-    return logits
-
-
-def _local_labels(labels: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
-    """(column of the label on this rank, clamped; whether this rank holds it)."""
-    local = labels - first
-    mine = (local >= 0) & (local < columns)
-    return local.clamp(0, max(columns - 1, 0)), mine
-
-
-def _reduce(x: Tensor, operation: Any, group: Any) -> Tensor:
-    if group.size() > 1:
-        torch.distributed.all_reduce(x, op=operation, group=group)
-    return x
+        grad_x = grad_x * grads[0].to(grad_x.dtype)
+        if ctx.group.size() > 1:
+            torch.distributed.all_reduce(grad_x, group=ctx.group)
+        if grad_weight is not None:
+            grad_weight = grad_weight * grads[0].to(grad_weight.dtype)
+        elif ctx.main_grad is not None:
+            wrong = torch.where(grads[0] == 1, 0.0, float("nan"))
+            ctx.main_grad.view(-1)[:1].add_(wrong)
+            # As Megatron-Core's linears do with fused accumulation: DDP's hook wants some gradient, which it drops.
+            ctx.weight.grad_added_to_main_grad = True
+            grad_weight = ctx.weight.detach()
+        return grad_x, grad_weight, *[None] * 6
 
 
 class Head(MegatronModule):

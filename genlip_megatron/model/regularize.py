@@ -14,6 +14,8 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from genlip_megatron.model.fusion import compiled, scaled_residual
+
 
 class ScaledResidual(torch.nn.Module):
     """``bias_dropout_add`` of one residual branch.
@@ -23,10 +25,14 @@ class ScaledResidual(torch.nn.Module):
         init: initial value of LayerScale; 0 leaves LayerScale out.
         sequence_parallel: whether the module sees a tensor-parallel shard of the tokens, so that its gradient must
             be summed over the tensor-parallel group.
+        fusion: compile the branch into one kernel each way.
     """
 
-    def __init__(self, hidden_size: int, init: float, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, hidden_size: int, init: float, sequence_parallel: bool, dtype: torch.dtype, fusion: bool = False
+    ) -> None:
         super().__init__()
+        self._function = compiled(scaled_residual) if fusion else scaled_residual
         self.drop_path: Tensor | None = None  # [S_local, 1, 1], set by GenLIPLayer before each call
         self.scale: torch.nn.Parameter | None = None
         if init:
@@ -39,15 +45,7 @@ class ScaledResidual(torch.nn.Module):
 
     def _add(self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
         branch, bias = output_with_bias
-        if bias is not None:
-            branch = branch + bias
-        if self.drop_path is not None:
-            if self.scale is not None:
-                branch = branch * self.scale
-            return torch.addcmul(residual, branch, self.drop_path.to(branch.dtype))
-        if self.scale is not None:
-            return torch.addcmul(residual, branch, self.scale)
-        return residual + branch
+        return self._function(branch, bias, residual, self.scale, self.drop_path)
 
 
 class GenLIPLayer(TransformerLayer):

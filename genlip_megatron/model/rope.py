@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,12 @@ def axis_of_channel(head_dim: int, sections: tuple[int, ...]) -> Tensor:
     return axes
 
 
+@functools.cache
+def _axes_on(device: torch.device, head_dim: int, sections: tuple[int, ...]) -> Tensor:
+    """``axis_of_channel`` on ``device``, copied there once."""
+    return axis_of_channel(head_dim, sections).to(device)
+
+
 def rotary_cos_sin(
     position_ids: Tensor, head_dim: int, sections: tuple[int, ...], theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +44,7 @@ def rotary_cos_sin(
     """
     device = position_ids.device
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    positions = position_ids.to(torch.float32)[axis_of_channel(head_dim, sections).to(device)]  # [head_dim/2, S]
+    positions = position_ids.to(torch.float32)[_axes_on(device, head_dim, sections)]  # [head_dim/2, S]
     angles = positions.T * inverse
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

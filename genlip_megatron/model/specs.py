@@ -26,6 +26,7 @@ from genlip_megatron.convert.table import FUSED_NORMS
 from genlip_megatron.model.attention import FP8_BACKEND, PrefixLMAttention, choose_backend
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.engine import RECIPES, choose_fp8, fused_norms, why_no_engine
+from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.linear import ColumnLinear, RowLinear
 from genlip_megatron.model.mlp import SwiGLU
 from genlip_megatron.model.norm import LayerNorm
@@ -57,6 +58,7 @@ def check_machine(config: RunConfig) -> str:
             "Transformer Engine, which is not installed; pip install 'genlip-megatron[te]' on a CUDA machine, or "
             "recompute instead (--recompute selective --recompute-modules core_attn,mlp)"
         )
+    fusion_choice(config.train.fusion)
     backend, reason = attention_choice(config)
     fp8 = choose_fp8(config)
     warnings = [f"WARNING: {note}" for note in fp8.notes]
@@ -78,12 +80,16 @@ def attention_choice(config: RunConfig) -> tuple[str, str]:
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """Megatron-Core's configuration of the layers, from the run's."""
-    model, parallel = config.model, config.parallel
+    model, parallel, train = config.model, config.parallel, config.train
     dtype = compute_dtype(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
-    fp8, train = choose_fp8(config), config.train
-    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    fp8 = choose_fp8(config)
+    # Weight gradients added to DDP's buffer by the product itself: Transformer Engine's linears can, others by Apex.
+    adds_gradients = (
+        train.transformer_impl == "transformer_engine"
+        or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    )
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -99,7 +105,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         attention_dropout=0.0,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        gradient_accumulation_fusion=has_apex and torch.cuda.is_available() and not parallel.fsdp,
+        gradient_accumulation_fusion=adds_gradients and torch.cuda.is_available() and not parallel.fsdp,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -156,6 +162,7 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
             "init": config.model.layer_scale_init,
             "sequence_parallel": transformer.sequence_parallel,
             "dtype": transformer.params_dtype,
+            "fusion": fusion_choice(config.train.fusion),
         },
     )
     return ModuleSpec(

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.timers import Timers
 
 from genlip_megatron import host
@@ -41,7 +41,7 @@ from genlip_megatron.train.profile import Profiler
 from genlip_megatron.train.report import Tally, log, report
 from genlip_megatron.train.resume import finish_saves, gather_weights, load, make_saver, rewind, save
 from genlip_megatron.train.samples import write_caption_samples
-from genlip_megatron.train.step import Stepper, evaluate
+from genlip_megatron.train.step import Stepper, evaluate, finalize_gradients
 
 _BUCKET_PARAMETERS = 40_000_000
 
@@ -167,7 +167,7 @@ def build_run(config: RunConfig) -> Run:
         chunks = [
             DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(model)
         ]
-    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.finalize_model_grads_func = finalize_gradients
     transformer.grad_scale_func = None
     transformer.no_sync_func = _of_each(chunks, "no_sync") if parallel.overlap_grad_reduce else None
     transformer.param_sync_func = _of_each(chunks, "start_param_sync") if parallel.overlap_param_gather else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import fine_grained_activation_offload as offloading
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -35,6 +36,25 @@ def loss_sum(batch: PackedBatch, total: Tensor) -> tuple[Tensor, Tensor, dict[st
     if parallel_state.get_context_parallel_rank():
         count = torch.zeros_like(count)
     return total, count.to(torch.int), {"loss": torch.stack((total.detach().double(), count.double()))}
+
+
+def finalize_gradients(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Megatron-Core's ``finalize_model_grads``, which would ask the device whether there are tokens at all, and wait.
+
+    Args:
+        num_tokens: int32 scalar, answer tokens of this rank's micro-batches; 0 but on the last pipeline stage.
+    """
+    finalize_model_grads(model, None, **options)
+    if num_tokens is None:
+        return
+    torch.distributed.broadcast(
+        num_tokens,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    torch.distributed.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
 def for_each_chunk(items: Iterator[Any], chunks: int) -> list[Iterator[Any]]:

@@ -9,6 +9,7 @@ Legend: S slots of the micro-batch, Q slots with queries, N samples, H heads at 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.model.rope import apply_rotary
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,12 @@ class Backend(ABC):
         spans: the samples.
         batch: the micro-batch.
         cos, sin: [S, D] on the device, of every slot's rotary angles.
+
+    Attributes:
+        rotate: ``rope.apply_rotary``, or the same compiled.
     """
+
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(apply_rotary)
 
     @abstractmethod
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None: ...
@@ -107,4 +115,4 @@ def nothing_to_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def padding_slots(batch: PackedBatch, first: int, last: int, device: torch.device) -> Tensor:
     """int64: the slots of no sample among ``first`` to ``last``, counted from ``first``."""
-    return (batch.sample_ids[first:last].cpu() < 0).nonzero().squeeze(1).to(device, non_blocking=True)
+    return host.to_device((batch.sample_ids[first:last].cpu() < 0).nonzero().squeeze(1), device)

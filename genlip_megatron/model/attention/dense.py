@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Backend, Place, Spans
 from genlip_megatron.model.mask import prefix_lm_mask
-from genlip_megatron.model.rope import apply_rotary
 
 
 class Dense(Backend):
@@ -19,15 +19,15 @@ class Dense(Backend):
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
         self._cos, self._sin = cos, sin
         self._queries = slice(spans.first, spans.last)
-        self._mask = prefix_lm_mask(batch.sample_ids, batch.is_image)[self._queries].to(cos.device)
+        self._mask = host.to_device(prefix_lm_mask(batch.sample_ids, batch.is_image)[self._queries], cos.device)
 
     @staticmethod
     def why_not(place: Place) -> str | None:
         return None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
-        q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
-        k = apply_rotary(k, self._cos, self._sin)
+        q = self.rotate(q, self._cos[self._queries], self._sin[self._queries])
+        k = self.rotate(k, self._cos, self._sin)
         scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale
         weights = scores.masked_fill(~self._mask, float("-inf")).softmax(dim=-1)
         weights = weights.masked_fill(~self._mask, 0.0)  # padding sees nothing: its softmax is over no key

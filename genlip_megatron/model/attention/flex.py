@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, padding_slots
-from genlip_megatron.model.rope import apply_rotary
 
 
 @functools.cache
@@ -26,7 +26,7 @@ class Flex(Backend):
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
         self._cos, self._sin = cos, sin
         self._queries = slice(spans.first, spans.last)
-        sample_ids, is_image = batch.sample_ids.to(cos.device), batch.is_image.to(cos.device)
+        sample_ids, is_image = (host.to_device(x, cos.device) for x in (batch.sample_ids, batch.is_image))
         first = spans.first
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ class Flex(Backend):
         return None if place.head_dim >= 16 else f"needs heads of at least 16 channels, here are {place.head_dim}"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
-        q = apply_rotary(q, self._cos[self._queries], self._sin[self._queries])
-        k = apply_rotary(k, self._cos, self._sin)
+        q = self.rotate(q, self._cos[self._queries], self._sin[self._queries])
+        k = self.rotate(k, self._cos, self._sin)
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, ., D]
         out = _kernel(q.is_cuda)(query, key, value, block_mask=self._mask, scale=scale)
         return out[0].transpose(0, 1).index_fill(0, self._padding, 0.0)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Spans
 from genlip_megatron.model.attention.two_calls import TransformerEngine
@@ -63,13 +64,13 @@ class Fp8Images(TransformerEngine):
         super().__init__(spans, batch, cos, sin, elsewhere=mine)
         self.images = int(mine.sum())
         slots = (spans.starts[mine, None] + np.arange(self.length)).ravel()
-        self.key_slots = torch.from_numpy(slots).to(cos.device, non_blocking=True)
-        self.query_slots = torch.from_numpy(slots - spans.first).to(cos.device, non_blocking=True)
+        self.key_slots = host.to_device(torch.from_numpy(slots), cos.device)
+        self.query_slots = host.to_device(torch.from_numpy(slots - spans.first), cos.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:
         """As every backend's; ``image_kernel`` in ``own`` is the layer's ``ImageKernel``."""
         image_kernel: ImageKernel = own["image_kernel"]
-        q, k = self.rotate(q, k)
+        q, k = self.turned(q, k)
         channels = q.shape[-1]
         images = max(-(-self.images // _IMAGE_MULTIPLE), 1) * _IMAGE_MULTIPLE
         behind = (0, image_kernel.head_dim(channels) - channels, 0, 0, 0, 0, 0, images - self.images)

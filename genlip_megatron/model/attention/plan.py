@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.attention.backend import Backend, Place, Spans
@@ -16,7 +17,9 @@ from genlip_megatron.model.attention.flex import Flex
 from genlip_megatron.model.attention.fp8 import Fp8Images
 from genlip_megatron.model.attention.grouped import Grouped
 from genlip_megatron.model.attention.two_calls import TransformerEngine, Varlen
-from genlip_megatron.model.rope import rotary_cos_sin
+from genlip_megatron.model.embed import ImageSlots
+from genlip_megatron.model.fusion import compiled
+from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin
 from genlip_megatron.parallel.sequence import slot_share
 
 BACKENDS: dict[str, type[Backend]] = {
@@ -67,6 +70,7 @@ class PackedAttention:
         context: context-parallel process group; None where a rank holds the whole sequence.
         gather_keys: context-parallel ranks gather keys and values instead of exchanging heads for sequence.
         drop_path: float32 [L, 2, S_local, 1, 1], factors of the residual branches' rows; None keeps everything.
+        images: where the patches go of the slots that this rank holds (``embed.ImageSlots``).
         qkv_format: "sbhd", so that Megatron-Core's attention leaves the tensors as they are.
     """
 
@@ -74,6 +78,7 @@ class PackedAttention:
     context: Any = None
     gather_keys: bool = False
     drop_path: Tensor | None = None
+    images: ImageSlots | None = None
     qkv_format: str = "sbhd"
     cu_seqlens_q: Any = None
     cu_seqlens_kv: Any = None
@@ -87,6 +92,7 @@ def plan_attention(
     device: torch.device,
     context: Any = None,
     gather_keys: bool = False,
+    fusion: bool = False,
 ) -> PackedAttention:
     """Work out once what every layer's attention over ``batch`` needs.
 
@@ -97,10 +103,14 @@ def plan_attention(
         device: where attention runs.
         context: context-parallel process group, or None.
         gather_keys: with ``context``: gather keys and values (all_gather) instead of exchanging heads (a2a).
+        fusion: compile rotary positions.
     """
-    positions = batch.position_ids.to(device, non_blocking=True)
+    positions = host.to_device(batch.position_ids, device)
     cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype)
     mine = slot_share(batch.num_tokens, context if gather_keys else None)
     spans = Spans.of(batch, mine.start, mine.stop)
     chosen = Fp8Images if backend == FP8_BACKEND else BACKENDS[backend]
-    return PackedAttention(chosen(spans, batch, cos, sin), context, gather_keys)
+    made = chosen(spans, batch, cos, sin)
+    if fusion:
+        made.rotate = compiled(apply_rotary)
+    return PackedAttention(made, context, gather_keys)

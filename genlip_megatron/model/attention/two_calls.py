@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend
 from genlip_megatron.model.engine import why_no_engine
-from genlip_megatron.model.rope import apply_rotary
 
 
 class Kernel(Protocol):
@@ -74,7 +74,7 @@ class _Call:
         self.empty, self.causal = not used.any(), causal
 
         def on_device(numbers: np.ndarray) -> Tensor:
-            return torch.from_numpy(numbers).to(device, non_blocking=True)
+            return host.to_device(torch.from_numpy(numbers), device)
 
         def cumulative(lengths: np.ndarray) -> Tensor:
             return on_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
@@ -113,14 +113,14 @@ class TwoCalls(Backend):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         if all(call.empty for call in self.calls):
             return nothing_to_attend(q, k, v)
-        q, k = self.rotate(q, k)
+        q, k = self.turned(q, k)
         return self.add_calls(torch.zeros_like(q), q, k, v, scale)
 
-    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys turned by their rotary angles."""
         return (
-            apply_rotary(q, self._cos[self._queries], self._sin[self._queries]),
-            apply_rotary(k, self._cos, self._sin),
+            self.rotate(q, self._cos[self._queries], self._sin[self._queries]),
+            self.rotate(k, self._cos, self._sin),
         )
 
     def add_calls(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

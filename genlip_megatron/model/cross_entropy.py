@@ -1,0 +1,122 @@
+"""Cross entropy of a chunk of logits whose columns tensor-parallel ranks share out, and its gradient in their place.
+
+On a GPU two Triton kernels read and write the logits as they are, in bfloat16, with statistics in float32; elsewhere
+torch does the same, and a chunk in bfloat16 has a copy in float32. Rows talk through two all-reduces of a few numbers.
+
+Legend: R rows of the chunk, V vocabulary columns of this rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bytes of a chunk's logits on a GPU: thousands of rows of the real vocabulary, which fill its matrix units.
+_LOGITS_BUDGET = 640 * 2**20
+_MOST_ROWS, _ROW_MULTIPLE = 8192, 128
+# On a CPU, short enough that the logits stay near its caches.
+_CPU_ROWS = 512
+# Vocabulary rows of the weight's gradient that are made at once where a product cannot be added in float32.
+PIECE = 4096
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the kernels can be compiled; torch's builds for CUDA bring Triton along."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def logit_bytes(device_type: str, element_size: int) -> int:
+    """Bytes that a logit takes while its gradient is made, for logits of ``element_size`` bytes."""
+    in_place = element_size == 4 or (device_type != "cpu" and has_triton())
+    return element_size if in_place else element_size + 4
+
+
+def chunk_rows(rows: int, columns: int, device_type: str, element_size: int) -> int:
+    """Rows of a chunk, so that ``rows`` come in few chunks of about equal length within the budget.
+
+    At the real vocabulary in bfloat16 on one tensor-parallel rank:
+
+        >>> chunk_rows(4224, 151936, "cuda", 2) if has_triton() else 2176
+        2176
+    """
+    if device_type == "cpu":
+        return _CPU_ROWS
+    fit = _LOGITS_BUDGET // (columns * logit_bytes(device_type, element_size)) // _ROW_MULTIPLE * _ROW_MULTIPLE
+    most = min(max(fit, _ROW_MULTIPLE), _MOST_ROWS)
+    chunks = max(-(-rows // most), 1)
+    return max(-(-rows // chunks // _ROW_MULTIPLE), 1) * _ROW_MULTIPLE
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, row_weights: Tensor, columns: int, group: Any, with_gradient: bool
+) -> Tensor:
+    """float32 [R], the cross entropy of each row; ``logits`` becomes the gradient of their weighted sum.
+
+    Args:
+        logits: [R, V], float32 or bfloat16; what lies in columns past ``columns`` is no token and is not read. Without
+            ``with_gradient`` it is left with no meaning.
+        labels: int64 [R], as columns of this rank; those outside 0 to ``columns`` are another rank's.
+        row_weights: float32 [R].
+        columns: real columns of this rank, at most V; may be 0.
+        group: tensor-parallel ranks.
+    """
+    function = _in_place if logits.is_cuda and has_triton() else _plain
+    return function(logits, labels, row_weights, columns, group, with_gradient)
+
+
+def add_product_(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """``total`` [V, E] += ``grad`` [R, V] transposed times ``x`` [R, E], summed in the dtype of ``total``."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.T, x)
+    elif total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, grad.T, x, total.dtype, out=total)
+    else:
+        for start in range(0, len(total), PIECE):
+            total[start : start + PIECE] += grad[:, start : start + PIECE].T @ x
+
+
+def _plain(
+    logits: Tensor, labels: Tensor, row_weights: Tensor, columns: int, group: Any, with_gradient: bool
+) -> Tensor:
+    """``cross_entropy_`` by torch, anywhere."""
+    if columns < logits.shape[1]:
+        logits[:, columns:] = float("-inf")
+    scores = logits.float()  # the logits themselves, if they are float32
+    mine = (labels >= 0) & (labels < columns)
+    at = labels.clamp(0, max(columns - 1, 0))[:, None]
+    target = scores.gather(1, at).squeeze(1).masked_fill(~mine, 0.0)
+    top = _reduce(scores.amax(dim=-1), torch.distributed.ReduceOp.MAX, group)
+    scores.sub_(top[:, None]).exp_()
+    normaliser, target = _reduce(torch.stack((scores.sum(dim=-1), target)), torch.distributed.ReduceOp.SUM, group)
+    if with_gradient:
+        scores.mul_((row_weights / normaliser)[:, None])
+        scores.scatter_add_(1, at, -(mine * row_weights)[:, None])
+        if scores is not logits:
+            logits.copy_(scores)
+    return top + normaliser.log() - target
+
+
+def _in_place(
+    logits: Tensor, labels: Tensor, row_weights: Tensor, columns: int, group: Any, with_gradient: bool
+) -> Tensor:
+    """``cross_entropy_`` by Triton's kernels."""
+    kernels = importlib.import_module("genlip_megatron.model.cross_entropy_kernels")
+    own_top, own_sum, target = kernels.row_statistics(logits, labels, columns)
+    top = _reduce(own_top.clone(), torch.distributed.ReduceOp.MAX, group)
+    own_sum *= (own_top - top).exp()
+    normaliser, target = _reduce(torch.stack((own_sum, target)), torch.distributed.ReduceOp.SUM, group)
+    if with_gradient:
+        kernels.to_gradient_(logits, labels, columns, top, row_weights / normaliser, row_weights)
+    return top + normaliser.log() - target
+
+
+def _reduce(x: Tensor, operation: Any, group: Any) -> Tensor:
+    if group.size() > 1:
+        torch.distributed.all_reduce(x, op=operation, group=group)
+    return x

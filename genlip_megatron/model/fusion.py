@@ -1,0 +1,53 @@
+"""Chains of element-wise operations that ``train.fusion`` compiles into one kernel each way, for GPUs.
+
+Fused are the residual branch (bias, LayerScale, DropPath, addition) and, for attention backends that turn queries and
+keys by themselves, rotary positions. SwiGLU and the attention gate are compiled by Megatron-Core wherever there is a
+GPU; LayerNorm is one kernel of torch's. Without compiling the same functions run, so there is no twin to keep equal.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def fusion_choice(setting: str) -> bool:
+    """Whether ``train.fusion`` = ``setting`` compiles on this machine.
+
+    Raises:
+        ValueError: compile without a GPU, where the plain operations are the tested ones and no compiler is needed.
+    """
+    if setting == "compile" and not torch.cuda.is_available():
+        raise ValueError("train.fusion = compile: needs a CUDA device, here is none; allowed: auto, none")
+    return setting != "none" and torch.cuda.is_available()
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled as a whole, once in this process."""
+    return torch.compile(function, fullgraph=True)
+
+
+def scaled_residual(
+    branch: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, drop_path: Tensor | None
+) -> Tensor:
+    """``residual + drop_path * scale * (branch + bias)``, what is None left out.
+
+    Args:
+        branch, residual: [S_local, 1, D].
+        bias, scale: [D].
+        drop_path: [S_local, 1, 1].
+    """
+    if bias is not None:
+        branch = branch + bias
+    if drop_path is not None:
+        if scale is not None:
+            branch = branch * scale
+        return torch.addcmul(residual, branch, drop_path.to(branch.dtype))
+    if scale is not None:
+        return torch.addcmul(residual, branch, scale)
+    return residual + branch

@@ -1,0 +1,85 @@
+"""What ``train.fusion`` compiles traces as a whole, with the same results; and where it may be asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from genlip_megatron.batch import Sample, pack_samples
+from genlip_megatron.config import ModelConfig, RunConfig, override
+from genlip_megatron.model.attention import plan_attention
+from genlip_megatron.model.fusion import fusion_choice
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Traced and differentiated as compiled; kernels are a compiler's business, which a machine without a GPU may lack.
+COMPARE = """
+import sys, torch
+from genlip_megatron.model import fusion
+from genlip_megatron.model.rope import apply_rotary
+
+device, dtype = (sys.argv[1], torch.bfloat16 if sys.argv[1] == "cuda" else torch.float32)
+if device == "cpu":
+    compile_function = torch.compile
+    torch.compile = lambda function, **options: compile_function(function, backend="aot_eager", **options)
+
+def results(function, arguments):
+    leaves = [x.clone().requires_grad_() if x is not None else None for x in arguments]
+    out = function(*leaves)
+    (out.float() * torch.linspace(0, 1, out.numel(), device=device).view_as(out)).sum().backward()
+    return [out, *(x.grad for x in leaves if x is not None)]
+
+def draw(*shape):
+    return torch.randn(shape, device=device).to(dtype)
+
+vector, kept = draw(16), torch.ones(24, 1, 1, device=device)
+cases = [(fusion.scaled_residual, (draw(24, 1, 16), bias, draw(24, 1, 16), scale, drop))
+         for bias in (None, vector) for scale in (None, vector) for drop in (None, kept)]
+cases.append((apply_rotary, (draw(24, 2, 8), draw(24, 8), draw(24, 8))))
+for function, arguments in cases:
+    torch.manual_seed(0)
+    for plain, fused in zip(results(function, arguments), results(fusion.compiled(function), arguments), strict=True):
+        torch.testing.assert_close(fused, plain)
+"""
+
+
+def compare(device: str) -> None:
+    # In a process of its own, where the CPU layer has not put its function mode around everything.
+    subprocess.run([sys.executable, "-c", COMPARE, device], cwd=ROOT, env=dict(os.environ), check=True, timeout=300)
+
+
+def test_compiled_functions_are_traced_as_a_whole() -> None:
+    compare("cpu")
+
+
+def test_attention_turns_by_the_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return 0 * x
+
+    monkeypatch.setattr("genlip_megatron.model.attention.plan.compiled", lambda _: turn)
+    batch = pack_samples([[Sample(None, 0, 0, [1, 2, 3])]], 4)
+    model, q = ModelConfig(rope_sections=(1, 0, 0), hidden_size=4, num_attention_heads=2), torch.randn(4, 2, 2)
+    for fusion in (False, True):
+        plan = plan_attention(batch, model, torch.float32, "dense", torch.device("cpu"), fusion=fusion)
+        # Scores of nothing: every token sees the mean of what lies before it.
+        mean = torch.allclose(plan.backend(q, q, q, 1.0)[2], q[:3].mean(0), atol=1e-6)
+        assert mean == fusion
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_kernels_are_equal_to_the_plain_operations() -> None:
+    compare("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_nothing_is_compiled() -> None:
+    assert not fusion_choice("auto") and not fusion_choice("none")
+    with pytest.raises(ValueError, match="train.fusion = compile: needs a CUDA device.*allowed: auto, none"):
+        fusion_choice("compile")
+    with pytest.raises(ValueError, match="train.fusion = 'jit': expected one of auto, none, compile"):
+        override(RunConfig(), {"train.fusion": "jit"})
