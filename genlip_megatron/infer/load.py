@@ -166,9 +166,14 @@ def _from_released(
         fields = hf_config(open_released(place, None).model)
     elif whole:
         raise ValueError(f"--load {place}: the vision encoder alone, without text; captions need a whole model")
+    elif not (place / "config.json").is_file():
+        raise ValueError(f"--load {place}: no config.json there, which says the sizes of a vision encoder alone")
     else:
         fields = read_json(place / "config.json")
-    config = GenLIPConfig(**_model_fields(fields))
+    try:
+        config = GenLIPConfig(**_model_fields(fields))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--load {place}: config.json: {error}") from None
     reader = _tokenizer(tokenizer or str(place / "tokenizer.json"), config.vocab_size) if whole else None
     model = kind.from_pretrained(place, config=config, dtype=dtype or "auto")
     images = read_json(place / "preprocessor_config.json")

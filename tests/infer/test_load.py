@@ -1,0 +1,71 @@
+"""What is loaded is what the folder holds: nothing is dropped, rounded away or left at random without a word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
+from genlip_megatron.infer.load import load
+from tests.hf.models import random_weights, tiny
+from tools.extract_features import main as extract_features
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A folder of a vision encoder alone, of two layers."""
+    from genlip_megatron.config import DataConfig
+    from genlip_megatron.convert.conversion import in_encoder
+    from genlip_megatron.convert.folder import write_side_files
+
+    folder = tmp_path / "encoder"
+    write_side_files(folder, tiny(), DataConfig(), 0, "float32", encoder_only=True)
+    weights = {name: tensor for name, tensor in random_weights(tiny()).items() if in_encoder(name)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def set_fields(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def set_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    weights = {**load_file(folder / "model.safetensors"), name: tensor}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("harm", "part"),
+    [
+        (lambda place: set_fields(place, num_hidden_layers=1), "visual.layers.1."),
+        (lambda place: set_fields(place, num_hidden_layers=3), "no visual.layers.2."),
+        (lambda place: set_tensor(place, "extra", torch.zeros(1)), "extra, which GenLIPVisionModel"),
+        (lambda place: set_tensor(place, "ln_post.bias", torch.zeros(5)), "ln_post.bias is [5], [48] expected"),
+        (lambda place: (place / "config.json").unlink(), "no config.json"),
+        (lambda place: set_fields(place, hidden_size="big"), "hidden_size = 'big'"),
+    ],
+)
+def test_an_encoder_whose_tensors_are_not_the_models_is_refused(
+    harm: Callable[[Path], Any], part: str, encoder: Path, photos: Path, tool: Callable[..., str], tmp_path: Path
+) -> None:
+    harm(encoder)
+    words = [photos, "--load", encoder, "--output", tmp_path / "features", "--device", "cpu"]
+    line = tool(extract_features, *words, status=2)
+    assert str(encoder) in line and part in line
+
+
+def test_text_parts_are_no_mistake_of_an_encoder(encoder: Path) -> None:
+    set_tensor(encoder, "lm_head.weight", torch.zeros(3, 4))
+    assert load(encoder, print, encoder_only=True).model.config.num_hidden_layers == 2
+    set_tensor(encoder, "ln_post.bias", torch.zeros(5))
+    assert GenLIPVisionModel.from_pretrained(encoder, ignore_mismatched_sizes=True).ln_post.bias.shape == (48,)
