@@ -112,7 +112,7 @@ def to_hf(options: argparse.Namespace) -> int:
     from genlip_megatron.convert.tokenizer import export_tokenizer
     from genlip_megatron.data.text import load_tokenizer
 
-    check_target(options.output, options.overwrite, conversion.may_replace)
+    check_target(options.output, options.overwrite, conversion.foreign)
     with _bar(None, "checksums") as bar:
         place, saved, source = conversion.open_checkpoint(options.source, _say, bar.update)
     config = loading.read_config(place)
@@ -132,7 +132,7 @@ def to_hf(options: argparse.Namespace) -> int:
     facts = {"Step": str(saved.iteration)}
     if saved.validation_loss is not None:
         facts["Validation loss"] = f"{saved.validation_loss:.4f}"
-    with new_folder(options.output, total, options.overwrite, conversion.may_replace) as partial:
+    with new_folder(options.output, total, options.overwrite, conversion.foreign) as partial:
         with _bar(total, "weights") as bar:
             conversion.export_weights(source, tensors, partial, options.max_shard_size, bar.update)
         end = export_tokenizer(tokenizer, partial)
@@ -152,7 +152,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.data.text import load_tokenizer
 
-    check_target(options.output, options.overwrite, megatron_target.may_replace)
+    check_target(options.output, options.overwrite, megatron_target.foreign)
     source = conversion.open_released(options.source, options.num_attention_heads)
     dtype = DTYPES.get(options.dtype)
     precision = megatron_target.precision_of(source, dtype)
@@ -163,7 +163,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     config = conversion.recorded_run(options.source, source.model, tokenizer, precision)
     total = megatron_target.size_of(source, dtype)
     with (
-        new_folder(options.output, total, options.overwrite, megatron_target.may_replace) as partial,
+        new_folder(options.output, total, options.overwrite, megatron_target.foreign) as partial,
         _bar(total, "weights") as bar,
     ):
         name = megatron_target.write_checkpoint(partial, source, config, dtype, fingerprint, bar.update).name

@@ -5,9 +5,10 @@
     python tools/export_encoder.py FOLDER encoder.pt2     # torch.export; torch.export.load("encoder.pt2").module()
 
 The graph takes ``pixel_values`` float32 [B, 3, height, width], images of one size, normalised as the folder's image
-processor does it, with sides that are multiples of 16 and at least 32; others are an error. It gives ``features`` float32 [B, patches, D],
-row by row, after ``ln_post``. What was written is loaded again and compared with the model on several sizes before it
-gets its name: a failure leaves nothing. Weights of an ONNX file lie beside it in FILE.data: move the two together.
+processor does it, with sides that are multiples of 16 and at least 32; others are an error. It gives ``features``
+float32 [B, patches, D], row by row, after ``ln_post``. What was written is loaded again and compared with the model on
+several sizes before it gets its name: a failure leaves nothing. Weights of an ONNX file lie beside it in FILE.data:
+move the two together.
 """
 
 from __future__ import annotations

@@ -14,6 +14,18 @@ from typing import Any
 from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
 
 SOURCES = ("configuration_genlip.py", "image_processing_genlip.py", "modeling_genlip.py", "processing_genlip.py")
+# Everything of an exported folder but the weights.
+SIDE_FILES = {
+    *SOURCES,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 MAX_NEW_TOKENS = 256  # of the paper's captions
 
 # Fields of the authors' configuration that have one value here.

@@ -156,7 +156,7 @@ def _from_released(
     progress: Callable[[int], Any],
 ) -> Loaded:
     """From a folder in the authors' format."""
-    from genlip_megatron.convert.conversion import open_released, read_json
+    from genlip_megatron.convert.conversion import folder_images, open_released, read_json
     from genlip_megatron.convert.safetensors_file import contents
 
     stored = contents(place)
@@ -176,9 +176,9 @@ def _from_released(
         raise ValueError(f"--load {place}: config.json: {error}") from None
     reader = _tokenizer(tokenizer or str(place / "tokenizer.json"), config.vocab_size) if whole else None
     model = kind.from_pretrained(place, config=config, dtype=dtype or "auto")
-    images = read_json(place / "preprocessor_config.json")
+    images = images_of(folder_images(place))
     prompt = read_json(place / "processor_config.json").get("prompt", DEFAULT_PROMPT)
-    return Loaded(model, images_of(images if "image_mode" in images else {}), reader, prompt, place)
+    return Loaded(model, images, reader, prompt, place)
 
 
 def _model_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,13 @@ def test_the_target_is_replaced_when_asked_alone(
     for words in (("to-hf", started, "--output", started.parent), ("to-megatron", exported, "--output", exported)):
         assert "holds something else" in convert(*words, "--overwrite", status=2)
     (exported / "mine").mkdir()
-    assert "holds something else" in convert("to-hf", started, "--output", exported, "--overwrite", status=2)
+    assert "something else (mine)" in convert("to-hf", started, "--output", exported, "--overwrite", status=2)
+    (exported / "mine").rmdir()
+    for place, words in ((exported, ("to-hf", started)), (started, ("to-megatron", exported))):
+        (place / "events.out.tfevents").write_text("mine")
+        line = convert(*words, "--output", exported if place == exported else place.parent, "--overwrite", status=2)
+        assert "something else (events.out.tfevents)" in line
+        (place / "events.out.tfevents").unlink()
 
 
 def rewrite(released: Path, weights: dict[str, Tensor], **changes: Tensor | None) -> None:

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from genlip_megatron.convert.conversion import recorded_run
 from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 from genlip_megatron.infer.load import load
-from tests.hf.models import random_weights, tiny
+from tests.hf.models import export, random_weights, tiny
 from tools.extract_features import main as extract_features
 
 
@@ -69,3 +68,25 @@ def test_text_parts_are_no_mistake_of_an_encoder(encoder: Path) -> None:
     assert load(encoder, print, encoder_only=True).model.config.num_hidden_layers == 2
     set_tensor(encoder, "ln_post.bias", torch.zeros(5))
     assert GenLIPVisionModel.from_pretrained(encoder, ignore_mismatched_sizes=True).ln_post.bias.shape == (48,)
+
+
+def test_the_image_rule_of_a_folder_saved_again_by_transformers(
+    exported_native: Path, tmp_path: Path, demo_data: Path
+) -> None:
+    """Version 5 has the image processor inside ``processor_config.json``."""
+    processor = transformers.AutoProcessor.from_pretrained(exported_native, trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported_native, trust_remote_code=True)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "again")
+    images = load(tmp_path / "again", print).image_processor
+    assert (images.image_mode, images.min_pixels, images.max_pixels) == ("native", 512, 16384)
+    recorded = recorded_run(tmp_path / "again", tiny(), demo_data / "tokenizer.model", "fp32").data
+    assert (recorded.image_mode, recorded.min_pixels, recorded.max_pixels) == ("native", 512, 16384)
+
+
+@pytest.fixture
+def exported_native(tmp_path: Path, demo_data: Path) -> Path:
+    """A folder for images of their own sizes."""
+    return export(
+        tmp_path / "native", demo_data / "tokenizer.model", image_mode="native", min_pixels=512, max_pixels=16384
+    )
