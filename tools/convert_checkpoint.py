@@ -153,7 +153,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     from genlip_megatron.data.text import load_tokenizer
 
     check_target(options.output, options.overwrite, megatron_target.foreign)
-    source = conversion.open_released(options.source, options.num_attention_heads)
+    source = conversion.open_released(options.source, options.num_attention_heads, "--num-attention-heads")
     dtype = DTYPES.get(options.dtype)
     precision = megatron_target.precision_of(source, dtype)
     tokenizer = options.tokenizer or options.source / "tokenizer.json"

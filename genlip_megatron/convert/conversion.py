@@ -100,12 +100,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return fields
 
 
-def open_released(folder: Path, num_attention_heads: int | None) -> SafetensorsSource:
+def open_released(folder: Path, num_attention_heads: int | None = None, heads_hint: str = "") -> SafetensorsSource:
     """The weights of a Hugging Face folder, or of the authors' released format.
 
     Args:
         folder: with ``config.json`` and safetensors.
         num_attention_heads: where neither the configuration nor the sizes of a released model tell.
+        heads_hint: how the caller's user gives it, for messages.
 
     Raises:
         ValueError: what is there is no whole model, or contradicts itself; the folder or file is named.
@@ -114,7 +115,7 @@ def open_released(folder: Path, num_attention_heads: int | None) -> SafetensorsS
     try:
         model = model_config(read_json(folder / "config.json"), shapes, num_attention_heads)
     except ValueError as error:
-        hint = " (--num-attention-heads)" if "num_attention_heads" in str(error) else ""
+        hint = f" ({heads_hint})" if heads_hint and "num_attention_heads" in str(error) else ""
         raise ValueError(f"{folder}: {error}{hint}") from None
     return SafetensorsSource(folder, model)
 
@@ -168,6 +169,8 @@ def recorded_run(folder: Path, model: ModelConfig, tokenizer: Path, precision: s
             raise ValueError(f"{folder}: images of size {size!r}; training takes squares alone")
         data["data.image_size"] = size["height"]
     if "prompt" in prompt:
+        if not isinstance(prompt["prompt"], str):
+            raise ValueError(f"{folder / 'processor_config.json'}: prompt = {prompt['prompt']!r}; a text is expected")
         data["data.prompt"] = prompt["prompt"]
     return override(RunConfig(model=model), data)
 

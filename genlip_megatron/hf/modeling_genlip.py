@@ -812,10 +812,16 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Arguments of the next forward pass: all text and the images at first, then what the cache lacks."""
+        """Arguments of the next forward pass: all text and the images at first, then what the cache lacks.
+
+        Raises:
+            ValueError: a prompt ends in padding, after which new tokens would go.
+        """
         cache = past_key_values if cache is None else cache
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cached = 0 if cache is None else cache.get_seq_length()
+        if not cached and not bool(mask[:, -1].all()):
+            raise ValueError("the prompts end in padding: new tokens go after it, so pad on the left for generation")
         if cached:
             lengths = mask.sum(dim=1)
             if image_grid_hw is not None:

@@ -163,7 +163,7 @@ def _from_released(
     whole = kind is GenLIPForCausalLM
     if "embeddings.weight" in stored:
         # Released configurations leave out what the weights' shapes say.
-        fields = hf_config(open_released(place, None).model)
+        fields = hf_config(open_released(place, heads_hint="in its config.json").model)
     elif whole:
         raise ValueError(f"--load {place}: the vision encoder alone, without text; captions need a whole model")
     elif not (place / "config.json").is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,15 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
     assert "ln_post.bias is I32; expected F32, BF16, F16" in line
 
 
+def set_field(name: str, value: Any, place: Path) -> None:
+    fields = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**fields, name: value}))
+
+
+def set_tensor(name: str, place: Path) -> None:
+    save_file({**read_released(place), name: torch.zeros(3)}, place / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("harm", "parts"),
     [
@@ -205,6 +215,29 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
         (lambda place: split(place, "wrong"), ["index.json: does not agree with the files on ln_post.bias"]),
         (lambda place: split(place, "outside"), ["index.json: damaged, expected JSON with a weight_map"]),
         (lambda place: shutil.rmtree(place), ["no such folder"]),
+        *(
+            (partial(set_field, name, value), [f"config.json: {text}"])
+            for name, value, text in (
+                ("num_attention_heads", -4, "num_attention_heads = -4; it must be a whole number"),
+                ("num_attention_heads", 0, "num_attention_heads = 0; it must be"),
+                ("num_attention_heads", "4", "num_attention_heads = '4'; it must be"),
+                ("rope_theta", "big", "rope_theta = 'big'; it must be a number"),
+                ("rope_scaling", "x", "rope_scaling = 'x'; an object is expected"),
+                (
+                    "rope_scaling",
+                    {"mrope_section": ["a", 1, 2]},
+                    "rope_scaling.mrope_section = ['a', 1, 2]; it must be",
+                ),
+                ("rope_scaling", {"mrope_interleaved": False}, "rope_scaling.mrope_interleaved = False; this project"),
+                ("rope_scaling", {"factor": 2.0}, "rope_scaling.factor = 2.0; this project does not compute it"),
+                ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling.rope_type = 'yarn'; this project"),
+            )
+        ),
+        (partial(set_field, "num_attention_heads", 5), ["num_attention_heads = 5: each head", "--num-attention-heads"]),
+        (partial(set_tensor, "embeddings.weight"), ["embeddings.weight is [3]; a matrix"]),
+        (partial(set_tensor, "visual.layers.0.self_attn.k_proj.weight"), ["k_proj.weight is [3]; a matrix"]),
+        (partial(set_tensor, "visual.layers.x.foo"), ["unexpected: visual.layers.x.foo"]),
+        (partial(set_tensor, "visual.layers."), ["unexpected: visual.layers."]),
     ],
 )
 def test_bad_folders_are_refused_in_one_line(
@@ -215,6 +248,26 @@ def test_bad_folders_are_refused_in_one_line(
     assert str(released) in line
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize("size", [{"height": "x", "width": 224}, {"height": 224}, [224], 225])
+def test_a_bad_size_of_images_is_told_in_one_line(
+    size: Any, released: Path, convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    images = released / "preprocessor_config.json"
+    words = (released, "--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
+    images.write_text(json.dumps({"image_mode": "fixed", "size": size}))
+    line = convert("to-megatron", *words, status=2)
+    assert str(images) in line and f"size = { ({'height': 225, 'width': 225} if size == 225 else size)!r}" in line
+
+
+@pytest.mark.parametrize("fields", [{"size": 64}, {"size": {"height": 64, "width": 64}}, {}])
+def test_sizes_of_images_that_are_taken(fields: Any, released: Path, demo_data: Path) -> None:
+    from genlip_megatron.convert.conversion import recorded_run
+
+    (released / "preprocessor_config.json").write_text(json.dumps({"image_mode": "fixed", **fields}))
+    data = recorded_run(released, tiny_config(demo_data).model, demo_data / "tokenizer.model", "fp32").data
+    assert data.image_size == (64 if fields else 224)
 
 
 def cut(file: Path, at: int) -> None:
