@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.optional import need_transformers
 
 
 def build_parser() -> StrictParser:
@@ -68,6 +69,7 @@ def extract(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a user's mistake.
     """
+    need_transformers()
     import torch
     from tqdm import tqdm
 

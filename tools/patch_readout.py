@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.optional import need_transformers
 
 # By which --overwrite knows a folder of readouts.
 INDEX, KIND = "index.json", "genlip patch readouts"
@@ -81,6 +82,7 @@ def write_readouts(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a user's mistake.
     """
+    need_transformers()
     from tqdm import tqdm
 
     from genlip_megatron.convert.new_folder import check_target, new_folder

@@ -380,7 +380,7 @@ def write_side_files(
     Args:
         folder: where to write; made if it is not there.
         model, data: of the run.
-        end_token_id: token that closes captions, as ``export_tokenizer`` returns it.
+        end_token_id: token that closes captions, as ``export_tokenizer`` returns it; of no use to an encoder alone.
         dtype: of the stored weights: "float32", "bfloat16" or "float16".
         license_id, facts: see ``model_card``.
         encoder_only: the weights are those of the vision encoder alone.

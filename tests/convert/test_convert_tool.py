@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -107,6 +108,27 @@ def test_the_encoder_alone(started: Path, weights: dict[str, Tensor], convert: C
     assert differing(read_released(tmp_path / "encoder"), expected) == [] and len(expected) < len(weights)
     line = convert("to-megatron", tmp_path / "encoder", "--output", tmp_path / "no", status=2)
     assert "embeddings.weight" in line
+
+
+def test_the_encoder_alone_needs_no_tokenizer(
+    released: Path, convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    tokenizer = shutil.copy(demo_data / "tokenizer.model", tmp_path / "tokenizer.model")
+    convert("to-megatron", released, "--output", tmp_path / "start", "--tokenizer", tokenizer)
+    Path(tokenizer).unlink()
+    words = ("to-hf", tmp_path / "start", "--output", tmp_path / "encoder")
+    assert "no such file" in convert(*words, status=2)
+    convert(*words, "--encoder-only")
+    assert not list((tmp_path / "encoder").glob("tokenizer*"))
+
+
+def test_verify_without_transformers_writes_nothing(
+    released: Path, started: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for words in (("to-hf", started), ("to-megatron", released)):
+        line = convert(*words, "--output", tmp_path / "no", "--verify", status=2)
+        assert "pip install 'genlip-megatron[hf]'" in line
 
 
 def begun(config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -90,3 +91,32 @@ def exported_native(tmp_path: Path, demo_data: Path) -> Path:
     return export(
         tmp_path / "native", demo_data / "tokenizer.model", image_mode="native", min_pixels=512, max_pixels=16384
     )
+
+
+def test_a_value_beyond_fp16_is_refused(encoder: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    load(encoder, print, encoder_only=True, dtype="fp16")
+    set_tensor(encoder, "ln_post.bias", torch.full((48,), 7e4))
+    with pytest.raises(ValueError, match="ln_post.bias: a value of 7e"):
+        load(encoder, print, encoder_only=True, dtype="fp16")
+    assert load(encoder, print, encoder_only=True, dtype="bf16").model.dtype == torch.bfloat16
+    loaded = load(checkpoints["1"], print, encoder_only=True, dtype="fp16")
+    assert loaded.model.dtype == torch.float16
+
+
+def test_tools_without_transformers_say_what_to_install(
+    tool: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.caption import main as caption
+    from tools.patch_readout import main as patch_readout
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for main in (caption, extract_features, patch_readout):
+        line = tool(main, tmp_path, "--load", tmp_path, "--output", tmp_path / "new", status=2)
+        assert "pip install 'genlip-megatron[hf]'" in line
+
+
+def test_a_missing_head_count_names_no_flag_that_the_tool_lacks(exported_native: Path) -> None:
+    set_fields(exported_native, num_attention_heads=None)
+    with pytest.raises(ValueError, match="number of attention heads") as raised:
+        load(exported_native, print)
+    assert "--num" not in str(raised.value) and "config.json" in str(raised.value)
