@@ -140,7 +140,7 @@ def folder_images(folder: Path) -> dict[str, Any]:
     size = fields.get("size", {"height": DataConfig.image_size, "width": DataConfig.image_size})
     if isinstance(size, int):
         size = {"height": size, "width": size}
-    sides = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else []
+    sides: list[Any] = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else []
     if len(sides) != 2 or any(not _whole(side) or side % PATCH_SIZE for side in sides):
         raise ValueError(f"{file}: size = {size!r}; expected height and width, multiples of {PATCH_SIZE}")
     for name in ("min_pixels", "max_pixels"):
