@@ -114,6 +114,8 @@ def model_config(
     rope = _rope(fields)
     values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     values["rope_sections"] = tuple(rope.get("mrope_section") or (release.rope_sections if release else ()))
+    if num_attention_heads is not None and num_attention_heads < 1:
+        raise ValueError(f"num_attention_heads = {num_attention_heads}; it must be a whole number of at least 1")
     if num_attention_heads is not None and values.setdefault("num_attention_heads", num_attention_heads) != (
         num_attention_heads
     ):

@@ -322,6 +322,9 @@ def test_the_head_count_may_be_given(released: Path, convert: Convert, demo_data
     heads(released, None)
     words = ("--tokenizer", demo_data / "tokenizer.model", "--num-attention-heads", "4", "--verify")
     assert "within" in convert("to-megatron", released, "--output", tmp_path / "start", *words)
+    for count, why in (("-4", "at least 1"), ("5", "must be a multiple of twice the heads")):
+        line = convert("to-megatron", released, "--output", tmp_path / "no", "--num-attention-heads", count, status=2)
+        assert why in line and "(--num-attention-heads)" in line and "config.json" not in line
 
 
 def test_bad_checkpoints_are_refused_in_one_line(started: Path, convert: Convert, tmp_path: Path) -> None:
