@@ -47,5 +47,7 @@ setup(
             "transformers>=4.56,<6",
         ],
         "wandb": ["wandb>=0.19"],
+        "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "lmms": ["lmms-eval>=0.7.3,<0.8"],
     },
 )

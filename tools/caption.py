@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.optional import need_transformers
 
 
 def build_parser() -> StrictParser:
@@ -95,6 +96,7 @@ def caption(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a user's mistake.
     """
+    need_transformers()
     from tqdm import tqdm
 
     from genlip_megatron.infer.inputs import Inputs

@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=16, help="only the first so many images (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest caption (default: 256)")
     options = parser.parse_args()
-    model: Any = AutoModelForCausalLM.from_pretrained(options.folder, trust_remote_code=True).eval()
+    # In float32 on the CPU, where captions can be compared with another program's token by token.
+    model: Any = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, trust_remote_code=True)
+    model.eval()
     processor: Any = AutoProcessor.from_pretrained(options.folder, trust_remote_code=True)
     keys, images = zip(*itertools.islice(images_of(options.shard), options.limit), strict=True)
     inputs = processor(images=list(images)).to(model.device, model.dtype)

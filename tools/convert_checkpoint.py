@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.optional import need_transformers
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -112,14 +113,18 @@ def to_hf(options: argparse.Namespace) -> int:
     from genlip_megatron.convert.tokenizer import export_tokenizer
     from genlip_megatron.data.text import load_tokenizer
 
-    check_target(options.output, options.overwrite, conversion.may_replace)
+    if options.verify:
+        need_transformers()
+    check_target(options.output, options.overwrite, conversion.foreign)
     with _bar(None, "checksums") as bar:
         place, saved, source = conversion.open_checkpoint(options.source, _say, bar.update)
     config = loading.read_config(place)
     tokenizer = options.tokenizer or Path(config.data.tokenizer)
-    if not tokenizer.is_file():
+    # An encoder alone reads no text: the file may be gone.
+    has_tokenizer = not options.encoder_only or options.tokenizer is not None
+    if has_tokenizer and not tokenizer.is_file():
         raise ValueError(f"{tokenizer}: no such file, where the run had its tokenizer; name it with --tokenizer")
-    if (found := load_tokenizer(tokenizer, config.model.vocab_size).fingerprint) != saved.tokenizer:
+    if has_tokenizer and (found := load_tokenizer(tokenizer, config.model.vocab_size).fingerprint) != saved.tokenizer:
         raise ValueError(
             f"{tokenizer}: not the tokenizer of {place}: its fingerprint is {found}, the checkpoint's "
             f"{saved.tokenizer}; name the right file with --tokenizer"
@@ -132,10 +137,10 @@ def to_hf(options: argparse.Namespace) -> int:
     facts = {"Step": str(saved.iteration)}
     if saved.validation_loss is not None:
         facts["Validation loss"] = f"{saved.validation_loss:.4f}"
-    with new_folder(options.output, total, options.overwrite, conversion.may_replace) as partial:
+    with new_folder(options.output, total, options.overwrite, conversion.foreign) as partial:
         with _bar(total, "weights") as bar:
             conversion.export_weights(source, tensors, partial, options.max_shard_size, bar.update)
-        end = export_tokenizer(tokenizer, partial)
+        end = export_tokenizer(tokenizer, partial) if has_tokenizer else 0
         name = str(stored).removeprefix("torch.")
         write_side_files(partial, config.model, config.data, end, name, options.license, facts, options.encoder_only)
     print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")
@@ -152,8 +157,10 @@ def to_megatron(options: argparse.Namespace) -> int:
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.data.text import load_tokenizer
 
-    check_target(options.output, options.overwrite, megatron_target.may_replace)
-    source = conversion.open_released(options.source, options.num_attention_heads)
+    if options.verify:
+        need_transformers()
+    check_target(options.output, options.overwrite, megatron_target.foreign)
+    source = conversion.open_released(options.source, options.num_attention_heads, "--num-attention-heads")
     dtype = DTYPES.get(options.dtype)
     precision = megatron_target.precision_of(source, dtype)
     tokenizer = options.tokenizer or options.source / "tokenizer.json"
@@ -163,7 +170,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     config = conversion.recorded_run(options.source, source.model, tokenizer, precision)
     total = megatron_target.size_of(source, dtype)
     with (
-        new_folder(options.output, total, options.overwrite, megatron_target.may_replace) as partial,
+        new_folder(options.output, total, options.overwrite, megatron_target.foreign) as partial,
         _bar(total, "weights") as bar,
     ):
         name = megatron_target.write_checkpoint(partial, source, config, dtype, fingerprint, bar.update).name

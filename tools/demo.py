@@ -65,12 +65,14 @@ def export(checkpoint: Path, shard: str, count: str) -> Path:
     run(sys.executable, "tools/convert_checkpoint.py", "to-hf", checkpoint, "--output", folder, "--overwrite")
     plain, recomputed = checkpoint / "captions-exported.jsonl", checkpoint / "captions-recomputed.jsonl"
     words = ["--limit", count, "--max-new-tokens", MAX_NEW_TOKENS]
+    # Both in float32 on the CPU, also where there is a GPU: in bfloat16 two likely tokens may change places.
     run(sys.executable, "tools/caption.py", shard, "--load", checkpoint, "--recompute", "--token-ids", "--output",
-        recomputed, *words)  # fmt: skip
+        recomputed, "--dtype", "fp32", "--device", "cpu", *words, CUDA_VISIBLE_DEVICES="")  # fmt: skip
     # Isolated, elsewhere and with a new cache of the folder's code, so that nothing but the folder can be used.
     with tempfile.TemporaryDirectory() as elsewhere:
         run(sys.executable, "-I", ROOT / "tools/caption_exported.py", ROOT / folder, ROOT / shard, "--output",
-            ROOT / plain, *words, cwd=Path(elsewhere), HF_MODULES_CACHE=elsewhere, HF_HUB_OFFLINE="1")  # fmt: skip
+            ROOT / plain, *words, cwd=Path(elsewhere), HF_MODULES_CACHE=elsewhere, HF_HUB_OFFLINE="1",
+            CUDA_VISIBLE_DEVICES="")  # fmt: skip
     for ours, theirs in zip(read_rows(recomputed), read_rows(plain), strict=True):
         # Tokenizers write bytes that are no character each in their way.
         names = ["key", "token_ids"] + ([] if "\ufffd" in ours["caption"] else ["caption"])

@@ -1,30 +1,35 @@
 #!/usr/bin/env python3
 """Export the vision encoder of a Hugging Face folder as one graph for images of any size.
 
-    python tools/export_encoder.py FOLDER encoder.onnx    # needs: pip install onnx onnxscript onnxruntime
+    python tools/export_encoder.py FOLDER encoder.onnx    # needs: pip install 'genlip-megatron[onnx]'
     python tools/export_encoder.py FOLDER encoder.pt2     # torch.export; torch.export.load("encoder.pt2").module()
 
 The graph takes ``pixel_values`` float32 [B, 3, height, width], images of one size, normalised as the folder's image
-processor does it, with sides that are multiples of 16 and at least 32. It gives ``features`` float32 [B, patches, D],
-row by row, after ``ln_post``. What was written is loaded again and compared with the model on several sizes before the
-tool ends. Weights of an ONNX file lie beside it in FILE.data: move the two together.
+processor does it, with sides that are multiples of 16 and at least 32; others are an error. It gives ``features``
+float32 [B, patches, D], row by row, after ``ln_post``. What was written is loaded again and compared with the model on
+several sizes before it gets its name: a failure leaves nothing. Weights of an ONNX file lie beside it in FILE.data:
+move the two together.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import logging as transformers_logging
 
-from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
+if TYPE_CHECKING:
+    from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 
 PATCH_SIZE = 16
+PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 MAX_BATCH, MAX_SIDE = 4096, 512  # images; patches
 CHECKED_SIZES = ((2, 3, 64, 96), (1, 3, 224, 224), (3, 3, 32, 160))
 # Of the largest feature; the orders of summation differ.
@@ -54,14 +59,26 @@ class OneSizeEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """float [B, patches, D] from [B, 3, height, width]."""
-        tokens = self.model.vision_embeddings.patch_embedding(pixel_values)  # [B, D, rows, columns]
-        batch, _, rows, columns = tokens.shape
+        batch, channels, height, width = pixel_values.shape
+        rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
+        # A convolution would leave out what is over of a side that is no multiple; this is an error then, in any graph.
+        pixels = pixel_values.reshape(batch, channels, rows, PATCH_SIZE, columns, PATCH_SIZE)
+        tokens = self.model.vision_embeddings(pixels.permute(0, 2, 4, 1, 3, 5).reshape(-1, PATCH_VALUES))
         row = torch.arange(rows, device=tokens.device)[:, None].expand(rows, columns).flatten()
         column = torch.arange(columns, device=tokens.device).expand(rows, columns).flatten()
         positions = torch.stack((torch.zeros_like(row), row, column)).repeat(1, batch)
-        tokens = tokens.flatten(2).transpose(1, 2).flatten(0, 1)
         states = self.model.visual(tokens, positions, _OneSizeAttention(batch))
         return self.model.ln_post(states[-1]).unflatten(0, (batch, -1))
+
+
+class DiffersError(Exception):
+    """What was written does not compute what the model does."""
+
+
+def check_ending(output: Path) -> None:
+    """Raise ValueError unless the file's ending is that of a format."""
+    if output.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{output}: the file's ending says the format; allowed are .onnx and .pt2")
 
 
 def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor], Tensor]:
@@ -78,8 +95,7 @@ def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor],
         ValueError: another ending.
         ImportError: an ONNX file without the packages onnx, onnxscript and onnxruntime.
     """
-    if output.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"{output}: the file's ending says the format; allowed are .onnx and .pt2")
+    check_ending(output)
     encoder = OneSizeEncoder(model.float()).eval()
     example = (torch.zeros(CHECKED_SIZES[0]),)
     # An image of one row or column would be traced as a case of its own.
@@ -89,7 +105,11 @@ def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor],
         if output.suffix == ".pt2":
             torch.export.save(torch.export.export(encoder, example, dynamic_shapes=sizes), output)
             return torch.export.load(output).module()
-        import onnxruntime
+        try:
+            import onnxruntime
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"{error}: pip install 'genlip-megatron[onnx]'") from None
 
         torch.onnx.export(
             encoder,
@@ -117,27 +137,96 @@ def worst_difference(model: GenLIPVisionModel, exported: Callable[[Tensor], Tens
     return worst
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 1 if the graph does not compute what the model does."""
+def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
+    """Export a folder's encoder, compare what was written with the model, and put it in its place.
+
+    Everything is written to a hidden folder beside the output first, which is gone afterwards.
+
+    Returns:
+        ``worst_difference`` of what was written.
+
+    Raises:
+        ValueError: a user's mistake, or an export that failed.
+        DiffersError: the graph does not compute what the model does.
+    """
+    from safetensors import SafetensorError
+
+    from genlip_megatron.optional import need_transformers
+
+    check_ending(output)
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
+    if output.is_dir():
+        raise ValueError(f"{output}: it is a folder; name a file")
+    data = output.with_name(f"{output.name}.data")
+    if there := [str(file) for file in (output, data) if file.exists() and not overwrite]:
+        raise ValueError(f"{' and '.join(there)}: already there; name another file, or replace it with --overwrite")
+    need_transformers()
+    from transformers import logging as transformers_logging
+
+    from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
+
+    transformers_logging.set_verbosity_error()
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json there; expected an exported Hugging Face folder")
+    try:
+        model = GenLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+    except (ValueError, OSError, TypeError, SafetensorError) as error:
+        name = "" if str(folder) in str(error) else f"{folder}: "
+        raise ValueError(name + _first_line(error)) from error
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as partial:
+            # Of the same name there: an ONNX file names its weights' file.
+            written = Path(partial) / output.name
+            try:
+                exported = export_encoder(model, written)
+                worst = worst_difference(model, exported)
+            except Exception as error:  # exporters have errors of many classes
+                raise ValueError(f"{output}: the export failed: {_first_line(error)}") from error
+            if not worst <= TOLERANCE:
+                raise DiffersError(
+                    f"{output}: differs from the model by {worst:.1e} of the largest feature, more than "
+                    f"{TOLERANCE:.0e}; nothing was written"
+                )
+            for file, target in ((written.with_name(data.name), data), (written, output)):
+                if file.exists():
+                    os.replace(file, target)
+                else:
+                    target.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{output}: could not be written: {_first_line(error)}") from error
+    return worst
+
+
+def _first_line(error: BaseException) -> str:
+    """Its message up to the first line's end; of an empty one its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if the graph does not compute what the model does, 2 and one line for other errors."""
     heading, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        description=heading, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="export_encoder.py",
+        description=heading,
+        epilog=rest,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", help="an exported Hugging Face folder")
     parser.add_argument("output", type=Path, help="FILE.onnx or FILE.pt2")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
     try:
-        model = GenLIPVisionModel.from_pretrained(options.folder, dtype=torch.float32).eval()
-        exported = export_encoder(model, options.output)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    worst = worst_difference(model, exported)
+        worst = write_encoder(options.folder, options.output, options.overwrite)
+    except (ValueError, DiffersError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, DiffersError) else 2
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{options.output}: largest difference {worst:.1e} of the largest feature, images of {sizes}")
-    if not worst <= TOLERANCE:
-        sys.exit(f"{options.output}: more than {TOLERANCE:.0e}; do not use this file")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.optional import need_transformers
 
 
 def build_parser() -> StrictParser:
@@ -68,12 +69,13 @@ def extract(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a user's mistake.
     """
+    need_transformers()
     import torch
     from tqdm import tqdm
 
     from genlip_megatron.convert.new_folder import check_target, new_folder
     from genlip_megatron.convert.source import DTYPES
-    from genlip_megatron.infer.features import FeatureWriter, may_replace
+    from genlip_megatron.infer.features import FeatureWriter, foreign
     from genlip_megatron.infer.features import extract as run
     from genlip_megatron.infer.inputs import Inputs
     from genlip_megatron.infer.load import load, override_images, pick_device
@@ -84,7 +86,7 @@ def extract(options: argparse.Namespace) -> int:
             raise ValueError(f"--{flag} {value}: must be above 0")
     if options.format == "npy" and options.feature_dtype == "bf16":
         raise ValueError("--feature-dtype bf16: NumPy has no such type; use fp32 or fp16, or --format safetensors")
-    check_target(options.output, options.overwrite, may_replace)
+    check_target(options.output, options.overwrite, foreign)
     images = Inputs(options.inputs, options.limit)
     device = pick_device(options.device)
     loaded = load(
@@ -97,7 +99,7 @@ def extract(options: argparse.Namespace) -> int:
     if options.format == "npy" and stored == torch.bfloat16:
         stored = torch.float32
     with (
-        new_folder(options.output, 0, options.overwrite, may_replace) as partial,
+        new_folder(options.output, 0, options.overwrite, foreign) as partial,
         tqdm(total=len(images), desc="features", unit="image", file=sys.stderr) as bar,
     ):
         writer = FeatureWriter(partial, options.format, stored, int(options.max_file_size * 1e9))

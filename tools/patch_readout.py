@@ -6,8 +6,8 @@
 
 For every image a picture NAME.png with the tokens written over the patches, the likeliest on top in yellow, and
 NAME.json with {"path" or "key", "grid", "patches": [{"row", "column", "tokens": [{"id", "text", "probability"}]}]}.
-Text written in letters that Pillow's font lacks needs --font. The folder appears when it is complete; an image that
-cannot be used is told and passed over.
+Text written in letters that Pillow's font lacks needs --font. index.json lists the files. The folder appears when
+it is complete; an image that cannot be used is told and passed over.
 
 Exit status: 0 done, also with some bad images; 1 not one image could be used; 2 a setting or a file is wrong.
 """
@@ -22,6 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.optional import need_transformers
+
+# By which --overwrite knows a folder of readouts.
+INDEX, KIND = "index.json", "genlip patch readouts"
 
 
 def build_parser() -> StrictParser:
@@ -51,12 +55,16 @@ def build_parser() -> StrictParser:
     return parser
 
 
-def may_replace(folder: Path) -> bool:
-    """Whether a folder holds readouts alone: a picture and a JSON file of each name."""
-    stems: dict[str, set[str]] = {}
-    for entry in folder.iterdir():
-        stems.setdefault(entry.stem, set()).add(entry.suffix)
-    return all(kinds == {".png", ".json"} for kinds in stems.values())
+def foreign(folder: Path) -> str:
+    """What a folder holds that is no readout, as its index names them; "" when there is nothing such."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = set(index["files"]) if index["kind"] == KIND else None
+    except (OSError, ValueError, TypeError, KeyError):
+        names = None
+    if names is None:
+        return f"no {INDEX} of readouts"
+    return next((path.name for path in sorted(folder.iterdir()) if path.name not in (INDEX, *names)), "")
 
 
 def file_name(name: str, number: int) -> str:
@@ -74,6 +82,7 @@ def write_readouts(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a user's mistake.
     """
+    need_transformers()
     from tqdm import tqdm
 
     from genlip_megatron.convert.new_folder import check_target, new_folder
@@ -85,7 +94,7 @@ def write_readouts(options: argparse.Namespace) -> int:
     if not 1 <= options.top <= 5:
         raise ValueError(f"--top {options.top}: must be from 1 to 5, which is what fits a patch")
     check_font(options.font)
-    check_target(options.output, options.overwrite, may_replace)
+    check_target(options.output, options.overwrite, foreign)
     images = Inputs(options.inputs, options.limit)
     device = pick_device(options.device)
     loaded = load(
@@ -99,8 +108,9 @@ def write_readouts(options: argparse.Namespace) -> int:
         loaded.image_processor, options.image_mode, options.image_size, max_pixels=options.max_pixels
     )
     failed = 0
+    files: list[str] = []
     with (
-        new_folder(options.output, 0, options.overwrite, may_replace) as partial,
+        new_folder(options.output, 0, options.overwrite, foreign) as partial,
         tqdm(total=len(images), desc="readout", unit="image", file=sys.stderr) as bar,
     ):
         for image in prepared(images, processor):
@@ -115,6 +125,9 @@ def write_readouts(options: argparse.Namespace) -> int:
             picture(image, tokens, options.font).save(f"{target}.png")
             text = json.dumps(as_json(image, tokens), ensure_ascii=False)
             Path(f"{target}.json").write_text(text + "\n", encoding="utf-8")
+            files += [f"{target.name}.png", f"{target.name}.json"]
+        index = json.dumps({"kind": KIND, "files": files}, indent=1)
+        (partial / INDEX).write_text(index + "\n", encoding="utf-8")
     print(f"readouts of {len(images) - failed} images in {options.output}")
     return 1 if failed == len(images) else 0
 

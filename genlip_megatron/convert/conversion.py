@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint.manifest import Manifest
-from genlip_megatron.config import ModelConfig, RunConfig, override
-from genlip_megatron.convert.folder import model_config
+from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, RunConfig, override
+from genlip_megatron.convert.folder import SIDE_FILES, model_config
 from genlip_megatron.convert.megatron_source import MegatronSource
+from genlip_megatron.convert.new_folder import first_other
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
 from genlip_megatron.convert.source import Source
 from genlip_megatron.convert.table import TEXT_ONLY, groups
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def open_checkpoint(
@@ -96,12 +100,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return fields
 
 
-def open_released(folder: Path, num_attention_heads: int | None) -> SafetensorsSource:
+def open_released(folder: Path, num_attention_heads: int | None = None, heads_hint: str = "") -> SafetensorsSource:
     """The weights of a Hugging Face folder, or of the authors' released format.
 
     Args:
         folder: with ``config.json`` and safetensors.
         num_attention_heads: where neither the configuration nor the sizes of a released model tell.
+        heads_hint: how the caller's user gives it, for messages.
 
     Raises:
         ValueError: what is there is no whole model, or contradicts itself; the folder or file is named.
@@ -110,29 +115,72 @@ def open_released(folder: Path, num_attention_heads: int | None) -> SafetensorsS
     try:
         model = model_config(read_json(folder / "config.json"), shapes, num_attention_heads)
     except ValueError as error:
-        hint = " (--num-attention-heads)" if "num_attention_heads" in str(error) else ""
+        hint = f" ({heads_hint})" if heads_hint and "num_attention_heads" in str(error) else ""
         raise ValueError(f"{folder}: {error}{hint}") from None
     return SafetensorsSource(folder, model)
+
+
+def folder_images(folder: Path) -> dict[str, Any]:
+    """Fields of the image processor of a folder; empty when it has none of this project.
+
+    transformers 5 saves a processor with its image processor inside ``processor_config.json``.
+
+    Raises:
+        ValueError: a field is not what it must be; the file is named.
+    """
+    file = folder / "preprocessor_config.json"
+    fields: Any = read_json(file)
+    if not fields:
+        file = folder / "processor_config.json"
+        fields = read_json(file).get("image_processor", {})
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: image_processor is a {type(fields).__name__}, an object is expected")
+    if "image_mode" not in fields:
+        return {}
+    size = fields.get("size", {"height": DataConfig.image_size, "width": DataConfig.image_size})
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    sides: list[Any] = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else []
+    if len(sides) != 2 or any(not _whole(side) or side % PATCH_SIZE for side in sides):
+        raise ValueError(f"{file}: size = {size!r}; expected height and width, multiples of {PATCH_SIZE}")
+    for name in ("min_pixels", "max_pixels"):
+        if name in fields and not _whole(fields[name]):
+            raise ValueError(f"{file}: {name} = {fields[name]!r}; expected a whole number above 0")
+    for name, allowed in (("image_mode", ("fixed", "native")), ("fixed_resize", ("squash", "resize-center-crop"))):
+        if name in fields and fields[name] not in allowed:
+            raise ValueError(f"{file}: {name} = {fields[name]!r}; allowed are {' and '.join(allowed)}")
+    return {**fields, "size": size}
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def recorded_run(folder: Path, model: ModelConfig, tokenizer: Path, precision: str) -> RunConfig:
     """What a checkpoint of a folder's weights says of the run that made them: the model, its images and prompt as far
     as the folder tells, the tokenizer."""
-    images, prompt = read_json(folder / "preprocessor_config.json"), read_json(folder / "processor_config.json")
+    images, prompt = folder_images(folder), read_json(folder / "processor_config.json")
     data: dict[str, Any] = {"data.tokenizer": str(tokenizer.resolve()), "train.precision": precision}
-    if "image_mode" in images:  # of this project, not of a stock processor
+    if images:
         names = ("image_mode", "fixed_resize", "min_pixels", "max_pixels")
         data |= {f"data.{name}": images[name] for name in names if name in images}
-        data["data.image_size"] = images["size"]["height"]
+        size = images["size"]
+        if images["image_mode"] == "fixed" and size["height"] != size["width"]:
+            raise ValueError(f"{folder}: images of size {size!r}; training takes squares alone")
+        data["data.image_size"] = size["height"]
     if "prompt" in prompt:
+        if not isinstance(prompt["prompt"], str):
+            raise ValueError(f"{folder / 'processor_config.json'}: prompt = {prompt['prompt']!r}; a text is expected")
         data["data.prompt"] = prompt["prompt"]
     return override(RunConfig(model=model), data)
 
 
-def may_replace(folder: Path) -> bool:
-    """Whether a folder is an export of a model, without folders of something else in it."""
+def foreign(folder: Path) -> str:
+    """What a folder holds that is of no export of a model; "" when there is nothing such."""
     try:
         is_model = read_json(folder / "config.json").get("model_type") == "genlip"
     except ValueError:
-        return False
-    return is_model and not any(entry.is_dir() for entry in folder.iterdir())
+        is_model = False
+    if not is_model:
+        return "no config.json of a GenLIP model"
+    return first_other(folder, lambda entry: entry.name in SIDE_FILES or bool(_WEIGHT_FILE.fullmatch(entry.name)))

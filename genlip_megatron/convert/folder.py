@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,18 @@ from typing import Any
 from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
 
 SOURCES = ("configuration_genlip.py", "image_processing_genlip.py", "modeling_genlip.py", "processing_genlip.py")
+# Everything of an exported folder but the weights.
+SIDE_FILES = {
+    *SOURCES,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 MAX_NEW_TOKENS = 256  # of the paper's captions
 
 # Fields of the authors' configuration that have one value here.
@@ -98,12 +111,11 @@ def model_config(
             raise ValueError(f"config.json: {name} = {value!r}, but the weights have {known!r}")
         values[ours] = value
     release = _release(values)
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    for kind in (rope.get("type", "default"), rope.get("rope_type", "default")):
-        if kind not in ("default", "mrope"):
-            raise ValueError(f"config.json: rope_scaling.rope_type = {kind!r}; this project computes 'default' alone")
+    rope = _rope(fields)
     values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     values["rope_sections"] = tuple(rope.get("mrope_section") or (release.rope_sections if release else ()))
+    if num_attention_heads is not None and num_attention_heads < 1:
+        raise ValueError(f"num_attention_heads = {num_attention_heads}; it must be a whole number of at least 1")
     if num_attention_heads is not None and values.setdefault("num_attention_heads", num_attention_heads) != (
         num_attention_heads
     ):
@@ -116,12 +128,62 @@ def model_config(
     values.setdefault("drop_path_rate", 0.0)
     if "num_attention_heads" not in values:
         raise ValueError("the number of attention heads is in no weight's shape; give num_attention_heads")
-    if len(values["rope_sections"]) != 3:
-        raise ValueError(
-            f"config.json: rope_scaling.mrope_section = {values['rope_sections']!r}; it must be three whole numbers, "
-            "which are in no weight's shape"
-        )
+    if not values["rope_sections"]:
+        raise ValueError("config.json: no rope_scaling.mrope_section; its three whole numbers are in no weight's shape")
+    _check(values)
     return ModelConfig(**values)
+
+
+def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of rotary positions, as ``GenLIPConfig`` takes it."""
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = fields.get(name) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: {name} = {rope!r}; an object is expected")
+    allowed: dict[str, tuple[Any, ...]] = {
+        "type": ("default", "mrope"),
+        "rope_type": ("default", "mrope"),
+        "mrope_interleaved": (True,),
+    }
+    for key, value in rope.items():
+        if key in allowed and value not in allowed[key]:
+            raise ValueError(f"config.json: {name}.{key} = {value!r}; this project computes {allowed[key][0]!r} alone")
+        if key not in (*allowed, "mrope_section", "rope_theta"):
+            raise ValueError(f"config.json: {name}.{key} = {value!r}; this project does not compute it")
+    section = rope.get("mrope_section")
+    if section is not None and not (isinstance(section, list) and len(section) == 3 and all(map(_is_count, section))):
+        raise ValueError(
+            f"config.json: {name}.mrope_section = {section!r}; it must be three whole numbers, which are in no "
+            "weight's shape"
+        )
+    return rope
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value that is not of its field's kind, or heads that do not divide the width."""
+    for name, ours in _NAMES.items():
+        value = values.get(ours, getattr(ModelConfig, ours))
+        default = getattr(ModelConfig, ours)
+        if isinstance(default, bool):
+            good, what = isinstance(value, bool), "true or false"
+        elif isinstance(default, int):
+            good, what = _is_count(value) and value > 0, "a whole number of at least 1"
+        else:
+            good = isinstance(value, (int, float)) and not isinstance(value, bool)
+            what = "a number above 0" if name in ("rope_theta", "layer_norm_eps") else "a number of at least 0"
+            good = good and math.isfinite(value) and (value > 0 if "above" in what else value >= 0)
+        if not good:
+            raise ValueError(f"config.json: {name} = {value!r}; it must be {what}")
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if width % (2 * heads):
+        raise ValueError(
+            f"num_attention_heads = {heads}: each head needs an even number of channels, so the width of {width} must "
+            "be a multiple of twice the heads"
+        )
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -135,8 +197,12 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     for name in needed:
         if name not in shapes:
             raise ValueError(f"the weights have no {name}: they are no whole GenLIP model in the released format")
+        if len(shapes[name]) != 2:
+            raise ValueError(f"{name} is {list(shapes[name])}; a matrix is expected")
     embeddings, key, query, inner = (shapes[name] for name in needed)
-    layers = {int(name.split(".")[2]) for name in shapes if name.startswith("visual.layers.")}
+    # Other names are told as unexpected when all tensors are compared.
+    numbers = [name.split(".")[2] for name in shapes if name.startswith("visual.layers.")]
+    layers = {int(number) for number in numbers if number.isascii() and number.isdigit()}
     return {
         "vocab_size": embeddings[0],
         "text_hidden_size": embeddings[1],
@@ -316,7 +382,7 @@ def write_side_files(
     Args:
         folder: where to write; made if it is not there.
         model, data: of the run.
-        end_token_id: token that closes captions, as ``export_tokenizer`` returns it.
+        end_token_id: token that closes captions, as ``export_tokenizer`` returns it; of no use to an encoder alone.
         dtype: of the stored weights: "float32", "bfloat16" or "float16".
         license_id, facts: see ``model_card``.
         encoder_only: the weights are those of the vision encoder alone.

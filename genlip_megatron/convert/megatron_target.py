@@ -29,6 +29,7 @@ from genlip_megatron.checkpoint import content, folder, manifest
 from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.write import HashingFile
 from genlip_megatron.config import RunConfig
+from genlip_megatron.convert.new_folder import first_other
 from genlip_megatron.convert.source import Source, listed, to_dtype
 from genlip_megatron.convert.table import Group, groups
 
@@ -66,14 +67,18 @@ def size_of(source: Source, dtype: torch.dtype | None) -> int:
     return values + 2**20
 
 
-def may_replace(root: Path) -> bool:
-    """Whether a folder holds nothing but such a checkpoint."""
-    if {entry.name for entry in root.iterdir()} - {folder.LATEST, folder.step_folder(root, ITERATION).name}:
-        return False
+def foreign(root: Path) -> str:
+    """What a folder holds that is of no such checkpoint; "" when there is nothing such."""
+    place = folder.step_folder(root, ITERATION)
+    if other := first_other(root, lambda entry: entry.name in (folder.LATEST, place.name)):
+        return other
     try:
-        return manifest.read(folder.step_folder(root, ITERATION)).kind == WEIGHTS_ONLY
-    except manifest.Damaged:
-        return False
+        saved = manifest.read(place)
+    except manifest.Damaged as error:
+        return str(error)
+    if saved.kind != WEIGHTS_ONLY:
+        return f"{place.name}, a checkpoint of a run"
+    return first_other(place, lambda entry: entry.name == manifest.MANIFEST or entry.name in saved.files)
 
 
 def write_checkpoint(

@@ -12,7 +12,7 @@ from genlip_megatron.checkpoint.folder import sync
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, size: int, overwrite: bool, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path], str]) -> Iterator[Path]:
     """A hidden sibling folder to write to, which takes ``target``'s place when the block ends well.
 
     When the block fails, what was written is removed; what a killed process left is removed by the next.
@@ -20,7 +20,8 @@ def new_folder(target: Path, size: int, overwrite: bool, may_replace: Callable[[
     Args:
         target: missing, or an empty folder; another is replaced with ``overwrite``.
         size: bytes that will be written.
-        may_replace: whether the folder that is there is of the kind that is written, and nothing else would be lost.
+        foreign: names something in the folder that is there that would be lost and is not of the kind that is written;
+            "" when there is nothing such.
 
     Raises:
         ValueError: there is something that must not be replaced, too little room, or the disk cannot be written to.
@@ -31,7 +32,7 @@ def new_folder(target: Path, size: int, overwrite: bool, may_replace: Callable[[
     try:
         if replaced.exists() and not target.exists():
             os.rename(replaced, target)
-        check_target(target, overwrite, may_replace)
+        check_target(target, overwrite, foreign)
         target.parent.mkdir(parents=True, exist_ok=True)
         for rest in (partial, replaced):
             if rest.exists():
@@ -59,7 +60,7 @@ def new_folder(target: Path, size: int, overwrite: bool, may_replace: Callable[[
         raise ValueError(f"{target} could not be written: {error}; nothing was left behind") from error
 
 
-def check_target(target: Path, overwrite: bool, may_replace: Callable[[Path], bool]) -> None:
+def check_target(target: Path, overwrite: bool, foreign: Callable[[Path], str]) -> None:
     """Raise ValueError when there is something at ``target`` that ``new_folder`` must not replace."""
     if not target.exists():
         return
@@ -69,8 +70,13 @@ def check_target(target: Path, overwrite: bool, may_replace: Callable[[Path], bo
         return
     if not overwrite:
         raise ValueError(f"{target}: the folder is not empty; name another, or replace it with --overwrite")
-    if not may_replace(target):
+    if other := foreign(target):
         raise ValueError(
-            f"{target}: --overwrite replaces what this tool has written alone, and the folder holds something else; "
-            "name another"
+            f"{target}: --overwrite replaces what this tool has written alone, and the folder holds something else "
+            f"({other}); name another"
         )
+
+
+def first_other(folder: Path, known: Callable[[Path], bool]) -> str:
+    """The first entry of a folder, by name, that is not ``known``; "" when all are."""
+    return next((entry.name for entry in sorted(folder.iterdir()) if not known(entry)), "")

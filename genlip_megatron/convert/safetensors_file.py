@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,20 @@ def _opened(file: Path) -> Any:
         raise ValueError(f"{file}: damaged or cut off ({error}); download or export it again") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
+
+
+def check_dtype(folder: Path, dtype: torch.dtype, wanted: Callable[[str], bool]) -> None:
+    """Check that every ``wanted`` tensor of a folder fits a dtype; those are read of which it is not certain.
+
+    Raises:
+        ValueError: a value does not fit.
+    """
+    if dtype != torch.float16:  # the others reach as far as float32
+        return
+    for name, fact in contents(folder).items():
+        if wanted(name) and fact.dtype != _NAMES[dtype]:
+            with _opened(fact.file) as file:
+                to_dtype(name, file.get_tensor(name), dtype)
 
 
 class SafetensorsSource:

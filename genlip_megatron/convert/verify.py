@@ -8,7 +8,6 @@ Legend: N tokens of all samples, T text tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from genlip_megatron.config import ONE_RANK, PATCH_VALUES, RunConfig, override
+from genlip_megatron.optional import need_transformers
 
 # Of the largest absolute value. Sums over thousands of channels in another order differ by some 1e-6 of it; a
 # misplaced tensor by about 1.
@@ -70,8 +70,7 @@ def compare_models(
     Raises:
         ValueError: transformers is not installed, or refuses the folder.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("transformers, which runs the exported model, is not installed: genlip-megatron[hf] brings it")
+    need_transformers()
     generator = torch.Generator().manual_seed(1)
     patches = [torch.empty(r * c, PATCH_VALUES).uniform_(-1, 1, generator=generator) for r, c, _ in _SAMPLES]
     texts = [torch.randint(config.model.vocab_size, (count,), generator=generator).tolist() for *_, count in _SAMPLES]

@@ -354,6 +354,11 @@ class GenLIPVisionEmbeddings(nn.Module):
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
 
+def _few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 class GenLIPPreTrainedModel(PreTrainedModel):
     """What both models share: the vision parts, initial weights, and loading that tolerates no missing tensor."""
 
@@ -388,17 +393,28 @@ class GenLIPPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As of ``PreTrainedModel``.
+        """As of ``PreTrainedModel``, but for weights that are not the model's.
 
         Raises:
-            ValueError: the weights lack a tensor of the model, which would else start at random.
+            ValueError: the weights lack a tensor of the model, which would else start at random; have one that the
+                model would not compute with, but for the text parts that an encoder leaves out; or have one of another
+                shape, unless ``ignore_mismatched_sizes`` is given.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # Shapes are compared here, by name and in one line.
+        ignored = bool(kwargs.pop("ignore_mismatched_sizes", False))
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing:
-            names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-            raise ValueError(f"{args[0] if args else 'the weights'}: no {names}, which {cls.__name__} needs")
+        misshapen = {name: shapes for name, *shapes in info["mismatched_keys"]}
+        wrong = []
+        if missing := sorted(set(info["missing_keys"]) - set(misshapen)):
+            wrong.append(f"no {_few(missing)}, which {cls.__name__} needs")
+        if unexpected := sorted(info["unexpected_keys"]):
+            wrong.append(f"{_few(unexpected)}, which {cls.__name__} with this config.json does not have")
+        if misshapen and not ignored:
+            shapes = [f"{name} is {list(a)}, {list(b)} expected" for name, (a, b) in sorted(misshapen.items())]
+            wrong.append(_few(shapes))
+        if wrong:
+            raise ValueError(f"{args[0] if args else 'the weights'}: {'; '.join(wrong)}")
         return (model, info) if output_loading_info else model
 
 
@@ -796,10 +812,16 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Arguments of the next forward pass: all text and the images at first, then what the cache lacks."""
+        """Arguments of the next forward pass: all text and the images at first, then what the cache lacks.
+
+        Raises:
+            ValueError: a prompt ends in padding, after which new tokens would go.
+        """
         cache = past_key_values if cache is None else cache
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cached = 0 if cache is None else cache.get_seq_length()
+        if not cached and not bool(mask[:, -1].all()):
+            raise ValueError("the prompts end in padding: new tokens go after it, so pad on the left for generation")
         if cached:
             lengths = mask.sum(dim=1)
             if image_grid_hw is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from genlip_megatron.convert.conversion import read_json
+from genlip_megatron.convert.new_folder import first_other
 from genlip_megatron.infer.load import Loaded
 from genlip_megatron.infer.prepare import Prepared, packed
 
 INDEX = "index.json"
+_FILE = re.compile(r"features-\d{5,}\.(safetensors|npy)")
 
 
 @torch.inference_mode()
@@ -105,10 +109,17 @@ class FeatureWriter:
         self._files += 1
 
 
-def may_replace(folder: Path) -> bool:
-    """Whether a folder holds features alone."""
-    names = [entry.name for entry in folder.iterdir()]
-    return INDEX in names and all(name == INDEX or name.startswith("features-") for name in names)
+def foreign(folder: Path) -> str:
+    """What a folder holds that is not of features; "" when there is nothing such."""
+    try:
+        index = read_json(folder / INDEX)
+    except ValueError:
+        index = {}
+    if not {"pool", "images", "failed"} <= set(index):
+        return f"no {INDEX} of features"
+    return first_other(
+        folder, lambda entry: entry.name == INDEX or bool(_FILE.fullmatch(entry.name) and entry.is_file())
+    )
 
 
 def extract(loaded: Loaded, batches: Iterable[Sequence[Prepared]], writer: FeatureWriter, mean: bool) -> Iterable[int]:

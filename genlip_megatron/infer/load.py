@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.convert.folder import hf_config, preprocessor_config
-from genlip_megatron.convert.source import DTYPES
+from genlip_megatron.convert.source import DTYPES, to_dtype
 from genlip_megatron.convert.table import groups
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
 from genlip_megatron.hf.configuration_genlip import GenLIPConfig
@@ -90,7 +90,8 @@ def load(
         progress: told the bytes of a checkpoint as they are read.
 
     Raises:
-        ValueError: nothing that can be used is there, or its tokenizer is another; says what to do.
+        ValueError: nothing that can be used is there, its tokenizer is another, or a weight does not fit the dtype;
+            says what to do.
     """
     place = Path(place)
     if dtype not in ("auto", *DTYPES):
@@ -140,7 +141,7 @@ def _from_checkpoint(
         if whole or any(map(in_encoder, group.canonical)):
             for name, tensor in zip(group.canonical, source.read(group), strict=True):
                 # A copy: what is read may be a view into the mapped file.
-                weights[name] = tensor.to(dtype or tensor.dtype, copy=True)
+                weights[name] = to_dtype(name, tensor, dtype or tensor.dtype).clone()
     model.load_state_dict(weights, assign=True)
     return Loaded(
         model, images_of(preprocessor_config(config.data)), reader, config.data.prompt, place, saved.iteration
@@ -156,24 +157,31 @@ def _from_released(
     progress: Callable[[int], Any],
 ) -> Loaded:
     """From a folder in the authors' format."""
-    from genlip_megatron.convert.conversion import open_released, read_json
-    from genlip_megatron.convert.safetensors_file import contents
+    from genlip_megatron.convert.conversion import folder_images, in_encoder, open_released, read_json
+    from genlip_megatron.convert.safetensors_file import check_dtype, contents
 
     stored = contents(place)
     whole = kind is GenLIPForCausalLM
     if "embeddings.weight" in stored:
         # Released configurations leave out what the weights' shapes say.
-        fields = hf_config(open_released(place, None).model)
+        fields = hf_config(open_released(place, heads_hint="in its config.json").model)
     elif whole:
         raise ValueError(f"--load {place}: the vision encoder alone, without text; captions need a whole model")
+    elif not (place / "config.json").is_file():
+        raise ValueError(f"--load {place}: no config.json there, which says the sizes of a vision encoder alone")
     else:
         fields = read_json(place / "config.json")
-    config = GenLIPConfig(**_model_fields(fields))
+    try:
+        config = GenLIPConfig(**_model_fields(fields))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--load {place}: config.json: {error}") from None
     reader = _tokenizer(tokenizer or str(place / "tokenizer.json"), config.vocab_size) if whole else None
+    if dtype is not None:
+        check_dtype(place, dtype, lambda name: whole or in_encoder(name))
     model = kind.from_pretrained(place, config=config, dtype=dtype or "auto")
-    images = read_json(place / "preprocessor_config.json")
+    images = images_of(folder_images(place))
     prompt = read_json(place / "processor_config.json").get("prompt", DEFAULT_PROMPT)
-    return Loaded(model, images_of(images if "image_mode" in images else {}), reader, prompt, place)
+    return Loaded(model, images, reader, prompt, place)
 
 
 def _model_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,27 @@ def test_the_encoder_alone(started: Path, weights: dict[str, Tensor], convert: C
     assert "embeddings.weight" in line
 
 
+def test_the_encoder_alone_needs_no_tokenizer(
+    released: Path, convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    tokenizer = shutil.copy(demo_data / "tokenizer.model", tmp_path / "tokenizer.model")
+    convert("to-megatron", released, "--output", tmp_path / "start", "--tokenizer", tokenizer)
+    Path(tokenizer).unlink()
+    words = ("to-hf", tmp_path / "start", "--output", tmp_path / "encoder")
+    assert "no such file" in convert(*words, status=2)
+    convert(*words, "--encoder-only")
+    assert not list((tmp_path / "encoder").glob("tokenizer*"))
+
+
+def test_verify_without_transformers_writes_nothing(
+    released: Path, started: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for words in (("to-hf", started), ("to-megatron", released)):
+        line = convert(*words, "--output", tmp_path / "no", "--verify", status=2)
+        assert "pip install 'genlip-megatron[hf]'" in line
+
+
 def begun(config: Any) -> Any:
     from genlip_megatron.train.loop import set_up
     from tests.runs import full_weights
@@ -159,7 +182,13 @@ def test_the_target_is_replaced_when_asked_alone(
     for words in (("to-hf", started, "--output", started.parent), ("to-megatron", exported, "--output", exported)):
         assert "holds something else" in convert(*words, "--overwrite", status=2)
     (exported / "mine").mkdir()
-    assert "holds something else" in convert("to-hf", started, "--output", exported, "--overwrite", status=2)
+    assert "something else (mine)" in convert("to-hf", started, "--output", exported, "--overwrite", status=2)
+    (exported / "mine").rmdir()
+    for place, words in ((exported, ("to-hf", started)), (started, ("to-megatron", exported))):
+        (place / "events.out.tfevents").write_text("mine")
+        line = convert(*words, "--output", exported if place == exported else place.parent, "--overwrite", status=2)
+        assert "something else (events.out.tfevents)" in line
+        (place / "events.out.tfevents").unlink()
 
 
 def rewrite(released: Path, weights: dict[str, Tensor], **changes: Tensor | None) -> None:
@@ -181,6 +210,15 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
     assert "ln_post.bias is I32; expected F32, BF16, F16" in line
 
 
+def set_field(name: str, value: Any, place: Path) -> None:
+    fields = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**fields, name: value}))
+
+
+def set_tensor(name: str, place: Path) -> None:
+    save_file({**read_released(place), name: torch.zeros(3)}, place / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("harm", "parts"),
     [
@@ -199,6 +237,29 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
         (lambda place: split(place, "wrong"), ["index.json: does not agree with the files on ln_post.bias"]),
         (lambda place: split(place, "outside"), ["index.json: damaged, expected JSON with a weight_map"]),
         (lambda place: shutil.rmtree(place), ["no such folder"]),
+        *(
+            (partial(set_field, name, value), [f"config.json: {text}"])
+            for name, value, text in (
+                ("num_attention_heads", -4, "num_attention_heads = -4; it must be a whole number"),
+                ("num_attention_heads", 0, "num_attention_heads = 0; it must be"),
+                ("num_attention_heads", "4", "num_attention_heads = '4'; it must be"),
+                ("rope_theta", "big", "rope_theta = 'big'; it must be a number"),
+                ("rope_scaling", "x", "rope_scaling = 'x'; an object is expected"),
+                (
+                    "rope_scaling",
+                    {"mrope_section": ["a", 1, 2]},
+                    "rope_scaling.mrope_section = ['a', 1, 2]; it must be",
+                ),
+                ("rope_scaling", {"mrope_interleaved": False}, "rope_scaling.mrope_interleaved = False; this project"),
+                ("rope_scaling", {"factor": 2.0}, "rope_scaling.factor = 2.0; this project does not compute it"),
+                ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling.rope_type = 'yarn'; this project"),
+            )
+        ),
+        (partial(set_field, "num_attention_heads", 5), ["num_attention_heads = 5: each head", "--num-attention-heads"]),
+        (partial(set_tensor, "embeddings.weight"), ["embeddings.weight is [3]; a matrix"]),
+        (partial(set_tensor, "visual.layers.0.self_attn.k_proj.weight"), ["k_proj.weight is [3]; a matrix"]),
+        (partial(set_tensor, "visual.layers.x.foo"), ["unexpected: visual.layers.x.foo"]),
+        (partial(set_tensor, "visual.layers."), ["unexpected: visual.layers."]),
     ],
 )
 def test_bad_folders_are_refused_in_one_line(
@@ -209,6 +270,26 @@ def test_bad_folders_are_refused_in_one_line(
     assert str(released) in line
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize("size", [{"height": "x", "width": 224}, {"height": 224}, [224], 225])
+def test_a_bad_size_of_images_is_told_in_one_line(
+    size: Any, released: Path, convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    images = released / "preprocessor_config.json"
+    words = (released, "--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
+    images.write_text(json.dumps({"image_mode": "fixed", "size": size}))
+    line = convert("to-megatron", *words, status=2)
+    assert str(images) in line and f"size = { ({'height': 225, 'width': 225} if size == 225 else size)!r}" in line
+
+
+@pytest.mark.parametrize("fields", [{"size": 64}, {"size": {"height": 64, "width": 64}}, {}])
+def test_sizes_of_images_that_are_taken(fields: Any, released: Path, demo_data: Path) -> None:
+    from genlip_megatron.convert.conversion import recorded_run
+
+    (released / "preprocessor_config.json").write_text(json.dumps({"image_mode": "fixed", **fields}))
+    data = recorded_run(released, tiny_config(demo_data).model, demo_data / "tokenizer.model", "fp32").data
+    assert data.image_size == (64 if fields else 224)
 
 
 def cut(file: Path, at: int) -> None:
@@ -241,6 +322,9 @@ def test_the_head_count_may_be_given(released: Path, convert: Convert, demo_data
     heads(released, None)
     words = ("--tokenizer", demo_data / "tokenizer.model", "--num-attention-heads", "4", "--verify")
     assert "within" in convert("to-megatron", released, "--output", tmp_path / "start", *words)
+    for count, why in (("-4", "at least 1"), ("5", "must be a multiple of twice the heads")):
+        line = convert("to-megatron", released, "--output", tmp_path / "no", "--num-attention-heads", count, status=2)
+        assert why in line and "(--num-attention-heads)" in line and "config.json" not in line
 
 
 def test_bad_checkpoints_are_refused_in_one_line(started: Path, convert: Convert, tmp_path: Path) -> None:

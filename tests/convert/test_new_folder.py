@@ -15,7 +15,7 @@ def names(folder: Path) -> list[str]:
 
 def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "new"
-    with new_folder(target, 1, False, lambda _: False) as partial:
+    with new_folder(target, 1, False, lambda _: "thesis") as partial:
         (partial / "file").write_text("1")
         assert not target.exists() and partial.parent == target.parent and partial.name.startswith(".")
     assert names(target.parent) == ["new"] and names(target) == ["file"]
@@ -25,13 +25,13 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "old"
     target.mkdir()
     (target / "file").write_text("old")
-    with pytest.raises(KeyboardInterrupt), new_folder(target, 1, True, lambda _: True) as partial:
+    with pytest.raises(KeyboardInterrupt), new_folder(target, 1, True, lambda _: "") as partial:
         (partial / "file").write_text("new")
         raise KeyboardInterrupt
     assert names(tmp_path) == ["old"] and (target / "file").read_text() == "old"
     with (
         pytest.raises(ValueError, match="could not be written: .*No space left"),
-        new_folder(target, 1, True, lambda _: True),
+        new_folder(target, 1, True, lambda _: ""),
     ):
         raise OSError(28, "No space left on device")
     assert names(tmp_path) == ["old"]
@@ -42,10 +42,10 @@ def test_what_a_killed_run_left_is_removed_or_put_back(tmp_path: Path) -> None:
     for name in (".target.partial", ".target.replaced"):
         (tmp_path / name / "folder").mkdir(parents=True)
     # It was killed while it took the old one's place: the old one is there again, and is not replaced unasked.
-    with pytest.raises(ValueError, match="not empty"), new_folder(target, 1, False, lambda _: True):
+    with pytest.raises(ValueError, match="not empty"), new_folder(target, 1, False, lambda _: ""):
         raise AssertionError
     assert names(target) == ["folder"]
-    with new_folder(target, 1, True, lambda _: True) as partial:
+    with new_folder(target, 1, True, lambda _: "") as partial:
         (partial / "file").write_text("new")
     assert names(tmp_path) == ["target"] and names(target) == ["file"]
 
@@ -53,18 +53,18 @@ def test_what_a_killed_run_left_is_removed_or_put_back(tmp_path: Path) -> None:
 def test_an_empty_folder_is_taken_and_another_refused(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
-    with new_folder(target, 1, False, lambda _: False) as partial:
+    with new_folder(target, 1, False, lambda _: "thesis") as partial:
         (partial / "file").write_text("1")
-    for overwrite, why in ((False, "is not empty.*--overwrite"), (True, "holds something else")):
-        with pytest.raises(ValueError, match=why), new_folder(target, 1, overwrite, lambda _: False):
+    for overwrite, why in ((False, "is not empty.*--overwrite"), (True, "holds something else .thesis")):
+        with pytest.raises(ValueError, match=why), new_folder(target, 1, overwrite, lambda _: "thesis"):
             raise AssertionError
-    with pytest.raises(ValueError, match="it is a file"), new_folder(target / "file", 1, True, lambda _: True):
+    with pytest.raises(ValueError, match="it is a file"), new_folder(target / "file", 1, True, lambda _: ""):
         raise AssertionError
-    with pytest.raises(ValueError, match="GB free"), new_folder(tmp_path / "big", 10**18, True, lambda _: True):
+    with pytest.raises(ValueError, match="GB free"), new_folder(tmp_path / "big", 10**18, True, lambda _: ""):
         raise AssertionError
     with (
         pytest.raises(ValueError, match="could not be written"),
-        new_folder(target / "file" / "x", 1, True, lambda _: True),
+        new_folder(target / "file" / "x", 1, True, lambda _: ""),
     ):
         raise AssertionError
     assert names(tmp_path) == ["target"] and names(target) == ["file"]

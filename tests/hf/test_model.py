@@ -153,6 +153,13 @@ def test_generation_with_a_cache_is_that_without(options: dict[str, Any]) -> Non
             assert torch.equal(single[:, prompt.shape[1] :], new[row * count : (row + 1) * count])
 
 
+def test_prompts_padded_on_the_right_are_refused() -> None:
+    model = causal()
+    for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match="pad on the left"):
+            model.generate(**prompts(side="right"), max_new_tokens=2, pad_token_id=0, **options)
+
+
 def test_forms_of_images_generate_the_same() -> None:
     from genlip_megatron.hf.modeling_genlip import pack_images
 

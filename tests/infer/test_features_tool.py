@@ -74,6 +74,9 @@ def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_pat
     assert all(values.shape == (9, 32) and values.dtype == np.float16 for values in found.values())
     assert index["dtype"] == "float16" and index["images_resized"]["size"] == {"height": 48, "width": 48}
     tool(main, *words, "--max-pixels", 4096, "--limit", 2)  # replaces the former
+    (tmp_path / "features" / "features-notes.txt").write_text("mine")
+    assert "(features-notes.txt)" in tool(main, *words, status=2)
+    (tmp_path / "features" / "features-notes.txt").unlink()
     index, _ = read(tmp_path / "features")
     # 4096 pixels are 16 patches; the first of the two is no image.
     assert [entry["grid"][0] * entry["grid"][1] <= 16 for entry in index["images"]] == [True]

@@ -24,7 +24,7 @@ def test_tokens_are_the_likeliest_of_the_head_on_encoder_features(
     encoder = AutoModel.from_pretrained(exported, trust_remote_code=True).eval()
     whole = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
     processor = AutoImageProcessor.from_pretrained(exported, trust_remote_code=True)
-    files = sorted((tmp_path / "readout").glob("*.json"))
+    files = sorted((tmp_path / "readout").glob("0*.json"))
     assert len(files) == 5
     for file in files:
         found = json.loads(file.read_text())
@@ -50,4 +50,16 @@ def test_tokens_are_the_likeliest_of_the_head_on_encoder_features(
 def test_mistakes_are_told_in_one_line(tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     words = [photos, "--load", checkpoints["1"], "--output", tmp_path / "readout"]
     assert "--top 6: must be from 1 to 5" in tool(main, *words, "--top", 6, status=2)
+    # Pairs of a picture and a JSON file are what labelling tools write too.
+    (tmp_path / "readout").mkdir()
+    for name in ("00000-cat.png", "00000-cat.json"):
+        (tmp_path / "readout" / name).write_text("labels")
+    line = tool(main, *words, "--overwrite", status=2)
+    assert "no index.json of readouts" in line
+    (tmp_path / "readout" / "index.json").write_text('{"kind": "genlip patch readouts", "files": ["00000-cat.png"]}')
+    assert "(00000-cat.json)" in tool(main, *words, "--overwrite", status=2)
+    (tmp_path / "readout" / "00000-cat.json").unlink()
+    tool(main, *words, "--overwrite", "--limit", 1, status=1)  # the first is no image
+    tool(main, *words, "--overwrite", "--limit", 3)
+    assert not (tmp_path / "readout" / "00000-cat.png").exists()
     assert "TrueType" in tool(main, *words, "--font", photos / "notes.txt", status=2)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 from tools import export_encoder
@@ -25,11 +29,15 @@ def test_graph_equals_the_model_on_any_size(exported: Path, tmp_path: Path, suff
         pixels = torch.randn(size)
         with torch.no_grad():
             torch.testing.assert_close(graph(pixels), model(pixels).last_hidden_state, rtol=0, atol=1e-4)
+    for sides in ((70, 96), (64, 100)):
+        with pytest.raises(Exception, match=r"16|reshape"):  # of the runtimes' own classes
+            graph(torch.zeros(1, 3, *sides))
 
 
 def test_difference_is_seen(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "encoder.pt2"
-    export_encoder.main([str(exported), str(output)])
+    assert export_encoder.main([str(exported), str(output)]) == 0
+    assert list(tmp_path.iterdir()) == [output]
     assert "largest difference" in capsys.readouterr().out
     model = GenLIPVisionModel.from_pretrained(exported).eval()
     model.visual.layers[1].self_attn.out_proj.weight.data *= 1.01
@@ -39,7 +47,61 @@ def test_difference_is_seen(exported: Path, tmp_path: Path, capsys: pytest.Captu
 def test_unknown_ending_is_refused_before_anything_is_written(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        export_encoder.main([str(exported), str(tmp_path / "encoder.bin")])
+    assert export_encoder.main([str(exported), str(tmp_path / "encoder.bin")]) == 2
     assert "allowed are .onnx and .pt2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def misshape(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "ln_post.bias": torch.zeros(5)}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("harm", "output", "part"),
+    [
+        (lambda place: (place / "model.safetensors").write_bytes(b"\xff" * 99), "new/encoder.pt2", "header"),
+        (misshape, "new/encoder.pt2", "ln_post.bias is [5], [96] expected"),
+        (lambda place: (place / "config.json").unlink(), "new/encoder.pt2", "no config.json there"),
+        (lambda place: None, "none/encoder.pt2", "there is no folder"),
+        (lambda place: None, "there.pt2", "already there; name another file, or replace it with --overwrite"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    harm: Callable[[Path], Any],
+    output: str,
+    part: str,
+    exported: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    harm(folder)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "there.pt2").write_text("mine")
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    assert export_encoder.main([str(folder), str(tmp_path / output)]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    assert part in line and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("failure", ["the exporter", "the comparison"])
+def test_a_failed_export_leaves_what_was_there(
+    failure: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "encoder.pt2"
+    output.write_text("old")
+
+    def write(model: Any, file: Path) -> Any:
+        file.write_text("half")
+        if failure == "the exporter":
+            raise RuntimeError("no kernel\nand more")
+        return lambda pixels: model(pixels).last_hidden_state * 1.01
+
+    monkeypatch.setattr(export_encoder, "export_encoder", write)
+    status = export_encoder.main([str(exported), str(output), "--overwrite"])
+    said = capsys.readouterr().err
+    assert status == (2 if failure == "the exporter" else 1) and "and more" not in said
+    assert ("the export failed: no kernel" if status == 2 else "nothing was written") in said
+    assert list(tmp_path.iterdir()) == [output] and output.read_text() == "old"

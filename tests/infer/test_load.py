@@ -1,0 +1,122 @@
+"""What is loaded is what the folder holds: nothing is dropped, rounded away or left at random without a word."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from genlip_megatron.convert.conversion import recorded_run
+from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
+from genlip_megatron.infer.load import load
+from tests.hf.models import export, random_weights, tiny
+from tools.extract_features import main as extract_features
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A folder of a vision encoder alone, of two layers."""
+    from genlip_megatron.config import DataConfig
+    from genlip_megatron.convert.conversion import in_encoder
+    from genlip_megatron.convert.folder import write_side_files
+
+    folder = tmp_path / "encoder"
+    write_side_files(folder, tiny(), DataConfig(), 0, "float32", encoder_only=True)
+    weights = {name: tensor for name, tensor in random_weights(tiny()).items() if in_encoder(name)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def set_fields(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def set_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    weights = {**load_file(folder / "model.safetensors"), name: tensor}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("harm", "part"),
+    [
+        (lambda place: set_fields(place, num_hidden_layers=1), "visual.layers.1."),
+        (lambda place: set_fields(place, num_hidden_layers=3), "no visual.layers.2."),
+        (lambda place: set_tensor(place, "extra", torch.zeros(1)), "extra, which GenLIPVisionModel"),
+        (lambda place: set_tensor(place, "ln_post.bias", torch.zeros(5)), "ln_post.bias is [5], [48] expected"),
+        (lambda place: (place / "config.json").unlink(), "no config.json"),
+        (lambda place: set_fields(place, hidden_size="big"), "hidden_size = 'big'"),
+    ],
+)
+def test_an_encoder_whose_tensors_are_not_the_models_is_refused(
+    harm: Callable[[Path], Any], part: str, encoder: Path, photos: Path, tool: Callable[..., str], tmp_path: Path
+) -> None:
+    harm(encoder)
+    words = [photos, "--load", encoder, "--output", tmp_path / "features", "--device", "cpu"]
+    line = tool(extract_features, *words, status=2)
+    assert str(encoder) in line and part in line
+
+
+def test_text_parts_are_no_mistake_of_an_encoder(encoder: Path) -> None:
+    set_tensor(encoder, "lm_head.weight", torch.zeros(3, 4))
+    assert load(encoder, print, encoder_only=True).model.config.num_hidden_layers == 2
+    set_tensor(encoder, "ln_post.bias", torch.zeros(5))
+    assert GenLIPVisionModel.from_pretrained(encoder, ignore_mismatched_sizes=True).ln_post.bias.shape == (48,)
+
+
+def test_the_image_rule_of_a_folder_saved_again_by_transformers(
+    exported_native: Path, tmp_path: Path, demo_data: Path
+) -> None:
+    """Version 5 has the image processor inside ``processor_config.json``."""
+    processor = transformers.AutoProcessor.from_pretrained(exported_native, trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported_native, trust_remote_code=True)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "again")
+    images = load(tmp_path / "again", print).image_processor
+    assert (images.image_mode, images.min_pixels, images.max_pixels) == ("native", 512, 16384)
+    recorded = recorded_run(tmp_path / "again", tiny(), demo_data / "tokenizer.model", "fp32").data
+    assert (recorded.image_mode, recorded.min_pixels, recorded.max_pixels) == ("native", 512, 16384)
+
+
+@pytest.fixture
+def exported_native(tmp_path: Path, demo_data: Path) -> Path:
+    """A folder for images of their own sizes."""
+    return export(
+        tmp_path / "native", demo_data / "tokenizer.model", image_mode="native", min_pixels=512, max_pixels=16384
+    )
+
+
+def test_a_value_beyond_fp16_is_refused(encoder: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    load(encoder, print, encoder_only=True, dtype="fp16")
+    set_tensor(encoder, "ln_post.bias", torch.full((48,), 7e4))
+    with pytest.raises(ValueError, match="ln_post.bias: a value of 7e"):
+        load(encoder, print, encoder_only=True, dtype="fp16")
+    assert load(encoder, print, encoder_only=True, dtype="bf16").model.dtype == torch.bfloat16
+    loaded = load(checkpoints["1"], print, encoder_only=True, dtype="fp16")
+    assert loaded.model.dtype == torch.float16
+
+
+def test_tools_without_transformers_say_what_to_install(
+    tool: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.caption import main as caption
+    from tools.patch_readout import main as patch_readout
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for main in (caption, extract_features, patch_readout):
+        line = tool(main, tmp_path, "--load", tmp_path, "--output", tmp_path / "new", status=2)
+        assert "pip install 'genlip-megatron[hf]'" in line
+
+
+def test_a_missing_head_count_names_no_flag_that_the_tool_lacks(exported_native: Path) -> None:
+    set_fields(exported_native, num_attention_heads=None)
+    with pytest.raises(ValueError, match="number of attention heads") as raised:
+        load(exported_native, print)
+    assert "--num" not in str(raised.value) and "config.json" in str(raised.value)
