@@ -30,8 +30,11 @@ def test_one_layout_and_its_mfu(capsys: pytest.CaptureFixture[str]) -> None:
         return json.loads(capsys.readouterr().out)["layout"]
 
     one = run("--mbs", "1", "--mfu", "0.3")
-    assert one["layout"] == "--tp 1 --pp 1 --micro-batch-size 1 --recompute none" and one["fits"]
-    assert one["micro_batches"] == 8 and one["mfu"] < 0.3
+    overlapped = "--overlap-grad-reduce --overlap-param-gather"
+    assert one["layout"] == f"--tp 1 --pp 1 --micro-batch-size 1 {overlapped} --recompute none" and one["fits"]
+    assert one["micro_batches"] == 8 and one["mfu"] == pytest.approx(0.3)  # all communication is overlapped
+    waiting = run("--mbs", "1", "--mfu", "0.3", "--no-overlap-grad-reduce", "--no-overlap-param-gather")
+    assert waiting["mfu"] < 0.3
     assert one["memory"]["total"] == pytest.approx(
         sum(v for k, v in one["memory"].items() if k not in ("total", "stage"))
     )
@@ -44,7 +47,7 @@ def test_a_layout_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main([*RUN, "--tp", "1", "--gpu-memory-gb", "40"]) == 1
     text = capsys.readouterr().out
     assert "This layout does not fit. The nearest that fit:" in text
-    assert "--tp 1 --pp 1 --micro-batch-size 1 --recompute none" in text
+    assert "--tp 1 --pp 1 --micro-batch-size 1 --overlap-grad-reduce --overlap-param-gather --recompute none" in text
     assert tool.main(["--config", "g16_stage1", "--gpu-memory-gb", "1"]) == 1
     assert "no layout on 1 x h100 fits 1.0 GiB a rank" in capsys.readouterr().out
 

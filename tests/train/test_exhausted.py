@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ class _Run:
     def __init__(self, began: int) -> None:
         self.iteration = began
         self.writer = self.saver = self.train_loader = self.valid_loader = None
+        self.profiler = SimpleNamespace(close=lambda: None)
 
 
 @pytest.mark.parametrize(("steps", "error"), [(0, Mistake), (FIRST_STEPS - 1, Mistake), (FIRST_STEPS, type(ERROR))])
