@@ -404,18 +404,24 @@ class GenLIPPreTrainedModel(PreTrainedModel):
         ignored = bool(kwargs.pop("ignore_mismatched_sizes", False))
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         model, info = loaded
-        misshapen = {name: shapes for name, *shapes in info["mismatched_keys"]}
+        # Version 4 names them alone, version 5 with both shapes.
+        misshapen = dict((key, ()) if isinstance(key, str) else (key[0], key[1:]) for key in info["mismatched_keys"])
         wrong = []
         if missing := sorted(set(info["missing_keys"]) - set(misshapen)):
             wrong.append(f"no {_few(missing)}, which {cls.__name__} needs")
         if unexpected := sorted(info["unexpected_keys"]):
             wrong.append(f"{_few(unexpected)}, which {cls.__name__} with this config.json does not have")
         if misshapen and not ignored:
-            shapes = [f"{name} is {list(a)}, {list(b)} expected" for name, (a, b) in sorted(misshapen.items())]
-            wrong.append(_few(shapes))
+            wrong.append(_few([_misshapen(name, *shapes) for name, shapes in sorted(misshapen.items())]))
         if wrong:
             raise ValueError(f"{args[0] if args else 'the weights'}: {'; '.join(wrong)}")
         return (model, info) if output_loading_info else model
+
+
+def _misshapen(name: str, stored: Sequence[int] = (), expected: Sequence[int] = ()) -> str:
+    return (
+        f"{name} is {list(stored)}, {list(expected)} expected" if stored else f"{name} has another shape than expected"
+    )
 
 
 class PatchStates(Tensor):
