@@ -187,7 +187,7 @@ class CheckpointConfig:
     load: str = _opt("", "where to begin as long as save is empty: a folder of checkpoints, or one of them")
     save_interval: int = _opt(1000, "steps between checkpoints")
     finetune: bool = _opt(False, "take only the weights from load; optimizer, schedule and data start anew")
-    async_save: bool = _opt(True, "write checkpoints behind the next steps; training stops for a host copy alone")
+    async_save: bool = _opt(True, "write checkpoints behind the next steps; an update waits for the host copy alone")
     fully_reshardable_every: int = _opt(
         10,
         "every so many saves, and at the end, the optimizer state is stored for any tp and pp, gathered while training "

@@ -33,7 +33,7 @@ from genlip_megatron.checkpoint.content import RandomStates, State
 from genlip_megatron.checkpoint.folder import NotSaved
 from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.checkpoint.retention import Keeper
-from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Planner, Written
+from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Planner, WriteBehind, Written
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.specs import compute_dtype
 
@@ -92,7 +92,7 @@ class _Pending:
     iteration: int
     kind: str
     planned: PlannedWrite | None  # None when planning failed on this rank
-    written: Background | Written
+    written: WriteBehind | Written
     plain: _Plain
     facts: Facts
     stopped: float  # seconds for which training has waited
@@ -136,6 +136,11 @@ class Saver:
         self._versions = manifest.versions()
         self._revision = manifest.revision() if rank() == 0 else ""
         self._lock: IO[str] | None = None
+        self._hooks = [
+            part.optimizer.register_step_pre_hook(self.wait_for_copy)
+            for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+            if not part.is_stub_optimizer
+        ]
         try:
             text = on_rank_0(lambda: self._own(patience))
             strangers = first_of(gather(owner.seen(self.root, text)))
@@ -175,7 +180,8 @@ class Saver:
             common: what is the same on every rank (counters, data cursor); only rank 0's is written.
             kind: of the optimizer's state, DP_RESHARDABLE or FULLY_RESHARDABLE.
             facts: for the manifest.
-            behind: return once the state has been copied, and write meanwhile; ``finish`` completes the save.
+            behind: copy the state and write it meanwhile, while the next update waits for the copy (no other change of
+                the state does); ``finish`` completes the save.
             random: of all ranks; by default as they are now.
 
         Raises:
@@ -239,22 +245,25 @@ class Saver:
 
     def _write(
         self, planner: Planner, sharded: dict[str, Any], place: Path, behind: bool, iteration: int
-    ) -> tuple[PlannedWrite | None, Background | Written]:
+    ) -> tuple[PlannedWrite | None, WriteBehind | Written]:
         """Write this rank's files, or have them written; never raises, since the other ranks wait for the answer."""
         try:
             planned = planner.plan(sharded, place)
             self._before_writing(iteration)
         except Exception as error:
             return None, Written(error=f"{type(error).__name__}: {error}")
-        if not behind:
-            return planned, planned.write()
-        try:
-            self._copies.copy(planned)
-            return planned, Background(planned.write)
-        except (RuntimeError, MemoryError) as error:
-            written = planned.write()
-            written.warning = f"no copy in host memory, so that training waited for the disk ({error})"
-            return planned, written
+        return planned, WriteBehind(self._copies, planned) if behind else planned.write()
+
+    def wait_for_copy(self, *_: Any) -> None:
+        """Wait until the state may change, if it is being saved. Optimizers call it before each update of theirs.
+
+        Not a collective.
+        """
+        pending = self._pending
+        if pending is not None and isinstance(pending.written, WriteBehind):
+            begin = time.monotonic()
+            pending.written.wait_for_copy()
+            pending.stopped += time.monotonic() - begin
 
     def finish(self) -> None:
         """Wait for the save under way, if there is one, and let the checkpoint appear.
@@ -290,6 +299,9 @@ class Saver:
 
     def close(self) -> None:
         """Leave the folder to others; deletions that take long go on until the process ends. Not a collective."""
+        self.wait_for_copy()
+        for hook in self._hooks:
+            hook.remove()
         self.settle(_PATIENCE_FOR_DELETIONS)
         if self._lock is not None:
             with contextlib.suppress(OSError):
@@ -355,10 +367,11 @@ class Saver:
         if self._pruning is None:
             self._pruning = Background(self._prune)
         seconds = max(part.seconds for part in parts)
-        hashing = max(part.hashing for part in parts)
+        hashing, copying = max(part.hashing for part in parts), max(part.copying for part in parts)
         return (
             f"saved {target}: {saved.size / 1e9:.3f} GB, {pending.kind}; training waited {pending.stopped:.2f} s"
             + (f" ({pending.plain.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")
+            + (f", copied in {copying:.2f} s" if copying else "")
             + f", written in {seconds:.2f} s at {saved.size / 1e9 / max(seconds, 1e-9):.2f} GB/s "
             f"({hashing / max(seconds, 1e-9):.0%} of it checksums), completed in {time.monotonic() - begin:.2f} s"
             + "".join(f"\nWARNING: {warning}" for warning in warnings if warning)

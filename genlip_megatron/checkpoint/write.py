@@ -8,6 +8,7 @@ lock, so threads do as well.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,15 @@ class Written:
     Attributes:
         results: where each tensor is, for the checkpoint's own metadata.
         files: name -> facts.
-        seconds, hashing: of writing, and of it in checksums (the longest of the threads).
+        copying, seconds, hashing: of copying to host memory, of writing, and of that in checksums (the longest of the
+            threads).
         error: why it failed, or None.
         warning: what did not go as it should, though it is written.
     """
 
     results: list[WriteResult] = field(default_factory=list)
     files: dict[str, FileFacts] = field(default_factory=dict)
+    copying: float = 0.0
     seconds: float = 0.0
     hashing: float = 0.0
     error: str | None = None
@@ -261,7 +264,7 @@ class HostCopies:
         self._buffers: dict[Any, Tensor] = {}
 
     def copy(self, planned: PlannedWrite) -> None:
-        """Replace what is to be written by copies that the next step does not change.
+        """Replace what is to be written by copies. What the device was given so far must be done.
 
         Raises:
             RuntimeError, MemoryError: there is not enough memory; nothing is replaced and nothing stays allocated.
@@ -278,7 +281,8 @@ class HostCopies:
             buffers[key] = buffer
             buffer.copy_(tensor.detach(), non_blocking=True)
             copies.append((item, buffer))
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
         self._buffers, planned.items = buffers, copies
 
 
@@ -307,3 +311,39 @@ class Background:
         """What the function returned, once it has."""
         self._thread.join()
         return self._result
+
+
+class WriteBehind(Background):
+    """A write behind training: in a thread, tensors are copied to host memory and then written from there.
+
+    The copy as well goes on beside the next step's forward and backward pass, on a stream of its own where there is a
+    GPU: nothing that is saved changes before that step's update, which has to ``wait_for_copy``. Without the memory
+    for a copy the tensors themselves are written, and the update waits for that.
+    """
+
+    def __init__(self, copies: HostCopies, planned: PlannedWrite) -> None:
+        self._copies, self._planned = copies, planned
+        self._may_change = threading.Event()
+        self._streams = None
+        if torch.cuda.is_available():
+            self._streams = torch.cuda.current_stream(), torch.cuda.Stream()
+            self._streams[1].wait_stream(self._streams[0])
+        super().__init__(self._copy_and_write)
+
+    def wait_for_copy(self) -> None:
+        """Wait until what is written may change."""
+        self._may_change.wait()
+
+    def _copy_and_write(self) -> Written:
+        begin = time.monotonic()
+        try:
+            # A thread begins on device 0; a stream brings its own device along.
+            with torch.cuda.stream(self._streams[1]) if self._streams else contextlib.nullcontext():
+                self._copies.copy(self._planned)
+            copying, warning = time.monotonic() - begin, None
+            self._may_change.set()
+        except Exception as error:
+            copying, warning = 0.0, f"no copy in host memory, so that training waited for the disk ({error})"
+        written = self._planned.write()
+        self._may_change.set()
+        return replace(written, copying=copying, warning=warning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,30 +48,37 @@ def tensor_files(folder: Path, step: int) -> dict[str, manifest.FileFacts]:
 
 
 def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, Any]:
-    """Four saves behind changes of the state; the last one again by another saver that waits."""
+    """Four saves behind changes of the state, which come before anything has been copied; the last one again by another
+    saver that waits."""
     run, planned = build(config), 0
-    whole = write.Planner.prepare
+    whole, copy = write.Planner.prepare, write.HostCopies.copy
 
     def counted(*args: Any) -> None:
         nonlocal planned
         planned += 1
         whole(*args)
 
+    def late(*args: Any) -> None:
+        time.sleep(0.2)
+        copy(*args)
+
     behind, at_once = saver_of(run, folder / "behind", []), saver_of(run, folder / "at_once", [])
     write.Planner.prepare = counted  # type: ignore[method-assign]
+    write.HostCopies.copy = late  # type: ignore[method-assign]
     try:
         for step in range(1, 5):
             change(run)
             behind.save(step, {}, kind, saving.Facts(), behind=True)
             change(run)
             behind.finish()
-        behind.save(5, {}, kind, saving.Facts(), behind=True)
         write.Planner.prepare = whole  # type: ignore[method-assign]
         at_once.save(5, {}, kind, saving.Facts())
+        behind.save(5, {}, kind, saving.Facts(), behind=True)
         change(run)
         behind.finish()
     finally:
         write.Planner.prepare = whole  # type: ignore[method-assign]
+        write.HostCopies.copy = copy  # type: ignore[method-assign]
         behind.close()
         at_once.close()
     return {"planned": planned}
@@ -135,6 +143,7 @@ def save_with_trouble_on_one_rank(config: RunConfig, folder: Path) -> list[str]:
     if rank() == 1:
         write.HostCopies.copy = failing  # type: ignore[method-assign]
     saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
+    change(run)
     write.HostCopies.copy = originals[1]  # type: ignore[method-assign]
     saver.finish()
     saver.close()

@@ -41,7 +41,13 @@ def test_every_way_is_measured(ranks: int, tmp_path: Path) -> None:
         "dist_checkpointing.load",
     ):
         assert re.search(ROW.format(way, r"\d+\.\d\d"), done.stdout, re.M), done.stdout
-    for when in ("the first, which allocates the copies", "a later one", "and when it is completed"):
+    for when in (
+        "the first, which allocates the copies",
+        "a later one",
+        "of it to begin",
+        r"of it before the update, 0\.3 s of work later",
+        "and when it is completed",
+    ):
         assert re.search(STOPPED.format(when), done.stdout, re.M), done.stdout
     assert re.search(r"^resume \d+\.\d\d s without data: \d+\.\d\d s from the start of the", done.stdout, re.M), (
         done.stdout

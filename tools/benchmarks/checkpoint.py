@@ -56,6 +56,8 @@ SMALL = ModelConfig(
     rope_sections=(8, 12, 12),
     drop_path_rate=0.0,
 )
+# Seconds of work that stand for a step's forward and backward pass, less than any recipe's.
+_STEP = 0.3
 
 
 class Times:
@@ -155,6 +157,7 @@ class Benchmark:
         self.rank = torch.distributed.get_rank()
         self.file = root / f"plain-{self.rank}.pt"
         self.lines: list[str] = []
+        self.copying: list[float] = []  # shares by which work is slower beside the copy, and beside writing
         self.slowdowns: list[float] = []
         self.iteration = 0
         self.bytes = self.ours_bytes = 0
@@ -219,20 +222,27 @@ class Benchmark:
             torch.distributed.barrier()
             begin = time.perf_counter()
             self.saver.save(self._next(), {}, kind, Facts(), behind=True)
-            stopped = time.perf_counter() - begin
+            asked = time.perf_counter()
+            first = rate_of_work(lambda: True, _STEP)
+            update = time.perf_counter()
+            self.saver.wait_for_copy()
+            waited = time.perf_counter() - update
             meanwhile = rate_of_work(lambda: self.saver.written, 0.0)
             written = time.perf_counter() - begin
             torch.distributed.barrier()
-            begin = time.perf_counter()
+            completion = time.perf_counter()
             self.saver.finish()
-            finishing = time.perf_counter() - begin
+            finishing = time.perf_counter() - completion
             self.alone()
             again = rate_of_work(lambda: True, 1.0)
             if "first" not in self.times.of:
-                self.times.add("first", stopped)
-        self.times.add("later", stopped)
+                self.times.add("first", asked - begin + waited)
+        self.times.add("asked", asked - begin)
+        self.times.add("update", waited)
+        self.times.add("later", asked - begin + waited)
         self.times.add("finish", finishing)
         self.times.add("behind, written", written)
+        self.copying.append(1 - first / ((alone + again) / 2))
         self.slowdowns.append(1 - meanwhile / ((alone + again) / 2))
 
     def _load(self) -> None:
@@ -313,14 +323,15 @@ def report(bench: Benchmark, rounds: int) -> None:
     for name, label in (
         ("first", "the first, which allocates the copies"),
         ("later", "a later one"),
+        ("asked", "of it to begin"),
+        ("update", f"of it before the update, {_STEP} s of work later"),
         ("finish", "and when it is completed"),
     ):
         print(f"| {label} | {times.spread(name, 3)} | {times.median(name) / synchronous:.1%} |")
-    slower = statistics.median(bench.slowdowns)
-    print(
-        f"\nmatrix products beside the writing threads: {slower:.0%} fewer a second "
-        f"({min(bench.slowdowns):.0%} to {max(bench.slowdowns):.0%})"
-    )
+    print()
+    for shares, what in ((bench.copying, f"the copy ({_STEP} s)"), (bench.slowdowns, "the writing threads")):
+        slower = statistics.median(shares)
+        print(f"matrix products beside {what}: {slower:.0%} fewer a second ({min(shares):.0%} to {max(shares):.0%})")
     for warning in sorted({line for line in bench.lines if "WARNING" in line}):
         print(warning)
     for kind in bench.kinds:
