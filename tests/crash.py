@@ -29,10 +29,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from genlip_megatron.checkpoint import folder as checkpoints
+
 VARIABLE = "TEST_CRASH_PLAN"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # A full disk refuses all that may need a block, and for delayed writes that is sync and close as well.
-_SPARED_BY_A_FULL_DISK = {"remove", "rmdir", "rename", "chmod", "touch"}
+_SPARED_BY_A_FULL_DISK = {"remove", "rmdir", "rename", "exchange", "chmod", "touch"}
 _FREES_SPACE = {"remove", "rmdir"}
 
 
@@ -244,6 +246,7 @@ def _hook_paths(guard: _Guard) -> None:
         setattr(os, name, one(kind, getattr(os, name)))
     for name, kind in {"rename": "rename", "replace": "rename", "link": "link", "symlink": "symlink"}.items():
         setattr(os, name, two(kind, getattr(os, name)))
+    checkpoints.exchange = two("exchange", checkpoints.exchange)
 
 
 def _hook_descriptors(guard: _Guard) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from genlip_megatron.checkpoint.folder import sync
+from genlip_megatron.checkpoint import folder
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path], str]) -> Iterator[Path]:
     """A hidden sibling folder to write to, which takes ``target``'s place when the block ends well.
 
-    When the block fails, what was written is removed; what a killed process left is removed by the next.
+    A folder that is replaced goes in the same step, where the file system can exchange two. When the block fails, what
+    was written is removed; what a killed process left is removed by the next. Of processes that write at once, each has
+    a folder of its own, and the last one's stands, or is refused without ``overwrite``.
 
     Args:
         target: missing, or an empty folder; another is replaced with ``overwrite``.
@@ -27,37 +32,90 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
         ValueError: there is something that must not be replaced, too little room, or the disk cannot be written to.
     """
     target = target.resolve()  # where a link leads, so that the link stays
-    partial = target.with_name(f".{target.name}.partial")
-    replaced = target.with_name(f".{target.name}.replaced")
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    replaced = _replaced(target)
     try:
         if replaced.exists() and not target.exists():
             os.rename(replaced, target)
         check_target(target, overwrite, foreign)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for rest in (partial, replaced):
-            if rest.exists():
-                shutil.rmtree(rest)
+        _remove_rests(target)
         if (free := shutil.disk_usage(target.parent).free) < size:
             raise ValueError(f"{target}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are to be written")
         partial.mkdir()
+        written = os.open(partial, os.O_RDONLY)
         try:
+            _lock(written)
             yield partial
             for path in [*partial.rglob("*"), partial]:
-                sync(path)
-            if target.exists():
-                os.rename(target, replaced)
-            os.rename(partial, target)
-            sync(target.parent)
+                folder.sync(path)
+            check_target(target, overwrite, foreign)  # others may have come first
+            _put(partial, target)
+            folder.sync(target.parent)
         except BaseException:
-            if not partial.exists():  # it has its place already, and the disk did not confirm it
-                os.rename(target, partial)
-            if replaced.exists():
-                os.rename(replaced, target)
+            if target.exists() and os.path.samestat(os.fstat(written), target.stat()):
+                _take_back(partial, target)  # it has its place already, and the disk did not confirm it
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            os.close(written)
+        for old in (partial, replaced):
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}; nothing was left behind") from error
+
+
+def _replaced(target: Path) -> Path:
+    """Where a folder stands that is being replaced, where two cannot be exchanged."""
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Let ``partial`` take the place of ``target``, which is then in its place, or ``_replaced``, if it was there."""
+    if target.exists() and folder.exchange(partial, target):
+        return
+    if target.exists():
+        os.rename(target, _replaced(target))
+    try:
+        os.rename(partial, target)
+    except BaseException:
+        if _replaced(target).exists():
+            os.rename(_replaced(target), target)
+        raise
+
+
+def _take_back(partial: Path, target: Path) -> None:
+    """Undo ``_put``."""
+    if partial.exists():
+        folder.exchange(partial, target)
+        return
+    os.rename(target, partial)
+    if _replaced(target).exists():
+        os.rename(_replaced(target), target)
+
+
+def _remove_rests(target: Path) -> None:
+    """Remove what killed processes have left of ``target``, and nothing that another one is writing."""
+    for rest in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        descriptor = os.open(rest, os.O_RDONLY)
+        try:
+            if _lock(descriptor):
+                shutil.rmtree(rest)
+        finally:
+            os.close(descriptor)
+    if _replaced(target).exists():
+        shutil.rmtree(_replaced(target))
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a folder for this process until it is closed; False when another one has. There may be no locks here."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def check_target(target: Path, overwrite: bool, foreign: Callable[[Path], str]) -> None:
@@ -77,6 +135,6 @@ def check_target(target: Path, overwrite: bool, foreign: Callable[[Path], str]) 
         )
 
 
-def first_other(folder: Path, known: Callable[[Path], bool]) -> str:
+def first_other(place: Path, known: Callable[[Path], bool]) -> str:
     """The first entry of a folder, by name, that is not ``known``; "" when all are."""
-    return next((entry.name for entry in sorted(folder.iterdir()) if not known(entry)), "")
+    return next((entry.name for entry in sorted(place.iterdir()) if not known(entry)), "")

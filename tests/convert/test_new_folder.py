@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from genlip_megatron.checkpoint import folder
 from genlip_megatron.convert.new_folder import new_folder
 
 
@@ -39,7 +40,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_removed_or_put_back(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    for name in (".target.partial", ".target.replaced"):
+    for name in (".target.partial-0123abcd", ".target.replaced"):
         (tmp_path / name / "folder").mkdir(parents=True)
     # It was killed while it took the old one's place: the old one is there again, and is not replaced unasked.
     with pytest.raises(ValueError, match="not empty"), new_folder(target, 1, False, lambda _: ""):
@@ -48,6 +49,44 @@ def test_what_a_killed_run_left_is_removed_or_put_back(tmp_path: Path) -> None:
     with new_folder(target, 1, True, lambda _: "") as partial:
         (partial / "file").write_text("new")
     assert names(tmp_path) == ["target"] and names(target) == ["file"]
+
+
+def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    refused = pytest.raises(ValueError, match="not empty")
+    with refused, new_folder(target, 1, False, lambda _: "") as first:
+        with new_folder(target, 1, False, lambda _: "") as second:
+            (first / "file").write_text("first")
+            (second / "file").write_text("second")
+        with new_folder(target, 1, True, lambda _: "") as third:
+            (third / "file").write_text("third")
+        assert (target / "file").read_text() == "third" and (first / "file").read_text() == "first"
+    assert names(tmp_path) == ["target"] and (target / "file").read_text() == "third"
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_folder_is_replaced_and_a_disk_that_fails_then_gives_it_back(
+    able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not able:
+        monkeypatch.setattr(folder, "exchange", lambda first, second: False)
+    target, sync = tmp_path / "target", folder.sync
+    target.mkdir()
+    (target / "file").write_text("old")
+
+    def failing(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(folder, "sync", failing)
+    with pytest.raises(ValueError, match="Input/output"), new_folder(target, 1, True, lambda _: "") as partial:
+        (partial / "file").write_text("new")
+    assert names(tmp_path) == ["target"] and (target / "file").read_text() == "old"
+    monkeypatch.setattr(folder, "sync", sync)
+    with new_folder(target, 1, True, lambda _: "") as partial:
+        (partial / "file").write_text("new")
+    assert names(tmp_path) == ["target"] and (target / "file").read_text() == "new"
 
 
 def test_an_empty_folder_is_taken_and_another_refused(tmp_path: Path) -> None:
