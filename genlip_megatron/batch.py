@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genlip_megatron import host
@@ -79,6 +80,20 @@ class PackedBatch:
         """The same batch with what lies in host memory page-locked, as ``to`` needs it for a GPU."""
         return self._map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
+    def with_fixed_shapes(self) -> PackedBatch:
+        """The same batch with room for S patches, and with N and R rounded up further, so that most micro-batches of a
+        run are of one shape: N to a power of two, R to a multiple of S / 64. What is added is not used, and zero."""
+        samples, rows = len(self.sample_starts), len(self.loss_rows)
+        coarse = max(_ROW_MULTIPLE, self.num_tokens // 64)
+        more = dict.fromkeys(("sample_starts", "image_lengths", "text_lengths"), power_of_two(samples) - samples)
+        more |= dict.fromkeys(("loss_rows", "labels", "loss_weights"), -rows % coarse)
+        changed: dict[str, Any] = {name: F.pad(getattr(self, name), (0, count)) for name, count in more.items()}
+        if self.drop_path is not None:
+            changed["drop_path"] = F.pad(self.drop_path, (0, more["sample_starts"]))
+        if self.patches is not None:
+            changed["patches"] = F.pad(self.patches, (0, 0, 0, self.num_tokens - len(self.patches)))
+        return replace(self, **changed)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         changed: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
@@ -106,6 +121,15 @@ class Sample:
     loss_mask: Sequence[bool] = ()
     weight: float = 1.0
     key: str = ""
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below ``number``.
+
+    >>> power_of_two(0), power_of_two(32), power_of_two(33)
+    (1, 32, 64)
+    """
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def to_image(patches: Tensor, rows: int, columns: int) -> Tensor:

@@ -238,6 +238,35 @@ def _check_layout(config: RunConfig) -> None:
     _check_recomputation(config)
     if parallel.fsdp:
         _check_fsdp(parallel)
+    if train.cuda_graph:
+        _check_cuda_graph(config)
+
+
+def _check_cuda_graph(config: RunConfig) -> None:
+    """Refuse what a captured micro-batch cannot hold: exchanges that the host orders, and scales that it keeps."""
+    parallel, train = config.parallel, config.train
+    for name, allowed, flag in (
+        ("tensor_model_parallel_size", 1, "--tp 1"),
+        ("pipeline_model_parallel_size", 1, "--pp 1"),
+        ("context_parallel_size", 1, "--cp 1"),
+        ("fsdp", False, "--no-fsdp"),
+        ("overlap_grad_reduce", False, "--no-overlap-grad-reduce"),
+        ("overlap_param_gather", False, "--no-overlap-param-gather"),
+        ("recompute", "none", "--recompute none"),
+        ("offload_modules", (), "no --offload-modules"),
+    ):
+        if (value := getattr(parallel, name)) != allowed:
+            raise ValueError(
+                f"train.cuda_graph with parallel.{name} = {value}: a graph holds the passes of one whole model, "
+                f"without exchanges between ranks or recomputation; allowed: {flag}"
+            )
+    if train.fp8 != "none" or train.fp8_attention:
+        raise ValueError("train.cuda_graph with FP8: its scales are kept by the host between passes; leave one out")
+    if train.attention_backend not in ("auto", "varlen", "te"):
+        raise ValueError(
+            f"train.cuda_graph with train.attention_backend = {train.attention_backend}: its shapes follow the "
+            "samples; allowed: auto, varlen, te"
+        )
 
 
 def _check_stages(config: RunConfig) -> None:

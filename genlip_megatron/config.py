@@ -173,6 +173,9 @@ class TrainConfig:
         "compile residual branches and rotary positions into one kernel each; auto does on a GPU",
         choices=("auto", "none", "compile"),
     )
+    cuda_graph: bool = _opt(
+        False, "replay forward and backward passes of micro-batches of one shape from CUDA graphs, on one GPU a model"
+    )
     seed: int = _opt(1234, "seed of weights, DropPath and the order of the data")
     check_memory: bool = _opt(True, "refuse a layout that by estimate needs more memory than a rank has")
     exit_interval: int = _opt(0, "save and exit after each step that is a multiple of this; 0: run to train_iters")

@@ -5,8 +5,9 @@
     tools/gpu_check.py --rehearse               the same parts on the CPU with a small model: tests this script
 
 Golden parity in float32 and bfloat16; training on rendered scenes, float32 within 1e-3 of the CPU at every step and
-bfloat16 within 2% at the end; throughput, MFU and peak memory of so16 stage 1; DALI's decode rate. Each part runs in
-a process of its own, so that one failure does not hide the others. Without CUDA it says so and exits 0.
+bfloat16 within 2% at the end, from CUDA graphs, with Transformer Engine's layers and with its FP8 as well; throughput,
+MFU and peak memory of so16 stage 1; DALI's decode rate. Each part runs in a process of its own, so that one failure
+does not hide the others. Without CUDA it says so and exits 0.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ GOLDEN_LIMITS = {
     "bf16": {"hidden": 2e-1, "logits": 2e-1, "loss": 1e-2, "gradient": 2e-1, "features": 1e-1},
 }
 DEMO_FP32_LIMIT, DEMO_BF16_LIMIT = 1e-3, 2e-2
+# Ways to train the demo in bfloat16, by part.
+_TE = {"train__precision": "bf16", "train__transformer_impl": "transformer_engine"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "demo-bf16": {"train__precision": "bf16"},
+    "demo-graph": {"train__precision": "bf16", "train__cuda_graph": True},
+    "demo-te": _TE,
+    "demo-fp8": {**_TE, "train__fp8": "hybrid"},
+}
 
 
 def golden(precision: str) -> dict[str, Any]:
@@ -155,20 +164,33 @@ def so16_settings(rehearse: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def why_skipped(settings: dict[str, Any]) -> str:
+    """Why this machine cannot run with ``settings``; empty when it can."""
+    import torch
+
+    from genlip_megatron.model.engine import why_no_engine
+
+    if "train__transformer_impl" in settings:
+        return why_no_engine() or ""
+    return "" if torch.cuda.is_available() or "train__cuda_graph" not in settings else "no CUDA device"
+
+
 def run_part(name: str, data: Path, rehearse: bool) -> dict[str, Any]:
     """One part, in this process."""
     if name.startswith("golden-"):
         return golden(name.removeprefix("golden-"))
     if name.startswith("demo-"):
+        settings = VARIANTS.get(name, {"train__precision": "fp32"})
+        if reason := why_skipped(settings):
+            return {"skipped": reason}
         # One decoder for all, so that devices and precisions are compared, not JPEG libraries.
-        precision = "bf16" if name.endswith("bf16") else "fp32"
-        return train("demo", data, 4 if rehearse else DEMO_STEPS, data__decoder="pillow", train__precision=precision)
+        return train("demo", data, 4 if rehearse else DEMO_STEPS, data__decoder="pillow", **settings)
     if name == "so16":
         return train("so16_stage1", data, 4 if rehearse else 24, **so16_settings(rehearse))
     return decode_rates(256 if rehearse else 8192)
 
 
-PARTS = ("golden-fp32", "golden-bf16", "demo-cpu", "demo-fp32", "demo-bf16", "so16", "decode")
+PARTS = ("golden-fp32", "golden-bf16", "demo-cpu", "demo-fp32", *VARIANTS, "so16", "decode")
 
 
 def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
@@ -177,6 +199,8 @@ def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
     for name, result in results.items():
         if "error" in result:
             rows.append((name, result["error"], False))
+        if "skipped" in result:
+            rows.append((name, f"skipped: {result['skipped']}", True))
     for precision, limits in GOLDEN_LIMITS.items():
         result = results[f"golden-{precision}"]
         for kind, limit in limits.items():
@@ -185,7 +209,8 @@ def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
                     (f"golden {precision} {kind}", f"{result[kind]:.1e}, allowed {limit:.0e}", result[kind] <= limit)
                 )
     cpu = results["demo-cpu"].get("losses", [])
-    for name, limit, last in (("demo-fp32", DEMO_FP32_LIMIT, False), ("demo-bf16", DEMO_BF16_LIMIT, True)):
+    limits_at_end = [(name, DEMO_BF16_LIMIT, True) for name in VARIANTS]
+    for name, limit, last in (("demo-fp32", DEMO_FP32_LIMIT, False), *limits_at_end):
         losses = results[name].get("losses", [])
         if cpu and losses:
             differences = [abs(a / b - 1) for a, b in zip(losses, cpu, strict=True)]

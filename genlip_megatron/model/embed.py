@@ -31,16 +31,25 @@ class ImageSlots:
     Attributes:
         slots: int64 [P_local], on the device: image slots, counted from the rank's first slot.
         first_patch: row of ``PackedBatch.patches`` that goes into the first of them; the others follow.
+        spare: behind the rank's last slot stands one more, for patches that are not used.
     """
 
     slots: Tensor
     first_patch: int
+    spare: bool = False
 
     @classmethod
-    def of(cls, batch: PackedBatch, slots: slice, device: torch.device) -> ImageSlots:
-        """Those of a rank that holds ``slots``. Best of a batch on the CPU: from another device it is waited for."""
+    def of(cls, batch: PackedBatch, slots: slice, device: torch.device, fixed_shapes: bool = False) -> ImageSlots:
+        """Those of a rank that holds ``slots``. Best of a batch on the CPU: from another device it is waited for.
+
+        Args:
+            fixed_shapes: for a batch with as many patches as slots.
+        """
         is_image = batch.is_image.cpu().numpy()
         found = torch.from_numpy(np.flatnonzero(is_image[slots]))
+        if fixed_shapes:
+            found = F.pad(found, (0, len(is_image) - len(found)), value=len(is_image))
+            return cls(host.to_device(found, device), 0, spare=True)
         before = int(np.count_nonzero(is_image[: slots.start]))
         return cls(host.to_device(found, device), before - batch.first_patch)
 
@@ -104,5 +113,7 @@ class Embedding(MegatronModule):
             text = self.in_proj(text)
         # A batch without images carries one blank patch, whose weight must still get its gradient (of zero).
         image = F.linear(pixels.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias)[: len(images.slots)]
+        if images.spare:
+            return F.pad(text, (0, 0, 0, 1))[:, None].index_copy(0, images.slots, image[:, None])[:-1]
         # Not a view of what was computed: FSDP hangs its backward hook on the result.
         return text[:, None].index_copy(0, images.slots, image[:, None])

@@ -89,15 +89,20 @@ class GenLIP(MegatronModule):
             raise RuntimeError(f"the model and its state differ in {', '.join(wrong)}")
         return result
 
-    def plan(self, batch: PackedBatch) -> PackedAttention:
+    def plan(self, batch: PackedBatch, fixed_shapes: bool = False) -> PackedAttention:
         """What the attention of ``batch`` needs on this rank: the same for all its chunks. Waits for the device
-        when ``batch`` is not on the CPU."""
+        when ``batch`` is not on the CPU.
+
+        Args:
+            fixed_shapes: the batch is one ``with_fixed_shapes``, and the plan's tensors have such as well.
+        """
         device = host.device()
         dtype = self.config.params_dtype
         cut = (self.context, self.gather_keys)
-        plan = plan_attention(batch, self.model_config, dtype, self.attention_backend, device, *cut, self.fusion)
+        how = (self.fusion, fixed_shapes)
+        plan = plan_attention(batch, self.model_config, dtype, self.attention_backend, device, *cut, *how)
         slots = local_slots(batch.num_tokens, self.context, self.tp_group if self.config.sequence_parallel else None)
-        plan = replace(plan, images=ImageSlots.of(batch, slots, device))
+        plan = replace(plan, images=ImageSlots.of(batch, slots, device, fixed_shapes))
         if batch.drop_path is None:
             return plan
         # Padding has no sample; it keeps the branches of sample 0 and nobody sees it.

@@ -60,6 +60,13 @@ def check_machine(config: RunConfig) -> str:
         )
     fusion_choice(config.train.fusion)
     backend, reason = attention_choice(config)
+    if config.train.cuda_graph and not torch.cuda.is_available():
+        raise ValueError("train.cuda_graph: needs a CUDA device, here is none; leave out --cuda-graph")
+    if config.train.cuda_graph and backend not in ("varlen", "te"):
+        raise ValueError(
+            f"train.cuda_graph: needs the attention backend varlen or te, and here runs {backend} ({reason}); leave "
+            "out --cuda-graph"
+        )
     fp8 = choose_fp8(config)
     warnings = [f"WARNING: {note}" for note in fp8.notes]
     return "\n".join([*warnings, f"attention backend {backend}: {reason}"])

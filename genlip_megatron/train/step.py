@@ -23,6 +23,7 @@ from genlip_megatron.faults.exits import Mistake
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.train.breakdown import Breakdown
+from genlip_megatron.train.graphs import GraphedStage
 from genlip_megatron.train.metrics import COUNTS, count_batch
 
 
@@ -97,11 +98,13 @@ class Stepper:
         self.device = host.device()
         self.counts = torch.zeros(len(COUNTS), dtype=torch.float64)
         self.spoil = False
+        self._graphed = GraphedStage(model[0]) if config.train.cuda_graph else None
 
     def _prepare(self, batch: PackedBatch) -> tuple[PackedBatch, PackedAttention]:
         """The micro-batch on the device and the plan of its attention, for all model chunks of this rank."""
         self.counts += count_batch(batch)
-        plan = unwrap(self.model[0]).plan(batch)
+        batch = batch.with_fixed_shapes() if self._graphed else batch
+        plan = unwrap(self.model[0]).plan(batch, fixed_shapes=self._graphed is not None)
         return batch.to(self.device), plan
 
     def _next(self, batches: Iterator[PackedBatch], count: int) -> Iterator[tuple[PackedBatch, PackedAttention]]:
@@ -119,7 +122,7 @@ class Stepper:
 
     def _forward(self, iterator: Iterator[tuple[PackedBatch, PackedAttention]], stage: Any) -> tuple[Tensor, Any]:
         batch, plan = next(iterator)
-        output = stage(batch, plan)
+        output = (self._graphed or stage)(batch, plan)
         return output * math.nan if self.spoil else output, partial(loss_sum, batch)
 
     def run(self, batches: Iterator[PackedBatch], forward_only: bool) -> Tensor:

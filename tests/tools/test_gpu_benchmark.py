@@ -96,7 +96,7 @@ def test_without_a_gpu_everything_is_listed_as_not_measured(tmp_path: Path, monk
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--sections", "head,step", "--output", str(output)])
     assert gpu.main() == 0
     figures = json.loads(output.read_text())["figures"]
-    assert len(figures) == 4 + 6 * 4
+    assert len(figures) == 4 + 6 * 5
     assert {figure["missing"] for figure in figures} == {"no CUDA device"}
     assert all(figure["date"] and figure["torch"] == torch.__version__ for figure in figures)
 
@@ -127,9 +127,9 @@ def test_a_job_that_fails_or_hangs_gives_reasons(monkeypatch: pytest.MonkeyPatch
 
 def test_a_step_is_measured_beside_its_baseline_on_the_same_samples() -> None:
     job = next(job for job in gpu.all_jobs() if job.name == "so16 stage 2")
-    ours, baseline, fp8 = gpu.run_job(job, 1, 200.0, True)
-    assert [figure.name for figure in (ours, baseline, fp8)] == list(job.figures)
-    assert not ours.missing and not baseline.missing and fp8.missing
+    ours, baseline, fp8, graph = gpu.run_job(job, 1, 200.0, True)
+    assert [figure.name for figure in (ours, baseline, fp8, graph)] == list(job.figures)
+    assert not ours.missing and not baseline.missing and fp8.missing and graph.missing
     tokens_a_sample = [figure.details["tokens/s"] / figure.details["samples/s"] for figure in (ours, baseline)]
     assert tokens_a_sample[0] == pytest.approx(tokens_a_sample[1])
     assert ours.details["ms forward"] > 0 and ours.details["ms backward"] > 0

@@ -15,7 +15,7 @@ BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 MFU_TARGETS = {"l16 stage 1 BF16": 50.0, "so16 stage 1 BF16": 55.0, "g16 stage 1 BF16": 58.0}
 OVER_BASELINE, OVER_MODEL = 2.0, 1.5
 _NOTHING = "Nothing was measured"
-_COLOURS = {"BF16": "#2b6cb0", "FP8": "#2f855a", "baseline": "#a0aec0"}
+_COLOURS = {"BF16": "#2b6cb0", "FP8": "#2f855a", "graph": "#63b3ed", "baseline": "#a0aec0"}
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ _TINY: dict[str, Any] = {
     "train.lr_warmup_iters": 0,
 }  # fmt: skip
 
+# "graph" is BF16 with train.cuda_graph.
+STEP_KINDS = ("BF16", "baseline", "FP8", "graph")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -73,14 +76,13 @@ def all_jobs() -> list[Job]:
     """Every job of every section, the most wanted of a section first."""
     lengths = [f"stage {stage} head dim {head_dim}" for head_dim in HEAD_DIMS for stage in STAGES]
     kernels = ("varlen", "te", "flex", _PADDED, "grouped", "dense")
-    kinds = ("BF16", "baseline", "FP8")
     steps = [f"{model} stage {stage}" for stage in STAGES for model in ("so16", "l16", "g16")]
     head = tuple(f"{who} {rows} rows" for rows in HEAD_ROWS for who in ("ours", "unfused"))
     return [
         Job("matmul", "matmul", (*(f"K = {size}" for size in MATRIX_SIZES), "a cut of the step breakdown")),
         *(Job("attention", kernel, tuple(f"{kernel}, {length}" for length in lengths)) for kernel in kernels),
         Job("head", "head", head),
-        *(Job("step", step, tuple(f"{step} {kind}" for kind in kinds)) for step in steps),
+        *(Job("step", step, tuple(f"{step} {kind}" for kind in STEP_KINDS)) for step in steps),
         Job("data", "data", ("loader, dali", "loader, cpu")),
     ]
 
@@ -266,7 +268,7 @@ class Bench:
 
     def _step(self) -> None:
         model, _, stage = self.job.name.split()
-        for kind in ("BF16", "baseline", "FP8"):
+        for kind in STEP_KINDS:
             self._try(f"{self.job.name} {kind}", partial(self._largest, kind, model, int(stage)))
         if torch.distributed.is_initialized():
             groups.finalize()
@@ -292,12 +294,18 @@ class Bench:
                 raise ValueError("this version has no FP8")
             flags = {"train.transformer_impl": "transformer_engine", "train.fp8": "hybrid"}
             config = override(config, {**flags, "train.fp8_recipe": "delayed"})
+        if kind == "graph":
+            alone = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
+            config = override(config, {"train.cuda_graph": True, **alone})
         check_machine(config)
         groups.initialize(config)
         # Weights that every layout agrees on are drawn on the CPU, which takes longer than all steps here.
         genlip.fill_initial_weights = quick_weights
         run = build_run(config)
         batches = self._batches(config, stage, micro_batch)
+        if kind == "graph":  # a shape is captured when it comes for the third time
+            for _ in range(3):
+                train_step(run, iter(batches))
         return self._timed_steps(
             lambda: train_step(run, iter(batches)).loss, batches, config, micro_batch, run.stepper.breakdown
         )

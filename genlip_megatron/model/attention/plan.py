@@ -93,6 +93,7 @@ def plan_attention(
     context: Any = None,
     gather_keys: bool = False,
     fusion: bool = False,
+    fixed_shapes: bool = False,
 ) -> PackedAttention:
     """Work out once what every layer's attention over ``batch`` needs.
 
@@ -104,13 +105,14 @@ def plan_attention(
         context: context-parallel process group, or None.
         gather_keys: with ``context``: gather keys and values (all_gather) instead of exchanging heads (a2a).
         fusion: compile rotary positions.
+        fixed_shapes: as ``TwoCalls`` takes it, of which ``backend`` must be one.
     """
     positions = host.to_device(batch.position_ids, device)
     cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype)
     mine = slot_share(batch.num_tokens, context if gather_keys else None)
     spans = Spans.of(batch, mine.start, mine.stop)
     chosen = Fp8Images if backend == FP8_BACKEND else BACKENDS[backend]
-    made = chosen(spans, batch, cos, sin)
+    made = chosen(spans, batch, cos, sin, **({"fixed_shapes": True} if fixed_shapes else {}))
     if fusion:
         made.rotate = compiled(apply_rotary)
     return PackedAttention(made, context, gather_keys)

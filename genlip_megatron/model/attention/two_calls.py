@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genlip_megatron import host
-from genlip_megatron.batch import PackedBatch
+from genlip_megatron.batch import PackedBatch, power_of_two
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend
 from genlip_megatron.model.engine import why_no_engine
 
@@ -57,8 +58,13 @@ def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(int(lengths.sum())) - offsets + np.repeat(begins, lengths)
 
 
-class _Call:
-    """One kernel call over the samples whose ``queries`` are not 0; rows by slot, counted as the tensors' are."""
+class KernelCall:
+    """One kernel call over the samples whose ``queries`` are not 0; rows by slot, counted as the tensors' are.
+
+    Args:
+        fixed: (slots S, samples N): both of queries and keys there are then S rows, of which those behind the last
+            sample's come from a slot S and go there, and N sequences, the last ones of no length.
+    """
 
     def __init__(
         self,
@@ -68,6 +74,7 @@ class _Call:
         keys: np.ndarray,
         causal: bool,
         device: torch.device,
+        fixed: tuple[int, int] | None,
     ) -> None:
         used = queries > 0
         query_begins, queries, key_begins, keys = (x[used] for x in (query_begins, queries, key_begins, keys))
@@ -79,10 +86,18 @@ class _Call:
         def cumulative(lengths: np.ndarray) -> Tensor:
             return on_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
 
-        self.query_slots = on_device(_ranges(query_begins, queries))
-        self.key_slots = on_device(_ranges(key_begins, keys))
+        query_slots, key_slots = _ranges(query_begins, queries), _ranges(key_begins, keys)
+        longest = [int(lengths.max(initial=0)) for lengths in (queries, keys)]
+        if fixed is not None:
+            slots, samples = fixed
+            query_slots, key_slots = (
+                np.pad(rows, (0, slots - len(rows)), constant_values=slots) for rows in (query_slots, key_slots)
+            )
+            queries, keys = (np.pad(lengths, (0, samples - len(lengths))) for lengths in (queries, keys))
+            longest = [power_of_two(length) for length in longest]
+        self.query_slots, self.key_slots = on_device(query_slots), on_device(key_slots)
         self.cu_q, self.cu_k = cumulative(queries), cumulative(keys)
-        self.max_q, self.max_k = int(queries.max(initial=0)), int(keys.max(initial=0))
+        self.max_q, self.max_k = longest
 
 
 class TwoCalls(Backend):
@@ -90,12 +105,19 @@ class TwoCalls(Backend):
 
     Args:
         elsewhere: bool [N], samples whose image queries a subclass attends by itself.
+        fixed_shapes: S and N alone decide the shapes of all tensors, for CUDA graphs; without context parallelism.
     """
 
     kernel: Kernel
 
     def __init__(
-        self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor, elsewhere: np.ndarray | None = None
+        self,
+        spans: Spans,
+        batch: PackedBatch,
+        cos: Tensor,
+        sin: Tensor,
+        elsewhere: np.ndarray | None = None,
+        fixed_shapes: bool = False,
     ) -> None:
         self._cos, self._sin = cos, sin
         self._queries = slice(spans.first, spans.last)
@@ -105,16 +127,22 @@ class TwoCalls(Backend):
         image_queries, text_queries = image_ends - spans.begins, spans.ends - text_begins
         if elsewhere is not None:
             image_queries = np.where(elsewhere, 0, image_queries)
+        self._spare = fixed_shapes
+        last = (cos.device, (spans.total, len(batch.sample_starts)) if fixed_shapes else None)
         self.calls = (
-            _Call(offset + spans.begins, image_queries, spans.starts, spans.images, False, cos.device),
-            _Call(offset + text_begins, text_queries, spans.starts, spans.keys, True, cos.device),
+            KernelCall(offset + spans.begins, image_queries, spans.starts, spans.images, False, *last),
+            KernelCall(offset + text_begins, text_queries, spans.starts, spans.keys, True, *last),
         )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         if all(call.empty for call in self.calls):
             return nothing_to_attend(q, k, v)
         q, k = self.turned(q, k)
-        return self.add_calls(torch.zeros_like(q), q, k, v, scale)
+        if not self._spare:
+            return self.add_calls(torch.zeros_like(q), q, k, v, scale)
+        # Kernels leave rows behind the last sequence as the memory was, both ways; they stay in the spare slot.
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (q, k, v))
+        return self.add_calls(torch.zeros_like(q), q, k, v, scale)[:-1]
 
     def turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys turned by their rotary angles."""

@@ -1,0 +1,185 @@
+"""CUDA graphs of a micro-batch: its forward pass and its backward pass, replayed without the host launching kernels.
+
+Micro-batches come ``with_fixed_shapes``, so that few shapes occur. The first ones of a shape run as usual, which lets
+libraries and compilers set themselves up; then a graph of each pass is captured, and later ones are copied to where it
+reads and replayed. Those of rarer shapes than there is room for go on running as usual, to the same result.
+
+The backward graph adds weights' gradients to the buffers of Megatron-Core's DistributedDataParallel by itself, since
+its hooks on parameters are Python, which is not captured. Graphs share one pool of memory, beside what passes without
+a graph keep: where shapes vary, twice the activations.
+
+``torch.cuda.make_graphed_callables`` hands gradients of all weights to autograd, and takes flat tensors;
+Megatron-Core's ``FullCudaGraphWrapper`` captures the whole step with its reductions, and needs all micro-batches of a
+run in one shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genlip_megatron import host
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.model.attention import PackedAttention
+from genlip_megatron.model.attention.backend import Backend
+from genlip_megatron.model.attention.two_calls import KernelCall
+from genlip_megatron.model.embed import ImageSlots
+
+_WARM_UP = 2  # micro-batches of a shape that run as usual
+_MOST_GRAPHS = 8
+_PARTS = (PackedBatch, PackedAttention, ImageSlots, Backend, KernelCall)
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``function`` of each tensor in it, in a fixed order."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_map(item, function) for item in value)
+    if isinstance(value, _PARTS):
+        new = copy.copy(value)
+        vars(new).update({name: _map(item, function) for name, item in vars(value).items()})
+        return new
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a micro-batch or a plan, in a fixed order."""
+    found: list[Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(value, add)
+    return found
+
+
+def shape_of(value: Any) -> Any:
+    """What a graph depends on: shapes and dtypes of the tensors, and everything else as it is; hashable."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, tuple):
+        return tuple(shape_of(item) for item in value)
+    if isinstance(value, _PARTS):
+        return type(value), tuple((name, shape_of(item)) for name, item in vars(value).items())
+    return (value.start, value.stop) if isinstance(value, slice) else value
+
+
+class Graph:
+    """Both passes over micro-batches of one shape.
+
+    Args:
+        stage: the model, wrapped; its loss is a scalar.
+        batch, plan: one of the shape, on the device. Nothing is computed from it.
+        pool: of the memory that graphs share.
+    """
+
+    def __init__(self, stage: Any, batch: PackedBatch, plan: PackedAttention, pool: Any) -> None:
+        self._stage, self._arguments = stage, _map((batch, plan), torch.clone)
+        self._inputs = tensors_of(self._arguments)
+        self._parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        self._loss: Any = None
+        self._factor = torch.ones((), dtype=torch.float32, device=batch.token_ids.device)
+        self._replays = self._capture(pool)
+
+    def _capture(self, pool: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+        passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        for graph, function in zip(passes, (self._run_forward, self._run_backward), strict=True):
+            # Threads of the loader and of checkpoints may allocate meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                function()
+        return passes[0].replay, passes[1].replay
+
+    def _run_forward(self) -> None:
+        with torch.enable_grad():
+            self._loss = self._stage(*self._arguments)
+
+    def _run_backward(self) -> None:
+        # Products that have added to the buffer themselves say so, and hand out a gradient of no meaning.
+        for parameter in self._parameters:
+            parameter.grad_added_to_main_grad = False
+        gradients = torch.autograd.grad(self._loss, self._parameters, self._factor, allow_unused=True)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            if gradient is not None and not parameter.grad_added_to_main_grad:
+                parameter.main_grad.add_(gradient)
+
+    def forward(self, batch: PackedBatch, plan: PackedAttention) -> Tensor:
+        """The loss of a micro-batch of the graph's shape."""
+        for held, new in zip(self._inputs, tensors_of((batch, plan)), strict=True):
+            held.copy_(new, non_blocking=True)
+        self._replays[0]()
+        return self._loss.detach().clone()
+
+    def backward(self, factor: Tensor) -> None:
+        """Add the gradients of ``factor`` times that loss; once, before the next micro-batch."""
+        self._factor.copy_(factor)
+        self._replays[1]()
+
+
+class _Replayed(torch.autograd.Function):
+    """The loss by a graph, as a function whose backward pass is the graph's."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, graph: Graph, batch: PackedBatch, plan: PackedAttention) -> Tensor:
+        ctx.graph = graph
+        return graph.forward(batch, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *factors: Tensor) -> tuple[None, ...]:
+        ctx.graph.backward(factors[0])
+        return None, None, None, None
+
+
+class GraphedStage:
+    """A model that replays graphs where it is trained, called as the model itself.
+
+    Args:
+        stage: the model, wrapped by DistributedDataParallel, which reduces gradients after the last micro-batch.
+        kind: captures; another than ``Graph`` for tests.
+
+    Attributes:
+        replayed, run: micro-batches by a graph, and as usual.
+    """
+
+    def __init__(self, stage: Any, kind: Callable[..., Graph] = Graph) -> None:
+        self._stage, self._kind = stage, kind
+        self._graphs: dict[Any, Graph] = {}
+        self._seen: Counter[Any] = Counter()
+        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self._anchor = torch.zeros((), device=host.device(), requires_grad=True)
+        self.replayed = self.run = 0
+
+    def __call__(self, batch: PackedBatch, plan: PackedAttention) -> Tensor:
+        """The loss of a micro-batch, on the device."""
+        batch = replace(batch, keys=())
+        graph = self._graph(batch, plan) if torch.is_grad_enabled() and self._stage.training else None
+        if graph is None:
+            self.run += 1
+            return self._stage(batch, plan)
+        self.replayed += 1
+        return _Replayed.apply(self._anchor, graph, batch, plan)
+
+    def _graph(self, batch: PackedBatch, plan: PackedAttention) -> Graph | None:
+        shape = shape_of((batch, plan))
+        graph = self._graphs.get(shape)
+        if graph is not None:
+            return graph
+        self._seen[shape] += 1
+        if self._seen[shape] <= _WARM_UP or len(self._graphs) == _MOST_GRAPHS:
+            return None
+        graph = self._graphs[shape] = self._kind(self._stage, batch, plan, self._pool)
+        if torch.distributed.get_rank() == 0:
+            print(
+                f"CUDA graph {len(self._graphs)} of at most {_MOST_GRAPHS}: {batch.num_tokens} tokens, room for "
+                f"{len(batch.sample_starts)} samples and {len(batch.loss_rows)} answer rows; {self.replayed} "
+                f"micro-batches replayed so far, {self.run} run as usual",
+                flush=True,
+            )
+        return graph

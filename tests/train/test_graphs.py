@@ -1,0 +1,165 @@
+"""Graphs of a micro-batch: what they read, and that a run with them computes what a run without them does.
+
+On a CPU a stand-in for a captured pass runs the same function again, on the tensors and numbers of the capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from genlip_megatron.batch import PackedBatch, Sample, pack_samples
+from genlip_megatron.checks import check
+from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig, override
+from genlip_megatron.model.specs import check_machine
+from tests.distributed import run_distributed
+
+MODEL = ModelConfig(2, 32, 2, 48, 24, 61, (4, 2, 2), drop_path_rate=0.2)
+SLOTS = 256
+
+
+def batch(seed: int, lengths: tuple[int, ...] = (9, 7, 10)) -> PackedBatch:
+    """Samples in one pack, the first and the third with an image; a branch is dropped here and there."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i, length in enumerate(lengths):
+        rows = int(rng.integers(3, 5)) if i in (0, 2) else 0
+        patches = torch.from_numpy(rng.integers(0, 256, (rows * 4, 768), dtype=np.uint8))
+        tokens = rng.integers(0, 61, length).tolist()
+        samples.append(
+            Sample(patches, rows, 4 * (rows > 0), tokens, [False] * 2 + [True] * (length - 2), key=f"{seed}")
+        )
+    made = pack_samples([samples], SLOTS)
+    factors = torch.from_numpy(rng.choice([0.0, 1.25], (MODEL.num_layers, 2, len(made.sample_starts)))).float()
+    return PackedBatch(**{**vars(made), "drop_path": factors})
+
+
+class Poisoned(torch.autograd.Function):
+    """``x`` with no numbers behind row ``used``, and such a gradient: what lies there in a kernel's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, used: int) -> Tensor:
+        ctx.used = used
+        out = x.clone()
+        out[used:] = float("nan")
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone()
+        grad[ctx.used :] = float("nan")
+        return grad, None
+
+
+def careless_kernel(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+) -> Tensor:
+    """The plain kernel, which leaves what is behind the last sequence as it was, as those of a GPU do."""
+    from genlip_megatron.model.attention.two_calls import reference_kernel
+
+    assert max_q >= int(cu_q.diff().max()) and max_k >= int(cu_k.diff().max())
+    queries, keys = int(cu_q[-1]), int(cu_k[-1])
+    q, k, v = Poisoned.apply(q, queries), Poisoned.apply(k, keys), Poisoned.apply(v, keys)
+    some = cu_q.diff() > 0
+    cu_q, cu_k = (torch.cat((cu[:1], cu[1:][some])) for cu in (cu_q, cu_k))
+    out = reference_kernel(q[:queries], k[:keys], v[:keys], cu_q, cu_k, max_q, max_k, causal, scale)
+    return torch.cat((out, torch.full((len(q) - queries, *q.shape[1:]), float("nan"))))
+
+
+def trained(graphed: bool, micro_batches: list[PackedBatch], most: int = 8) -> dict[str, Any]:
+    """Losses and final weights of steps of three micro-batches each, and how many of these were replayed."""
+    from genlip_megatron.model.attention import BACKENDS, two_calls
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train import graphs
+    from genlip_megatron.train.loop import build_run, train_step
+
+    class Careless(two_calls.TwoCalls):
+        kernel = staticmethod(careless_kernel)
+
+        @staticmethod
+        def why_not(place: Any) -> None:
+            return None
+
+    class Again(graphs.Graph):
+        def _capture(self, pool: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+            return self._run_forward, self._run_backward
+
+    config = RunConfig(
+        model=MODEL,
+        data=DataConfig(seq_length=SLOTS),
+        train=TrainConfig(global_batch_size=3, lr_warmup_iters=0, lr=1e-2, cuda_graph=graphed),
+    )
+    groups.initialize(config)
+    run = build_run(config)
+    if not torch.cuda.is_available():
+        BACKENDS["careless"] = Careless
+        run.model[0].module.attention_backend = "careless"
+        if run.stepper._graphed:
+            run.stepper._graphed._kind = Again
+    graphs._MOST_GRAPHS = most
+    batches, losses = iter(micro_batches), []
+    for _ in range(len(micro_batches) // 3):
+        outcome = train_step(run, batches)
+        assert outcome.updated
+        losses.append(outcome.loss)
+        run.iteration += 1
+    weights = {name: parameter.detach().cpu() for name, parameter in run.model[0].named_parameters()}
+    stage = run.stepper._graphed
+    return {"losses": losses, "weights": weights, "replayed": stage.replayed if stage else 0}
+
+
+@pytest.mark.parametrize(("most", "replayed"), [(8, 11), (1, 9)])
+def test_a_graphed_run_is_the_run_without(most: int, replayed: int) -> None:
+    """Two shapes by turns, one of them rarely: more samples than a power of two has room for."""
+    many = (5,) * 33
+    micro_batches = [batch(seed, many if seed % 3 == 0 and seed < 12 else (9, 7, 10)) for seed in range(15)]
+    (plain,) = run_distributed(1, trained, False, micro_batches)
+    (graphed,) = run_distributed(1, trained, True, micro_batches, most)
+    assert graphed["replayed"] == replayed
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if torch.cuda.is_available() else {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(graphed["losses"], plain["losses"], **tolerance)
+    for name, weight in plain["weights"].items():
+        torch.testing.assert_close(graphed["weights"][name], weight, **tolerance, msg=name)
+
+
+def test_fixed_shapes_are_fixed() -> None:
+    first, second = batch(0).with_fixed_shapes(), batch(1).with_fixed_shapes()
+    assert first.patches is not None and first.patches.shape == (SLOTS, 768)
+    shapes = [{name: x.shape for name, x in vars(b).items() if isinstance(x, Tensor)} for b in (first, second)]
+    assert shapes[0] == shapes[1]
+    plain = batch(0)
+    assert int(first.loss_weights.sum()) == int(plain.loss_weights.sum())
+    assert plain.patches is not None and torch.equal(first.patches[: len(plain.patches)], plain.patches)
+    many = pack_samples([[Sample(None, 0, 0, [1, 2, 3], [False, True, True])] * 33], SLOTS).with_fixed_shapes()
+    assert many.sample_starts.shape == (64,) and many.loss_rows.shape == (128,)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("parallel.tensor_model_parallel_size", 2, "--tp 1"),
+        ("parallel.pipeline_model_parallel_size", 2, "--pp 1"),
+        ("parallel.context_parallel_size", 2, "--cp 1"),
+        ("parallel.fsdp", True, "--no-fsdp"),
+        ("parallel.overlap_grad_reduce", True, "--no-overlap-grad-reduce"),
+        ("parallel.overlap_param_gather", True, "--no-overlap-param-gather"),
+        ("parallel.recompute", "full", "--recompute none"),
+        ("train.attention_backend", "flex", "auto, varlen, te"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(setting: str, value: Any, allowed: str) -> None:
+    config = override(RunConfig(), {"train.cuda_graph": True})
+    check(config)
+    with pytest.raises(ValueError, match=rf"train\.cuda_graph with {setting} = .*allowed: {allowed}"):
+        check(override(config, {setting: value}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match="train.cuda_graph: needs a CUDA device"):
+        check_machine(override(RunConfig(), {"train.cuda_graph": True}))
