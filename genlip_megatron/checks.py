@@ -238,6 +238,11 @@ def _check_layout(config: RunConfig) -> None:
     _check_recomputation(config)
     if parallel.fsdp:
         _check_fsdp(parallel)
+    if train.fusion == "norms" and train.transformer_impl != "local":
+        raise ValueError(
+            f"train.fusion = norms with train.transformer_impl = {train.transformer_impl}: its linears make their "
+            "norms themselves; allowed: auto, compile, none"
+        )
     if train.cuda_graph:
         _check_cuda_graph(config)
 

@@ -170,8 +170,9 @@ class TrainConfig:
     num_layers_at_end_in_bf16: int = _opt(1, "with first_last_layers_bf16: last layers")
     fusion: str = _opt(
         "auto",
-        "compile residual branches and rotary positions into one kernel each; auto does on a GPU",
-        choices=("auto", "none", "compile"),
+        "compile residual branches and rotary positions into one kernel each; auto does on a GPU; norms: the branches "
+        "with the LayerNorms behind them",
+        choices=("auto", "none", "compile", "norms"),
     )
     cuda_graph: bool = _opt(
         False, "replay forward and backward passes of micro-batches of one shape from CUDA graphs, on one GPU a model"

@@ -135,6 +135,7 @@ def test_aliases_are_the_canonical_flags() -> None:
             ["--recompute", "selective", "--recompute-modules", "layernorm"],
             "needs --transformer-impl transformer_engine",
         ),
+        (["--fusion", "norms", "--transformer-impl", "transformer_engine"], "its linears make their norms themselves"),
         (["--recompute", "selective", "--recompute-modules", ""], "parallel.recompute_modules names no module"),
         (["--recompute-num-layers", "28"], "recompute_num_layers = 28: must be from 0 (all) to model.num_layers = 27"),
         (["--offload-modules", "attn_proj"], "attn_proj needs core_attn as well"),

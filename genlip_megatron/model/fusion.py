@@ -1,8 +1,9 @@
 """Chains of element-wise operations that ``train.fusion`` compiles into one kernel each way, for GPUs.
 
 Fused are the residual branch (bias, LayerScale, DropPath, addition) and, for attention backends that turn queries and
-keys by themselves, rotary positions. SwiGLU and the attention gate are compiled by Megatron-Core wherever there is a
-GPU; LayerNorm is one kernel of torch's. Without compiling the same functions run, so there is no twin to keep equal.
+keys by themselves, rotary positions. With ``norms`` the LayerNorm that reads the branch's result is made in the same
+kernel, which saves reading it; else it is one kernel of torch's. SwiGLU and the attention gate are compiled by
+Megatron-Core wherever there is a GPU. Without compiling the same functions run, so there is no twin to keep equal.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,10 +21,11 @@ def fusion_choice(setting: str) -> bool:
     """Whether ``train.fusion`` = ``setting`` compiles on this machine.
 
     Raises:
-        ValueError: compile without a GPU, where the plain operations are the tested ones and no compiler is needed.
+        ValueError: compile or norms without a GPU, where the plain operations are the tested ones and no compiler is
+            needed.
     """
-    if setting == "compile" and not torch.cuda.is_available():
-        raise ValueError("train.fusion = compile: needs a CUDA device, here is none; allowed: auto, none")
+    if setting in ("compile", "norms") and not torch.cuda.is_available():
+        raise ValueError(f"train.fusion = {setting}: needs a CUDA device, here is none; allowed: auto, none")
     return setting != "none" and torch.cuda.is_available()
 
 
@@ -51,3 +54,23 @@ def scaled_residual(
     if scale is not None:
         return torch.addcmul(residual, branch, scale)
     return residual + branch
+
+
+def scaled_residual_and_norm(
+    branch: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    scale: Tensor | None,
+    drop_path: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(``scaled_residual``, its LayerNorm), both [S_local, 1, D].
+
+    Args:
+        norm_weight, norm_bias: [D].
+        eps: of the LayerNorm.
+    """
+    out = scaled_residual(branch, bias, residual, scale, drop_path)
+    return out, F.layer_norm(out, norm_weight.shape, norm_weight, norm_bias, eps)

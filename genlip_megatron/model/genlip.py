@@ -27,6 +27,7 @@ from genlip_megatron.model.attention import PackedAttention, plan_attention
 from genlip_megatron.model.embed import Embedding, ImageSlots
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.head import Head
+from genlip_megatron.model.regularize import fuse_norms
 from genlip_megatron.model.specs import attention_choice, layer_spec
 from genlip_megatron.parallel.initial import fill_initial_weights
 from genlip_megatron.parallel.sequence import local_slots
@@ -74,6 +75,8 @@ class GenLIP(MegatronModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        if config.train.fusion == "norms":
+            fuse_norms(self.decoder.layers, across=config.parallel.recompute != "full" and not config.parallel.fsdp)
         self.head = Head(*edges) if self.post_process else None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:

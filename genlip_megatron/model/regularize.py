@@ -7,14 +7,15 @@ batch (``PackedBatch.drop_path``), so that recomputation and every layout see th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from genlip_megatron.model.fusion import compiled, scaled_residual
+from genlip_megatron.model.fusion import compiled, scaled_residual, scaled_residual_and_norm
+from genlip_megatron.model.norm import LayerNorm
 
 
 class ScaledResidual(torch.nn.Module):
@@ -32,7 +33,9 @@ class ScaledResidual(torch.nn.Module):
         self, hidden_size: int, init: float, sequence_parallel: bool, dtype: torch.dtype, fusion: bool = False
     ) -> None:
         super().__init__()
-        self._function = compiled(scaled_residual) if fusion else scaled_residual
+        self._alone = compiled(scaled_residual) if fusion else scaled_residual
+        self._with_norm = compiled(scaled_residual_and_norm) if fusion else scaled_residual_and_norm
+        self._following: list[LayerNorm] = []  # in a list, since its parameters are the layer's and not this module's
         self.drop_path: Tensor | None = None  # [S_local, 1, 1], set by GenLIPLayer before each call
         self.scale: torch.nn.Parameter | None = None
         if init:
@@ -43,9 +46,34 @@ class ScaledResidual(torch.nn.Module):
         """The function that Megatron-Core calls with ((output, bias), residual, dropout probability)."""
         return self._add
 
+    def follow_with(self, norm: LayerNorm) -> None:
+        """Make the norm of the result as well, and hand it to ``norm``."""
+        self._following = [norm]
+
     def _add(self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
         branch, bias = output_with_bias
-        return self._function(branch, bias, residual, self.scale, self.drop_path)
+        if not self._following:
+            return self._alone(branch, bias, residual, self.scale, self.drop_path)
+        norm = self._following[0]
+        own = (norm.weight, norm.bias, norm.eps)
+        out, normed = self._with_norm(branch, bias, residual, self.scale, self.drop_path, *own)
+        norm.hand(out, normed)
+        return out
+
+
+def fuse_norms(layers: Iterable[TransformerLayer], across: bool) -> None:
+    """Have each residual branch make the LayerNorm that reads its result.
+
+    Args:
+        layers: neighbours, in order.
+        across: a layer makes the next one's first norm as well. Not where layers are computed or gathered one by one.
+    """
+    before: TransformerLayer | None = None
+    for layer in layers:
+        layer.self_attn_bda.follow_with(layer.pre_mlp_layernorm)
+        if across and before is not None:
+            before.mlp_bda.follow_with(layer.input_layernorm)
+        before = layer
 
 
 class GenLIPLayer(TransformerLayer):

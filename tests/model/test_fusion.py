@@ -14,6 +14,7 @@ from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import ModelConfig, RunConfig, override
 from genlip_megatron.model.attention import plan_attention
 from genlip_megatron.model.fusion import fusion_choice
+from tests.distributed import run_distributed
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -40,6 +41,8 @@ def draw(*shape):
 vector, kept = draw(16), torch.ones(24, 1, 1, device=device)
 cases = [(fusion.scaled_residual, (draw(24, 1, 16), bias, draw(24, 1, 16), scale, drop))
          for bias in (None, vector) for scale in (None, vector) for drop in (None, kept)]
+cases += [(lambda *a, f=f: torch.cat(f(*a, 1e-6)), (*a, vector, vector)) for f, a in [
+    (fusion.scaled_residual_and_norm, arguments) for _, arguments in cases]]
 cases.append((apply_rotary, (draw(24, 2, 8), draw(24, 8), draw(24, 8))))
 for function, arguments in cases:
     torch.manual_seed(0)
@@ -71,6 +74,45 @@ def test_attention_turns_by_the_compiled_function(monkeypatch: pytest.MonkeyPatc
         assert mean == fusion
 
 
+def norms_and_gradients(fusion: str, recompute: str) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
+    """(norms that were made by themselves, loss, gradients) of two layers; nothing is compiled."""
+    from genlip_megatron.model import genlip, specs
+    from genlip_megatron.parallel import groups
+    from tests.train.test_no_waits import MODEL, batch
+
+    config = override(
+        RunConfig(model=MODEL), {"train.fusion": fusion, "data.seq_length": 64, "parallel.recompute": recompute}
+    )
+    groups.initialize(config)
+    genlip.fusion_choice = specs.fusion_choice = lambda _: False
+    model = genlip.build_model(config, specs.transformer_config(config))[0]
+    made, norm = [], torch.nn.LayerNorm.forward
+
+    def counted(self: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+        made.append(self)
+        return norm(self, x)
+
+    torch.nn.LayerNorm.forward = counted
+    try:
+        loss = model(batch(0))
+        loss.backward()
+    finally:
+        torch.nn.LayerNorm.forward = norm
+    return len(made), loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("recompute", "norms"), [("none", (5, 2)), ("full", (9, 5))])
+def test_norms_are_made_beside_the_branches_they_follow(recompute: str, norms: tuple[int, int]) -> None:
+    """Two in each of two layers and the head's: what is left are the first layer's first and the head's; with
+    recomputation each layer's first, twice."""
+    (plain,) = run_distributed(1, norms_and_gradients, "none", recompute)
+    (fused,) = run_distributed(1, norms_and_gradients, "norms", recompute)
+    assert (plain[0], fused[0]) == norms
+    assert torch.equal(plain[1], fused[1]) and plain[2].keys() == fused[2].keys()
+    for name, gradient in plain[2].items():
+        torch.testing.assert_close(fused[2][name], gradient, msg=name)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiled_kernels_are_equal_to_the_plain_operations() -> None:
     compare("cuda")
@@ -79,7 +121,8 @@ def test_compiled_kernels_are_equal_to_the_plain_operations() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu_nothing_is_compiled() -> None:
     assert not fusion_choice("auto") and not fusion_choice("none")
-    with pytest.raises(ValueError, match="train.fusion = compile: needs a CUDA device.*allowed: auto, none"):
-        fusion_choice("compile")
-    with pytest.raises(ValueError, match="train.fusion = 'jit': expected one of auto, none, compile"):
+    for setting in ("compile", "norms"):
+        with pytest.raises(ValueError, match=f"train.fusion = {setting}: needs a CUDA device.*allowed: auto, none"):
+            fusion_choice(setting)
+    with pytest.raises(ValueError, match="train.fusion = 'jit': expected one of auto, none, compile, norms"):
         override(RunConfig(), {"train.fusion": "jit"})
