@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from genlip_megatron import host
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import ModelConfig, RunConfig, override
 from genlip_megatron.model.attention import plan_attention
 from genlip_megatron.model.fusion import fusion_choice
+from genlip_megatron.model.norm import LayerNorm
 from tests.distributed import run_distributed
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,6 +75,19 @@ def test_attention_turns_by_the_compiled_function(monkeypatch: pytest.MonkeyPatc
         # Scores of nothing: every token sees the mean of what lies before it.
         mean = torch.allclose(plan.backend(q, q, q, 1.0)[2], q[:3].mean(0), atol=1e-6)
         assert mean == fusion
+
+
+def test_a_norm_gives_what_it_was_handed_for_that_tensor_alone() -> None:
+    def norm_of(use: str) -> torch.Tensor:
+        norm, x = LayerNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), 4), torch.arange(4.0)
+        norm.hand(x, torch.zeros(4))
+        given = {"the same": x, "another": x.clone()}
+        return norm(given[use]) if use in given else (norm(x), norm(x))[1]
+
+    host.install()
+    made = torch.nn.functional.layer_norm(torch.arange(4.0), (4,), eps=1e-6)
+    assert torch.equal(norm_of("the same"), torch.zeros(4))
+    assert torch.equal(norm_of("another"), made) and torch.equal(norm_of("the same, twice"), made)
 
 
 def norms_and_gradients(fusion: str, recompute: str) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
