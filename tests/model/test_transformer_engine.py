@@ -18,7 +18,8 @@ from genlip_megatron.convert.table import find
 from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.train.reshard import reshard
 from tests.distributed import run_distributed
-from tests.engine import run_engine_steps
+from tests.engine import run_engine_steps, stand_ins
+from tests.parity import BFLOAT16, parity_config, parity_run, problems
 from tests.runs import layout, run_steps, tiny_config, weights
 
 STEPS = 4
@@ -37,6 +38,18 @@ def test_fused_norms_train_as_norms_alone(name: str, demo_data: Path) -> None:
     for tensor, weight in weights(fused).items():
         # Adam turns rounding of tiny gradients into steps of the learning rate, of which four were made.
         torch.testing.assert_close(weight, expected[tensor], atol=2e-5, rtol=0, msg=tensor)
+
+
+def parity_run_with_stand_ins(config: RunConfig) -> dict[str, Any]:
+    with stand_ins():
+        return parity_run(config)
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
+def test_every_gradient_is_that_of_the_local_layers(stage: str, demo_data: Path) -> None:
+    local = run_distributed(1, parity_run, parity_config(demo_data, stage))
+    fused = run_distributed(1, parity_run_with_stand_ins, parity_config(demo_data, stage, **FUSED))
+    assert problems(fused, local[0]) == [] and len(local[0]["gradients"]) > 40
 
 
 @pytest.mark.parametrize("begin", ["local", "transformer_engine"])
@@ -192,6 +205,11 @@ def test_fifty_steps_in_bf16_follow_the_local_layers(demo_data: Path) -> None:
         "model__hidden_size": 256, "model__ffn_hidden_size": 704, "model__rope_sections": [12, 10, 10],
         "train__precision": "bf16", "train__train_iters": 50,
     }  # fmt: skip
+    alone, beside = (
+        parity_run(parity_config(demo_data, **flags)),
+        parity_run(parity_config(demo_data, **flags, **FUSED)),
+    )
+    assert problems([beside], alone, BFLOAT16) == []
     local = run_steps(tiny_config(demo_data, **flags), 50)
     fused = run_steps(tiny_config(demo_data, **flags, **FUSED), 50)
     # The first step's gradients differ by rounding to bfloat16, 1/256; later ones by what training makes of it.
