@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -209,7 +209,7 @@ class Saver:
         stopped = time.monotonic() - begin
         self._pending = _Pending(iteration, kind, planned, written, plain, facts, stopped)
         if behind:
-            self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s")
+            self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s so far")
         else:
             self.finish()
 
@@ -252,7 +252,13 @@ class Saver:
             self._before_writing(iteration)
         except Exception as error:
             return None, Written(error=f"{type(error).__name__}: {error}")
-        return planned, WriteBehind(self._copies, planned) if behind else planned.write()
+        if not behind:
+            return planned, planned.write()
+        try:
+            return planned, WriteBehind(self._copies, planned)
+        except Exception as error:  # no thread, or a device in trouble
+            warning = f"training waited for the disk ({type(error).__name__}: {error})"
+            return planned, replace(planned.write(), warning=warning)
 
     def wait_for_copy(self, *_: Any) -> None:
         """Wait until the state may change, if it is being saved. Optimizers call it before each update of theirs.
@@ -275,6 +281,7 @@ class Saver:
         if pending is None:
             return
         written = pending.written if isinstance(pending.written, Written) else pending.written.result()
+        written = replace(written, stopped=pending.stopped)
         everyone = gather_on_rank_0((written, pending.plain.objects))
         try:
             text = on_rank_0(lambda: self._commit(pending, *zip(*everyone, strict=True)))
@@ -368,8 +375,9 @@ class Saver:
             self._pruning = Background(self._prune)
         seconds = max(part.seconds for part in parts)
         hashing, copying = max(part.hashing for part in parts), max(part.copying for part in parts)
+        stopped = max(part.stopped for part in parts)
         return (
-            f"saved {target}: {saved.size / 1e9:.3f} GB, {pending.kind}; training waited {pending.stopped:.2f} s"
+            f"saved {target}: {saved.size / 1e9:.3f} GB, {pending.kind}; training waited {stopped:.2f} s"
             + (f" ({pending.plain.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")
             + (f", copied in {copying:.2f} s" if copying else "")
             + f", written in {seconds:.2f} s at {saved.size / 1e9 / max(seconds, 1e-9):.2f} GB/s "

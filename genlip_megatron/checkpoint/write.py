@@ -59,14 +59,15 @@ class Written:
     Attributes:
         results: where each tensor is, for the checkpoint's own metadata.
         files: name -> facts.
-        copying, seconds, hashing: of copying to host memory, of writing, and of that in checksums (the longest of the
-            threads).
+        stopped, copying, seconds, hashing: in which training waited, of copying to host memory, of writing, and of that
+            in checksums (the longest of the threads).
         error: why it failed, or None.
         warning: what did not go as it should, though it is written.
     """
 
     results: list[WriteResult] = field(default_factory=list)
     files: dict[str, FileFacts] = field(default_factory=dict)
+    stopped: float = 0.0
     copying: float = 0.0
     seconds: float = 0.0
     hashing: float = 0.0
@@ -139,10 +140,10 @@ class PlannedWrite:
     def write(self) -> Written:
         """Write, hash and sync this rank's files; never raises, since the other ranks wait for the answer."""
         begin = time.monotonic()
-        shares = _share_out(self.items, FILES_PER_RANK)
-        names = [f"__{rank()}_{i}.distcp" for i in range(len(shares))]
         written = Written()
         try:
+            shares = _share_out(self.items, FILES_PER_RANK)
+            names = [f"__{rank()}_{i}.distcp" for i in range(len(shares))]
             with ThreadPoolExecutor(FILES_PER_RANK, "checkpoint") as threads:
                 parts = list(threads.map(self._write_file, names, shares))
             written.results = [result for results, _, _ in parts for result in results]
@@ -262,6 +263,8 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._buffers: dict[Any, Tensor] = {}
+        # One for all saves, since torch hands out the same few to whoever asks; of a priority that others do not use.
+        self.stream = torch.cuda.Stream(priority=-1) if torch.cuda.is_available() else None
 
     def copy(self, planned: PlannedWrite) -> None:
         """Replace what is to be written by copies. What the device was given so far must be done.
@@ -324,10 +327,8 @@ class WriteBehind(Background):
     def __init__(self, copies: HostCopies, planned: PlannedWrite) -> None:
         self._copies, self._planned = copies, planned
         self._may_change = threading.Event()
-        self._streams = None
-        if torch.cuda.is_available():
-            self._streams = torch.cuda.current_stream(), torch.cuda.Stream()
-            self._streams[1].wait_stream(self._streams[0])
+        if copies.stream is not None:
+            copies.stream.wait_stream(torch.cuda.current_stream())
         super().__init__(self._copy_and_write)
 
     def wait_for_copy(self) -> None:
@@ -338,12 +339,13 @@ class WriteBehind(Background):
         begin = time.monotonic()
         try:
             # A thread begins on device 0; a stream brings its own device along.
-            with torch.cuda.stream(self._streams[1]) if self._streams else contextlib.nullcontext():
+            with contextlib.nullcontext() if self._copies.stream is None else torch.cuda.stream(self._copies.stream):
                 self._copies.copy(self._planned)
             copying, warning = time.monotonic() - begin, None
             self._may_change.set()
         except Exception as error:
             copying, warning = 0.0, f"no copy in host memory, so that training waited for the disk ({error})"
-        written = self._planned.write()
-        self._may_change.set()
-        return replace(written, copying=copying, warning=warning)
+        try:
+            return replace(self._planned.write(), copying=copying, warning=warning)
+        finally:
+            self._may_change.set()

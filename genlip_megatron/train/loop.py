@@ -221,6 +221,8 @@ def train_step(run: Run, batches: Iterator[Any], stop: StopRequest | None = None
             unwritten=lambda: saver is not None and not saver.written,
         )
     if run.injector.fires("flip", number):
+        if saver is not None:
+            saver.wait_for_copy()
         flip_bit(unwrap(run.model[0]).parameters())
     return outcome
 

@@ -95,6 +95,79 @@ def test_a_save_behind_training_is_the_one_that_waits(name: str, kind: str, tmp_
     assert files != tensor_files(tmp_path / "behind", 4)
 
 
+def train_and_save(config: RunConfig) -> int:
+    """A whole run whose copies begin late."""
+    from genlip_megatron.train.loop import train
+
+    copy = write.HostCopies.copy
+
+    def late(*args: Any) -> None:
+        time.sleep(0.5)
+        copy(*args)
+
+    write.HostCopies.copy = late  # type: ignore[method-assign]
+    try:
+        return train(config)
+    finally:
+        write.HostCopies.copy = copy  # type: ignore[method-assign]
+
+
+OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
+DRILL = {"faults__allow_fault_injection": True, "faults__check_replicas_interval": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("DP2", {"train__precision": "bf16", **OVERLAP}),
+        ("1", {**DRILL, "faults__inject_fault": ("nan-loss@3:0", "flip@3:0")}),
+        ("DP2", {"parallel__fsdp": True}),
+    ],
+    ids=["overlap", "no update", "fsdp"],
+)
+def test_a_run_does_not_change_what_it_saves(name: str, flags: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
+    """The copy of step 2 is not made before step 3 has come to its update, or to a fault without one."""
+    world_size, sizes = layout(name)
+    files = []
+    for behind in (True, False):
+        folder = tmp_path / str(behind)
+        common = {"train__train_iters": 3, "checkpoint__save_interval": 2, "checkpoint__async_save": behind}
+        config = tiny_config(demo_data, **common, **sizes, **flags, checkpoint__save=str(folder))
+        run_distributed(world_size, train_and_save, config)
+        files.append(tensor_files(folder, 2))
+    assert files[0] == files[1]
+
+
+def raising(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("can't start new thread")
+
+
+def test_without_a_thread_training_waits_for_the_disk(tmp_path: Path) -> None:
+    (line,) = run_distributed(1, save_without_a_thread, tiny_config(Path("unused")), tmp_path)
+    assert "WARNING: rank 0: training waited for the disk (RuntimeError: can't start new thread)" in line
+
+
+def save_without_a_thread(config: RunConfig, folder: Path) -> str:
+    run, lines = build(config), list[str]()
+    saver = saver_of(run, folder, lines)
+    whole, saving.WriteBehind = saving.WriteBehind, raising  # type: ignore[misc]
+    try:
+        saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
+    finally:
+        saving.WriteBehind = whole  # type: ignore[misc]
+    change(run)
+    saver.finish()
+    saver.close()
+    return lines[-1]
+
+
+def test_a_writer_that_dies_lets_the_update_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "_share_out", raising)
+    behind = write.WriteBehind(write.HostCopies(), write.PlannedWrite(tmp_path, [], None))
+    behind.wait_for_copy()
+    assert "can't start new thread" in behind.result().error
+
+
 def save_with_another_tensor(config: RunConfig, folder: Path) -> bool:
     """Two saves, one with a tensor more, one that would leave it out by the plan before."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
