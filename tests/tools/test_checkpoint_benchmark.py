@@ -46,7 +46,7 @@ def test_every_way_is_measured(ranks: int, tmp_path: Path) -> None:
         "a later one",
         "of it to begin",
         r"of it before the update, 0\.3 s of work later",
-        "all that the step takes longer, its work beside the copy included",
+        "all that this step takes longer, its work beside copy and writing included",
         "and when it is completed",
     ):
         assert re.search(STOPPED.format(when), done.stdout, re.M), done.stdout

@@ -333,7 +333,7 @@ def report(bench: Benchmark, rounds: int) -> None:
         ("later", "a later one"),
         ("asked", "of it to begin"),
         ("update", f"of it before the update, {_STEP} s of work later"),
-        ("lost", "all that the step takes longer, its work beside the copy included"),
+        ("lost", "all that this step takes longer, its work beside copy and writing included"),
         ("finish", "and when it is completed"),
     ):
         print(f"| {label} | {times.spread(name, 3)} | {times.median(name) / synchronous:.1%} |")
