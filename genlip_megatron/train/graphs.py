@@ -28,12 +28,12 @@ from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.attention.backend import Backend
-from genlip_megatron.model.attention.two_calls import KernelCall
+from genlip_megatron.model.attention.two_calls import KernelCall, Rows
 from genlip_megatron.model.embed import ImageSlots
 
 _WARM_UP = 2  # micro-batches of a shape that run as usual
 _MOST_GRAPHS = 8
-_PARTS = (PackedBatch, PackedAttention, ImageSlots, Backend, KernelCall)
+_PARTS = (PackedBatch, PackedAttention, ImageSlots, Backend, KernelCall, Rows)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from genlip_megatron.config import ModelConfig, RunConfig, override
-from genlip_megatron.model.attention import FP8_BACKEND, fp8, plan_attention
+from genlip_megatron.model.attention import FP8_BACKEND, fp8, plan_attention, two_calls
 from genlip_megatron.model.attention.two_calls import reference_kernel
 from genlip_megatron.model.engine import Fp8, Gpu, choose_fp8, fp8_head_dim
 from tests.model.test_attention import CPU, Cut, Samples, attend, pack
@@ -36,7 +36,7 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8.Fp8Images, "kernel", staticmethod(reference_kernel))
-    monkeypatch.setattr(fp8, "in_bf16", contextlib.nullcontext)
+    monkeypatch.setattr(two_calls, "in_bf16", contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
@@ -65,7 +65,7 @@ def test_images_side_by_side_attend_as_the_rule_says(
     for ours, oracle in zip((out, q.grad, k.grad, v.grad), attend(batch, "dense", head_dim), strict=True):
         torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
     # One call a micro-batch, of few shapes, whatever it holds; its images take no other.
-    assert len(plan.backend.calls[0].query_slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
+    assert len(plan.backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
     assert kernel.shapes == [(images, length, heads, 80 if capability == (10, 0) else 128)]
 
 

@@ -10,7 +10,6 @@ Legend: B images, P patches of an image, H heads at hand, D channels of a head.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.model.attention.backend import Spans
-from genlip_megatron.model.attention.two_calls import TransformerEngine
+from genlip_megatron.model.attention.two_calls import Rows, TransformerEngine
 from genlip_megatron.model.engine import fp8_head_dim
 
 _IMAGE_MULTIPLE = 8
@@ -64,8 +63,8 @@ class Fp8Images(TransformerEngine):
         super().__init__(spans, batch, cos, sin, elsewhere=mine)
         self.images = int(mine.sum())
         slots = (spans.starts[mine, None] + np.arange(self.length)).ravel()
-        self.key_slots = host.to_device(torch.from_numpy(slots), cos.device)
-        self.query_slots = host.to_device(torch.from_numpy(slots - spans.first), cos.device)
+        self._slots = host.to_device(torch.from_numpy(slots), cos.device)
+        self._rows = Rows.of(slots - spans.first, cos.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:
         """As every backend's; ``image_kernel`` in ``own`` is the layer's ``ImageKernel``."""
@@ -74,19 +73,16 @@ class Fp8Images(TransformerEngine):
         channels = q.shape[-1]
         images = max(-(-self.images // _IMAGE_MULTIPLE), 1) * _IMAGE_MULTIPLE
         behind = (0, image_kernel.head_dim(channels) - channels, 0, 0, 0, 0, 0, images - self.images)
-        query, key, value = (
-            F.pad(x.index_select(0, slots).unflatten(0, (self.images, self.length)), behind)
-            for x, slots in ((q, self.query_slots), (k, self.key_slots), (v, self.key_slots))
-        )
-        attended = image_kernel(query, key, value, scale)[: self.images, ..., :channels]  # [B, P, H, D]
-        out = torch.zeros_like(q).index_copy(0, self.query_slots, attended.flatten(0, 1))
-        with in_bf16():
-            return self.add_calls(out, q, k, v, scale)
 
+        def laid_out(rows: Tensor) -> Tensor:
+            return F.pad(rows.unflatten(0, (self.images, self.length)), behind)
 
-def in_bf16() -> contextlib.AbstractContextManager[None]:
-    """Within it Transformer Engine computes in the tensors' own dtype."""
-    return importlib.import_module("transformer_engine.pytorch").fp8_autocast(enabled=False)  # type: ignore[no-any-return]
+        def attend(query: Tensor) -> Tensor:
+            key, value = (x.index_select(0, self._slots) for x in (k, v))
+            attended = image_kernel(laid_out(query), laid_out(key), laid_out(value), scale)  # [images, P, H, D']
+            return attended[: self.images, ..., :channels].flatten(0, 1)
+
+        return self.attend(q, k, v, scale, elsewhere=(self._rows, attend))
 
 
 class TransformerEngineImages(torch.nn.Module):

@@ -1,25 +1,31 @@
 """Prefix-LM attention as two calls of a variable-length kernel: image queries over their image, text queries, causal
 and aligned to the bottom right, over their sample.
 
-Each query gets all its keys in one call, so nothing has to be merged. The kernels are torch's FlashAttention and
-Transformer Engine's fused attention, both for GPUs; ``reference_kernel`` is their plain twin, for tests anywhere.
+Each query gets all its keys in one call, so nothing has to be merged. What is moved for it: queries are split in two
+and outputs put together, each row once, and image keys and values are taken out; the text call reads keys and values
+where they are, since samples lie end to end. The kernels are torch's FlashAttention and Transformer Engine's fused
+attention, both for GPUs; ``reference_kernel`` is their plain twin, for tests anywhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch, power_of_two
-from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend
+from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend, padding_slots
 from genlip_megatron.model.engine import why_no_engine
+
+_PIECE = 128  # slots of padding, when texts are shorter
 
 
 class Kernel(Protocol):
@@ -58,46 +64,121 @@ def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(int(lengths.sum())) - offsets + np.repeat(begins, lengths)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a tensor [S, ...] something takes, none twice.
+
+    Attributes:
+        slots: int64 [n]; S for a row of no meaning.
+        there: int64 [n], where they are read: ``slots``, and any row for those of no meaning.
+    """
+
+    slots: Tensor
+    there: Tensor
+
+    @classmethod
+    def of(cls, slots: np.ndarray, device: torch.device, total: int | None = None) -> Rows:
+        """With ``total``, filled up to so many by rows of no meaning."""
+        if total is None:
+            taken = host.to_device(torch.from_numpy(slots), device)
+            return cls(taken, taken)
+        behind = (0, total - len(slots))
+        written, read = np.pad(slots, behind, constant_values=total), np.pad(slots, behind)
+        return cls(*(host.to_device(torch.from_numpy(x), device) for x in (written, read)))
+
+
+class _Split(torch.autograd.Function):
+    """The rows of ``x`` [S, ...] that each of ``rows`` takes; together they take none twice, so that gradients are put
+    back and not added. ``all_taken``: they take every row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, all_taken: bool, *rows: Rows) -> tuple[Tensor, ...]:
+        ctx.length, ctx.all_taken, ctx.rows = len(x), all_taken, rows
+        return tuple(x.index_select(0, each.there) for each in rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _put_together(ctx.length, ctx.all_taken, ctx.rows, grads), *[None] * (1 + len(grads))
+
+
+class _Merge(torch.autograd.Function):
+    """[length, ...] with ``parts`` where ``rows`` took them from; zeros elsewhere and at ``padding`` (``_fill``)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, length: int, all_given: bool, padding: Tensor, rows: Sequence[Rows], *parts: Tensor
+    ) -> Tensor:
+        ctx.padding, ctx.rows = padding, rows
+        whole = _put_together(length, all_given, rows, parts)
+        return _fill(whole, padding) if len(padding) else whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _fill(grads[0].clone(), ctx.padding) if len(ctx.padding) else grads[0]
+        return None, None, None, None, *(grad.index_select(0, each.there) for each in ctx.rows)
+
+
+def _fill(x: Tensor, padding: Tensor) -> Tensor:
+    """``x`` [S, ...] with zeros where ``padding`` says, by slots or as bool [S]."""
+    if padding.dtype == torch.bool:
+        return x.masked_fill_(padding.view(-1, *[1] * (x.ndim - 1)), 0.0)
+    return x.index_fill_(0, padding, 0.0)
+
+
+def _put_together(length: int, all_given: bool, rows: Sequence[Rows], parts: Sequence[Tensor]) -> Tensor:
+    """[length, ...] with each of ``parts`` where ``rows`` say, and zeros where none is."""
+    shape = (length + 1, *parts[0].shape[1:])  # the last for rows of no meaning
+    whole = parts[0].new_empty(shape) if all_given else parts[0].new_zeros(shape)
+    for each, part in zip(rows, parts, strict=True):
+        whole.index_copy_(0, each.slots, part)
+    return whole[:length]
+
+
 class KernelCall:
-    """One kernel call over the samples whose ``queries`` are not 0; rows by slot, counted as the tensors' are.
+    """One kernel call over the sequences whose ``queries`` are not 0.
 
     Args:
-        fixed: (slots S, samples N): both of queries and keys there are then S rows, of which those behind the last
-            sample's come from a slot S and go there, and N sequences, the last ones of no length.
+        query_begins, queries: slot of a sequence's first query among those at hand, and their number; int64.
+        key_begins, keys: the same of its keys, among all slots. With None they are all slots, in order.
+        causal: as ``Kernel`` takes it.
+        fixed: (slots S, samples N): tensors then have S rows, of which those behind the last sequence's mean nothing,
+            and N sequences, the last ones of no length; more samples are rounded up to a power of two.
     """
 
     def __init__(
         self,
         query_begins: np.ndarray,
         queries: np.ndarray,
-        key_begins: np.ndarray,
+        key_begins: np.ndarray | None,
         keys: np.ndarray,
         causal: bool,
         device: torch.device,
         fixed: tuple[int, int] | None,
     ) -> None:
         used = queries > 0
-        query_begins, queries, key_begins, keys = (x[used] for x in (query_begins, queries, key_begins, keys))
+        query_slots = _ranges(query_begins[used], queries[used])
+        key_slots = None if key_begins is None else _ranges(key_begins[used], keys[used])
+        queries, keys = queries[used], keys[used]
         self.empty, self.causal = not used.any(), causal
-
-        def on_device(numbers: np.ndarray) -> Tensor:
-            return host.to_device(torch.from_numpy(numbers), device)
-
-        def cumulative(lengths: np.ndarray) -> Tensor:
-            return on_device(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-
-        query_slots, key_slots = _ranges(query_begins, queries), _ranges(key_begins, keys)
         longest = [int(lengths.max(initial=0)) for lengths in (queries, keys)]
         if fixed is not None:
-            slots, samples = fixed
-            query_slots, key_slots = (
-                np.pad(rows, (0, slots - len(rows)), constant_values=slots) for rows in (query_slots, key_slots)
-            )
-            queries, keys = (np.pad(lengths, (0, samples - len(lengths))) for lengths in (queries, keys))
-            longest = [power_of_two(length) for length in longest]
-        self.query_slots, self.key_slots = on_device(query_slots), on_device(key_slots)
+            more = max(fixed[1], power_of_two(len(queries))) - len(queries)
+            queries, keys = (np.pad(lengths, (0, more)) for lengths in (queries, keys))
+            longest = [power_of_two(max(length, _PIECE)) for length in longest]
+
+        def cumulative(lengths: np.ndarray) -> Tensor:
+            numbers = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+            return host.to_device(torch.from_numpy(numbers), device)
+
+        total = None if fixed is None else fixed[0]
+        self.queries = Rows.of(query_slots, device, total)
+        self.keys = None if key_slots is None else Rows.of(key_slots, device, total)
         self.cu_q, self.cu_k = cumulative(queries), cumulative(keys)
         self.max_q, self.max_k = longest
+
+    def keys_of(self, x: Tensor) -> Tensor:
+        """The rows of keys or values [S, H, D] that the call is given."""
+        return x if self.keys is None else _Split.apply(x, False, self.keys)[0]  # type: ignore[no-any-return]
 
 
 class TwoCalls(Backend):
@@ -127,22 +208,33 @@ class TwoCalls(Backend):
         image_queries, text_queries = image_ends - spans.begins, spans.ends - text_begins
         if elsewhere is not None:
             image_queries = np.where(elsewhere, 0, image_queries)
-        self._spare = fixed_shapes
-        last = (cos.device, (spans.total, len(batch.sample_starts)) if fixed_shapes else None)
+        device, fixed = cos.device, (spans.total, len(batch.sample_starts)) if fixed_shapes else None
+        begins, queries, keys = offset + text_begins, text_queries, spans.keys
+        key_begins: np.ndarray | None = spans.starts
+        self._padding = host.to_device(torch.zeros(0, dtype=torch.int64), device)
+        # Where every slot is a query's, and every sample has text, its keys are all slots as they lie.
+        self._whole = spans.last - spans.first == spans.total and bool((text_queries > 0).all())
+        if self._whole:
+            self._padding = (
+                host.to_device(batch.sample_ids.cpu() < 0, device)
+                if fixed_shapes
+                else padding_slots(batch, 0, spans.total, device)
+            )
+            # Padding attends to itself, in short pieces.
+            gaps, lengths = _gaps(spans, max(int(text_queries.max(initial=0)), _PIECE))
+            order = np.argsort(np.concatenate((spans.starts, gaps)), kind="stable")
+            begins = np.concatenate((begins, gaps))[order]
+            queries, keys = (np.concatenate((column, lengths))[order] for column in (queries, keys))
+            key_begins = None
         self.calls = (
-            KernelCall(offset + spans.begins, image_queries, spans.starts, spans.images, False, *last),
-            KernelCall(offset + text_begins, text_queries, spans.starts, spans.keys, True, *last),
+            KernelCall(offset + spans.begins, image_queries, spans.starts, spans.images, False, device, fixed),
+            KernelCall(begins, queries, key_begins, keys, True, device, fixed),
         )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         if all(call.empty for call in self.calls):
             return nothing_to_attend(q, k, v)
-        q, k = self.turned(q, k)
-        if not self._spare:
-            return self.add_calls(torch.zeros_like(q), q, k, v, scale)
-        # Kernels leave rows behind the last sequence as the memory was, both ways; they stay in the spare slot.
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (q, k, v))
-        return self.add_calls(torch.zeros_like(q), q, k, v, scale)[:-1]
+        return self.attend(*self.turned(q, k), v, scale)
 
     def turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys turned by their rotary angles."""
@@ -151,17 +243,42 @@ class TwoCalls(Backend):
             self.rotate(k, self._cos, self._sin),
         )
 
-    def add_calls(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """``out`` [Q, H, D] with the calls' rows set, from turned queries and keys."""
-        for call in self.calls:
-            if call.empty:
-                continue
-            query = q.index_select(0, call.query_slots)
-            key, value = (x.index_select(0, call.key_slots) for x in (k, v))
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        elsewhere: tuple[Rows, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """[Q, H, D] from turned queries and keys, and values.
+
+        Args:
+            elsewhere: queries that no call attends, and what does: [n, H, D] from these queries.
+        """
+        calls = [call for call in self.calls if not call.empty]
+        rows = [call.queries for call in calls] + ([elsewhere[0]] if elsewhere else [])
+        queries = _Split.apply(q, self._whole, *rows)
+        outputs = []
+        for call, query in zip(calls, queries, strict=False):
             lengths = (call.cu_q, call.cu_k, call.max_q, call.max_k)
-            attended = type(self).kernel(query, key, value, *lengths, causal=call.causal, scale=scale)
-            out = out.index_copy(0, call.query_slots, attended)
-        return out
+            key, value = call.keys_of(k), call.keys_of(v)
+            outputs.append(type(self).kernel(query, key, value, *lengths, causal=call.causal, scale=scale))
+        if elsewhere:
+            outputs.append(elsewhere[1](queries[-1]))
+        merged: Tensor = _Merge.apply(len(q), self._whole, self._padding, rows, *outputs)
+        return merged
+
+
+def _gaps(spans: Spans, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first slots, lengths) of the slots of no sample, in pieces of at most ``longest``; int64."""
+    ends = spans.starts + spans.images + spans.texts
+    begins = np.concatenate(([0], ends))
+    lengths = np.concatenate((spans.starts, [spans.total])) - begins
+    pieces = -(-lengths // longest)
+    number = _ranges(np.zeros_like(pieces), pieces)  # of a piece within its gap
+    first = np.repeat(begins, pieces) + number * longest
+    return first, np.minimum(np.repeat(begins + lengths, pieces) - first, longest)
 
 
 def reference_kernel(
@@ -191,6 +308,11 @@ def _varlen_kernel(
     return attended
 
 
+def in_bf16() -> contextlib.AbstractContextManager[None]:
+    """Within it Transformer Engine computes in the tensors' own dtype."""
+    return importlib.import_module("transformer_engine.pytorch").fp8_autocast(enabled=False)  # type: ignore[no-any-return]
+
+
 @functools.cache
 def _te_module(heads: int, head_dim: int, causal: bool, scale: float) -> Any:
     """Transformer Engine's attention without state of its own; queries and keys of a causal call differ in number."""
@@ -209,15 +331,17 @@ def _te_module(heads: int, head_dim: int, causal: bool, scale: float) -> Any:
 def _te_kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> Tensor:
-    attended = _te_module(q.shape[1], q.shape[2], causal, scale)(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        cu_seqlens_q=cu_q,
-        cu_seqlens_kv=cu_k,
-        max_seqlen_q=max_q,
-        max_seqlen_kv=max_k,
-    )
+    # Within FP8 linears' context it would take part in their exchange of largest values, on the ranks that call it.
+    with in_bf16():
+        attended = _te_module(q.shape[1], q.shape[2], causal, scale)(
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            cu_seqlens_q=cu_q,
+            cu_seqlens_kv=cu_k,
+            max_seqlen_q=max_q,
+            max_seqlen_kv=max_k,
+        )
     return attended.view(q.shape)
 
 
