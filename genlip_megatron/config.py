@@ -156,7 +156,7 @@ class TrainConfig:
     precision: str = _opt("auto", "auto is bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
     attention_backend: str = _opt(
         "auto",
-        "exact prefix-LM attention; auto takes the fastest that runs here and says which",
+        "exact prefix-LM attention; auto takes the first of varlen, te, grouped that runs here and says which",
         choices=("auto", "dense", "grouped", "varlen", "flex", "te"),
     )
     transformer_impl: str = _opt("local", "layer implementation", choices=("local", "transformer_engine"))

@@ -18,6 +18,12 @@ def check_engine(config: RunConfig) -> None:
                 "parallel.tp_comm_overlap: needs --transformer-impl transformer_engine, --tp 2 or more, and "
                 f"--sequence-parallel; here are {train.transformer_impl}, {tp} and {parallel.sequence_parallel}"
             )
+        if config.log.caption_samples and config.data.valid_data:
+            raise ValueError(
+                f"parallel.tp_comm_overlap: not with log.caption_samples = {config.log.caption_samples} and "
+                "data.valid_data, since its buffers hold the tokens of a micro-batch and captions run on others; add "
+                "--caption-samples 0"
+            )
     if train.fp8 == "none":
         for name in ("fp8_primary_weights", "fp8_attention", "first_last_layers_bf16"):
             if getattr(train, name):
@@ -32,6 +38,11 @@ def check_engine(config: RunConfig) -> None:
     if train.fp8_attention and train.attention_backend not in ("auto", "te"):
         raise ValueError(
             f"train.fp8_attention: needs train.attention_backend = auto or te, here is {train.attention_backend}"
+        )
+    if train.fp8_attention and parallel.recompute == "selective" and "core_attn" in parallel.recompute_modules:
+        raise ValueError(
+            "train.fp8_attention: not with core_attn in parallel.recompute_modules, which computes it again outside of "
+            "FP8; take --recompute-modules mlp or --recompute full, or leave out one of them"
         )
     _check_layers(config)
     _check_shapes(config)

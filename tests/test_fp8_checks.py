@@ -41,6 +41,14 @@ TP2 = {"parallel.tensor_model_parallel_size": 2}
         ({**ENGINE, **TP2, "model.ffn_hidden_size": 3088}, "ffn_hidden_size = 3088 .* is 1544; nearest allowed: 3072"),
         ({"parallel.tp_comm_overlap": True}, "tp_comm_overlap: needs --transformer-impl transformer_engine, --tp 2"),
         ({**ENGINE, "parallel.tp_comm_overlap": True}, "here are transformer_engine, 1 and True"),
+        (
+            {**ENGINE, **TP2, "parallel.tp_comm_overlap": True, "data.valid_data": ["a.tar"]},
+            "tp_comm_overlap: not with log.caption_samples = 4 .*--caption-samples 0",
+        ),
+        (
+            {**ENGINE, "train.fp8_attention": True, "parallel.recompute": "selective"},
+            "fp8_attention: not with core_attn in parallel.recompute_modules",
+        ),
     ],
 )
 def test_refused(flags: dict[str, Any], message: str) -> None:
@@ -49,7 +57,12 @@ def test_refused(flags: dict[str, Any], message: str) -> None:
 
 
 def test_accepted() -> None:
-    check(override(RunConfig(), {**ENGINE, **TP2, "parallel.tp_comm_overlap": True}))
+    overlap = {**ENGINE, **TP2, "parallel.tp_comm_overlap": True}
+    check(override(RunConfig(), overlap))
+    check(override(RunConfig(), {**overlap, "data.valid_data": ["a.tar"], "log.caption_samples": 0}))
+    for recompute in ({"parallel.recompute": "selective", "parallel.recompute_modules": ["mlp"]},
+                      {"parallel.recompute": "full"}, {}):  # fmt: skip
+        check(override(RunConfig(), {**ENGINE, "train.fp8_attention": True, **recompute}))
     check(override(RunConfig(), {**ENGINE, "train.fp8_recipe": "current", "train.first_last_layers_bf16": True}))
     # Without sequence parallelism a rank has all rows.
     check(override(RunConfig(), {**ENGINE, **TP2, "parallel.sequence_parallel": False, "data.seq_length": 1008}))

@@ -8,6 +8,7 @@ mask; FP8 attention by current scaling came with pull request 2012, FP8 attentio
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ def why_no_engine() -> str | None:
     if not first <= tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < end:
         allowed = " and below ".join(".".join(map(str, version)) for version in TE_VERSIONS)
         return f"Transformer Engine {found} is not one that Megatron-Core 0.16.1 asks for: {allowed}"
+    try:
+        # Its torch part is a library of its own, for which Megatron-Core puts a mock where it does not load.
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:
+        return f"Transformer Engine {found} does not load: {error} (docs/install-gpu.md)"
     return None
 
 

@@ -1,10 +1,11 @@
 """The guarded training step: what a step computed is looked at by all ranks together before the weights change.
 
-1. Forward and backward over the micro-batches; gradients are ready. Their global norm is Megatron-Core's, which is an
-   all-reduce and brings the number to the host.
-2. One more all-reduce of a few numbers over all ranks, and one more wait for the device: loss, norm, whether any rank
-   has numbers that are not finite, whether any was told to stop. From here on every rank knows the same and decides
-   the same. The norm alone would not do: it counts copies on tensor-parallel ranks once, by rank 0's.
+1. Forward and backward over the micro-batches; gradients are ready. Their global norm is an all-reduce and stays on the
+   device, where Megatron-Core's ``get_grad_norm`` would bring it to the host, without Transformer Engine and Apex a
+   value per parameter.
+2. One more all-reduce of a few numbers over all ranks, and the step's one wait for the device: loss, norm, whether any
+   rank has numbers that are not finite, whether any was told to stop. From here on every rank knows the same and
+   decides the same. The norm alone would not do: it counts copies on tensor-parallel ranks once, by rank 0's.
 3. Numbers that are not finite: the step is computed once more (``faults.rerun_bad_steps``). Other numbers mean a device
    that computed wrong, and the second result is used; the same numbers mean data or model, and the update is left out.
 4. A loss or norm far above the last ones is a spike: the update is made, left out, or the run goes back, as
@@ -33,9 +34,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.utils import to_local_if_dtensor
+from megatron.core.utils import get_data_parallel_group_if_dtensor, to_local_if_dtensor
 from torch import Tensor
 
+from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.inject import Injector
@@ -133,24 +135,46 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()
 
 
-def agree(total: Tensor, grad_norm: float, finite: Tensor, stop: list[float], unwritten: bool) -> Numbers:
+def global_norm(optimizer: Any) -> Tensor:
+    """float64 []: norm of the whole model's gradient, on the device; as Megatron-Core's ``get_grad_norm``.
+
+    Args:
+        optimizer: with its gradients ready. The group it names sums over ranks, and that of sharded gradients (FSDP).
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    gradients = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+    sharded = None
+    for gradient in gradients:
+        sharded = get_data_parallel_group_if_dtensor(gradient, sharded)
+    held = [local for local in map(to_local_if_dtensor, gradients) if local.numel()]
+    square = torch.zeros((), dtype=torch.float64, device=host.device())
+    if held:
+        square += torch.stack(torch._foreach_norm(held)).double().square().sum()
+    if sharded is not None:
+        torch.distributed.all_reduce(square, group=sharded)
+    torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square.sqrt()
+
+
+def agree(total: Tensor, grad_norm: Tensor, finite: Tensor, stop: list[float], unwritten: bool) -> Numbers:
     """One all-reduce over all ranks, of 8 numbers in float64. The host waits for the device once.
 
     Args:
         total: float64 [2], this rank's (sum of losses, answer tokens); equal on tensor-parallel ranks.
-        grad_norm: of the whole model; every rank has it, and rank 0's counts.
+        grad_norm: float64 [], of the whole model; every rank has it, and rank 0's counts.
         finite: bool [], whether all of this rank's numbers are.
         stop: this rank's votes, one of each of ``REASONS``.
         unwritten: this rank's checkpoint is not written yet.
     """
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
-    first = torch.distributed.get_rank() == 0
-    known = [0.0, 0.0, 0.0, grad_norm if first else 0.0, float(unwritten), *stop]
+    known = [0.0, 0.0, 0.0, 0.0, float(unwritten), *stop]
     # Of pinned memory, which alone is copied without a wait.
     vector = torch.tensor(known, dtype=torch.float64, pin_memory=total.is_cuda).to(total.device, non_blocking=True)
     if counts:
         vector[:2] = total
     vector[2] = ~finite
+    if torch.distributed.get_rank() == 0:
+        vector[3] = grad_norm
     torch.distributed.all_reduce(vector)
     loss_sum, loss_count, bad, norm, pending, *wishes = vector.tolist()
     return Numbers(loss_sum, loss_count, norm, int(bad), tuple(wish > 0 for wish in wishes), int(pending))
@@ -225,7 +249,7 @@ class Guard:
             back = f"{self.without_update} steps in a row without an update (faults.max_bad_steps)"
         return Outcome(**vars(numbers), verdict=verdict, updated=updated, roll_back=back)
 
-    def _compute(self, batches: Iterator[PackedBatch], number: int, first: bool) -> tuple[Tensor, float, Tensor]:
+    def _compute(self, batches: Iterator[PackedBatch], number: int, first: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(this rank's loss sum and count, norm of the whole model's gradient, whether this rank's are all finite)."""
         # This also forgets what DDP's buckets have reduced, so that a second pass reduces again.
         for chunk in self.model:
@@ -241,7 +265,7 @@ class Guard:
             finite, gradients = total.isfinite().all(), self._gradients()
             if gradients:
                 finite &= all_finite(gradients)
-            return total, float(self.optimizer.get_grad_norm()), finite
+            return total, global_norm(self.optimizer), finite
 
     def _spoil_gradients(self, number: int) -> None:
         for kind, factor in (("nan-grad", math.nan), ("inf-grad", math.inf), ("spike", 1e4)):

@@ -160,13 +160,21 @@ def build_run(config: RunConfig) -> Run:
         # By default it grows with the data-parallel size, and buckets are what checkpoints of shards are cut into.
         bucket_size=_BUCKET_PARAMETERS,
     )
-    if parallel.fsdp:
-        chunks: list[Any] = [FullyShardedDataParallel(transformer, ddp, model[0])]
-    else:
-        # As Megatron-LM does, only the first chunk's gradients are reduced in several buckets.
-        chunks = [
-            DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(model)
-        ]
+    # DDP keeps the nodes of autograd that take the weights' gradients, and each stays on the stream it was made on. A
+    # capture of the backward pass joins those streams, which the default one cannot be: nodes are made on another.
+    current = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if config.train.cuda_graph else current
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        if parallel.fsdp:
+            chunks: list[Any] = [FullyShardedDataParallel(transformer, ddp, model[0])]
+        else:
+            # As Megatron-LM does, only the first chunk's gradients are reduced in several buckets.
+            chunks = [
+                DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0)
+                for i, chunk in enumerate(model)
+            ]
+    current.wait_stream(stream)
     transformer.finalize_model_grads_func = finalize_gradients
     transformer.grad_scale_func = None
     transformer.no_sync_func = _of_each(chunks, "no_sync") if parallel.overlap_grad_reduce else None

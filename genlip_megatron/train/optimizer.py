@@ -52,13 +52,15 @@ class GroupStepAdamW(torch.optim.Optimizer):
             for p in parameters:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            # Torch wants a count for each; made on the device, since numbers copied there one by one are waited for.
+            steps = torch.full((len(parameters),), float(done), device=parameters[0].device)
             adamw(
                 parameters,
                 [p.grad for p in parameters],  # type: ignore[misc]
                 [self.state[p]["exp_avg"] for p in parameters],
                 [self.state[p]["exp_avg_sq"] for p in parameters],
                 [],
-                [torch.tensor(float(done), device=p.device) for p in parameters],
+                list(steps.unbind()),
                 fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],

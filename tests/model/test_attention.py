@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
+import types
 
 import pytest
 import torch
@@ -190,6 +192,7 @@ HALF, FLOAT = torch.bfloat16, torch.float32
 def test_choice_on_a_cpu_says_why() -> None:
     name, reason = choose_backend("auto", Place(CPU, FLOAT, 72))
     assert name == "grouped"
+    assert reason.startswith("the first of varlen, te, grouped that runs here; ")
     assert "varlen needs a CUDA device, here is cpu" in reason
     assert "te Transformer Engine is not installed" in reason
 
@@ -220,6 +223,7 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_backend("varlen", Place(gpu, FLOAT, 72))
     versions = {"transformer_engine": "2.10.0"}
     monkeypatch.setattr(importlib.metadata, "version", lambda name: versions[name])
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("loads"))
     assert choose_backend("auto", Place(gpu, HALF, 72), transformer_engine=True)[0] == "te"
     versions["transformer_engine"] = "2.20.0"
     with pytest.raises(ValueError, match=r"2\.20\.0 is not one that .* asks for: 2\.9 and below 2\.12"):

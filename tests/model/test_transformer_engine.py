@@ -3,6 +3,7 @@ should. On a CPU stand-ins take its place; only a GPU shows its kernels."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.table import find
+from genlip_megatron.model.engine import why_no_engine
 from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.train.reshard import reshard
 from tests.distributed import run_distributed
@@ -24,6 +26,30 @@ from tests.runs import layout, run_steps, tiny_config, weights
 
 STEPS = 4
 FUSED: dict[str, Any] = {"train__transformer_impl": "transformer_engine"}
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "reason"),
+    [
+        ("2.8.1", "", "Transformer Engine 2.8.1 is not one that Megatron-Core 0.16.1 asks for: 2.9 and below 2.12"),
+        ("2.10.0", "", None),
+        ("2.10.0", "raise ImportError('undefined symbol: x')", "does not load: undefined symbol: x (docs/install"),
+        ("2.10.0", "raise OSError('libcudnn.so: cannot open')", "does not load: libcudnn.so: cannot open (docs/inst"),
+    ],
+)
+def test_an_engine_that_does_not_load_is_none(
+    version: str, code: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformer_engine" / "pytorch").mkdir(parents=True)
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    (tmp_path / "transformer_engine" / "pytorch" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # so that what stood there comes back
+        del sys.modules[name]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    found = why_no_engine()
+    assert found is None if reason is None else reason in (found or "")
 
 
 @pytest.mark.parametrize("name", ["1", "TP2"])

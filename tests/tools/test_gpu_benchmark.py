@@ -7,6 +7,7 @@ import json
 import sys
 import xml.dom.minidom
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ sys.path.insert(0, str(FOLDER))
 import gpu  # noqa: E402
 import gpu_baseline  # noqa: E402
 import gpu_report  # noqa: E402
+import gpu_sections  # noqa: E402
 import train_step as cpu_benchmark  # noqa: E402
 from gpu_report import Figure  # noqa: E402
 from gpu_sections import Job  # noqa: E402
@@ -25,6 +27,7 @@ from plain import PlainGenLIP  # noqa: E402
 
 from genlip_megatron.batch import pack_samples  # noqa: E402
 from genlip_megatron.config import ModelConfig  # noqa: E402
+from tests.distributed import run_distributed  # noqa: E402
 
 HERE = {"device": "H", "date": "2030-01-01", "torch": "9"}
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -65,6 +68,9 @@ def test_what_follows_from_figures_and_what_does_not() -> None:
     found = {figure.name: figure for figure in figures}
     assert found["l16 stage 1 over the baseline"].missing == "baseline: out of memory"
     assert found["l16 stage 1 BF16"].target == 50
+    drawing = gpu_report.chart([Figure("step", f"l16 stage 1 {kind}", 1.0) for kind in gpu_sections.STEP_KINDS])
+    xml.dom.minidom.parseString(drawing)
+    assert all(colour in drawing for colour in gpu_report._COLOURS.values())
     drawing = gpu_report.chart(figures)
     xml.dom.minidom.parseString(drawing)
     # One bar with its target, one without a figure; a ratio is no MFU.
@@ -96,9 +102,20 @@ def test_without_a_gpu_everything_is_listed_as_not_measured(tmp_path: Path, monk
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--sections", "head,step", "--output", str(output)])
     assert gpu.main() == 0
     figures = json.loads(output.read_text())["figures"]
-    assert len(figures) == 4 + 6 * 5
+    assert len(figures) == 3 * 4 + 6 * 7
     assert {figure["missing"] for figure in figures} == {"no CUDA device"}
     assert all(figure["date"] and figure["torch"] == torch.__version__ for figure in figures)
+    names = [figure["name"] for figure in figures]
+    assert len(set(names)) == len(names) and {"so16 stage 1 TE", "so16 stage 1 FP8 current"} <= set(names)
+    page = FOLDER.parent.parent / "docs" / "performance.md"
+    assert all(f"| {figure} |" in page.read_text() for job in gpu.all_jobs() for figure in job.figures)
+
+
+def test_versions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91302)
+    assert gpu.machine()["cuDNN"] == "9.13.2"
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
+    assert "cuDNN" not in gpu.machine()
 
 
 def test_a_mistake_on_the_command_line_is_named(
@@ -127,12 +144,40 @@ def test_a_job_that_fails_or_hangs_gives_reasons(monkeypatch: pytest.MonkeyPatch
 
 def test_a_step_is_measured_beside_its_baseline_on_the_same_samples() -> None:
     job = next(job for job in gpu.all_jobs() if job.name == "so16 stage 2")
-    ours, baseline, fp8, graph = gpu.run_job(job, 1, 200.0, True)
-    assert [figure.name for figure in (ours, baseline, fp8, graph)] == list(job.figures)
-    assert not ours.missing and not baseline.missing and fp8.missing and graph.missing
-    tokens_a_sample = [figure.details["tokens/s"] / figure.details["samples/s"] for figure in (ours, baseline)]
-    assert tokens_a_sample[0] == pytest.approx(tokens_a_sample[1])
-    assert ours.details["ms forward"] > 0 and ours.details["ms backward"] > 0
+    ours, baseline, *others = gpu.run_job(job, 1, 200.0, True)
+    assert [figure.name for figure in (ours, baseline, *others)] == list(job.figures)
+    assert not ours.missing and not baseline.missing and all(figure.missing for figure in others)
+    rates = [[float(figure.details[name]) for name in ("tokens/s", "samples/s")] for figure in (ours, baseline)]
+    assert rates[0][0] / rates[0][1] == pytest.approx(rates[1][0] / rates[1][1])
+    assert all(float(ours.details[name]) > 0 for name in ("ms forward", "ms backward"))
+    assert (ours.details["attention"], baseline.details["attention"]) == ("grouped", "SDPA")
+
+
+def head_gradients() -> dict[str, list[torch.Tensor]]:
+    """Of each contestant: gradient of the hidden states, what two calls add to the weight's buffer, and the loss."""
+    config = gpu_sections.recipe("so16", 1, True)
+    gpu_sections.groups.initialize(config)
+    head = gpu_sections.Head(
+        config.model,
+        gpu_sections.transformer_config(config),
+        gpu_sections.groups.parallel_state.get_tensor_model_parallel_group(),
+    )
+    torch.manual_seed(0)
+    gpu_sections.quick_weights(head, config)
+    weight: Any = head.weight
+    hidden = torch.randn(7, 1, config.model.hidden_size, requires_grad=True)
+    results = {}
+    for who, forward in gpu_sections.head_losses(head, hidden, torch.arange(7)).items():
+        weight.main_grad = torch.zeros_like(weight)
+        gradient = [gpu_sections.add_head_gradients(forward(), hidden, weight) for _ in range(2)][1]
+        results[who] = [gradient, weight.main_grad.clone(), forward().detach()]  # the loss of ours adds to the buffer
+    return results
+
+
+def test_contestants_of_the_head_compute_the_same() -> None:
+    (results,) = run_distributed(1, head_gradients)
+    assert torch.unique(results["ours"][1]).numel() > 2
+    torch.testing.assert_close(results["ours"], results["unfused"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -142,7 +187,7 @@ def test_every_section_rehearses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert gpu.main() == 0
     report = json.loads(output.read_text())
     assert report["rehearsal"]
-    allowed = ("needs a CUDA device", "Transformer Engine", "no FP8")
+    allowed = ("needs a CUDA device", "Transformer Engine")
     for figure in report["figures"]:
         reason = figure["missing"]
         assert figure["value"] is not None or any(word in reason for word in allowed), figure

@@ -6,17 +6,78 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from genlip_megatron.checks import check
+from genlip_megatron.estimate import check_fits
+from genlip_megatron.model import engine
+
 SCRIPT = Path(__file__).parent.parent.parent / "tools" / "gpu_check.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import gpu_check  # noqa: E402
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_without_cuda_it_says_so_and_succeeds() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=True)
     assert "no CUDA device here" in done.stdout
+
+
+def test_the_large_model_fits_the_smallest_gpu_meant() -> None:
+    config = gpu_check.configuration("so16_stage1", Path(), gpu_check.so16_settings(False))
+    check(config, 1)
+    check_fits(config, 1, 79 * 2**30, "cuda")  # what a GPU of 80 GB says it has
+
+
+@pytest.mark.parametrize(("factor", "holds"), [(1.009, True), (0.98, False), (float("nan"), False)])
+def test_fp8_is_judged_by_the_mean_loss_of_the_last_steps(factor: float, holds: bool) -> None:
+    reference = [9.0] * 450 + [2.0, 4.0] * 25
+    results = {"loss-bf16": {"losses": reference}, "loss-fp8": {"losses": [1.0] * 450 + [3.0 * factor] * 50}}
+    ((what, measured, judged),) = gpu_check.judge(results)
+    assert (what, judged) == ("loss-fp8 loss against BF16", holds)
+    assert "in the mean of the last 50 steps, allowed 1e-02" in measured
+
+
+def test_every_curve_is_judged_against_its_own() -> None:
+    curves: dict[str, dict[str, Any]] = {
+        **{name: {"losses": [2.0, 1.0]} for name in (*gpu_check.VARIANTS, "demo-cpu", "demo-fp32")},
+        **{name: {"losses": [3.0, 2.0]} for name in gpu_check.FIXED_IMAGES},
+    }
+    rows = gpu_check.judge(curves)
+    assert len(rows) == len(gpu_check.VARIANTS) + 2 and all(holds for *_, holds in rows)
+    for name in (*gpu_check.VARIANTS, "demo-fp32", "demo-fp8-attention"):
+        worse = {**curves, name: {"losses": [2.0, 5.0]}}
+        against = "BF16" if name == "demo-fp8-attention" else "the CPU"
+        assert [what for what, _, holds in gpu_check.judge(worse) if not holds] == [f"{name} loss against {against}"]
+    rows = gpu_check.judge({**curves, "demo-fp8": {"skipped": "no FP8"}, "demo-te": {"error": "broken"}})
+    assert ("demo-fp8", "skipped: no FP8", True) in rows and ("demo-te", "broken", False) in rows
+
+
+@pytest.mark.parametrize("name", [*gpu_check.VARIANTS, *gpu_check.FIXED_IMAGES, *gpu_check.LOSS_PARTS])
+def test_settings_of_every_variant_go_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**gpu_check.VARIANTS, **gpu_check.FIXED_IMAGES, **gpu_check.LOSS_PARTS}[name]
+    config = gpu_check.configuration("so16_stage1" if name in gpu_check.LOSS_PARTS else "demo", tmp_path, settings)
+    check(config, 1)
+    monkeypatch.setattr(engine, "why_no_engine", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpu, able in ((engine.Gpu((8, 0), 91300), False), (engine.Gpu((9, 0), 91300), True)):
+        monkeypatch.setattr(engine.Gpu, "here", lambda gpu=gpu: gpu)
+        assert bool(gpu_check.why_skipped(config)) is ("fp8" in name and not able)
+
+
+@pytest.mark.slow
+def test_losses_in_fp8_and_bf16_rehearse(tmp_path: Path) -> None:
+    output = tmp_path / "check.json"
+    command = [sys.executable, str(SCRIPT), "--fp8-loss", "--rehearse", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(output.read_text())["results"]
+    assert set(results) == {"loss-bf16", "loss-fp8"} and len(results["loss-bf16"]["losses"]) == 4
+    assert torch.cuda.is_available() or results["loss-fp8"]["skipped"]
 
 
 @pytest.mark.slow

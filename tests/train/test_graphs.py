@@ -5,8 +5,10 @@ On a CPU a stand-in for a captured pass runs the same function again, on the ten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -69,6 +71,51 @@ def careless_kernel(
     cu_q, cu_k = (torch.cat((cu[:1], cu[1:][some])) for cu in (cu_q, cu_k))
     out = reference_kernel(q[:queries], k[:keys], v[:keys], cu_q, cu_k, max_q, max_k, causal, scale)
     return torch.cat((out, torch.full((len(q) - queries, *q.shape[1:]), float("nan"))))
+
+
+def streams_of_ddp(graphed: bool) -> tuple[bool, list[str]]:
+    """(whether DDP was made on another stream than the rest, who waited for whom before and after)."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train import loop
+
+    waits, within, seen = [], ["default"], []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            waits.append(f"{self.name} for {other.name}")
+
+    @contextlib.contextmanager
+    def use(stream: Any) -> Iterator[None]:
+        within.append(stream.name)
+        yield
+        within.pop()
+
+    class Watched(DistributedDataParallel):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(within[-1])
+            super().__init__(*args, **kwargs)
+
+    config = RunConfig(model=MODEL, data=DataConfig(seq_length=SLOTS), train=TrainConfig(cuda_graph=graphed))
+    groups.initialize(config)
+    with (
+        mock.patch.object(torch.cuda, "current_stream", lambda: Stream("default")),
+        mock.patch.object(torch.cuda, "Stream", Stream),
+        mock.patch.object(torch.cuda, "stream", use),
+        mock.patch.object(loop, "DistributedDataParallel", Watched),
+    ):
+        loop.build_run(config)
+    return seen == ["side"], [wait for wait in waits if wait != "default for default"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a capture shows it")
+def test_nodes_of_weights_are_made_on_a_stream_that_can_be_captured() -> None:
+    assert run_distributed(1, streams_of_ddp, True) == [(True, ["side for default", "default for side"])]
+    assert run_distributed(1, streams_of_ddp, False) == [(False, [])]
 
 
 def trained(graphed: bool, micro_batches: list[PackedBatch], most: int = 8) -> dict[str, Any]:

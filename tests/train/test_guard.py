@@ -120,6 +120,26 @@ def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(
     )
 
 
+def both_norms(config: RunConfig) -> tuple[float, float]:
+    """(gradient norm of the guard, Megatron-Core's) of the same gradients."""
+    from genlip_megatron.train.guard import global_norm
+    from genlip_megatron.train.loop import set_up, train_step
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    train_step(run, iter(run.train_loader))
+    run.train_loader.close()
+    return float(global_norm(run.optimizer)), float(run.optimizer.get_grad_norm())
+
+
+@pytest.mark.parametrize("name", ["DP2", "fsdp", "PP2", "TP2"])
+def test_the_norm_on_the_device_is_megatron_cores(name: str, demo_data: Path) -> None:
+    results = run_distributed(*_with(both_norms, settings(demo_data, name)))
+    for ours, expected in results:
+        assert ours == pytest.approx(expected, rel=1e-6) and ours > 0
+        assert ours == results[0][0]
+
+
 def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
     """(verdict, updated, states) of a step in which rank 1's gradients of copied parameters are NaN."""
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate

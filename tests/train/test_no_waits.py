@@ -1,13 +1,13 @@
-"""Between the copy of a micro-batch to the device and the optimizer the host never waits for the device.
+"""In a guarded step the host waits for the device once, for the numbers that all ranks agree on.
 
 On a CPU nothing waits, so operations are looked at instead: none may hand a tensor's values, or a shape that depends on
-them, to the host. On a GPU torch's own check of synchronisations runs.
+them, to the host, nor copy numbers of the host to the device. On a GPU torch's own check of synchronisations runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
-from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig, override
 from tests.distributed import run_distributed
 
 MODEL = ModelConfig(2, 32, 4, 48, 24, 61, (2, 1, 1), drop_path_rate=0.2)
@@ -50,23 +50,41 @@ class _Operations(TorchDispatchMode):
 
 
 class _Methods(TorchFunctionMode):
+    """Lets the first ``tolist`` through, which is ``agree``'s, and counts it in ``allowed``."""
+
+    def __init__(self, allowed: list[int]) -> None:
+        super().__init__()
+        self.allowed = allowed
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TO_HOST:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.tolist and self.allowed[0]:
+            self.allowed[0] -= 1
+            if not torch.cuda.is_available():
+                return func(*args, **kwargs)
+            torch.cuda.set_sync_debug_mode("default")
+            try:
+                return func(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("error")
+        to_device = func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
+        if not torch.cuda.is_available() and (func in _TO_HOST or to_device):
             raise AssertionError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-@contextmanager
-def no_waits() -> Iterator[None]:
-    """Whatever waits for the device raises."""
+@contextlib.contextmanager
+def no_waits(allowed: list[int]) -> Iterator[None]:
+    """Whatever waits for the device raises, but for as many calls of ``tolist`` as ``allowed`` holds."""
     if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("error")
         try:
-            yield
+            with _Methods(allowed):
+                yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
     else:
-        with _Methods(), _Operations():
+        with _Methods(allowed), _Operations():
             yield
 
 
@@ -83,8 +101,8 @@ def batch(seed: int) -> PackedBatch:
     return PackedBatch(**{**vars(made), "drop_path": factors})
 
 
-def steps(backend: str) -> None:
-    """Two steps of two micro-batches; the second, when all caches are filled, may not wait."""
+def steps(backend: str, flags: dict[str, Any]) -> None:
+    """Two steps of two micro-batches; the second, when all caches are filled, may wait once."""
     from genlip_megatron.model.attention import BACKENDS, two_calls
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import build_run, train_step
@@ -100,39 +118,48 @@ def steps(backend: str) -> None:
 
         BACKENDS["two calls"] = Stub
     config = RunConfig(
-        model=MODEL, data=DataConfig(seq_length=64), train=TrainConfig(global_batch_size=2, lr_warmup_iters=0)
+        model=MODEL,
+        data=DataConfig(seq_length=64),
+        train=TrainConfig(global_batch_size=2, lr_warmup_iters=0, clip_grad=1e-3),
     )
+    config = override(config, flags)
     groups.initialize(config)
     run = build_run(config)
     train_step(run, iter([batch(0), batch(1)]))
     if backend != "auto":
         run.model[0].module.attention_backend = backend
-    prepare, compute = run.stepper._prepare, run.stepper.run
-    guard: list[Any] = []
+    prepare, allowed, guard = run.stepper._prepare, [1], contextlib.ExitStack()
 
     def prepare_on_host(micro_batch: PackedBatch) -> Any:
         # Its arithmetic is the host's own; only its copies could wait, and those the GPU's check sees.
         if torch.cuda.is_available():
             return prepare(micro_batch)
-        guard.pop().__exit__(None, None, None)
+        guard.close()
         try:
             return prepare(micro_batch)
         finally:
-            guard.append(no_waits())
-            guard[-1].__enter__()
+            guard.enter_context(no_waits(allowed))
 
-    def run_without_waits(*args: Any, **kwargs: Any) -> Any:
-        guard.append(no_waits())
-        guard[-1].__enter__()
-        try:
-            return compute(*args, **kwargs)
-        finally:
-            guard.pop().__exit__(None, None, None)
-
-    run.stepper._prepare, run.stepper.run = prepare_on_host, run_without_waits
-    train_step(run, iter([batch(2), batch(3)]))
+    run.stepper._prepare = prepare_on_host
+    batches = iter([batch(2), batch(3)])
+    guard.enter_context(no_waits(allowed))
+    try:
+        outcome = train_step(run, batches)
+    finally:
+        guard.close()
+    assert outcome.updated and outcome.grad_norm > run.config.train.clip_grad, "clipping is looked at as well"
+    assert allowed == [0]
 
 
-@pytest.mark.parametrize("backend", ["auto", "two calls", "dense"])
-def test_a_step_does_not_wait_for_the_device(backend: str) -> None:
-    run_distributed(1, steps, backend)
+@pytest.mark.parametrize(
+    ("backend", "flags"),
+    [
+        ("auto", {}),
+        ("two calls", {}),
+        ("dense", {}),
+        ("auto", {"train.precision": "bf16"}),
+        ("auto", {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}),
+    ],
+)
+def test_a_step_waits_for_the_device_once(backend: str, flags: dict[str, Any]) -> None:
+    run_distributed(1, steps, backend, flags)

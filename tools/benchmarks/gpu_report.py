@@ -15,7 +15,12 @@ BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 MFU_TARGETS = {"l16 stage 1 BF16": 50.0, "so16 stage 1 BF16": 55.0, "g16 stage 1 BF16": 58.0}
 OVER_BASELINE, OVER_MODEL = 2.0, 1.5
 _NOTHING = "Nothing was measured"
-_COLOURS = {"BF16": "#2b6cb0", "FP8": "#2f855a", "graph": "#63b3ed", "baseline": "#a0aec0"}
+# Of the kinds of a step.
+_COLOURS = {
+    "BF16": "#2b6cb0", "TE": "#805ad5", "FP8": "#2f855a", "FP8 current": "#68d391", "graph": "#63b3ed",
+    "baseline": "#a0aec0",
+}  # fmt: skip
+Details = dict[str, float | str]
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Figure:
         value: in ``unit``; None when it was not measured.
         target: at least so much is wanted; None when nothing was promised.
         missing: why it was not measured.
-        details: other numbers of the same measurement, by name and unit.
+        details: what else is known of the same measurement: numbers by their unit, words by what they are of.
     """
 
     section: str
@@ -36,7 +41,7 @@ class Figure:
     unit: str = ""
     target: float | None = None
     missing: str = ""
-    details: dict[str, float] = field(default_factory=dict)
+    details: Details = field(default_factory=dict)
 
 
 def derived(figures: Sequence[Figure]) -> list[Figure]:
@@ -47,7 +52,7 @@ def derived(figures: Sequence[Figure]) -> list[Figure]:
     for figure in figures:
         target = MFU_TARGETS.get(figure.name)
         if figure.section == "data" and model is not None and model.value is not None:
-            target = OVER_MODEL * model.details["samples/s"]
+            target = OVER_MODEL * float(model.details["samples/s"])
         result.append(replace(figure, target=target))
         baseline = by_name.get(("step", figure.name.replace("BF16", "baseline")))
         if figure.section != "step" or not figure.name.endswith("BF16") or baseline is None:
@@ -58,7 +63,7 @@ def derived(figures: Sequence[Figure]) -> list[Figure]:
                 Figure("step", name, target=OVER_BASELINE, missing=figure.missing or f"baseline: {baseline.missing}")
             )
         else:
-            ratio = figure.details["samples/s"] / baseline.details["samples/s"]
+            ratio = float(figure.details["samples/s"]) / float(baseline.details["samples/s"])
             result.append(Figure("step", name, ratio, "times", OVER_BASELINE))
     return result
 
@@ -70,11 +75,11 @@ def _number(value: float) -> str:
 def table(figures: Sequence[Figure]) -> str:
     """A Markdown table of all figures.
 
-    >>> print(table([Figure("step", "a", 51.27, "% MFU", 55, details={"samples/s": 600.4}), Figure("head", "b",
-    ...     missing="out of memory")]))
+    >>> print(table([Figure("step", "a", 51.27, "% MFU", 55, details={"samples/s": 600.4, "attention": "te"}),
+    ...     Figure("head", "b", missing="out of memory")]))
     | section | what | measured | target | more |
     |---|---|---|---|---|
-    | step | a | 51.3 % MFU | 55 | 600 samples/s |
+    | step | a | 51.3 % MFU | 55 | 600 samples/s, attention te |
     | head | b | not measured: out of memory |  |  |
     """
     lines = ["| section | what | measured | target | more |", "|---|---|---|---|---|"]
@@ -84,7 +89,10 @@ def table(figures: Sequence[Figure]) -> str:
         if figure.value is not None:
             measured = f"{_number(figure.value)} {figure.unit}"
         target = "" if figure.target is None else _number(figure.target)
-        more = ", ".join(f"{_number(value)} {name}" for name, value in figure.details.items())
+        more = ", ".join(
+            f"{name} {value}" if isinstance(value, str) else f"{_number(value)} {name}"
+            for name, value in figure.details.items()
+        )
         shown = "" if figure.section == section else figure.section
         section = figure.section
         lines.append(f"| {shown} | {figure.name} | {measured} | {target} | {more} |")
@@ -125,7 +133,7 @@ def chart(figures: Sequence[Figure]) -> str:
             length = min(figure.value, 100) * scale
             parts.append(
                 f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{high - 5}" '
-                f'fill="{_COLOURS[figure.name.split()[-1]]}"/>'
+                f'fill="{_COLOURS[figure.name.split(maxsplit=3)[3]]}"/>'
                 f'<text x="{left + length + 4:.1f}" y="{y + 13}">{figure.value:.1f}</text>'
             )
         if figure.target is not None:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu_baseline  # noqa: E402
 import train_step as cpu_benchmark  # noqa: E402
 from data_images import BenchData  # noqa: E402
-from gpu_report import Figure  # noqa: E402
+from gpu_report import Details, Figure  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples  # noqa: E402
@@ -31,7 +31,6 @@ from genlip_megatron.config import (  # noqa: E402
     ONE_RANK,
     ModelConfig,
     RunConfig,
-    TrainConfig,
     from_dict,
     load_yaml,
     override,
@@ -41,7 +40,9 @@ from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.model import genlip  # noqa: E402
 from genlip_megatron.model.attention import BACKENDS, plan_attention  # noqa: E402
 from genlip_megatron.model.attention.backend import Place  # noqa: E402
+from genlip_megatron.model.fusion import compiled  # noqa: E402
 from genlip_megatron.model.head import Head  # noqa: E402
+from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin  # noqa: E402
 from genlip_megatron.model.specs import check_machine, compute_dtype, transformer_config  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.breakdown import PARTS, Breakdown  # noqa: E402
@@ -50,6 +51,7 @@ from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, count_batch, tr
 
 MODELS, STAGES, HEAD_DIMS = ("l16", "so16", "g16"), (1, 2), (64, 72, 96)
 MATRIX_SIZES, HEAD_ROWS = (1024, 1152, 1536), (4100, 16500)
+HEAD_WIDTHS = {"so16": 1152, "l16": 1024, "g16": 1536}  # model.text_hidden_size
 _PADDED = "flex padded to 128"
 # Packs of a step, all in one micro-batch where they fit.
 _PACKS = 4
@@ -59,8 +61,18 @@ _TINY: dict[str, Any] = {
     "train.lr_warmup_iters": 0,
 }  # fmt: skip
 
-# "graph" is BF16 with train.cuda_graph.
-STEP_KINDS = ("BF16", "baseline", "FP8", "graph")
+_ENGINE = {"train.transformer_impl": "transformer_engine"}
+# Settings of each kind of step; the baseline has none of ours.
+STEP_KINDS: dict[str, dict[str, Any]] = {
+    "BF16": {},
+    "baseline": {},
+    "TE": _ENGINE,
+    "FP8": {**_ENGINE, "train.fp8": "hybrid", "train.fp8_recipe": "delayed"},
+    "FP8 current": {**_ENGINE, "train.fp8": "hybrid", "train.fp8_recipe": "current"},
+    "graph": {
+        "train.cuda_graph": True, "parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,12 @@ def all_jobs() -> list[Job]:
     lengths = [f"stage {stage} head dim {head_dim}" for head_dim in HEAD_DIMS for stage in STAGES]
     kernels = ("varlen", "te", "flex", _PADDED, "grouped", "dense")
     steps = [f"{model} stage {stage}" for stage in STAGES for model in ("so16", "l16", "g16")]
-    head = tuple(f"{who} {rows} rows" for rows in HEAD_ROWS for who in ("ours", "unfused"))
+    head = tuple(
+        f"{who} {rows} rows, E = {width}"
+        for width in HEAD_WIDTHS.values()
+        for rows in HEAD_ROWS
+        for who in ("ours", "unfused")
+    )
     return [
         Job("matmul", "matmul", (*(f"K = {size}" for size in MATRIX_SIZES), "a cut of the step breakdown")),
         *(Job("attention", kernel, tuple(f"{kernel}, {length}" for length in lengths)) for kernel in kernels),
@@ -105,7 +122,7 @@ class Bench:
         """Measure everything."""
         getattr(self, f"_{self.job.section}")()
 
-    def _try(self, name: str, measure: Callable[[], tuple[float, str, dict[str, float]]]) -> None:
+    def _try(self, name: str, measure: Callable[[], tuple[float, str, Details]]) -> None:
         """Tell what ``measure`` gives (value, unit, details), or why it gives nothing."""
         try:
             value, unit, details = measure()
@@ -135,7 +152,7 @@ class Bench:
     def _matmul(self) -> None:
         rows, dtype = (64, torch.float32) if self.tiny else (65536, torch.bfloat16)
 
-        def multiply(size: int) -> tuple[float, str, dict[str, float]]:
+        def multiply(size: int) -> tuple[float, str, Details]:
             a = torch.randn(rows, size, device=self.device, dtype=dtype)
             b = torch.randn(3 * size, size, device=self.device, dtype=dtype)
             seconds = self._seconds(lambda: a @ b.T)
@@ -145,7 +162,7 @@ class Bench:
         for size in MATRIX_SIZES:
             self._try(f"K = {size}", partial(multiply, size))
 
-        def cut() -> tuple[float, str, dict[str, float]]:
+        def cut() -> tuple[float, str, Details]:
             breakdown, parts = Breakdown(self.device), 100
             begin = time.perf_counter()
             with breakdown.step():
@@ -171,7 +188,7 @@ class Bench:
         return samples, [plan.next_pack(0) for _ in range(packs)]
 
     def _batches(self, config: RunConfig, stage: int, micro_batch: int) -> list[PackedBatch]:
-        """``_PACKS`` packs as the loader gives them on a GPU: patches there, all else on the host."""
+        """``_PACKS`` packs as the loader gives them on a GPU: patches there, all else in pinned memory of the host."""
         samples, packs = self._packs(stage, _PACKS, config.data.seq_length)
         model, batches = config.model, []
         for first in range(0, len(packs), micro_batch):
@@ -181,7 +198,8 @@ class Bench:
             factors = torch.ones(model.num_layers, 2, len(batch.sample_starts))
             factors[:, :, : len(ids)] = drop_path_factors(0, 1, ids, model.num_layers, model.drop_path_rate)
             assert batch.patches is not None
-            batches.append(replace(batch, patches=batch.patches.to(self.device), drop_path=factors))
+            batch = replace(batch, patches=batch.patches.to(self.device), drop_path=factors)
+            batches.append(batch.pin_memory() if self.device.type == "cuda" else batch)
         return batches
 
     def _attention(self) -> None:
@@ -193,9 +211,7 @@ class Bench:
                     partial(self._attend, kernel, head_dim, stage, dtype),
                 )
 
-    def _attend(
-        self, kernel: str, head_dim: int, stage: int, dtype: torch.dtype
-    ) -> tuple[float, str, dict[str, float]]:
+    def _attend(self, kernel: str, head_dim: int, stage: int, dtype: torch.dtype) -> tuple[float, str, Details]:
         heads, slots = (2, 600) if self.tiny else (16, 16384)
         sixth = head_dim // 6
         model = ModelConfig(
@@ -212,15 +228,19 @@ class Bench:
             if self.device.type != "cuda":
                 raise ValueError("FlexAttention needs a CUDA device for its backward pass")
             mask = gpu_baseline.pack_mask(batch.sample_ids.to(self.device), batch.is_image.to(self.device), True)
+            positions = batch.position_ids.to(self.device)
+            angles = rotary_cos_sin(positions, head_dim, model.rope_sections, model.rope_theta, dtype)
+            rotate = compiled(apply_rotary)
 
             def forward() -> torch.Tensor:
-                query, key, value = (x.transpose(0, 1)[None] for x in inputs)
+                turned = rotate(q, *angles), rotate(k, *angles), v
+                query, key, value = (x.transpose(0, 1)[None] for x in turned)
                 return gpu_baseline.attend(query, key, value, mask)[0].transpose(0, 1)
 
         else:
             if reason := BACKENDS[kernel].why_not(Place(self.device, dtype, head_dim)):
                 raise ValueError(reason)
-            plan = plan_attention(batch, model, dtype, kernel, self.device)
+            plan = plan_attention(batch, model, dtype, kernel, self.device, fusion=self.device.type == "cuda")
 
             def forward() -> torch.Tensor:
                 return plan.backend(q, k, v, head_dim**-0.5)
@@ -231,40 +251,35 @@ class Bench:
         return flops / seconds / 1e12, "TFLOP/s", {"ms": 1000 * seconds}
 
     def _head(self) -> None:
-        config = recipe("so16", 1, self.tiny, micro_batch_size=1, global_batch_size=1)
-        groups.initialize(config)
-        transformer = transformer_config(config)
-        head = Head(config.model, transformer, groups.parallel_state.get_tensor_model_parallel_group())
-        head.to(self.device)
-        quick_weights(head, config)
-        for rows in HEAD_ROWS:
-            count = rows // 20 if self.tiny else rows
-            width, dtype = config.model.hidden_size, compute_dtype(config)
-            hidden = torch.randn(count, 1, width, device=self.device, dtype=dtype, requires_grad=True)
-            labels = torch.randint(0, config.model.vocab_size, (count,), device=self.device)
-            places, ones = torch.arange(count, device=self.device), torch.ones(count, device=self.device)
-            wanted = [hidden, head.weight]
-
-            def ours(hidden: Any = hidden, places: Any = places, labels: Any = labels, ones: Any = ones) -> Any:
-                return head(hidden, places, labels, ones)
-
-            def unfused(hidden: Any = hidden, labels: Any = labels) -> Any:
-                logits = torch.nn.functional.linear(head.ln_post(hidden), head.weight)
-                return tensor_parallel.vocab_parallel_cross_entropy(logits, labels[:, None]).sum()
-
-            for name, forward in (("ours", ours), ("unfused", unfused)):
-                self._try(f"{name} {rows} rows", partial(self._head_rate, forward, wanted, count, config))
+        for recipe_name, width in HEAD_WIDTHS.items():
+            config = recipe(recipe_name, 1, self.tiny, micro_batch_size=1, global_batch_size=1)
+            groups.initialize(config)
+            group = groups.parallel_state.get_tensor_model_parallel_group()
+            head = Head(config.model, transformer_config(config), group)
+            head.to(self.device)
+            quick_weights(head, config)
+            weight: Any = head.weight
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # DDP's, in training
+            for rows in HEAD_ROWS:
+                count = rows // 20 if self.tiny else rows
+                shape, dtype = (count, 1, config.model.hidden_size), compute_dtype(config)
+                hidden = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+                labels = torch.randint(0, config.model.vocab_size, (count,), device=self.device)
+                for who, forward in head_losses(head, hidden, labels).items():
+                    name = f"{who} {rows} rows, E = {width}"
+                    self._try(name, partial(self._head_rate, forward, hidden, weight, config))
         groups.finalize()
 
     def _head_rate(
-        self, forward: Callable[[], torch.Tensor], wanted: list[torch.Tensor], rows: int, config: RunConfig
-    ) -> tuple[float, str, dict[str, float]]:
+        self, forward: Callable[[], torch.Tensor], hidden: torch.Tensor, weight: Any, config: RunConfig
+    ) -> tuple[float, str, Details]:
+        before = torch.cuda.memory_allocated()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = self._seconds(lambda: torch.autograd.grad(forward(), wanted))
-        flops = 3 * 2 * config.model.text_hidden_size * config.model.vocab_size * rows
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        return flops / seconds / 1e12, "TFLOP/s", {"ms": 1000 * seconds, "GiB at most": peak}
+        seconds = self._seconds(lambda: add_head_gradients(forward(), hidden, weight))
+        flops = 3 * 2 * config.model.text_hidden_size * config.model.vocab_size * len(hidden)
+        above = (torch.cuda.max_memory_allocated() - before) / 2**30
+        return flops / seconds / 1e12, "TFLOP/s", {"ms": 1000 * seconds, "GiB above weights and inputs": above}
 
     def _step(self) -> None:
         model, _, stage = self.job.name.split()
@@ -273,7 +288,7 @@ class Bench:
         if torch.distributed.is_initialized():
             groups.finalize()
 
-    def _largest(self, kind: str, model: str, stage: int) -> tuple[float, str, dict[str, float]]:
+    def _largest(self, kind: str, model: str, stage: int) -> tuple[float, str, Details]:
         """The step with the most packs in a micro-batch that fit. The baseline's logits leave room for one."""
         if kind == "baseline":
             return self._baseline_step(model, stage)
@@ -287,16 +302,9 @@ class Bench:
             torch.cuda.empty_cache()
         raise AssertionError
 
-    def _our_step(self, kind: str, model: str, stage: int, micro_batch: int) -> tuple[float, str, dict[str, float]]:
+    def _our_step(self, kind: str, model: str, stage: int, micro_batch: int) -> tuple[float, str, Details]:
         config = recipe(model, stage, self.tiny, micro_batch_size=micro_batch, global_batch_size=_PACKS)
-        if kind == "FP8":
-            if "fp8" not in {field.name for field in fields(TrainConfig)}:
-                raise ValueError("this version has no FP8")
-            flags = {"train.transformer_impl": "transformer_engine", "train.fp8": "hybrid"}
-            config = override(config, {**flags, "train.fp8_recipe": "delayed"})
-        if kind == "graph":
-            alone = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
-            config = override(config, {"train.cuda_graph": True, **alone})
+        config = override(config, STEP_KINDS[kind])
         check_machine(config)
         groups.initialize(config)
         # Weights that every layout agrees on are drawn on the CPU, which takes longer than all steps here.
@@ -306,15 +314,16 @@ class Bench:
         if kind == "graph":  # a shape is captured when it comes for the third time
             for _ in range(3):
                 train_step(run, iter(batches))
+        attention = genlip.unwrap(run.model[0]).attention_backend
         return self._timed_steps(
-            lambda: train_step(run, iter(batches)).loss, batches, config, micro_batch, run.stepper.breakdown
+            lambda: train_step(run, iter(batches)).loss, batches, config, micro_batch, attention, run.stepper.breakdown
         )
 
-    def _baseline_step(self, model: str, stage: int) -> tuple[float, str, dict[str, float]]:
+    def _baseline_step(self, model: str, stage: int) -> tuple[float, str, Details]:
         config = recipe(model, stage, self.tiny, micro_batch_size=1, global_batch_size=_PACKS)
         batches = self._batches(config, stage, 1)
         step = gpu_baseline.trainer(config.model, batches, self.device, compute_dtype(config))
-        return self._timed_steps(step, batches, config, 1)
+        return self._timed_steps(step, batches, config, 1, _PADDED if self.device.type == "cuda" else "SDPA")
 
     def _timed_steps(
         self,
@@ -322,8 +331,9 @@ class Bench:
         batches: list[PackedBatch],
         config: RunConfig,
         micro_batch: int,
+        attention: str,
         breakdown: Breakdown | None = None,
-    ) -> tuple[float, str, dict[str, float]]:
+    ) -> tuple[float, str, Details]:
         """(MFU, details) of a step over ``batches``."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -332,15 +342,16 @@ class Bench:
             raise RuntimeError(f"the loss is {loss}")
         if breakdown is not None:
             breakdown.take()
-        seconds = self._seconds(step, 3.0)
+        seconds = self._seconds(step, 2.0)
         counts = torch.stack([count_batch(batch) for batch in batches]).sum(0)
         by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
-        details = {
+        details: Details = {
             "samples/s": by_name["samples"] / seconds,
             "tokens/s": by_name["tokens"] / seconds,
             "ms": 1000 * seconds,
             "packs a micro-batch": micro_batch,
             "GiB at most": torch.cuda.max_memory_allocated() / 2**30,
+            "attention": attention,
         }
         if breakdown is not None:
             details |= {f"ms {part}": 1000 * s for part, s in zip(PARTS, breakdown.take(), strict=True) if s}
@@ -354,7 +365,7 @@ class Bench:
         for decoder in ("dali", "cpu"):
             self._try(f"loader, {decoder}", partial(self._loaded, data, decoder))
 
-    def _loaded(self, data: BenchData, decoder: str) -> tuple[float, str, dict[str, float]]:
+    def _loaded(self, data: BenchData, decoder: str) -> tuple[float, str, Details]:
         config = recipe("l16", 1, False, micro_batch_size=1, global_batch_size=4)
         settings: dict[str, Any] = {"data.train_data": data.indexed["stage 1"], "data.tokenizer": data.tokenizer}
         if self.tiny:
@@ -377,6 +388,32 @@ def recipe(model: str, stage: int, tiny: bool, **train: int) -> RunConfig:
     name = f"{model}_stage{stage}"
     flags = {**ONE_RANK, **{f"train.{key}": value for key, value in train.items()}, **(_TINY if tiny else {})}
     return override(from_dict(load_yaml(name), name), flags)
+
+
+def head_losses(head: Head, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """Functions of the sum of the answer rows' losses, float32 []: ours, and Megatron-Core's unfused.
+
+    Args:
+        hidden: [R, 1, D].
+        labels: int64 [R].
+    """
+    places, ones = torch.arange(len(labels), device=labels.device), torch.ones(len(labels), device=labels.device)
+
+    def unfused() -> torch.Tensor:
+        logits = torch.nn.functional.linear(head.ln_post(hidden), head.weight)  # [R, 1, V]
+        return tensor_parallel.vocab_parallel_cross_entropy(logits, labels[:, None]).sum()
+
+    return {"ours": lambda: head(hidden, places, labels, ones), "unfused": unfused}
+
+
+def add_head_gradients(loss: torch.Tensor, hidden: torch.Tensor, weight: Any) -> torch.Tensor:
+    """The gradient of ``hidden``; that of the head's ``weight`` is added to its ``main_grad``, as in training by the
+    loss itself or else by DDP."""
+    weight.grad_added_to_main_grad = False
+    gradient, of_weight = torch.autograd.grad(loss, [hidden, weight])
+    if not weight.grad_added_to_main_grad:
+        weight.main_grad.add_(of_weight)
+    return gradient
 
 
 def quick_weights(model: torch.nn.Module, config: RunConfig) -> None:

@@ -34,7 +34,7 @@ FP8_BACKEND = "te-fp8"
 
 
 def choose_backend(wanted: str, place: Place, transformer_engine: bool = False) -> tuple[str, str]:
-    """(backend, why) for ``train.attention_backend``; auto takes the fastest exact one that runs.
+    """(backend, why) for ``train.attention_backend``; auto takes the first of an order that runs.
 
     Args:
         wanted: a name of BACKENDS, or auto.
@@ -52,12 +52,10 @@ def choose_backend(wanted: str, place: Place, transformer_engine: bool = False) 
             able = ", ".join(name for name, reason in reasons.items() if reason is None)
             raise ValueError(f"train.attention_backend = {wanted}: {reasons[wanted]}; those that run here: {able}")
         return wanted, "as set"
-    order = ["varlen", "te", "grouped"]
-    if transformer_engine:
-        order.insert(0, "te")
+    order = ["te", "varlen", "grouped"] if transformer_engine else ["varlen", "te", "grouped"]
     chosen = next(name for name in order if reasons[name] is None)
     passed = [f"{name} {reasons[name]}" for name in order[: order.index(chosen)]]
-    return chosen, "; ".join(["the fastest that runs here", *passed])
+    return chosen, "; ".join([f"the first of {', '.join(order)} that runs here", *passed])
 
 
 @dataclass(frozen=True)
