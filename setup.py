@@ -48,6 +48,7 @@ setup(
         ],
         "wandb": ["wandb>=0.19"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
-        "lmms": ["lmms-eval>=0.7.3,<0.8"],
+        # With filelock 4 lmms-eval's datasets 5.2 cannot be imported.
+        "lmms": ["lmms-eval>=0.7.3,<0.8", "filelock<4"],
     },
 )
