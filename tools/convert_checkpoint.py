@@ -177,7 +177,11 @@ def to_megatron(options: argparse.Namespace) -> int:
     print(f"wrote {options.output / name}: {len(source.dtypes)} tensors of {options.source}; --load it with --finetune")
     if not options.verify:
         return 0
-    fields = hf_config(source.model)
+    # The folder's own fields count, so that one which was misread is seen; those that it leaves out are in the weights.
+    own = conversion.read_json(options.source / "config.json")
+    not_sizes = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+    given = {name: value for name, value in own.items() if value is not None and name not in not_sizes}
+    fields = {**hf_config(source.model), **given}
     return _compared(options.output / name, config, options.source, dtype=dtype, fields=fields)
 
 

@@ -135,8 +135,19 @@ def model_config(
 
 
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of rotary positions, as ``GenLIPConfig`` takes it."""
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    """What a configuration says of rotary positions, under two names, as ``GenLIPConfig`` takes it."""
+    older, newer = (_rope_object(fields, name) for name in ("rope_scaling", "rope_parameters"))
+    for key in ("mrope_section", "rope_theta"):
+        if key in older and key in newer and older[key] != newer[key]:
+            raise ValueError(
+                f"config.json: rope_scaling.{key} = {older[key]!r}, but rope_parameters.{key} = {newer[key]!r}; they "
+                "are two names of one setting: remove the wrong one"
+            )
+    return older | newer
+
+
+def _rope_object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The rotary settings under one name; empty when there are none."""
     rope = fields.get(name) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: {name} = {rope!r}; an object is expected")
@@ -176,6 +187,8 @@ def _check(values: Mapping[str, Any]) -> None:
             good = isinstance(value, (int, float)) and not isinstance(value, bool)
             what = "a number above 0" if name in ("rope_theta", "layer_norm_eps") else "a number of at least 0"
             good = good and math.isfinite(value) and (value > 0 if "above" in what else value >= 0)
+            if name == "drop_path_rate":
+                what, good = "a number of at least 0 and below 1", good and value < 1
         if not good:
             raise ValueError(f"config.json: {name} = {value!r}; it must be {what}")
     width, heads = values["hidden_size"], values["num_attention_heads"]

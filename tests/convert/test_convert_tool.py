@@ -100,6 +100,17 @@ def test_verify_ends_with_status_1_when_the_models_differ(
     assert hidden.small and not logits.small and "ABOVE the tolerance" in str(logits)
 
 
+def test_verify_reads_the_configuration_as_transformers_does(
+    released: Path, convert: Convert, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genlip_megatron.convert import folder
+
+    monkeypatch.setattr(folder, "_rope", lambda fields: {"mrope_section": [4, 0, 0]})
+    words = ("--tokenizer", demo_data / "tokenizer.model", "--verify")
+    said = convert("to-megatron", released, "--output", tmp_path / "start", *words, status=1)
+    assert "ABOVE the tolerance" in said
+
+
 def test_the_encoder_alone(started: Path, weights: dict[str, Tensor], convert: Convert, tmp_path: Path) -> None:
     said = convert("to-hf", started, "--output", tmp_path / "encoder", "--encoder-only", "--verify")
     assert "hidden states" in said and "logits" not in said and "within" in said
@@ -253,6 +264,12 @@ def set_tensor(name: str, place: Path) -> None:
                 ("rope_scaling", {"mrope_interleaved": False}, "rope_scaling.mrope_interleaved = False; this project"),
                 ("rope_scaling", {"factor": 2.0}, "rope_scaling.factor = 2.0; this project does not compute it"),
                 ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling.rope_type = 'yarn'; this project"),
+                (
+                    "rope_parameters",
+                    {"mrope_section": [3, 0, 1]},
+                    "rope_scaling.mrope_section = [2, 1, 1], but rope_parameters.mrope_section = [3, 0, 1]; they are",
+                ),
+                ("drop_path_rate", 1.0, "drop_path_rate = 1.0; it must be a number of at least 0 and below 1"),
             )
         ),
         (partial(set_field, "num_attention_heads", 5), ["num_attention_heads = 5: each head", "--num-attention-heads"]),
