@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from tools.caption import main
+from tools.extract_features import main as extract_features
+from tools.patch_readout import main as patch_readout
 
 Tool = Callable[..., str]
 
@@ -93,6 +96,32 @@ def test_drawn_captions_repeat_with_their_seed(caption: Any, checkpoints: dict[s
 def test_only_bad_images_end_with_status_1(caption: Any, checkpoints: dict[str, Path], photos: Path) -> None:
     (row,) = caption(photos / "broken.jpg", "--load", checkpoints["1"], status=1)
     assert row == {"path": str(photos / "broken.jpg"), "error": "image does not decode: not a JPEG, PNG or WebP file"}
+
+
+def test_files_that_are_oddly_named_or_no_files(
+    tool: Tool, caption: Any, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """Of a name that is not UTF-8, and a pipe, which nobody writes to."""
+    (tmp_path / "odd").mkdir()
+    shutil.copy(photos / "image0.png", os.fsencode(tmp_path / "odd") + b"/odd\xe9.png")
+    os.mkfifo(tmp_path / "odd" / "pipe.jpg")
+    words = [tmp_path / "odd", "--load", checkpoints["1"]]
+    named, pipe = caption(*words)
+    assert named["path"] == f"{tmp_path}/odd/odd\\xe9.png" and "caption" in named
+    assert pipe == {"path": f"{tmp_path}/odd/pipe.jpg", "error": "cannot be read: not a regular file"}
+    for other in (extract_features, patch_readout):
+        tool(other, *words, "--output", tmp_path / "new", "--overwrite")
+        assert "odd\\\\xe9.png" in "".join(file.read_text() for file in (tmp_path / "new").glob("*.json"))
+        shutil.rmtree(tmp_path / "new")
+
+
+def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (tmp_path / "link").symlink_to(copied)
+    for words in ([copied], [copied / "more" / "*"], [copied, "--limit", 1]):
+        target = tmp_path / "link" / "more" / "image1.jpg"
+        line = tool(main, *words, "--load", checkpoints["1"], "--output", target, status=2)
+        assert f"--output {target}: it is one of the inputs" in line
 
 
 @pytest.mark.parametrize(
