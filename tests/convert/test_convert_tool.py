@@ -247,6 +247,15 @@ def set_tensor(name: str, place: Path) -> None:
         (lambda place: split(place, "missing"), ["index.json: names files that are missing: b.safetensors"]),
         (lambda place: split(place, "wrong"), ["index.json: does not agree with the files on ln_post.bias"]),
         (lambda place: split(place, "outside"), ["index.json: damaged, expected JSON with a weight_map"]),
+        (
+            lambda place: (place / "model.safetensors.index.json").write_text("{}"),
+            ["model.safetensors and model.safetensors.index.json are both there", "keep one of them"],
+        ),
+        (
+            lambda place: shutil.copy(place / "model.safetensors", place / "model-00001-of-00002.safetensors"),
+            ["model-00001-of-00002.safetensors would not be read beside model.safetensors"],
+        ),
+        (lambda place: split(place, "more"), ["model-00003.safetensors would not be read beside a.safe", "b.safe"]),
         (lambda place: shutil.rmtree(place), ["no such folder"]),
         *(
             (partial(set_field, name, value), [f"config.json: {text}"])
@@ -330,6 +339,8 @@ def split(place: Path, fault: str) -> None:
         (place / "b.safetensors").unlink()
     elif fault == "wrong":
         placed["ln_post.bias"] = "b.safetensors" if placed["ln_post.bias"][0] == "a" else "a.safetensors"
+    elif fault == "more":
+        shutil.copy(place / "b.safetensors", place / "model-00003.safetensors")
     else:
         placed["ln_post.bias"] = "../a.safetensors"
     (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
