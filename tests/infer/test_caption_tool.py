@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,38 @@ def test_files_that_are_oddly_named_or_no_files(
         tool(other, *words, "--output", tmp_path / "new", "--overwrite")
         assert "odd\\\\xe9.png" in "".join(file.read_text() for file in (tmp_path / "new").glob("*.json"))
         shutil.rmtree(tmp_path / "new")
+
+
+@pytest.mark.parametrize("killed", ["caption", "extract_features", "patch_readout"])
+def test_sigterm_leaves_nothing_and_the_rests_of_kills_are_removed(
+    killed: str,
+    caption: Any,
+    tool: Tool,
+    checkpoints: dict[str, Path],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes while the first images are being computed."""
+    from genlip_megatron.infer import caption as captions
+    from genlip_megatron.infer import features, readout
+
+    place, name, other = {
+        "caption": (captions.Captioner, "tokens", main),
+        "extract_features": (features, "features", extract_features),
+        "patch_readout": (readout, "readout", patch_readout),
+    }[killed]
+    words = [photos, "--load", checkpoints["1"], "--limit", 2, "--output", tmp_path / "out"]
+    rest = tmp_path / ".out.partial-0123abcd"
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        rest.mkdir()
+        (rest / "out").write_text("half")
+        tool(other, *words, status=143)
+    assert not list(tmp_path.iterdir())
+    rest.mkdir()
+    tool(other, *words)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ def test_mistakes_are_told_in_one_line(
     assert part in line and sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("failure", ["the exporter", "the comparison"])
+@pytest.mark.parametrize("failure", ["the exporter", "the comparison", "SIGTERM"])
 def test_a_failed_export_leaves_what_was_there(
     failure: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,11 +97,19 @@ def test_a_failed_export_leaves_what_was_there(
 
     def write(model: Any, file: Path) -> Any:
         file.write_text("half")
+        if failure == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
         if failure == "the exporter":
             raise RuntimeError("no kernel\nand more")
         return lambda pixels: model(pixels).last_hidden_state * 1.01
 
     monkeypatch.setattr(export_encoder, "export_encoder", write)
+    (tmp_path / ".encoder.pt2.partial-0123abcd").mkdir()
+    if failure == "SIGTERM":
+        with pytest.raises(SystemExit, match="143"):
+            export_encoder.main([str(exported), str(output), "--overwrite"])
+        assert list(tmp_path.iterdir()) == [output] and output.read_text() == "old"
+        return
     status = export_encoder.main([str(exported), str(output), "--overwrite"])
     said = capsys.readouterr().err
     assert status == (2 if failure == "the exporter" else 1) and "and more" not in said
