@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,11 @@ def set_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
         (lambda place: set_fields(place, num_hidden_layers=1), "visual.layers.1."),
         (lambda place: set_fields(place, num_hidden_layers=3), "no visual.layers.2."),
         (lambda place: set_tensor(place, "extra", torch.zeros(1)), "extra, which GenLIPVisionModel"),
-        (lambda place: set_tensor(place, "ln_post.bias", torch.zeros(5)), "ln_post.bias is [5], [48] expected"),
+        (
+            # Versions of transformers before 5 do not tell the shapes.
+            lambda place: set_tensor(place, "ln_post.bias", torch.zeros(5)),
+            r"ln_post.bias (is \[5\], \[48\]|has another shape than) expected",
+        ),
         (lambda place: (place / "config.json").unlink(), "no config.json"),
         (lambda place: set_fields(place, hidden_size="big"), "hidden_size = 'big'"),
     ],
@@ -61,7 +66,7 @@ def test_an_encoder_whose_tensors_are_not_the_models_is_refused(
     harm(encoder)
     words = [photos, "--load", encoder, "--output", tmp_path / "features", "--device", "cpu"]
     line = tool(extract_features, *words, status=2)
-    assert str(encoder) in line and part in line
+    assert str(encoder) in line and re.search(part, line)
 
 
 def test_text_parts_are_no_mistake_of_an_encoder(encoder: Path) -> None:

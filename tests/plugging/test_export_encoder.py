@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -63,7 +64,8 @@ def misshape(folder: Path) -> None:
     ("harm", "output", "part"),
     [
         (lambda place: (place / "model.safetensors").write_bytes(b"\xff" * 99), "new/encoder.pt2", "header"),
-        (misshape, "new/encoder.pt2", "ln_post.bias is [5], [96] expected"),
+        # Versions of transformers before 5 do not tell the shapes.
+        (misshape, "new/encoder.pt2", r"ln_post.bias (is \[5\], \[96\]|has another shape than) expected"),
         (lambda place: (place / "config.json").unlink(), "new/encoder.pt2", "no config.json there"),
         (lambda place: None, "none/encoder.pt2", "there is no folder"),
         (lambda place: None, "there.pt2", "already there; name another file, or replace it with --overwrite"),
@@ -85,7 +87,7 @@ def test_mistakes_are_told_in_one_line(
     before = sorted(tmp_path.rglob("*"))
     assert export_encoder.main([str(folder), str(tmp_path / output)]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
-    assert part in line and sorted(tmp_path.rglob("*")) == before
+    assert re.search(part, line) and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("failure", ["the exporter", "the comparison", "SIGTERM"])
