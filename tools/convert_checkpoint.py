@@ -140,7 +140,7 @@ def to_hf(options: argparse.Namespace) -> int:
     with new_folder(options.output, total, options.overwrite, conversion.foreign) as partial:
         with _bar(total, "weights") as bar:
             conversion.export_weights(source, tensors, partial, options.max_shard_size, bar.update)
-        end = export_tokenizer(tokenizer, partial) if has_tokenizer else 0
+        end = export_tokenizer(tokenizer, partial) if has_tokenizer else None
         name = str(stored).removeprefix("torch.")
         write_side_files(partial, config.model, config.data, end, name, options.license, facts, options.encoder_only)
     print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")

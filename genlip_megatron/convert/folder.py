@@ -384,7 +384,7 @@ def write_side_files(
     folder: str | Path,
     model: ModelConfig,
     data: DataConfig,
-    end_token_id: int,
+    end_token_id: int | None,
     dtype: str = "bfloat16",
     license_id: str = "unknown",
     facts: Mapping[str, str] | None = None,
@@ -395,7 +395,8 @@ def write_side_files(
     Args:
         folder: where to write; made if it is not there.
         model, data: of the run.
-        end_token_id: token that closes captions, as ``export_tokenizer`` returns it; of no use to an encoder alone.
+        end_token_id: token that closes captions, as ``export_tokenizer`` returns it; None: an encoder alone, without a
+            tokenizer, which gets no processor of text either.
         dtype: of the stored weights: "float32", "bfloat16" or "float16".
         license_id, facts: see ``model_card``.
         encoder_only: the weights are those of the vision encoder alone.
@@ -405,14 +406,18 @@ def write_side_files(
     files = {
         "config.json": hf_config(model, dtype, encoder_only),
         "preprocessor_config.json": preprocessor_config(data),
-        "processor_config.json": processor_config(data.prompt),
     }
-    if not encoder_only:
-        files["generation_config.json"] = generation_config(end_token_id)
+    code = set(SOURCES)
+    if end_token_id is None:
+        code.remove("processing_genlip.py")
+    else:
+        files["processor_config.json"] = processor_config(data.prompt)
+        if not encoder_only:
+            files["generation_config.json"] = generation_config(end_token_id)
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     card = model_card(model, data, license_id, facts or {}, encoder_only)
     (folder / "README.md").write_text(card, encoding="utf-8")
     sources = importlib.resources.files("genlip_megatron.hf")
-    for name in SOURCES:
+    for name in code:
         (folder / name).write_text((sources / name).read_text(encoding="utf-8"), encoding="utf-8")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoImageProcessor
 
 from genlip_megatron.checkpoint import folder, manifest
 from genlip_megatron.checkpoint.manifest import WEIGHTS_ONLY
@@ -131,6 +132,13 @@ def test_the_encoder_alone_needs_no_tokenizer(
     assert "no such file" in convert(*words, status=2)
     convert(*words, "--encoder-only")
     assert not list((tmp_path / "encoder").glob("tokenizer*"))
+    # Nor anything that would look for one; images alone are processed.
+    assert not list((tmp_path / "encoder").glob("process*"))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder", trust_remote_code=True)
+    assert type(processor).__name__ == "GenLIPImageProcessor"
+    shutil.copy(demo_data / "tokenizer.model", tokenizer)
+    convert(*words, "--encoder-only", "--overwrite", "--tokenizer", tokenizer)
+    assert len(list((tmp_path / "encoder").glob("process*"))) == 2
 
 
 def test_verify_without_transformers_writes_nothing(

@@ -29,7 +29,7 @@ def encoder(tmp_path: Path) -> Path:
     from genlip_megatron.convert.folder import write_side_files
 
     folder = tmp_path / "encoder"
-    write_side_files(folder, tiny(), DataConfig(), 0, "float32", encoder_only=True)
+    write_side_files(folder, tiny(), DataConfig(), None, "float32", encoder_only=True)
     weights = {name: tensor for name, tensor in random_weights(tiny()).items() if in_encoder(name)}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
