@@ -167,7 +167,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     if not tokenizer.is_file():
         raise ValueError(f"{tokenizer}: no such file; name the tokenizer that the weights belong to with --tokenizer")
     fingerprint = load_tokenizer(tokenizer, source.model.vocab_size).fingerprint
-    config = conversion.recorded_run(options.source, source.model, tokenizer, precision)
+    config = conversion.recorded_run(options.source, source.model, tokenizer, precision, _say)
     total = megatron_target.size_of(source, dtype)
     with (
         new_folder(options.output, total, options.overwrite, megatron_target.foreign) as partial,

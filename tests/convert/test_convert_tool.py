@@ -322,7 +322,7 @@ def test_sizes_of_images_that_are_taken(fields: Any, released: Path, demo_data: 
     from genlip_megatron.convert.conversion import recorded_run
 
     (released / "preprocessor_config.json").write_text(json.dumps({"image_mode": "fixed", **fields}))
-    data = recorded_run(released, tiny_config(demo_data).model, demo_data / "tokenizer.model", "fp32").data
+    data = recorded_run(released, tiny_config(demo_data).model, demo_data / "tokenizer.model", "fp32", print).data
     assert data.image_size == (64 if fields else 224)
 
 

@@ -86,8 +86,34 @@ def test_the_image_rule_of_a_folder_saved_again_by_transformers(
         part.save_pretrained(tmp_path / "again")
     images = load(tmp_path / "again", print).image_processor
     assert (images.image_mode, images.min_pixels, images.max_pixels) == ("native", 512, 16384)
-    recorded = recorded_run(tmp_path / "again", tiny(), demo_data / "tokenizer.model", "fp32").data
+    recorded = recorded_run(tmp_path / "again", tiny(), demo_data / "tokenizer.model", "fp32", print).data
     assert (recorded.image_mode, recorded.min_pixels, recorded.max_pixels) == ("native", 512, 16384)
+
+
+@pytest.mark.parametrize("harm", ["no file", "of another project"])
+def test_a_folder_without_image_settings_is_told(harm: str, exported_native: Path, demo_data: Path) -> None:
+    said: list[str] = []
+    assert load(exported_native, said.append).image_processor.image_mode == "native" and not said
+    file = exported_native / "preprocessor_config.json"
+    if harm == "no file":
+        file.unlink()
+    else:
+        file.write_text('{"image_processor_type": "ViTImageProcessor", "size": 384}')
+    assert load(exported_native, said.append).image_processor.size == {"height": 224, "width": 224}
+    recorded_run(exported_native, tiny(), demo_data / "tokenizer.model", "fp32", said.append)
+    line = f"no image settings in {exported_native}: taking images of 224 x 224 pixels (fixed, squash)"
+    assert said == [line, line]
+
+
+def test_a_prompt_that_is_no_text_is_refused(exported_native: Path, demo_data: Path) -> None:
+    file = exported_native / "processor_config.json"
+    file.write_text('{"prompt": 5}')
+    for read in (
+        lambda: load(exported_native, print),
+        lambda: recorded_run(exported_native, tiny(), demo_data / "tokenizer.model", "fp32", print),
+    ):
+        with pytest.raises(ValueError, match=f"{file}: prompt = 5; a text is expected"):
+            read()
 
 
 @pytest.fixture
