@@ -165,11 +165,13 @@ def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     need_transformers()
     from transformers import logging as transformers_logging
 
+    from genlip_megatron.convert.safetensors_file import contents
     from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 
     transformers_logging.set_verbosity_error()
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there; expected an exported Hugging Face folder")
+    contents(Path(folder))  # names a file that is damaged or missing
     try:
         model = GenLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
     except (ValueError, OSError, TypeError, SafetensorError) as error:

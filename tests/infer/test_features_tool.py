@@ -91,6 +91,7 @@ def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_pat
         (["--image-size", "50", "--image-mode", "fixed"], "multiples of 16"),
         (["--image-size", "64"], "of fixed images, and these are native"),
         (["--max-patches", "0"], "must be above 0"),
+        (["--max-file-size", "inf"], "--max-file-size inf: must be above 0 and finite"),
         (["--feature-dtype", "bf16", "--format", "npy"], "NumPy has no such type"),
         (["--output", "{tmp}/full"], "not empty"),
         (["--output", "{tmp}/full", "--overwrite"], "holds something else"),
