@@ -99,13 +99,14 @@ def caption(options: argparse.Namespace) -> int:
     need_transformers()
     from tqdm import tqdm
 
-    from genlip_megatron.infer.inputs import Inputs
+    from genlip_megatron.infer.inputs import Inputs, check_not_input
     from genlip_megatron.infer.output import check_output, new_file
     from genlip_megatron.infer.prepare import batches, prepared
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size}: must be at least 1")
     check_output(options.output)
+    check_not_input(options.output, options.inputs)
     images = Inputs(options.inputs, options.limit)
     captioner, processor, prompt = _captioner(options)
     failed = 0

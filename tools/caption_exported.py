@@ -50,11 +50,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=16, help="only the first so many images (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest caption (default: 256)")
     options = parser.parse_args()
+    if options.limit < 1:
+        parser.error(f"--limit {options.limit}: must be at least 1")
+    found_images = list(itertools.islice(images_of(options.shard), options.limit))
+    if not found_images:
+        parser.error(f"{options.shard}: no image there; expected {', '.join(sorted(SUFFIXES))}")
     # In float32 on the CPU, where captions can be compared with another program's token by token.
     model: Any = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, trust_remote_code=True)
     model.eval()
     processor: Any = AutoProcessor.from_pretrained(options.folder, trust_remote_code=True)
-    keys, images = zip(*itertools.islice(images_of(options.shard), options.limit), strict=True)
+    keys, images = zip(*found_images, strict=True)
     inputs = processor(images=list(images)).to(model.device, model.dtype)
     tokens = model.generate(**inputs, max_new_tokens=options.max_new_tokens)
     found, end = tokens[:, inputs["input_ids"].shape[1] :].tolist(), processor.tokenizer.eos_token_id

@@ -140,7 +140,7 @@ def to_hf(options: argparse.Namespace) -> int:
     with new_folder(options.output, total, options.overwrite, conversion.foreign) as partial:
         with _bar(total, "weights") as bar:
             conversion.export_weights(source, tensors, partial, options.max_shard_size, bar.update)
-        end = export_tokenizer(tokenizer, partial) if has_tokenizer else 0
+        end = export_tokenizer(tokenizer, partial) if has_tokenizer else None
         name = str(stored).removeprefix("torch.")
         write_side_files(partial, config.model, config.data, end, name, options.license, facts, options.encoder_only)
     print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")
@@ -167,7 +167,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     if not tokenizer.is_file():
         raise ValueError(f"{tokenizer}: no such file; name the tokenizer that the weights belong to with --tokenizer")
     fingerprint = load_tokenizer(tokenizer, source.model.vocab_size).fingerprint
-    config = conversion.recorded_run(options.source, source.model, tokenizer, precision)
+    config = conversion.recorded_run(options.source, source.model, tokenizer, precision, _say)
     total = megatron_target.size_of(source, dtype)
     with (
         new_folder(options.output, total, options.overwrite, megatron_target.foreign) as partial,
@@ -177,7 +177,11 @@ def to_megatron(options: argparse.Namespace) -> int:
     print(f"wrote {options.output / name}: {len(source.dtypes)} tensors of {options.source}; --load it with --finetune")
     if not options.verify:
         return 0
-    fields = hf_config(source.model)
+    # The folder's own fields count, so that one which was misread is seen; those that it leaves out are in the weights.
+    own = conversion.read_json(options.source / "config.json")
+    not_sizes = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+    given = {name: value for name, value in own.items() if value is not None and name not in not_sizes}
+    fields = {**hf_config(source.model), **given}
     return _compared(options.output / name, config, options.source, dtype=dtype, fields=fields)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,7 +139,8 @@ def worst_difference(model: GenLIPVisionModel, exported: Callable[[Tensor], Tens
 def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     """Export a folder's encoder, compare what was written with the model, and put it in its place.
 
-    Everything is written to a hidden folder beside the output first, which is gone afterwards.
+    Everything is written to a hidden folder beside the output first, which is gone afterwards; what a killed process
+    left of its own is removed by the next.
 
     Returns:
         ``worst_difference`` of what was written.
@@ -151,6 +151,7 @@ def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     """
     from safetensors import SafetensorError
 
+    from genlip_megatron.convert.new_folder import hidden_folder
     from genlip_megatron.optional import need_transformers
 
     check_ending(output)
@@ -164,20 +165,22 @@ def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     need_transformers()
     from transformers import logging as transformers_logging
 
+    from genlip_megatron.convert.safetensors_file import contents
     from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 
     transformers_logging.set_verbosity_error()
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there; expected an exported Hugging Face folder")
+    contents(Path(folder))  # names a file that is damaged or missing
     try:
         model = GenLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
     except (ValueError, OSError, TypeError, SafetensorError) as error:
         name = "" if str(folder) in str(error) else f"{folder}: "
         raise ValueError(name + _first_line(error)) from error
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as partial:
+        with hidden_folder(output) as partial:
             # Of the same name there: an ONNX file names its weights' file.
-            written = Path(partial) / output.name
+            written = partial / output.name
             try:
                 exported = export_encoder(model, written)
                 worst = worst_difference(model, exported)

@@ -82,8 +82,8 @@ def extract(options: argparse.Namespace) -> int:
     from genlip_megatron.infer.prepare import batches, prepared
 
     for flag, value in (("max-patches", options.max_patches), ("max-file-size", options.max_file_size)):
-        if not value > 0:
-            raise ValueError(f"--{flag} {value}: must be above 0")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{flag} {value}: must be above 0 and finite")
     if options.format == "npy" and options.feature_dtype == "bf16":
         raise ValueError("--feature-dtype bf16: NumPy has no such type; use fp32 or fp16, or --format safetensors")
     check_target(options.output, options.overwrite, foreign)

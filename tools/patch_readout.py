@@ -86,6 +86,7 @@ def write_readouts(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from genlip_megatron.convert.new_folder import check_target, new_folder
+    from genlip_megatron.infer.features import NOT_FINITE
     from genlip_megatron.infer.inputs import Inputs
     from genlip_megatron.infer.load import load, override_images, pick_device
     from genlip_megatron.infer.prepare import prepared
@@ -116,14 +117,14 @@ def write_readouts(options: argparse.Namespace) -> int:
         for image in prepared(images, processor):
             bar.update()
             (name,) = image.name.values()
-            if image.error:
+            tokens = [] if image.error else readout(loaded, image, options.top)
+            if not tokens:
                 failed += 1
-                print(f"{name}: {image.error}", file=sys.stderr)
+                print(f"{name}: {image.error or NOT_FINITE}", file=sys.stderr)
                 continue
-            tokens = readout(loaded, image, options.top)
             target = partial / file_name(name, image.number)
             picture(image, tokens, options.font).save(f"{target}.png")
-            text = json.dumps(as_json(image, tokens), ensure_ascii=False)
+            text = json.dumps(as_json(image, tokens), ensure_ascii=False, allow_nan=False)
             Path(f"{target}.json").write_text(text + "\n", encoding="utf-8")
             files += [f"{target.name}.png", f"{target.name}.json"]
         index = json.dumps({"kind": KIND, "files": files}, indent=1)

@@ -12,7 +12,7 @@ import torch
 
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint.manifest import Manifest
-from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, RunConfig, override
+from genlip_megatron.config import DEFAULT_PROMPT, PATCH_SIZE, DataConfig, ModelConfig, RunConfig, override
 from genlip_megatron.convert.folder import SIDE_FILES, model_config
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.convert.new_folder import first_other
@@ -120,8 +120,8 @@ def open_released(folder: Path, num_attention_heads: int | None = None, heads_hi
     return SafetensorsSource(folder, model)
 
 
-def folder_images(folder: Path) -> dict[str, Any]:
-    """Fields of the image processor of a folder; empty when it has none of this project.
+def folder_images(folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Fields of the image processor of a folder; empty, which is logged, when it has none of this project.
 
     transformers 5 saves a processor with its image processor inside ``processor_config.json``.
 
@@ -136,6 +136,8 @@ def folder_images(folder: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: image_processor is a {type(fields).__name__}, an object is expected")
     if "image_mode" not in fields:
+        side = DataConfig.image_size
+        log(f"no image settings in {folder}: taking images of {side} x {side} pixels (fixed, squash)")
         return {}
     size = fields.get("size", {"height": DataConfig.image_size, "width": DataConfig.image_size})
     if isinstance(size, int):
@@ -156,11 +158,30 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def recorded_run(folder: Path, model: ModelConfig, tokenizer: Path, precision: str) -> RunConfig:
+def folder_prompt(folder: Path) -> str:
+    """The prompt of a folder's captions, by default the paper's.
+
+    Raises:
+        ValueError: it is no text; the file is named.
+    """
+    file = folder / "processor_config.json"
+    prompt = read_json(file).get("prompt", DEFAULT_PROMPT)
+    if not isinstance(prompt, str):
+        raise ValueError(f"{file}: prompt = {prompt!r}; a text is expected")
+    return prompt
+
+
+def recorded_run(
+    folder: Path, model: ModelConfig, tokenizer: Path, precision: str, log: Callable[[str], None]
+) -> RunConfig:
     """What a checkpoint of a folder's weights says of the run that made them: the model, its images and prompt as far
-    as the folder tells, the tokenizer."""
-    images, prompt = folder_images(folder), read_json(folder / "processor_config.json")
-    data: dict[str, Any] = {"data.tokenizer": str(tokenizer.resolve()), "train.precision": precision}
+    as the folder tells, the tokenizer. ``log`` is told what it does not tell of images."""
+    images = folder_images(folder, log)
+    data: dict[str, Any] = {
+        "data.tokenizer": str(tokenizer.resolve()),
+        "data.prompt": folder_prompt(folder),
+        "train.precision": precision,
+    }
     if images:
         names = ("image_mode", "fixed_resize", "min_pixels", "max_pixels")
         data |= {f"data.{name}": images[name] for name in names if name in images}
@@ -168,10 +189,6 @@ def recorded_run(folder: Path, model: ModelConfig, tokenizer: Path, precision: s
         if images["image_mode"] == "fixed" and size["height"] != size["width"]:
             raise ValueError(f"{folder}: images of size {size!r}; training takes squares alone")
         data["data.image_size"] = size["height"]
-    if "prompt" in prompt:
-        if not isinstance(prompt["prompt"], str):
-            raise ValueError(f"{folder / 'processor_config.json'}: prompt = {prompt['prompt']!r}; a text is expected")
-        data["data.prompt"] = prompt["prompt"]
     return override(RunConfig(model=model), data)
 
 

@@ -135,8 +135,19 @@ def model_config(
 
 
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of rotary positions, as ``GenLIPConfig`` takes it."""
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    """What a configuration says of rotary positions, under two names, as ``GenLIPConfig`` takes it."""
+    older, newer = (_rope_object(fields, name) for name in ("rope_scaling", "rope_parameters"))
+    for key in ("mrope_section", "rope_theta"):
+        if key in older and key in newer and older[key] != newer[key]:
+            raise ValueError(
+                f"config.json: rope_scaling.{key} = {older[key]!r}, but rope_parameters.{key} = {newer[key]!r}; they "
+                "are two names of one setting: remove the wrong one"
+            )
+    return older | newer
+
+
+def _rope_object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The rotary settings under one name; empty when there are none."""
     rope = fields.get(name) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: {name} = {rope!r}; an object is expected")
@@ -176,6 +187,8 @@ def _check(values: Mapping[str, Any]) -> None:
             good = isinstance(value, (int, float)) and not isinstance(value, bool)
             what = "a number above 0" if name in ("rope_theta", "layer_norm_eps") else "a number of at least 0"
             good = good and math.isfinite(value) and (value > 0 if "above" in what else value >= 0)
+            if name == "drop_path_rate":
+                what, good = "a number of at least 0 and below 1", good and value < 1
         if not good:
             raise ValueError(f"config.json: {name} = {value!r}; it must be {what}")
     width, heads = values["hidden_size"], values["num_attention_heads"]
@@ -371,7 +384,7 @@ def write_side_files(
     folder: str | Path,
     model: ModelConfig,
     data: DataConfig,
-    end_token_id: int,
+    end_token_id: int | None,
     dtype: str = "bfloat16",
     license_id: str = "unknown",
     facts: Mapping[str, str] | None = None,
@@ -382,7 +395,8 @@ def write_side_files(
     Args:
         folder: where to write; made if it is not there.
         model, data: of the run.
-        end_token_id: token that closes captions, as ``export_tokenizer`` returns it; of no use to an encoder alone.
+        end_token_id: token that closes captions, as ``export_tokenizer`` returns it; None: an encoder alone, without a
+            tokenizer, which gets no processor of text either.
         dtype: of the stored weights: "float32", "bfloat16" or "float16".
         license_id, facts: see ``model_card``.
         encoder_only: the weights are those of the vision encoder alone.
@@ -392,14 +406,18 @@ def write_side_files(
     files = {
         "config.json": hf_config(model, dtype, encoder_only),
         "preprocessor_config.json": preprocessor_config(data),
-        "processor_config.json": processor_config(data.prompt),
     }
-    if not encoder_only:
-        files["generation_config.json"] = generation_config(end_token_id)
+    code = set(SOURCES)
+    if end_token_id is None:
+        code.remove("processing_genlip.py")
+    else:
+        files["processor_config.json"] = processor_config(data.prompt)
+        if not encoder_only:
+            files["generation_config.json"] = generation_config(end_token_id)
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     card = model_card(model, data, license_id, facts or {}, encoder_only)
     (folder / "README.md").write_text(card, encoding="utf-8")
     sources = importlib.resources.files("genlip_megatron.hf")
-    for name in SOURCES:
+    for name in code:
         (folder / name).write_text((sources / name).read_text(encoding="utf-8"), encoding="utf-8")

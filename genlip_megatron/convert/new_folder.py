@@ -8,10 +8,44 @@ import glob
 import os
 import secrets
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from genlip_megatron.checkpoint import folder
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM ends the process, with status 143, as an error does: what was begun is removed."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one does not interrupt the removal
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def hidden_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target`` to prepare it in, removed when the block ends; what a killed process left of
+    its own is removed first, or by the next."""
+    with ending_on_sigterm():
+        _remove_rests(target)
+        partial = _partial(target)
+        partial.mkdir()
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            _lock(descriptor)
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -20,7 +54,7 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
 
     A folder that is replaced goes in the same step, where the file system can exchange two. When the block fails, what
     was written is removed; what a killed process left is removed by the next. Of processes that write at once, each has
-    a folder of its own, and the last one's stands, or is refused without ``overwrite``.
+    a folder of its own, and the last one's stands, or is refused without ``overwrite``. SIGTERM is a failure.
 
     Args:
         target: missing, or an empty folder; another is replaced with ``overwrite``.
@@ -32,37 +66,45 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
         ValueError: there is something that must not be replaced, too little room, or the disk cannot be written to.
     """
     target = target.resolve()  # where a link leads, so that the link stays
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    partial = _partial(target)
     replaced = _replaced(target)
-    try:
-        if replaced.exists() and not target.exists():
-            os.rename(replaced, target)
-        check_target(target, overwrite, foreign)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_rests(target)
-        if (free := shutil.disk_usage(target.parent).free) < size:
-            raise ValueError(f"{target}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are to be written")
-        partial.mkdir()
-        written = os.open(partial, os.O_RDONLY)
+    with ending_on_sigterm():
         try:
-            _lock(written)
-            yield partial
-            for path in [*partial.rglob("*"), partial]:
-                folder.sync(path)
-            check_target(target, overwrite, foreign)  # others may have come first
-            _put(partial, target)
-            folder.sync(target.parent)
-        except BaseException:
-            if target.exists() and os.path.samestat(os.fstat(written), target.stat()):
-                _take_back(partial, target)  # it has its place already, and the disk did not confirm it
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            os.close(written)
-        for old in (partial, replaced):
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ValueError(f"{target} could not be written: {error}; nothing was left behind") from error
+            if replaced.exists() and not target.exists():
+                os.rename(replaced, target)
+            check_target(target, overwrite, foreign)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_rests(target)
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            if (free := shutil.disk_usage(target.parent).free) < size:
+                raise ValueError(f"{target}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are to be written")
+            partial.mkdir()
+            written = os.open(partial, os.O_RDONLY)
+            try:
+                _lock(written)
+                yield partial
+                for path in [*partial.rglob("*"), partial]:
+                    folder.sync(path)
+                check_target(target, overwrite, foreign)  # others may have come first
+                _put(partial, target)
+                folder.sync(target.parent)
+            except BaseException:
+                if target.exists() and os.path.samestat(os.fstat(written), target.stat()):
+                    _take_back(partial, target)  # it has its place already, and the disk did not confirm it
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            finally:
+                os.close(written)
+            for old in (partial, replaced):
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise ValueError(f"{target} could not be written: {error}; nothing was left behind") from error
+
+
+def _partial(target: Path) -> Path:
+    """A new name of the hidden folder in which ``target`` is prepared."""
+    return target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
 
 
 def _replaced(target: Path) -> Path:
@@ -103,8 +145,6 @@ def _remove_rests(target: Path) -> None:
                 shutil.rmtree(rest)
         finally:
             os.close(descriptor)
-    if _replaced(target).exists():
-        shutil.rmtree(_replaced(target))
 
 
 def _lock(descriptor: int) -> bool:

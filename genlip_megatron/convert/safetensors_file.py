@@ -40,9 +40,12 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """(weight files of a folder, tensor -> file name as its index says, if it has one)."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected one with config.json and {SINGLE}")
-    if (folder / SINGLE).is_file():
+    index, single = folder / INDEX, (folder / SINGLE).is_file()
+    if single and index.is_file():
+        raise ValueError(f"{folder}: {SINGLE} and {INDEX} are both there, and hold one model each; keep one of them")
+    if single:
+        _check_unnamed(folder, [SINGLE])
         return [folder / SINGLE], None
-    index = folder / INDEX
     if not index.is_file():
         if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")):
             raise ValueError(
@@ -59,7 +62,17 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise ValueError(f"{index}: damaged, expected JSON with a weight_map of tensors to file names")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{index}: names files that are missing: {listed(missing)}; download them")
+    _check_unnamed(folder, names)
     return [folder / name for name in names], placed
+
+
+def _check_unnamed(folder: Path, names: Sequence[str]) -> None:
+    """Raise ValueError when there are weights of a model beside the files that are read."""
+    if others := sorted({path.name for path in folder.glob("model*.safetensors")} - set(names)):
+        raise ValueError(
+            f"{folder}: {listed(others)} would not be read beside {listed(names)}; are they of another model? Move or "
+            "remove what is not this one's"
+        )
 
 
 def contents(folder: Path) -> dict[str, Facts]:

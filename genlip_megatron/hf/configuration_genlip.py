@@ -36,7 +36,8 @@ class GenLIPConfig(PretrainedConfig):
         drop_path_rate: share of residual branches dropped in training, drawn for each sample.
         rope_theta: base of the rotary frequencies.
         rope_scaling: ``{"rope_type": "default", "mrope_section": [T, H, W]}``; T is not read.
-        rope_parameters: the same with ``rope_theta`` in it, as newer versions of transformers write it.
+        rope_parameters: the same with ``rope_theta`` in it, as newer versions of transformers write it; where both are
+            given they agree.
         layer_norm_eps: epsilon of every LayerNorm.
         initializer_range: standard deviation of normally initialised weights.
 
@@ -93,7 +94,14 @@ class GenLIPConfig(PretrainedConfig):
             )
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate = {drop_path_rate!r}: must be in [0, 1)")
-        rope = dict(rope_parameters or rope_scaling or {})
+        older, newer = dict(rope_scaling or {}), dict(rope_parameters or {})
+        for name in ("mrope_section", "rope_theta"):
+            if name in older and name in newer and older[name] != newer[name]:
+                raise ValueError(
+                    f"rope_scaling.{name} = {older[name]!r}, but rope_parameters.{name} = {newer[name]!r}: they are "
+                    "two names of one setting; remove the wrong one"
+                )
+        rope = older | newer
         theta = rope.pop("rope_theta", None)
         self.rope_theta = float(rope_theta or theta or 10000.0)
         self._set_rope(rope)

@@ -56,16 +56,28 @@ def native_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tu
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image upright in RGB, transparency over white."""
+    """The image upright in RGB, transparency over white.
+
+    Raises:
+        ValueError: values that are no 8-bit or 16-bit levels.
+    """
     image.load()
     try:
         upright = _UPRIGHT.get(int(image.getexif().get(_EXIF_ORIENTATION, 1)))
     except Exception:  # broken metadata does not make the picture bad
         upright = None
     pixels = image if upright is None else image.transpose(upright)
+    if pixels.mode == "F":
+        raise ValueError("an image of mode F, whose range is not known: convert it to 8-bit grey, mode L")
     if pixels.mode.startswith("I"):
         # Pillow's own conversion would clip 16-bit greys to white instead of scaling them.
-        pixels = Image.fromarray((np.asarray(pixels).astype(np.uint32) >> 8).astype(np.uint8))
+        levels = np.asarray(pixels)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(
+                f"an image of mode {pixels.mode} with values from {levels.min()} to {levels.max()}: expected 16-bit "
+                "greys, from 0 to 65535"
+            )
+        pixels = Image.fromarray((levels.astype(np.uint32) >> 8).astype(np.uint8))
     elif pixels.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         pixels = pixels.convert("RGBA")
         pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)

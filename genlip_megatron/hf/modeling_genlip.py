@@ -677,7 +677,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             layers + 1 tensors [N, D], before ``ln_post``, rows end to end without padding, each image then text.
 
         Raises:
-            ValueError: images that do not fit the rows, or a cache that is not dynamic.
+            ValueError: images that do not fit the rows, or a cache that is not dynamic or lacks tokens.
         """
         if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids of shape {list(input_ids.shape)}: expected [B, L] with at least one token")
@@ -753,6 +753,12 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             )
         else:
             texts = attention_mask.sum(dim=1)
+        if (needed := int((images + texts).max())) != cache.get_seq_length() + count:
+            raise ValueError(
+                f"a cache of {cache.get_seq_length()} tokens and {count} new ones, where images and text are {needed}: "
+                "give image_grid_hw with a cache that holds images, and leave out prompt_lookup_num_tokens and "
+                "assistant_model, which some versions of transformers crop a cache for as if it held text alone"
+            )
         order = texts[:, None] - count + torch.arange(count, device=input_ids.device)
         positions = (grid.amax(dim=1)[:, None] + order).flatten().expand(3, -1)
         attention = CachedAttention(cache, images + texts, count)

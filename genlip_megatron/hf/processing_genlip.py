@@ -62,6 +62,8 @@ class GenLIPProcessor(ProcessorMixin):
         texts = [texts] * (count or 1) if isinstance(texts, str) else list(texts)
         if count is not None and len(texts) != count:
             raise ValueError(f"{len(texts)} texts for {count} images: expected one for all, or one for each")
+        if not texts:
+            raise ValueError("text is empty: expected at least one")
         texts = [one.strip() for one in texts]
         if "" in texts:
             raise ValueError(f"text {texts.index('')} of {len(texts)} is empty: the model needs a prompt")

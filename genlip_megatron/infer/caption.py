@@ -41,6 +41,8 @@ class Decoding:
         for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("num_beams", 1), ("seed", 0)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {low}")
+        if self.seed >= 2**64:
+            raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if not self.samples and (self.top_p < 1 or self.top_k):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from genlip_megatron.infer.load import Loaded
 from genlip_megatron.infer.prepare import Prepared, packed
 
 INDEX = "index.json"
+NOT_FINITE = "its features are not all finite numbers"
 _FILE = re.compile(r"features-\d{5,}\.(safetensors|npy)")
 
 
@@ -59,14 +61,17 @@ class FeatureWriter:
         self.failed: list[dict[str, Any]] = []
 
     def add(self, image: Prepared, rows: Tensor) -> None:
-        """Write one image's features [n, D].
+        """Write one image's features [n, D], or note that they are not all finite numbers.
 
         Raises:
             ValueError: a value does not fit the dtype.
         """
         rows = rows.detach().cpu()
+        if not bool(rows.isfinite().all()):
+            self.fail(replace(image, error=NOT_FINITE))
+            return
         stored = rows.to(self._dtype)
-        if not bool(stored.isfinite().all()) and bool(rows.isfinite().all()):
+        if not bool(stored.isfinite().all()):
             raise ValueError(f"--feature-dtype fp16: a feature of {rows.abs().max():.3g} is beyond it; use fp32")
         if self._rows and self._size + stored.nbytes > self._limit:
             self._flush()
@@ -126,9 +131,10 @@ def extract(loaded: Loaded, batches: Iterable[Sequence[Prepared]], writer: Featu
     """Compute and write every batch; yields the images of each when they are done."""
     for batch in batches:
         good = [image for image in batch if not image.error]
-        for image, rows in zip(good, features(loaded, good, mean) if good else (), strict=True):
-            writer.add(image, rows)
+        found = iter(features(loaded, good, mean) if good else ())
         for image in batch:
             if image.error:
                 writer.fail(image)
+            else:
+                writer.add(image, next(found))
         yield len(batch)

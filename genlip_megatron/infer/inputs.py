@@ -6,6 +6,7 @@ import glob
 import itertools
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class FileImage:
 
     @property
     def name(self) -> dict[str, str]:
-        """What it is called in rows of results."""
-        return {"path": self.path}
+        """What it is called in rows of results, which are UTF-8: other bytes of its path as \\xNN."""
+        return {"path": os.fsencode(self.path).decode("utf-8", "backslashreplace")}
 
     def read(self) -> np.ndarray:
         """uint8 [height, width, 3].
@@ -42,6 +43,8 @@ class FileImage:
             ValueError: it cannot be read, or does not decode completely.
         """
         try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would keep the reader waiting
+                raise ValueError("cannot be read: not a regular file")
             content = Path(self.path).read_bytes()
         except OSError as error:
             raise ValueError(f"cannot be read: {error.strerror}") from error
@@ -136,6 +139,15 @@ class Inputs(Sequence[FileImage | ShardImage]):
         if isinstance(part, str):
             return FileImage(part)
         return ShardImage(part, number - int(self._ends[place]) + len(part.rows), self._reader)
+
+
+def check_not_input(output: Path, patterns: Sequence[str]) -> None:
+    """Raise ValueError when ``output`` is a file that the patterns name, which writing to it would replace."""
+    if not output.exists():
+        return
+    for path in itertools.chain(patterns, *map(_expand, patterns)):
+        if os.path.exists(path) and os.path.samefile(path, output):
+            raise ValueError(f"--output {output}: it is one of the inputs, and would be replaced; name another file")
 
 
 def _expand(pattern: str) -> Iterator[str]:

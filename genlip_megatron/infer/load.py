@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.convert.folder import hf_config, preprocessor_config
 from genlip_megatron.convert.source import DTYPES, to_dtype
 from genlip_megatron.convert.table import groups
@@ -62,6 +61,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError("another kind of device")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -82,7 +83,7 @@ def load(
 
     Args:
         place: folder of a run, of a checkpoint (``iter_NNNNNNN``), or an exported or released folder.
-        log: told of damaged checkpoints that are passed over.
+        log: told of damaged checkpoints that are passed over, and of a folder without image settings.
         encoder_only: the vision encoder without text parts and tokenizer.
         device: where to put it.
         dtype: "fp32", "bf16" or "fp16"; "auto": as the weights are stored.
@@ -157,7 +158,7 @@ def _from_released(
     progress: Callable[[int], Any],
 ) -> Loaded:
     """From a folder in the authors' format."""
-    from genlip_megatron.convert.conversion import folder_images, in_encoder, open_released, read_json
+    from genlip_megatron.convert.conversion import folder_images, folder_prompt, in_encoder, open_released, read_json
     from genlip_megatron.convert.safetensors_file import check_dtype, contents
 
     stored = contents(place)
@@ -176,11 +177,10 @@ def _from_released(
     except (ValueError, TypeError) as error:
         raise ValueError(f"--load {place}: config.json: {error}") from None
     reader = _tokenizer(tokenizer or str(place / "tokenizer.json"), config.vocab_size) if whole else None
+    images, prompt = images_of(folder_images(place, log)), folder_prompt(place)
     if dtype is not None:
         check_dtype(place, dtype, lambda name: whole or in_encoder(name))
     model = kind.from_pretrained(place, config=config, dtype=dtype or "auto")
-    images = images_of(folder_images(place))
-    prompt = read_json(place / "processor_config.json").get("prompt", DEFAULT_PROMPT)
     return Loaded(model, images, reader, prompt, place)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from genlip_megatron.convert.new_folder import hidden_folder
+
 
 def check_output(target: Path) -> None:
     """Raise ValueError when a file could not be written there in the end: found before there is anything to lose."""
@@ -23,17 +25,17 @@ def check_output(target: Path) -> None:
 def new_file(target: Path) -> Iterator[TextIO]:
     """A file to write text to, which takes ``target``'s place when the block ends well; else nothing is left.
 
+    What a killed process left of its own is removed by the next; SIGTERM ends as a failure does.
+
     Raises:
         ValueError: the disk cannot be written to.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, target)
+        with hidden_folder(target) as partial:
+            with open(partial / target.name, "w", encoding="utf-8") as out:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial / target.name, target)
     except OSError as error:
         raise ValueError(f"--output {target}: could not be written: {error}; nothing was left behind") from error
-    finally:
-        partial.unlink(missing_ok=True)

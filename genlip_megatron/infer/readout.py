@@ -38,7 +38,8 @@ class Token:
 
 @torch.inference_mode()
 def readout(loaded: Loaded, image: Prepared, top: int = 5) -> list[list[Token]]:
-    """The ``top`` likeliest tokens of ``lm_head(proj(ln_post(patch)))`` of every patch, row by row.
+    """The ``top`` likeliest tokens of ``lm_head(proj(ln_post(patch)))`` of every patch, row by row; none at all when a
+    probability is no number.
 
     Args:
         loaded: a whole model.
@@ -54,6 +55,8 @@ def readout(loaded: Loaded, image: Prepared, top: int = 5) -> list[list[Token]]:
     found: list[list[Token]] = []
     for part in model.ln_post(states[: len(patches)]).split(_AT_ONCE):
         best = model.read_out(part).float().softmax(dim=-1).topk(top)
+        if not bool(best.values.isfinite().all()):
+            return []
         for ids, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             found.append([Token(i, _text(tokenizer, i), round(p, 6)) for i, p in zip(ids, probabilities, strict=True)])
     return found

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoImageProcessor
 
 from genlip_megatron.checkpoint import folder, manifest
 from genlip_megatron.checkpoint.manifest import WEIGHTS_ONLY
@@ -100,6 +101,17 @@ def test_verify_ends_with_status_1_when_the_models_differ(
     assert hidden.small and not logits.small and "ABOVE the tolerance" in str(logits)
 
 
+def test_verify_reads_the_configuration_as_transformers_does(
+    released: Path, convert: Convert, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genlip_megatron.convert import folder
+
+    monkeypatch.setattr(folder, "_rope", lambda fields: {"mrope_section": [4, 0, 0]})
+    words = ("--tokenizer", demo_data / "tokenizer.model", "--verify")
+    said = convert("to-megatron", released, "--output", tmp_path / "start", *words, status=1)
+    assert "ABOVE the tolerance" in said
+
+
 def test_the_encoder_alone(started: Path, weights: dict[str, Tensor], convert: Convert, tmp_path: Path) -> None:
     said = convert("to-hf", started, "--output", tmp_path / "encoder", "--encoder-only", "--verify")
     assert "hidden states" in said and "logits" not in said and "within" in said
@@ -120,6 +132,13 @@ def test_the_encoder_alone_needs_no_tokenizer(
     assert "no such file" in convert(*words, status=2)
     convert(*words, "--encoder-only")
     assert not list((tmp_path / "encoder").glob("tokenizer*"))
+    # Nor anything that would look for one; images alone are processed.
+    assert not list((tmp_path / "encoder").glob("process*"))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder", trust_remote_code=True)
+    assert type(processor).__name__ == "GenLIPImageProcessor"
+    shutil.copy(demo_data / "tokenizer.model", tokenizer)
+    convert(*words, "--encoder-only", "--overwrite", "--tokenizer", tokenizer)
+    assert len(list((tmp_path / "encoder").glob("process*"))) == 2
 
 
 def test_verify_without_transformers_writes_nothing(
@@ -236,6 +255,15 @@ def set_tensor(name: str, place: Path) -> None:
         (lambda place: split(place, "missing"), ["index.json: names files that are missing: b.safetensors"]),
         (lambda place: split(place, "wrong"), ["index.json: does not agree with the files on ln_post.bias"]),
         (lambda place: split(place, "outside"), ["index.json: damaged, expected JSON with a weight_map"]),
+        (
+            lambda place: (place / "model.safetensors.index.json").write_text("{}"),
+            ["model.safetensors and model.safetensors.index.json are both there", "keep one of them"],
+        ),
+        (
+            lambda place: shutil.copy(place / "model.safetensors", place / "model-00001-of-00002.safetensors"),
+            ["model-00001-of-00002.safetensors would not be read beside model.safetensors"],
+        ),
+        (lambda place: split(place, "more"), ["model-00003.safetensors would not be read beside a.safe", "b.safe"]),
         (lambda place: shutil.rmtree(place), ["no such folder"]),
         *(
             (partial(set_field, name, value), [f"config.json: {text}"])
@@ -253,6 +281,12 @@ def set_tensor(name: str, place: Path) -> None:
                 ("rope_scaling", {"mrope_interleaved": False}, "rope_scaling.mrope_interleaved = False; this project"),
                 ("rope_scaling", {"factor": 2.0}, "rope_scaling.factor = 2.0; this project does not compute it"),
                 ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling.rope_type = 'yarn'; this project"),
+                (
+                    "rope_parameters",
+                    {"mrope_section": [3, 0, 1]},
+                    "rope_scaling.mrope_section = [2, 1, 1], but rope_parameters.mrope_section = [3, 0, 1]; they are",
+                ),
+                ("drop_path_rate", 1.0, "drop_path_rate = 1.0; it must be a number of at least 0 and below 1"),
             )
         ),
         (partial(set_field, "num_attention_heads", 5), ["num_attention_heads = 5: each head", "--num-attention-heads"]),
@@ -288,7 +322,7 @@ def test_sizes_of_images_that_are_taken(fields: Any, released: Path, demo_data: 
     from genlip_megatron.convert.conversion import recorded_run
 
     (released / "preprocessor_config.json").write_text(json.dumps({"image_mode": "fixed", **fields}))
-    data = recorded_run(released, tiny_config(demo_data).model, demo_data / "tokenizer.model", "fp32").data
+    data = recorded_run(released, tiny_config(demo_data).model, demo_data / "tokenizer.model", "fp32", print).data
     assert data.image_size == (64 if fields else 224)
 
 
@@ -313,6 +347,8 @@ def split(place: Path, fault: str) -> None:
         (place / "b.safetensors").unlink()
     elif fault == "wrong":
         placed["ln_post.bias"] = "b.safetensors" if placed["ln_post.bias"][0] == "a" else "a.safetensors"
+    elif fault == "more":
+        shutil.copy(place / "b.safetensors", place / "model-00003.safetensors")
     else:
         placed["ln_post.bias"] = "../a.safetensors"
     (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,12 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_folder(target, 1, True, lambda _: "") as partial:
         (partial / "file").write_text("new")
         raise KeyboardInterrupt
+    assert names(tmp_path) == ["old"] and (target / "file").read_text() == "old"
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, new_folder(target, 1, True, lambda _: "") as partial:
+        (partial / "file").write_text("new")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
     assert names(tmp_path) == ["old"] and (target / "file").read_text() == "old"
     with (
         pytest.raises(ValueError, match="could not be written: .*No space left"),

@@ -172,6 +172,8 @@ def test_what_weights_tell_is_read_from_them(changes: dict[str, Any]) -> None:
     assert model_config(bare, canonical_shapes(model)) == model
     newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 2, 2]}}
     assert model_config(newer, canonical_shapes(model), num_attention_heads=4) == replace(model, rope_theta=500.0)
+    both = {**bare, "rope_parameters": {"rope_theta": 500.0}}
+    assert model_config(both, canonical_shapes(model)) == replace(model, rope_theta=500.0)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,10 @@ def test_a_configuration_that_does_not_fit_is_refused(fields: dict[str, Any], me
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor = 2.0"),
         ({"rope_scaling": {"mrope_section": [12, 12]}}, r"mrope_section = \[12, 12\]"),
+        (
+            {"rope_scaling": {"mrope_section": [12, 12, 12]}, "rope_parameters": {"mrope_section": [8, 8, 20]}},
+            r"rope_scaling.mrope_section = \[12, 12, 12\], but rope_parameters.mrope_section = \[8, 8, 20\]",
+        ),
     ],
 )
 def test_a_configuration_of_another_model_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -224,6 +230,8 @@ def test_rotary_sections_survive_every_spelling(tmp_path: Path) -> None:
     for config in (
         GenLIPConfig(rope_scaling={"type": "default", "mrope_section": [8, 12, 12]}, rope_theta=500.0),
         GenLIPConfig(rope_parameters=newer),
+        GenLIPConfig(rope_parameters=newer, rope_scaling={"type": "mrope", "mrope_section": [8, 12, 12]}),
+        GenLIPConfig(rope_parameters={"rope_theta": 500.0}, rope_scaling={"mrope_section": [8, 12, 12]}),
     ):
         config.save_pretrained(tmp_path)
         again = GenLIPConfig.from_pretrained(tmp_path)

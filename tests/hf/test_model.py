@@ -204,6 +204,34 @@ def test_a_cache_goes_on_with_several_tokens_and_text_alone() -> None:
         assert (torch.cat((first.logits, rest.logits), dim=1) - whole).abs().max() < SAME
 
 
+def test_a_cache_that_lacks_tokens_is_refused() -> None:
+    """As when it was cropped to the length of the text."""
+    model, ids, grid = causal(), prompts((6, 6))["input_ids"], torch.tensor([[2, 3], [3, 1]])
+    first = model(ids[:, :5], pixel_values=images((2, 3), (3, 1)), use_cache=True)
+    cache = first["cache" if "cache" in first else "past_key_values"]
+    message = "a cache of {} tokens and 1 new ones.*leave out prompt_lookup_num_tokens"
+    for arguments in ({"attention_mask": torch.ones(2, 6)}, {"image_grid_hw": 2 * grid}):
+        with pytest.raises(ValueError, match=message.format(11)):
+            model(ids[:, 5:], past_key_values=cache, **{"attention_mask": torch.ones(2, 6), **arguments})
+    cache.crop(-6)
+    with pytest.raises(ValueError, match=message.format(5)):
+        model(ids[:, 5:], image_grid_hw=grid, past_key_values=cache, attention_mask=torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 1)])
+def test_assisted_generation_is_greedy_or_refused(shape: tuple[int, int]) -> None:
+    """Versions of transformers before 5 crop the cache to the text's length."""
+    model, ids = causal(), torch.tensor([[319, 337, 330, 298, 324, 383, 319, 337]])
+    words: dict[str, Any] = {"pixel_values": images(shape), "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": 0}
+    expected = model.generate(ids, **words)
+    try:
+        found = model.generate(ids, prompt_lookup_num_tokens=2, **words)
+    except ValueError as error:
+        assert "leave out prompt_lookup_num_tokens" in str(error)
+    else:
+        assert torch.equal(found, expected)
+
+
 def test_a_first_answer_token_is_predicted_from_the_image() -> None:
     model, ids = causal(), prompts((3,))["input_ids"]
     with torch.no_grad():

@@ -92,6 +92,16 @@ def test_pixels_are_those_of_training(mode: str) -> None:
         assert sides == [rows, columns] and torch.equal(ours, expected), name
 
 
+def test_sixteen_bit_greys_keep_their_high_byte() -> None:
+    grey = Image.new("L", (32, 32), 200)
+    for mode in ("I", "I;16", "I;16B"):
+        levels = np.full((32, 32), 200 * 256 + 255, ">u2" if mode == "I;16B" else "<u2")
+        picture = Image.frombytes("I;16B" if mode == "I;16B" else "I;16", (32, 32), levels.tobytes())
+        picture = picture.convert("I") if mode == "I" else picture
+        assert picture.mode == mode
+        assert torch.equal(processor()(picture)["pixel_values"], processor()(grey)["pixel_values"])
+
+
 def test_sizes_are_those_of_training() -> None:
     from genlip_megatron.hf import image_processing_genlip
 
@@ -140,6 +150,9 @@ GOOD = np.zeros((32, 32, 3), np.uint8)
         (np.zeros((0, 5, 3), np.uint8), "image 0 of 1: shape"),
         ([GOOD, np.zeros((2, 500, 3), np.uint8)], "image 1 of 2: 2x500 pixels: an aspect ratio above 200"),
         ([], "images is empty"),
+        (Image.new("F", (32, 32), 0.5), "image 0 of 1: an image of mode F"),
+        (Image.new("I", (32, 32), 65536), "mode I with values from 65536 to 65536: expected 16-bit greys"),
+        ([GOOD, Image.new("I", (32, 32), -1)], "image 1 of 2: an image of mode I with values from -1 to -1"),
         (Image.open(io.BytesIO(PICTURES["large"][:3000])), "image 0 of 1: .*truncated"),
     ],
 )
@@ -211,6 +224,7 @@ def test_text_ends_at_the_end_token(exported: Path, demo_data: Path) -> None:
         ({}, "neither images nor text"),
         ({"images": [GOOD, GOOD], "text": ["a"]}, "1 texts for 2 images"),
         ({"images": [GOOD], "text": " "}, "text 0 of 1 is empty"),
+        ({"text": []}, "text is empty: expected at least one"),
         ({"images": [GOOD, 3]}, "image 1 of 2: a int"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 
 from tools.caption import main
+from tools.extract_features import main as extract_features
+from tools.patch_readout import main as patch_readout
 
 Tool = Callable[..., str]
 
@@ -95,6 +99,64 @@ def test_only_bad_images_end_with_status_1(caption: Any, checkpoints: dict[str, 
     assert row == {"path": str(photos / "broken.jpg"), "error": "image does not decode: not a JPEG, PNG or WebP file"}
 
 
+def test_files_that_are_oddly_named_or_no_files(
+    tool: Tool, caption: Any, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """Of a name that is not UTF-8, and a pipe, which nobody writes to."""
+    (tmp_path / "odd").mkdir()
+    shutil.copy(photos / "image0.png", os.fsencode(tmp_path / "odd") + b"/odd\xe9.png")
+    os.mkfifo(tmp_path / "odd" / "pipe.jpg")
+    words = [tmp_path / "odd", "--load", checkpoints["1"]]
+    named, pipe = caption(*words)
+    assert named["path"] == f"{tmp_path}/odd/odd\\xe9.png" and "caption" in named
+    assert pipe == {"path": f"{tmp_path}/odd/pipe.jpg", "error": "cannot be read: not a regular file"}
+    for other in (extract_features, patch_readout):
+        tool(other, *words, "--output", tmp_path / "new", "--overwrite")
+        assert "odd\\\\xe9.png" in "".join(file.read_text() for file in (tmp_path / "new").glob("*.json"))
+        shutil.rmtree(tmp_path / "new")
+
+
+@pytest.mark.parametrize("killed", ["caption", "extract_features", "patch_readout"])
+def test_sigterm_leaves_nothing_and_the_rests_of_kills_are_removed(
+    killed: str,
+    caption: Any,
+    tool: Tool,
+    checkpoints: dict[str, Path],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes while the first images are being computed."""
+    from genlip_megatron.infer import caption as captions
+    from genlip_megatron.infer import features, readout
+
+    place, name, other = {
+        "caption": (captions.Captioner, "tokens", main),
+        "extract_features": (features, "features", extract_features),
+        "patch_readout": (readout, "readout", patch_readout),
+    }[killed]
+    words = [photos, "--load", checkpoints["1"], "--limit", 2, "--output", tmp_path / "out"]
+    rest = tmp_path / ".out.partial-0123abcd"
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        rest.mkdir()
+        (rest / "out").write_text("half")
+        tool(other, *words, status=143)
+    assert not list(tmp_path.iterdir())
+    rest.mkdir()
+    tool(other, *words)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (tmp_path / "link").symlink_to(copied)
+    for words in ([copied], [copied / "more" / "*"], [copied, "--limit", 1]):
+        target = tmp_path / "link" / "more" / "image1.jpg"
+        line = tool(main, *words, "--load", checkpoints["1"], "--output", target, status=2)
+        assert f"--output {target}: it is one of the inputs" in line
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -102,6 +164,8 @@ def test_only_bad_images_end_with_status_1(caption: Any, checkpoints: dict[str, 
         (["--load", "{tmp}/missing"], "no such folder"),
         (["--load", "{run}", "--dtype", "fp8"], "--dtype"),
         (["--load", "{run}", "--device", "abacus"], "--device abacus"),
+        (["--load", "{run}", "--device", "meta"], "--device meta: cannot be used"),
+        (["--load", "{run}", "--seed", str(10**23)], "--seed 1" + "0" * 23 + ": must be from 0 to 2**64 - 1"),
         (["--load", "{run}", "--top-p", "0.9"], "set --temperature above"),
         (["--load", "{run}", "--top-p", "0"], "above 0 and at most 1"),
         (["--load", "{run}", "--num-beams", "2", "--recompute"], "not with --recompute"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 
 from tools.extract_features import main
+from tools.patch_readout import main as patch_readout
 
 Tool = Callable[..., str]
 
@@ -88,6 +91,7 @@ def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_pat
         (["--image-size", "50", "--image-mode", "fixed"], "multiples of 16"),
         (["--image-size", "64"], "of fixed images, and these are native"),
         (["--max-patches", "0"], "must be above 0"),
+        (["--max-file-size", "inf"], "--max-file-size inf: must be above 0 and finite"),
         (["--feature-dtype", "bf16", "--format", "npy"], "NumPy has no such type"),
         (["--output", "{tmp}/full"], "not empty"),
         (["--output", "{tmp}/full", "--overwrite"], "holds something else"),
@@ -101,6 +105,33 @@ def test_a_mistake_is_told_in_one_line(
     filled = [word.format(tmp=tmp_path) for word in words]
     place = ["--load", checkpoints["1"], "--output", tmp_path / "features"]
     assert message in tool(main, photos, *place, *filled, status=2)
+
+
+def test_images_whose_features_are_no_numbers_have_failed(
+    tool: Tool, exported: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genlip_megatron.infer import features
+
+    def infinite(loaded: Any, images: Any, mean: bool) -> list[torch.Tensor]:
+        return [rows * torch.inf if "image2" in image.name["path"] else rows
+                for image, rows in zip(images, compute(loaded, images, mean), strict=True)]  # fmt: skip
+
+    compute = features.features
+    words = [photos, "--load", exported, "--output", tmp_path / "features"]
+    with monkeypatch.context() as patched:
+        patched.setattr(features, "features", infinite)
+        tool(main, *words)
+    index, found = read(tmp_path / "features")
+    assert len(found) == 4 and all(np.isfinite(values).all() for values in found.values())
+    assert [Path(entry["path"]).name for entry in index["failed"]] == ["broken.jpg", "image2.webp", "short.jpg"]
+    assert index["failed"][1]["error"] == "its features are not all finite numbers"
+    # A readout of a model whose weights are no numbers: of every image.
+    harmed = Path(shutil.copytree(exported, tmp_path / "harmed"))
+    weights = load_file(harmed / "model.safetensors")
+    save_file({**weights, "ln_post.bias": weights["ln_post.bias"] * torch.nan}, harmed / "model.safetensors")
+    words = [photos / "image0.png", "--load", harmed, "--output", tmp_path / "readout"]
+    tool(patch_readout, *words, status=1)
+    assert [file.name for file in (tmp_path / "readout").iterdir()] == ["index.json"]
 
 
 def test_only_bad_images_end_with_status_1(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +30,21 @@ def test_compared_captions_are_made_in_float32_on_the_cpu(monkeypatch: pytest.Mo
         assert words[words.index(flag) + 1] == value
     assert environment["CUDA_VISIBLE_DEVICES"] == calls["caption_exported.py"][1]["CUDA_VISIBLE_DEVICES"] == ""
     assert "dtype=torch.float32" in (demo.ROOT / "tools/caption_exported.py").read_text()
+
+
+def test_captions_of_no_image_are_a_mistake_told_in_one_line(tmp_path: Path) -> None:
+    shard = tmp_path / "empty.tar"
+    tarfile.open(shard, "w").close()
+    for words, part in (([], f"{shard}: no image there; expected .jpeg"), (["--limit", "0"], "--limit 0: must be at")):
+        command = [
+            sys.executable,
+            "-I",
+            demo.ROOT / "tools/caption_exported.py",
+            tmp_path,
+            shard,
+            "--output",
+            "x",
+            *words,
+        ]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert ended.returncode == 2 and part in ended.stderr.splitlines()[-1]
