@@ -37,11 +37,8 @@ def hidden_folder(target: Path) -> Iterator[Path]:
     its own is removed first, or by the next."""
     with ending_on_sigterm():
         _remove_rests(target)
-        partial = _partial(target)
-        partial.mkdir()
-        descriptor = os.open(partial, os.O_RDONLY)
+        partial, descriptor = _make_partial(target)
         try:
-            _lock(descriptor)
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -66,7 +63,6 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
         ValueError: there is something that must not be replaced, too little room, or the disk cannot be written to.
     """
     target = target.resolve()  # where a link leads, so that the link stays
-    partial = _partial(target)
     replaced = _replaced(target)
     with ending_on_sigterm():
         try:
@@ -79,10 +75,8 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
                 shutil.rmtree(replaced)
             if (free := shutil.disk_usage(target.parent).free) < size:
                 raise ValueError(f"{target}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are to be written")
-            partial.mkdir()
-            written = os.open(partial, os.O_RDONLY)
+            partial, written = _make_partial(target)
             try:
-                _lock(written)
                 yield partial
                 for path in [*partial.rglob("*"), partial]:
                     folder.sync(path)
@@ -102,9 +96,16 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
             raise ValueError(f"{target} could not be written: {error}; nothing was left behind") from error
 
 
-def _partial(target: Path) -> Path:
-    """A new name of the hidden folder in which ``target`` is prepared."""
-    return target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+def _make_partial(target: Path) -> tuple[Path, int]:
+    """(a new hidden folder to prepare ``target`` in, its descriptor, whose lock keeps others from removing it)."""
+    while True:
+        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+        partial.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another took it for a rest before it was locked
+            descriptor = os.open(partial, os.O_RDONLY)
+            if _lock(descriptor) and partial.exists():
+                return partial, descriptor
+            os.close(descriptor)
 
 
 def _replaced(target: Path) -> Path:
@@ -139,10 +140,13 @@ def _take_back(partial: Path, target: Path) -> None:
 def _remove_rests(target: Path) -> None:
     """Remove what killed processes have left of ``target``, and nothing that another one is writing."""
     for rest in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        descriptor = os.open(rest, os.O_RDONLY)
+        try:
+            descriptor = os.open(rest, os.O_RDONLY)
+        except FileNotFoundError:  # another removed it
+            continue
         try:
             if _lock(descriptor):
-                shutil.rmtree(rest)
+                shutil.rmtree(rest, ignore_errors=True)
         finally:
             os.close(descriptor)
 

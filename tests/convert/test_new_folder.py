@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,24 @@ def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
             (third / "file").write_text("third")
         assert (target / "file").read_text() == "third" and (first / "file").read_text() == "first"
     assert names(tmp_path) == ["target"] and (target / "file").read_text() == "third"
+
+
+def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = list[Path](), Path.mkdir
+
+    def removed_at_first(self: Path, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if ".partial-" in self.name:
+            made.append(self)
+            if len(made) == 1:
+                self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_at_first)
+    with new_folder(tmp_path / "target", 1, False, lambda _: "") as partial:
+        assert made[1:] == [partial]
+    assert names(tmp_path) == ["target"]
 
 
 @pytest.mark.parametrize("able", [True, False])
