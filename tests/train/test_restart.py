@@ -103,7 +103,7 @@ def loaded_weights(config: RunConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_preempted_run_saves_and_is_not_started_again(
     number: signal.Signals, demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:

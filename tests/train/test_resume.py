@@ -30,7 +30,7 @@ def test_loss_falls(reference: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
-@pytest.mark.parametrize("name", ["DP2", "TP2", "TP2xPP2"])
+@pytest.mark.parametrize("name", ["DP2", pytest.param("TP2", marks=pytest.mark.slow), "TP2xPP2"])
 def test_resume_is_bit_for_bit_on_the_same_layout(name: str, kind: str, demo_data: Path, tmp_path: Path) -> None:
     world_size, flags = layout(name)
     whole = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
