@@ -109,6 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> float:
     if options.encoder:
         encoder = AutoModel.from_pretrained(options.encoder, trust_remote_code=True, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(options.encoder, trust_remote_code=True)
+        if getattr(processor, "image_mode", "fixed") != "fixed":
+            parser.error(
+                f"--encoder {options.encoder}: its images keep their aspect ratio (image_mode = native), and this "
+                "example takes images of one size; export a stage 1 encoder"
+            )
     else:
         encoder, processor = small_encoder(), GenLIPImageProcessor(size=48)
     model = VisionLanguageModel(encoder, small_llm(), options.train_encoder).train()

@@ -827,8 +827,10 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         """Arguments of the next forward pass: all text and the images at first, then what the cache lacks.
 
         Raises:
-            ValueError: a prompt ends in padding, after which new tokens would go.
+            ValueError: a prompt ends in padding, after which new tokens would go; or attention weights are asked for.
         """
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: the packed attention makes no matrix of weights; leave it out")
         cache = past_key_values if cache is None else cache
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cached = 0 if cache is None else cache.get_seq_length()

@@ -6,6 +6,7 @@ import errno
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -63,24 +64,19 @@ def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, A
         copy(*args)
 
     behind, at_once = saver_of(run, folder / "behind", []), saver_of(run, folder / "at_once", [])
-    write.Planner.prepare = counted  # type: ignore[method-assign]
-    write.HostCopies.copy = late  # type: ignore[method-assign]
-    try:
-        for step in range(1, 5):
-            change(run)
-            behind.save(step, {}, kind, saving.Facts(), behind=True)
-            change(run)
-            behind.finish()
-        write.Planner.prepare = whole  # type: ignore[method-assign]
+    with mock.patch.object(write.HostCopies, "copy", late):
+        with mock.patch.object(write.Planner, "prepare", counted):
+            for step in range(1, 5):
+                change(run)
+                behind.save(step, {}, kind, saving.Facts(), behind=True)
+                change(run)
+                behind.finish()
         at_once.save(5, {}, kind, saving.Facts())
         behind.save(5, {}, kind, saving.Facts(), behind=True)
         change(run)
         behind.finish()
-    finally:
-        write.Planner.prepare = whole  # type: ignore[method-assign]
-        write.HostCopies.copy = copy  # type: ignore[method-assign]
-        behind.close()
-        at_once.close()
+    behind.close()
+    at_once.close()
     return {"planned": planned}
 
 
@@ -105,11 +101,8 @@ def train_and_save(config: RunConfig) -> int:
         time.sleep(0.5)
         copy(*args)
 
-    write.HostCopies.copy = late  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(write.HostCopies, "copy", late):
         return train(config)
-    finally:
-        write.HostCopies.copy = copy  # type: ignore[method-assign]
 
 
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
@@ -150,11 +143,8 @@ def test_without_a_thread_training_waits_for_the_disk(tmp_path: Path) -> None:
 def save_without_a_thread(config: RunConfig, folder: Path) -> str:
     run, lines = build(config), list[str]()
     saver = saver_of(run, folder, lines)
-    whole, saving.WriteBehind = saving.WriteBehind, raising  # type: ignore[misc]
-    try:
+    with mock.patch.object(saving, "WriteBehind", raising):
         saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
-    finally:
-        saving.WriteBehind = whole  # type: ignore[misc]
     change(run)
     saver.finish()
     saver.close()

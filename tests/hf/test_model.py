@@ -160,6 +160,17 @@ def test_prompts_padded_on_the_right_are_refused() -> None:
             model.generate(**prompts(side="right"), max_new_tokens=2, pad_token_id=0, **options)
 
 
+def test_attention_weights_cannot_be_asked_for() -> None:
+    with pytest.raises(ValueError, match="output_attentions: the packed attention makes no matrix"):
+        causal().generate(
+            **prompts(),
+            max_new_tokens=2,
+            pad_token_id=0,
+            output_attentions=True,
+            return_dict_in_generate=True,
+        )
+
+
 def test_forms_of_images_generate_the_same() -> None:
     from genlip_megatron.hf.modeling_genlip import pack_images
 

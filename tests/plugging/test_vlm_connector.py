@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +27,18 @@ def example() -> ModuleType:
 
 def test_random_encoder_suffices_for_colours(example: ModuleType) -> None:
     assert example.main([]) == 1.0
+
+
+def test_an_encoder_of_native_images_is_refused_in_one_line(
+    example: ModuleType, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native = tmp_path / "native"
+    shutil.copytree(exported, native)
+    file = native / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_mode": "native"}))
+    with pytest.raises(SystemExit):
+        example.main(["--encoder", str(native)])
+    assert "(image_mode = native), and this example takes images of one size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])

@@ -178,7 +178,11 @@ class KernelCall:
 
     def keys_of(self, x: Tensor) -> Tensor:
         """The rows of keys or values [S, H, D] that the call is given."""
-        return x if self.keys is None else _Split.apply(x, False, self.keys)[0]  # type: ignore[no-any-return]
+        if self.keys is None:
+            return x
+        (taken,) = _Split.apply(x, False, self.keys)
+        assert isinstance(taken, Tensor)
+        return taken
 
 
 class TwoCalls(Backend):
@@ -310,7 +314,9 @@ def _varlen_kernel(
 
 def in_bf16() -> contextlib.AbstractContextManager[None]:
     """Within it Transformer Engine computes in the tensors' own dtype."""
-    return importlib.import_module("transformer_engine.pytorch").fp8_autocast(enabled=False)  # type: ignore[no-any-return]
+    context: contextlib.AbstractContextManager[None]
+    context = importlib.import_module("transformer_engine.pytorch").fp8_autocast(enabled=False)
+    return context
 
 
 @functools.cache
