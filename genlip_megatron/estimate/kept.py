@@ -71,8 +71,10 @@ class Sizes:
             return kept
         kept += 4 * model.num_attention_heads / self.tp * self.tokens  # log of the softmax's denominator
         if name in ("varlen", "te"):
-            # Image queries see their image, text queries the whole sample; each call has its own copies.
-            kept += self.heads * (4 + 2 * self.image_share)
+            # Image queries see their image, text queries the whole sample; each call has its own copies. With the fixed
+            # shapes of CUDA graphs each has room for every slot.
+            fixed = self.config.train.cuda_graph
+            kept += self.heads * (8 if fixed else 4 + 2 * self.image_share)
         else:
             kept += self.heads * 4
         if name == "dense":

@@ -5,8 +5,8 @@ libraries and compilers set themselves up; then a graph of each pass is captured
 reads and replayed. Those of rarer shapes than there is room for go on running as usual, to the same result.
 
 The backward graph adds weights' gradients to the buffers of Megatron-Core's DistributedDataParallel by itself, since
-its hooks on parameters are Python, which is not captured. Graphs share one pool of memory, beside what passes without
-a graph keep: where shapes vary, twice the activations.
+its hooks on parameters are Python, which is not captured. Graphs share one pool of memory, which passes without a graph
+cannot use: where both do not fit, the graphs give theirs up and are captured again.
 
 ``torch.cuda.make_graphed_callables`` hands gradients of all weights to autograd, and takes flat tensors;
 Megatron-Core's ``FullCudaGraphWrapper`` captures the whole step with its reductions, and needs all micro-batches of a
@@ -33,6 +33,7 @@ from genlip_megatron.model.embed import ImageSlots
 
 _WARM_UP = 2  # micro-batches of a shape that run as usual
 _MOST_GRAPHS = 8
+_MOST_RELEASES = 8  # times that graphs give up their memory before none is captured any more
 _PARTS = (PackedBatch, PackedAttention, ImageSlots, Backend, KernelCall, Rows)
 
 
@@ -72,6 +73,14 @@ def shape_of(value: Any) -> Any:
     return (value.start, value.stop) if isinstance(value, slice) else value
 
 
+def memory_beside(taken: int) -> int:
+    """Bytes that a pass without a graph could use beside graphs that have ``taken`` so many."""
+    if not torch.cuda.is_available():
+        return 0
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - taken
+    return torch.cuda.mem_get_info()[0] + max(cached, 0)
+
+
 class Graph:
     """Both passes over micro-batches of one shape.
 
@@ -79,6 +88,9 @@ class Graph:
         stage: the model, wrapped; its loss is a scalar.
         batch, plan: one of the shape, on the device. Nothing is computed from it.
         pool: of the memory that graphs share.
+
+    Attributes:
+        taken: bytes that the pool has grown by.
     """
 
     def __init__(self, stage: Any, batch: PackedBatch, plan: PackedAttention, pool: Any) -> None:
@@ -87,14 +99,18 @@ class Graph:
         self._parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         self._loss: Any = None
         self._factor = torch.ones((), dtype=torch.float32, device=batch.token_ids.device)
+        self.taken = 0
         self._replays = self._capture(pool)
 
     def _capture(self, pool: Any) -> tuple[Callable[[], None], Callable[[], None]]:
         passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         for graph, function in zip(passes, (self._run_forward, self._run_backward), strict=True):
             # Threads of the loader and of checkpoints may allocate meanwhile.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 function()
+        self.taken = max(torch.cuda.memory_reserved() - before, 0)
         return passes[0].replay, passes[1].replay
 
     def _run_forward(self) -> None:
@@ -133,7 +149,9 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *factors: Tensor) -> tuple[None, ...]:
-        ctx.graph.backward(factors[0])
+        # Losses of a step are kept, and would keep the memory of graphs that have been let go.
+        graph, ctx.graph = ctx.graph, None
+        graph.backward(factors[0])
         return None, None, None, None
 
 
@@ -146,6 +164,7 @@ class GraphedStage:
 
     Attributes:
         replayed, run: micro-batches by a graph, and as usual.
+        released: times that the graphs have given up their memory.
     """
 
     def __init__(self, stage: Any, kind: Callable[..., Graph] = Graph) -> None:
@@ -154,7 +173,7 @@ class GraphedStage:
         self._seen: Counter[Any] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._anchor = torch.zeros((), device=host.device(), requires_grad=True)
-        self.replayed = self.run = 0
+        self.replayed = self.run = self.released = 0
 
     def __call__(self, batch: PackedBatch, plan: PackedAttention) -> Tensor:
         """The loss of a micro-batch, on the device."""
@@ -162,6 +181,8 @@ class GraphedStage:
         graph = self._graph(batch, plan) if torch.is_grad_enabled() and self._stage.training else None
         if graph is None:
             self.run += 1
+            if torch.is_grad_enabled():
+                self._make_room()
             return self._stage(batch, plan)
         self.replayed += 1
         return _Replayed.apply(self._anchor, graph, batch, plan)
@@ -172,14 +193,31 @@ class GraphedStage:
         if graph is not None:
             return graph
         self._seen[shape] += 1
-        if self._seen[shape] <= _WARM_UP or len(self._graphs) == _MOST_GRAPHS:
+        full = len(self._graphs) == _MOST_GRAPHS or self.released == _MOST_RELEASES
+        if self._seen[shape] <= _WARM_UP or full:
             return None
         graph = self._graphs[shape] = self._kind(self._stage, batch, plan, self._pool)
-        if torch.distributed.get_rank() == 0:
-            print(
-                f"CUDA graph {len(self._graphs)} of at most {_MOST_GRAPHS}: {batch.num_tokens} tokens, room for "
-                f"{len(batch.sample_starts)} samples and {len(batch.loss_rows)} answer rows; {self.replayed} "
-                f"micro-batches replayed so far, {self.run} run as usual",
-                flush=True,
-            )
+        self._tell(
+            f"CUDA graph {len(self._graphs)} of at most {_MOST_GRAPHS}: {batch.num_tokens} tokens, room for "
+            f"{len(batch.sample_starts)} samples and {len(batch.loss_rows)} answer rows"
+        )
         return graph
+
+    def _make_room(self) -> None:
+        """Let go of the graphs where a pass without one does not fit beside them; it needs as much as they do."""
+        taken = sum(graph.taken for graph in self._graphs.values())
+        if not taken or memory_beside(taken) >= taken:
+            return
+        self._graphs.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.released += 1
+        last = "for good: a smaller train.micro_batch_size would leave room for both"
+        self._tell(
+            f"CUDA graphs have given up {taken / 2**30:.1f} GiB to a micro-batch of a rare shape, "
+            + (last if self.released == _MOST_RELEASES else "and will be captured again")
+        )
+
+    def _tell(self, text: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            print(f"{text}; {self.replayed} micro-batches replayed so far, {self.run} run as usual", flush=True)
