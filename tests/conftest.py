@@ -16,7 +16,9 @@ from tests.runs import make_data
 pytest_plugins = ["tests.fault_table"]
 
 host.install()
-torch.set_num_threads(2)
+# On tensors this small further threads only wait for each other, which keeps cores busy; in processes of tests as well.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

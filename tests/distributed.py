@@ -1,4 +1,7 @@
-"""Real processes on gloo for tests. Each world size is started once and reused: importing takes seconds."""
+"""Real processes on gloo for tests. They are started once and join a group anew for every job: importing takes seconds.
+
+Each is started on its own, so that ranks share no hash seed and no state of imports.
+"""
 
 from __future__ import annotations
 
@@ -6,132 +9,117 @@ import atexit
 import gc
 import multiprocessing.connection
 import os
-import socket
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.multiprocessing as mp
 
-_pools: dict[int, Workers] = {}
+from tests.processes import free_port, import_training
+
+_workers: dict[int, Worker] = {}  # by rank
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    from genlip_megatron import host
+class Job(NamedTuple):
+    """What a rank is to run, and in which group."""
 
-    host.install()
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    while True:
-        job = pipe.recv()
-        if job is None:
-            break
-        function, args = job
-        _leave_groups()
+    world_size: int
+    port: int
+    function: Callable
+    args: tuple
+
+
+def _serve(rank: int, pipe: Any) -> None:
+    import_training()
+    while (job := pipe.recv()) is not None:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(job.world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(job.port),
+        )
         try:
-            answer = (True, function(*args))
+            torch.distributed.init_process_group("gloo")
+            answer = (True, job.function(*job.args))
         except BaseException:
             answer = (False, traceback.format_exc())
         gc.collect()  # so that runs of this job leave their folders to the next
         pipe.send(answer)
-    torch.distributed.destroy_process_group()
+        pipe.recv()  # all ranks have answered: none needs this one any more
+        _leave_groups()
 
 
 def _leave_groups() -> None:
-    """Destroy the process groups of earlier jobs: each has threads that wake again and again, some sixty a job."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    default = torch.distributed.group.WORLD
-    for group in list(torch.distributed.distributed_c10d._world.pg_map):
-        if group is not default:
-            torch.distributed.destroy_process_group(group)
+    torch.distributed.destroy_process_group()
     gc.collect()
 
 
-class Workers:
-    """``world_size`` processes that run functions together."""
+class Worker:
+    """The process that is ``rank`` in all jobs with more than ``rank`` processes."""
 
-    def __init__(self, world_size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def __init__(self, rank: int) -> None:
         context = mp.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=False)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def run(self, function: Callable, *args: Any) -> list[Any]:
-        """``function(*args)`` on every rank; the results by rank. Raises AssertionError with the ranks' tracebacks."""
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        errors: list[str] = []
-        waiting = dict(enumerate(self.pipes))
-        results: dict[int, Any] = {}
-        while waiting:
-            ready = multiprocessing.connection.wait(list(waiting.values()), timeout=15 if errors else 300)
-            if not ready:
-                errors.append(f"ranks {sorted(waiting)} did not answer")
-                self.kill()
-                break
-            for rank, pipe in list(waiting.items()):
-                if pipe not in ready:
-                    continue
-                del waiting[rank]
-                try:
-                    good, value = pipe.recv()
-                except EOFError:
-                    good, value = False, "the process died"
-                results[rank] = value
-                if not good:
-                    errors.append(f"rank {rank}:\n{value}")
-        if errors:
-            self.kill()
-            raise AssertionError("\n".join(errors))
-        return [results[rank] for rank in sorted(results)]
-
-    def kill(self) -> None:
-        """End the processes at once; after a failed collective their state cannot be trusted."""
-        for process in self.processes:
-            process.kill()
-        for size, pool in list(_pools.items()):
-            if pool is self:
-                del _pools[size]
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(rank, theirs), daemon=False)
+        self.process.start()
+        theirs.close()
 
     def close(self) -> None:
-        """Ask the processes to leave and wait for them."""
-        for pipe in self.pipes:
-            pipe.send(None)
-        for process in self.processes:
-            process.join(10)
-            process.kill()
+        """Ask the process to leave and wait for it."""
+        self.pipe.send(None)
+        self.process.join(10)
+        self.process.kill()
 
 
 def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any]:
     """``function(*args)``, importable by name, on every rank of ``world_size`` gloo processes; results by rank.
 
     The default process group is up and Megatron-Core's CPU layer installed; model-parallel groups are the
-    function's business (it must destroy those of an earlier job).
+    function's business. They are destroyed after it.
+
+    Raises:
+        AssertionError: with the tracebacks of the ranks that failed.
     """
-    if world_size not in _pools:
-        # Two cores carry no more than a few idle pools; the oldest makes room.
-        while len(_pools) >= 3:
-            _pools.pop(next(iter(_pools))).close()
-        _pools[world_size] = Workers(world_size)
-    return _pools[world_size].run(function, *args)
+    for rank in range(world_size):
+        if rank not in _workers:
+            _workers[rank] = Worker(rank)
+    waiting = {rank: _workers[rank].pipe for rank in range(world_size)}
+    job = Job(world_size, free_port(), function, args)
+    for pipe in waiting.values():
+        pipe.send(job)
+    errors: list[str] = []
+    results: dict[int, Any] = {}
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting.values()), timeout=15 if errors else 300)
+        if not ready:
+            errors.append(f"ranks {sorted(waiting)} did not answer")
+            break
+        for rank, pipe in list(waiting.items()):
+            if pipe not in ready:
+                continue
+            del waiting[rank]
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                good, value = False, "the process died"
+            results[rank] = value
+            if not good:
+                errors.append(f"rank {rank}:\n{value}")
+    if errors:
+        for rank in range(world_size):  # after a failed collective their state cannot be trusted
+            _workers.pop(rank).process.kill()
+        raise AssertionError("\n".join(errors))
+    for rank in range(world_size):
+        _workers[rank].pipe.send("leave")
+    return [results[rank] for rank in range(world_size)]
 
 
 @atexit.register
 def _close_all() -> None:
-    for pool in list(_pools.values()):
-        pool.close()
-    _pools.clear()
+    for worker in _workers.values():
+        worker.close()

@@ -276,7 +276,8 @@ def _become(target: str, argv: list[str], variables: dict[str, str], output: str
     return getattr(importlib.import_module(module), name)
 
 
-def _main() -> int:
+def import_training() -> None:
+    """Import all that ranks need, on one thread; collections of garbage leave it alone from then on."""
     import torch
 
     torch.set_num_threads(1)
@@ -285,7 +286,11 @@ def _main() -> int:
     host.install()
     for name in _IMPORTS:
         importlib.import_module(name)
-    gc.freeze()  # collections in a rank then leave the shared pages alone
+    gc.freeze()  # of modules nothing becomes garbage, and forked ranks share their pages
+
+
+def _main() -> int:
+    import_training()
     order = _serve(int(sys.argv[1]))
     if order is not None:
         _end(_status_of(_become(*order)))

@@ -136,5 +136,16 @@ def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any
     }
 
 
+def failing_set_up(config: RunConfig) -> str:
+    """What is wrong with the settings of a run."""
+    from genlip_megatron.train.loop import set_up
+
+    try:
+        set_up(config)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def weights(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: tensor for result in results for name, tensor in result["weights"].items()}

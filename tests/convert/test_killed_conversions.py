@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,6 @@ def convert() -> int:
         checkpoints.exchange = lambda first, second: False
     crash.install_from_environment()
     return main(sys.argv[1:])
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("ranks"))
-    yield zygote
-    zygote.close()
 
 
 def released(folder: Path, weights: dict[str, Tensor], tokenizer: Path) -> Path:

@@ -14,9 +14,9 @@ from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsWriter
 from genlip_megatron.convert.table import canonical_shapes
 
-# The embedding and the head are 311 MB each in float32, four times all layers.
-MODEL = ModelConfig(num_layers=8, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1024, text_hidden_size=512)
-EMBEDDING = 151936 * 512 * 4
+# The embedding and the head are 156 MB each in float32, seven times all layers.
+MODEL = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=4, ffn_hidden_size=512, text_hidden_size=256)
+EMBEDDING = 151936 * 256 * 4
 ALLOWANCE = 24e6  # the interpreter's own, and buffers of files
 
 CONVERT = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,12 +64,3 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported_native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported folder for images of their own sizes."""
     return export(tmp_path_factory.mktemp("plugging") / "native", DataConfig(image_mode="native", max_pixels=16384))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are faster on one thread, on a busy machine by far."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

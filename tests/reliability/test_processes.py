@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.distributed import run_distributed
 from tests.processes import Zygote
 
 
@@ -38,6 +40,20 @@ def linger() -> None:
     print("waiting", flush=True)
     while True:
         time.sleep(0.01)
+
+
+def place_in_group() -> tuple[int, int, float, int]:
+    """(process, ranks of the default group, sum over them, hash of a text)."""
+    total = torch.ones(())
+    torch.distributed.all_reduce(total)
+    return os.getpid(), torch.distributed.get_world_size(), total.item(), hash("text")
+
+
+def test_processes_of_run_distributed_join_a_group_anew_for_every_job() -> None:
+    first, alone, again = (run_distributed(size, place_in_group) for size in (2, 1, 2))
+    assert first == again and alone[0][0] == first[0][0] and first[0][0] != first[1][0]
+    assert [rank[1:3] for rank in (*first, *alone)] == [(2, 2.0), (2, 2.0), (1, 1.0)]
+    assert first[0][3] != first[1][3], "an order of a set would be the same on all ranks"
 
 
 def test_a_rank_is_a_process_of_its_own(zygote: Zygote) -> None:

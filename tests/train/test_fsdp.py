@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,25 @@ from tests.runs import run_steps, tiny_config, weights
 STEPS = 4
 LAYOUTS = {"DP2": (2, {}), "TP2xDP2": (4, {"parallel__tensor_model_parallel_size": 2})}
 FSDP = {"parallel__fsdp": True}
+
+
+@pytest.fixture(scope="module")
+def whole(demo_data: Path) -> Callable[[str, str], list[dict[str, Any]]]:
+    """The run on a layout, in a precision, without an interruption."""
+
+    @functools.cache
+    def run(name: str, precision: str) -> list[dict[str, Any]]:
+        world_size, config = laid_out(name, precision, demo_data)
+        return run_distributed(world_size, run_steps, config, STEPS)
+
+    return run
+
+
+def laid_out(name: str, precision: str, data: Path, **more: Any) -> tuple[int, RunConfig]:
+    """(processes, settings) of a layout such as "one", "TP2xDP2" or "fsdp DP2"."""
+    world_size, flags = LAYOUTS.get(name.removeprefix("fsdp "), (1, {}))
+    flags = flags | (FSDP if name.startswith("fsdp") else {}) | {"train__precision": precision}
+    return world_size, tiny_config(data, **flags, **more)
 
 
 def held_values(config: RunConfig) -> tuple[int, int]:
@@ -47,30 +68,25 @@ def test_a_rank_holds_its_share(demo_data: Path) -> None:
         ("fsdp DP2", "TP2xDP2", "fp32"),
     ],
 )
-def test_checkpoints_do_not_know(saving: str, loading: str, precision: str, demo_data: Path, tmp_path: Path) -> None:
-    def config(text: str, **more: Any) -> tuple[int, RunConfig]:
-        world_size, flags = LAYOUTS.get(text.removeprefix("fsdp "), (1, {}))
-        flags = flags | (FSDP if text.startswith("fsdp") else {}) | {"train__precision": precision}
-        return world_size, tiny_config(demo_data, **flags, **more)
-
+def test_checkpoints_do_not_know(
+    saving: str, loading: str, precision: str, whole: Callable, demo_data: Path, tmp_path: Path
+) -> None:
     folder = str(tmp_path / "run")
-    world_size, whole = config(saving)
-    losses = run_distributed(world_size, run_steps, whole, STEPS)[0]["losses"]
-    world_size, first = config(saving, checkpoint__save=folder)
+    world_size, first = laid_out(saving, precision, demo_data, checkpoint__save=folder)
     run_distributed(world_size, run_steps, first, STEPS // 2)
-    world_size, second = config(loading, checkpoint__load=folder)
+    world_size, second = laid_out(loading, precision, demo_data, checkpoint__load=folder)
     continued = run_distributed(world_size, run_steps, second, STEPS)[0]["losses"]
-    assert continued == pytest.approx(losses[STEPS // 2 :], rel=1e-5)
+    assert continued == pytest.approx(whole(saving, precision)[0]["losses"][STEPS // 2 :], rel=1e-5)
 
 
-def test_resume_is_bit_for_bit(demo_data: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_for_bit(whole: Callable, demo_data: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    whole = run_distributed(2, run_steps, tiny_config(demo_data, **FSDP), STEPS)
+    undisturbed = whole("fsdp DP2", "fp32")
     config = tiny_config(demo_data, **FSDP, checkpoint__save=folder, checkpoint__load=folder)
     first = run_distributed(2, run_steps, config, STEPS // 2)
     second = run_distributed(2, run_steps, config, STEPS)
-    assert first[0]["losses"] + second[0]["losses"] == whole[0]["losses"]
-    expected = weights(whole)
+    assert first[0]["losses"] + second[0]["losses"] == undisturbed[0]["losses"]
+    expected = weights(undisturbed)
     for name, weight in weights(second).items():
         assert torch.equal(weight, expected[name]), name
 

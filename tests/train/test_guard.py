@@ -36,7 +36,7 @@ LAYOUTS = {
 def settings(demo_data: Path, name: str, *faults: str, **flags: Any) -> tuple[int, RunConfig]:
     world_size, parallel = layout(LAYOUTS[name][0])
     drill = {"faults__allow_fault_injection": True, "faults__inject_fault": list(faults)}
-    more = {"log__eval_iters": 1, "faults__spike_window": 4}
+    more = {"model__num_layers": 2, "log__eval_iters": 1, "faults__spike_window": 4}
     return world_size, tiny_config(demo_data, **{**parallel, **LAYOUTS[name][1], **drill, **more, **flags})
 
 

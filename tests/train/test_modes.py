@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from genlip_megatron.config import RunConfig
 from tests.distributed import run_distributed
-from tests.runs import run_steps, tiny_config, weights
+from tests.runs import run_steps, tiny_config
+
+
+@pytest.fixture(scope="module")
+def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """(folder with the checkpoint of two steps on one process, what they gave)."""
+    folder = str(tmp_path_factory.mktemp("trained"))
+    return folder, run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)[0]
 
 
 def evaluated(config: RunConfig) -> float:
@@ -22,9 +30,10 @@ def evaluated(config: RunConfig) -> float:
     return evaluate(run.stepper, run.valid_loader)
 
 
-def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(demo_data: Path, tmp_path: Path) -> None:
-    folder = str(tmp_path / "run")
-    trained = run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)[0]
+def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(
+    trained: tuple[str, dict[str, Any]], demo_data: Path
+) -> None:
+    folder, before = trained
     config = tiny_config(
         demo_data,
         checkpoint__load=folder,
@@ -34,7 +43,7 @@ def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(demo_d
     )
     # Sums run in another order: 2e-7 relative was seen.
     for loss in run_distributed(2, evaluated, config):
-        assert abs(loss / trained["validation"] - 1) < 1e-5
+        assert abs(loss / before["validation"] - 1) < 1e-5
 
 
 def started(config: RunConfig) -> dict[str, Any]:
@@ -57,20 +66,18 @@ def started(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def test_finetune_takes_the_weights_and_nothing_else(demo_data: Path, tmp_path: Path) -> None:
-    folder = str(tmp_path / "stage1")
-    trained = run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)
+def test_finetune_takes_the_weights_and_nothing_else(trained: tuple[str, dict[str, Any]], demo_data: Path) -> None:
+    folder, stage1 = trained
     fresh = run_distributed(1, started, tiny_config(demo_data))[0]
     stage2 = run_distributed(1, started, tiny_config(demo_data, checkpoint__load=folder, checkpoint__finetune=True))[0]
-    for name, weight in weights(trained).items():
+    for name, weight in stage1["weights"].items():
         assert torch.equal(stage2["weights"][name], weight), name
     for name in ("iteration", "step", "lr", "next"):
         assert stage2[name] == fresh[name], name
 
 
-def test_a_run_goes_on_with_another_global_batch_size(demo_data: Path, tmp_path: Path) -> None:
-    folder = str(tmp_path / "run")
-    first = run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)[0]
+def test_a_run_goes_on_with_another_global_batch_size(trained: tuple[str, dict[str, Any]], demo_data: Path) -> None:
+    folder, first = trained
     changed = tiny_config(
         demo_data, checkpoint__load=folder, train__global_batch_size=2, data__change_lanes=True, data__num_workers=1
     )

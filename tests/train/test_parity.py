@@ -15,6 +15,7 @@ from tests.planted import FAULTS
 from tests.runs import layout
 
 STEPS = 4
+SOON = 2  # steps within which a planted fault is seen
 ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
 
 FSDP = {"parallel__fsdp": True}
@@ -44,11 +45,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 _references: dict[tuple, dict[str, Any]] = {}
 
 
-def reference(data: Path, **case: Any) -> dict[str, Any]:
+def reference(data: Path, steps: int = STEPS, **case: Any) -> dict[str, Any]:
     """The run of a case on one process."""
-    key = tuple(sorted(case.items()))
+    key = (steps, *sorted(case.items()))
     if key not in _references:
-        _references[key] = run_distributed(1, parity_run, parity_config(data, **case), STEPS)[0]
+        _references[key] = run_distributed(1, parity_run, parity_config(data, **case), steps)[0]
     return _references[key]
 
 
@@ -74,16 +75,16 @@ def test_same_run_in_bfloat16(name: str, flags: dict[str, Any], demo_data: Path)
 def test_planted_fault_is_seen(fault: str, demo_data: Path) -> None:
     name, flags, _, sign = FAULTS[fault]
     world_size, sizes = layout(name)
-    results = run_distributed(world_size, parity_run, parity_config(demo_data, **sizes, **flags), STEPS, fault)
-    assert sign in "; ".join(problems(results, reference(demo_data)))
+    results = run_distributed(world_size, parity_run, parity_config(demo_data, **sizes, **flags), SOON, fault)
+    assert sign in "; ".join(problems(results, reference(demo_data, SOON)))
 
 
 @pytest.mark.parametrize("fault", ["norm's gradient not summed", "DropPath drawn per rank"])
 def test_planted_fault_is_seen_in_bfloat16(fault: str, demo_data: Path) -> None:
     half: dict[str, Any] = {"train__precision": "bf16"}
     world_size, sizes = layout(FAULTS[fault][0])
-    results = run_distributed(world_size, parity_run, parity_config(demo_data, **half, **sizes), STEPS, fault)
-    assert "gradient differs" in "; ".join(problems(results, reference(demo_data, **half), BFLOAT16))
+    results = run_distributed(world_size, parity_run, parity_config(demo_data, **half, **sizes), SOON, fault)
+    assert "gradient differs" in "; ".join(problems(results, reference(demo_data, SOON, **half), BFLOAT16))
 
 
 def test_checkpoint_goes_from_layout_to_layout(demo_data: Path, tmp_path: Path) -> None:

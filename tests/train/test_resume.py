@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,8 @@ import torch
 from genlip_megatron.checkpoint import manifest
 from genlip_megatron.checkpoint.folder import step_folder
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
-from genlip_megatron.config import RunConfig
 from tests.distributed import run_distributed
-from tests.runs import layout, run_steps, tiny_config, weights
+from tests.runs import failing_set_up, layout, run_steps, tiny_config, weights
 
 STEPS = 6
 
@@ -25,53 +26,62 @@ def reference(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=str(folder)), STEPS)[0]
 
 
+@pytest.fixture(scope="module")
+def whole(demo_data: Path) -> Callable[[str], list[dict[str, Any]]]:
+    """The run on a layout, without an interruption."""
+
+    @functools.cache
+    def run(name: str) -> list[dict[str, Any]]:
+        world_size, flags = layout(name)
+        return run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def half(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of half the run on two tensor-parallel ranks."""
+    world_size, flags = layout("TP2")
+    folder = str(tmp_path_factory.mktemp("half"))
+    run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__save=folder), STEPS // 2)
+    return folder
+
+
 def test_loss_falls(reference: dict[str, Any]) -> None:
     assert reference["losses"][-1] < reference["losses"][0] - 0.01
 
 
 @pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
 @pytest.mark.parametrize("name", ["DP2", pytest.param("TP2", marks=pytest.mark.slow), "TP2xPP2"])
-def test_resume_is_bit_for_bit_on_the_same_layout(name: str, kind: str, demo_data: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_for_bit_on_the_same_layout(
+    name: str, kind: str, whole: Callable, demo_data: Path, tmp_path: Path
+) -> None:
     world_size, flags = layout(name)
-    whole = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
+    undisturbed = whole(name)
     folder = str(tmp_path / "run")
     config = tiny_config(demo_data, **flags, checkpoint__save=folder, checkpoint__load=folder)
     first = run_distributed(world_size, run_steps, config, STEPS // 2, kind == FULLY_RESHARDABLE)
     assert manifest.read(step_folder(folder, STEPS // 2)).kind == kind
     second = run_distributed(world_size, run_steps, config, STEPS)
-    assert first[0]["losses"] + second[0]["losses"] == whole[0]["losses"]
-    assert first[0]["keys"] + second[0]["keys"] == whole[0]["keys"]
-    expected = weights(whole)
+    assert first[0]["losses"] + second[0]["losses"] == undisturbed[0]["losses"]
+    assert first[0]["keys"] + second[0]["keys"] == undisturbed[0]["keys"]
+    expected = weights(undisturbed)
     for tensor, weight in weights(second).items():
         assert torch.equal(weight, expected[tensor]), tensor
 
 
 @pytest.mark.parametrize("name", ["DP2", "PP2"])
 def test_resume_on_another_layout_continues_the_curve(
-    name: str, reference: dict[str, Any], demo_data: Path, tmp_path: Path
+    name: str, reference: dict[str, Any], half: str, demo_data: Path
 ) -> None:
-    folder = str(tmp_path / "run")
-    world_size, flags = layout("TP2")
-    config = tiny_config(demo_data, **flags, checkpoint__save=folder)
-    run_distributed(world_size, run_steps, config, STEPS // 2)
     world_size, flags = layout(name)
-    config = tiny_config(demo_data, **flags, checkpoint__load=folder)
+    config = tiny_config(demo_data, **flags, checkpoint__load=half)
     results = run_distributed(world_size, run_steps, config, STEPS)
     assert results[0]["losses"] == pytest.approx(reference["losses"][STEPS // 2 :], rel=1e-5)
     # The packs that the ranks take together are those of one process after what had been trained on.
     packs = {tuple(keys) for result in results for keys in result["keys"]}
     expected = [tuple(keys) for keys in reference["keys"]]
     assert packs == set(expected[len(expected) // 2 :])
-
-
-def failing_set_up(config: RunConfig) -> str:
-    from genlip_megatron.train.loop import set_up
-
-    try:
-        set_up(config)
-    except ValueError as error:
-        return str(error)
-    return "no error"
 
 
 def test_checkpoint_of_another_model_is_refused(demo_data: Path, tmp_path: Path) -> None:
