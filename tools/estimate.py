@@ -129,7 +129,6 @@ def measured_peak(config: RunConfig, steps: int = 2) -> int:
 
 def measure() -> int:
     """Print estimated and measured peaks of every case in both precisions; 1 if one is off by more than 10%."""
-    os.environ.setdefault("MASTER_PORT", "29519")
     warnings.filterwarnings("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, worst = [["case", "precision", "measured MB", "estimated MB", "error"]], 0.0

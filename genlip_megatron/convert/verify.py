@@ -8,8 +8,6 @@ Legend: N tokens of all samples, T text tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +117,6 @@ def _megatron_outputs(
         config,
         {**ONE_RANK, "train.precision": "fp32", "train.transformer_impl": "local", "parallel.recompute": "none"},
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
     groups.initialize(config)
     (model,) = build_model(config, transformer_config(config))
     assert model.embed is not None and model.head is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,10 +72,6 @@ class RecomputingCaptioner:
         self.image_processor: GenLIPImageProcessor = images_of(preprocessor_config(config.data))
         self._tokenizer = load_tokenizer(tokenizer or config.data.tokenizer, config.model.vocab_size)
         self._prompt, self._decoding = prompt_ids(self._tokenizer, self.prompt), decoding
-        if "MASTER_PORT" not in os.environ:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
         groups.initialize(config)
         self._end = groups.finalize
         self._model: list[torch.nn.Module] = list(build_model(config, transformer_config(config)))

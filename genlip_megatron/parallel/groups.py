@@ -28,13 +28,11 @@ def timeout(config: RunConfig) -> timedelta:
 def initialize(config: RunConfig) -> None:
     """Join the run's processes and make Megatron-Core's groups.
 
-    Started by torchrun, or by hand as one process. NCCL on GPUs, gloo without.
+    Started by torchrun, or by hand as one process, which needs no port. NCCL on GPUs, gloo without.
 
     Raises:
         ValueError: the layout does not fit the number of processes, or the processes the number of GPUs.
     """
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check(config, world_size)
     gpu = torch.cuda.is_available()
@@ -43,6 +41,8 @@ def initialize(config: RunConfig) -> None:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            # With a store of its own a process does not look for the others at MASTER_ADDR.
+            store=torch.distributed.HashStore() if world_size == 1 else None,
             rank=rank,
             world_size=world_size,
             timeout=timeout(config),

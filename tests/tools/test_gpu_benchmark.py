@@ -133,18 +133,18 @@ def test_a_mistake_on_the_command_line_is_named(
 
 
 def test_a_job_that_fails_or_hangs_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    (late,) = gpu.run_job(Job("head", "head", ("ours",)), 0, 1.0, True)
+    (late,) = gpu.run_job(Job("head", "head", ("ours",)), 1.0, True)
     assert late.missing == "the section's time was over"
     monkeypatch.setattr(gpu, "_LEAST", 0)
-    (hung,) = gpu.run_job(Job("head", "head", ("ours",)), 0, 0.5, True)
+    (hung,) = gpu.run_job(Job("head", "head", ("ours",)), 0.5, True)
     assert hung.missing == "not done within the section's time (0 s left)"
-    (broken,) = gpu.run_job(Job("head", "no such job", ("ours",)), 0, 100.0, True)
+    (broken,) = gpu.run_job(Job("head", "no such job", ("ours",)), 100.0, True)
     assert broken.missing.startswith("its process ended with status 1: ValueError")
 
 
 def test_a_step_is_measured_beside_its_baseline_on_the_same_samples() -> None:
     job = next(job for job in gpu.all_jobs() if job.name == "so16 stage 2")
-    ours, baseline, *others = gpu.run_job(job, 1, 200.0, True)
+    ours, baseline, *others = gpu.run_job(job, 200.0, True)
     assert [figure.name for figure in (ours, baseline, *others)] == list(job.figures)
     assert not ours.missing and not baseline.missing and all(figure.missing for figure in others)
     rates = [[float(figure.details[name]) for name in ("tokens/s", "samples/s")] for figure in (ours, baseline)]

@@ -60,14 +60,14 @@ def machine() -> dict[str, str]:
     return found
 
 
-def run_job(job: Job, number: int, seconds: float, rehearse: bool) -> list[Figure]:
+def run_job(job: Job, seconds: float, rehearse: bool) -> list[Figure]:
     """The figures of a job, measured in a process of its own that has so many seconds."""
     if seconds < _LEAST:
         return [Figure(job.section, name, missing="the section's time was over") for name in job.figures]
     with tempfile.TemporaryDirectory(prefix="genlip-benchmark-") as folder:
         output = Path(folder) / "figures.jsonl"
         output.touch()
-        environment = {**os.environ, "MASTER_PORT": str(29551 + number)}
+        environment = dict(os.environ)
         if rehearse:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         command = [sys.executable, __file__, "--job", f"{job.section}:{job.name}", "--output", str(output)]
@@ -109,11 +109,11 @@ def measure(sections: list[str], rehearse: bool) -> list[Figure]:
         return [Figure(job.section, name, missing="no CUDA device") for job in jobs for name in job.figures]
     figures: list[Figure] = []
     ends: dict[str, float] = {}
-    for number, job in enumerate(jobs):
+    for job in jobs:
         # A rehearsal on a busy machine is slow, and measures nothing.
         end = ends.setdefault(job.section, time.monotonic() + LIMITS[job.section] * (10 if rehearse else 1))
         begin = time.monotonic()
-        figures += run_job(job, number, end - begin, rehearse)
+        figures += run_job(job, end - begin, rehearse)
         print(f"{job.section} {job.name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     return figures
 
