@@ -69,6 +69,45 @@ def test_peak_of_one_process_is_as_estimated(case: str, precision: str) -> None:
     assert es.memory(config, 1, "cpu").total == pytest.approx(measured, rel=TOLERANCE)
 
 
+_NO_OVERLAP = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
+_TE = {"train.transformer_impl": "transformer_engine"}
+_FP8 = {**_TE, "train.fp8": "hybrid"}
+
+
+@pytest.mark.parametrize(
+    ("name", "packs", "flags", "measured"),
+    [
+        ("so16_stage1", 1, {}, 37.93),
+        ("so16_stage1", 4, {}, 108.25),
+        ("l16_stage1", 4, {}, 86.51),
+        ("g16_stage1", 1, {}, 75.41),
+        ("g16_stage1", 4, {"parallel.recompute": "full"}, 41.90),
+        (
+            "so16_stage1",
+            4,
+            {"parallel.recompute": "selective", "parallel.recompute_modules": ["core_attn", "mlp"]},
+            61.80,
+        ),
+        ("so16_stage1", 4, {"parallel.recompute": "full"}, 22.05),
+        ("so16_stage1", 2, _TE, 63.29),
+        ("so16_stage1", 2, _FP8, 58.82),
+        ("so16_stage1", 2, {**_FP8, "train.fp8_recipe": "current"}, 59.77),
+        ("so16_stage1", 2, {**_FP8, "train.fp8_primary_weights": True}, 57.92),
+        ("so16_stage1", 2, {**_NO_OVERLAP, "parallel.fsdp": True}, 61.15),
+        ("so16_stage1", 2, {"train.attention_backend": "flex"}, 58.37),
+        ("so16_stage1", 2, {**_NO_OVERLAP, "train.cuda_graph": True}, 65.42),
+        ("so16_stage2", 2, {}, 59.94),
+    ],
+)
+def test_peak_on_a_gpu_is_as_estimated(name: str, packs: int, flags: dict[str, Any], measured: float) -> None:
+    """GiB that torch's allocator had handed out at the peak of a recipe's step on one GPU, as
+    ``tools/null_gpu/memory.py`` counts them, with rendered scenes in the packs."""
+    config = override(from_dict(load_yaml(name), name), {**flags, "train.micro_batch_size": packs})
+    config = override(config, {"train.global_batch_size": 2 * packs})
+    found = es.memory(config, 1)
+    assert (found.total - found.overhead) / GIB == pytest.approx(measured, rel=0.06)
+
+
 @pytest.mark.parametrize(
     ("case", "precision", "parallel", "packs"),
     [

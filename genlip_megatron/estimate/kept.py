@@ -84,9 +84,11 @@ class Sizes:
     def layer(self) -> float:
         """What one layer keeps until its backward pass, without full recomputation."""
         model, modules = self.config.model, self.modules
-        norms = 0 if "layernorm" in modules else 2 * self.hidden
+        # In FP8 linears keep their inputs so: the norms' outputs and SwiGLU's.
+        narrow = 0.5 if self.config.train.fp8 != "none" else 1.0
+        norms = 0 if "layernorm" in modules else 2 * narrow * self.hidden
         branches = 2 * self.hidden if model.layer_scale_init else 0
-        mlp = 0 if "mlp" in modules else 3 * self.inner  # SwiGLU's input [S, 2F] and output [S, F]
+        mlp = 0 if "mlp" in modules else (2 + narrow) * self.inner  # SwiGLU's input [S, 2F] and output [S, F]
         residuals = 2 * self.hidden
         statistics = 16 * self.local
         attention = self.attention("core_attn" in modules)
