@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""The peak memory of a run's steps on one GPU as torch's allocator counts it, beside the estimate of tools/estimate.py.
+
+    tools/null_gpu/run.py tools/null_gpu/memory.py --config so16_stage1 --micro-batch-size 2 [flags of pretrain_genlip.py]
+
+Packs hold rendered scenes, unless --train-data and --tokenizer name others. Steps have two micro-batches. On the null
+GPU kernels do nothing, so that losses mean nothing; on a real one the same command runs as well.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
+
+from genlip_megatron import host  # noqa: E402
+
+host.install()
+
+import gpu_check  # noqa: E402
+import torch  # noqa: E402
+
+from genlip_megatron.arguments import parse_args  # noqa: E402
+from genlip_megatron.config import RunConfig, override  # noqa: E402
+from genlip_megatron.estimate import GIB, memory  # noqa: E402
+from genlip_megatron.parallel import groups  # noqa: E402
+from genlip_megatron.train.loop import set_up, train_step  # noqa: E402
+
+STEPS = 2  # the optimizer's state is there from the second on
+
+
+def measured(config: RunConfig) -> tuple[float, float]:
+    """Bytes handed out at the peak of a step, and reserved by then."""
+    run = set_up(config)
+    assert run.train_loader is not None
+    batches = iter(run.train_loader)
+    for _ in range(STEPS):
+        torch.cuda.reset_peak_memory_stats()
+        train_step(run, batches)
+        run.iteration += 1
+    run.train_loader.close()
+    groups.finalize()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def main() -> int:
+    """Measure and print; 1 where the memory does not suffice."""
+    assert __doc__ is not None
+    if not torch.cuda.is_available() or not sys.argv[1:] or sys.argv[1] in ("-h", "--help"):
+        print(__doc__ if torch.cuda.is_available() else "no CUDA device: start it by tools/null_gpu/run.py")
+        return int(not torch.cuda.is_available())
+    with tempfile.TemporaryDirectory() as folder:
+        given = sys.argv[1:]
+        if "--train-data" not in given:
+            gpu_check.render(Path(folder), 400)
+            given = [*given, "--train-data", f"{folder}/train-*.tar", "--tokenizer", f"{folder}/tokenizer.model"]
+        config, _ = parse_args(given)
+        # Scenes are decoded as they lie; DALI asks the driver itself.
+        packs = {"train.global_batch_size": 2 * config.train.micro_batch_size, "data.decoder": "pillow"}
+        config = override(config, {**packs, "data.valid_data": [], "train.check_memory": False})
+        found = memory(config, 1)
+        expected = found.total - found.overhead
+        try:
+            allocated, reserved = measured(config)
+        except torch.OutOfMemoryError as error:
+            print(f"does not fit: estimated {expected / GIB:.2f} GiB; {str(error).split('. GPU')[0]}")
+            return 1
+        print(
+            f"peak {allocated / GIB:.2f} GiB, reserved {reserved / GIB:.2f} GiB, "
+            f"estimated {expected / GIB:.2f} GiB ({expected / allocated - 1:+.1%})"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
