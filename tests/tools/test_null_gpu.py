@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import doctest
 import importlib.metadata
 import shutil
 import subprocess
@@ -18,14 +20,67 @@ sys.path.insert(0, str(TOOLS))
 
 from null_gpu import check, engine_kernels, kernels, run  # noqa: E402
 
+SUCCESS, OUT_OF_MEMORY, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED, NCCL_INVALID_USAGE = 0, 2, 900, 901, 5
+GLOBAL = 0  # capture mode
 LENGTHS = ((3, 5), (4, 4), (1, 6))
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
-@pytest.mark.skipif(not all(map(Path.is_dir, run.include_folders())), reason="needs the headers of NVIDIA's wheels")
-def test_the_library_compiles_without_warnings(tmp_path: Path) -> None:
-    run.compile_driver(tmp_path, [run.DRIVER], tmp_path / "libcuda.so.1", "-Werror")
-    assert (tmp_path / "libcuda.so.1").stat().st_size
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """driver.c, compiled without a warning."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    if not all(map(Path.is_dir, run.include_folders())):
+        pytest.skip("needs the headers of NVIDIA's wheels, which torch's build for CUDA 13 brings")
+    folder = tmp_path_factory.mktemp("null_gpu")
+    run.compile_driver(folder, [run.DRIVER], folder / "library.so", "-Werror")
+    return ctypes.CDLL(str(folder / "library.so"))
+
+
+def test_memory_runs_out_as_on_a_device(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NULL_GPU_GIB", "2")
+    first, second = ctypes.c_void_p(), ctypes.c_void_p()
+    unused, total = ctypes.c_size_t(), ctypes.c_size_t()
+    assert library.cudaMalloc(ctypes.byref(first), ctypes.c_size_t(2**30 + 1)) == SUCCESS
+    assert library.cudaMalloc(ctypes.byref(second), ctypes.c_size_t(2**30)) == OUT_OF_MEMORY and not second
+    assert library.cudaMemGetInfo(ctypes.byref(unused), ctypes.byref(total)) == SUCCESS
+    assert (unused.value, total.value) == (2**30 - 512, 2**31)
+    assert [library.cudaGetLastError(), library.cudaGetLastError()] == [OUT_OF_MEMORY, SUCCESS]
+    library.cudaFree(first)
+    assert library.cudaMalloc(ctypes.byref(second), ctypes.c_size_t(2**31)) == SUCCESS
+    library.cudaFree(second)
+
+
+@pytest.mark.parametrize("wait", ["cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"])
+def test_a_wait_of_the_host_breaks_a_capture(library: ctypes.CDLL, wait: str) -> None:
+    stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
+    library.cudaStreamCreate(ctypes.byref(stream))
+    for breaks in (True, False):
+        assert library.cudaStreamBeginCapture(stream, GLOBAL) == SUCCESS
+        if breaks:
+            assert getattr(library, wait)(stream) == CAPTURE_UNSUPPORTED
+        assert library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == (CAPTURE_INVALIDATED if breaks else SUCCESS)
+    assert getattr(library, wait)(stream) == SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "error"),
+    [((2**31 - 1, 65535, 1), (1024, 1, 1), 0), ((0, 1, 1), (32, 1, 1), 9), ((1, 65536, 1), (32, 1, 1), 9),
+     ((1, 1, 1), (1024, 2, 1), 9)],
+)  # fmt: skip
+def test_impossible_grids_are_errors(library: ctypes.CDLL, grid: Any, block: Any, error: int) -> None:
+    library.cudaGetLastError()
+    assert library.cuLaunchKernel(None, *grid, *block, 0, None, None, None) == error
+    assert library.cudaGetLastError() == error
+
+
+def test_groups_of_more_than_one_rank_are_refused(library: ctypes.CDLL) -> None:
+    class UniqueId(ctypes.Structure):
+        _fields_ = (("internal", ctypes.c_char * 128),)
+
+    comm = ctypes.c_void_p()
+    assert library.ncclCommInitRank(ctypes.byref(comm), 1, UniqueId(), 0) == SUCCESS
+    assert library.ncclCommInitRank(ctypes.byref(comm), 2, UniqueId(), 0) == NCCL_INVALID_USAGE
 
 
 @pytest.mark.skipif("+cpu" not in torch.__version__, reason="needs torch's build for the CPU")
@@ -107,6 +162,12 @@ def test_varlen_attention_takes_the_window_for_the_rule() -> None:
     torch.testing.assert_close(output[:3], first)
     with pytest.raises(NotImplementedError, match=r"window_size \(2, 0\)"):
         kernels._varlen_attention(query, key, value, ends_q, ends_k, 4, 6, window_size=[2, 0])
+
+
+@pytest.mark.parametrize("module", [kernels, engine_kernels])
+def test_worked_examples_hold(module: Any) -> None:
+    failed, tried = doctest.testmod(module)
+    assert tried and not failed
 
 
 def test_products_in_bfloat16_are_summed_in_float32() -> None:

@@ -816,7 +816,7 @@ const char *ncclGetErrorString(ncclResult_t result) {
     return result ? "the GPU that runs nothing has groups of one rank only" : "no error";
 }
 
-const char *ncclGetLastError(ncclComm_t comm) { return ""; }
+const char *ncclGetLastError(ncclComm_t comm) { return ncclGetErrorString(ncclInvalidUsage); }
 
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
     memset(id, 1, sizeof *id);

@@ -8,7 +8,8 @@
 driver.c takes the place of the CUDA runtime and driver, cuBLAS, cuDNN and NCCL (groups of one rank), by LD_PRELOAD.
 Python, torch, its caching allocator, Transformer Engine, Triton and Inductor are the installed ones; the latter two
 compile for an H100. With --compute Triton's kernels run in Triton's interpreter and nothing is compiled; the head's
-cross entropy, for which that is too slow, is torch's unless --interpret is given.
+cross entropy, for which that is too slow, is torch's unless --interpret is given. Processes that the script starts have
+the device, but nothing computed for them.
 
 Needs the CUDA 13 build of torch with its wheels of NVIDIA's libraries, gcc and nm. The library is built on first use.
 """
@@ -34,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 DRIVER = HERE / "driver.c"
 # Files that show that a real driver is loaded.
 REAL_DRIVER = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
-# Set in a process that has the library; others that it starts inherit it.
+# Set in a process that has the library from its start.
 _READY = "NULL_GPU_FOLDER"
 _WANTED = re.compile(r"(?!cuFile)(__cuda|cuda[A-Z]|cu[A-Z]|cublas|cudnn|nccl|cusolver|cusparse)\w*")
 # Symbols of the headers, which Triton's and Inductor's launchers are linked against.
@@ -97,9 +98,11 @@ def compile_driver(folder: Path, sources: list[Path], output: Path, *flags: str)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     headers = [f"-I{path}" for path in (folder, *include_folders())]
-    # torch asks for libcuda.so.1 by name: one that is loaded under it already is taken.
+    # torch asks for libcuda.so.1 by name: one that is loaded under it already is taken. Calls inside stay inside.
     command = ["gcc", "-O1", "-Wall", "-shared", "-fPIC", *flags, *headers, *map(str, sources), "-o", str(output)]
-    done = subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-ldl", "-lpthread"], text=True, capture_output=True)
+    done = subprocess.run(
+        [*command, "-Wl,-soname,libcuda.so.1,-Bsymbolic", "-ldl", "-lpthread"], text=True, capture_output=True
+    )
     if done.returncode:
         raise SystemExit(
             f"null_gpu: {DRIVER} does not compile with the headers of {_packages() / 'nvidia'}:\n{done.stderr}"
@@ -115,9 +118,8 @@ def _libraries() -> list[Path]:
     """Installed libraries that call CUDA's."""
     packages = _packages()
     names = ("c10_cuda", "torch_cuda", "torch_cuda_linalg", "torch_python", "caffe2_nvrtc")
-    return [packages / "torch" / "lib" / f"lib{name}.so" for name in names] + sorted(
-        packages.glob("transformer_engine*/**/*.so")
-    )
+    engine = (*packages.glob("transformer_engine*.so"), *packages.glob("transformer_engine*/**/*.so"))
+    return [packages / "torch" / "lib" / f"lib{name}.so" for name in names] + sorted(engine)
 
 
 def build() -> Path:
@@ -145,7 +147,6 @@ def build() -> Path:
         (work / "rest.c").write_text("int null_gpu_generated(const char *name);\n" + rest)
         compile_driver(work, [DRIVER, work / "rest.c"], made / "libcuda.so.1")
         (made / "libcuda.so").symlink_to("libcuda.so.1")
-        made.chmod(0o755)
         try:
             made.rename(folder)
         except OSError:  # another process was faster
@@ -198,7 +199,7 @@ def main() -> None:
         parser.error("SCRIPT is missing: a Python script, with its arguments behind it")
     if not Path(options.command[0]).is_file():
         parser.error(f"{options.command[0]} is no file: allowed is a Python script, with its arguments behind it")
-    if os.environ.get(_READY):
+    if os.environ.pop(_READY, None):
         run_script(options.command, options.compute, options.interpret)
         return
     if options.gib <= 0:
