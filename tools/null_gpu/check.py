@@ -37,8 +37,8 @@ SMALL: dict[str, Any] = {
     "data__decoder": "pillow", "data__pack_buffer": 32,
     "train__global_batch_size": 2, "train__micro_batch_size": 1, "train__lr_warmup_iters": 2,
 }  # fmt: skip
-# float32 was within 1e-6 of the CPU, everything else within 7e-3.
-FLOAT32_LIMIT, LIMIT = 1e-4, 1e-2
+# Of the CPU float32 was within 4e-7, everything else within 6.3e-3; FP8 attention within 9.3e-3 of its own in BF16.
+FLOAT32_LIMIT, LIMIT, FP8_ATTENTION_LIMIT = 1e-4, 1e-2, 2e-2
 
 _LAYERS = frozenset({"layernorm_fwd", "layernorm_bwd", "generic_gemm"})
 _FUSED_ATTENTION = frozenset({"fused_attn_fwd", "fused_attn_bwd"})
@@ -78,7 +78,10 @@ PARTS: dict[str, Part] = {
     "fp8-current-ends-bf16": Part({**_CURRENT, "train__first_last_layers_bf16": True}, calls=_ENGINE | {"quantize"}),
     "bf16-fixed": Part({**_BF16, **_FIXED}, against="cpu-fixed"),
     "fp8-attention": Part(
-        {**_FP8, **_FIXED, "train__fp8_attention": True}, against="bf16-fixed", calls=_ENGINE | _DELAYED
+        {**_FP8, **_FIXED, "train__fp8_attention": True},
+        against="bf16-fixed",
+        limit=FP8_ATTENTION_LIMIT,
+        calls=_ENGINE | _DELAYED,
     ),
     "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
     "fsdp": Part({**_BF16, "parallel__fsdp": True}),

@@ -27,6 +27,8 @@ CALLS: Counter[str] = Counter()
 
 _Computing = Callable[..., Any]
 _FUNCTIONS: dict[str, _Computing] = {}
+# The compiled functions, by name.
+_NATIVE: dict[str, Any] = {}
 
 
 def _stands_for(name: str) -> Callable[[_Computing], _Computing]:
@@ -43,11 +45,11 @@ def install(compute: bool) -> None:
     """Put the functions in the places of Transformer Engine's, wherever its modules hold them."""
     importlib.import_module("transformer_engine.pytorch")
     compiled = importlib.import_module("transformer_engine_torch")
+    _NATIVE.update({name: getattr(compiled, name) for name in _FUNCTIONS})
     replaced: dict[int, _Computing] = {}
     for name, function in _FUNCTIONS.items():
         if compute or name.startswith("fused_attn"):
-            native = getattr(compiled, name)
-            replaced[id(native)] = _counted(name, native, function, compute)
+            replaced[id(_NATIVE[name])] = _counted(name, function, compute)
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("transformer_engine")]
     for module in modules:
         for name, value in list(vars(module).items()):
@@ -55,10 +57,10 @@ def install(compute: bool) -> None:
                 setattr(module, name, replaced[id(value)])
 
 
-def _counted(name: str, native: Any, function: _Computing, compute: bool) -> _Computing:
+def _counted(name: str, function: _Computing, compute: bool) -> _Computing:
     def call(*args: Any, **kwargs: Any) -> Any:
         CALLS[name] += 1
-        return function(native, *args, **kwargs) if compute else _ALLOCATING[name](*args)
+        return function(_NATIVE[name], *args, **kwargs) if compute else _ALLOCATING[name](*args)
 
     return call
 
@@ -296,7 +298,8 @@ def _allocate(x: Any, dtype: torch.dtype, quantizer: Any) -> Any:
     result = torch.empty(tuple(x.shape), dtype=dtype, device=_device(x))
     if quantizer is None:
         return result
-    return importlib.import_module("transformer_engine_torch").quantize(result, quantizer, None, None)
+    # The compiled one: the values have no amax to be noted.
+    return _NATIVE["quantize"](result, quantizer, None, None)
 
 
 def _flat(x: Any) -> Tensor:
