@@ -157,7 +157,7 @@ def start(name: str, data: Path, folder: Path) -> dict[str, Any]:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         lines = done.stdout.strip().splitlines() or ["no output"]
-        return {"error": next((line for line in reversed(lines) if "Error" in line), lines[-1])}
+        return {"error": next((line for line in reversed(lines) if "Error: " in line), lines[-1])}
     return {**json.loads(file.read_text()), "output": done.stdout}
 
 

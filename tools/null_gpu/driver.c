@@ -186,8 +186,6 @@ cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
     return cudaSuccess;
 }
 
-CUresult cuMemGetInfo(size_t *unused, size_t *total) { return (CUresult)cudaMemGetInfo(unused, total); }
-
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer) {
     enum cudaMemoryType type = type_of(pointer);
     *attributes = (struct cudaPointerAttributes){.type = type};
@@ -359,10 +357,6 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned int flag
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned int flags) {
-    return cudaStreamCreateWithPriority(stream, flags, 0);
-}
-
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
@@ -446,6 +440,13 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *fu
 CUresult cuLaunchKernel(
     CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, unsigned int block_x,
     unsigned int block_y, unsigned int block_z, unsigned int shared, CUstream stream, void **arguments, void **extra
+) {
+    return (CUresult)launch((dim3){grid_x, grid_y, grid_z}, (dim3){block_x, block_y, block_z}, shared);
+}
+
+CUresult cuLaunchCooperativeKernel(
+    CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, unsigned int block_x,
+    unsigned int block_y, unsigned int block_z, unsigned int shared, CUstream stream, void **arguments
 ) {
     return (CUresult)launch((dim3){grid_x, grid_y, grid_z}, (dim3){block_x, block_y, block_z}, shared);
 }
@@ -554,8 +555,6 @@ cudaError_t cudaOccupancyMaxPotentialClusterSize(int *size, const void *function
 
 // The device: an H100's figures.
 
-static const char DEVICE_NAME[] = "GPU that runs nothing (sm_90)";
-
 static int attribute_of(CUdevice_attribute attribute) {
     switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
@@ -605,18 +604,8 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int devic
         .concurrentKernels = 1, .asyncEngineCount = 3, .memoryBusWidth = 5120, .canMapHostMemory = 1,
         .maxBlocksPerMultiProcessor = 32,
     };
-    strcpy(properties->name, DEVICE_NAME);
+    strcpy(properties->name, "GPU that runs nothing (sm_90)");
     return cudaSuccess;
-}
-
-CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
-    snprintf(name, length, "%s", DEVICE_NAME);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuDeviceTotalMem(size_t *bytes, CUdevice device) {
-    *bytes = device_bytes();
-    return CUDA_SUCCESS;
 }
 
 cudaError_t cudaGetDeviceCount(int *count) {
@@ -636,8 +625,6 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
     *device = 0;
     return CUDA_SUCCESS;
 }
-
-CUresult cuCtxGetDevice(CUdevice *device) { return cuDeviceGet(device, 0); }
 
 CUresult cuCtxGetCurrent(CUcontext *context) {
     *context = (CUcontext)&blocks;
@@ -721,11 +708,6 @@ cublasStatus_t cublasCreate(cublasHandle_t *handle) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasGetVersion(cublasHandle_t handle, int *version) {
-    *version = CUBLAS_VERSION;
-    return CUBLAS_STATUS_SUCCESS;
-}
-
 cublasStatus_t cublasGetMathMode(cublasHandle_t handle, cublasMath_t *mode) {
     *mode = CUBLAS_DEFAULT_MATH;
     return CUBLAS_STATUS_SUCCESS;
@@ -737,9 +719,7 @@ cublasStatus_t cublasGetPointerMode(cublasHandle_t handle, cublasPointerMode_t *
 }
 
 const char *cublasGetStatusString(cublasStatus_t status) { return "status of a cuBLAS that runs nothing"; }
-const char *cublasLtGetStatusString(cublasStatus_t status) { return cublasGetStatusString(status); }
 size_t cublasLtGetVersion(void) { return CUBLAS_VERSION; }
-size_t cublasLtGetCudartVersion(void) { return CUDART_VERSION; }
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
     *handle = new_handle();
