@@ -1,13 +1,14 @@
 # make demo: train a small GenLIP from nothing and caption unseen images.  make test: the CPU test suite.
 # make parity: the same run on every parallel layout, into docs/parity.md.
 # make plugging: what others load, with transformers 4, ONNX and lmms-eval, in environments of their own.
+# make null-gpu: what only a GPU runs, on one that runs nothing, in an environment of its own (docs/install-gpu.md).
 # make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-all plugging faults parity check format clean
+.PHONY: demo test test-all plugging null-gpu faults parity check format clean
 
 $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +32,29 @@ plugging:
 	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[dev,lmms]"
 	$(VENV)-lmms/bin/python -m pytest tests/plugging/test_lmms_eval.py
 
+# Torch first, which Transformer Engine is compiled against; a toolkit with nvcc has to be there. Triton's interpreter
+# breaks with numpy 2.3.
+NULL_GPU := $(VENV)-null-gpu
+NULL_GPU_PYTHON ?= $(NULL_GPU)/bin/python
+CUDA_HOME ?= /usr/local/cuda
+
+$(NULL_GPU)/installed: setup.py
+	test -x $(CUDA_HOME)/bin/nvcc || { echo "CUDA_HOME = $(CUDA_HOME) has no bin/nvcc: set it to a toolkit of CUDA 13"; exit 1; }
+	test -x $(NULL_GPU)/bin/python || $(PYTHON) -m venv $(NULL_GPU)
+	$(NULL_GPU)/bin/python -m pip install --quiet torch==2.11.0 ninja pybind11 setuptools wheel "numpy<2.3"
+	nvidia=$$($(NULL_GPU)/bin/python -c "import nvidia; print(nvidia.__path__[0])") && \
+	CPATH=$$nvidia/cudnn/include:$$nvidia/nccl/include:$$nvidia/cu13/include CUDA_HOME=$(CUDA_HOME) \
+	PATH=$(CURDIR)/$(NULL_GPU)/bin:$$PATH MAX_JOBS=$${MAX_JOBS:-2} \
+	$(NULL_GPU)/bin/python -m pip install --no-build-isolation "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"
+	$(NULL_GPU)/bin/python -m pip install --quiet --editable ".[dev]" torch==2.11.0 "numpy<2.3"
+	touch $@
+
+ifeq ($(NULL_GPU_PYTHON),$(NULL_GPU)/bin/python)
+null-gpu: $(NULL_GPU)/installed
+endif
+null-gpu:
+	$(NULL_GPU_PYTHON) tools/null_gpu/check.py
+
 faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults --fault-table=docs/reliability.md
 
@@ -48,4 +72,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-hf4 $(VENV)-lmms build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-hf4 $(VENV)-lmms $(NULL_GPU) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

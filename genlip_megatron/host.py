@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -187,6 +188,10 @@ def install() -> None:
             f"megatron-core {found} without CUDA: only {SUPPORTED_MEGATRON_CORE} is mapped to the CPU; "
             f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}, or run on a machine with a GPU"
         )
+
+    # Megatron-Core takes the kernels of these wherever they can be imported, and they run on GPUs alone.
+    for name in ("transformer_engine", "amp_C"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
     replacements: dict[str, Any] = {
         "current_device": lambda: _CPU,

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -25,6 +27,7 @@ from tests.engine import run_engine_steps, stand_ins
 from tests.parity import BFLOAT16, parity_config, parity_run, problems
 from tests.runs import failing_set_up, layout, run_steps, tiny_config, weights
 
+ROOT = Path(__file__).parent.parent.parent
 STEPS = 4
 FUSED: dict[str, Any] = {"train__transformer_impl": "transformer_engine"}
 
@@ -51,6 +54,24 @@ def test_an_engine_that_does_not_load_is_none(
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     found = why_no_engine()
     assert found is None if reason is None else reason in (found or "")
+
+
+def test_on_a_cpu_megatron_core_takes_no_kernels_of_an_engine(tmp_path: Path) -> None:
+    optimizers = tmp_path / "transformer_engine" / "pytorch" / "optimizers"
+    optimizers.mkdir(parents=True)
+    for folder in (optimizers, *list(optimizers.parents)[:2]):
+        (folder / "__init__.py").touch()
+    names = "multi_tensor_applier = multi_tensor_l2norm = multi_tensor_scale = None"
+    (optimizers / "__init__.py").write_text(names)
+    code = """
+from genlip_megatron import host
+host.install()
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads
+assert clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale, clip_grads.multi_tensor_scale_impl
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("name", ["1", "TP2"])

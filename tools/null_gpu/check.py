@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Train the demo's model for a few steps on a GPU that is none, in every way that only a GPU allows.
+
+    tools/null_gpu/check.py                     prints a table; exits 1 when a part fails
+
+With the CPU computing what kernels would: float32, bfloat16, Transformer Engine and every kind of its FP8, each step's
+loss against the same run's on the CPU, with recomputation and FSDP too; the golden files, by the head's own Triton
+kernels. With kernels that do nothing: CUDA graphs and compiled branches, which have to come to their end. Each part
+runs in a process of its own. ``make null-gpu`` makes the environment that this needs and runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE.parent), str(ROOT)]
+
+import gpu_check  # noqa: E402
+
+from null_gpu import engine_kernels, run  # noqa: E402
+
+STEPS = 8
+# Small steps of one pack; DALI asks the driver itself, which is not there.
+SMALL: dict[str, Any] = {
+    "data__decoder": "pillow", "data__pack_buffer": 32,
+    "train__global_batch_size": 2, "train__micro_batch_size": 1, "train__lr_warmup_iters": 2,
+}  # fmt: skip
+# Of the CPU float32 was within 4e-7, everything else within 6.3e-3; FP8 attention within 9.3e-3 of its own in BF16.
+FLOAT32_LIMIT, LIMIT, FP8_ATTENTION_LIMIT = 1e-4, 1e-2, 2e-2
+
+_LAYERS = frozenset({"layernorm_fwd", "layernorm_bwd", "generic_gemm"})
+_FUSED_ATTENTION = frozenset({"fused_attn_fwd", "fused_attn_bwd"})
+_DELAYED = frozenset({"quantize", "fused_amax_and_scale_update_after_reduction"})
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run: ``settings`` as section__name, flags of run.py, and what it must equal, call, print and compile."""
+
+    settings: dict[str, Any]
+    flags: tuple[str, ...] = ("--compute",)
+    against: str = "cpu"
+    limit: float = LIMIT
+    calls: frozenset[str] = field(default_factory=frozenset)
+    says: str = ""
+    compiles: bool = False
+
+
+_BF16 = {"train__precision": "bf16"}
+_TE = {**_BF16, "train__transformer_impl": "transformer_engine"}
+_FP8 = {**_TE, "train__fp8": "hybrid"}
+_CURRENT = {**_FP8, "train__fp8_recipe": "current"}
+_FIXED = {"data__image_mode": "fixed"}
+_ENGINE = _LAYERS | _FUSED_ATTENTION
+PARTS: dict[str, Part] = {
+    "fp32": Part({"train__precision": "fp32"}, limit=FLOAT32_LIMIT),
+    "bf16": Part(_BF16),
+    "te": Part(_TE, calls=_ENGINE),
+    "fp8-delayed": Part(_FP8, calls=_ENGINE | _DELAYED),
+    "fp8-current": Part(_CURRENT, calls=_ENGINE | {"quantize"}),
+    "fp8-delayed-weights": Part({**_FP8, "train__fp8_primary_weights": True}, calls=_ENGINE | _DELAYED),
+    "fp8-current-weights": Part(
+        {**_CURRENT, "train__fp8_primary_weights": True},
+        calls=_ENGINE | {"quantize", "multi_tensor_compute_scale_and_scale_inv"},
+    ),
+    "fp8-current-ends-bf16": Part({**_CURRENT, "train__first_last_layers_bf16": True}, calls=_ENGINE | {"quantize"}),
+    "bf16-fixed": Part({**_BF16, **_FIXED}, against="cpu-fixed"),
+    "fp8-attention": Part(
+        {**_FP8, **_FIXED, "train__fp8_attention": True},
+        against="bf16-fixed",
+        limit=FP8_ATTENTION_LIMIT,
+        calls=_ENGINE | _DELAYED,
+    ),
+    "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
+    "fsdp": Part({**_BF16, "parallel__fsdp": True}),
+    "golden-fp32": Part({}, flags=("--compute", "--interpret"), against=""),
+    "golden-bf16": Part({}, flags=("--compute", "--interpret"), against=""),
+    "graph": Part({**_BF16, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1"),
+    "te-graph": Part({**_TE, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1"),
+    "fusion-none": Part({**_BF16, "train__fusion": "none"}, flags=(), against=""),
+    "fusion-compile": Part({**_BF16, "train__fusion": "compile"}, flags=(), against="fusion-none", compiles=True),
+    "fusion-norms": Part({**_BF16, "train__fusion": "norms"}, flags=(), against="fusion-none", compiles=True),
+}
+# On the CPU itself, without Transformer Engine.
+REFERENCES: dict[str, dict[str, Any]] = {
+    "cpu": {"train__precision": "fp32"},
+    "cpu-fixed": {"train__precision": "fp32", **_FIXED},
+}
+
+
+def run_part(name: str, data: Path) -> dict[str, Any]:
+    """One part, in a process of its own."""
+    if name.startswith("golden-"):
+        return {"differences": gpu_check.golden(name.removeprefix("golden-"))}
+    settings = REFERENCES[name] if name in REFERENCES else PARTS[name].settings
+    result = gpu_check.train(gpu_check.configuration("demo", data, {**SMALL, **settings}), STEPS)
+    if name in REFERENCES:
+        return result
+    import torch._dynamo.utils
+
+    compiled = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    return {**result, "calls": dict(engine_kernels.CALLS), "compiled": compiled}
+
+
+def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
+    """Whether a part holds, and what was measured."""
+    part, result = PARTS[name], results[name]
+    for problem in ("error", "skipped"):
+        if problem in result:
+            return False, f"{problem}: {result[problem]}"
+    if "differences" in result:
+        limits = gpu_check.GOLDEN_LIMITS[name.removeprefix("golden-")]
+        good = all(result["differences"].get(kind, math.inf) <= limit for kind, limit in limits.items())
+        return good, ", ".join(f"{kind} {result['differences'].get(kind, math.inf):.1e}" for kind in limits)
+    calls = result["calls"]
+    if missing := sorted(part.calls - set(calls)):
+        return False, f"Transformer Engine's {', '.join(missing)} was not called"
+    called = ", ".join(f"{function} {count}" for function, count in sorted(calls.items())) or "none"
+    if not part.flags:
+        if part.says not in result["output"]:
+            return False, f"it does not say {part.says!r}"
+        compiled, without = result["compiled"], results.get(part.against, {}).get("compiled", 0)
+        good = compiled > without or not part.compiles
+        return good, f"{len(result['losses'])} steps, {compiled} compiled graphs"
+    expected = results[part.against].get("losses", [])
+    if len(expected) != len(result["losses"]):
+        return False, f"nothing to compare with: {part.against} failed"
+    worst = max(abs(a - b) if math.isfinite(a) else math.inf for a, b in zip(result["losses"], expected, strict=True))
+    return worst <= part.limit, f"loss within {worst:.1e} of {part.against}, allowed {part.limit:.0e}; called: {called}"
+
+
+def start(name: str, data: Path, folder: Path) -> dict[str, Any]:
+    """What a part's process found, with what it wrote as ``output``."""
+    file = folder / f"{name}.json"
+    arguments = [str(HERE / "check.py"), "--part", name, "--data", str(data), "--output", str(file)]
+    environment = {"MASTER_PORT": "29811", **os.environ}
+    if name in REFERENCES:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        arguments = [str(HERE / "run.py"), *PARTS[name].flags, *arguments]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        lines = done.stdout.strip().splitlines() or ["no output"]
+        return {"error": next((line for line in reversed(lines) if "Error: " in line), lines[-1])}
+    return {**json.loads(file.read_text()), "output": done.stdout}
+
+
+def main() -> int:
+    """Run the parts one by one and print the table; 1 when one fails."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(PARTS), help="run these parts and what they are compared with"
+    )
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        options.output.write_text(json.dumps(run_part(options.part, options.data)))
+        return 0
+    if reason := run.why_not():
+        raise SystemExit(f"null_gpu: {reason}")
+    run.build()
+    results: dict[str, dict[str, Any]] = {}
+    rows: list[tuple[bool, str, str]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder, data = Path(name), Path(name) / "data"
+        gpu_check.render(data, 400)
+
+        def measure(name: str) -> None:
+            if name in PARTS and PARTS[name].against:
+                measure(PARTS[name].against)
+            if name not in results:
+                begin = time.monotonic()
+                results[name] = start(name, data, folder)
+                print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+
+        for part in options.only or PARTS:
+            measure(part)
+            rows.append((*judge(part, results)[:1], part, judge(part, results)[1]))
+    width = max(len(part) for _, part, _ in rows)
+    for good, part, measured in rows:
+        print(f"{'ok  ' if good else 'FAIL'} {part:<{width}}  {measured}")
+    return 0 if all(good for good, *_ in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
