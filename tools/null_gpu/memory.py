@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The peak memory of a run's steps on one GPU as torch's allocator counts it, beside the estimate of tools/estimate.py.
 
-    tools/null_gpu/run.py tools/null_gpu/memory.py --config so16_stage1 --micro-batch-size 2 [flags of pretrain_genlip.py]
+    tools/null_gpu/run.py tools/null_gpu/memory.py --config so16_stage1 --micro-batch-size 2 [flags of pretrain_genlip]
 
 Packs hold rendered scenes, unless --train-data and --tokenizer name others. Steps have two micro-batches. On the null
 GPU kernels do nothing, so that losses mean nothing; on a real one the same command runs as well.
