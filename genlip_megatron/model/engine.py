@@ -36,6 +36,8 @@ def why_no_engine() -> str | None:
     if not first <= tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < end:
         allowed = " and below ".join(".".join(map(str, version)) for version in TE_VERSIONS)
         return f"Transformer Engine {found} is not one that Megatron-Core 0.16.1 asks for: {allowed}"
+    if not torch.cuda.is_available():
+        return f"Transformer Engine {found} runs on GPUs alone, and torch sees none here"
     try:
         # Its torch part is a library of its own, for which Megatron-Core puts a mock where it does not load.
         importlib.import_module("transformer_engine.pytorch")

@@ -33,16 +33,22 @@ FUSED: dict[str, Any] = {"train__transformer_impl": "transformer_engine"}
 
 
 @pytest.mark.parametrize(
-    ("version", "code", "reason"),
+    ("version", "code", "gpu", "reason"),
     [
-        ("2.8.1", "", "Transformer Engine 2.8.1 is not one that Megatron-Core 0.16.1 asks for: 2.9 and below 2.12"),
-        ("2.10.0", "", None),
-        ("2.10.0", "raise ImportError('undefined symbol: x')", "does not load: undefined symbol: x (docs/install"),
-        ("2.10.0", "raise OSError('libcudnn.so: cannot open')", "does not load: libcudnn.so: cannot open (docs/inst"),
+        (
+            "2.8.1",
+            "",
+            True,
+            "Transformer Engine 2.8.1 is not one that Megatron-Core 0.16.1 asks for: 2.9 and below 2.12",
+        ),
+        ("2.10.0", "", True, None),
+        ("2.10.0", "", False, "Transformer Engine 2.10.0 runs on GPUs alone, and torch sees none here"),
+        ("2.10.0", "raise ImportError('undefined symbol: x')", True, "does not load: undefined symbol: x (docs/ins"),
+        ("2.10.0", "raise OSError('libcudnn.so: no')", True, "does not load: libcudnn.so: no (docs/install-gpu.md"),
     ],
 )
 def test_an_engine_that_does_not_load_is_none(
-    version: str, code: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: str, code: str, gpu: bool, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "transformer_engine" / "pytorch").mkdir(parents=True)
     (tmp_path / "transformer_engine" / "__init__.py").touch()
@@ -52,6 +58,7 @@ def test_an_engine_that_does_not_load_is_none(
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # so that what stood there comes back
         del sys.modules[name]
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     found = why_no_engine()
     assert found is None if reason is None else reason in (found or "")
 
