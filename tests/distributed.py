@@ -1,6 +1,7 @@
-"""Real processes on gloo for tests. They are started once and join a group anew for every job: importing takes seconds.
+"""Real processes for tests, on gloo or, with GPUs, NCCL.
 
-Each is started on its own, so that ranks share no hash seed and no state of imports.
+They are started once and join a group anew for every job, since importing takes seconds. Each is started on its own, so
+that ranks share no hash seed and no state of imports.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -32,6 +34,8 @@ class Job(NamedTuple):
 
 def _serve(rank: int, pipe: Any) -> None:
     import_training()
+    from genlip_megatron.parallel import groups
+
     while (job := pipe.recv()) is not None:
         os.environ.update(
             RANK=str(rank),
@@ -41,7 +45,7 @@ def _serve(rank: int, pipe: Any) -> None:
             MASTER_PORT=str(job.port),
         )
         try:
-            torch.distributed.init_process_group("gloo")
+            torch.distributed.init_process_group(groups.backend())
             answer = (True, job.function(*job.args))
         except BaseException:
             answer = (False, traceback.format_exc())
@@ -77,7 +81,7 @@ class Worker:
 
 
 def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any]:
-    """``function(*args)``, importable by name, on every rank of ``world_size`` gloo processes; results by rank.
+    """``function(*args)``, importable by name, on every rank of ``world_size`` processes; results by rank.
 
     The default process group is up and Megatron-Core's CPU layer installed; model-parallel groups are the
     function's business. They are destroyed after it.
@@ -85,6 +89,8 @@ def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any
     Raises:
         AssertionError: with the tracebacks of the ranks that failed.
     """
+    if torch.cuda.is_available() and torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs, here are {torch.cuda.device_count()}")
     for rank in range(world_size):
         if rank not in _workers:
             _workers[rank] = Worker(rank)

@@ -25,22 +25,26 @@ def timeout(config: RunConfig) -> timedelta:
     return timedelta(minutes=config.faults.step_timeout + 10) if config.faults.step_timeout else timedelta(days=1)
 
 
+def backend() -> str:
+    """The libraries that processes talk through: NCCL for what lies on GPUs, gloo for what lies in host memory."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 def initialize(config: RunConfig) -> None:
     """Join the run's processes and make Megatron-Core's groups.
 
-    Started by torchrun, or by hand as one process, which needs no port. NCCL on GPUs, gloo without.
+    Started by torchrun, or by hand as one process, which needs no port.
 
     Raises:
         ValueError: the layout does not fit the number of processes, or the processes the number of GPUs.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check(config, world_size)
-    gpu = torch.cuda.is_available()
-    if gpu:
+    if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu())
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            backend(),
             # With a store of its own a process does not look for the others at MASTER_ADDR.
             store=torch.distributed.HashStore() if world_size == 1 else None,
             rank=rank,
