@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.runs import make_data
 
 pytest_plugins = ["tests.fault_table"]
 
+if "--gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a device
 host.install()
 # On tensors this small further threads only wait for each other, which keeps cores busy; in processes of tests as well.
 torch.set_num_threads(1)
@@ -22,8 +25,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--golden-dir``: check against another folder of golden files."""
+    """``--golden-dir``: check against another folder of golden files. ``--gpu``: tests see the machine's GPUs."""
     parser.addoption("--golden-dir", default=str(Path(__file__).parent / "golden"), help="folder of golden tensors")
+    parser.addoption(
+        "--gpu", action="store_true", help="let tests see GPUs; which are meant for it: docs/install-gpu.md"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

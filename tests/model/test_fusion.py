@@ -79,14 +79,15 @@ def test_attention_turns_by_the_compiled_function(monkeypatch: pytest.MonkeyPatc
 
 def test_a_norm_gives_what_it_was_handed_for_that_tensor_alone() -> None:
     def norm_of(use: str) -> torch.Tensor:
-        norm, x = LayerNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), 4), torch.arange(4.0)
-        norm.hand(x, torch.zeros(4))
+        norm = LayerNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), 4)
+        x = torch.arange(4.0, device=host.device())
+        norm.hand(x, torch.zeros_like(x))
         given = {"the same": x, "another": x.clone()}
         return norm(given[use]) if use in given else (norm(x), norm(x))[1]
 
     host.install()
-    made = torch.nn.functional.layer_norm(torch.arange(4.0), (4,), eps=1e-6)
-    assert torch.equal(norm_of("the same"), torch.zeros(4))
+    made = torch.nn.functional.layer_norm(torch.arange(4.0, device=host.device()), (4,), eps=1e-6)
+    assert torch.equal(norm_of("the same"), torch.zeros_like(made))
     assert torch.equal(norm_of("another"), made) and torch.equal(norm_of("the same, twice"), made)
 
 
@@ -110,7 +111,7 @@ def norms_and_gradients(fusion: str, recompute: str) -> tuple[int, torch.Tensor,
 
     torch.nn.LayerNorm.forward = counted
     try:
-        loss = model(batch(0))
+        loss = model(batch(0).to(host.device()))
         loss.backward()
     finally:
         torch.nn.LayerNorm.forward = norm
