@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,8 @@ def why_no_engine() -> str | None:
     if not first <= tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < end:
         allowed = " and below ".join(".".join(map(str, version)) for version in TE_VERSIONS)
         return f"Transformer Engine {found} is not one that Megatron-Core 0.16.1 asks for: {allowed}"
+    if "transformer_engine" in sys.modules and sys.modules["transformer_engine"] is None:  # by host.install
+        return f"Transformer Engine {found} runs on GPUs alone, and this process sees none"
     try:
         # Its torch part is a library of its own, for which Megatron-Core puts a mock where it does not load.
         importlib.import_module("transformer_engine.pytorch")

@@ -74,6 +74,12 @@ assert clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale, cli
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
 
 
+def test_an_engine_on_a_cpu_lacks_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.10.0")
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)  # as host.install leaves it
+    assert why_no_engine() == "Transformer Engine 2.10.0 runs on GPUs alone, and this process sees none"
+
+
 @pytest.mark.parametrize("name", ["1", "TP2"])
 def test_fused_norms_train_as_norms_alone(name: str, demo_data: Path) -> None:
     world_size, flags = layout(name)
