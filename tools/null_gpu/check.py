@@ -225,7 +225,8 @@ def main() -> int:
 
         for part in options.only or PARTS:
             measure(part)
-            rows.append((*judge(part, results)[:1], part, judge(part, results)[1]))
+            good, measured = judge(part, results)
+            rows.append((good, part, measured))
     width = max(len(part) for _, part, _ in rows)
     for good, part, measured in rows:
         print(f"{'ok  ' if good else 'FAIL'} {part:<{width}}  {measured}")
