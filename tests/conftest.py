@@ -55,15 +55,3 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote = Zygote(tmp_path_factory.mktemp("ranks"))
     yield zygote
     zygote.close()
-
-
-@pytest.fixture(autouse=True)
-def own_port() -> Iterator[None]:
-    """Whatever port a test's process group took in this process, processes of later tests do not inherit it."""
-    before = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

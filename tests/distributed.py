@@ -59,7 +59,8 @@ def _leave_groups() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     gc.collect()
 
 

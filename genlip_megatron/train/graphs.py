@@ -211,6 +211,8 @@ class GraphedStage:
         self._graphs.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            # cuBLAS's workspace stays in the old pool, and torch captures into no pool that has lost its graphs.
+            self._pool = torch.cuda.graph_pool_handle()
         self.released += 1
         last = "for good: a smaller train.micro_batch_size would leave room for both"
         self._tell(

@@ -164,6 +164,8 @@ def build_run(config: RunConfig) -> Run:
     # capture of the backward pass joins those streams, which the default one cannot be: nodes are made on another.
     current = torch.cuda.current_stream()
     stream = torch.cuda.Stream() if config.train.cuda_graph else current
+    # Passes without a graph then find them on another stream than theirs, which torch would warn of.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(not config.train.cuda_graph)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         if parallel.fsdp:

@@ -198,7 +198,8 @@ def second_process(config: RunConfig, root: Path) -> str:
     from genlip_megatron.train import resume
     from genlip_megatron.train.loop import set_up
 
-    resume._PATIENCE, seen = 0.5, owner.seen
+    patience, seen = resume._PATIENCE, owner.seen
+    resume._PATIENCE = 0.5
     if torch.distributed.get_world_size() > 1 and torch.distributed.get_rank() == 1:
         owner.seen = lambda folder, text: seen(root, text)
     try:
@@ -206,7 +207,7 @@ def second_process(config: RunConfig, root: Path) -> str:
     except ValueError as error:
         return str(error)
     finally:
-        owner.seen = seen
+        resume._PATIENCE, owner.seen = patience, seen
     return ""
 
 

@@ -54,6 +54,8 @@ def test_processes_of_run_distributed_join_a_group_anew_for_every_job() -> None:
     assert first == again and alone[0][0] == first[0][0] and first[0][0] != first[1][0]
     assert [rank[1:3] for rank in (*first, *alone)] == [(2, 2.0), (2, 2.0), (1, 1.0)]
     assert first[0][3] != first[1][3], "an order of a set would be the same on all ranks"
+    run_distributed(2, torch.distributed.destroy_process_group)
+    assert run_distributed(2, place_in_group) == first
 
 
 def test_a_rank_is_a_process_of_its_own(zygote: Zygote) -> None:

@@ -165,16 +165,17 @@ def trained(
         run.model[0].module.attention_backend = "careless"
         if run.stepper._graphed:
             run.stepper._graphed._kind = Again
-    graphs._MOST_GRAPHS = most
-    graphs._MOST_RELEASES = releases or 8
-    graphs.GraphedStage._tell = check_given_up
-    graphs.memory_beside = lambda taken: 0 if releases else taken
     batches, losses = iter(micro_batches), []
-    for _ in range(len(micro_batches) // 3):
-        outcome = train_step(run, batches)
-        assert outcome.updated
-        losses.append(outcome.loss)
-        run.iteration += 1
+    limits = {"_MOST_GRAPHS": most, "_MOST_RELEASES": releases or 8}
+    with (
+        mock.patch.multiple(graphs, **limits, memory_beside=lambda taken: 0 if releases else taken),
+        mock.patch.object(graphs.GraphedStage, "_tell", check_given_up),
+    ):
+        for _ in range(len(micro_batches) // 3):
+            outcome = train_step(run, batches)
+            assert outcome.updated
+            losses.append(outcome.loss)
+            run.iteration += 1
     weights = {name: parameter.detach().cpu() for name, parameter in run.model[0].named_parameters()}
     stage = run.stepper._graphed
     counts = {"replayed": stage.replayed, "released": stage.released} if stage else {}

@@ -14,7 +14,6 @@ never counts. Each comparison ends in ``ratio N``: our tokens/s over the baselin
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -210,7 +209,6 @@ def main() -> None:
     parser.add_argument("--only", choices=("fixed", "native"), default="", help="run one mix only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    os.environ.setdefault("MASTER_PORT", "29517")
     rng = np.random.default_rng(0)
     print(f"torch {torch.__version__}, {options.threads} threads, float32 on CPU, "
           f"{sum(int(np.prod(s)) for s in canonical_shapes(MODEL).values()) / 1e6:.1f} M parameters")  # fmt: skip
