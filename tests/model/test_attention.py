@@ -222,6 +222,7 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="varlen: needs bfloat16 activations"):
         choose_backend("varlen", Place(gpu, FLOAT, 72))
     versions = {"transformer_engine": "2.10.0"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: versions[name])
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("loads"))
     assert choose_backend("auto", Place(gpu, HALF, 72), transformer_engine=True)[0] == "te"
