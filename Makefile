@@ -45,8 +45,7 @@ $(NULL_GPU)/installed: setup.py
 	nvidia=$$($(NULL_GPU)/bin/python -c "import nvidia; print(nvidia.__path__[0])") && \
 	CPATH=$$nvidia/cudnn/include:$$nvidia/nccl/include:$$nvidia/cu13/include CUDA_HOME=$(CUDA_HOME) \
 	PATH=$(CURDIR)/$(NULL_GPU)/bin:$$PATH MAX_JOBS=$${MAX_JOBS:-2} \
-	$(NULL_GPU)/bin/python -m pip install --no-build-isolation "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"
-	$(NULL_GPU)/bin/python -m pip install --quiet --editable ".[dev]" torch==2.11.0 "numpy<2.3"
+	$(NULL_GPU)/bin/python -m pip install --no-build-isolation --editable ".[dev,te]" torch==2.11.0 "numpy<2.3"
 	touch $@
 
 ifeq ($(NULL_GPU_PYTHON),$(NULL_GPU)/bin/python)

@@ -36,7 +36,7 @@ def _serve(rank: int, pipe: Any) -> None:
     import_training()
     from genlip_megatron.parallel import groups
 
-    while (job := pipe.recv()) is not None:
+    while (job := _next_job(pipe)) is not None:
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -53,6 +53,14 @@ def _serve(rank: int, pipe: Any) -> None:
         pipe.send(answer)
         pipe.recv()  # all ranks have answered: none needs this one any more
         _leave_groups()
+
+
+def _next_job(pipe: Any) -> Job | None:
+    try:
+        job: Job | None = pipe.recv()
+    except EOFError:  # the tests were killed
+        return None
+    return job
 
 
 def _leave_groups() -> None:
@@ -76,7 +84,8 @@ class Worker:
 
     def close(self) -> None:
         """Ask the process to leave and wait for it."""
-        self.pipe.send(None)
+        if self.process.is_alive():
+            self.pipe.send(None)
         self.process.join(10)
         self.process.kill()
 
@@ -93,7 +102,7 @@ def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any
     if torch.cuda.is_available() and torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs, here are {torch.cuda.device_count()}")
     for rank in range(world_size):
-        if rank not in _workers:
+        if rank not in _workers or not _workers[rank].process.is_alive():
             _workers[rank] = Worker(rank)
     waiting = {rank: _workers[rank].pipe for rank in range(world_size)}
     job = Job(world_size, free_port(), function, args)

@@ -78,6 +78,7 @@ _FP8 = {**_TE, "train.fp8": "hybrid"}
     ("name", "packs", "flags", "measured"),
     [
         ("so16_stage1", 1, {}, 37.93),
+        ("so16_stage1", 2, {}, 61.33),
         ("so16_stage1", 4, {}, 108.25),
         ("l16_stage1", 4, {}, 86.51),
         ("g16_stage1", 1, {}, 75.41),

@@ -32,8 +32,11 @@ def has_triton() -> bool:
 
 
 def logit_bytes(device_type: str, element_size: int) -> int:
-    """Bytes that a logit takes while its gradient is made, for logits of ``element_size`` bytes."""
-    in_place = element_size == 4 or (device_type != "cpu" and has_triton())
+    """Bytes that a logit takes while its gradient is made, for logits of ``element_size`` bytes.
+
+    A build of torch without CUDA plans for another machine's, which has Triton.
+    """
+    in_place = element_size == 4 or (device_type != "cpu" and (has_triton() or torch.version.cuda is None))
     return element_size if in_place else element_size + 4
 
 
@@ -42,7 +45,7 @@ def chunk_rows(rows: int, columns: int, device_type: str, element_size: int) -> 
 
     At the real vocabulary in bfloat16 on one tensor-parallel rank:
 
-        >>> chunk_rows(4224, 151936, "cuda", 2) if has_triton() else 2176
+        >>> chunk_rows(4224, 151936, "cuda", 2)
         2176
     """
     if device_type == "cpu":

@@ -15,6 +15,7 @@ run in one shape.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable
@@ -196,7 +197,12 @@ class GraphedStage:
         full = len(self._graphs) == _MOST_GRAPHS or self.released == _MOST_RELEASES
         if self._seen[shape] <= _WARM_UP or full:
             return None
-        graph = self._graphs[shape] = self._kind(self._stage, batch, plan, self._pool)
+        with contextlib.suppress(torch.OutOfMemoryError):  # whose traceback holds what was captured until it is over
+            graph = self._kind(self._stage, batch, plan, self._pool)
+        if graph is None:
+            self._let_go("a capture that found too little memory")
+            return None
+        self._graphs[shape] = graph
         self._tell(
             f"CUDA graph {len(self._graphs)} of at most {_MOST_GRAPHS}: {batch.num_tokens} tokens, room for "
             f"{len(batch.sample_starts)} samples and {len(batch.loss_rows)} answer rows"
@@ -208,6 +214,10 @@ class GraphedStage:
         taken = sum(graph.taken for graph in self._graphs.values())
         if not taken or memory_beside(taken) >= taken:
             return
+        self._let_go("a micro-batch of a rare shape")
+
+    def _let_go(self, to: str) -> None:
+        taken = sum(graph.taken for graph in self._graphs.values())
         self._graphs.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -216,7 +226,7 @@ class GraphedStage:
         self.released += 1
         last = "for good: a smaller train.micro_batch_size would leave room for both"
         self._tell(
-            f"CUDA graphs have given up {taken / 2**30:.1f} GiB to a micro-batch of a rare shape, "
+            f"CUDA graphs have given up {taken / 2**30:.1f} GiB to {to}, "
             + (last if self.released == _MOST_RELEASES else "and will be captured again")
         )
 

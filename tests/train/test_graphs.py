@@ -121,13 +121,18 @@ def test_nodes_of_weights_are_made_on_a_stream_that_can_be_captured() -> None:
 
 
 def trained(
-    graphed: bool, micro_batches: list[PackedBatch], most: int = 8, releases: int | None = None
+    graphed: bool,
+    micro_batches: list[PackedBatch],
+    most: int = 8,
+    releases: int | None = None,
+    fails: int = 0,
 ) -> dict[str, Any]:
     """Losses and final weights of steps of three micro-batches each, and how many of these were replayed.
 
     Args:
         most: graphs at a time.
         releases: with a number, no memory is free beside the graphs, and they may give theirs up so many times.
+        fails: the capture that runs out of memory.
     """
     from genlip_megatron.model.attention import BACKENDS, two_calls
     from genlip_megatron.parallel import groups
@@ -151,6 +156,8 @@ def trained(
         def _capture(self, pool: Any) -> tuple[Callable[[], None], Callable[[], None]]:
             self.taken = 1
             captured.append(weakref.ref(self))
+            if len(captured) == fails:
+                raise torch.OutOfMemoryError("as a device says it")
             return self._run_forward, self._run_backward
 
     config = RunConfig(
@@ -196,6 +203,15 @@ def test_a_graphed_run_is_the_run_without(most: int, releases: int | None, repla
     np.testing.assert_allclose(graphed["losses"], plain["losses"], **tolerance)
     for name, weight in plain["weights"].items():
         torch.testing.assert_close(graphed["weights"][name], weight, **tolerance, msg=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that memory runs out")
+def test_a_capture_that_runs_out_of_memory_costs_its_graphs_alone() -> None:
+    micro_batches = [batch(seed, (5,) * 33 if seed % 2 else (9, 7, 10)) for seed in range(12)]
+    (plain,) = run_distributed(1, trained, False, micro_batches)
+    (graphed,) = run_distributed(1, trained, True, micro_batches, 8, None, 2)  # the second shape's first
+    assert (graphed["replayed"], graphed["released"]) == (7, 1)
+    np.testing.assert_allclose(graphed["losses"], plain["losses"], rtol=1e-5, atol=1e-6)
 
 
 def test_fixed_shapes_are_fixed() -> None:

@@ -57,6 +57,10 @@ def install(compute: bool) -> None:
                 setattr(module, name, replaced[id(value)])
 
 
+def _not_computed(what: str) -> NotImplementedError:
+    return NotImplementedError(f"{what} is not computed on the null GPU: leave out --compute, or add it to {__file__}")
+
+
 def _counted(name: str, function: _Computing, compute: bool) -> _Computing:
     def call(*args: Any, **kwargs: Any) -> Any:
         CALLS[name] += 1
@@ -184,7 +188,7 @@ def _compute_scales(
     native: Any, chunk: int, overflow: Tensor, lists: Any, top: float, power_of_two: bool, epsilon: float, *rest: Any
 ) -> None:
     if power_of_two:
-        raise NotImplementedError("scales that are powers of two")
+        raise _not_computed("scaling by powers of two")
     for amax, scale, inverse in zip(*lists, strict=True):
         largest = cpu_alias(amax).float()
         value = torch.where(largest > 0, top / largest.clamp(min=epsilon), 1.0)
@@ -245,7 +249,7 @@ def _gemm(
         workspace_size, accumulate, split_accumulator, **more,
     )  # fmt: skip
     if gelu:
-        raise NotImplementedError("products with GELU behind them")
+        raise _not_computed("a product with GELU behind it")
     left, right = _rows(b), _rows(a)
     product = (left.t() if transpose_b else left) @ (right.t() if transpose_a else right)
     if bias is not None and not grad:
@@ -264,7 +268,7 @@ def _gemm(
 def _layout(layout: Any) -> str:
     formats = {"NVTE_THD_THD_THD": "thd", "NVTE_BSHD_BSHD_BSHD": "bshd"}
     if layout.name not in formats:
-        raise NotImplementedError(f"fused attention of {layout.name}: allowed here {', '.join(formats)}")
+        raise _not_computed(f"fused attention of {layout.name} (only of {', '.join(formats)})")
     return formats[layout.name]
 
 
@@ -364,7 +368,7 @@ def _attention_backward(native: Any, *args: Any) -> list[Any]:
 
 def _check_attention(dropout: float, window: Any, mask: Any) -> None:
     if dropout or tuple(window) != ((-1, 0) if "CAUSAL" in mask.name else (-1, -1)):
-        raise NotImplementedError(f"fused attention with dropout {dropout}, window {tuple(window)}, {mask.name}")
+        raise _not_computed(f"fused attention with dropout {dropout}, window {tuple(window)}, {mask.name}")
 
 
 def _note_one(quantizer: Any) -> None:

@@ -112,7 +112,10 @@ def pieces_of(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, s
 def _causal(is_causal: bool, window_size: Any) -> str:
     window = (-1, -1) if window_size is None else tuple(window_size)
     if window not in ((-1, -1), (-1, 0)):
-        raise NotImplementedError(f"window_size {window} of torch's varlen attention: allowed here (-1, -1), (-1, 0)")
+        raise NotImplementedError(
+            f"varlen attention with window_size {window} is not computed on the null GPU, (-1, -1) and (-1, 0) are: "
+            f"leave out --compute, or add it to {__file__}"
+        )
     return "bottom_right" if is_causal or window == (-1, 0) else ""
 
 
@@ -127,8 +130,6 @@ def _varlen_attention(
     is_causal: bool = False,
     scale: float | None = None,
     window_size: Any = None,
-    *rest: Any,
-    **more: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch_attn::_varlen_attn: output, logarithms of normalisers, random state."""
     output, normaliser = attention(
@@ -153,8 +154,6 @@ def _varlen_attention_backward(
     random_state: Tensor | None = None,
     scale: float | None = None,
     window_size: Any = None,
-    *rest: Any,
-    **more: Any,
 ) -> tuple[Tensor, ...]:
     """torch_attn::_varlen_attn_backward: gradients of query, key and value."""
     gradients = attention_backward(

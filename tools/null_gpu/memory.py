@@ -49,9 +49,11 @@ def measured(config: RunConfig) -> tuple[float, float]:
 def main() -> int:
     """Measure and print; 1 where the memory does not suffice."""
     assert __doc__ is not None
-    if not torch.cuda.is_available() or not sys.argv[1:] or sys.argv[1] in ("-h", "--help"):
-        print(__doc__ if torch.cuda.is_available() else "no CUDA device: start it by tools/null_gpu/run.py")
-        return int(not torch.cuda.is_available())
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    if not torch.cuda.is_available():
+        raise SystemExit("memory.py: torch sees no GPU: start it as tools/null_gpu/run.py tools/null_gpu/memory.py ...")
     with tempfile.TemporaryDirectory() as folder:
         given = sys.argv[1:]
         if "--train-data" not in given:
