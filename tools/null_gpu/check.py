@@ -52,7 +52,7 @@ class Part:
     """A run: ``settings`` as section__name, flags of run.py, and what it must equal, call, print and compile.
 
     ``says`` is a regular expression. With ``crowded`` some micro-batches run without a CUDA graph, and do not fit
-    beside those that there are.
+    beside those that there are. ``ranks`` processes talk by nccl.c.
     """
 
     settings: dict[str, Any]
@@ -63,6 +63,7 @@ class Part:
     says: str = ""
     compiles: bool = False
     crowded: bool = False
+    ranks: int = 1
 
 
 _BF16 = {"train__precision": "bf16"}
@@ -71,6 +72,10 @@ _FP8 = {**_TE, "train__fp8": "hybrid"}
 _CURRENT = {**_FP8, "train__fp8_recipe": "current"}
 _FIXED = {"data__image_mode": "fixed"}
 _ENGINE = _LAYERS | _FUSED_ATTENTION
+_FP32 = {"train__precision": "fp32"}
+_OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
+_TP2 = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+_CP2, _PP2 = {"parallel__context_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 PARTS: dict[str, Part] = {
     "fp32": Part({"train__precision": "fp32"}, limit=FLOAT32_LIMIT),
     "bf16": Part(_BF16),
@@ -92,6 +97,23 @@ PARTS: dict[str, Part] = {
     ),
     "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
     "fsdp": Part({**_BF16, "parallel__fsdp": True}),
+    "dp2-fp32": Part({**_FP32, **_OVERLAP}, limit=FLOAT32_LIMIT, ranks=2),
+    "tp2-fp32": Part({**_FP32, **_TP2}, limit=FLOAT32_LIMIT, ranks=2),
+    "cp2-fp32": Part({**_FP32, **_CP2}, limit=FLOAT32_LIMIT, ranks=2),
+    "pp2-fp32": Part({**_FP32, **_PP2}, limit=FLOAT32_LIMIT, ranks=2),
+    "fsdp2": Part({**_BF16, "parallel__fsdp": True}, ranks=2),
+    "tp2-te": Part({**_TE, **_TP2}, calls=_ENGINE, ranks=2),
+    "cp2-te": Part({**_TE, **_CP2}, calls=_ENGINE, ranks=2),
+    "tp2-fp8-delayed": Part({**_FP8, **_TP2}, calls=_ENGINE | _DELAYED, ranks=2),
+    "pp2-fp8-current": Part({**_CURRENT, **_PP2}, calls=_ENGINE | {"quantize"}, ranks=2),
+    "dp2-fp8-weights": Part(
+        {**_FP8, **_OVERLAP, "train__fp8_primary_weights": True}, calls=_ENGINE | _DELAYED, ranks=2
+    ),
+    "tp2-pp2-fp8-weights": Part(
+        {**_CURRENT, **_TP2, **_PP2, "train__fp8_primary_weights": True},
+        calls=_ENGINE | {"quantize", "multi_tensor_compute_scale_and_scale_inv"},
+        ranks=4,
+    ),
     "golden-fp32": Part({}, flags=("--compute", "--interpret"), against=""),
     "golden-bf16": Part({}, flags=("--compute", "--interpret"), against=""),
     "graph": Part({**_BF16, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1"),
@@ -174,11 +196,14 @@ def start(name: str, data: Path, folder: Path) -> dict[str, Any]:
     """What a part's process found, with what it wrote as ``output``."""
     file = folder / f"{name}.json"
     arguments = [str(HERE / "check.py"), "--part", name, "--data", str(data), "--output", str(file)]
-    environment = dict(os.environ)
+    environment = {**os.environ, "TMPDIR": str(folder)}
     if name in REFERENCES:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
-        arguments = [str(HERE / "run.py"), *PARTS[name].flags, *arguments]
+        part = PARTS[name]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={part.ranks}"]
+        devices = f"--devices={part.ranks}"
+        arguments = [*launcher[: 4 * (part.ranks > 1)], str(HERE / "run.py"), devices, *part.flags, *arguments]
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -204,7 +229,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        options.output.write_text(json.dumps(run_part(options.part, options.data)))
+        result = run_part(options.part, options.data)
+        if os.environ.get("RANK", "0") == "0":
+            options.output.write_text(json.dumps(result))
         return 0
     if reason := run.why_not():
         raise SystemExit(f"null_gpu: {reason}")

@@ -1,9 +1,10 @@
-// A CUDA device that has memory and runs nothing: what torch, Triton, Transformer Engine, cuBLAS, cuDNN and NCCL ask of
-// it succeeds, memory is reserved and counted, copies are made, every kernel does nothing. run.py builds it together
-// with functions that do nothing for every symbol that the installed libraries want and that is not defined here.
+// CUDA devices that have memory and run nothing: what torch, Triton, Transformer Engine, cuBLAS and cuDNN ask of them
+// succeeds, memory is reserved and counted, copies are made, every kernel does nothing. run.py builds it together with
+// nccl.c and functions that do nothing for every symbol that the installed libraries want and that is not defined here.
 //
 // Environment:
-//   NULL_GPU_GIB      memory of the device in GiB; 79.1, an H100's, if unset
+//   NULL_GPU_DEVICES  how many; 1 if unset
+//   NULL_GPU_GIB      memory of each in GiB; 79.1, an H100's, if unset
 //   NULL_GPU_COMPUTE  1: every copy is made. Else large ones on the device, and zeros, take no memory of the host
 //   NULL_GPU_TRACE    1: names of generated functions that are called, on standard error
 #define _GNU_SOURCE
@@ -14,7 +15,6 @@
 #include <cudnn.h>
 #include <dlfcn.h>
 #include <limits.h>
-#include <nccl.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -23,9 +23,11 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "queue.h"
+
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-static bool is_set(const char *name) {
+bool is_set(const char *name) {
     const char *value = getenv(name);
     return value && atoi(value);
 }
@@ -58,6 +60,8 @@ const char *cudaGetErrorString(cudaError_t error) {
     switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorNotReady: return "device not ready";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument: no GPU can launch this grid";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
@@ -80,6 +84,52 @@ int null_gpu_generated(const char *name) {
     return 0;
 }
 
+// Devices: each thread has a current one.
+
+enum { MOST_DEVICES = 64 };
+static _Thread_local int current_device;
+
+static int num_devices(void) {
+    const char *number = getenv("NULL_GPU_DEVICES");
+    int devices = number ? atoi(number) : 1;
+    return devices < MOST_DEVICES ? devices : MOST_DEVICES;
+}
+
+// Those in CUDA_VISIBLE_DEVICES up to the first that there is not.
+cudaError_t cudaGetDeviceCount(int *count) {
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    *count = visible ? 0 : num_devices();
+    while (visible && *visible) {
+        char *end;
+        long device = strtol(visible, &end, 10);
+        if (end == visible || device < 0 || device >= num_devices()) break;
+        ++*count;
+        visible = *end == ',' ? end + 1 : "";
+    }
+    return *count ? cudaSuccess : fail(cudaErrorNoDevice);
+}
+
+CUresult cuDeviceGetCount(int *count) { return (CUresult)cudaGetDeviceCount(count); }
+
+cudaError_t cudaSetDevice(int device) {
+    int count;
+    if (cudaGetDeviceCount(&count) || device < 0 || device >= count) return fail(cudaErrorInvalidDevice);
+    current_device = device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int *device) {
+    *device = current_device;
+    return cudaSuccess;
+}
+
+CUresult cuDeviceGet(CUdevice *device, int ordinal) {
+    *device = ordinal;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetDevice(CUdevice *device) { return (CUresult)cudaGetDevice(device); }
+
 // Memory: blocks of the device, which count, and pinned ones of the host.
 
 enum { MOST_BLOCKS = 1 << 16, SMALL = 1 << 20 };
@@ -88,28 +138,31 @@ static struct block {
     uintptr_t begin;
     size_t size;
     enum cudaMemoryType type;
+    int device;
 } blocks[MOST_BLOCKS];
 static int num_blocks;
-static size_t used;
+static size_t used[MOST_DEVICES];
 
 static size_t device_bytes(void) {
     const char *gib = getenv("NULL_GPU_GIB");
     return (size_t)((gib ? atof(gib) : 79.1) * (1ull << 30));
 }
 
-static enum cudaMemoryType type_of(const void *pointer) {
-    enum cudaMemoryType type = cudaMemoryTypeUnregistered;
+static struct block block_of(const void *pointer) {
+    struct block found = {.type = cudaMemoryTypeUnregistered, .device = current_device};
     pthread_mutex_lock(&lock);
     for (int i = 0; i < num_blocks; i++)
-        if ((uintptr_t)pointer - blocks[i].begin < blocks[i].size) type = blocks[i].type;
+        if ((uintptr_t)pointer - blocks[i].begin < blocks[i].size) found = blocks[i];
     pthread_mutex_unlock(&lock);
-    return type;
+    return found;
 }
+
+static enum cudaMemoryType type_of(const void *pointer) { return block_of(pointer).type; }
 
 static bool add_block(void *pointer, size_t size, enum cudaMemoryType type) {
     pthread_mutex_lock(&lock);
     bool fits = num_blocks < MOST_BLOCKS;
-    if (fits) blocks[num_blocks++] = (struct block){(uintptr_t)pointer, size, type};
+    if (fits) blocks[num_blocks++] = (struct block){(uintptr_t)pointer, size, type, current_device};
     pthread_mutex_unlock(&lock);
     return fits;
 }
@@ -121,7 +174,7 @@ static size_t remove_block(const void *pointer) {
     for (int i = 0; i < num_blocks; i++)
         if (blocks[i].begin == (uintptr_t)pointer) {
             size = blocks[i].size;
-            if (blocks[i].type == cudaMemoryTypeDevice) used -= size;
+            if (blocks[i].type == cudaMemoryTypeDevice) used[blocks[i].device] -= size;
             blocks[i] = blocks[--num_blocks];
             break;
         }
@@ -134,8 +187,9 @@ cudaError_t cudaMalloc(void **pointer, size_t bytes) {
     *pointer = NULL;
     if (!size) return cudaSuccess;
     pthread_mutex_lock(&lock);
-    bool fits = size <= device_bytes() - used && used <= device_bytes();
-    if (fits) used += size;
+    size_t *taken = &used[current_device];
+    bool fits = size <= device_bytes() - *taken && *taken <= device_bytes();
+    if (fits) *taken += size;
     pthread_mutex_unlock(&lock);
     if (!fits) return fail(cudaErrorMemoryAllocation);
     void *block = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -182,28 +236,31 @@ cudaError_t cudaHostUnregister(void *pointer) {
 
 cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
     *total = device_bytes();
-    *unused = *total - used;
+    *unused = *total - used[current_device];
     return cudaSuccess;
 }
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer) {
-    enum cudaMemoryType type = type_of(pointer);
-    *attributes = (struct cudaPointerAttributes){.type = type};
+    struct block block = block_of(pointer);
+    enum cudaMemoryType type = block.type;
+    *attributes = (struct cudaPointerAttributes){.type = type, .device = block.device};
     attributes->devicePointer = type == cudaMemoryTypeUnregistered ? NULL : (void *)pointer;
     attributes->hostPointer = type == cudaMemoryTypeDevice ? NULL : (void *)pointer;
     return cudaSuccess;
 }
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
-    enum cudaMemoryType type = type_of((void *)pointer);
+    struct block block = block_of((void *)pointer);
+    enum cudaMemoryType type = block.type;
     if (type == cudaMemoryTypeUnregistered) return CUDA_ERROR_INVALID_VALUE;
     if (attribute == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) *(CUdeviceptr *)value = pointer;
     else if (attribute == CU_POINTER_ATTRIBUTE_MEMORY_TYPE) *(CUmemorytype *)value = (CUmemorytype)type;
-    else *(int *)value = 0;
+    else *(int *)value = attribute == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL ? block.device : 0;
     return CUDA_SUCCESS;
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
+    finish(stream, ULLONG_MAX);
     bool inside = type_of(to) == cudaMemoryTypeDevice && type_of(from) == cudaMemoryTypeDevice;
     if (bytes && (bytes <= SMALL || !inside || is_set("NULL_GPU_COMPUTE"))) memmove(to, from, bytes);
     return cudaSuccess;
@@ -219,6 +276,7 @@ cudaError_t cudaMemcpy2DAsync(
     void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
     enum cudaMemcpyKind kind, cudaStream_t stream
 ) {
+    finish(stream, ULLONG_MAX);
     for (size_t row = 0; row < height; row++)
         memmove((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
     return cudaSuccess;
@@ -239,6 +297,7 @@ cudaError_t cudaMemset(void *pointer, int value, size_t bytes) {
 }
 
 cudaError_t cudaMemsetAsync(void *pointer, int value, size_t bytes, cudaStream_t stream) {
+    finish(stream, ULLONG_MAX);
     return cudaMemset(pointer, value, bytes);
 }
 
@@ -350,7 +409,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *executable, cudaGraph
     return cudaSuccess;
 }
 
-// Streams and events: all is done as soon as it is asked for.
+// Streams and events: all is done as soon as it is asked for, but for what other ranks have a part in (queue.h).
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned int flags, int priority) {
     *stream = new_handle();
@@ -364,37 +423,82 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait_of_host(stream); }
-cudaError_t cudaDeviceSynchronize(void) { return wait_of_host(NULL); }
+// For kernels.py, which computes without a launch.
+void null_gpu_finish(cudaStream_t stream) { finish(stream, ULLONG_MAX); }
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    finish(stream, ULLONG_MAX);
+    return wait_of_host(stream);
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    return is_done(stream, ULLONG_MAX) ? cudaSuccess : fail(cudaErrorNotReady);
+}
+
+cudaError_t cudaDeviceSynchronize(void) {
+    finish_all();
+    return wait_of_host(NULL);
+}
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     cudaError_t error = wait_of_host(NULL);
     return error ? error : cudaMemcpyAsync(to, from, bytes, kind, NULL);
 }
 
+// What a stream has done when the event is reached.
+struct CUevent_st {
+    cudaStream_t stream;
+    unsigned long long number;  // of the last work before it
+};
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned int flags) {
+    *event = calloc(1, sizeof **event);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    free(event);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    *event = (struct CUevent_st){stream, last_work()};
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned int flags) {
+    return cudaEventRecord(event, stream);
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    return is_done(event->stream, event->number) ? cudaSuccess : fail(cudaErrorNotReady);
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    finish(event->stream, event->number);
+    return wait_of_host(NULL);
+}
+
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int flags) {
+    finish(event->stream, event->number);
     // The legacy stream waits for all others, which a capture forbids.
     bool concerned = capture.active && pthread_equal(capture.thread, pthread_self());
     return concerned && !stream ? wait_of_host(NULL) : cudaSuccess;
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) {
+    finish(stream, ULLONG_MAX);
     if (!capture.active || stream != capture.stream) function(data);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void *data, unsigned int flags) {
+    finish(stream, ULLONG_MAX);
     function(stream, cudaSuccess, data);
     return cudaSuccess;
 }
-
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned int flags) {
-    *event = new_handle();
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return wait_of_host(NULL); }
 
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEvent_t end) {
     *milliseconds = 1;
@@ -403,11 +507,12 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEve
 
 CUresult cuStreamGetCtx(CUstream stream, CUcontext *context) { return cuCtxGetCurrent(context); }
 
-// Launches: nothing runs, but a grid that no device could launch is an error.
+// Launches: nothing runs, but what is before it in the stream does; a grid that no device could launch is an error.
 
 enum { MOST_THREADS = 1024, MOST_SHARED = 232448, MOST_THREADS_OF_SM = 2048 };
 
-static cudaError_t launch(dim3 grid, dim3 block, size_t shared) {
+static cudaError_t launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+    finish(stream, ULLONG_MAX);
     bool empty = !grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z;
     bool large = grid.x > INT_MAX || grid.y > 65535 || grid.z > 65535 || block.z > 64 || shared > MOST_SHARED;
     if (empty || large || (size_t)block.x * block.y * block.z > MOST_THREADS)
@@ -418,37 +523,37 @@ static cudaError_t launch(dim3 grid, dim3 block, size_t shared) {
 cudaError_t cudaLaunchKernel(
     const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream
 ) {
-    return launch(grid, block, shared);
+    return launch(grid, block, shared, stream);
 }
 
 cudaError_t __cudaLaunchKernel(
     cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream
 ) {
-    return launch(grid, block, shared);
+    return launch(grid, block, shared, stream);
 }
 
 cudaError_t cudaLaunchCooperativeKernel(
     const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream
 ) {
-    return launch(grid, block, shared);
+    return launch(grid, block, shared, stream);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
-    return launch(config->gridDim, config->blockDim, config->dynamicSmemBytes);
+    return launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream);
 }
 
 CUresult cuLaunchKernel(
     CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, unsigned int block_x,
     unsigned int block_y, unsigned int block_z, unsigned int shared, CUstream stream, void **arguments, void **extra
 ) {
-    return (CUresult)launch((dim3){grid_x, grid_y, grid_z}, (dim3){block_x, block_y, block_z}, shared);
+    return (CUresult)launch((dim3){grid_x, grid_y, grid_z}, (dim3){block_x, block_y, block_z}, shared, stream);
 }
 
 CUresult cuLaunchCooperativeKernel(
     CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, unsigned int block_x,
     unsigned int block_y, unsigned int block_z, unsigned int shared, CUstream stream, void **arguments
 ) {
-    return (CUresult)launch((dim3){grid_x, grid_y, grid_z}, (dim3){block_x, block_y, block_z}, shared);
+    return (CUresult)launch((dim3){grid_x, grid_y, grid_z}, (dim3){block_x, block_y, block_z}, shared, stream);
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
@@ -459,14 +564,19 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
 }
 
 // The compiler writes <<<...>>> as a push and, in the kernel's stub, a pop; arguments in between may launch others.
+enum { MOST_PUSHED = 16 };
 static _Thread_local struct {
     dim3 grid, block;
     size_t shared;
     cudaStream_t stream;
-} pushed[16];
+} pushed[MOST_PUSHED];
 static _Thread_local int num_pushed;
 
 unsigned int __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st *stream) {
+    if (num_pushed == MOST_PUSHED) {
+        fprintf(stderr, "null GPU: more than %d launches within each other\n", MOST_PUSHED);
+        abort();
+    }
     pushed[num_pushed].grid = grid;
     pushed[num_pushed].block = block;
     pushed[num_pushed].shared = shared;
@@ -608,24 +718,6 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int devic
     return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceCount(int *count) {
-    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
-    *count = !visible || *visible;
-    return *count ? cudaSuccess : fail(cudaErrorNoDevice);
-}
-
-CUresult cuDeviceGetCount(int *count) { return (CUresult)cudaGetDeviceCount(count); }
-
-cudaError_t cudaGetDevice(int *device) {
-    *device = 0;
-    return cudaSuccess;
-}
-
-CUresult cuDeviceGet(CUdevice *device, int ordinal) {
-    *device = 0;
-    return CUDA_SUCCESS;
-}
-
 CUresult cuCtxGetCurrent(CUcontext *context) {
     *context = (CUcontext)&blocks;
     return CUDA_SUCCESS;
@@ -645,7 +737,7 @@ CUresult cuCtxGetLimit(size_t *value, CUlimit limit) {
 }
 
 cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
-    snprintf(id, length, "0000:00:00.0");
+    snprintf(id, length, "0000:%02x:00.0", device);
     return cudaSuccess;
 }
 
@@ -778,134 +870,3 @@ cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t type, cu
 }
 
 cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t descriptor) { return CUDNN_STATUS_NOT_SUPPORTED; }
-
-// NCCL: groups of one rank, whose collectives are copies.
-
-static ncclResult_t communicator(ncclComm_t *comm, int ranks) {
-    if (ranks != 1) return ncclInvalidUsage;
-    *comm = new_handle();
-    return ncclSuccess;
-}
-
-ncclResult_t ncclGetVersion(int *version) {
-    *version = NCCL_VERSION_CODE;
-    return ncclSuccess;
-}
-
-const char *ncclGetErrorString(ncclResult_t result) {
-    return result ? "the GPU that runs nothing has groups of one rank only" : "no error";
-}
-
-const char *ncclGetLastError(ncclComm_t comm) { return ncclGetErrorString(ncclInvalidUsage); }
-
-ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
-    memset(id, 1, sizeof *id);
-    return ncclSuccess;
-}
-
-ncclResult_t ncclCommInitRank(ncclComm_t *comm, int ranks, ncclUniqueId id, int rank) {
-    return communicator(comm, ranks);
-}
-
-ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int ranks, ncclUniqueId id, int rank, ncclConfig_t *config) {
-    return communicator(comm, ranks);
-}
-
-ncclResult_t ncclCommInitRankScalable(
-    ncclComm_t *comm, int ranks, int rank, int num_ids, ncclUniqueId *ids, ncclConfig_t *config
-) {
-    return communicator(comm, ranks);
-}
-
-ncclResult_t ncclCommInitAll(ncclComm_t *comm, int ranks, const int *devices) { return communicator(comm, ranks); }
-
-ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *part, ncclConfig_t *config) {
-    return communicator(part, 1);
-}
-
-ncclResult_t ncclCommCount(const ncclComm_t comm, int *count) {
-    *count = 1;
-    return ncclSuccess;
-}
-
-ncclResult_t ncclCommUserRank(const ncclComm_t comm, int *rank) {
-    *rank = 0;
-    return ncclSuccess;
-}
-
-ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) {
-    *error = ncclSuccess;
-    return ncclSuccess;
-}
-
-static ncclResult_t copy(const void *from, void *to, size_t count, ncclDataType_t type) {
-    static const size_t size[] = {
-        [ncclInt8] = 1, [ncclUint8] = 1, [ncclInt32] = 4, [ncclUint32] = 4, [ncclInt64] = 8, [ncclUint64] = 8,
-        [ncclFloat16] = 2, [ncclFloat32] = 4, [ncclFloat64] = 8, [ncclBfloat16] = 2, [ncclFloat8e4m3] = 1,
-        [ncclFloat8e5m2] = 1,
-    };
-    if (from != to) cudaMemcpyAsync(to, from, count * size[type], cudaMemcpyDeviceToDevice, NULL);
-    return ncclSuccess;
-}
-
-ncclResult_t ncclAllReduce(
-    const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t operation, ncclComm_t comm,
-    cudaStream_t stream
-) {
-    return copy(from, to, count, type);
-}
-
-ncclResult_t ncclReduce(
-    const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t operation, int root, ncclComm_t comm,
-    cudaStream_t stream
-) {
-    return copy(from, to, count, type);
-}
-
-ncclResult_t ncclReduceScatter(
-    const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t operation, ncclComm_t comm,
-    cudaStream_t stream
-) {
-    return copy(from, to, count, type);
-}
-
-ncclResult_t ncclAllGather(
-    const void *from, void *to, size_t count, ncclDataType_t type, ncclComm_t comm, cudaStream_t stream
-) {
-    return copy(from, to, count, type);
-}
-
-ncclResult_t ncclAlltoAll(
-    const void *from, void *to, size_t count, ncclDataType_t type, ncclComm_t comm, cudaStream_t stream
-) {
-    return copy(from, to, count, type);
-}
-
-ncclResult_t ncclBroadcast(
-    const void *from, void *to, size_t count, ncclDataType_t type, int root, ncclComm_t comm, cudaStream_t stream
-) {
-    return copy(from, to, count, type);
-}
-
-// A factor would have to be applied.
-ncclResult_t ncclRedOpCreatePreMulSum(
-    ncclRedOp_t *operation, void *factor, ncclDataType_t type, ncclScalarResidence_t residence, ncclComm_t comm
-) {
-    return ncclInvalidUsage;
-}
-
-ncclResult_t ncclSend(
-    const void *from, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream
-) {
-    return ncclInvalidUsage;
-}
-
-ncclResult_t ncclRecv(void *to, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream) {
-    return ncclInvalidUsage;
-}
-
-ncclResult_t ncclMemAlloc(void **pointer, size_t bytes) {
-    return cudaMalloc(pointer, bytes) ? ncclUnhandledCudaError : ncclSuccess;
-}
-
-ncclResult_t ncclMemFree(void *pointer) { return cudaFree(pointer) ? ncclUnhandledCudaError : ncclSuccess; }

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from null_gpu.kernels import attention, attention_backward, cpu_alias, pieces_of
+from null_gpu.kernels import attention, attention_backward, cpu_alias, pieces_of, wait_for_stream
 
 # How often each function was called.
 CALLS: Counter[str] = Counter()
@@ -64,6 +64,8 @@ def _not_computed(what: str) -> NotImplementedError:
 def _counted(name: str, function: _Computing, compute: bool) -> _Computing:
     def call(*args: Any, **kwargs: Any) -> Any:
         CALLS[name] += 1
+        if compute:
+            wait_for_stream()
         return function(_NATIVE[name], *args, **kwargs) if compute else _ALLOCATING[name](*args)
 
     return call

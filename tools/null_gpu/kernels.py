@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+# What is loaded into this process, with driver.c's functions under run.py.
+_LIBRARY = ctypes.CDLL(None)
 # What only makes, describes or reads memory.
 _NATIVE = frozenset(
     f"aten::{name}"
@@ -29,6 +31,11 @@ _NATIVE = frozenset(
         "new_empty_strided", "pin_memory", "record_stream", "resize_", "resize_as_", "set_",
     )
 )  # fmt: skip
+
+
+def wait_for_stream() -> None:
+    """Do what the current stream was given before: other ranks' parts of its collectives arrive."""
+    _LIBRARY.null_gpu_finish(ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
 
 
 def cpu_alias(tensor: Tensor) -> Tensor:
@@ -224,14 +231,14 @@ class OnCpu(TorchDispatchMode):
         if any(_dispatches_itself(x) for x in leaves):
             return NotImplemented
         asked = kwargs.get("device")
-        device = torch.device("cuda", 0) if asked is None else torch.device(asked)
+        devices = [x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda]
+        device = torch.device(asked) if asked is not None else devices[0] if devices else torch.device("cpu")
         name = func._schema.name
-        on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in leaves) or (
-            asked is not None and device.type == "cuda"
-        )
+        on_gpu = bool(devices) or device.type == "cuda"
         if not on_gpu or name in _NATIVE or name.startswith("c10d") or func.is_view:
             return func(*args, **kwargs)
         self.calls[name] += 1
+        wait_for_stream()
         # Aliases live until the results are known, so that an argument that is handed back is known by its identity.
         origin: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Run a Python script with torch's CUDA build on a machine without a GPU, on a device that has memory and runs nothing.
+"""Run a Python script with torch's CUDA build on a machine without a GPU, on devices that have memory and run nothing.
 
     tools/null_gpu/run.py SCRIPT ...            kernels do nothing: code paths, graphs, compilers, peak memory are real
     tools/null_gpu/run.py --compute SCRIPT ...  the CPU computes what the kernels would: numbers are real as well
     tools/null_gpu/run.py --gib 40 SCRIPT ...   on a device of 40 GiB (default: an H100's 79.1)
+    torchrun --nproc-per-node 2 tools/null_gpu/run.py --devices 2 SCRIPT ...    a rank on each of two devices
 
-driver.c takes the place of the CUDA runtime and driver, cuBLAS, cuDNN and NCCL (groups of one rank), by LD_PRELOAD.
+driver.c and nccl.c take the place of the CUDA runtime and driver, cuBLAS, cuDNN and NCCL, by LD_PRELOAD.
 Python, torch, its caching allocator, Transformer Engine, Triton and Inductor are the installed ones; the latter two
 compile for an H100. With --compute Triton's kernels run in Triton's interpreter and nothing is compiled; the head's
 cross entropy, for which that is too slow, is torch's unless --interpret is given. Processes that the script starts have
-the device, but nothing computed for them.
+the devices, but nothing computed for them.
 
 Needs the CUDA 13 build of torch with its wheels of NVIDIA's libraries, gcc and nm. The library is built on first use.
 """
@@ -32,7 +33,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DRIVER = HERE / "driver.c"
+SOURCES = (HERE / "driver.c", HERE / "nccl.c")
+_HEADER = HERE / "queue.h"
 # Files that show that a real driver is loaded.
 REAL_DRIVER = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 # Set in a process that has the library from its start.
@@ -88,7 +90,7 @@ def include_folders() -> list[Path]:
     return [_packages() / "nvidia" / name / "include" for name in ("cu13", "cudnn", "nccl")]
 
 
-def compile_driver(folder: Path, sources: list[Path], output: Path, *flags: str) -> None:
+def compile_library(folder: Path, sources: Iterable[Path], output: Path, *flags: str) -> None:
     """Compile ``sources`` into the shared library ``output``, with what headers lack in ``folder``.
 
     Raises:
@@ -105,7 +107,7 @@ def compile_driver(folder: Path, sources: list[Path], output: Path, *flags: str)
     )
     if done.returncode:
         raise SystemExit(
-            f"null_gpu: {DRIVER} does not compile with the headers of {_packages() / 'nvidia'}:\n{done.stderr}"
+            f"null_gpu: the files in {HERE} do not compile with the headers of {_packages() / 'nvidia'}:\n{done.stderr}"
         )
 
 
@@ -125,10 +127,12 @@ def _libraries() -> list[Path]:
 def build() -> Path:
     """The folder with libcuda.so.1 for the installed libraries, built if it is not there yet."""
     libraries = _libraries()
-    key = hashlib.sha256(DRIVER.read_bytes() + Path(__file__).read_bytes())
+    key = hashlib.sha256()
+    for file in (*SOURCES, _HEADER, Path(__file__)):
+        key.update(file.read_bytes())
     for library in libraries:
         key.update(f"{library} {library.stat().st_size} {library.stat().st_mtime_ns}".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "genlip-null-gpu"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genlip-null-gpu"
     folder = cache / key.hexdigest()[:16]
     if folder.is_dir():
         return folder
@@ -136,7 +140,7 @@ def build() -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as name:
         work, made = Path(name), Path(name) / "made"
         made.mkdir()
-        compile_driver(work, [DRIVER], work / "driver.so")
+        compile_library(work, SOURCES, work / "driver.so")
         wanted = {symbol for library in libraries for symbol in _symbols(library, "--undefined-only")}
         for header in ("cuda.h", "cuda_runtime_api.h"):
             wanted.update(_DECLARED.findall((include_folders()[0] / header).read_text()))
@@ -145,7 +149,7 @@ def build() -> Path:
         )
         rest = "".join(f'int {name}(void) {{ return null_gpu_generated("{name}"); }}\n' for name in sorted(missing))
         (work / "rest.c").write_text("int null_gpu_generated(const char *name);\n" + rest)
-        compile_driver(work, [DRIVER, work / "rest.c"], made / "libcuda.so.1")
+        compile_library(work, [*SOURCES, work / "rest.c"], made / "libcuda.so.1")
         (made / "libcuda.so").symlink_to("libcuda.so.1")
         try:
             made.rename(folder)
@@ -155,8 +159,8 @@ def build() -> Path:
     return folder
 
 
-def environment(folder: Path, compute: bool, gib: float) -> dict[str, str]:
-    """The environment of a process that takes the library in ``folder`` for a GPU and its driver."""
+def environment(folder: Path, compute: bool, gib: float, devices: int) -> dict[str, str]:
+    """The environment of a process that takes the library in ``folder`` for GPUs and their driver."""
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     result = {
         **os.environ,
@@ -165,6 +169,7 @@ def environment(folder: Path, compute: bool, gib: float) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": str(folder),
         "NVTE_DISABLE_NVRTC": "1",  # it would load what was compiled and look at it
         "NULL_GPU_GIB": str(gib),
+        "NULL_GPU_DEVICES": str(devices),
         _READY: str(folder),
     }
     if compute:
@@ -193,6 +198,7 @@ def main() -> None:
     parser.add_argument("--compute", action="store_true", help="compute on the CPU what the kernels would")
     parser.add_argument("--interpret", action="store_true", help="with --compute: the head's Triton kernels too; slow")
     parser.add_argument("--gib", type=float, default=79.1, help="memory of the device in GiB (default: 79.1)")
+    parser.add_argument("--devices", type=int, default=1, help="how many there are, 64 at most (default: 1)")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Python script, its arguments")
     options = parser.parse_args()
     if not options.command:
@@ -204,11 +210,13 @@ def main() -> None:
         return
     if options.gib <= 0:
         parser.error(f"--gib {options.gib}: must be above 0")
+    if not 1 <= options.devices <= 64:
+        parser.error(f"--devices {options.devices}: must be from 1 to 64")
     if options.interpret and not options.compute:
         parser.error("--interpret needs --compute")
     if reason := why_not():
         raise SystemExit(f"null_gpu: {reason}")
-    ready = environment(build(), options.compute, options.gib)
+    ready = environment(build(), options.compute, options.gib, options.devices)
     os.execve(sys.executable, [sys.executable, *sys.argv], ready)
 
 
