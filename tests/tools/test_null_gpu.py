@@ -8,6 +8,7 @@ import importlib.metadata
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,24 @@ sys.path.insert(0, str(TOOLS))
 
 from null_gpu import check, engine_kernels, kernels, run  # noqa: E402
 
-SUCCESS, OUT_OF_MEMORY, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED, NCCL_INVALID_USAGE = 0, 2, 900, 901, 5
+SUCCESS, OUT_OF_MEMORY, INVALID_DEVICE, NOT_READY = 0, 2, 101, 600
+CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
 GLOBAL = 0  # capture mode
+NCCL_INVALID_USAGE = 5
+SUM, MAX, AVERAGE = 0, 2, 4
+NCCL_TYPES = {torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 LENGTHS = ((3, 5), (4, 4), (1, 6))
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """driver.c, compiled without a warning."""
+    """driver.c and nccl.c, compiled without a warning."""
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     if not all(map(Path.is_dir, run.include_folders())):
         pytest.skip("needs the headers of NVIDIA's wheels, which torch's build for CUDA 13 brings")
     folder = tmp_path_factory.mktemp("null_gpu")
-    run.compile_driver(folder, [run.DRIVER], folder / "library.so", "-Werror")
+    run.compile_library(folder, run.SOURCES, folder / "library.so", "-Werror")
     return ctypes.CDLL(str(folder / "library.so"))
 
 
@@ -53,14 +58,16 @@ def test_memory_runs_out_as_on_a_device(library: ctypes.CDLL, monkeypatch: pytes
 
 @pytest.mark.parametrize("wait", ["cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"])
 def test_a_wait_of_the_host_breaks_a_capture(library: ctypes.CDLL, wait: str) -> None:
-    stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
+    stream, event, graph = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     library.cudaStreamCreate(ctypes.byref(stream))
+    library.cudaEventCreate(ctypes.byref(event))
+    waited_for = event if "Event" in wait else stream
     for breaks in (True, False):
         assert library.cudaStreamBeginCapture(stream, GLOBAL) == SUCCESS
         if breaks:
-            assert getattr(library, wait)(stream) == CAPTURE_UNSUPPORTED
+            assert getattr(library, wait)(waited_for) == CAPTURE_UNSUPPORTED
         assert library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == (CAPTURE_INVALIDATED if breaks else SUCCESS)
-    assert getattr(library, wait)(stream) == SUCCESS
+    assert getattr(library, wait)(waited_for) == SUCCESS
 
 
 @pytest.mark.parametrize(
@@ -74,13 +81,147 @@ def test_impossible_grids_are_errors(library: ctypes.CDLL, grid: Any, block: Any
     assert library.cudaGetLastError() == error
 
 
-def test_groups_of_more_than_one_rank_are_refused(library: ctypes.CDLL) -> None:
-    class UniqueId(ctypes.Structure):
-        _fields_ = (("internal", ctypes.c_char * 128),)
+class UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_char * 128),)
 
-    comm = ctypes.c_void_p()
-    assert library.ncclCommInitRank(ctypes.byref(comm), 1, UniqueId(), 0) == SUCCESS
-    assert library.ncclCommInitRank(ctypes.byref(comm), 2, UniqueId(), 0) == NCCL_INVALID_USAGE
+
+class Ranks:
+    """Ranks of a communicator of nccl.c in one process, each with a stream of its own."""
+
+    def __init__(self, library: ctypes.CDLL, count: int) -> None:
+        self.library = library
+        name = UniqueId()
+        library.ncclGetUniqueId(ctypes.byref(name))
+        self.comms = [ctypes.c_void_p() for _ in range(count)]
+        self.streams = [ctypes.c_void_p() for _ in range(count)]
+        for rank, (comm, stream) in enumerate(zip(self.comms, self.streams, strict=True)):
+            assert library.ncclCommInitRank(ctypes.byref(comm), count, name, rank) == SUCCESS
+            library.cudaStreamCreate(ctypes.byref(stream))
+
+    def call(self, rank: int, name: str, *args: Any) -> int:
+        """``name`` of NCCL on one rank's stream; tensors stand for their memory, numbers are C's int or size_t."""
+        values = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_size_t(x) for x in args]
+        result: int = getattr(self.library, name)(*values, self.comms[rank], self.streams[rank])
+        return result
+
+    def wait(self, rank: int) -> None:
+        assert self.library.cudaStreamSynchronize(self.streams[rank]) == SUCCESS
+
+
+@pytest.fixture()
+def ranks(library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """Two; no file of theirs is left behind."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    made = Ranks(library, 2)
+    yield made
+    for comm in made.comms:
+        assert library.ncclCommDestroy(comm) == SUCCESS
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_collective_is_done_when_its_stream_is_waited_for(library: ctypes.CDLL, ranks: Ranks) -> None:
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])]
+    event = ctypes.c_void_p()
+    library.cudaEventCreate(ctypes.byref(event))
+    assert ranks.call(0, "ncclAllReduce", values[0], values[0], 2, 7, SUM) == SUCCESS
+    library.cudaEventRecord(event, ranks.streams[0])
+    assert library.cudaEventQuery(event) == library.cudaStreamQuery(ranks.streams[0]) == NOT_READY
+    assert ranks.call(1, "ncclAllReduce", values[1], values[1], 2, 7, SUM) == SUCCESS
+    ranks.wait(1)
+    assert values[1].tolist() == [11, 22] and values[0].tolist() == [1, 2]
+    assert library.cudaStreamWaitEvent(ranks.streams[1], event, 0) == SUCCESS
+    assert values[0].tolist() == [11, 22]
+    library.cudaEventDestroy(event)
+
+
+def test_what_is_not_asked_for_by_another_rank_holds_up_its_stream_alone(library: ctypes.CDLL, ranks: Ranks) -> None:
+    values, other = torch.ones(1), ctypes.c_void_p()
+    library.cudaStreamCreate(ctypes.byref(other))
+    ranks.call(0, "ncclAllReduce", values, values, 1, 7, SUM)
+    assert library.cudaStreamSynchronize(other) == SUCCESS
+    assert library.cuLaunchKernel(None, 1, 1, 1, 32, 1, 1, 0, other, None, None) == SUCCESS
+    assert values.item() == 1
+    ranks.call(1, "ncclAllReduce", torch.ones(1), values, 1, 7, SUM)
+    for rank, stream in enumerate(ranks.streams):  # a kernel comes behind what its stream was given before
+        assert library.cuLaunchKernel(None, 1, 1, 1, 32, 1, 1, 0, stream, None, None) == SUCCESS, rank
+    assert values.item() == 2
+
+
+def test_ranks_that_send_to_each_other_do_not_block(library: ctypes.CDLL, ranks: Ranks) -> None:
+    received = [torch.zeros(1), torch.zeros(1)]
+    for rank in range(2):
+        library.ncclGroupStart()
+        assert ranks.call(rank, "ncclRecv", received[rank], 1, 7, 1 - rank) == SUCCESS
+        assert ranks.call(rank, "ncclSend", torch.full((1,), rank + 5.0), 1, 7, 1 - rank) == SUCCESS
+        library.ncclGroupEnd()
+    for rank in range(2):
+        ranks.wait(rank)
+    assert torch.cat(received).tolist() == [6, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "count", "given", "expected"),
+    [
+        ("ncclAllReduce", (AVERAGE,), 2, [[1, 2], [3, 5]], [[2, 3.5], [2, 3.5]]),
+        ("ncclReduceScatter", (SUM,), 1, [[1, 2], [3, 5]], [[4], [7]]),
+        ("ncclReduce", (MAX, 1), 2, [[1, 7], [3, 5]], [[0, 0], [3, 7]]),
+        ("ncclAllGather", (), 1, [[1], [3]], [[1, 3], [1, 3]]),
+        ("ncclAlltoAll", (), 1, [[1, 2], [3, 5]], [[1, 3], [2, 5]]),
+        ("ncclBroadcast", (1,), 2, [[1, 2], [3, 5]], [[3, 5], [3, 5]]),
+    ],
+)
+def test_values_of_collectives(
+    ranks: Ranks, name: str, extra: tuple[int, ...], count: int, given: list[list[int]], expected: list[list[float]]
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        outputs = [torch.zeros(len(row), dtype=dtype) for row in expected]
+        for rank, output in enumerate(outputs):
+            values = torch.tensor(given[rank], dtype=dtype)
+            assert ranks.call(rank, name, values, output, count, NCCL_TYPES[dtype], *extra) == SUCCESS
+        for rank in range(2):
+            ranks.wait(rank)
+        assert [output.tolist() for output in outputs] == torch.tensor(expected).to(dtype).tolist()
+
+
+def test_sums_are_rounded_once_and_nan_stays(ranks: Ranks) -> None:
+    nan = float("nan")
+    rows = [torch.tensor(row).bfloat16() for row in ([256.0, nan, 1.0], [1.0, 1.0, nan])]
+    for operation, first in ((SUM, 256.0), (MAX, 256.0)):  # 257 lies between two numbers: to the even one
+        outputs = [torch.zeros(3).bfloat16() for _ in rows]
+        for rank in range(2):
+            ranks.call(rank, "ncclAllReduce", rows[rank], outputs[rank], 3, NCCL_TYPES[torch.bfloat16], operation)
+        for rank in range(2):
+            ranks.wait(rank)
+            assert outputs[rank][0].item() == first and outputs[rank][1:].isnan().all()
+
+
+def test_what_nccl_does_and_this_does_not_is_refused(library: ctypes.CDLL, ranks: Ranks) -> None:
+    library.ncclGetLastError.restype = ctypes.c_char_p
+    half = torch.ones(1).half()
+    assert ranks.call(0, "ncclAllReduce", half, half, 1, NCCL_TYPES[torch.float16], SUM) == NCCL_INVALID_USAGE
+    assert b"reduces no float16" in library.ncclGetLastError(None)
+
+
+def test_devices_are_counted_and_have_memory_of_their_own(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NULL_GPU_DEVICES", "4")
+    monkeypatch.setenv("NULL_GPU_GIB", "1")
+    count = ctypes.c_int()
+    for visible, expected in (("", 0), ("-1", 0), ("0,1,2,3", 4), ("3,1", 2), ("0,7,1", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        library.cudaGetDeviceCount(ctypes.byref(count))
+        assert count.value == expected, visible
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert library.cudaSetDevice(4) == INVALID_DEVICE
+    blocks = [ctypes.c_void_p() for _ in range(3)]
+    sizes = ((0, 2**30, SUCCESS), (0, 512, OUT_OF_MEMORY), (1, 2**30, SUCCESS))
+    for block, (device, size, error) in zip(blocks, sizes, strict=True):
+        assert library.cudaSetDevice(device) == SUCCESS
+        assert library.cudaMalloc(ctypes.byref(block), ctypes.c_size_t(size)) == error
+    library.cudaSetDevice(0)
+    for block in blocks:
+        library.cudaFree(block)
 
 
 @pytest.mark.skipif("+cpu" not in torch.__version__, reason="needs torch's build for the CPU")
@@ -106,6 +247,7 @@ def test_a_machine_that_lacks_something_is_told(monkeypatch: pytest.MonkeyPatch)
     [
         ([], "SCRIPT is missing"),
         (["nowhere.py"], "nowhere.py is no file: allowed is a Python script"),
+        (["--devices", "0", __file__], "--devices 0: must be from 1 to 64"),
         (["--gib", "0", __file__], "--gib 0.0: must be above 0"),
         (["--interpret", __file__], "--interpret needs --compute"),
     ],
