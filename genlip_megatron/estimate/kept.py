@@ -27,7 +27,9 @@ def backend(config: RunConfig, device: str) -> str:
     wanted = config.train.attention_backend
     if wanted != "auto":
         return wanted
-    return "varlen" if device == "cuda" and compute_bytes(config, device) == 2 else "grouped"
+    if device != "cuda" or compute_bytes(config, device) != 2:
+        return "grouped"
+    return "te" if config.train.transformer_impl == "transformer_engine" else "varlen"
 
 
 class Sizes:
@@ -70,6 +72,8 @@ class Sizes:
         if recomputed:
             return kept
         kept += 4 * model.num_attention_heads / self.tp * self.tokens  # log of the softmax's denominator
+        if whole and self.cp == 1 and name != "te":
+            kept -= self.heads  # the values, where they are attended as they lie in the projection
         if name in ("varlen", "te"):
             # Image queries see their image, text queries the whole sample; each call has its own copies. With the fixed
             # shapes of CUDA graphs each has room for every slot.

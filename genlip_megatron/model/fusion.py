@@ -31,8 +31,12 @@ def fusion_choice(setting: str) -> bool:
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` compiled as a whole, once in this process."""
-    return torch.compile(function, fullgraph=True)
+    """``function`` compiled, once in this process.
+
+    Beyond so many kinds of shapes and modes (``torch._dynamo.config.recompile_limit``) it runs as it is, and torch
+    warns. With ``fullgraph`` torch would end the run there.
+    """
+    return torch.compile(function)
 
 
 def scaled_residual(

@@ -12,7 +12,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from genlip_megatron import host
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.table import FUSED_NORMS
-from genlip_megatron.model.attention import FP8_BACKEND, PrefixLMAttention, choose_backend
+from genlip_megatron.model.attention import FP8_BACKEND, GatedSelfAttention, PrefixLMAttention, choose_backend
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.engine import RECIPES, choose_fp8, fused_norms, why_no_engine
 from genlip_megatron.model.fusion import fusion_choice
@@ -128,6 +128,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         # Stages of several chunks send while they compute; batched sends cannot overlap, and gloo has none.
         overlap_p2p_comm=vpp > 1,
         batch_p2p_comm=torch.cuda.is_available() and vpp == 1,
+        # The streams wait for each other; Megatron-Core would have the host wait as well, for a fault of old torch.
+        batch_p2p_sync=False,
         calculate_per_token_loss=True,
         fp8=train.fp8 if fp8.linears else None,
         fp8_recipe=RECIPES[train.fp8_recipe],
@@ -177,7 +179,7 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=GatedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column, core_attention=PrefixLMAttention, linear_proj=row

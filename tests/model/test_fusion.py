@@ -30,7 +30,7 @@ from genlip_megatron.model.rope import apply_rotary
 device, dtype = (sys.argv[1], torch.bfloat16 if sys.argv[1] == "cuda" else torch.float32)
 if device == "cpu":
     compile_function = torch.compile
-    torch.compile = lambda function, **options: compile_function(function, backend="aot_eager", **options)
+    torch.compile = lambda function: compile_function(function, backend="aot_eager", fullgraph=True)
 
 def results(function, arguments):
     leaves = [x.clone().requires_grad_() if x is not None else None for x in arguments]

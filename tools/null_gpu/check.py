@@ -52,7 +52,7 @@ class Part:
     """A run: ``settings`` as section__name, flags of run.py, and what it must equal, call, print and compile.
 
     ``says`` is a regular expression. With ``crowded`` some micro-batches run without a CUDA graph, and do not fit
-    beside those that there are. ``ranks`` processes talk by nccl.c.
+    beside those that there are. ``ranks`` processes talk by nccl.c. ``moves`` settings move small tensors as well.
     """
 
     settings: dict[str, Any]
@@ -64,6 +64,7 @@ class Part:
     compiles: bool = False
     crowded: bool = False
     ranks: int = 1
+    moves: bool = False
 
 
 _BF16 = {"train__precision": "bf16"}
@@ -75,6 +76,7 @@ _ENGINE = _LAYERS | _FUSED_ATTENTION
 _FP32 = {"train__precision": "fp32"}
 _OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 _TP2 = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+_ALL_MODULES = ["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"]
 _CP2, _PP2 = {"parallel__context_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 PARTS: dict[str, Part] = {
     "fp32": Part({"train__precision": "fp32"}, limit=FLOAT32_LIMIT),
@@ -96,6 +98,10 @@ PARTS: dict[str, Part] = {
         calls=_ENGINE | _DELAYED,
     ),
     "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
+    "offload": Part({**_BF16, "parallel__offload_modules": ["core_attn"]}, moves=True),
+    "offload-te": Part(
+        {**_TE, "parallel__offload_modules": _ALL_MODULES}, calls=_FUSED_ATTENTION | {"generic_gemm"}, moves=True
+    ),
     "fsdp": Part({**_BF16, "parallel__fsdp": True}),
     "dp2-fp32": Part({**_FP32, **_OVERLAP}, limit=FLOAT32_LIMIT, ranks=2),
     "tp2-fp32": Part({**_FP32, **_TP2}, limit=FLOAT32_LIMIT, ranks=2),
@@ -143,6 +149,8 @@ def run_part(name: str, data: Path) -> dict[str, Any]:
     settings = REFERENCES[name] if name in REFERENCES else PARTS[name].settings
     if name in PARTS and PARTS[name].crowded:
         crowd()
+    if name in PARTS and PARTS[name].moves:
+        move_small_tensors()
     result = gpu_check.train(gpu_check.configuration("demo", data, {**SMALL, **settings}), STEPS)
     if name in REFERENCES:
         return result
@@ -163,6 +171,18 @@ def crowd() -> None:
     replaced: Any = graphs
     replaced.memory_beside = lambda taken: 0
     replaced.GraphedStage._graph = lambda *args: graph_of(*args) if next(turns) else None
+
+
+def move_small_tensors() -> None:
+    """Offloading, which leaves tensors below a million numbers where they are, moves all."""
+    from genlip_megatron import host
+
+    host.install()
+    from megatron.core.pipeline_parallel import fine_grained_activation_offload as offloading
+
+    handler: Any = offloading.ChunkOffloadHandler
+    make = handler.__init__
+    handler.__init__ = lambda self, least, pool: make(self, 0, pool)
 
 
 def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:

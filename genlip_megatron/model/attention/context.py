@@ -21,7 +21,10 @@ def sequence_for_heads(q: Tensor, k: Tensor, v: Tensor, group: Any) -> tuple[Ten
     ranks, head_dim = group.size(), q.shape[-1]
     together = torch.cat((q, k, v), dim=-1).unflatten(1, (ranks, -1)).transpose(0, 1)  # [C, S/C, H/C, 3D]
     received = tensor_parallel.all_to_all(group, together.contiguous())
-    return received.flatten(0, 1).split(head_dim, dim=-1)
+    q, k, v = received.flatten(0, 1).split(head_dim, dim=-1)
+    # Queries and keys are turned next, into tensors of their own. As a view, v would keep all three for the backward
+    # pass.
+    return q, k, v.contiguous()
 
 
 def heads_for_sequence(x: Tensor, group: Any) -> Tensor:

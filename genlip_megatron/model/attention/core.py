@@ -1,15 +1,30 @@
-"""The core attention module of Megatron-Core's ``SelfAttention``."""
+"""Megatron-Core's ``SelfAttention`` and its core attention module."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from genlip_megatron.model.attention.context import gather_sequence, heads_for_sequence, sequence_for_heads
 from genlip_megatron.model.attention.fp8 import TransformerEngineImages
 from genlip_megatron.model.attention.plan import PackedAttention
+
+
+class GatedSelfAttention(SelfAttention):
+    """Megatron-Core's, with an output gate that stays when queries, keys and values are moved to host memory.
+
+    They are views of one tensor, whose memory Megatron-Core then frees while the gate is still to be applied.
+    """
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Query, key, value and, with ``output_gate``, gate; each [S_local, 1, H, D]."""
+        query, key, value, *gates = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.offload_core_attention and self.training:
+            gates = [gate.clone() for gate in gates]
+        return query, key, value, *gates
 
 
 class PrefixLMAttention(torch.nn.Module):
