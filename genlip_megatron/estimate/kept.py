@@ -66,6 +66,8 @@ class Sizes:
         kept = self.heads * (2 if gate else 1)  # attention's output, and what the projection multiplies
         if gate and self.device == "cpu":
             kept += self.tokens * model.hidden_size / self.tp * 4  # the sigmoid, in float32
+        if "core_attn" in self.config.parallel.offload_modules and not recomputed:
+            return kept + (self.heads if gate else 0)  # the gate's own copy; all else is moved
         # A compiled gate on a GPU keeps its input, a view of the whole query-key-value projection.
         whole = recomputed or (gate and self.device != "cpu")
         kept += self.heads * qkv if whole else 0
@@ -100,7 +102,6 @@ class Sizes:
         moved = {
             "attn_norm": self.hidden,
             "qkv_linear": self.hidden,
-            "core_attn": 3 * self.heads,
             "attn_proj": self.heads,
             "mlp_norm": self.hidden,
         }

@@ -1,8 +1,8 @@
 """Memory of the fullest rank at its peak.
 
 Counted are what micro-batches in flight keep under Megatron-Core's 1F1B and interleaved schedules, and the largest
-temporaries beside them. The figures for a CPU are checked against the measured peak (``tools/estimate.py --measure``);
-those for a GPU follow the same formulas with its kernels' buffers and are not measured.
+temporaries beside them. The figures for a CPU are checked against the measured peak (``tools/estimate.py --measure``),
+those for a GPU against what torch's allocator hands out where kernels do nothing (``tools/null_gpu/memory.py``).
 """
 
 from __future__ import annotations

@@ -168,7 +168,6 @@ def trained(
     groups.initialize(config)
     run = build_run(config)
     if not torch.cuda.is_available():
-        BACKENDS["careless"] = Careless
         run.model[0].module.attention_backend = "careless"
         if run.stepper._graphed:
             run.stepper._graphed._kind = Again
@@ -177,6 +176,7 @@ def trained(
     with (
         mock.patch.multiple(graphs, **limits, memory_beside=lambda taken: 0 if releases else taken),
         mock.patch.object(graphs.GraphedStage, "_tell", check_given_up),
+        mock.patch.dict(BACKENDS, careless=Careless),
     ):
         for _ in range(len(micro_batches) // 3):
             outcome = train_step(run, batches)

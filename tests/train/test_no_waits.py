@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -122,16 +123,13 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import build_run, train_step
 
-    if backend == "two calls":  # its plain kernel reads lengths on the host, which the real ones do not
+    class Stub(two_calls.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
+        kernel = staticmethod(lambda q, *_, **__: q)
 
-        class Stub(two_calls.TwoCalls):
-            kernel = staticmethod(lambda q, *_, **__: q)
+        @staticmethod
+        def why_not(place: Any) -> None:
+            return None
 
-            @staticmethod
-            def why_not(place: Any) -> None:
-                return None
-
-        BACKENDS["two calls"] = Stub
     config = RunConfig(
         model=MODEL,
         data=DataConfig(seq_length=64),
@@ -158,10 +156,8 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
     run.stepper._prepare = prepare_on_host
     batches = iter([batch(2), batch(3)])
     guard.enter_context(no_waits(allowed))
-    try:
+    with guard, mock.patch.dict(BACKENDS, {"two calls": Stub}):
         outcome = train_step(run, batches)
-    finally:
-        guard.close()
     assert outcome.updated
     if not torch.cuda.is_available():  # on the null GPU numbers mean nothing
         assert outcome.grad_norm > run.config.train.clip_grad, "clipping is looked at as well"

@@ -258,8 +258,8 @@ def main() -> int:
     run.build()
     results: dict[str, dict[str, Any]] = {}
     rows: list[tuple[bool, str, str]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder, data = Path(name), Path(name) / "data"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, data = Path(temporary), Path(temporary) / "data"
         gpu_check.render(data, 400)
 
         def measure(name: str) -> None:
