@@ -235,6 +235,10 @@ class OnCpu(TorchDispatchMode):
         device = torch.device(asked) if asked is not None else devices[0] if devices else torch.device("cpu")
         name = func._schema.name
         on_gpu = bool(devices) or device.type == "cuda"
+        # In inference mode operations that are made of others come whole. They may be views and may be copies.
+        if on_gpu and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                return func.decompose(*args, **kwargs)
         if not on_gpu or name in _NATIVE or name.startswith("c10d") or func.is_view:
             return func(*args, **kwargs)
         self.calls[name] += 1
