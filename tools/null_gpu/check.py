@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 # Of the CPU float32 was within 4e-7, everything else within 6.3e-3; FP8 attention within 9.3e-3 of its own in BF16.
 FLOAT32_LIMIT, LIMIT, FP8_ATTENTION_LIMIT = 1e-4, 1e-2, 2e-2
+INFERENCE_LIMITS = {"features": 1e-4, "caption": 0.0}
 
 _LAYERS = frozenset({"layernorm_fwd", "layernorm_bwd", "generic_gemm"})
 _FUSED_ATTENTION = frozenset({"fused_attn_fwd", "fused_attn_bwd"})
@@ -122,6 +123,7 @@ PARTS: dict[str, Part] = {
     ),
     "golden-fp32": Part({}, flags=("--compute", "--interpret"), against=""),
     "golden-bf16": Part({}, flags=("--compute", "--interpret"), against=""),
+    "infer": Part({}, against=""),
     "graph": Part({**_BF16, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1"),
     "graph-again": Part(
         {**_BF16, "train__cuda_graph": True},
@@ -146,6 +148,8 @@ def run_part(name: str, data: Path) -> dict[str, Any]:
     """One part, in a process of its own."""
     if name.startswith("golden-"):
         return {"differences": gpu_check.golden(name.removeprefix("golden-"))}
+    if name == "infer":
+        return {"differences": infer()}
     settings = REFERENCES[name] if name in REFERENCES else PARTS[name].settings
     if name in PARTS and PARTS[name].crowded:
         crowd()
@@ -158,6 +162,34 @@ def run_part(name: str, data: Path) -> dict[str, Any]:
 
     compiled = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
     return {**result, "calls": dict(engine_kernels.CALLS), "compiled": compiled}
+
+
+def infer() -> dict[str, float]:
+    """Largest difference of image features from the CPU's, and the share of a greedy caption's tokens that differ."""
+    import torch
+
+    from tests.hf.models import hf_model, random_weights, tiny
+
+    model, grid = tiny(), torch.tensor([[3, 4], [2, 6]])
+    weights, patches = random_weights(model), torch.randn(24, 768, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+    encoder, captioner = (hf_model(kind, model, weights) for kind in ("GenLIPVisionModel", "GenLIPForCausalLM"))
+    results = []
+    for device in ("cpu", "cuda"):
+        with torch.inference_mode():
+            found = encoder.to(device)(patches.to(device), grid.to(device)).last_hidden_state
+            ids = torch.tensor([[5, 6]], device=device)
+            caption = captioner.to(device).generate(
+                ids, pixel_values=image.to(device), max_new_tokens=12, do_sample=False
+            )
+        results.append((found.cpu(), caption.cpu()))
+    (found, caption), (expected, expected_caption) = results
+    if caption.shape != expected_caption.shape:
+        return {"features": math.inf, "caption": 1.0}
+    return {
+        "features": (found - expected).abs().max().item(),
+        "caption": (caption != expected_caption).float().mean().item(),
+    }
 
 
 def crowd() -> None:
@@ -192,7 +224,7 @@ def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
         if problem in result:
             return False, f"{problem}: {result[problem]}"
     if "differences" in result:
-        limits = gpu_check.GOLDEN_LIMITS[name.removeprefix("golden-")]
+        limits = INFERENCE_LIMITS if name == "infer" else gpu_check.GOLDEN_LIMITS[name.removeprefix("golden-")]
         good = all(result["differences"].get(kind, math.inf) <= limit for kind, limit in limits.items())
         return good, ", ".join(f"{kind} {result['differences'].get(kind, math.inf):.1e}" for kind in limits)
     calls = result["calls"]
