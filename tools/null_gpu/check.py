@@ -132,6 +132,7 @@ PARTS: dict[str, Part] = {
         says="CUDA graphs have given up .*CUDA graph 1",
         crowded=True,
     ),
+    "dp2-graph": Part({**_BF16, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1", ranks=2),
     "te-graph": Part({**_TE, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1"),
     "fusion-none": Part({**_BF16, "train__fusion": "none"}, flags=(), against=""),
     "fusion-compile": Part({**_BF16, "train__fusion": "compile"}, flags=(), against="fusion-none", compiles=True),
@@ -144,7 +145,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 
 
-def run_part(name: str, data: Path) -> dict[str, Any]:
+def run_part(name: str, data: Path, steps: int) -> dict[str, Any]:
     """One part, in a process of its own."""
     if name.startswith("golden-"):
         return {"differences": gpu_check.golden(name.removeprefix("golden-"))}
@@ -155,7 +156,7 @@ def run_part(name: str, data: Path) -> dict[str, Any]:
         crowd()
     if name in PARTS and PARTS[name].moves:
         move_small_tensors()
-    result = gpu_check.train(gpu_check.configuration("demo", data, {**SMALL, **settings}), STEPS)
+    result = gpu_check.train(gpu_check.configuration("demo", data, {**SMALL, **settings}), steps)
     if name in REFERENCES:
         return result
     import torch._dynamo.utils
@@ -244,10 +245,11 @@ def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
     return worst <= part.limit, f"loss within {worst:.1e} of {part.against}, allowed {part.limit:.0e}; called: {called}"
 
 
-def start(name: str, data: Path, folder: Path) -> dict[str, Any]:
+def start(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
     """What a part's process found, with what it wrote as ``output``."""
     file = folder / f"{name}.json"
     arguments = [str(HERE / "check.py"), "--part", name, "--data", str(data), "--output", str(file)]
+    arguments += ["--steps", str(steps)]
     environment = {**os.environ, "TMPDIR": str(folder)}
     if name in REFERENCES:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -276,15 +278,18 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=tuple(PARTS), help="run these parts and what they are compared with"
     )
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of a training run (default: {STEPS})")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        result = run_part(options.part, options.data)
+        result = run_part(options.part, options.data, options.steps)
         if os.environ.get("RANK", "0") == "0":
             options.output.write_text(json.dumps(result))
         return 0
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: must be above 0")
     if reason := run.why_not():
         raise SystemExit(f"null_gpu: {reason}")
     run.build()
@@ -299,7 +304,7 @@ def main() -> int:
                 measure(PARTS[name].against)
             if name not in results:
                 begin = time.monotonic()
-                results[name] = start(name, data, folder)
+                results[name] = start(name, data, folder, options.steps)
                 print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
 
         for part in options.only or PARTS:
