@@ -139,7 +139,7 @@ def test_fp8_kernel_is_near_the_rule() -> None:
     from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
 
     scaling = (Float8CurrentScaling if recipe == "current" else DelayedScaling)(fp8_dpa=True)
-    kernel = fp8.TransformerEngineImages()
+    kernel = fp8.TransformerEngineImages(4, head_dim, head_dim**-0.5)
     q, k, v, grad = (torch.randn(8, 196, 4, head_dim, device=gpu, dtype=torch.bfloat16) for _ in range(4))
     padding = kernel.head_dim(head_dim) - head_dim
     results = []
