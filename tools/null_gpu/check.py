@@ -90,6 +90,9 @@ PARTS: dict[str, Part] = {
         limit=FP8_ATTENTION_LIMIT,
         calls=_ENGINE | _DELAYED,
     ),
+    "fp8-resume": Part(
+        {**_FP8, "train__fp8_primary_weights": True}, against="fp8-delayed-weights", limit=0.0, calls=_ENGINE | _DELAYED
+    ),
     "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
     "fsdp": Part({**_BF16, "parallel__fsdp": True}),
     "golden-fp32": Part({}, flags=("--compute", "--interpret"), against=""),
@@ -121,6 +124,8 @@ def run_part(name: str, data: Path) -> dict[str, Any]:
     settings = REFERENCES[name] if name in REFERENCES else PARTS[name].settings
     if name in PARTS and PARTS[name].crowded:
         crowd()
+    if name == "fp8-resume":
+        return {**resumed(data, settings), "calls": dict(engine_kernels.CALLS)}
     result = gpu_check.train(gpu_check.configuration("demo", data, {**SMALL, **settings}), STEPS)
     if name in REFERENCES:
         return result
@@ -128,6 +133,30 @@ def run_part(name: str, data: Path) -> dict[str, Any]:
 
     compiled = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
     return {**result, "calls": dict(engine_kernels.CALLS), "compiled": compiled}
+
+
+def resumed(data: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Losses of a run that is saved after half of the steps, and of another that goes on from there."""
+    from genlip_megatron import host
+
+    host.install()
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train import loop, resume
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = gpu_check.configuration("demo", data, {**SMALL, **settings, "checkpoint__save": folder})
+        run = loop.set_up(config)
+        assert run.train_loader is not None and run.saver is not None
+        batches, run.iteration = iter(run.train_loader), STEPS // 2
+        losses = [loop.train_step(run, batches).loss for _ in range(run.iteration)]
+        assert resume.save(run) and resume.finish_saves(run)
+        run.train_loader.close()
+        run.saver.close()
+        groups.finalize()
+        FP8GlobalStateManager.reset()  # as in a process of its own
+        return {"losses": losses + gpu_check.train(config, STEPS - len(losses))["losses"]}
 
 
 def crowd() -> None:
