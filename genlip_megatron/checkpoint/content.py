@@ -17,9 +17,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.engine import fp8_primary_weights, fused_norms
+from genlip_megatron.model.fp8_state import is_fp8_state
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
@@ -127,12 +129,29 @@ def _saved_part(chunk: Any) -> Any:
 
 
 def weights_of(model: list[Any]) -> dict[str, dict[str, Any]]:
-    """Sharded tensors of this rank's chunks; what they are called in a checkpoint does not depend on the layout."""
+    """Sharded tensors of this rank's chunks, with copies of their FP8 state; what they are called in a checkpoint does
+    not depend on the layout."""
     return {f"chunk{i}": _saved_part(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
 
 
+def leave_out_fp8_state(weights: dict[str, dict[str, Any]], stored: Metadata) -> list[str]:
+    """Take out of what is to be loaded the FP8 state that a checkpoint lacks or has in another shape; returns its keys.
+
+    Args:
+        weights: from ``weights_of``.
+        stored: the checkpoint's metadata.
+    """
+    left_out = []
+    for chunk in weights.values():
+        for name in [name for name in chunk if is_fp8_state(name)]:
+            facts = stored.state_dict_metadata.get(chunk[name].key)
+            if not isinstance(facts, TensorStorageMetadata) or facts.size != torch.Size(chunk[name].global_shape):
+                left_out.append(chunk.pop(name).key)
+    return sorted(set(left_out))
+
+
 def set_weights(model: list[Any], weights: dict[str, dict[str, Any]]) -> None:
-    """Set the weights of this rank's chunks from what ``weights_of`` described and a checkpoint gave."""
+    """Set the weights and FP8 state of this rank's chunks from what ``weights_of`` described and a checkpoint gave."""
     for i, chunk in enumerate(model):
         _saved_part(chunk).load_state_dict(weights[f"chunk{i}"])
 

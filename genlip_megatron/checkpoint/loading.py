@@ -159,10 +159,21 @@ def read_common(place: Path) -> dict[str, Any]:
     return load_common_state_dict(str(place))
 
 
-def load_weights(place: Path, model: list[Any]) -> None:
-    """Set the model's weights from a checkpoint of any layout. A collective."""
-    metadata.check(place)
-    state = {"model": content.weights_of(model)}
+def _silent(line: str) -> None:
+    pass
+
+
+def _describe_weights(place: Path, model: list[Any], log: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """What is to be loaded into the model; says so when the checkpoint lacks FP8 scales."""
+    weights = content.weights_of(model)
+    if missing := content.leave_out_fp8_state(weights, metadata.read(place)):
+        log(f"{place} lacks FP8 scales, which are found anew: {missing[0]} and {len(missing) - 1} more")
+    return weights
+
+
+def load_weights(place: Path, model: list[Any], log: Callable[[str], None] = _silent) -> None:
+    """Set the model's weights, and FP8 scales where there are, from a checkpoint of any layout. A collective."""
+    state = {"model": _describe_weights(place, model, log)}
     objects = read_common(place)["objects"]
     content.put_objects(state, objects)
     content.set_weights(model, dist_checkpointing.load(state, str(place))["model"])
@@ -179,15 +190,14 @@ def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
 
 
 @torch.no_grad()  # Megatron-Core 0.16.1 copies into float32 weights without it
-def load(place: Path, saved: Manifest, config: RunConfig, state: State) -> None:
+def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Callable[[str], None] = _silent) -> None:
     """Set weights, optimizer, schedule and random states from a checkpoint. A collective.
 
     Raises:
         ValueError: its optimizer state cannot be read on this layout.
     """
     check_layout(place, saved, config)
-    metadata.check(place)
-    weights = content.weights_of(state.model)
+    weights = _describe_weights(place, state.model, log)
     kind_of_state = {"distrib_optim_sharding_type": saved.kind}
     request: dict[str, Any] = {
         "model": weights,

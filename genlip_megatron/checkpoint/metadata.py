@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 # What torch's metadata is made of, beside dtypes.
 _NAMES = {
@@ -35,11 +36,12 @@ class _Listed(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
-def check(folder: Path) -> None:
-    """Raise ValueError when the metadata of a checkpoint names anything but what belongs in it."""
+def read(folder: Path) -> Metadata:
+    """The metadata of a checkpoint; raises ValueError when it names anything but what belongs in it."""
     file = folder / ".metadata"
     try:
         with open(file, "rb") as stream:
-            _Listed(stream).load()
+            found: Metadata = _Listed(stream).load()
+            return found
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file}: not the metadata of a checkpoint, it would load {error}; do not use it") from None

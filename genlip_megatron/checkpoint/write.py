@@ -320,8 +320,9 @@ class WriteBehind(Background):
     """A write behind training: in a thread, tensors are copied to host memory and then written from there.
 
     The copy as well goes on beside the next step's forward and backward pass, on a stream of its own where there is a
-    GPU: nothing that is saved changes before that step's update, which has to ``wait_for_copy``. Without the memory
-    for a copy the tensors themselves are written, and the update waits for that.
+    GPU: nothing that is saved changes before that step's update, which has to ``wait_for_copy``; FP8 state, which the
+    passes change, comes as a copy already. Without the memory for a copy the tensors themselves are written, and the
+    update waits for that.
     """
 
     def __init__(self, copies: HostCopies, planned: PlannedWrite) -> None:

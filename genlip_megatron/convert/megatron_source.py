@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from genlip_megatron.checkpoint import metadata
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.source import DTYPES, compare, listed
-from genlip_megatron.convert.table import VOCABULARY, Group, groups
+from genlip_megatron.convert.table import FP8_STATE, VOCABULARY, Group, groups
 
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -71,13 +70,12 @@ class MegatronSource:
     """
 
     def __init__(self, place: Path, saved: Manifest, model: ModelConfig) -> None:
-        metadata.check(place)
+        index = metadata.read(place)
         self.model, self._place = model, place
-        index = FileSystemReader(place).read_metadata()
         self._stored: dict[str, TensorStorageMetadata] = {
             key: facts
             for key, facts in index.state_dict_metadata.items()
-            if isinstance(facts, TensorStorageMetadata) and not key.startswith(_BESIDE_WEIGHTS)
+            if isinstance(facts, TensorStorageMetadata) and not (key.startswith(_BESIDE_WEIGHTS) or FP8_STATE in key)
         }
         self._pieces = {(key.fqn, tuple(key.offset or ())): info for key, info in index.storage_data.items()}
         if strange := {info.relative_path for info in self._pieces.values()} - set(saved.files):

@@ -160,6 +160,8 @@ FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+# In the names of FP8 scales and their histories, which stand beside a checkpoint's weights; see model/fp8_state.py.
+FP8_STATE = ".fp8."
 
 # What a vision encoder alone has no use for: the text's way in and out.
 TEXT_ONLY = tuple(f"{name}." for name in ("embeddings", "in_proj", "proj", "lm_head"))

@@ -25,6 +25,7 @@ from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.attention import PackedAttention, plan_attention
 from genlip_megatron.model.embed import Embedding, ImageSlots
+from genlip_megatron.model.fp8_state import is_fp8_state, prepare, set_fp8_state
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.head import Head
 from genlip_megatron.model.regularize import fuse_norms
@@ -85,8 +86,14 @@ class GenLIP(MegatronModule):
         self.decoder.set_input_tensor(tensor)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; FP8 scales (``_extra_state``) may be missing, since checkpoints have none."""
-        result = super().load_state_dict(state_dict, False, assign)
+        """As torch's, with the FP8 state that ``sharded_state_dict`` describes; what is missing of it begins anew."""
+        scales = {name: value for name, value in state_dict.items() if is_fp8_state(name)}
+        weights = {name: value for name, value in state_dict.items() if name not in scales}
+        # Weights in FP8 are quantised by the scales, and their largest values become part of the history.
+        set_fp8_state(self, scales)
+        result = super().load_state_dict(weights, False, assign)
+        if scales:
+            set_fp8_state(self, scales)
         wrong = [name for name in result.missing_keys if not name.endswith("._extra_state")] + result.unexpected_keys
         if strict and wrong:
             raise RuntimeError(f"the model and its state differ in {', '.join(wrong)}")
@@ -157,6 +164,7 @@ def build_model(
     for vp_stage in range(chunks) if chunks else (None,):
         model = GenLIP(config, transformer, vp_stage, attention_backend)
         fill_initial_weights(model, config)
+        prepare(model.decoder.layers, transformer)
         models.append(model.to(torch.cuda.current_device()))
     return models
 

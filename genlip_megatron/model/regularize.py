@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from genlip_megatron.model.fp8_state import sharded_fp8_state
 from genlip_megatron.model.fusion import compiled, scaled_residual, scaled_residual_and_norm
 from genlip_megatron.model.norm import LayerNorm
 
@@ -87,10 +88,10 @@ class GenLIPLayer(TransformerLayer):
         self.mlp_bda.drop_path = None if drop_path is None else drop_path[layer, 1]
         return super().forward(*args, **kwargs)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As ``TransformerLayer``'s, without the pickled FP8 scales of Transformer Engine's modules.
-
-        Checkpoints hold no code, and scales are found anew within a few steps.
-        """
-        state = super().sharded_state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if not name.endswith("._extra_state")}
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As ``TransformerLayer``'s, with FP8 state as tensors where Transformer Engine's modules would pickle it."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = {name: value for name, value in state.items() if not name.endswith("._extra_state")}
+        return state | sharded_fp8_state(self, prefix, sharded_offsets)

@@ -124,6 +124,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         pipeline_model_parallel_layout=pipeline_layout(model, parallel) if pp > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel and tp > 1,
         # Stages of several chunks send while they compute; batched sends cannot overlap, and gloo has none.
         overlap_p2p_comm=vpp > 1,

@@ -14,6 +14,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from genlip_megatron.config import LOCAL_LAYERS, RunConfig, override
+from genlip_megatron.convert.table import FP8_STATE
 
 # A run's layout on as few ranks as hold its shards; what does not change how state is cut is left out.
 _ALONE = {
@@ -45,7 +46,7 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
         ValueError: the checkpoint is damaged, of that kind already, or does not fit the layout; or it could not be
             written.
     """
-    from genlip_megatron.checkpoint import folder, loading, manifest
+    from genlip_megatron.checkpoint import folder, loading, manifest, metadata
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY
     from genlip_megatron.checks import check
     from genlip_megatron.model.engine import fp8_primary_weights, fused_norms
@@ -62,6 +63,11 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
     recorded = loading.read_config(place)
     if recorded.parallel.fsdp:
         raise ValueError(f"{place} was saved with --fsdp, whose optimizer state is read by any layout")
+    if any(FP8_STATE in key for key in metadata.read(place).state_dict_metadata):
+        raise ValueError(
+            f"{place}: it holds FP8 scales, which this tool's layers have not; resume it on its own layout: what a run "
+            f"saves last is {FULLY_RESHARDABLE}"
+        )
     if (fused_norms(recorded) or fp8_primary_weights(recorded)) and DP_RESHARDABLE in (saved.kind, kind):
         raise ValueError(
             f"{place}: the {DP_RESHARDABLE} state of Transformer Engine's layers holds parameters in an order of its "

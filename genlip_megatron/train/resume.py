@@ -15,6 +15,8 @@ from genlip_megatron.checkpoint.folder import NotSaved
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.data.loader import merge_cursors
+from genlip_megatron.model.fp8_state import share_largest_values
+from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.train.report import log
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def _set_aside(run: Run) -> list[Path]:
 def _take_weights(run: Run, place: Path, saved: Manifest) -> None:
     differing = loading.model_differences(loading.read_config(place), run.config, same_run=False)
     _refuse(place, differing + _tokenizer_differences(run, saved))
-    loading.load_weights(place, run.model)
+    loading.load_weights(place, run.model, log)
     run.optimizer.reload_model_params()
     if run.config.log.eval_only:
         run.iteration = saved.iteration
@@ -108,7 +110,7 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
     if not config.data.change_data:
         differing += loading.data_differences(theirs, config, bool(data)) + [line + hint for line in data]
     _refuse(place, differing)
-    loading.load(place, saved, config, _state(run))
+    loading.load(place, saved, config, _state(run), log)
     run.iteration = saved.iteration
     run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]
     run.guard.load_state_dict(common["guard"])
@@ -173,6 +175,7 @@ def save(run: Run, last: bool = False) -> bool:
     options = run.config.checkpoint
     finish_saves(run)  # if that fails, this save is no worse for it
     gather_weights(run)
+    share_largest_values(map(unwrap, run.model))
     cursors = gather(run.train_loader.state_dict(), parallel_state.get_data_parallel_group())
     common: dict[str, Any] = {
         "data": merge_cursors(cursors),

@@ -310,10 +310,10 @@ class _Runs:
 def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
     place = tmp_path / "iter_0000002"
     shutil.copytree(saved / "iter_0000002", place)
-    metadata.check(place)
+    metadata.read(place)
     (place / ".metadata").write_bytes(pickle.dumps(_Runs()))
     with pytest.raises(ValueError, match=r"it would load posix\.system; do not use it"):
-        metadata.check(place)
+        metadata.read(place)
     torch.save({"objects": _Runs()}, place / "common.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         loading.read_common(place)

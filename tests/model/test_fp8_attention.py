@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import types
 from typing import Any
 
 import pytest
 import torch
 
 from genlip_megatron.config import ModelConfig, RunConfig, override
-from genlip_megatron.model.attention import FP8_BACKEND, fp8, plan_attention, two_calls
+from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, plan_attention, two_calls
 from genlip_megatron.model.attention.two_calls import reference_kernel
 from genlip_megatron.model.engine import Fp8, Gpu, choose_fp8, fp8_head_dim
 from tests.model.test_attention import CPU, Cut, Samples, attend, pack
@@ -124,6 +125,18 @@ def test_what_can_run_does() -> None:
         assert "text queries attend in BF16" in chosen.notes[0]
 
 
+@pytest.mark.parametrize(("tp", "cp", "exchange", "heads"), [(1, 1, None, 16), (2, 1, None, 8), (2, 4, "a2a", 2),
+                                                          (2, 4, "all_gather", 8)])  # fmt: skip
+def test_a_layers_kernel_takes_the_heads_that_a_rank_attends_with(
+    tp: int, cp: int, exchange: str | None, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "TransformerEngineImages", lambda *made: made)
+    transformer = types.SimpleNamespace(num_attention_heads=16, kv_channels=64, fp8_dot_product_attention=True)
+    groups = types.SimpleNamespace(tp=Cut(0, tp), cp=Cut(0, cp))
+    layer = core.PrefixLMAttention(transformer, 1, None, "self", cp_comm_type=exchange, pg_collection=groups)
+    assert layer.image_kernel == (heads, 64, 0.125)
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
     reason="needs a CUDA device and Transformer Engine",
@@ -139,7 +152,7 @@ def test_fp8_kernel_is_near_the_rule() -> None:
     from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
 
     scaling = (Float8CurrentScaling if recipe == "current" else DelayedScaling)(fp8_dpa=True)
-    kernel = fp8.TransformerEngineImages()
+    kernel = fp8.TransformerEngineImages(4, head_dim, head_dim**-0.5)
     q, k, v, grad = (torch.randn(8, 196, 4, head_dim, device=gpu, dtype=torch.bfloat16) for _ in range(4))
     padding = kernel.head_dim(head_dim) - head_dim
     results = []

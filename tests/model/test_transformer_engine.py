@@ -165,8 +165,10 @@ def test_settings_reach_megatron_core(demo_data: Path) -> None:
             fp8_config(demo_data, train__fp8_recipe="current", train__fp8_primary_weights=True)
         )
         assert (current.fp8, current.fp8_recipe, current.fp8_param) == ("hybrid", "tensorwise", True)
-        delayed = transformer_config(fp8_config(demo_data, data__image_mode="fixed", train__fp8_attention=True))
+        flags = {"data__image_mode": "fixed", "train__fp8_attention": True, "parallel__cp_comm_type": "all_gather"}
+        delayed = transformer_config(fp8_config(demo_data, **flags))
         assert (delayed.fp8_recipe, delayed.fp8_dot_product_attention) == ("delayed", True)
+        assert delayed.cp_comm_type == "all_gather"
 
 
 @pytest.mark.parametrize(("ends", "modes"), [(False, ["fp8"]), (True, ["fp8", "none"])])

@@ -53,7 +53,8 @@ class Part:
     """A run: ``settings`` as section__name, flags of run.py, and what it must equal, call, print and compile.
 
     ``says`` is a regular expression. With ``crowded`` some micro-batches run without a CUDA graph, and do not fit
-    beside those that there are. ``ranks`` processes talk by nccl.c. ``moves`` settings move small tensors as well.
+    beside those that there are. ``ranks`` processes talk by nccl.c. What ``moves``
+    to host memory does so with small tensors too. What ``resumes`` is saved half-way.
     """
 
     settings: dict[str, Any]
@@ -66,6 +67,7 @@ class Part:
     crowded: bool = False
     ranks: int = 1
     moves: bool = False
+    resumes: bool = False
 
 
 _BF16 = {"train__precision": "bf16"}
@@ -98,6 +100,13 @@ PARTS: dict[str, Part] = {
         limit=FP8_ATTENTION_LIMIT,
         calls=_ENGINE | _DELAYED,
     ),
+    "fp8-resume": Part(
+        {**_FP8, "train__fp8_primary_weights": True},
+        against="fp8-delayed-weights",
+        limit=0.0,
+        calls=_ENGINE | _DELAYED,
+        resumes=True,
+    ),
     "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
     "offload": Part({**_BF16, "parallel__offload_modules": ["core_attn"]}, moves=True),
     "offload-te": Part(
@@ -112,9 +121,20 @@ PARTS: dict[str, Part] = {
     "tp2-te": Part({**_TE, **_TP2}, calls=_ENGINE, ranks=2),
     "cp2-te": Part({**_TE, **_CP2}, calls=_ENGINE, ranks=2),
     "tp2-fp8-delayed": Part({**_FP8, **_TP2}, calls=_ENGINE | _DELAYED, ranks=2),
+    "tp2-fp8-resume": Part(
+        {**_FP8, **_TP2}, against="tp2-fp8-delayed", limit=0.0, calls=_ENGINE | _DELAYED, ranks=2, resumes=True
+    ),
     "pp2-fp8-current": Part({**_CURRENT, **_PP2}, calls=_ENGINE | {"quantize"}, ranks=2),
     "dp2-fp8-weights": Part(
         {**_FP8, **_OVERLAP, "train__fp8_primary_weights": True}, calls=_ENGINE | _DELAYED, ranks=2
+    ),
+    "dp2-fp8-resume": Part(
+        {**_FP8, **_OVERLAP, "train__fp8_primary_weights": True},
+        against="dp2-fp8-weights",
+        limit=0.0,
+        calls=_ENGINE | _DELAYED,
+        ranks=2,
+        resumes=True,
     ),
     "tp2-pp2-fp8-weights": Part(
         {**_CURRENT, **_TP2, **_PP2, "train__fp8_primary_weights": True},
@@ -156,6 +176,10 @@ def run_part(name: str, data: Path, steps: int) -> dict[str, Any]:
         crowd()
     if name in PARTS and PARTS[name].moves:
         move_small_tensors()
+    if name in PARTS and PARTS[name].resumes:
+        saved = {"checkpoint__save": str(data.parent / name)}
+        losses = half(gpu_check.configuration("demo", data, {**SMALL, **settings, **saved}), steps)
+        return {"losses": losses, "calls": dict(engine_kernels.CALLS)}
     result = gpu_check.train(gpu_check.configuration("demo", data, {**SMALL, **settings}), steps)
     if name in REFERENCES:
         return result
@@ -191,6 +215,29 @@ def infer() -> dict[str, float]:
         "features": (found - expected).abs().max().item(),
         "caption": (caption != expected_caption).float().mean().item(),
     }
+
+
+def half(config: Any, steps: int) -> list[float]:
+    """Losses of the first half of ``steps``, which are saved, or of the second where the first has been."""
+    from genlip_megatron import host
+
+    host.install()
+    from genlip_megatron.parallel import groups
+    from genlip_megatron.train import loop, resume
+
+    run = loop.set_up(config)
+    assert run.train_loader is not None and run.saver is not None
+    batches, first = iter(run.train_loader), run.iteration == 0
+    losses: list[float] = [
+        loop.train_step(run, batches).loss for _ in range(steps // 2 if first else steps - steps // 2)
+    ]
+    if first:
+        run.iteration = steps // 2
+        assert resume.save(run) and resume.finish_saves(run)
+    run.train_loader.close()
+    run.saver.close()
+    groups.finalize()
+    return losses
 
 
 def crowd() -> None:
@@ -246,7 +293,16 @@ def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
 
 
 def start(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """What a part's process found, with what it wrote as ``output``."""
+    """What a part found; one that resumes, in two runs."""
+    result = launch(name, data, folder, steps)
+    if name in PARTS and PARTS[name].resumes and "losses" in result:
+        second = launch(name, data, folder, steps)
+        return {**second, "losses": result["losses"] + second.get("losses", [])}
+    return result
+
+
+def launch(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """What a part's processes found, with what they wrote as ``output``."""
     file = folder / f"{name}.json"
     arguments = [str(HERE / "check.py"), "--part", name, "--data", str(data), "--output", str(file)]
     arguments += ["--steps", str(steps)]

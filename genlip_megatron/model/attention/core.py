@@ -47,8 +47,13 @@ class PrefixLMAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.scale = softmax_scale or config.kv_channels**-0.5
-        # A layer's own, since delayed scaling keeps scales of its values.
-        self.image_kernel = TransformerEngineImages() if config.fp8_dot_product_attention else None
+        self.image_kernel: TransformerEngineImages | None = None
+        if config.fp8_dot_product_attention:
+            heads = config.num_attention_heads // pg_collection.tp.size()
+            if cp_comm_type == "a2a":
+                heads //= pg_collection.cp.size()
+            # A layer's own, since delayed scaling keeps scales of its values.
+            self.image_kernel = TransformerEngineImages(heads, config.kv_channels, self.scale)
 
     def forward(
         self,

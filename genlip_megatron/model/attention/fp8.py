@@ -89,11 +89,24 @@ class TransformerEngineImages(torch.nn.Module):
     """The kernel of one layer by Transformer Engine, which keeps the scales of delayed scaling.
 
     FP8 where Megatron-Core's context around the layer is (the recipe says ``fp8_dpa``), bfloat16 in layers without.
+
+    Args:
+        heads: H that a rank has at hand.
+        channels: of a head, without zeros.
+        scale: of the scores.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int, channels: int, scale: float) -> None:
         super().__init__()
-        self.attention: Any = None
+        transformer_engine = importlib.import_module("transformer_engine.pytorch")
+        self.attention = transformer_engine.DotProductAttention(
+            num_attention_heads=heads,
+            kv_channels=self.head_dim(channels),
+            attention_dropout=0.0,
+            qkv_format="bshd",
+            attn_mask_type="no_mask",
+            softmax_scale=scale,
+        )
 
     def head_dim(self, channels: int) -> int:
         """As ``engine.fp8_head_dim`` on this device."""
@@ -101,16 +114,5 @@ class TransformerEngineImages(torch.nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """[B, P, H, D] from query, key and value [B, P, H, D] in bfloat16."""
-        if self.attention is None:
-            # The heads at hand are known only now: context parallelism shares them out.
-            transformer_engine = importlib.import_module("transformer_engine.pytorch")
-            self.attention = transformer_engine.DotProductAttention(
-                num_attention_heads=q.shape[2],
-                kv_channels=q.shape[3],
-                attention_dropout=0.0,
-                qkv_format="bshd",
-                attn_mask_type="no_mask",
-                softmax_scale=scale,
-            )
         attended: Tensor = self.attention(q.contiguous(), k.contiguous(), v.contiguous())
         return attended.view(q.shape)
