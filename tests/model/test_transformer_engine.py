@@ -260,7 +260,7 @@ def test_checkpoints_hold_no_pickled_scales_and_all_weights(demo_data: Path) -> 
 def test_fifty_steps_in_bf16_follow_the_local_layers(demo_data: Path) -> None:
     flags: dict[str, Any] = {
         "model__hidden_size": 256, "model__ffn_hidden_size": 704, "model__rope_sections": [12, 10, 10],
-        "train__precision": "bf16", "train__train_iters": 50,
+        "train__precision": "bf16", "train__train_iters": 50, "data__decoder": "pillow",
     }  # fmt: skip
     alone, beside = (
         parity_run(parity_config(demo_data, **flags)),
