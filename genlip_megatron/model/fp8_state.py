@@ -78,6 +78,26 @@ def set_fp8_state(model: Any, state: Mapping[str, Tensor]) -> None:
             tensor.fill_(0.0 if "amax_history" in name else 1.0)
 
 
+class FP8Snapshot:
+    """The state of models at one moment, to go back to; empty without delayed scaling. Few launches on a device."""
+
+    def __init__(self, models: Iterable[Any]) -> None:
+        self._live = [tensor for model in models for _, tensor in fp8_state(model)]
+        self._kept = [tensor.clone() for tensor in self._live]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Keep what is now."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to what was kept."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)
+
+
 def share_largest_values(models: Iterable[Any]) -> None:
     """Give every rank the largest values that any has seen since the last update of scales. The next update would take
     these, so nothing else changes. A collective."""

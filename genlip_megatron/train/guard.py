@@ -12,7 +12,8 @@
    ``faults.on_spike`` says.
 5. Otherwise gradients are clipped and the update is made, by the same calls as ``MegatronOptimizer.step``.
 
-An update that is left out leaves weights, moments and schedule as they were, bit for bit.
+An update that is left out leaves weights, moments, schedule and the scales of delayed FP8 scaling as they were, bit for
+bit; the second pass of a step begins with the scales of the first.
 
 Megatron-Core's ``RerunStateMachine`` serves the third point, but decides by itself that a run ends: where a result
 repeats it asks for a checkpoint and exits with 16, to compute it on another device, then with 17, which here means
@@ -43,6 +44,8 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.inject import Injector
 from genlip_megatron.faults.spikes import SpikeJudge
 from genlip_megatron.faults.stop import REASONS
+from genlip_megatron.model.fp8_state import FP8Snapshot
+from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.train.step import Stepper
 
 # Kernels that add in no fixed order give other last bits each time; a fault changes more than that.
@@ -204,6 +207,7 @@ class Guard:
     ) -> None:
         self.options, self.model, self.optimizer, self.scheduler = config.faults, model, optimizer, scheduler
         self.stepper, self.injector = stepper, injector
+        self.fp8_state = FP8Snapshot(map(unwrap, model))
         self.judge = SpikeJudge(config.faults.spike_window, config.faults.spike_threshold)
         self.skipped = self.spikes = self.without_update = self.rollbacks = 0
         self.back_at = -1
@@ -223,6 +227,7 @@ class Guard:
                 the step is computed counts for this step.
         """
         source = Replay(batches) if self.options.rerun_bad_steps else batches
+        self.fp8_state.take()
         total, norm, finite = self._compute(source, number, first=True)
         numbers = agree(total, norm, finite, stop(), unwritten())
         if not numbers.finite and isinstance(source, Replay):
@@ -238,6 +243,8 @@ class Guard:
             with self.stepper.breakdown.part("optimizer"):
                 self._update(numbers.grad_norm)
             self.judge.add(numbers.loss, numbers.grad_norm)
+        else:
+            self.fp8_state.restore()  # in a history an infinite value would hold the scale for as long as it is there
         self.spikes += verdict == "spike"
         self.skipped += not updated
         self.without_update = 0 if updated else self.without_update + 1
@@ -298,6 +305,7 @@ class Guard:
         mine = self._own_numbers(total)
         counts = self.stepper.counts.clone()
         batches.rewind()
+        self.fp8_state.restore()
         total, norm, finite = self._compute(batches, number, first=False)
         self.stepper.counts = counts  # the micro-batches were counted the first time
         again = self._own_numbers(total)

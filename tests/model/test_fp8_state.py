@@ -173,3 +173,30 @@ def test_a_save_behind_training_holds_the_scales_of_its_step(demo_data: Path, tm
     config = tiny_config(demo_data, **DELAYED, checkpoint__save=str(tmp_path / "run"))
     before, after = run_distributed(1, changed_before_it_is_copied, config)[0]
     assert_same(after, before)
+
+
+@pytest.mark.parametrize("fault", ["transient-nan", "nan-grad"])
+def test_a_bad_step_leaves_no_trace(fault: str, demo_data: Path) -> None:
+    flags = {**DELAYED, "faults__allow_fault_injection": True, "faults__inject_fault": [f"{fault}@3:0"]}
+    whole, bad = (run_distributed(1, scales_after_each, tiny_config(demo_data, **f), 3)[0] for f in (DELAYED, flags))
+    assert not torch.equal(whole[1]["1.self_attention.linear_qkv.fp8.amax_history_fwd"],
+                           whole[2]["1.self_attention.linear_qkv.fp8.amax_history_fwd"])  # fmt: skip
+    # The second pass is the undisturbed one; without an update the scales are those before it.
+    assert_same(bad[2], whole[2] if fault == "transient-nan" else whole[1])
+
+
+def scales_after_each(config: RunConfig, steps: int) -> list[dict[str, torch.Tensor]]:
+    """The state after each of some guarded steps."""
+    from genlip_megatron.train.loop import set_up, train_step
+
+    states = []
+    with stand_ins():
+        run = set_up(config)
+        assert run.train_loader is not None
+        batches = iter(run.train_loader)
+        for _ in range(steps):
+            train_step(run, batches)
+            run.iteration += 1
+            states.append(state_of(run))
+        run.train_loader.close()
+    return states
