@@ -48,22 +48,23 @@ def prepare(layers: Iterable[Any], transformer: TransformerConfig) -> None:
 
 
 def fp8_state(part: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a model or a layer: float32 scales [T] and histories [L, T], the tensors that are in use.
-
-    None where some layers are in bfloat16, since a checkpoint's tensors are those of all layers.
-    """
-    if part.config.first_last_layers_bf16:
-        return
+    """(name, tensor) of a model or a layer: float32 scales [T] and histories [L, T], the tensors that are in use."""
     for name, module in part.named_modules():
         for direction in ("fwd", "bwd"):
             state = getattr(module, "fp8_meta", {}).get(f"scaling_{direction}")
             for kind in _TENSORS:
-                if hasattr(state, kind):  # current scaling has none
+                if hasattr(state, kind):  # with current scaling in FP8 attention alone
                     yield f"{name}{FP8_STATE}{kind}_{direction}", getattr(state, kind)
 
 
 def sharded_fp8_state(layer: Any, prefix: str, sharded_offsets: Any) -> dict[str, Any]:
-    """Copies of a layer's state as parts of a checkpoint: training changes it while a save is written."""
+    """Copies of a layer's state as parts of a checkpoint: training changes it while a save is written.
+
+    None where some layers are in bfloat16, since a checkpoint's tensors are those of all layers. Delayed scaling takes
+    all layers or none, so that this concerns FP8 attention beside current scaling alone.
+    """
+    if layer.config.first_last_layers_bf16:
+        return {}
     copies = {name: tensor.clone() for name, tensor in fp8_state(layer)}
     sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(copies, prefix, {}, sharded_offsets)
     return sharded

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from megatron.core.transformer.attention import SelfAttention
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.model.attention import BACKENDS, choose_backend, plan_attention
+from genlip_megatron.model.attention import BACKENDS, GatedSelfAttention, choose_backend, context, plan_attention
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.attention.grouped import Grouped
 from genlip_megatron.model.attention.two_calls import TwoCalls, reference_kernel
@@ -261,3 +263,22 @@ def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_d
     for ours, oracle in zip(*results, strict=True):
         # bfloat16 carries 8 bits: 1/128 of values up to 4.
         torch.testing.assert_close(ours, oracle, atol=4e-2, rtol=4e-2)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_the_gate_outlives_queries_that_are_moved_to_the_host(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = torch.randn(4, 1, 2, 32).split(8, dim=-1)
+    monkeypatch.setattr(SelfAttention, "get_query_key_value_tensors", lambda self: views)
+    attention = object.__new__(GatedSelfAttention)
+    torch.nn.Module.__init__(attention)
+    attention.offload_core_attention = moved
+    *others, gate = attention.get_query_key_value_tensors()
+    assert all(mine is theirs for mine, theirs in zip(others, views, strict=False)) and torch.equal(gate, views[3])
+    assert (gate.untyped_storage().data_ptr() == views[0].untyped_storage().data_ptr()) is not moved
+
+
+def test_values_that_came_from_other_ranks_keep_no_more_than_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context.tensor_parallel, "all_to_all", lambda group, x: x)
+    alone = mock.Mock(size=lambda: 1)
+    value = context.sequence_for_heads(*torch.randn(3, 6, 2, 8), alone)[2]
+    assert value.untyped_storage().nbytes() == value.numel() * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import doctest
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,8 @@ def test_a_collective_is_done_when_its_stream_is_waited_for(library: ctypes.CDLL
     library.cudaEventRecord(event, ranks.streams[0])
     assert library.cudaEventQuery(event) == library.cudaStreamQuery(ranks.streams[0]) == NOT_READY
     assert ranks.call(1, "ncclAllReduce", values[1], values[1], 2, 7, SUM) == SUCCESS
+    # Asking does not bring it: torch's threads ask at any time.
+    assert library.cudaEventQuery(event) == NOT_READY and values[0].tolist() == [1, 2]
     ranks.wait(1)
     assert values[1].tolist() == [11, 22] and values[0].tolist() == [1, 2]
     assert library.cudaStreamWaitEvent(ranks.streams[1], event, 0) == SUCCESS
@@ -200,6 +203,23 @@ def test_what_nccl_does_and_this_does_not_is_refused(library: ctypes.CDLL, ranks
     half = torch.ones(1).half()
     assert ranks.call(0, "ncclAllReduce", half, half, 1, NCCL_TYPES[torch.float16], SUM) == NCCL_INVALID_USAGE
     assert b"reduces no float16" in library.ncclGetLastError(None)
+
+
+def test_ranks_that_differ_in_a_collective_are_stopped(tmp_path: Path, library: ctypes.CDLL) -> None:
+    script = """if True:
+        import ctypes, pathlib, sys, torch
+        sys.path.insert(0, sys.argv[1])
+        from tests.tools.test_null_gpu import Ranks
+        ranks = Ranks(ctypes.CDLL(sys.argv[2]), 2)
+        for rank in range(2):
+            ranks.call(rank, "ncclAllReduce", torch.ones(4), torch.ones(4), 4 - rank, 7, 0)
+        ranks.wait(0)"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(TOOLS.parent), library._name], text=True, capture_output=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode < 0 and "rank 0 takes part in collective 0 of" in done.stderr
+    assert "with 16 bytes of type 7, rank 1 with 12 of 7" in done.stderr
 
 
 def test_devices_are_counted_and_have_memory_of_their_own(

@@ -196,3 +196,9 @@ _needs_engine = pytest.mark.skipif(why_no_engine() is not None, reason="needs a 
 )
 def test_a_step_waits_for_the_device_once(backend: str, flags: dict[str, Any], ranks: int) -> None:
     run_distributed(ranks, steps, backend, flags)
+
+
+def test_stages_do_not_wait_for_each_other_on_the_host() -> None:
+    from genlip_megatron.model.specs import transformer_config
+
+    assert not transformer_config(RunConfig(model=MODEL)).batch_p2p_sync  # on a CPU there are no batches of sends

@@ -108,7 +108,7 @@ PARTS: dict[str, Part] = {
         resumes=True,
     ),
     "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
-    "offload": Part({**_BF16, "parallel__offload_modules": ["core_attn"]}, moves=True),
+    "offload": Part({**_BF16, "parallel__offload_modules": ["core_attn"]}, against="bf16", limit=1e-6, moves=True),
     "offload-te": Part(
         {**_TE, "parallel__offload_modules": _ALL_MODULES}, calls=_FUSED_ATTENTION | {"generic_gemm"}, moves=True
     ),
@@ -311,9 +311,10 @@ def launch(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
         part = PARTS[name]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={part.ranks}"]
-        devices = f"--devices={part.ranks}"
-        arguments = [*launcher[: 4 * (part.ranks > 1)], str(HERE / "run.py"), devices, *part.flags, *arguments]
+        arguments = [str(HERE / "run.py"), f"--devices={part.ranks}", *part.flags, *arguments]
+        if part.ranks > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={part.ranks}"]
+            arguments = [*torchrun, *arguments]
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -344,8 +345,8 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             options.output.write_text(json.dumps(result))
         return 0
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}: must be above 0")
+    if options.steps < 2:
+        parser.error(f"--steps {options.steps}: must be above 1")
     if reason := run.why_not():
         raise SystemExit(f"null_gpu: {reason}")
     run.build()

@@ -1,9 +1,9 @@
 // NCCL among processes of one machine, each with a device that runs nothing.
 //
-// A rank's part of a collective is copied to a file as soon as it is asked for, and no call waits. The others' parts are
-// read when something waits for the stream that the collective was queued on, so that what does not wait reads old
-// values. Groups of calls and the order of calls between ranks thus cannot block. The last reader of a file removes it;
-// the files lie in TMPDIR. Without NULL_GPU_COMPUTE large parts are not copied.
+// A rank's part of a collective is copied to a file as soon as it is asked for. The others' parts are read when something
+// waits for the stream that the collective was queued on, so that what does not wait reads old values. A call itself
+// waits for what its stream was given before, where a device would only queue it; calls within a group do not. The last
+// reader of a file removes it; the files lie in TMPDIR. Without NULL_GPU_COMPUTE large parts are not copied.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -30,9 +30,13 @@ struct ncclComm {
     unsigned long long *sent, *received;  // to and from each rank
 };
 
+// How parts become a result: laid end to end or summed, all of each or this rank's slice.
+enum kind { COPY, SLICE, REDUCE, REDUCE_SLICE };
+
 // What a file begins with; the values follow.
 struct part {
     int readers;  // who have not read it
+    int kind, type, operation;
     size_t bytes;
     char values[];
 };
@@ -224,18 +228,22 @@ static void path_of(char *path, const struct ncclComm *comm, const char *kind, u
     snprintf(path, PATH_MAX, "%s/%s-%llu-%d", comm->folder, kind, number, rank);
 }
 
-static void give(const struct ncclComm *comm, const char *path, const void *values, size_t bytes, int readers) {
+static void give(const struct ncclComm *comm, const char *path, const void *values, struct part head) {
+    size_t bytes = head.bytes;
     char unfinished[PATH_MAX + 8];
-    if (mkdir(comm->folder, 0700) && errno != EEXIST) die("cannot make", comm->folder);
     if (bytes > SMALL && !is_set("NULL_GPU_COMPUTE")) bytes = 0;
     size_t size = sizeof(struct part) + bytes;
     snprintf(unfinished, sizeof unfinished, "%s.new", path);
-    int file = open(unfinished, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    int file = -1;
+    for (int tries = 0; file < 0 && tries < 3; tries++) {  // another rank that leaves may remove the folder
+        if (mkdir(comm->folder, 0700) && errno != EEXIST) die("cannot make", comm->folder);
+        file = open(unfinished, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    }
     if (file < 0 || (errno = posix_fallocate(file, 0, size))) die("cannot write", unfinished);
     struct part *part = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (part == MAP_FAILED) die("cannot map", unfinished);
     close(file);
-    part->readers = readers;
+    *part = head;
     part->bytes = bytes;
     memcpy(part->values, values, bytes);
     munmap(part, size);
@@ -260,8 +268,6 @@ static void put_back(const char *path, struct part *part, size_t size) {
 }
 
 // Queued work: reading the parts.
-
-enum kind { COPY, SLICE, REDUCE, REDUCE_SLICE };
 
 struct work {
     enum kind kind;
@@ -306,8 +312,16 @@ static void run(const struct work *work) {
         parts[i] = take(paths[i], &sizes[i]);
         values[i] = parts[i]->values + offset;
     }
-    if (parts[0]->bytes && parts[0]->bytes < offset + bytes) {
-        fprintf(stderr, "null GPU: %s has %zu bytes where %zu are wanted\n", paths[0], parts[0]->bytes, offset + bytes);
+    size_t wanted = sliced ? bytes * work->comm->ranks : bytes;
+    for (int i = 0; i < sources; i++) {
+        const struct part *part = parts[i];
+        bool same = part->kind == (int)work->kind && part->type == (int)work->type;
+        if (same && part->operation == (int)work->operation && (part->bytes == wanted || !part->bytes)) continue;
+        fprintf(
+            stderr, "null GPU: rank %d takes part in %s %llu of %s with %zu bytes of type %d, rank %d with %zu of %d, or "
+            "in another way\n", work->comm->rank, work->name, work->sequence, work->comm->folder, wanted, work->type,
+            work->first + i, part->bytes, part->type
+        );
         abort();
     }
     if (!parts[0]->bytes) {
@@ -321,8 +335,19 @@ static void run(const struct work *work) {
     free(paths), free(parts), free(values), free(sizes);
 }
 
-// Run what is ready of a stream's work, in order. Whether none is left up to ``number``.
+// Whether none is left of a stream's work up to ``number``. Asking does nothing: torch asks from threads of its own.
 bool is_done(cudaStream_t stream, unsigned long long number) {
+    if (!__atomic_load_n(&queue, __ATOMIC_ACQUIRE)) return true;
+    pthread_mutex_lock(&lock);
+    bool done = true;
+    for (struct work *work = queue; work; work = work->next)
+        if (work->stream == stream && work->number <= number) done = false;
+    pthread_mutex_unlock(&lock);
+    return done;
+}
+
+// Run what is ready of a stream's work, in order. Whether none is left up to ``number``.
+static bool advance(cudaStream_t stream, unsigned long long number) {
     bool done = true;
     if (!__atomic_load_n(&queue, __ATOMIC_ACQUIRE)) return true;
     pthread_mutex_lock(&lock);
@@ -345,11 +370,18 @@ bool is_done(cudaStream_t stream, unsigned long long number) {
 void finish(cudaStream_t stream, unsigned long long number) {
     struct timespec begin, now, pause = {.tv_nsec = 50000};
     clock_gettime(CLOCK_MONOTONIC, &begin);
-    while (!is_done(stream, number)) {
+    while (!advance(stream, number)) {
         nanosleep(&pause, NULL);
         clock_gettime(CLOCK_MONOTONIC, &now);
         if (now.tv_sec - begin.tv_sec > PATIENCE_SECONDS) {
-            fprintf(stderr, "null GPU: another rank has not taken part in a collective for %d s\n", PATIENCE_SECONDS);
+            pthread_mutex_lock(&lock);
+            const struct work *work = queue;
+            while (work && work->stream != stream) work = work->next;
+            if (work)
+                fprintf(
+                    stderr, "null GPU: rank %d of %d has waited for %d s for the others in %s %llu of %s\n",
+                    work->comm->rank, work->comm->ranks, PATIENCE_SECONDS, work->name, work->sequence, work->comm->folder
+                );
             abort();
         }
     }
@@ -389,6 +421,7 @@ ncclResult_t ncclGroupStart(void) {
 }
 
 ncclResult_t ncclGroupEnd(void) {
+    if (!groups) return refuse("ncclGroupEnd without ncclGroupStart");
     groups--;
     return ncclSuccess;
 }
@@ -418,7 +451,7 @@ static ncclResult_t collective(
     if (gives < 0 || gives == comm->rank) {
         char path[PATH_MAX];
         path_of(path, comm, "collective", sequence, comm->rank);
-        give(comm, path, from, bytes, takes < 0 ? comm->ranks : 1);
+        give(comm, path, from, (struct part){takes < 0 ? comm->ranks : 1, kind, type, operation, bytes});
     }
     if (takes >= 0 && takes != comm->rank) return ncclSuccess;
     return add((struct work){
@@ -495,7 +528,7 @@ ncclResult_t ncclSend(
     unsigned long long sent = comm->sent[peer]++;
     pthread_mutex_unlock(&lock);
     path_of(path, comm, FROM_TO, pair_sequence(sent, peer, comm->ranks), comm->rank);
-    give(comm, path, from, count * size_of(type), 1);
+    give(comm, path, from, (struct part){1, COPY, type, ncclSum, count * size_of(type)});
     return ncclSuccess;
 }
 

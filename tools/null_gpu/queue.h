@@ -12,7 +12,7 @@ bool is_set(const char *name);
 // Number of the work that was queued last, on any stream.
 unsigned long long last_work(void);
 
-// Whether all work of ``stream`` up to the one of this number is done; does what can be done without waiting.
+// Whether all work of ``stream`` up to the one of this number is done.
 bool is_done(cudaStream_t stream, unsigned long long number);
 
 // Do the work of ``stream`` up to the one of this number, waiting for other ranks.
