@@ -66,7 +66,7 @@ class Sizes:
         kept = self.heads * (2 if gate else 1)  # attention's output, and what the projection multiplies
         if gate and self.device == "cpu":
             kept += self.tokens * model.hidden_size / self.tp * 4  # the sigmoid, in float32
-        if "core_attn" in self.config.parallel.offload_modules and not recomputed:
+        if "core_attn" in self.config.parallel.offload_modules and "core_attn" not in self.modules:
             return kept + (self.heads if gate else 0)  # the gate's own copy; all else is moved
         # A compiled gate on a GPU keeps its input, a view of the whole query-key-value projection.
         whole = recomputed or (gate and self.device != "cpu")

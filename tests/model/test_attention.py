@@ -271,7 +271,7 @@ def test_the_gate_outlives_queries_that_are_moved_to_the_host(moved: bool, monke
     monkeypatch.setattr(SelfAttention, "get_query_key_value_tensors", lambda self: views)
     attention = object.__new__(GatedSelfAttention)
     torch.nn.Module.__init__(attention)
-    attention.offload_core_attention = moved
+    attention.offload_core_attention, attention.checkpoint_core_attention = True, not moved
     *others, gate = attention.get_query_key_value_tensors()
     assert all(mine is theirs for mine, theirs in zip(others, views, strict=False)) and torch.equal(gate, views[3])
     assert (gate.untyped_storage().data_ptr() == views[0].untyped_storage().data_ptr()) is not moved

@@ -322,7 +322,8 @@ def launch(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         lines = done.stdout.strip().splitlines() or ["no output"]
-        return {"error": next((line for line in reversed(lines) if "Error: " in line), lines[-1])}
+        own = [line for line in lines if "null GPU: " in line or ("Error: " in line and "ChildFailed" not in line)]
+        return {"error": (own or lines)[-1]}
     return {**json.loads(file.read_text()), "output": done.stdout}
 
 

@@ -38,6 +38,7 @@ struct part {
     int readers;  // who have not read it
     int kind, type, operation;
     size_t bytes;
+    size_t held;  // bytes, or 0 where large ones are not copied
     char values[];
 };
 
@@ -229,9 +230,9 @@ static void path_of(char *path, const struct ncclComm *comm, const char *kind, u
 }
 
 static void give(const struct ncclComm *comm, const char *path, const void *values, struct part head) {
-    size_t bytes = head.bytes;
+    size_t bytes = head.held = head.bytes;
     char unfinished[PATH_MAX + 8];
-    if (bytes > SMALL && !is_set("NULL_GPU_COMPUTE")) bytes = 0;
+    if (bytes > SMALL && !is_set("NULL_GPU_COMPUTE")) bytes = head.held = 0;
     size_t size = sizeof(struct part) + bytes;
     snprintf(unfinished, sizeof unfinished, "%s.new", path);
     int file = -1;
@@ -244,7 +245,6 @@ static void give(const struct ncclComm *comm, const char *path, const void *valu
     if (part == MAP_FAILED) die("cannot map", unfinished);
     close(file);
     *part = head;
-    part->bytes = bytes;
     memcpy(part->values, values, bytes);
     munmap(part, size);
     if (rename(unfinished, path)) die("cannot rename", unfinished);
@@ -316,7 +316,7 @@ static void run(const struct work *work) {
     for (int i = 0; i < sources; i++) {
         const struct part *part = parts[i];
         bool same = part->kind == (int)work->kind && part->type == (int)work->type;
-        if (same && part->operation == (int)work->operation && (part->bytes == wanted || !part->bytes)) continue;
+        if (same && part->operation == (int)work->operation && part->bytes == wanted) continue;
         fprintf(
             stderr, "null GPU: rank %d takes part in %s %llu of %s with %zu bytes of type %d, rank %d with %zu of %d, or "
             "in another way\n", work->comm->rank, work->name, work->sequence, work->comm->folder, wanted, work->type,
@@ -324,7 +324,7 @@ static void run(const struct work *work) {
         );
         abort();
     }
-    if (!parts[0]->bytes) {
+    if (!parts[0]->held) {
         // Large, and nothing is computed.
     } else if (work->kind == REDUCE || work->kind == REDUCE_SLICE) {
         reduce(work->to, values, sources, work->count, work->type, work->operation);

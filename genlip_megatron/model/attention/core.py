@@ -22,7 +22,8 @@ class GatedSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Query, key, value and, with ``output_gate``, gate; each [S_local, 1, H, D]."""
         query, key, value, *gates = super().get_query_key_value_tensors(*args, **kwargs)
-        if self.offload_core_attention and self.training:
+        # Where core attention is recomputed, nothing of it is moved.
+        if self.offload_core_attention and not self.checkpoint_core_attention and self.training:
             gates = [gate.clone() for gate in gates]
         return query, key, value, *gates
 
