@@ -52,6 +52,9 @@ ifeq ($(NULL_GPU_PYTHON),$(NULL_GPU)/bin/python)
 null-gpu: $(NULL_GPU)/installed
 endif
 null-gpu:
+	$(NULL_GPU_PYTHON) -m pytest tests/tools/test_null_gpu.py
+	$(NULL_GPU_PYTHON) tools/null_gpu/run.py --devices 2 $(dir $(NULL_GPU_PYTHON))pytest --gpu \
+		tests/train/test_no_waits.py -k "not engine"
 	$(NULL_GPU_PYTHON) tools/null_gpu/check.py
 
 faults: $(STAMP)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.engine import fp8_primary_weights, fused_norms
-from genlip_megatron.model.fp8_state import is_fp8_state
+from genlip_megatron.model.fp8_state import fp8_state, is_fp8_state
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
@@ -132,6 +132,12 @@ def weights_of(model: list[Any]) -> dict[str, dict[str, Any]]:
     """Sharded tensors of this rank's chunks, with copies of their FP8 state; what they are called in a checkpoint does
     not depend on the layout."""
     return {f"chunk{i}": _saved_part(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
+
+
+def has_unsaved_fp8_state(model: list[Any]) -> bool:
+    """Whether this rank's chunks have FP8 state that ``weights_of`` leaves out: with some layers in bfloat16."""
+    parts = [unwrap(chunk) for chunk in model]
+    return any(part.config.first_last_layers_bf16 and any(fp8_state(part)) for part in parts)
 
 
 def leave_out_fp8_state(weights: dict[str, dict[str, Any]], stored: Metadata) -> list[str]:

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from genlip_megatron.checkpoint import content, folder, manifest, metadata
 from genlip_megatron.checkpoint.agree import from_rank_0, gather, rank, world_size
 from genlip_megatron.checkpoint.content import SHARES, RandomStates, State
-from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, Manifest
+from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.config import RunConfig, from_dict
 
 # What matters when weights are made, or while they are trained, and never changes what they mean.
@@ -159,19 +159,17 @@ def read_common(place: Path) -> dict[str, Any]:
     return load_common_state_dict(str(place))
 
 
-def _silent(line: str) -> None:
-    pass
-
-
 def _describe_weights(place: Path, model: list[Any], log: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """What is to be loaded into the model; says so when the checkpoint lacks FP8 scales."""
+    """What is to be loaded into the model; says so when FP8 scales are not in the checkpoint."""
     weights = content.weights_of(model)
+    if content.has_unsaved_fp8_state(model):
+        log(f"{place}: FP8 attention's scales are not saved with train.first_last_layers_bf16, and are found anew")
     if missing := content.leave_out_fp8_state(weights, metadata.read(place)):
         log(f"{place} lacks FP8 scales, which are found anew: {missing[0]} and {len(missing) - 1} more")
     return weights
 
 
-def load_weights(place: Path, model: list[Any], log: Callable[[str], None] = _silent) -> None:
+def load_weights(place: Path, model: list[Any], log: Callable[[str], None]) -> None:
     """Set the model's weights, and FP8 scales where there are, from a checkpoint of any layout. A collective."""
     state = {"model": _describe_weights(place, model, log)}
     objects = read_common(place)["objects"]
@@ -182,15 +180,21 @@ def load_weights(place: Path, model: list[Any], log: Callable[[str], None] = _si
 def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
     """Raise ValueError when the optimizer's state cannot be read on this layout."""
     if differing := _kind_differences(saved, config):
+        fused = saved.layout.get("fused_norms") or saved.layout.get("fp8_primary_weights")  # reshard refuses these
+        other = (
+            f"whose last save, of kind {FULLY_RESHARDABLE}, any layout reads"
+            if fused
+            else f"or make it readable by any: tools/checkpoints.py reshard {place}"
+        )
         raise ValueError(
             f"{place} holds optimizer state of kind {saved.kind}, which needs the layout that saved it: "
             + "; ".join(differing)
-            + f". Use that layout, or make it readable by any: tools/checkpoints.py reshard {place}"
+            + f". Use that layout, {other}"
         )
 
 
 @torch.no_grad()  # Megatron-Core 0.16.1 copies into float32 weights without it
-def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Callable[[str], None] = _silent) -> None:
+def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Callable[[str], None]) -> None:
     """Set weights, optimizer, schedule and random states from a checkpoint. A collective.
 
     Raises:

@@ -120,7 +120,7 @@ def _megatron_outputs(
     groups.initialize(config)
     (model,) = build_model(config, transformer_config(config))
     assert model.embed is not None and model.head is not None
-    loading.load_weights(checkpoint, [model])
+    loading.load_weights(checkpoint, [model], print)
     _round(model, dtype)
     model.eval()
     samples = [

@@ -75,7 +75,7 @@ class RecomputingCaptioner:
         groups.initialize(config)
         self._end = groups.finalize
         self._model: list[torch.nn.Module] = list(build_model(config, transformer_config(config)))
-        loading.load_weights(found[0], self._model)
+        loading.load_weights(found[0], self._model, log)
 
     def tokens(self, images: Sequence[Prepared]) -> list[list[int]]:
         """New tokens of each good image, without the end token."""

@@ -38,7 +38,7 @@ def is_fp8_state(name: str) -> bool:
 
 
 @torch.no_grad()  # with gradients, leaving the context would update the scales of models that there are already
-def prepare(layers: Iterable[Any], transformer: TransformerConfig) -> None:
+def prepare_fp8_state(layers: Iterable[Any], transformer: TransformerConfig) -> None:
     """Make the state of FP8 layers, which their first forward pass would: scales of 1, empty histories."""
     for layer in layers if transformer.fp8 else ():
         with get_fp8_context(transformer, layer.layer_number - 1):

@@ -25,7 +25,7 @@ from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.attention import PackedAttention, plan_attention
 from genlip_megatron.model.embed import Embedding, ImageSlots
-from genlip_megatron.model.fp8_state import is_fp8_state, prepare, set_fp8_state
+from genlip_megatron.model.fp8_state import is_fp8_state, prepare_fp8_state, set_fp8_state
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.head import Head
 from genlip_megatron.model.regularize import fuse_norms
@@ -164,7 +164,7 @@ def build_model(
     for vp_stage in range(chunks) if chunks else (None,):
         model = GenLIP(config, transformer, vp_stage, attention_backend)
         fill_initial_weights(model, config)
-        prepare(model.decoder.layers, transformer)
+        prepare_fp8_state(model.decoder.layers, transformer)
         models.append(model.to(torch.cuda.current_device()))
     return models
 

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from genlip_megatron import host
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.table import FUSED_NORMS
-from genlip_megatron.model.attention import FP8_BACKEND, GatedSelfAttention, PrefixLMAttention, choose_backend
+from genlip_megatron.model.attention import FP8_BACKEND, GenLIPSelfAttention, PrefixLMAttention, choose_backend
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.engine import RECIPES, choose_fp8, fused_norms, why_no_engine
 from genlip_megatron.model.fusion import fusion_choice
@@ -180,7 +180,7 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=GatedSelfAttention,
+                module=GenLIPSelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column, core_attention=PrefixLMAttention, linear_proj=row

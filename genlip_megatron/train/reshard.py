@@ -63,17 +63,14 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
     recorded = loading.read_config(place)
     if recorded.parallel.fsdp:
         raise ValueError(f"{place} was saved with --fsdp, whose optimizer state is read by any layout")
-    if any(FP8_STATE in key for key in metadata.read(place).state_dict_metadata):
-        raise ValueError(
-            f"{place}: it holds FP8 scales, which this tool's layers have not; resume it on its own layout: what a run "
-            f"saves last is {FULLY_RESHARDABLE}"
-        )
     if (fused_norms(recorded) or fp8_primary_weights(recorded)) and DP_RESHARDABLE in (saved.kind, kind):
         raise ValueError(
             f"{place}: the {DP_RESHARDABLE} state of Transformer Engine's layers holds parameters in an order of its "
             "own, which this tool does not know; resume it on its own layout: what a run saves last is "
             f"{FULLY_RESHARDABLE}"
         )
+    if any(FP8_STATE in key for key in metadata.read(place).state_dict_metadata):
+        print(f"{place}: its FP8 scales are left out; a run that needs them finds them anew")
     changes: dict[str, Any] = {f"parallel.{name}": size for name, size in (layout or {}).items()}
     if layout:
         changes |= {f"parallel.num_layers_in_{end}_pipeline_stage": 0 for end in ("first", "last")}
@@ -131,7 +128,7 @@ def _work(
     saved = manifest.read(place)
     run = build_run(config)
     state = State(run.model, run.optimizer, run.scheduler)
-    loading.load(place, saved, config, state)
+    loading.load(place, saved, config, state, log)
     random = RandomStates.of_another_run(saved.random, saved.layout["world_size"])
     rows = dist_checkpointing.load({"random": random.parts}, str(place))["random"]
     random = dataclasses.replace(

@@ -9,7 +9,8 @@ import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -317,3 +318,17 @@ def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
     torch.save({"objects": _Runs()}, place / "common.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         loading.read_common(place)
+
+
+@pytest.mark.parametrize(
+    ("fused", "advice"),
+    [
+        (False, "or make it readable by any: tools/checkpoints.py reshard"),
+        (True, "whose last save, of kind"),
+    ],
+)
+def test_another_layout_is_told_what_helps(fused: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_kind_differences", lambda saved, config: ["2 there, 1 here"])
+    saved = SimpleNamespace(kind="dp_reshardable", layout={"fused_norms": fused})
+    with pytest.raises(ValueError, match=f"2 there, 1 here. Use that layout, {advice}"):
+        loading.check_layout(Path("run"), cast(Any, saved), RunConfig())

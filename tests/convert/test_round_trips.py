@@ -65,7 +65,7 @@ def loaded(config: RunConfig, place: Path) -> dict[str, Any]:
         run: Any = build_run(config)
     else:
         run = type("Run", (), {"model": build_model(config, transformer_config(config)), "config": config})
-    loading.load_weights(place, list(run.model))
+    loading.load_weights(place, list(run.model), print)
     return {"weights": full_weights(run)}
 
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.attention import SelfAttention
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.model.attention import BACKENDS, GatedSelfAttention, choose_backend, context, plan_attention
+from genlip_megatron.model.attention import BACKENDS, GenLIPSelfAttention, choose_backend, context, plan_attention
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.attention.grouped import Grouped
 from genlip_megatron.model.attention.two_calls import TwoCalls, reference_kernel
@@ -269,7 +269,7 @@ def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_d
 def test_the_gate_outlives_queries_that_are_moved_to_the_host(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     views = torch.randn(4, 1, 2, 32).split(8, dim=-1)
     monkeypatch.setattr(SelfAttention, "get_query_key_value_tensors", lambda self: views)
-    attention = object.__new__(GatedSelfAttention)
+    attention = object.__new__(GenLIPSelfAttention)
     torch.nn.Module.__init__(attention)
     attention.offload_core_attention, attention.checkpoint_core_attention = True, not moved
     *others, gate = attention.get_query_key_value_tensors()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import content, folder, loading, manifest
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.megatron_source import MegatronSource
+from genlip_megatron.model.fp8_state import sharded_fp8_state
 from genlip_megatron.train.reshard import reshard
 from tests import engine
 from tests.distributed import run_distributed
@@ -137,7 +139,7 @@ def test_what_needs_no_scales_takes_none(
     assert len(run_distributed(1, run_steps, local, 3)[0]["losses"]) == 1
     names = set(MegatronSource(place, manifest.read(place), local.model).dtypes)
     assert names and not any("fp8" in name for name in names)
-    with pytest.raises(ValueError, match="it holds FP8 scales, which this tool's layers have not"):
+    with pytest.raises(ValueError, match="parameters in an order of its own"):
         reshard(place, "dp_reshardable", tmp_path / "other")
 
 
@@ -200,3 +202,20 @@ def scales_after_each(config: RunConfig, steps: int) -> list[dict[str, torch.Ten
             states.append(state_of(run))
         run.train_loader.close()
     return states
+
+
+@pytest.mark.parametrize("ends_in_bf16", [True, False])
+def test_scales_that_are_not_saved_are_told(ends_in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = torch.nn.Module()
+    state = SimpleNamespace(scale=torch.ones(3), amax_history=torch.zeros(1, 3))
+    attention.fp8_meta = {"scaling_fwd": state}
+    model = torch.nn.Sequential(attention)
+    model.config = SimpleNamespace(first_last_layers_bf16=ends_in_bf16)
+    monkeypatch.setattr(content, "unwrap", lambda chunk: chunk)
+    monkeypatch.setattr(content, "weights_of", lambda model: {})
+    monkeypatch.setattr(loading.metadata, "read", lambda place: None)
+    said: list[str] = []
+    loading._describe_weights(Path("run"), [model], said.append)
+    assert ["train.first_last_layers_bf16" in line for line in said] == [True] * ends_in_bf16
+    if ends_in_bf16:
+        assert sharded_fp8_state(model, "layer.", ()) == {}

@@ -90,7 +90,7 @@ class Ranks:
     """Ranks of a communicator of nccl.c in one process, each with a stream of its own."""
 
     def __init__(self, library: ctypes.CDLL, count: int) -> None:
-        self.library = library
+        self.nccl = library
         name = UniqueId()
         library.ncclGetUniqueId(ctypes.byref(name))
         self.comms = [ctypes.c_void_p() for _ in range(count)]
@@ -102,11 +102,11 @@ class Ranks:
     def call(self, rank: int, name: str, *args: Any) -> int:
         """``name`` of NCCL on one rank's stream; tensors stand for their memory, numbers are C's int or size_t."""
         values = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_size_t(x) for x in args]
-        result: int = getattr(self.library, name)(*values, self.comms[rank], self.streams[rank])
+        result: int = getattr(self.nccl, name)(*values, self.comms[rank], self.streams[rank])
         return result
 
     def wait(self, rank: int) -> None:
-        assert self.library.cudaStreamSynchronize(self.streams[rank]) == SUCCESS
+        assert self.nccl.cudaStreamSynchronize(self.streams[rank]) == SUCCESS
 
 
 @pytest.fixture()
@@ -198,6 +198,19 @@ def test_sums_are_rounded_once_and_nan_stays(ranks: Ranks) -> None:
             assert outputs[rank][0].item() == first and outputs[rank][1:].isnan().all()
 
 
+def test_what_lies_beyond_float32_counts_in_a_bfloat16_sum(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for little, expected in ((2**-40, 1 + 2**-7), (0.0, 1.0), (-(2**-40), 1.0)):
+        ranks, result = Ranks(library, 3), torch.zeros(1).bfloat16()
+        for rank, value in enumerate((1.0, 2**-8, little)):  # without the last half-way between two numbers
+            ranks.call(rank, "ncclAllReduce", torch.tensor([value]).bfloat16(), result, 1, 9, SUM)
+        for rank in range(3):
+            ranks.wait(rank)
+        assert result.item() == expected
+
+
 def test_what_nccl_does_and_this_does_not_is_refused(library: ctypes.CDLL, ranks: Ranks) -> None:
     library.ncclGetLastError.restype = ctypes.c_char_p
     half = torch.ones(1).half()
@@ -205,21 +218,22 @@ def test_what_nccl_does_and_this_does_not_is_refused(library: ctypes.CDLL, ranks
     assert b"reduces no float16" in library.ncclGetLastError(None)
 
 
-def test_ranks_that_differ_in_a_collective_are_stopped(tmp_path: Path, library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("count", [4, 2**19])  # large ones are not copied
+def test_ranks_that_differ_in_a_collective_are_stopped(count: int, tmp_path: Path, library: ctypes.CDLL) -> None:
     script = """if True:
         import ctypes, pathlib, sys, torch
         sys.path.insert(0, sys.argv[1])
         from tests.tools.test_null_gpu import Ranks
-        ranks = Ranks(ctypes.CDLL(sys.argv[2]), 2)
+        ranks, count = Ranks(ctypes.CDLL(sys.argv[2]), 2), int(sys.argv[3])
         for rank in range(2):
-            ranks.call(rank, "ncclAllReduce", torch.ones(4), torch.ones(4), 4 - rank, 7, 0)
+            ranks.call(rank, "ncclAllReduce", torch.ones(count), torch.ones(count), count - rank, 7, 0)
         ranks.wait(0)"""
     done = subprocess.run(
-        [sys.executable, "-c", script, str(TOOLS.parent), library._name], text=True, capture_output=True,
+        [sys.executable, "-c", script, str(TOOLS.parent), library._name, str(count)], text=True, capture_output=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode < 0 and "rank 0 takes part in collective 0 of" in done.stderr
-    assert "with 16 bytes of type 7, rank 1 with 12 of 7" in done.stderr
+    assert f"with {4 * count} bytes of type 7, rank 1 with {4 * count - 4} of 7" in done.stderr
 
 
 def test_devices_are_counted_and_have_memory_of_their_own(
@@ -350,6 +364,14 @@ def test_rounding_to_float8(dtype: torch.dtype, step: float) -> None:
 def _result(losses: list[float], part: str) -> dict[str, Any]:
     calls = dict.fromkeys(check.PARTS[part].calls, 1)
     return {"losses": losses, "calls": calls, "compiled": 0, "output": ""}
+
+
+def test_a_failed_part_tells_its_own_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ours = "[rank1]: ValueError: too many"
+    output = f"Traceback\n{ours}\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\n"
+    failed = subprocess.CompletedProcess([], 1, output)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    assert check.launch("tp2-te", tmp_path, tmp_path, 2) == {"error": ours}
 
 
 def test_a_part_fails_when_losses_differ_or_the_engine_was_not_called() -> None:

@@ -283,7 +283,7 @@ class Benchmark:
                 with times.timed(f"find, verify {verify}"):
                     found = loading.find(ours, verify == "full", self.lines.append)
                 assert found is not None
-                loading.load(*found, run.config, self.state)
+                loading.load(*found, run.config, self.state, self.lines.append)
         self.ours_bytes = manifest.read(ours).size
 
 

@@ -53,8 +53,8 @@ class Part:
     """A run: ``settings`` as section__name, flags of run.py, and what it must equal, call, print and compile.
 
     ``says`` is a regular expression. With ``crowded`` some micro-batches run without a CUDA graph, and do not fit
-    beside those that there are. ``ranks`` processes talk by nccl.c. What ``moves``
-    to host memory does so with small tensors too. What ``resumes`` is saved half-way.
+    beside those that there are. ``ranks`` processes talk by nccl.c. What ``moves`` to host memory does so with small
+    tensors too. What ``resumes`` is saved half-way.
     """
 
     settings: dict[str, Any]
@@ -322,6 +322,7 @@ def launch(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         lines = done.stdout.strip().splitlines() or ["no output"]
+        # torchrun's own error comes last and tells nothing.
         own = [line for line in lines if "null GPU: " in line or ("Error: " in line and "ChildFailed" not in line)]
         return {"error": (own or lines)[-1]}
     return {**json.loads(file.read_text()), "output": done.stdout}

@@ -1,13 +1,14 @@
 // NCCL among processes of one machine, each with a device that runs nothing.
 //
 // A rank's part of a collective is copied to a file as soon as it is asked for. The others' parts are read when something
-// waits for the stream that the collective was queued on, so that what does not wait reads old values. A call itself
+// waits for the stream that the collective was queued on, so that what nobody waited for is old values. A call itself
 // waits for what its stream was given before, where a device would only queue it; calls within a group do not. The last
 // reader of a file removes it; the files lie in TMPDIR. Without NULL_GPU_COMPUTE large parts are not copied.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <math.h>
 #include <nccl.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -149,7 +150,7 @@ static size_t size_of(ncclDataType_t type) {
 
 static bool is_integer(ncclDataType_t type) { return type <= ncclUint64; }
 static bool can_reduce(ncclDataType_t type) {
-    return is_integer(type) || type == ncclFloat32 || type == ncclFloat64 || type == ncclBfloat16;
+    return (is_integer(type) && type != ncclUint64) || type == ncclFloat32 || type == ncclFloat64 || type == ncclBfloat16;
 }
 
 static float from_bfloat16(uint16_t bits) {
@@ -159,11 +160,13 @@ static float from_bfloat16(uint16_t bits) {
     return value;
 }
 
-// Halves go to the even number.
-static uint16_t to_bfloat16(float value) {
+// Halves go to the even number. What float32 cannot hold makes its last bit odd, so that it is rounded once in all.
+static uint16_t to_bfloat16(double value) {
+    float near = (float)value;
     uint32_t wide;
-    memcpy(&wide, &value, sizeof wide);
+    memcpy(&wide, &near, sizeof wide);
     if (value != value) return 0x7fc0;
+    if (near != value) wide = (wide - (fabs(near) > fabs(value))) | 1;
     return (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
 }
 
@@ -176,7 +179,7 @@ static double real_at(const void *values, size_t i, ncclDataType_t type) {
 static void set_real(void *values, size_t i, ncclDataType_t type, double value) {
     if (type == ncclFloat64) ((double *)values)[i] = value;
     else if (type == ncclFloat32) ((float *)values)[i] = (float)value;
-    else ((uint16_t *)values)[i] = to_bfloat16((float)value);
+    else ((uint16_t *)values)[i] = to_bfloat16(value);
 }
 
 static int64_t integer_at(const void *values, size_t i, ncclDataType_t type) {
@@ -443,7 +446,7 @@ static ncclResult_t collective(
     }
     if (kind == REDUCE || kind == REDUCE_SLICE) {
         if (operation >= ncclNumOps) return refuse("the GPU that runs nothing has no factors in reductions");
-        if (!can_reduce(type)) return refuse("the GPU that runs nothing reduces no float16 and float8");
+        if (!can_reduce(type)) return refuse("the GPU that runs nothing reduces no float16, float8 and uint64");
     }
     pthread_mutex_lock(&lock);
     unsigned long long sequence = comm->collectives++;

@@ -5,13 +5,13 @@
 ``context.py`` what context-parallel ranks exchange.
 """
 
-from genlip_megatron.model.attention.core import GatedSelfAttention, PrefixLMAttention
+from genlip_megatron.model.attention.core import GenLIPSelfAttention, PrefixLMAttention
 from genlip_megatron.model.attention.plan import BACKENDS, FP8_BACKEND, PackedAttention, choose_backend, plan_attention
 
 __all__ = [
     "BACKENDS",
     "FP8_BACKEND",
-    "GatedSelfAttention",
+    "GenLIPSelfAttention",
     "PackedAttention",
     "PrefixLMAttention",
     "choose_backend",

@@ -13,7 +13,7 @@ from genlip_megatron.model.attention.fp8 import TransformerEngineImages
 from genlip_megatron.model.attention.plan import PackedAttention
 
 
-class GatedSelfAttention(SelfAttention):
+class GenLIPSelfAttention(SelfAttention):
     """Megatron-Core's, with an output gate that stays when queries, keys and values are moved to host memory.
 
     They are views of one tensor, whose memory Megatron-Core then frees while the gate is still to be applied.
