@@ -3,11 +3,11 @@
 
     tools/null_gpu/check.py                     prints a table; exits 1 when a part fails
 
-With the CPU computing what kernels would: float32, bfloat16, Transformer Engine and every kind of its FP8, each step's
-loss against the same run's on the CPU, with recomputation, offloading, FSDP and every kind of parallelism on two or four
-ranks too; FP8 runs that are saved and resumed; inference; the golden files, by the head's own Triton kernels. With
-kernels that do nothing: CUDA graphs and compiled branches, which have to come to their end. Each part runs in processes
-of its own. ``make null-gpu`` makes the environment that this needs and runs it.
+With the CPU computing what kernels would: float32, bfloat16, Transformer Engine and every kind of its FP8, each
+step's loss against the same run's on the CPU, with recomputation, offloading, FSDP and every kind of parallelism on
+two or four ranks too; FP8 runs that are saved and resumed; inference; the golden files, by the head's own Triton
+kernels. With kernels that do nothing: CUDA graphs and compiled branches, which have to come to their end. Each part
+runs in processes of its own. ``make null-gpu`` makes the environment that this needs and runs it.
 """
 
 from __future__ import annotations
