@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import fields
 
-from genlip_megatron.config import ParallelConfig, RunConfig, nearest, source_epochs, source_weights
+from genlip_megatron.config import CHEAP_MODULES, ParallelConfig, RunConfig, nearest, source_epochs, source_weights
 from genlip_megatron.faults.inject import parse_faults
 from genlip_megatron.fp8_checks import check_engine
 
@@ -306,7 +306,7 @@ def _check_stages(config: RunConfig) -> None:
         )
 
 
-_RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+_RECOMPUTE_MODULES = ("core_attn", "mlp", *CHEAP_MODULES)
 _OFFLOAD_MODULES = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm")
 
 
@@ -321,9 +321,20 @@ def _check_recomputation(config: RunConfig) -> None:
                 )
     if parallel.recompute == "selective" and not parallel.recompute_modules:
         raise ValueError("parallel.recompute = selective: parallel.recompute_modules names no module")
-    needs_te = config.train.transformer_impl != "transformer_engine"
-    if parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules and needs_te:
-        raise ValueError("parallel.recompute_modules: layernorm needs --transformer-impl transformer_engine")
+    if "layernorm" in parallel.recomputed and config.train.fusion == "norms":
+        raise ValueError(
+            "parallel.recompute_modules: not layernorm with train.fusion = norms, which makes norms within other "
+            "kernels; allowed: --fusion auto, compile, none"
+        )
+    if "output_gate" in parallel.recomputed and not config.model.attention_output_gate:
+        raise ValueError("parallel.recompute_modules: output_gate needs model.attention_output_gate; leave it out")
+    if {"mlp", "mlp_act"} <= set(parallel.recomputed):
+        raise ValueError("parallel.recompute_modules: mlp makes mlp_act again as well; leave mlp_act out")
+    if parallel.offload_modules and (again := [name for name in parallel.recomputed if name in CHEAP_MODULES]):
+        raise ValueError(
+            f"parallel.recompute_modules: not {', '.join(again)} with parallel.offload_modules, which would move what "
+            "is made again; leave one out"
+        )
     if not 0 <= parallel.recompute_num_layers <= config.model.num_layers:
         raise ValueError(
             f"parallel.recompute_num_layers = {parallel.recompute_num_layers}: must be from 0 (all) to "

@@ -98,6 +98,10 @@ class DataConfig:
     change_data: bool = _opt(False, "resume on other data, or in another order of it: the data starts anew")
 
 
+# What a layer can make again at nearly no arithmetic: the inputs of its linears.
+CHEAP_MODULES = ("layernorm", "mlp_act", "output_gate")
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Parallelism. Data parallel size is world size / (tp * pp * cp)."""
@@ -130,12 +134,18 @@ class ParallelConfig:
         choices=("none", "selective", "full"),
     )
     recompute_modules: tuple[str, ...] = _opt(
-        ("core_attn",), "selective: any of core_attn, mlp and, with Transformer Engine, layernorm"
+        ("core_attn",),
+        "selective: any of core_attn and mlp and, at nearly no arithmetic, layernorm, mlp_act and output_gate",
     )
     recompute_num_layers: int = _opt(0, "full: so many layers of each model chunk; 0: all")
     offload_modules: tuple[str, ...] = _opt(
         (), "inputs moved to host memory until the backward pass: attn_norm, qkv_linear, core_attn, attn_proj, mlp_norm"
     )
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """The modules that each layer recomputes: ``recompute_modules`` where ``recompute`` is selective."""
+        return self.recompute_modules if self.recompute == "selective" else ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from genlip_megatron.config import RunConfig
+from genlip_megatron.config import CHEAP_MODULES, RunConfig
 
 _ALIGNMENT = 16  # of every dimension of an FP8 product
 
@@ -39,7 +39,7 @@ def check_engine(config: RunConfig) -> None:
         raise ValueError(
             f"train.fp8_attention: needs train.attention_backend = auto or te, here is {train.attention_backend}"
         )
-    if train.fp8_attention and parallel.recompute == "selective" and "core_attn" in parallel.recompute_modules:
+    if train.fp8_attention and "core_attn" in parallel.recomputed:
         raise ValueError(
             "train.fp8_attention: not with core_attn in parallel.recompute_modules, which computes it again outside of "
             "FP8; take --recompute-modules mlp or --recompute full, or leave out one of them"
@@ -52,9 +52,11 @@ def _check_layers(config: RunConfig) -> None:
     """Which layers are in BF16, and whether the recipe allows it."""
     train, parallel = config.train, config.parallel
     delayed = train.fp8_recipe == "delayed"
-    if delayed and parallel.recompute == "selective" and "layernorm" in parallel.recompute_modules:
+    # A linear whose input is made again keeps no FP8 copy of it, which only current scaling can make again.
+    if delayed and (again := [name for name in parallel.recomputed if name in CHEAP_MODULES]):
         raise ValueError(
-            "parallel.recompute_modules: not layernorm with delayed FP8 scaling; leave it out, or --fp8-recipe current"
+            f"parallel.recompute_modules: not {', '.join(again)} with delayed FP8 scaling; allowed: core_attn, mlp, or "
+            "--fp8-recipe current"
         )
     if not train.first_last_layers_bf16:
         return

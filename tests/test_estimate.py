@@ -14,7 +14,7 @@ import pytest
 
 from genlip_megatron import estimate as es
 from genlip_megatron.checks import check
-from genlip_megatron.config import ParallelConfig, RunConfig, from_dict, load_yaml, override, recipe_names
+from genlip_megatron.config import CHEAP_MODULES, ParallelConfig, RunConfig, from_dict, load_yaml, override, recipe_names
 from genlip_megatron.convert.table import canonical_shapes
 from genlip_megatron.estimate.sample import data_parallel_size
 from tests.distributed import run_distributed
@@ -62,6 +62,8 @@ TOLERANCE = 0.04
         ("head", "bf16"),
         ("recompute full", "bf16"),
         ("recompute mlp", "fp32"),
+        ("recompute cheap", "fp32"),
+        ("recompute cheap", "bf16"),
     ],
 )
 def test_peak_of_one_process_is_as_estimated(case: str, precision: str) -> None:
@@ -78,6 +80,8 @@ _FP8_WEIGHTS = {**_FP8, "train.fp8_primary_weights": True}
 _TP2 = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True}
 _CP2, _PP2 = {"parallel.context_parallel_size": 2}, {"parallel.pipeline_model_parallel_size": 2}
 _RECOMPUTE = {"parallel.recompute": "selective", "parallel.recompute_modules": ["core_attn", "mlp"]}
+_CHEAP = {**_RECOMPUTE, "parallel.recompute_modules": list(CHEAP_MODULES)}
+_CHEAP_AND_ATTENTION = {**_RECOMPUTE, "parallel.recompute_modules": ["core_attn", *CHEAP_MODULES]}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,9 @@ _RECOMPUTE = {"parallel.recompute": "selective", "parallel.recompute_modules": [
         ("g16_stage1", 4, 1, {"parallel.recompute": "full"}, 41.90),
         ("so16_stage1", 4, 1, _RECOMPUTE, 61.80),
         ("so16_stage1", 4, 1, {"parallel.recompute": "full"}, 22.05),
+        ("so16_stage1", 4, 1, _CHEAP, 87.05),
+        ("so16_stage1", 4, 1, _CHEAP_AND_ATTENTION, 69.62),
+        ("l16_stage1", 4, 1, _CHEAP, 69.50),
         ("so16_stage1", 1, 1, {"parallel.offload_modules": ["core_attn"]}, 30.99),
         ("so16_stage1", 2, 1, _TE, 63.29),
         ("so16_stage1", 2, 1, _FP8, 58.82),

@@ -111,10 +111,8 @@ def recomputed_fraction(config: RunConfig, mix: SampleMix) -> float:
         counts = layers_per_chunk(model, parallel)
         done = sum(min(parallel.recompute_num_layers or count, count) for count in counts)
         again = (pairs + mlp + linears) * done / layers
-    elif parallel.recompute == "selective":
-        again = (pairs if "core_attn" in parallel.recompute_modules else 0) + (
-            mlp if "mlp" in parallel.recompute_modules else 0
-        )
+    else:
+        again = (pairs if "core_attn" in parallel.recomputed else 0) + (mlp if "mlp" in parallel.recomputed else 0)
     return again / sample_flops(model, mix)
 
 

@@ -52,7 +52,7 @@ class Sizes:
         self.heads = self.gathered / self.tp
         self.inner = self.tokens * model.ffn_hidden_size * self.e / self.tp
         self.vocabulary = -(-model.vocab_size // self.tp) * model.text_hidden_size
-        self.modules = parallel.recompute_modules if parallel.recompute == "selective" else ()
+        self.modules = parallel.recomputed
 
     def accumulated(self, numel: float) -> float:
         """A weight's gradient on its way into the float32 buffer; a CPU first makes a float32 copy of it."""
@@ -63,18 +63,19 @@ class Sizes:
         model, name = self.config.model, backend(self.config, self.device)
         gate = model.attention_output_gate
         qkv = 4 if gate else 3
-        kept = self.heads * (2 if gate else 1)  # attention's output, and what the projection multiplies
+        gated = gate and "output_gate" not in self.modules
+        kept = self.heads * (2 if gated else 1)  # attention's output, and what the projection multiplies
         if gate and self.device == "cpu":
             kept += self.tokens * model.hidden_size / self.tp * 4  # the sigmoid, in float32
         if "core_attn" in self.config.parallel.offload_modules and "core_attn" not in self.modules:
             return kept + (self.heads if gate else 0)  # the gate's own copy; all else is moved
-        # A compiled gate on a GPU keeps its input, a view of the whole query-key-value projection.
-        whole = recomputed or (gate and self.device != "cpu")
+        # A compiled gate on a GPU, and one that is applied again, keep the gate: a view of the whole projection.
+        whole = recomputed or (gate and self.device != "cpu") or "output_gate" in self.modules
         kept += self.heads * qkv if whole else 0
         if recomputed:
             return kept
         kept += 4 * model.num_attention_heads / self.tp * self.tokens  # log of the softmax's denominator
-        if whole and self.cp == 1 and name != "te":
+        if whole and self.cp == 1 and name not in ("te", "grouped"):
             kept -= self.heads  # the values, where they are attended as they lie in the projection
         if name in ("varlen", "te"):
             # Image queries see their image, text queries the whole sample; each call has its own copies. With the fixed
@@ -92,9 +93,12 @@ class Sizes:
         model, modules = self.config.model, self.modules
         # FP8 linears keep their inputs in FP8. The output projection's stays in bfloat16 as well, so measurements say.
         narrow = 0.5 if self.config.train.fp8 != "none" else 1.0
-        norms = 0 if "layernorm" in modules else 2 * narrow * self.hidden
+        norms = 2 * narrow * self.hidden
+        if "layernorm" in modules:  # what a recomputed MLP is given stays
+            norms = self.hidden if "mlp" in modules else 0
         branches = 2 * self.hidden if model.layer_scale_init else 0
-        mlp = 0 if "mlp" in modules else (2 + narrow) * self.inner  # SwiGLU's input [S, 2F] and output [S, F]
+        swiglu = 2 + (0 if "mlp_act" in modules else narrow)  # its input [S, 2F] and output [S, F]
+        mlp = 0 if "mlp" in modules else swiglu * self.inner
         residuals = 2 * self.hidden
         statistics = 16 * self.local
         attention = self.attention("core_attn" in modules)
@@ -145,7 +149,7 @@ class Sizes:
         again = 3 * self.inner + 2 * self.hidden if "mlp" in self.modules else 0
         if parallel.recompute == "full" and (parallel.recompute_num_layers or layers) >= layers:
             again = self.layer()
-        freed = self.inner + scaled
+        freed = scaled + (0 if "mlp_act" in self.modules else self.inner)
         # SwiGLU's input gradient [S, 2F] beside its output's, and on a CPU a product of two of them.
         swiglu = (4 if self.device == "cpu" else 3) * self.inner + self.hidden - freed
         linear = self.gathered + self.hidden - freed + max(fc1 * self.e, staged)

@@ -50,8 +50,7 @@ def fused_norms(config: RunConfig) -> bool:
     """Whether the layers' norms are part of the linears behind them: with Transformer Engine, unless a norm is to be
     recomputed or moved to host memory by itself."""
     parallel = config.parallel
-    recomputed = parallel.recompute_modules if parallel.recompute == "selective" else ()
-    apart = {"layernorm", "attn_norm", "mlp_norm"}.intersection((*recomputed, *parallel.offload_modules))
+    apart = {"layernorm", "attn_norm", "mlp_norm"}.intersection((*parallel.recomputed, *parallel.offload_modules))
     return config.train.transformer_impl == "transformer_engine" and not apart
 
 

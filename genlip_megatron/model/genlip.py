@@ -28,6 +28,7 @@ from genlip_megatron.model.embed import Embedding, ImageSlots
 from genlip_megatron.model.fp8_state import is_fp8_state, prepare_fp8_state, set_fp8_state
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.head import Head
+from genlip_megatron.model.recompute import keep_no_copies
 from genlip_megatron.model.regularize import fuse_norms
 from genlip_megatron.model.specs import attention_choice, layer_spec
 from genlip_megatron.parallel.initial import fill_initial_weights
@@ -76,6 +77,8 @@ class GenLIP(MegatronModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        if transformer.fp8:
+            keep_no_copies(self.decoder.layers, config.parallel.recomputed)
         if config.train.fusion == "norms":
             fuse_norms(self.decoder.layers, across=config.parallel.recompute != "full" and not config.parallel.fsdp)
         self.head = Head(*edges) if self.post_process else None

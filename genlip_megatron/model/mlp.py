@@ -11,6 +11,8 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from genlip_megatron.model.recompute import forget, remade
+
 # Megatron-Core's layer hands the tensor-parallel group to its own MLP class alone, and warns at any other that it does
 # not; the default group is the right one here.
 logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
@@ -38,8 +40,21 @@ class _SwiGLU(torch.autograd.Function):
         return grad
 
 
+def _swiglu(x: Tensor, bias: Tensor | None) -> Tensor:
+    """[S, 1, F] from [S, 1, 2F] and a bias [2F] that is still to be added."""
+    return bias_swiglu_impl(x, bias) if x.is_cuda else _SwiGLU.apply(x if bias is None else x + bias)
+
+
 class SwiGLU(MLP):
-    """Megatron-Core's MLP with a fused activation: by its own kernel on a GPU, by ours on a CPU."""
+    """Megatron-Core's MLP with a fused activation: by its own kernel on a GPU, by ours on a CPU.
+
+    Args:
+        recompute_act: keep no output of the activation for the backward pass, which makes it again.
+    """
+
+    def __init__(self, *args: Any, recompute_act: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recompute_act = recompute_act
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
@@ -50,7 +65,9 @@ class SwiGLU(MLP):
         """
         assert per_token_scale is None
         x, bias = self.linear_fc1(hidden_states)
+        forget(hidden_states, x)
         # One name, so that no input lives on beside the next product.
-        x = bias_swiglu_impl(x, bias) if x.is_cuda else _SwiGLU.apply(x if bias is None else x + bias)
+        x = remade(_swiglu, x, bias) if self._recompute_act else _swiglu(x, bias)
         output, bias = self.linear_fc2(x)
+        forget(x, output)
         return output if bias is None else output + bias, None

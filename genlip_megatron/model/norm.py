@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genlip_megatron.model.recompute import remade
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm whose parameters say whether they see a tensor-parallel shard of the tokens.
@@ -15,11 +17,21 @@ class LayerNorm(torch.nn.LayerNorm):
     norm that ran on gathered rows must not be marked, or its gradient is multiplied.
 
     Whoever makes the tensor that is normed next may ``hand`` over its norm as well.
+
+    Args:
+        recompute: whoever reads the norm may free it until the backward pass (``recompute.forget``).
     """
 
     def __init__(
-        self, config: Any, hidden_size: int, eps: float = 1e-6, sequence_parallel: bool | None = None, **_: Any
+        self,
+        config: Any,
+        hidden_size: int,
+        eps: float = 1e-6,
+        sequence_parallel: bool | None = None,
+        recompute: bool = False,
+        **_: Any,
     ) -> None:
+        self._recompute = recompute
         self._handed: tuple[Tensor, Tensor] | None = None
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         sharded = config.sequence_parallel if sequence_parallel is None else sequence_parallel
@@ -33,4 +45,6 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """The norm of ``x`` [..., D]."""
         handed, self._handed = self._handed, None
-        return handed[1] if handed is not None and handed[0] is x else super().forward(x)
+        if handed is not None and handed[0] is x:
+            return handed[1]
+        return remade(super().forward, x) if self._recompute else super().forward(x)

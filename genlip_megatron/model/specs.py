@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from genlip_megatron import host
-from genlip_megatron.config import RunConfig
+from genlip_megatron.config import CHEAP_MODULES, RunConfig
 from genlip_megatron.convert.table import FUSED_NORMS
 from genlip_megatron.model.attention import FP8_BACKEND, GenLIPSelfAttention, PrefixLMAttention, choose_backend
 from genlip_megatron.model.attention.backend import Place
@@ -92,6 +92,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
     fp8 = choose_fp8(config)
+    # CHEAP_MODULES recompute themselves, told by ``layer_spec``.
+    recomputed = [name for name in parallel.recomputed if name not in CHEAP_MODULES]
     # Weight gradients added to DDP's buffer by the product itself: Transformer Engine's linears can, others by Apex.
     adds_gradients = (
         train.transformer_impl == "transformer_engine"
@@ -146,12 +148,12 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         tp_comm_overlap_ag=parallel.tp_comm_overlap_ag,
         tp_comm_overlap_rs=parallel.tp_comm_overlap_rs,
         tp_comm_overlap_rs_dgrad=parallel.tp_comm_overlap_rs_dgrad,
-        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_granularity="full" if parallel.recompute == "full" else "selective" if recomputed else None,
         recompute_method="block" if parallel.recompute == "full" else None,
         recompute_num_layers=parallel.recompute_num_layers or model.num_layers
         if parallel.recompute == "full"
         else None,
-        recompute_modules=list(parallel.recompute_modules) if parallel.recompute == "selective" else None,
+        recompute_modules=recomputed or None,
         fine_grained_activation_offloading=bool(parallel.offload_modules),
         offload_modules=list(parallel.offload_modules),
     )
@@ -165,6 +167,9 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
         column, row = extension.TEColumnParallelLinear, extension.TERowParallelLinear
         if fused:
             column, norm = extension.TELayerNormColumnParallelLinear, IdentityOp
+    recomputed = config.parallel.recomputed
+    if "layernorm" in recomputed:
+        norm = ModuleSpec(module=LayerNorm, params={"recompute": True})
     residual = ModuleSpec(
         module=ScaledResidual,
         params={
@@ -181,14 +186,21 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
             input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=GenLIPSelfAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
+                params={
+                    "attn_mask_type": AttnMaskType.no_mask,
+                    "recompute_gate": "output_gate" in recomputed,
+                },
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column, core_attention=PrefixLMAttention, linear_proj=row
                 ),
             ),
             self_attn_bda=residual,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=SwiGLU, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=SwiGLU,
+                params={"recompute_act": "mlp_act" in recomputed},
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            ),
             mlp_bda=residual,
             sharded_state_dict_keys_map=FUSED_NORMS if fused else {},
         ),

@@ -19,6 +19,7 @@ SOON = 2  # steps within which a planted fault is seen
 ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
 
 FSDP = {"parallel__fsdp": True}
+CHEAP = {"parallel__recompute": "selective", "parallel__recompute_modules": "layernorm,mlp_act,output_gate"}
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 
 # Fewest processes first, so that each pool of them is started once.
@@ -26,11 +27,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DP2", {}, {}),
     ("TP2", {}, {}),
     ("TP2", {}, {"parallel__recompute": "selective", "parallel__recompute_modules": "core_attn,mlp"}),
+    ("TP2", {}, CHEAP),
     ("TP2", {"stage": "stage 1"}, {"parallel__sequence_parallel": False}),
     ("PP2xVPP2", {}, {"parallel__recompute": "full"}),
     ("CP2", {}, {}),
     ("CP2", {"stage": "stage 1"}, ALL_GATHER),
-    ("TP2xPP2", {}, {"parallel__num_layers_in_first_pipeline_stage": 3}),
+    ("TP2xPP2", {}, {"parallel__num_layers_in_first_pipeline_stage": 3, **CHEAP}),
     ("TP2xCP2", {"drop_path": 0.0}, {}),
     ("CP2xDP2", {}, OVERLAP),
     ("PP2xVPP2xDP2", {}, OVERLAP),
@@ -38,6 +40,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("CP4", {}, ALL_GATHER),
     ("TP2xDP2", {}, {**FSDP, "parallel__recompute": "selective"}),
     ("CP2xDP2", {}, {**FSDP, "parallel__recompute": "full"}),
+    ("CP2xDP2", {}, {**OVERLAP, **CHEAP}),
+    ("TP2xDP2", {}, {**FSDP, **CHEAP}),
     ("TP2xPP2xCP2", {}, {}),
     ("TP2xPP2xDP2", {"stage": "stage 1"}, {}),
 ]
@@ -69,6 +73,15 @@ def test_same_run_in_bfloat16(name: str, flags: dict[str, Any], demo_data: Path)
     half: dict[str, Any] = {"train__precision": "bf16"}
     results = run_distributed(world_size, parity_run, parity_config(demo_data, **half, **sizes, **flags), STEPS)
     assert problems(results, reference(demo_data, **half), BFLOAT16) == []
+
+
+@pytest.mark.parametrize("modules", ["layernorm", "mlp_act", "output_gate", "core_attn,layernorm,mlp_act,output_gate"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputation_changes_no_bit(modules: str, precision: str, demo_data: Path) -> None:
+    recomputed = {"parallel__recompute": "selective", "parallel__recompute_modules": modules}
+    case = {"train__precision": precision}
+    results = run_distributed(1, parity_run, parity_config(demo_data, **case, **recomputed), SOON)
+    assert set(worst_errors(results, reference(demo_data, SOON, **case)).values()) == {0.0}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -11,17 +11,42 @@ from torch import Tensor
 from genlip_megatron.model.attention.context import gather_sequence, heads_for_sequence, sequence_for_heads
 from genlip_megatron.model.attention.fp8 import TransformerEngineImages
 from genlip_megatron.model.attention.plan import PackedAttention
+from genlip_megatron.model.recompute import forget, remade
 
 
 class GenLIPSelfAttention(SelfAttention):
     """Megatron-Core's, with an output gate that stays when queries, keys and values are moved to host memory.
 
     They are views of one tensor, whose memory Megatron-Core then frees while the gate is still to be applied.
+
+    Args:
+        recompute_gate: keep no gated output of core attention for the backward pass, which makes it again.
     """
 
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, *args: Any, recompute_gate: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recompute_gate = recompute_gate
+        self._gated: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """(output [S_local, 1, D], bias or None), as ``SelfAttention.forward``."""
+        output, bias = super().forward(*args, **kwargs)
+        gated, self._gated = self._gated, None
+        if gated is not None:
+            forget(gated, output)
+        return output, bias
+
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """What the output projection is given, [S, 1, H*D], from core attention's output of that shape."""
+        if not self._recompute_gate:
+            return super()._apply_output_gate(x, gate)
+        self._gated = remade(super()._apply_output_gate, x, gate)
+        return self._gated
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Query, key, value and, with ``output_gate``, gate; each [S_local, 1, H, D]."""
-        query, key, value, *gates = super().get_query_key_value_tensors(*args, **kwargs)
+        query, key, value, *gates = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        forget(hidden_states, query)
         # Where core attention is recomputed, nothing of it is moved.
         if self.offload_core_attention and not self.checkpoint_core_attention and self.training:
             gates = [gate.clone() for gate in gates]
