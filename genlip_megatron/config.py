@@ -134,7 +134,7 @@ class ParallelConfig:
         choices=("none", "selective", "full"),
     )
     recompute_modules: tuple[str, ...] = _opt(
-        ("core_attn",),
+        ("core_attn", *CHEAP_MODULES),
         "selective: any of core_attn and mlp and, at nearly no arithmetic, layernorm, mlp_act and output_gate",
     )
     recompute_num_layers: int = _opt(0, "full: so many layers of each model chunk; 0: all")

@@ -132,8 +132,17 @@ def test_aliases_are_the_canonical_flags() -> None:
         (["--pp", "2", "--num-layers-in-last-pipeline-stage", "-1"], "they are numbers of layers, 0 for computed"),
         (["--recompute-modules", "core_atn"], "unknown module 'core_atn'. Did you mean 'core_attn'?"),
         (
-            ["--recompute", "selective", "--recompute-modules", "layernorm"],
-            "needs --transformer-impl transformer_engine",
+            ["--recompute", "selective", "--recompute-modules", "layernorm", "--fusion", "norms"],
+            "recompute_modules: not layernorm with train.fusion = norms",
+        ),
+        (["--recompute", "selective", "--no-attention-output-gate"], "output_gate needs model.attention_output_gate"),
+        (
+            ["--recompute", "selective", "--recompute-modules", "mlp,mlp_act"],
+            "mlp makes mlp_act again as well; leave mlp_act out",
+        ),
+        (
+            ["--recompute", "selective", "--offload-modules", "core_attn"],
+            "not layernorm, mlp_act, output_gate with parallel.offload_modules",
         ),
         (["--fusion", "norms", "--transformer-impl", "transformer_engine"], "its linears make their norms themselves"),
         (["--recompute", "selective", "--recompute-modules", ""], "parallel.recompute_modules names no module"),

@@ -14,7 +14,15 @@ import pytest
 
 from genlip_megatron import estimate as es
 from genlip_megatron.checks import check
-from genlip_megatron.config import CHEAP_MODULES, ParallelConfig, RunConfig, from_dict, load_yaml, override, recipe_names
+from genlip_megatron.config import (
+    CHEAP_MODULES,
+    ParallelConfig,
+    RunConfig,
+    from_dict,
+    load_yaml,
+    override,
+    recipe_names,
+)
 from genlip_megatron.convert.table import canonical_shapes
 from genlip_megatron.estimate.sample import data_parallel_size
 from tests.distributed import run_distributed

@@ -64,5 +64,6 @@ def test_accepted() -> None:
                       {"parallel.recompute": "full"}, {}):  # fmt: skip
         check(override(RunConfig(), {**ENGINE, "train.fp8_attention": True, **recompute}))
     check(override(RunConfig(), {**ENGINE, "train.fp8_recipe": "current", "train.first_last_layers_bf16": True}))
+    check(override(RunConfig(), {**ENGINE, "train.fp8_recipe": "current", "parallel.recompute": "selective"}))
     # Without sequence parallelism a rank has all rows.
     check(override(RunConfig(), {**ENGINE, **TP2, "parallel.sequence_parallel": False, "data.seq_length": 1008}))

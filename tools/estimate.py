@@ -190,7 +190,7 @@ def describe_layout(e: es.Estimate, machine: es.Machine, timed: bool, mfu: float
         ["micro-batches", str(e.micro_batches)],
         ["pipeline bubble", f"{100 * e.bubble:.1f}%"],
         ["slowest stage", f"{100 * e.imbalance:.1f}% above the mean"],
-        ["recomputed", f"{100 * e.recomputed:.1f}% of the arithmetic"],
+        ["recomputed", f"{100 * e.recomputed:.1f}% of the arithmetic, {e.remaking_seconds:.3f} s of memory passes"],
     ]
     total = [["  peak", f"{e.memory.total / es.GIB:.2f} GiB of {machine.memory / es.GIB:.1f}"]]
     rows = [*counts, ["memory of the fullest rank", f"(stage {e.memory.stage})"], *parts, *total]
@@ -288,7 +288,7 @@ def chosen_machine(options: dict[str, Any]) -> tuple[es.Machine, bool]:
             raise ValueError(f"--{name.replace('_', '-')} = {options[name]}: must be above 0")
     if options["gpu"] == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / options["gpus"]
-        machine = es.Machine("cpu", memory, 1.0, 10.0, 10.0)
+        machine = es.Machine("cpu", memory, 1.0, 10.0, 10.0, 10.0)
     else:
         machine = es.MACHINES[options["gpu"]]
     if options["gpu_memory_gb"] is not None:

@@ -47,6 +47,7 @@ class Estimate:
     bubble: float  # share of a step that a stage waits for others
     imbalance: float  # slowest stage over the mean, less 1
     recomputed: float  # forward arithmetic done twice, over the useful arithmetic
+    remaking_seconds: float  # passes over memory that make the outputs of CHEAP_MODULES again
     traffic: Traffic
     communication_seconds: float  # not hidden behind arithmetic
     step_seconds: float
@@ -156,7 +157,9 @@ def estimate(
     moved = traffic(config, world_size, device, mix)
     ideal = per_sample * samples / (world_size * machine.peak_tflops * 1e12)
     waiting = _communication_seconds(config, moved, world_size, machine)
-    seconds = ideal / mfu * (1 + recomputed) * (1 + imbalance) / (1 - bubble) + waiting
+    layers = micro_batches(config, world_size) * model.num_layers / config.parallel.pipeline_model_parallel_size
+    remaking = layers * Sizes(config, device, mix).remade() / (machine.memory_gbs * 1e9)
+    seconds = (ideal / mfu * (1 + recomputed) + remaking) * (1 + imbalance) / (1 - bubble) + waiting
     return Estimate(
         config=config,
         world_size=world_size,
@@ -170,6 +173,7 @@ def estimate(
         bubble=bubble,
         imbalance=imbalance,
         recomputed=recomputed,
+        remaking_seconds=remaking,
         traffic=moved,
         communication_seconds=waiting,
         step_seconds=seconds,

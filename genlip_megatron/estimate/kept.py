@@ -112,6 +112,12 @@ class Sizes:
         offloaded = sum(moved.get(name, 0.0) for name in self.config.parallel.offload_modules)
         return max(self.hidden, norms + branches + mlp + residuals + statistics + attention - offloaded)
 
+    def remade(self) -> float:
+        """Bytes that go between device and memory while one layer makes the outputs of CHEAP_MODULES again: its inputs
+        and output, and the output twice more on its way to where it was."""
+        each = {"layernorm": 2 * 4 * self.hidden, "mlp_act": 5 * self.inner, "output_gate": 5 * self.heads}
+        return sum(each.get(name, 0.0) for name in self.modules)
+
     def shared(self) -> float:
         """What a stage keeps of a micro-batch beside its layers: indices, rotary angles, masks, DropPath."""
         model, name = self.config.model, backend(self.config, self.device)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from genlip_megatron.checks import check
-from genlip_megatron.config import RunConfig
+from genlip_megatron.config import ParallelConfig, RunConfig
 from genlip_megatron.estimate.cost import Estimate, estimate
 from genlip_megatron.estimate.memory import memory
 from genlip_megatron.estimate.sample import GIB, GPUS_PER_NODE, MACHINES, Machine, SampleMix, default_mix, micro_batches
@@ -19,11 +19,17 @@ def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     """``config`` on every valid layout worth trying.
 
     T, P and C in powers of two, T within a node; 1, 2 or 4 model chunks; up to 16 packs at once; with FSDP or as in
-    ``config``; recomputation as in ``config``, none, selective over attention and MLP, or full.
+    ``config``; recomputation as in ``config``, none, selective over what is cheap, attention and MLP, or full.
     """
     powers = [2**i for i in range(world_size.bit_length())]
     micro = sorted({config.train.micro_batch_size, *(size for size in powers if size <= 16)})
-    modes = [("none", ("core_attn",)), ("selective", ("core_attn", "mlp")), ("full", ("core_attn",))]
+    cheap = ParallelConfig().recompute_modules
+    modes: list[tuple[str, tuple[str, ...]]] = [
+        ("none", cheap),
+        ("selective", cheap),
+        ("selective", ("core_attn", "mlp")),
+        ("full", cheap),
+    ]
     shardings = sorted({config.parallel.fsdp, True})
     own = (config.parallel.recompute, config.parallel.recompute_modules)
     modes = [own, *(mode for mode in modes if mode != own and (mode[0] == "selective" or mode[0] != own[0]))]
@@ -84,7 +90,7 @@ def layout_flags(config: RunConfig, given: RunConfig | None = None) -> str:
         value = getattr(getattr(config, section), name)
         differs = value != getattr(getattr(given, section), name)
         if name == "recompute_modules":
-            differs = config.parallel.recompute == "selective"
+            differs = differs and config.parallel.recompute == "selective"
             value = ",".join(value)
         if isinstance(value, bool):
             words += [flag if value else flag.replace("--", "--no-", 1)] if differs else []

@@ -20,12 +20,14 @@ class Machine:
     Attributes:
         memory: bytes that a process can allocate.
         peak_tflops: dense bfloat16 rate; MFU is quoted against it.
+        memory_gbs: GB/s between a GPU and its memory.
         link_gbs, network_gbs: GB/s that one GPU sends to its node (NVLink, one direction) and to other nodes.
     """
 
     name: str
     memory: float
     peak_tflops: float
+    memory_gbs: float
     link_gbs: float
     network_gbs: float
 
@@ -33,10 +35,10 @@ class Machine:
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine("h100", 79.1 * GIB, HOPPER_TFLOPS, 450.0, 50.0),
-        Machine("h200", 139.8 * GIB, HOPPER_TFLOPS, 450.0, 50.0),
-        Machine("a100-80", 79.1 * GIB, 312.0, 300.0, 25.0),
-        Machine("a100-40", 39.4 * GIB, 312.0, 300.0, 25.0),
+        Machine("h100", 79.1 * GIB, HOPPER_TFLOPS, 3350.0, 450.0, 50.0),
+        Machine("h200", 139.8 * GIB, HOPPER_TFLOPS, 4800.0, 450.0, 50.0),
+        Machine("a100-80", 79.1 * GIB, 312.0, 2039.0, 300.0, 25.0),
+        Machine("a100-40", 39.4 * GIB, 312.0, 1555.0, 300.0, 25.0),
     )
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from genlip_megatron import estimate
 from genlip_megatron.checks import check
-from genlip_megatron.config import RunConfig, override
+from genlip_megatron.config import ParallelConfig, RunConfig, override
 from genlip_megatron.estimate.sample import GIB
 
 # Steps within which every allocation of a run has happened once; later ones are a leak or another process's doing.
@@ -43,11 +43,9 @@ def _remedies(config: RunConfig, world_size: int) -> list[tuple[str, RunConfig]]
         size = train.micro_batch_size // 2
         wanted.append((f"--micro-batch-size {size}", {"train.micro_batch_size": size}))
     if parallel.recompute == "none":
-        recompute: dict[str, object] = {
-            "parallel.recompute": "selective",
-            "parallel.recompute_modules": ("core_attn", "mlp"),
-        }
-        wanted.append(("--recompute selective --recompute-modules core_attn,mlp", recompute))
+        for modules in (ParallelConfig().recompute_modules, ("core_attn", "mlp")):
+            flags = f"--recompute selective --recompute-modules {','.join(modules)}"
+            wanted.append((flags, {"parallel.recompute": "selective", "parallel.recompute_modules": modules}))
     if parallel.recompute != "full":
         wanted.append(("--recompute full", {"parallel.recompute": "full"}))
     if parallel.pipeline_model_parallel_size == 1 and not parallel.fsdp and train.fp8 == "none":
