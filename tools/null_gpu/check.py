@@ -80,6 +80,7 @@ _ENGINE = _LAYERS | _FUSED_ATTENTION
 _FP32 = {"train__precision": "fp32"}
 _OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 _TP2 = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+_SELECTIVE = {"parallel__recompute": "selective"}
 _ALL_MODULES = ["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"]
 _CP2, _PP2 = {"parallel__context_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 PARTS: dict[str, Part] = {
@@ -109,6 +110,9 @@ PARTS: dict[str, Part] = {
         resumes=True,
     ),
     "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
+    "recompute": Part({**_BF16, **_SELECTIVE}, against="bf16", limit=0.0),
+    "recompute-te": Part({**_TE, **_SELECTIVE}, calls=_FUSED_ATTENTION | {"generic_gemm"}),
+    "recompute-fp8-current": Part({**_CURRENT, **_SELECTIVE}, calls=_FUSED_ATTENTION | {"quantize"}),
     "offload": Part({**_BF16, "parallel__offload_modules": ["core_attn"]}, against="bf16", limit=1e-6, moves=True),
     "offload-te": Part(
         {**_TE, "parallel__offload_modules": _ALL_MODULES}, calls=_FUSED_ATTENTION | {"generic_gemm"}, moves=True
@@ -120,6 +124,10 @@ PARTS: dict[str, Part] = {
     "pp2-fp32": Part({**_FP32, **_PP2}, limit=FLOAT32_LIMIT, ranks=2),
     "fsdp2": Part({**_BF16, "parallel__fsdp": True}, ranks=2),
     "tp2-te": Part({**_TE, **_TP2}, calls=_ENGINE, ranks=2),
+    "tp2-recompute-te": Part({**_TE, **_TP2, **_SELECTIVE}, calls=_FUSED_ATTENTION | {"generic_gemm"}, ranks=2),
+    "tp2-recompute-fp8-current": Part(
+        {**_CURRENT, **_TP2, **_SELECTIVE}, calls=_FUSED_ATTENTION | {"quantize"}, ranks=2
+    ),
     "cp2-te": Part({**_TE, **_CP2}, calls=_ENGINE, ranks=2),
     "tp2-fp8-delayed": Part({**_FP8, **_TP2}, calls=_ENGINE | _DELAYED, ranks=2),
     "tp2-fp8-resume": Part(
