@@ -8,9 +8,10 @@
 
 matmul: the matrix rate at the widths of the models. attention: every backend, forward and backward with rotary
 positions, on a pack of both stages. head: loss and gradients on so many answer rows at the widths of the models,
-against Megatron-Core's unfused cross entropy. step: whole training steps of the paper's models, in BF16, with
-Transformer Engine's layers, in FP8, from CUDA graphs, and by a baseline that does what the released code does
-(``gpu_baseline.py``). data: what the loader sustains alone. Rates count useful arithmetic only (docs/performance.md).
+against Megatron-Core's unfused cross entropy. step: whole training steps of the paper's models, in BF16, with selective
+recomputation, with Transformer Engine's layers, in FP8, from CUDA graphs, and by a baseline that does what the released
+code does (``gpu_baseline.py``). data: what the loader sustains alone. Rates count useful arithmetic only
+(docs/performance.md).
 
 Every job has a process of its own, and every section a limit of minutes, nine together, so that one failure hides no
 other figure. What was not measured is listed with the reason.

@@ -17,8 +17,8 @@ OVER_BASELINE, OVER_MODEL = 2.0, 1.5
 _NOTHING = "Nothing was measured"
 # Of the kinds of a step.
 _COLOURS = {
-    "BF16": "#2b6cb0", "TE": "#805ad5", "FP8": "#2f855a", "FP8 current": "#68d391", "graph": "#63b3ed",
-    "baseline": "#a0aec0",
+    "BF16": "#2b6cb0", "selective": "#90cdf4", "TE": "#805ad5", "FP8": "#2f855a", "FP8 current": "#68d391",
+    "graph": "#63b3ed", "baseline": "#a0aec0",
 }  # fmt: skip
 Details = dict[str, float | str]
 

@@ -66,6 +66,7 @@ _ENGINE = {"train.transformer_impl": "transformer_engine"}
 STEP_KINDS: dict[str, dict[str, Any]] = {
     "BF16": {},
     "baseline": {},
+    "selective": {"parallel.recompute": "selective"},
     "TE": _ENGINE,
     "FP8": {**_ENGINE, "train.fp8": "hybrid", "train.fp8_recipe": "delayed"},
     "FP8 current": {**_ENGINE, "train.fp8": "hybrid", "train.fp8_recipe": "current"},
