@@ -102,7 +102,7 @@ def test_without_a_gpu_everything_is_listed_as_not_measured(tmp_path: Path, monk
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--sections", "head,step", "--output", str(output)])
     assert gpu.main() == 0
     figures = json.loads(output.read_text())["figures"]
-    assert len(figures) == 3 * 4 + 6 * 7
+    assert len(figures) == 3 * 4 + 6 * 8
     assert {figure["missing"] for figure in figures} == {"no CUDA device"}
     assert all(figure["date"] and figure["torch"] == torch.__version__ for figure in figures)
     names = [figure["name"] for figure in figures]
@@ -144,11 +144,13 @@ def test_a_job_that_fails_or_hangs_gives_reasons(monkeypatch: pytest.MonkeyPatch
 
 def test_a_step_is_measured_beside_its_baseline_on_the_same_samples() -> None:
     job = next(job for job in gpu.all_jobs() if job.name == "so16 stage 2")
-    ours, baseline, *others = gpu.run_job(job, 200.0, True)
-    assert [figure.name for figure in (ours, baseline, *others)] == list(job.figures)
-    assert not ours.missing and not baseline.missing and all(figure.missing for figure in others)
-    rates = [[float(figure.details[name]) for name in ("tokens/s", "samples/s")] for figure in (ours, baseline)]
-    assert rates[0][0] / rates[0][1] == pytest.approx(rates[1][0] / rates[1][1])
+    figures = gpu.run_job(job, 200.0, True)
+    assert [figure.name for figure in figures] == list(job.figures)
+    ours, baseline, selective, *others = figures
+    assert not (ours.missing or baseline.missing or selective.missing) and all(figure.missing for figure in others)
+    measured = (ours, baseline, selective)
+    rates = [[float(figure.details[name]) for name in ("tokens/s", "samples/s")] for figure in measured]
+    assert [tokens / samples for tokens, samples in rates] == pytest.approx([rates[0][0] / rates[0][1]] * 3)
     assert all(float(ours.details[name]) > 0 for name in ("ms forward", "ms backward"))
     assert (ours.details["attention"], baseline.details["attention"]) == ("grouped", "SDPA")
 
