@@ -6,9 +6,10 @@
     tools/gpu_check.py --rehearse               the same parts on the CPU with a small model: tests this script
 
 Golden parity in float32 and bfloat16; training on rendered scenes, float32 within 1e-3 of the CPU at every step and
-bfloat16 within 2% at the end, from CUDA graphs, with Transformer Engine's layers and in each kind of its FP8 as well;
-throughput, MFU and peak memory of so16 stage 1; DALI's decode rate. --fp8-loss: so16 stage 1 on rendered scenes, the
-mean loss of the last 50 steps in FP8 (hybrid, delayed scaling) within 1% of that in BF16.
+bfloat16 within 2% at the end, with selective recomputation, from CUDA graphs, with Transformer Engine's layers and in
+each kind of its FP8 as well; throughput, MFU and peak memory of so16 stage 1; DALI's decode rate. --fp8-loss: so16
+stage 1 on rendered scenes, the mean loss of the last 50 steps in FP8 (hybrid, delayed scaling) within 1% of that in
+BF16.
 
 Each part runs in a process of its own, so that one failure does not hide the others. Without CUDA it says so and exits
 0; a part that this machine cannot run is skipped with the reason.
@@ -43,6 +44,7 @@ _TE = {"train__precision": "bf16", "train__transformer_impl": "transformer_engin
 _FP8 = {**_TE, "train__fp8": "hybrid"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "demo-bf16": {"train__precision": "bf16"},
+    "demo-selective": {"train__precision": "bf16", "parallel__recompute": "selective"},
     "demo-graph": {"train__precision": "bf16", "train__cuda_graph": True},
     "demo-te": _TE,
     "demo-fp8": _FP8,
