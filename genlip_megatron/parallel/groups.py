@@ -41,6 +41,7 @@ def initialize(config: RunConfig) -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check(config, world_size)
     if torch.cuda.is_available():
+        grow_segments(config)
         torch.cuda.set_device(own_gpu())
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
@@ -71,6 +72,16 @@ def initialize(config: RunConfig) -> None:
     )
     torch.manual_seed(config.train.seed)
     model_parallel_cuda_manual_seed(config.train.seed)
+
+
+def grow_segments(config: RunConfig) -> None:
+    """Have torch's allocator enlarge its segments of memory rather than add others, which leave holes of gigabytes.
+
+    Not with CUDA graphs, beside which hangs and wrong accesses were reported of it, nor where the environment says how
+    memory is allocated. Takes effect for what is allocated from now on.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{not config.train.cuda_graph}")
 
 
 def own_gpu() -> int:

@@ -57,6 +57,45 @@ def test_memory_runs_out_as_on_a_device(library: ctypes.CDLL, monkeypatch: pytes
     library.cudaFree(second)
 
 
+class AllocationProperties(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("handles", ctypes.c_int), ("place", ctypes.c_int), ("device", ctypes.c_int),
+                ("rest", ctypes.c_char * 64))  # fmt: skip
+
+
+def test_addresses_take_no_memory_before_some_is_put_behind_them(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NULL_GPU_GIB", "1")
+    begin, size = ctypes.c_void_p(), ctypes.c_size_t(2**30)
+    unused, total = ctypes.c_size_t(), ctypes.c_size_t()
+    place, handles = AllocationProperties(), [ctypes.c_void_p() for _ in range(3)]
+
+    def free() -> int:
+        library.cudaMemGetInfo(ctypes.byref(unused), ctypes.byref(total))
+        return unused.value
+
+    def create(handle: ctypes.c_void_p) -> int:
+        made: int = library.cuMemCreate(ctypes.byref(handle), ctypes.c_size_t(2**29), ctypes.byref(place), zero)
+        return made
+
+    zero = ctypes.c_size_t(0)
+    assert library.cuMemAddressReserve(ctypes.byref(begin), size, zero, None, zero) == SUCCESS and free() == 2**30
+    assert begin.value is not None
+    assert [create(handle) for handle in handles] == [SUCCESS, SUCCESS, OUT_OF_MEMORY] and free() == 0
+    pieces = [ctypes.c_void_p(begin.value + first) for first in (0, 2**29)]
+    for piece, handle in zip(pieces, handles, strict=False):
+        assert library.cuMemMap(piece, ctypes.c_size_t(2**29), zero, handle, zero) == SUCCESS
+    ctypes.memset(begin.value + 2**29 - 4, 7, 8)
+    for piece, handle in zip(pieces, handles, strict=False):
+        assert library.cuMemUnmap(piece, ctypes.c_size_t(2**29)) == SUCCESS
+        assert library.cuMemRelease(handle) == SUCCESS
+    assert free() == 2**30 and create(handles[0]) == SUCCESS
+    assert library.cuMemMap(pieces[0], ctypes.c_size_t(2**29), zero, handles[0], zero) == SUCCESS
+    assert ctypes.string_at(begin.value + 2**29 - 4, 4) == bytes(4), "what was there is gone"
+    assert library.cuMemRelease(handles[0]) == SUCCESS
+    assert library.cuMemAddressFree(begin, size) == SUCCESS and free() == 2**30
+
+
 @pytest.mark.parametrize("wait", ["cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"])
 def test_a_wait_of_the_host_breaks_a_capture(library: ctypes.CDLL, wait: str) -> None:
     stream, event, graph = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()

@@ -73,3 +73,35 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="started 4 processes .* shows 2 GPUs.*--nproc-per-node 2"):
         groups.own_gpu()
+
+
+@pytest.mark.parametrize(
+    ("graphs", "environment", "wanted"),
+    [
+        (False, {}, ["expandable_segments:True"]),
+        (True, {}, ["expandable_segments:False"]),
+        (False, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, []),
+        (False, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, []),
+    ],
+)
+def test_segments_grow_unless_something_else_is_wanted(
+    graphs: bool, environment: dict[str, str], wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    groups.grow_segments(recipe(train__cuda_graph=graphs))
+    assert told == wanted
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_allocated_lies_in_segments_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    groups.grow_segments(recipe(train__cuda_graph=False))
+    held = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    segments = [s for s in torch.cuda.memory_snapshot() if 0 <= held.data_ptr() - s["address"] < s["total_size"]]
+    assert [segment["is_expandable"] for segment in segments] == [True]

@@ -139,6 +139,7 @@ static struct block {
     size_t size;
     enum cudaMemoryType type;
     int device;
+    size_t counted;  // of the device's memory
 } blocks[MOST_BLOCKS];
 static int num_blocks;
 static size_t used[MOST_DEVICES];
@@ -159,10 +160,10 @@ static struct block block_of(const void *pointer) {
 
 static enum cudaMemoryType type_of(const void *pointer) { return block_of(pointer).type; }
 
-static bool add_block(void *pointer, size_t size, enum cudaMemoryType type) {
+static bool add_block(void *pointer, size_t size, enum cudaMemoryType type, size_t counted) {
     pthread_mutex_lock(&lock);
     bool fits = num_blocks < MOST_BLOCKS;
-    if (fits) blocks[num_blocks++] = (struct block){(uintptr_t)pointer, size, type, current_device};
+    if (fits) blocks[num_blocks++] = (struct block){(uintptr_t)pointer, size, type, current_device, counted};
     pthread_mutex_unlock(&lock);
     return fits;
 }
@@ -174,7 +175,7 @@ static size_t remove_block(const void *pointer) {
     for (int i = 0; i < num_blocks; i++)
         if (blocks[i].begin == (uintptr_t)pointer) {
             size = blocks[i].size;
-            if (blocks[i].type == cudaMemoryTypeDevice) used[blocks[i].device] -= size;
+            used[blocks[i].device] -= blocks[i].counted;
             blocks[i] = blocks[--num_blocks];
             break;
         }
@@ -182,18 +183,29 @@ static size_t remove_block(const void *pointer) {
     return size;
 }
 
+// Whether the device had so much left, which it then has no more.
+static bool take(int device, size_t size) {
+    pthread_mutex_lock(&lock);
+    size_t *taken = &used[device];
+    bool fits = size <= device_bytes() - *taken && *taken <= device_bytes();
+    if (fits) *taken += size;
+    pthread_mutex_unlock(&lock);
+    return fits;
+}
+
+static void give_back(int device, size_t size) {
+    pthread_mutex_lock(&lock);
+    used[device] -= size;
+    pthread_mutex_unlock(&lock);
+}
+
 cudaError_t cudaMalloc(void **pointer, size_t bytes) {
     size_t size = (bytes + 511) & ~(size_t)511;
     *pointer = NULL;
     if (!size) return cudaSuccess;
-    pthread_mutex_lock(&lock);
-    size_t *taken = &used[current_device];
-    bool fits = size <= device_bytes() - *taken && *taken <= device_bytes();
-    if (fits) *taken += size;
-    pthread_mutex_unlock(&lock);
-    if (!fits) return fail(cudaErrorMemoryAllocation);
+    if (!take(current_device, size)) return fail(cudaErrorMemoryAllocation);
     void *block = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (block == MAP_FAILED || !add_block(block, size, cudaMemoryTypeDevice)) {
+    if (block == MAP_FAILED || !add_block(block, size, cudaMemoryTypeDevice, size)) {
         fprintf(stderr, "null GPU: the host cannot reserve %zu bytes more\n", size);
         abort();
     }
@@ -213,7 +225,7 @@ cudaError_t cudaFreeAsync(void *pointer, cudaStream_t stream) { return cudaFree(
 
 cudaError_t cudaHostAlloc(void **pointer, size_t bytes, unsigned int flags) {
     if (posix_memalign(pointer, 4096, bytes ? bytes : 1)) return fail(cudaErrorMemoryAllocation);
-    add_block(*pointer, bytes, cudaMemoryTypeHost);
+    add_block(*pointer, bytes, cudaMemoryTypeHost, 0);
     return cudaSuccess;
 }
 
@@ -226,7 +238,7 @@ cudaError_t cudaFreeHost(void *pointer) {
 }
 
 cudaError_t cudaHostRegister(void *pointer, size_t bytes, unsigned int flags) {
-    add_block(pointer, bytes, cudaMemoryTypeHost);
+    add_block(pointer, bytes, cudaMemoryTypeHost, 0);
     return cudaSuccess;
 }
 
@@ -309,13 +321,61 @@ cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
     return cudaSuccess;
 }
 
-// What torch's expandable segments, multicast and other processes' memory need is refused.
+// Virtual addresses, and memory that is put behind them: torch's expandable segments.
+
+CUresult cuMemAddressReserve(
+    CUdeviceptr *pointer, size_t size, size_t alignment, CUdeviceptr wanted, unsigned long long flags
+) {
+    void *range = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED || !add_block(range, size, cudaMemoryTypeDevice, 0)) return CUDA_ERROR_OUT_OF_MEMORY;
+    *pointer = (CUdeviceptr)range;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemAddressFree(CUdeviceptr pointer, size_t size) {
+    remove_block((void *)pointer);
+    munmap((void *)pointer, size);
+    return CUDA_SUCCESS;
+}
+
+struct memory {
+    size_t size;
+    int device;
+};
+
 CUresult cuMemCreate(
     CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *properties, unsigned long long flags
 ) {
-    return CUDA_ERROR_NOT_SUPPORTED;
+    struct memory *memory = malloc(sizeof *memory);
+    *memory = (struct memory){size, properties->location.id};
+    if (!take(memory->device, size)) {
+        free(memory);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    *handle = (CUmemGenericAllocationHandle)memory;
+    return CUDA_SUCCESS;
 }
 
+CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+    struct memory *memory = (struct memory *)handle;
+    give_back(memory->device, memory->size);
+    free(memory);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemMap(
+    CUdeviceptr pointer, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags
+) {
+    return mprotect((void *)pointer, size, PROT_READ | PROT_WRITE) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
+CUresult cuMemUnmap(CUdeviceptr pointer, size_t size) {
+    finish_all();  // which may still write there
+    madvise((void *)pointer, size, MADV_DONTNEED);
+    return mprotect((void *)pointer, size, PROT_NONE) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
+// What multicast and other processes' memory need is refused.
 CUresult cuMulticastCreate(CUmemGenericAllocationHandle *handle, const CUmulticastObjectProp *properties) {
     return CUDA_ERROR_NOT_SUPPORTED;
 }
