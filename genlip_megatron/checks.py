@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import fields
 
-from genlip_megatron.config import CHEAP_MODULES, ParallelConfig, RunConfig, nearest, source_epochs, source_weights
+from genlip_megatron.config import LINEAR_INPUTS, ParallelConfig, RunConfig, nearest, source_epochs, source_weights
 from genlip_megatron.faults.inject import parse_faults
 from genlip_megatron.fp8_checks import check_engine
 
@@ -306,7 +306,7 @@ def _check_stages(config: RunConfig) -> None:
         )
 
 
-_RECOMPUTE_MODULES = ("core_attn", "mlp", *CHEAP_MODULES)
+_RECOMPUTE_MODULES = ("core_attn", "mlp", *LINEAR_INPUTS)
 _OFFLOAD_MODULES = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm")
 
 
@@ -330,11 +330,18 @@ def _check_recomputation(config: RunConfig) -> None:
         raise ValueError("parallel.recompute_modules: output_gate needs model.attention_output_gate; leave it out")
     if {"mlp", "mlp_act"} <= set(parallel.recomputed):
         raise ValueError("parallel.recompute_modules: mlp makes mlp_act again as well; leave mlp_act out")
-    if parallel.offload_modules and (again := [name for name in parallel.recomputed if name in CHEAP_MODULES]):
+    if len(set(parallel.recompute_modules)) < len(parallel.recompute_modules):
         raise ValueError(
-            f"parallel.recompute_modules: not {', '.join(again)} with parallel.offload_modules, which would move what "
-            "is made again; leave one out"
+            f"parallel.recompute_modules = {','.join(parallel.recompute_modules)}: names a module twice; leave one out"
         )
+    # Offloading would move what is made again, or what it is made of.
+    for name, moved in (("layernorm", ("attn_norm", "qkv_linear", "mlp_norm")), ("output_gate", ("attn_proj",))):
+        both = [module for module in parallel.offload_modules if module in moved]
+        if name in parallel.recomputed and both:
+            raise ValueError(
+                f"parallel.recompute_modules: not {name} with {', '.join(both)} in parallel.offload_modules, which "
+                "would move what is made again; leave one out"
+            )
     if not 0 <= parallel.recompute_num_layers <= config.model.num_layers:
         raise ValueError(
             f"parallel.recompute_num_layers = {parallel.recompute_num_layers}: must be from 0 (all) to "

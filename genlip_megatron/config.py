@@ -98,8 +98,8 @@ class DataConfig:
     change_data: bool = _opt(False, "resume on other data, or in another order of it: the data starts anew")
 
 
-# What a layer can make again at nearly no arithmetic: the inputs of its linears.
-CHEAP_MODULES = ("layernorm", "mlp_act", "output_gate")
+# Of ``parallel.recompute_modules``, those whose outputs linears read: making them again takes no product.
+LINEAR_INPUTS = ("layernorm", "mlp_act", "output_gate")
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ class ParallelConfig:
         choices=("none", "selective", "full"),
     )
     recompute_modules: tuple[str, ...] = _opt(
-        ("core_attn", *CHEAP_MODULES),
-        "selective: any of core_attn and mlp and, at nearly no arithmetic, layernorm, mlp_act and output_gate",
+        ("core_attn",), "selective: any of core_attn, mlp and, without a product, layernorm, mlp_act and output_gate"
     )
     recompute_num_layers: int = _opt(0, "full: so many layers of each model chunk; 0: all")
     offload_modules: tuple[str, ...] = _opt(

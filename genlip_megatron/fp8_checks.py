@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from genlip_megatron.config import CHEAP_MODULES, RunConfig
+from genlip_megatron.config import LINEAR_INPUTS, RunConfig
 
 _ALIGNMENT = 16  # of every dimension of an FP8 product
 
@@ -42,7 +42,7 @@ def check_engine(config: RunConfig) -> None:
     if train.fp8_attention and "core_attn" in parallel.recomputed:
         raise ValueError(
             "train.fp8_attention: not with core_attn in parallel.recompute_modules, which computes it again outside of "
-            "FP8; take --recompute-modules mlp or --recompute full, or leave out one of them"
+            "FP8; take other modules, such as --recompute-modules mlp, or --recompute full, or leave out one of them"
         )
     _check_layers(config)
     _check_shapes(config)
@@ -53,10 +53,10 @@ def _check_layers(config: RunConfig) -> None:
     train, parallel = config.train, config.parallel
     delayed = train.fp8_recipe == "delayed"
     # A linear whose input is made again keeps no FP8 copy of it, which only current scaling can make again.
-    if delayed and (again := [name for name in parallel.recomputed if name in CHEAP_MODULES]):
+    if delayed and (again := [name for name in parallel.recomputed if name in LINEAR_INPUTS]):
         raise ValueError(
-            f"parallel.recompute_modules: not {', '.join(again)} with delayed FP8 scaling; allowed: core_attn, mlp, or "
-            "--fp8-recipe current"
+            f"parallel.recompute_modules: not {', '.join(again)} with delayed FP8 scaling; take "
+            "--recompute-modules core_attn,mlp, or --fp8-recipe current"
         )
     if not train.first_last_layers_bf16:
         return

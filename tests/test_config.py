@@ -135,14 +135,32 @@ def test_aliases_are_the_canonical_flags() -> None:
             ["--recompute", "selective", "--recompute-modules", "layernorm", "--fusion", "norms"],
             "recompute_modules: not layernorm with train.fusion = norms",
         ),
-        (["--recompute", "selective", "--no-attention-output-gate"], "output_gate needs model.attention_output_gate"),
+        (
+            ["--recompute", "selective", "--recompute-modules", "output_gate", "--no-attention-output-gate"],
+            "output_gate needs model.attention_output_gate",
+        ),
+        (
+            ["--recompute", "selective", "--recompute-modules", "mlp,layernorm,mlp"],
+            "recompute_modules = mlp,layernorm,mlp: names a module twice",
+        ),
         (
             ["--recompute", "selective", "--recompute-modules", "mlp,mlp_act"],
             "mlp makes mlp_act again as well; leave mlp_act out",
         ),
         (
-            ["--recompute", "selective", "--offload-modules", "core_attn"],
-            "not layernorm, mlp_act, output_gate with parallel.offload_modules",
+            ["--recompute", "selective", "--recompute-modules", "layernorm", "--offload-modules", "core_attn,mlp_norm"],
+            "not layernorm with mlp_norm in parallel.offload_modules",
+        ),
+        (
+            [
+                "--recompute",
+                "selective",
+                "--recompute-modules",
+                "mlp_act,output_gate",
+                "--offload-modules",
+                "core_attn,attn_proj",
+            ],
+            "not output_gate with attn_proj in parallel.offload_modules",
         ),
         (["--fusion", "norms", "--transformer-impl", "transformer_engine"], "its linears make their norms themselves"),
         (["--recompute", "selective", "--recompute-modules", ""], "parallel.recompute_modules names no module"),

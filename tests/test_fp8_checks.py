@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from genlip_megatron.checks import check
-from genlip_megatron.config import RunConfig, override
+from genlip_megatron.config import LINEAR_INPUTS, RunConfig, override
 
 ENGINE = {"train.transformer_impl": "transformer_engine", "train.fp8": "hybrid"}
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -64,6 +64,13 @@ def test_accepted() -> None:
                       {"parallel.recompute": "full"}, {}):  # fmt: skip
         check(override(RunConfig(), {**ENGINE, "train.fp8_attention": True, **recompute}))
     check(override(RunConfig(), {**ENGINE, "train.fp8_recipe": "current", "train.first_last_layers_bf16": True}))
-    check(override(RunConfig(), {**ENGINE, "train.fp8_recipe": "current", "parallel.recompute": "selective"}))
+    cheap = {"parallel.recompute": "selective", "parallel.recompute_modules": list(LINEAR_INPUTS)}
+    check(override(RunConfig(), {**ENGINE, "train.fp8_recipe": "current", **cheap}))
+    check(override(RunConfig(), {**ENGINE, "parallel.recompute": "selective"}))
+    check(
+        override(
+            RunConfig(), {**cheap, "parallel.recompute_modules": ["mlp_act"], "parallel.offload_modules": ["attn_norm"]}
+        )
+    )
     # Without sequence parallelism a rank has all rows.
     check(override(RunConfig(), {**ENGINE, **TP2, "parallel.sequence_parallel": False, "data.seq_length": 1008}))

@@ -28,7 +28,7 @@ from genlip_megatron import estimate as es
 from genlip_megatron.arguments import build_parser
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.checks import check
-from genlip_megatron.config import CHEAP_MODULES, RunConfig, from_dict, load_yaml, override
+from genlip_megatron.config import LINEAR_INPUTS, RunConfig, from_dict, load_yaml, override
 
 LAYOUT = {f"{section}.{name}" for section, name, _ in es.LAYOUT_FLAGS}
 # fmt: off
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "head": (VOCABULARY, 4320, {}),
     "recompute full": (SMALL, 1080, {"recompute": "full"}),
     "recompute mlp": (SMALL, 1080, {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}),
-    "recompute cheap": (SMALL, 1080, {"recompute": "selective", "recompute_modules": list(CHEAP_MODULES)}),
+    "recompute inputs": (SMALL, 1080, {"recompute": "selective", "recompute_modules": list(LINEAR_INPUTS)}),
 }
 
 

@@ -44,7 +44,11 @@ _TE = {"train__precision": "bf16", "train__transformer_impl": "transformer_engin
 _FP8 = {**_TE, "train__fp8": "hybrid"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "demo-bf16": {"train__precision": "bf16"},
-    "demo-selective": {"train__precision": "bf16", "parallel__recompute": "selective"},
+    "demo-selective": {
+        "train__precision": "bf16",
+        "parallel__recompute": "selective",
+        "parallel__recompute_modules": ["core_attn", "layernorm", "mlp_act", "output_gate"],
+    },
     "demo-graph": {"train__precision": "bf16", "train__cuda_graph": True},
     "demo-te": _TE,
     "demo-fp8": _FP8,

@@ -21,6 +21,7 @@ from genlip_megatron.estimate.layouts import (
     layout_flags,
     layouts,
     nearest_fit,
+    recompute_sets,
 )
 from genlip_megatron.estimate.memory import Memory, in_flight, memory, stage_parameters
 from genlip_megatron.estimate.sample import (
@@ -54,6 +55,7 @@ __all__ = [
     "memory",
     "micro_batches",
     "nearest_fit",
+    "recompute_sets",
     "recomputed_fraction",
     "sample_flops",
     "split_imbalance",

@@ -47,7 +47,7 @@ class Estimate:
     bubble: float  # share of a step that a stage waits for others
     imbalance: float  # slowest stage over the mean, less 1
     recomputed: float  # forward arithmetic done twice, over the useful arithmetic
-    remaking_seconds: float  # passes over memory that make the outputs of CHEAP_MODULES again
+    remaking_seconds: float  # passes over memory that make the outputs of LINEAR_INPUTS again
     traffic: Traffic
     communication_seconds: float  # not hidden behind arithmetic
     step_seconds: float

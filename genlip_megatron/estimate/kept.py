@@ -113,9 +113,10 @@ class Sizes:
         return max(self.hidden, norms + branches + mlp + residuals + statistics + attention - offloaded)
 
     def remade(self) -> float:
-        """Bytes that go between device and memory while one layer makes the outputs of CHEAP_MODULES again: its inputs
-        and output, and the output twice more on its way to where it was."""
-        each = {"layernorm": 2 * 4 * self.hidden, "mlp_act": 5 * self.inner, "output_gate": 5 * self.heads}
+        """Bytes that go between device and memory while one layer makes the outputs of LINEAR_INPUTS again: inputs and
+        output of each, and the output twice more on its way to where it was."""
+        norms = 1 if "mlp" in self.modules else 2
+        each = {"layernorm": norms * 4 * self.hidden, "mlp_act": 5 * self.inner, "output_gate": 5 * self.heads}
         return sum(each.get(name, 0.0) for name in self.modules)
 
     def shared(self) -> float:

@@ -9,27 +9,34 @@ from dataclasses import replace
 import torch
 
 from genlip_megatron.checks import check
-from genlip_megatron.config import ParallelConfig, RunConfig
+from genlip_megatron.config import LINEAR_INPUTS, RunConfig
 from genlip_megatron.estimate.cost import Estimate, estimate
 from genlip_megatron.estimate.memory import memory
 from genlip_megatron.estimate.sample import GIB, GPUS_PER_NODE, MACHINES, Machine, SampleMix, default_mix, micro_batches
+
+
+def recompute_sets(config: RunConfig) -> list[tuple[str, ...]]:
+    """Modules that are worth recomputing together, the cheapest set first; settings may refuse some."""
+    sets = (
+        ("core_attn",),
+        ("core_attn", *LINEAR_INPUTS),
+        ("core_attn", "mlp"),
+        ("core_attn", "mlp", "layernorm", "output_gate"),
+    )
+    gone = () if config.model.attention_output_gate else ("output_gate",)
+    return [tuple(name for name in modules if name not in gone) for modules in sets]
 
 
 def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     """``config`` on every valid layout worth trying.
 
     T, P and C in powers of two, T within a node; 1, 2 or 4 model chunks; up to 16 packs at once; with FSDP or as in
-    ``config``; recomputation as in ``config``, none, selective over what is cheap, attention and MLP, or full.
+    ``config``; recomputation as in ``config``, none, of each of ``recompute_sets``, or full.
     """
     powers = [2**i for i in range(world_size.bit_length())]
     micro = sorted({config.train.micro_batch_size, *(size for size in powers if size <= 16)})
-    cheap = ParallelConfig().recompute_modules
-    modes: list[tuple[str, tuple[str, ...]]] = [
-        ("none", cheap),
-        ("selective", cheap),
-        ("selective", ("core_attn", "mlp")),
-        ("full", cheap),
-    ]
+    sets = recompute_sets(config)
+    modes = [("none", sets[0]), *(("selective", modules) for modules in sets), ("full", sets[0])]
     shardings = sorted({config.parallel.fsdp, True})
     own = (config.parallel.recompute, config.parallel.recompute_modules)
     modes = [own, *(mode for mode in modes if mode != own and (mode[0] == "selective" or mode[0] != own[0]))]

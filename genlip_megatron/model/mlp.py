@@ -41,8 +41,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _swiglu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """[S, 1, F] from [S, 1, 2F] and a bias [2F] that is still to be added."""
-    return bias_swiglu_impl(x, bias) if x.is_cuda else _SwiGLU.apply(x if bias is None else x + bias)
+    """[S, 1, F] from [S, 1, 2F] and, on a GPU, a bias [2F] that is still to be added."""
+    return bias_swiglu_impl(x, bias) if x.is_cuda else _SwiGLU.apply(x)
 
 
 class SwiGLU(MLP):
@@ -66,6 +66,8 @@ class SwiGLU(MLP):
         assert per_token_scale is None
         x, bias = self.linear_fc1(hidden_states)
         forget(hidden_states, x)
+        if bias is not None and not x.is_cuda:
+            x, bias = x + bias, None
         # One name, so that no input lives on beside the next product.
         x = remade(_swiglu, x, bias) if self._recompute_act else _swiglu(x, bias)
         output, bias = self.linear_fc2(x)

@@ -31,12 +31,15 @@ def remade(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         function: gives the same bits each time; its backward pass needs ``inputs`` and not the result.
     """
     made = function(*inputs)
-    setattr(made, _AGAIN, functools.partial(function, *inputs))
+    if torch.is_grad_enabled():
+        setattr(made, _AGAIN, functools.partial(function, *inputs))
     return made
 
 
 def forget(x: Tensor, used: Tensor) -> None:
     """Free ``x`` until the backward pass has come to ``used``, if ``remade`` has made it; else do nothing.
+
+    Whoever else holds ``x``, a hook on a module say, must not read it in between. One backward pass finds it there.
 
     Args:
         x: whose last use in the forward pass was to make ``used``.
@@ -51,6 +54,8 @@ def forget(x: Tensor, used: Tensor) -> None:
     held = [(x.untyped_storage(), again)]
 
     def restore(_: Tensor) -> None:
+        if not held:
+            raise RuntimeError("a second backward pass over a layer with --recompute-modules, which lets go after one")
         storage, again = held.pop()
         storage.resize_(size)
         with torch.no_grad():

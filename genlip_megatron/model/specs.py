@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from genlip_megatron import host
-from genlip_megatron.config import CHEAP_MODULES, RunConfig
+from genlip_megatron.config import LINEAR_INPUTS, RunConfig
 from genlip_megatron.convert.table import FUSED_NORMS
 from genlip_megatron.model.attention import FP8_BACKEND, GenLIPSelfAttention, PrefixLMAttention, choose_backend
 from genlip_megatron.model.attention.backend import Place
@@ -92,8 +92,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
     fp8 = choose_fp8(config)
-    # CHEAP_MODULES recompute themselves, told by ``layer_spec``.
-    recomputed = [name for name in parallel.recomputed if name not in CHEAP_MODULES]
+    # LINEAR_INPUTS recompute themselves, told by ``layer_spec``.
+    recomputed = [name for name in parallel.recomputed if name not in LINEAR_INPUTS]
     # Weight gradients added to DDP's buffer by the product itself: Transformer Engine's linears can, others by Apex.
     adds_gradients = (
         train.transformer_impl == "transformer_engine"

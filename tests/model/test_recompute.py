@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import gc
 import weakref
-from types import SimpleNamespace
+from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genlip_megatron.model.recompute import forget, keep_no_copies, remade
+from genlip_megatron.config import RunConfig
+from genlip_megatron.model.recompute import forget, remade
+from tests.distributed import run_distributed
+from tests.runs import tiny_config
 
 
 class _Norm:
@@ -47,25 +51,58 @@ def test_freed_until_the_backward_pass_and_let_go_after_it() -> None:
     assert held() is None and loss.grad_fn is not None
 
 
+def test_a_second_backward_pass_is_an_error_that_says_why() -> None:
+    x = torch.randn(6, 8, requires_grad=True)
+    normed = remade(_Norm(), x)
+    product = normed * 2
+    forget(normed, product)
+    product.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass over a layer with --recompute-modules"):
+        product.sum().backward()
+
+
 def test_what_is_not_marked_or_needs_no_gradient_stays() -> None:
     x = torch.randn(6, 8, requires_grad=True)
     plain = F.layer_norm(x, (8,))
     forget(plain, plain * 2)
     assert plain.untyped_storage().size()
     with torch.no_grad():
-        normed = remade(_Norm(), x)
+        norm = _Norm()
+        held = weakref.ref(norm)
+        normed = remade(norm, x)
         forget(normed, normed * 2)
     assert normed.untyped_storage().size()
+    del norm
+    assert held() is None, "and holds nothing of what it was made of"
 
 
-def test_linears_in_fp8_keep_the_input_that_is_made_again() -> None:
-    names = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+def _keeping(config: RunConfig) -> list[set[str]]:
+    """Of each layer, the linears that keep the input they are given and no FP8 copy of it."""
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel import groups
+    from tests.engine import stand_ins
 
-    def told(modules: tuple[str, ...]) -> set[str]:
-        linears = {name: SimpleNamespace(save_original_input=False) for name in names}
-        keep_no_copies([SimpleNamespace(get_submodule=linears.__getitem__)], modules)  # type: ignore[list-item]
-        return {name for name, linear in linears.items() if linear.save_original_input}
+    groups.initialize(config)
+    with stand_ins():
+        (model,) = build_model(config, transformer_config(config))
+    return [
+        {name for name, linear in layer.named_modules() if getattr(linear, "save_original_input", False)}
+        for layer in model.decoder.layers
+    ]
 
-    assert told(("core_attn", "mlp")) == set()
-    assert told(("layernorm",)) == {"self_attention.linear_qkv", "mlp.linear_fc1"}
-    assert told(("mlp_act", "output_gate")) == {"self_attention.linear_proj", "mlp.linear_fc2"}
+
+@pytest.mark.parametrize(
+    ("modules", "linears"),
+    [
+        ("core_attn,mlp", set()),
+        ("layernorm", {"self_attention.linear_qkv", "mlp.linear_fc1"}),
+        ("mlp_act,output_gate", {"self_attention.linear_proj", "mlp.linear_fc2"}),
+    ],
+)
+def test_linears_in_fp8_keep_the_input_that_is_made_again(modules: str, linears: set[str], demo_data: Path) -> None:
+    flags = {"train__fp8": "hybrid", "train__fp8_recipe": "current", "train__transformer_impl": "transformer_engine"}
+    recompute = {"parallel__recompute": "selective", "parallel__recompute_modules": modules}
+    config = tiny_config(demo_data, **{"train__precision": "bf16", "data__seq_length": 512}, **flags, **recompute)
+    (kept,) = run_distributed(1, _keeping, config)
+    assert kept == [linears] * config.model.num_layers

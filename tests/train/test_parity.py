@@ -19,7 +19,10 @@ SOON = 2  # steps within which a planted fault is seen
 ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
 
 FSDP = {"parallel__fsdp": True}
-SELECTIVE = {"parallel__recompute": "selective"}
+SELECTIVE = {
+    "parallel__recompute": "selective",
+    "parallel__recompute_modules": ["core_attn", "layernorm", "mlp_act", "output_gate"],
+}
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 
 # Fewest processes first, so that each pool of them is started once.

@@ -28,6 +28,7 @@ from megatron.core import tensor_parallel  # noqa: E402
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples  # noqa: E402
 from genlip_megatron.config import (  # noqa: E402
+    LINEAR_INPUTS,
     ONE_RANK,
     ModelConfig,
     RunConfig,
@@ -66,7 +67,7 @@ _ENGINE = {"train.transformer_impl": "transformer_engine"}
 STEP_KINDS: dict[str, dict[str, Any]] = {
     "BF16": {},
     "baseline": {},
-    "selective": {"parallel.recompute": "selective"},
+    "selective": {"parallel.recompute": "selective", "parallel.recompute_modules": ["core_attn", *LINEAR_INPUTS]},
     "TE": _ENGINE,
     "FP8": {**_ENGINE, "train.fp8": "hybrid", "train.fp8_recipe": "delayed"},
     "FP8 current": {**_ENGINE, "train.fp8": "hybrid", "train.fp8_recipe": "current"},

@@ -80,7 +80,10 @@ _ENGINE = _LAYERS | _FUSED_ATTENTION
 _FP32 = {"train__precision": "fp32"}
 _OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 _TP2 = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
-_SELECTIVE = {"parallel__recompute": "selective"}
+_SELECTIVE = {
+    "parallel__recompute": "selective",
+    "parallel__recompute_modules": ["core_attn", "layernorm", "mlp_act", "output_gate"],
+}
 _ALL_MODULES = ["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"]
 _CP2, _PP2 = {"parallel__context_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 PARTS: dict[str, Part] = {
