@@ -83,7 +83,9 @@ def test_peak_of_one_process_is_as_estimated(case: str, precision: str) -> None:
 @pytest.mark.parametrize("modules", ["layernorm", "mlp_act", "output_gate", "layernorm,mlp,output_gate"])
 def test_each_recomputed_module_saves_what_is_estimated(modules: str, precision: str, ranks: int) -> None:
     """Within a hundredth, since one of these alone moves a few."""
-    parallel = {"tensor_model_parallel_size": ranks, "recompute_modules": modules.split(",")}
+    # Without sequence parallelism: when gloo's threads free what they reduce is a matter of luck.
+    parallel = {"tensor_model_parallel_size": ranks, "sequence_parallel": False}
+    parallel |= {"recompute_modules": modules.split(",")}
     config = load_tool().small_run("recompute inputs", precision, parallel)
     measured = max(run_distributed(ranks, peak, config))
     assert es.memory(config, ranks, "cpu").total == pytest.approx(measured, rel=0.01)

@@ -30,11 +30,16 @@ LAYOUTS = (
 )
 _OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 _SELECTIVE = {"parallel__recompute": "selective", "parallel__recompute_modules": "core_attn,mlp"}
+_ALL_BUT_MLP = {
+    "parallel__recompute": "selective",
+    "parallel__recompute_modules": "core_attn,layernorm,mlp_act,output_gate",
+}
 _ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
 # What a layout can be combined with, in words, layout and settings.
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("no sequence parallelism", "TP2", {"parallel__sequence_parallel": False}),
     ("full recomputation", "TP2", {"parallel__recompute": "full"}),
+    ("all but the MLP recomputed", "TP2", _ALL_BUT_MLP),
     ("attention and MLP recomputed", "PP2xVPP2", _SELECTIVE),
     ("keys and values gathered", "CP2", _ALL_GATHER),
     ("keys and values gathered", "CP4", _ALL_GATHER),

@@ -268,11 +268,11 @@ def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_d
 @pytest.mark.parametrize("moved", [True, False])
 def test_the_gate_outlives_queries_that_are_moved_to_the_host(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     views = torch.randn(4, 1, 2, 32).split(8, dim=-1)
-    monkeypatch.setattr(SelfAttention, "get_query_key_value_tensors", lambda self: views)
+    monkeypatch.setattr(SelfAttention, "get_query_key_value_tensors", lambda self, x: views)
     attention = object.__new__(GenLIPSelfAttention)
     torch.nn.Module.__init__(attention)
     attention.offload_core_attention, attention.checkpoint_core_attention = True, not moved
-    *others, gate = attention.get_query_key_value_tensors()
+    *others, gate = attention.get_query_key_value_tensors(torch.randn(4, 1, 16))
     assert all(mine is theirs for mine, theirs in zip(others, views, strict=False)) and torch.equal(gate, views[3])
     assert (gate.untyped_storage().data_ptr() == views[0].untyped_storage().data_ptr()) is not moved
 
