@@ -54,9 +54,10 @@ def _check_layers(config: RunConfig) -> None:
     delayed = train.fp8_recipe == "delayed"
     # A linear whose input is made again keeps no FP8 copy of it, which only current scaling can make again.
     if delayed and (again := [name for name in parallel.recomputed if name in LINEAR_INPUTS]):
+        others = "mlp" if train.fp8_attention else "core_attn,mlp"
         raise ValueError(
             f"parallel.recompute_modules: not {', '.join(again)} with delayed FP8 scaling; take "
-            "--recompute-modules core_attn,mlp, or --fp8-recipe current"
+            f"--recompute-modules {others}, or --fp8-recipe current"
         )
     if not train.first_last_layers_bf16:
         return

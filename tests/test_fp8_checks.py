@@ -34,7 +34,16 @@ TP2 = {"parallel.tensor_model_parallel_size": 2}
         ),
         (
             {**ENGINE, "parallel.recompute": "selective", "parallel.recompute_modules": ["layernorm"]},
-            "not layernorm with delayed FP8 scaling",
+            "not layernorm with delayed FP8 scaling; take --recompute-modules core_attn,mlp",
+        ),
+        (
+            {
+                **ENGINE,
+                "train.fp8_attention": True,
+                "parallel.recompute": "selective",
+                "parallel.recompute_modules": ["mlp_act"],
+            },
+            "not mlp_act with delayed FP8 scaling; take --recompute-modules mlp, or",
         ),
         ({**ENGINE, "data.seq_length": 1000}, r"share of data\.seq_length .* = 1000 .*is 1000; nearest allowed: 992"),
         ({**ENGINE, **TP2, "data.seq_length": 1008}, r"= 1008 over .* = 2\) .* 16, is 504; nearest allowed: 1024"),

@@ -144,8 +144,8 @@ def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
     here = content.describe_layout(config, world_size())
     settings = {
         "precision": "train.precision",
-        "fused_norms": "norms within the linears (train.transformer_impl = transformer_engine without layernorm in "
-        "parallel.recompute_modules and attn_norm or mlp_norm in parallel.offload_modules)",
+        "fused_norms": "norms within the linears (train.transformer_impl = transformer_engine, unless "
+        "parallel.recompute_modules or parallel.offload_modules name a norm)",
         "fp8_primary_weights": "train.fp8_primary_weights",
     }
     return [

@@ -31,7 +31,7 @@ def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     """``config`` on every valid layout worth trying.
 
     T, P and C in powers of two, T within a node; 1, 2 or 4 model chunks; up to 16 packs at once; with FSDP or as in
-    ``config``; recomputation as in ``config``, none, of each of ``recompute_sets``, or full.
+    ``config``; recomputation as in ``config``, none, full, or of one of ``recompute_sets``.
     """
     powers = [2**i for i in range(world_size.bit_length())]
     micro = sorted({config.train.micro_batch_size, *(size for size in powers if size <= 16)})
