@@ -19,6 +19,13 @@ from PIL import Image, UnidentifiedImageError
 from genlip_megatron.data.resize import MAX_ASPECT_RATIO
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+# File suffixes in lower case, and what each is called inside a shard. tools/make_shards.py and the index share them.
+IMAGE_SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".png": ".png", ".webp": ".webp"}
+# Images of other formats: refused by name, never passed over.
+OTHER_IMAGE_SUFFIXES = (
+    *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".avifs", ".jxl"),
+    *(".jp2", ".j2k", ".jpx", ".ico", ".svg", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".exr", ".hdr"),
+)
 # An image above this many pixels is refused from its header: a few kilobytes can decode to gigabytes.
 MAX_IMAGE_PIXELS = 64_000_000
 # The planning table keeps a side in 16 bits.

@@ -25,11 +25,10 @@ from safetensors.numpy import load, save
 from xxhash import xxh3_128_hexdigest
 
 from genlip_megatron.data import storage
-from genlip_megatron.data.image import check_image
+from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image
 from genlip_megatron.data.text import Tokenizer, parse_turns, tokenize_many
 
 FORMAT_VERSION = 2
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_SUFFIXES = (".json", ".txt")
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
 MAX_TEXT_TOKENS = 65_535

@@ -22,7 +22,7 @@ from PIL import Image
 from genlip_megatron.batch import PATCH_SIZE, PackedBatch, Sample, pack_samples
 from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from genlip_megatron.data.decode import to_patches
-from genlip_megatron.data.index import IMAGE_SUFFIXES
+from genlip_megatron.data.image import IMAGE_SUFFIXES
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.resize import native_size
 from genlip_megatron.data.text import load_tokenizer, parse_turns
