@@ -9,7 +9,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-END_OF_TURN = "<|im_end|>"
+from genlip_megatron.tokenizer import END_OF_TURN as END_OF_TURN
+from genlip_megatron.tokenizer import read_tokenizer_json
+
 # Pieces of these types are no plain text (sentencepiece_model.proto, ModelProto.SentencePiece.Type).
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -21,7 +23,8 @@ def export_tokenizer(path: str | Path, folder: str | Path) -> int:
     The end token closes every caption and pads batches too.
 
     Args:
-        path: a Hugging Face ``tokenizer.json``, which is copied, or a SentencePiece unigram ``.model``.
+        path: a Hugging Face ``tokenizer.json``, which is copied as ``read_tokenizer_json`` reads it, or a SentencePiece
+            unigram ``.model``.
         folder: where to write.
 
     Raises:
@@ -32,15 +35,19 @@ def export_tokenizer(path: str | Path, folder: str | Path) -> int:
         raise ValueError(
             f"data.tokenizer = {path}: expected the file of a Hugging Face .json or a SentencePiece .model"
         )
-    content = path.read_text(encoding="utf-8") if path.suffix == ".json" else sentencepiece_to_json(path)
-    try:
-        end = Tokenizer.from_str(content).token_to_id(END_OF_TURN)
-    except Exception as error:  # of no class of its own
-        raise ValueError(f"data.tokenizer = {path}: cannot be read as a tokenizer: {error}") from error
+    if path.suffix == ".model":
+        content = sentencepiece_to_json(path).encode()
+        backend = Tokenizer.from_buffer(content)
+    else:
+        try:
+            backend, content = read_tokenizer_json(path)
+        except ValueError as error:
+            raise ValueError(f"data.tokenizer = {path}: {error}") from error
+    end = backend.token_to_id(END_OF_TURN)
     if end is None:
         raise ValueError(f"data.tokenizer = {path}: it has no token {END_OF_TURN!r}, which closes every sample")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes(content)
     special = {"eos_token": END_OF_TURN, "pad_token": END_OF_TURN}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -26,7 +26,7 @@ from xxhash import xxh3_128_hexdigest
 
 from genlip_megatron.data import storage
 from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image
-from genlip_megatron.data.text import Tokenizer, parse_turns, tokenize_many
+from genlip_megatron.data.text import Tokenizer, Turns, check_turns, parse_turns, tokenize_many
 
 FORMAT_VERSION = 2
 CAPTION_SUFFIXES = (".json", ".txt")
@@ -201,10 +201,9 @@ def _members(path: str, content: memoryview) -> tuple[dict[str, _Members], dict[
     return groups, refused
 
 
-Turns = list[tuple[str, bool]]
-
-
-def _caption(members: _Members, content: memoryview, prompt: str) -> tuple[tarfile.TarInfo, Turns]:
+def _caption(
+    members: _Members, content: memoryview, tokenizer: Tokenizer, prompt: str
+) -> tuple[tarfile.TarInfo, Turns]:
     """(the member that holds the caption, its turns): json, or txt where json is missing or holds no caption."""
     problem = ValueError("missing caption")
     for member in (members.json, members.txt):
@@ -212,6 +211,7 @@ def _caption(members: _Members, content: memoryview, prompt: str) -> tuple[tarfi
             continue
         try:
             turns = parse_turns(bytes(_bytes(content, member, MAX_CAPTION_BYTES)), member is members.json, prompt)
+            check_turns(turns, tokenizer)
         except ValueError as error:
             problem = error if problem.args == ("missing caption",) else problem
             continue
@@ -228,13 +228,13 @@ def _bytes(content: memoryview, member: tarfile.TarInfo, most: int) -> memoryvie
     return content[member.offset_data : end]
 
 
-def _check(members: _Members, content: memoryview, prompt: str) -> tuple[list, Turns]:
+def _check(members: _Members, content: memoryview, tokenizer: Tokenizer, prompt: str) -> tuple[list, Turns]:
     """(the sample's row with zero tokens, its turns). Raises ValueError for a sample that cannot be used."""
     if members.twice:
         raise ValueError(f"more than one {members.twice[0]}")
     if members.image is None:
         raise ValueError("missing image")
-    caption, turns = _caption(members, content, prompt)
+    caption, turns = _caption(members, content, tokenizer, prompt)
     image = _bytes(content, members.image, MAX_IMAGE_BYTES)
     height, width, plain = check_image(image)
     crc = zlib.crc32(image), zlib.crc32(_bytes(content, caption, MAX_CAPTION_BYTES))
@@ -262,7 +262,7 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
         rows, keys, texts = [], [], []
         for key, members in groups.items():
             try:
-                row, turns = _check(members, content, prompt)
+                row, turns = _check(members, content, tokenizer, prompt)
             except Exception as error:  # whatever a sample holds, it costs no other
                 refused[key] = str(error) if isinstance(error, ValueError) else f"unreadable: {error!r}"
                 continue

@@ -28,7 +28,7 @@ from genlip_megatron.data.quarantine import Quarantine
 from genlip_megatron.data.read import ShardReader
 from genlip_megatron.data.samples import SampleReader
 from genlip_megatron.data.share import Share
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.data.text import encode_prompt, load_tokenizer
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _MAX_WORKERS = 16
@@ -186,6 +186,7 @@ class Loader:
         data, lanes = config.data, config.train.global_batch_size
         self.share = share or Share()
         self.tokenizer = load_tokenizer(data.tokenizer, config.model.vocab_size)
+        encode_prompt(data.prompt, self.tokenizer, "data.prompt")  # what is wrong with it is known before data are read
         mine = lanes // data_parallel_size
         self.lanes = range(data_parallel_rank * mine, (data_parallel_rank + 1) * mine)
         # A lane's window lies in few shards; those of all this rank's lanes should stay open.

@@ -23,11 +23,10 @@ from genlip_megatron.data.decode import Decoder, ImageTask
 from genlip_megatron.data.quarantine import BadSample, Quarantine
 from genlip_megatron.data.read import Piece, ShardReader
 from genlip_megatron.data.share import Share
-from genlip_megatron.data.text import Tokenizer, parse_turns, tokenize_many
+from genlip_megatron.data.text import Tokenizer, Turns, encode_prompt, parse_turns, tokenize_many
 
 logger = logging.getLogger(__name__)
 
-Turns = list[tuple[str, bool]]
 _INDEXES_AT_ONCE = 16
 
 
@@ -274,7 +273,7 @@ class SampleReader:
         """
         chosen = list(samples)
         layout = self._layout([chosen])
-        prompt = self.tokenizer.encode(self.data.prompt)
+        prompt = encode_prompt(self.data.prompt, self.tokenizer, "data.prompt")
         grids = list(zip(layout.rows.tolist(), layout.columns.tolist(), strict=True))
         requests, truths = [], []
         for sample, grid, image, turns in zip(

@@ -1,163 +1,159 @@
-"""Tokenizers, and a sample's caption file -> token ids with the loss mask."""
+"""A sample's caption file -> turns of text, and their token ids with the loss mask."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-END_OF_TURN = "<|im_end|>"
-_USER, _ASSISTANT = {"user", "human"}, {"assistant", "gpt"}
+from genlip_megatron.tokenizer import END_OF_TURN as END_OF_TURN
+from genlip_megatron.tokenizer import Tokenizer as Tokenizer
+from genlip_megatron.tokenizer import load_tokenizer as load_tokenizer
 
+_USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
+# Where LLaVA's format puts the image, which always comes first here.
+_IMAGE_MARKER = re.compile("<image>", re.IGNORECASE)
+_KINDS = {list: "a list", dict: "an object", bool: "a truth value", int: "a number", float: "a number", str: "text"}
 
-class Tokenizer(Protocol):
-    """What the project needs of a tokenizer."""
-
-    fingerprint: str
-    vocab_size: int
-    closing_ids: list[int]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without any special token."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of many texts, without holding the interpreter lock."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; the model's rows beyond the tokenizer have none."""
-        ...
+Turns = list[tuple[str, bool]]  # (text, whether it carries loss)
 
 
-class _HuggingFace:
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer as Backend
+def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> Turns:
+    """(text, carries loss) of each turn of a caption file, up to the last answer.
 
-        self._backend = Backend.from_file(str(path))
-        self.vocab_size = self._backend.get_vocab_size()
-        self.fingerprint = _fingerprint(path)
-        end = self._backend.token_to_id(END_OF_TURN)
-        if end is None:
-            raise ValueError(f"data.tokenizer = {path}: it has no token {END_OF_TURN!r}, which closes every sample")
-        self.closing_ids = [end, *self.encode("\n")]
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([i for i in ids if i < self.vocab_size])
-
-
-class _SentencePiece:
-    def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._backend = SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self._backend.vocab_size()
-        self.fingerprint = _fingerprint(path)
-        self.closing_ids = [self._backend.piece_to_id(piece) for piece in (END_OF_TURN, "\n")]
-        if self._backend.unk_id() in self.closing_ids:
-            raise ValueError(
-                f"data.tokenizer = {path}: it lacks the pieces {END_OF_TURN!r} and '\\n', which close every sample; "
-                "train it with them as user-defined symbols (tools/train_tokenizer.py does)"
-            )
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._backend.encode(list(texts), num_threads=1)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([i for i in ids if i < self.vocab_size])
-
-
-def _fingerprint(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """A Hugging Face ``tokenizer.json`` or a SentencePiece ``.model`` file.
+    Understands ``{"caption": ...}``, ``{"conversations" or "conversation": [{"from", "value"}]}`` and plain text. A field
+    that is null or empty counts as missing. An ``<image>`` marker is removed wherever it stands; turns are stripped.
 
     Raises:
-        ValueError: no such file, another kind of file, or more tokens than ``vocab_size`` rows.
+        ValueError: none of these, no word to learn from, or more than one image.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"data.tokenizer = {str(path)!r}: no such file; give a tokenizer.json or a SentencePiece .model"
-        )
-    if path.suffix not in (".json", ".model"):
-        raise ValueError(f"data.tokenizer = {path}: expected a Hugging Face .json or a SentencePiece .model file")
-    kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
-    try:
-        tokenizer = kind(path)
-    except Exception as error:  # each backend has errors of its own
-        raise ValueError(f"data.tokenizer = {path}: cannot be read as a tokenizer: {error}") from error
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"data.tokenizer = {path}: its {tokenizer.vocab_size} tokens do not fit model.vocab_size = {vocab_size}; "
-            f"set --vocab-size to at least {tokenizer.vocab_size}"
-        )
-    return tokenizer
-
-
-def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> list[tuple[str, bool]]:
-    """(text, carries loss) of each turn of a caption file.
-
-    Understands ``{"caption": ...}``, ``{"conversations" or "conversation": [{"from", "value"}]}`` and plain text.
-    An ``<image>`` marker is removed wherever it stands; turns are stripped.
-
-    Raises:
-        ValueError: none of these, or no word to learn from.
-    """
-    turns = _parse(content, is_json, default_prompt)
-    if not any(text for text, carries_loss in turns if carries_loss):
+    turns = _parse_json(_decode(content), default_prompt) if is_json else _with_prompt(_decode(content), default_prompt)
+    markers = sum(len(_IMAGE_MARKER.findall(text)) for text, _ in turns)
+    if markers > 1:
+        raise ValueError(f"more than one image in the caption: {markers} <image> markers, and a sample has one image")
+    turns = [(strip_image_marker(text), carries_loss) for text, carries_loss in turns]
+    # What follows the last answer answers nothing, and the closing tokens would be learned right after it.
+    while turns and not (turns[-1][1] and _is_visible(turns[-1][0])):
+        turns.pop()
+    if not turns:
         raise ValueError("caption is empty")
     for text, _ in turns:
-        if END_OF_TURN in text:
-            raise ValueError(f"caption contains {END_OF_TURN!r}, which closes every sample")
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError("caption is not valid Unicode: half of a surrogate pair")
+        _refuse_control_tokens(text, (END_OF_TURN,))
     return turns
 
 
-def _parse(content: bytes, is_json: bool, default_prompt: str) -> list[tuple[str, bool]]:
+def strip_image_marker(text: str) -> str:
+    """``text`` without image markers and the spaces around it.
+
+    >>> strip_image_marker("<image>\\nWhat is it? ")
+    'What is it?'
+    """
+    return _IMAGE_MARKER.sub("", text).strip()
+
+
+def check_turns(turns: Turns, tokenizer: Tokenizer) -> None:
+    """Raise ValueError when a turn spells a control token, or holds letters that no token stands for."""
+    for text, _ in turns:
+        _refuse_control_tokens(text, tokenizer.control_tokens)
+        if lost := tokenizer.lost(text):
+            raise ValueError(f"caption holds text that the tokenizer cannot write: {lost[:40]!r}")
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, setting: str) -> list[int]:
+    """Token ids of a prompt, cleaned and checked as the turns of a caption are; none for an empty one.
+
+    Args:
+        setting: its name in messages.
+
+    Raises:
+        ValueError: it spells a control token, or has letters that no token stands for.
+    """
+    text = strip_image_marker(prompt)
     try:
-        text = content.decode("utf-8-sig")
+        check_turns([(text, False)], tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{setting} = {prompt!r}: {str(error).replace('caption', 'it', 1)}") from None
+    return tokenizer.encode(text)
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"caption is not UTF-8: {error}") from error
-    if not is_json:
-        return [(default_prompt, False), (text.strip(), True)]
+
+
+def _with_prompt(caption: str, default_prompt: str) -> Turns:
+    return [(strip_image_marker(default_prompt), False), (caption, True)]
+
+
+def _parse_json(text: str, default_prompt: str) -> Turns:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"caption is not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError("caption JSON is not an object")
-    turns = record.get("conversations", record.get("conversation"))
-    if turns is None:
-        if not isinstance(record.get("caption"), str):
-            raise ValueError('caption JSON has neither "caption" nor "conversations"')
-        return [(default_prompt, False), (record["caption"].strip(), True)]
+        raise ValueError(f"caption JSON is not an object: it is {_kind(record)}")
+    for name in ("image", "images"):
+        if isinstance(record.get(name), list) and len(record[name]) > 1:
+            raise ValueError(f'more than one image in the caption: "{name}" lists {len(record[name])}')
+    for name in ("conversations", "conversation"):
+        if not _is_missing(record.get(name)):
+            return _conversation(record[name], name)
+    caption = record.get("caption")
+    if isinstance(caption, str):
+        return _with_prompt(caption, default_prompt)
+    if isinstance(caption, list) and caption:
+        raise ValueError(f'"caption" is a list of {len(caption)}: write one text, or a sample for each')
+    if not _is_missing(caption):
+        raise ValueError(f'"caption" is {_kind(caption)}, not text')
+    if "caption" in record or "conversations" in record or "conversation" in record:
+        raise ValueError("caption is empty")
+    keys = ", ".join(sorted(map(str, record))[:8]) or "none"
+    raise ValueError(f'caption JSON has neither "caption" nor "conversations": its keys are {keys}')
+
+
+def _conversation(turns: Any, name: str) -> Turns:
     if not isinstance(turns, list):
-        raise ValueError('"conversations" is not a list')
+        raise ValueError(f'"{name}" is not a list: it is {_kind(turns)}')
     parsed = []
     for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError('a turn of the conversation has no "value"')
-        if turn.get("from") not in _USER | _ASSISTANT:
-            raise ValueError(f"a turn comes from {turn.get('from')!r}; known: {', '.join(sorted(_USER | _ASSISTANT))}")
-        parsed.append((turn["value"].replace("<image>", "").strip(), turn["from"] in _ASSISTANT))
+        if not isinstance(turn, dict):
+            raise ValueError(f"a turn of the conversation is {_kind(turn)}, not an object")
+        if missing := " and ".join(f'"{field}"' for field in ("from", "value") if field not in turn):
+            raise ValueError(f"a turn of the conversation has no {missing}: its keys are {', '.join(sorted(turn))}")
+        if turn["from"] not in _USER + _ASSISTANT:
+            raise ValueError(f"a turn comes from {turn['from']!r}: known are {', '.join(_USER + _ASSISTANT)}")
+        if not isinstance(turn["value"], str):
+            raise ValueError(f'the "value" of a turn is {_kind(turn["value"])}, not text')
+        parsed.append((turn["value"], turn["from"] in _ASSISTANT))
     if not any(carries_loss for _, carries_loss in parsed):
         raise ValueError("the conversation has no assistant turn")
     return parsed
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a field is as good as absent: null, NaN, or empty."""
+    return value is None or value != value or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _is_visible(text: str) -> bool:
+    """Whether a text has a character that can be seen, so that there is something to learn."""
+    return any(unicodedata.category(letter) not in ("Zs", "Zl", "Zp", "Cc", "Cf") for letter in text)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+
+
+def _refuse_control_tokens(text: str, control_tokens: Sequence[str]) -> None:
+    for token in control_tokens:
+        if token in text:
+            raise ValueError(f"caption spells the control token {token!r}")
 
 
 def tokenize_many(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
+
+_IMAGE_MARKER = re.compile("<image>", re.IGNORECASE)
+_MARKUP = re.compile(r"<\|.+\|>", re.DOTALL)
 
 
 class GenLIPProcessor(ProcessorMixin):
@@ -40,8 +44,8 @@ class GenLIPProcessor(ProcessorMixin):
 
         Args:
             images: one image or a list, as ``GenLIPImageProcessor`` takes them; None: text alone.
-            text: one prompt for all images, or one for each; None: the model's own. It holds no image token, and no
-                special token is added.
+            text: one prompt for all images, or one for each; None: the model's own. An ``<image>`` marker is removed,
+                since the image always comes first, and no special token is added.
             return_tensors: "pt" or "np".
 
         Returns:
@@ -49,7 +53,8 @@ class GenLIPProcessor(ProcessorMixin):
             for native sizes, ``image_grid_hw``.
 
         Raises:
-            ValueError: an image that cannot be taken, an empty prompt, or not one text for each image.
+            ValueError: an image that cannot be taken, an empty prompt, one with several image markers or a control
+                token, or not one text for each image.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text")
@@ -64,7 +69,7 @@ class GenLIPProcessor(ProcessorMixin):
             raise ValueError(f"{len(texts)} texts for {count} images: expected one for all, or one for each")
         if not texts:
             raise ValueError("text is empty: expected at least one")
-        texts = [one.strip() for one in texts]
+        texts = [self._clean(one) for one in texts]
         if "" in texts:
             raise ValueError(f"text {texts.index('')} of {len(texts)} is empty: the model needs a prompt")
         encoded = self.tokenizer(
@@ -72,6 +77,15 @@ class GenLIPProcessor(ProcessorMixin):
         )
         data |= {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         return BatchFeature(data)
+
+    def _clean(self, text: str) -> str:
+        """A prompt as training reads it."""
+        if (markers := len(_IMAGE_MARKER.findall(text))) > 1:
+            raise ValueError(f"text has {markers} <image> markers: the model reads one image")
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if (token.special or _MARKUP.fullmatch(token.content)) and token.content in text:
+                raise ValueError(f"text spells the control token {token.content!r}: leave it out")
+        return _IMAGE_MARKER.sub("", text).strip()
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Texts of generated tokens, each up to its first end token.

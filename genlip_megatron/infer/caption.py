@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from genlip_megatron.data.text import encode_prompt
 from genlip_megatron.infer.load import Loaded
 from genlip_megatron.infer.prepare import Prepared, packed
 
@@ -115,12 +116,12 @@ class Captioner:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt, stripped as in training.
+    """Token ids of a prompt, cleaned as in training.
 
     Raises:
-        ValueError: it is empty.
+        ValueError: it is empty, spells a control token, or has letters that no token stands for.
     """
-    ids = tokenizer.encode(prompt.strip())
+    ids = encode_prompt(prompt, tokenizer, "--prompt")
     if not ids:
         raise ValueError(f"--prompt {prompt!r}: it is empty, and the model goes on from a prompt")
     return ids

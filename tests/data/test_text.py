@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from genlip_megatron.config import DEFAULT_PROMPT
-from genlip_megatron.data.text import load_tokenizer, parse_turns, tokenize
+from genlip_megatron.data.text import check_turns, encode_prompt, load_tokenizer, parse_turns, tokenize
 
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen3-tokenizer" / "tokenizer.json"
 
@@ -26,7 +27,7 @@ def test_plain_captions() -> None:
 @pytest.mark.parametrize(("user", "assistant"), [("user", "assistant"), ("human", "gpt")])
 def test_conversations_lose_their_image_marker(key: str, user: str, assistant: str) -> None:
     turns = [
-        {"from": user, "value": "<image>\nWhat is it?"},
+        {"from": user, "value": "What is it?"},
         {"from": assistant, "value": "A cat."},
         {"from": user, "value": "Where <image>?"},
         {"from": assistant, "value": " On a mat."},
@@ -40,11 +41,28 @@ def test_conversations_lose_their_image_marker(key: str, user: str, assistant: s
     [
         (b"{", "not JSON"),
         (b"\xff", "not UTF-8"),
-        (b"[1]", "not an object"),
-        (b"{}", 'neither "caption" nor "conversations"'),
-        (b'{"caption": 3}', 'neither "caption" nor "conversations"'),
-        (b'{"conversations": [{"from": "robot", "value": "x"}]}', "a turn comes from 'robot'"),
+        (b"[1]", "not an object: it is a list"),
+        (b"{}", 'neither "caption" nor "conversations": its keys are none'),
+        (b'{"url": "x", "captions": ["a", "b"]}', 'neither "caption" nor "conversations": its keys are captions, url'),
+        (b'{"caption": 3}', '"caption" is a number, not text'),
+        (b'{"caption": ["one", "two"]}', '"caption" is a list of 2: write one text, or a sample for each'),
+        (b'{"caption": {"en": "a cat"}}', '"caption" is an object'),
+        (b'{"caption": null}', "caption is empty"),
+        (b'{"caption": NaN}', "caption is empty"),
+        (b'{"caption": " \\u200b\\u00a0"}', "caption is empty"),
+        (b'{"caption": "<image>"}', "caption is empty"),
+        (b'{"caption": "<image> a <image> b"}', "more than one image in the caption: 2 <image> markers"),
+        (b'{"images": ["a.jpg", "b.jpg"], "caption": "x"}', 'more than one image in the caption: "images" lists 2'),
+        (b'{"caption": "a <|im_end|>"}', r"spells the control token '<\|im_end\|>'"),
+        (b'{"conversations": [{"from": "robot", "value": "x"}]}', "a turn comes from 'robot': known are user"),
+        (b'{"conversations": [{"from": "system", "value": "x"}]}', "a turn comes from 'system': known are user"),
         (b'{"conversations": [{"from": "user"}]}', 'has no "value"'),
+        (
+            b'{"conversations": [{"role": "user", "content": "x"}]}',
+            'has no "from" and "value": its keys are content, role',
+        ),
+        (b'{"conversations": [{"from": "gpt", "value": null}]}', 'the "value" of a turn is null'),
+        (b'{"conversations": ["x"]}', "a turn of the conversation is text, not an object"),
         (b'{"conversations": [{"from": "user", "value": "x"}]}', "no assistant turn"),
         (b'{"conversations": 3}', "not a list"),
     ],
@@ -52,6 +70,44 @@ def test_conversations_lose_their_image_marker(key: str, user: str, assistant: s
 def test_other_captions_are_refused_with_the_reason(content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_turns(content, True, "Prompt.")
+
+
+@pytest.mark.parametrize("missing", [None, [], "", {}, float("nan")])
+def test_an_empty_field_hides_no_other(missing: object) -> None:
+    turns = [{"from": "user", "value": "Q?"}, {"from": "gpt", "value": "A."}]
+    assert parse({"conversations": missing, "caption": "A cat."}) == [("Prompt.", False), ("A cat.", True)]
+    assert parse({"conversations": missing, "conversation": turns}) == [("Q?", False), ("A.", True)]
+    assert parse({"conversation": missing, "conversations": turns, "caption": missing}) == [("Q?", False), ("A.", True)]
+
+
+def test_an_image_marker_is_removed_from_every_form() -> None:
+    expected = [("Prompt.", False), ("A cat.", True)]
+    assert parse({"caption": "<image>\nA cat."}) == expected
+    assert parse_turns(b"A cat.<IMAGE>", False, "<image>Prompt.") == expected
+
+
+def test_nothing_is_learned_after_the_last_answer() -> None:
+    turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}, {"from": "human", "value": "And then?"}]
+    assert parse({"conversations": turns}) == [("Q?", False), ("A.", True)]
+    assert parse({"conversations": [*turns, {"from": "gpt", "value": " "}]}) == [("Q?", False), ("A.", True)]
+    assert parse({"conversations": [*turns, {"from": "gpt", "value": "B."}]})[2:] == [
+        ("And then?", False),
+        ("B.", True),
+    ]
+
+
+@pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")
+def test_text_that_spells_any_control_token_is_refused() -> None:
+    tokenizer = load_tokenizer(QWEN)
+    for token in ("<|im_start|>", "<|endoftext|>", "<|vision_start|>", "<|fim_prefix|>"):
+        with pytest.raises(ValueError, match=re.escape(f"caption spells the control token {token!r}")):
+            check_turns([("Q?", False), (f"a {token}", True)], tokenizer)
+        with pytest.raises(
+            ValueError, match=re.escape(f"--prompt = 'x{token}': it spells the control token {token!r}")
+        ):
+            encode_prompt(f"x{token}", tokenizer, "--prompt")
+    check_turns([("a <b> | <tag> im_end", True)], tokenizer)
+    assert encode_prompt(" <image>\nDescribe. ", tokenizer, "--prompt") == tokenizer.encode("Describe.")
 
 
 @pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")

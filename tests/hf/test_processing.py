@@ -201,6 +201,8 @@ def test_images_and_prompts_become_the_models_input(exported: Path, demo_data: P
     assert len(inputs["image_grid_hw"]) == 2 and len(inputs["pixel_values"]) == inputs["image_grid_hw"].prod(1).sum()
     default = made(images=pictures[0])
     assert default["input_ids"].tolist() == [tokenizer.encode(DEFAULT_PROMPT)]
+    marked = made(images=pictures[0], text="<image>\nDescribe.")
+    assert marked["input_ids"].tolist() == [tokenizer.encode("Describe.")]
     assert made(text="Describe.").keys() == {"input_ids", "attention_mask"}
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     tokens = model.generate(**inputs, max_new_tokens=3)
@@ -224,6 +226,9 @@ def test_text_ends_at_the_end_token(exported: Path, demo_data: Path) -> None:
         ({}, "neither images nor text"),
         ({"images": [GOOD, GOOD], "text": ["a"]}, "1 texts for 2 images"),
         ({"images": [GOOD], "text": " "}, "text 0 of 1 is empty"),
+        ({"images": [GOOD], "text": "<image>"}, "text 0 of 1 is empty"),
+        ({"images": [GOOD], "text": "<image> or <image>?"}, "text has 2 <image> markers: the model reads one image"),
+        ({"images": [GOOD], "text": "a <|im_end|>"}, r"text spells the control token '<\|im_end\|>'"),
         ({"text": []}, "text is empty: expected at least one"),
         ({"images": [GOOD, 3]}, "image 1 of 2: a int"),
     ],

@@ -171,6 +171,8 @@ def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: 
         (["--load", "{run}", "--num-beams", "2", "--recompute"], "not with --recompute"),
         (["--load", "{run}", "--batch-size", "0"], "at least 1"),
         (["--load", "{run}", "--prompt", " "], "it is empty"),
+        (["--load", "{run}", "--prompt", "<image>"], "it is empty"),
+        (["--load", "{run}", "--prompt", "a <|im_end|>"], "--prompt = 'a <|im_end|>': it spells the control token"),
         (["--load", "{run}", "--tokenizer", "{tmp}/none.json"], "no such file"),
         (["--load", "{run}", "--tokenizer", "{other}"], "not the tokenizer"),
         (["--load", "{run}", "--output", "{empty}"], "name a file"),

@@ -1,0 +1,216 @@
+"""Tokenizers: a file -> token ids that depend on the text only, and back.
+
+A tokenizer file may carry settings that make encoding depend on something else: truncation and padding that some
+library left on when it saved the file, BPE dropout, sampling. They are switched off here. A file that changes letters
+on the way in is refused: the model could never write them.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import re
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+END_OF_TURN = "<|im_end|>"
+_LETTERS = string.digits + string.ascii_letters + string.punctuation + "éÉñ"
+# How tokenizers spell markup that is no text, whether or not their files mark it as special.
+_MARKUP = re.compile(r"<\|.+\|>", re.DOTALL)
+
+
+class Tokenizer(Protocol):
+    """What the project needs of a tokenizer.
+
+    Attributes:
+        fingerprint: SHA-256 of the file, in hexadecimal; of what it should be where settings were switched off.
+        vocab_size: rows that embedding and head need: the largest id + 1, also where ids have holes.
+        closing_ids: of the end token and of a line break, which close every sample.
+        control_tokens: tokens that are markup, not text. Text that spells one must be refused.
+    """
+
+    fingerprint: str
+    vocab_size: int
+    closing_ids: list[int]
+    control_tokens: tuple[str, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``; nothing is added. A control token that it spells becomes that token."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of many texts, without holding the interpreter lock."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, control tokens included; the model's rows without a token have none."""
+        ...
+
+    def lost(self, text: str) -> str:
+        """Letters of ``text`` that no token stands for; empty where the tokenizer can write all of it."""
+        ...
+
+
+class _HuggingFace:
+    def __init__(self, path: Path) -> None:
+        backend, content = read_tokenizer_json(path)
+        self._backend = backend
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        end = backend.token_to_id(END_OF_TURN)
+        if end is None:
+            raise ValueError(f"it has no token {END_OF_TURN!r}, which closes every sample")
+        self.closing_ids = [end, *self.encode("\n")]
+        self._unknown = getattr(backend.model, "unk_token", None)
+        added = backend.get_added_tokens_decoder().values()
+        control = [token.content for token in added if token.special or _MARKUP.fullmatch(token.content)]
+        self.control_tokens = tuple(dict.fromkeys([*control, *([self._unknown] if self._unknown else ())]))
+        self._writes_all_bytes = _has_all_bytes(vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=False)
+
+    def lost(self, text: str) -> str:
+        if self._writes_all_bytes:
+            return ""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        if self._unknown:
+            parts = zip(encoding.tokens, encoding.offsets, strict=True)
+            unknown = [span for token, span in parts if token == self._unknown]
+            return "".join(text[first:last] for first, last in unknown)
+        # Without a token for the unknown, the backend drops it without a word.
+        normalizer = self._backend.normalizer
+        wanted = collections.Counter("".join((normalizer.normalize_str(text) if normalizer else text).split()))
+        return "".join((wanted - collections.Counter(self.decode(encoding.ids))).elements())
+
+
+class _SentencePiece:
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._backend = backend = SentencePieceProcessor(model_file=str(path))
+        self.vocab_size = backend.vocab_size()
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.closing_ids = [backend.piece_to_id(piece) for piece in (END_OF_TURN, "\n")]
+        if backend.unk_id() in self.closing_ids:
+            raise ValueError(
+                f"it lacks the pieces {END_OF_TURN!r} and '\\n', which close every sample; train it with them as "
+                "user-defined symbols (tools/train_tokenizer.py does)"
+            )
+        _check_letters(backend.normalize)
+        ids = range(self.vocab_size)
+        pieces = [backend.id_to_piece(i) for i in ids]
+        self.control_tokens = tuple(
+            piece
+            for i, piece in zip(ids, pieces, strict=True)
+            if backend.is_control(i) or backend.is_unknown(i) or _MARKUP.fullmatch(piece)
+        )
+        self._writes_all_bytes = sum(map(backend.is_byte, ids)) == 256
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._backend.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([i for i in ids if i < self.vocab_size])
+
+    def lost(self, text: str) -> str:
+        if self._writes_all_bytes:
+            return ""
+        unknown = self._backend.unk_id()
+        parts = zip(self._backend.encode(text), self._backend.encode(text, out_type=str), strict=True)
+        return "".join(piece for i, piece in parts if i == unknown)
+
+
+def read_tokenizer_json(path: str | Path) -> tuple[Any, bytes]:
+    """(tokenizer of the library ``tokenizers``, what the file should hold) of a ``tokenizer.json``.
+
+    The bytes are the file's own, unless it carried truncation, padding, dropout or sampling, which are switched off.
+
+    Raises:
+        ValueError: it cannot be read, or changes or drops letters.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    content = Path(path).read_bytes()
+    try:
+        backend = Backend.from_buffer(content)
+    except Exception as error:  # the library has no class of its own for them
+        raise ValueError(f"cannot be read as a tokenizer: {error}") from error
+    sampling = [name for name in ("dropout", "alpha", "nbest_size") if getattr(backend.model, name, None) is not None]
+    if backend.truncation is not None or backend.padding is not None or sampling:
+        backend.no_truncation()
+        backend.no_padding()
+        for name in sampling:
+            setattr(backend.model, name, None)
+        content = backend.to_str().encode()
+    if backend.normalizer is not None:
+        _check_letters(backend.normalizer.normalize_str)
+    if backend.pre_tokenizer is not None:
+        spans = [span for _, span in backend.pre_tokenizer.pre_tokenize_str(_LETTERS)]
+        kept = "".join(_LETTERS[first:last] for first, last in spans)
+        if missing := [letter for letter in _LETTERS if letter not in kept]:
+            raise ValueError(f"its pre_tokenizer drops {''.join(missing)!r}: take one that keeps all text")
+    return backend, content
+
+
+def _check_letters(normalize: Callable[[str], str]) -> None:
+    """Raise ValueError when a normalizer drops letters, or makes different ones the same."""
+    results: dict[str, str] = {}
+    for letter in _LETTERS:
+        result = normalize(letter)
+        if not result.strip() or result in results:
+            what = f"makes {results[result]!r} and {letter!r} the same" if result in results else f"drops {letter!r}"
+            raise ValueError(
+                f"its normalizer {what}: the model could never tell or write them; take one that keeps them"
+            )
+        results[result] = letter
+
+
+def _has_all_bytes(vocabulary: dict[str, int]) -> bool:
+    """Whether every byte of a text has a token: byte-level BPE, or fallback to bytes."""
+    from tokenizers import pre_tokenizers
+
+    return all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet()) or all(
+        f"<0x{i:02X}>" in vocabulary for i in range(256)
+    )
+
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """A Hugging Face ``tokenizer.json`` or a SentencePiece ``.model`` file.
+
+    Raises:
+        ValueError: no such file, another kind of file, one that changes text, or a token id without one of
+            ``vocab_size`` rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"data.tokenizer = {str(path)!r}: no such file; give a tokenizer.json or a SentencePiece .model"
+        )
+    if path.suffix not in (".json", ".model"):
+        raise ValueError(f"data.tokenizer = {path}: expected a Hugging Face .json or a SentencePiece .model file")
+    kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
+    try:
+        tokenizer = kind(path)
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer = {path}: {error}") from error
+    except Exception as error:  # of SentencePiece, which has errors of its own
+        raise ValueError(f"data.tokenizer = {path}: cannot be read as a tokenizer: {error}") from error
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"data.tokenizer = {path}: its tokens do not fit model.vocab_size = {vocab_size}; set --vocab-size to at "
+            f"least {tokenizer.vocab_size}, its largest id + 1"
+        )
+    return tokenizer
