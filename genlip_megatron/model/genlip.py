@@ -115,8 +115,8 @@ class GenLIP(MegatronModule):
         # Megatron-Core's sharded embedding gives zeros for an id that no rank holds.
         if (largest := int(batch.token_ids.max())) >= self.model_config.vocab_size:
             raise ValueError(
-                f"token id {largest} has no row: model.vocab_size = {self.model_config.vocab_size}, and the ids must be "
-                "below it; take the tokenizer that the model was made for, or raise --vocab-size"
+                f"token id {largest} has no row: model.vocab_size = {self.model_config.vocab_size}; take the tokenizer "
+                "that the model was made for, or raise --vocab-size"
             )
         device = host.device()
         dtype = self.config.params_dtype
