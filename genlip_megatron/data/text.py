@@ -24,7 +24,8 @@ def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> Turns:
     """(text, carries loss) of each turn of a caption file, up to the last answer.
 
     Understands ``{"caption": ...}``, ``{"conversations" or "conversation": [{"from", "value"}]}`` and plain text. A
-    field that is null or empty counts as missing. An ``<image>`` marker is removed wherever it stands; turns are stripped.
+    field that is null or empty counts as missing. One ``<image>`` marker is removed, wherever it stands; turns are
+    stripped.
 
     Raises:
         ValueError: none of these, no word to learn from, or more than one image.
