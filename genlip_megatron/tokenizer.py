@@ -1,7 +1,7 @@
 """Tokenizers: a file -> token ids that depend on the text only, and back.
 
 A tokenizer file may carry settings that make encoding depend on something else: truncation and padding that some
-library left on when it saved the file, BPE dropout, sampling. They are switched off here. A file that changes letters
+library left on when it saved the file, or BPE dropout. They are switched off here. A file that changes letters
 on the way in is refused: the model could never write them.
 """
 
@@ -136,7 +136,7 @@ class _SentencePiece:
 def read_tokenizer_json(path: str | Path) -> tuple[Any, bytes]:
     """(tokenizer of the library ``tokenizers``, what the file should hold) of a ``tokenizer.json``.
 
-    The bytes are the file's own, unless it carried truncation, padding, dropout or sampling, which are switched off.
+    The bytes are the file's own, unless it carried truncation, padding or dropout, which are switched off.
 
     Raises:
         ValueError: it cannot be read, or changes or drops letters.
@@ -148,12 +148,12 @@ def read_tokenizer_json(path: str | Path) -> tuple[Any, bytes]:
         backend = Backend.from_buffer(content)
     except Exception as error:  # the library has no class of its own for them
         raise ValueError(f"cannot be read as a tokenizer: {error}") from error
-    sampling = [name for name in ("dropout", "alpha", "nbest_size") if getattr(backend.model, name, None) is not None]
-    if backend.truncation is not None or backend.padding is not None or sampling:
+    dropout = getattr(backend.model, "dropout", None)
+    if backend.truncation is not None or backend.padding is not None or dropout is not None:
         backend.no_truncation()
         backend.no_padding()
-        for name in sampling:
-            setattr(backend.model, name, None)
+        if dropout is not None:
+            backend.model.dropout = None
         content = backend.to_str().encode()
     if backend.normalizer is not None:
         _check_letters(backend.normalizer.normalize_str)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Regex as Pattern
 
-from genlip_megatron.convert.tokenizer import export_tokenizer, sentencepiece_to_json
+from genlip_megatron.convert.tokenizer import export_tokenizer
 from genlip_megatron.tokenizer import END_OF_TURN, load_tokenizer
 
 TEXT = "Two red crosses at the top left, a green square below."
@@ -56,16 +56,6 @@ def test_state_in_the_file_is_switched_off(kind: str, tmp_path: Path) -> None:
     assert exported.fingerprint == loaded.fingerprint
     fields = json.loads((tmp_path / "exported" / "tokenizer.json").read_text())
     assert not (fields["truncation"] or fields["padding"] or fields["model"]["dropout"])
-
-
-def test_sampling_is_switched_off(demo_data: Path, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(sentencepiece_to_json(demo_data / "tokenizer.model"))
-    plain = load_tokenizer(path)
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.model.alpha, tokenizer.model.nbest_size = 0.1, 5
-    sampled = load_tokenizer(saved(tokenizer, tmp_path / "sampled.json"))
-    assert all(sampled.encode(TEXT) == plain.encode(TEXT) for _ in range(20))
 
 
 def test_a_file_without_state_keeps_its_bytes(tmp_path: Path) -> None:
