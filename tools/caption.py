@@ -8,7 +8,7 @@
 Rows come in the order of the inputs: of files {"path", "caption"}, of samples of shards {"key", "caption", "truth"}.
 An image that cannot be used gets a row with "error" instead of "caption" and does not end the run.
 Decoding is the paper's unless told otherwise: the likeliest token each time, at most 256 of them, up to the end token.
-The output appears when it is complete, in the place of a file of that name.
+The output appears when it is complete. It takes the place of earlier captions, but of no other file.
 
 Exit status: 0 done, also with some bad images; 1 not one image could be used; 2 a setting or a file is wrong.
 """
@@ -99,19 +99,20 @@ def caption(options: argparse.Namespace) -> int:
     need_transformers()
     from tqdm import tqdm
 
+    from genlip_megatron.convert.new_folder import new_file
     from genlip_megatron.infer.inputs import Inputs, check_not_input
-    from genlip_megatron.infer.output import check_output, new_file
     from genlip_megatron.infer.prepare import batches, prepared
+    from genlip_megatron.outputs import captions, check_file
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size}: must be at least 1")
-    check_output(options.output)
     check_not_input(options.output, options.inputs)
+    check_file(options.output, captions)
     images = Inputs(options.inputs, options.limit)
     captioner, processor, prompt = _captioner(options)
     failed = 0
     with (
-        new_file(options.output) as out,
+        new_file(options.output, captions) as out,
         tqdm(total=len(images), desc="caption", unit="image", file=sys.stderr) as bar,
     ):
         for batch in batches(prepared(images, processor, prompt), size=options.batch_size):

@@ -38,6 +38,15 @@ def images_of(shard: str) -> Iterator[tuple[str, Image.Image]]:
                 yield str(Path(member.name).with_suffix("")), Image.open(io.BytesIO(content.read()))
 
 
+def is_own(file: Path) -> bool:
+    """Whether a file holds captions as this command writes them."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return all(row.keys() == {"key", "caption", "token_ids"} for row in rows)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 @torch.inference_mode()
 def main() -> None:
     """Caption and write."""
@@ -52,6 +61,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.limit < 1:
         parser.error(f"--limit {options.limit}: must be at least 1")
+    if options.output.exists() and not is_own(options.output):
+        parser.error(f"--output {options.output}: it exists, and this command did not write it; name another file")
     found_images = list(itertools.islice(images_of(options.shard), options.limit))
     if not found_images:
         parser.error(f"{options.shard}: no image there; expected {', '.join(sorted(SUFFIXES))}")

@@ -25,7 +25,7 @@ from genlip_megatron.arguments import StrictParser
 from genlip_megatron.checkpoint import folder, manifest, owner
 from genlip_megatron.checkpoint.folder import NotSaved
 from genlip_megatron.checkpoint.manifest import CONFIG
-from genlip_megatron.checkpoint.retention import Keeper, kept
+from genlip_megatron.checkpoint.retention import Keeper, deletable, kept
 from genlip_megatron.config import CheckpointConfig
 
 _KINDS = ("fully_reshardable", "dp_reshardable")
@@ -147,10 +147,14 @@ def prune(options: argparse.Namespace) -> int:
     print(f"{verb} steps: {', '.join(map(str, gone)) or 'none'}")
     if options.damaged:
         good, _ = keeper.good(options.path)
-        damaged = [step for step in folder.steps(options.path) if step not in good and good and step < max(good)]
+        old = [step for step in folder.steps(options.path) if step not in good and good and step < max(good)]
+        damaged, left = deletable(options.path, old)
         for step in () if options.dry_run else damaged:
             folder.remove(options.path, step)
         print(f"{verb} damaged steps: {', '.join(map(str, damaged)) or 'none'}")
+        keeper.left += left
+    for line in keeper.left:
+        print(line)
     lock.close()
     return 0
 
@@ -201,6 +205,9 @@ def reshard(options: argparse.Namespace) -> int:
     place = _places(options.path)[0]
     sizes = {name: getattr(options, name) for name in vars(options) if name.endswith("_model_parallel_size")}
     layout = {name: size for name, size in sizes.items() if size is not None}
+    target = (options.output or place.parent) / place.name
+    if target.exists() and not target.samefile(place):
+        raise ValueError(f"--output {options.output}: it has a checkpoint {place.name} already; name another folder")
     if layout and options.to != "dp_reshardable":
         raise ValueError("--tp, --pp and --vpp belong to --to dp_reshardable; fully_reshardable state fits any layout")
     print(f"wrote {write(place, options.to, options.output or place.parent, layout)}")

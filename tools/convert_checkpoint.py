@@ -107,7 +107,7 @@ def to_hf(options: argparse.Namespace) -> int:
 
     from genlip_megatron.checkpoint import loading
     from genlip_megatron.convert import conversion
-    from genlip_megatron.convert.folder import write_side_files
+    from genlip_megatron.convert.folder import foreign, write_side_files
     from genlip_megatron.convert.new_folder import check_target, new_folder
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.convert.tokenizer import export_tokenizer
@@ -115,7 +115,7 @@ def to_hf(options: argparse.Namespace) -> int:
 
     if options.verify:
         need_transformers()
-    check_target(options.output, options.overwrite, conversion.foreign)
+    check_target(options.output, options.overwrite, foreign)
     with _bar(None, "checksums") as bar:
         place, saved, source = conversion.open_checkpoint(options.source, _say, bar.update)
     config = loading.read_config(place)
@@ -137,7 +137,7 @@ def to_hf(options: argparse.Namespace) -> int:
     facts = {"Step": str(saved.iteration)}
     if saved.validation_loss is not None:
         facts["Validation loss"] = f"{saved.validation_loss:.4f}"
-    with new_folder(options.output, total, options.overwrite, conversion.foreign) as partial:
+    with new_folder(options.output, total, options.overwrite, foreign) as partial:
         with _bar(total, "weights") as bar:
             conversion.export_weights(source, tensors, partial, options.max_shard_size, bar.update)
         end = export_tokenizer(tokenizer, partial) if has_tokenizer else None

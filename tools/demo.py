@@ -4,6 +4,7 @@
     make demo                    (or: .venv/bin/python tools/demo.py)
     tools/demo.py --quick        the same path in a few steps, for CI: shows that it runs, not that it learns
 
+The folder of the run must be new, or that of an earlier demo, which is replaced when the data is ready.
 Ends with validation loss before and after, attribute accuracy of the captions of 200 held-out scenes, the same with
 the images shuffled among the captions, and where the log and the checkpoint lie. The checkpoint is exported as a
 Hugging Face folder as well: plain transformers, in a process without this project, must caption scenes just as the
@@ -21,12 +22,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_ACCURACY, MINIMUM_MARGIN = 0.60, 0.30
 MAX_NEW_TOKENS = "48"
+# By which a folder is known as a demo's run, and what else may be in it.
+MARK, MARK_TEXT = "made_by_demo", "This run was made by tools/demo.py, which replaces it when it runs again.\n"
+RUN_FILES = (
+    MARK, "latest_checkpointed_iteration.txt", "run.lock", "quarantine.jsonl", "final_exit", "captions.jsonl",
+    "captions-exported.jsonl", "captions-recomputed.jsonl", "tensorboard/events.out.tfevents.*", "profile/rank*.gz",
+)  # fmt: skip
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
@@ -46,6 +54,58 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     return "".join(lines)
 
 
+def from_root(path: Path) -> Path:
+    """A path that the user gave, as seen from the project's folder, where every command runs."""
+    path = Path(os.path.abspath(path))
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) and path != ROOT else path
+
+
+def check_run(folder: Path) -> None:
+    """Raise ValueError unless a folder is missing, empty, or the run of an earlier demo and nothing else."""
+    from genlip_megatron.checkpoint import manifest
+    from genlip_megatron.outputs import first_other
+
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"--output {folder}: it is no folder; name another")
+    if not (folder / MARK).is_file() or (folder / MARK).read_text(errors="replace") != MARK_TEXT:
+        raise ValueError(f"--output {folder}: it holds something that no demo has made; name another, or remove it")
+    steps = [entry for entry in folder.iterdir() if re.fullmatch(r"iter_\d{7,}", entry.name)]
+    for step in steps:
+        if other := manifest.foreign(step):
+            raise ValueError(f"--output {folder}: {step.name} holds something that no demo has made ({other})")
+    checkpoints = tuple(f"{step.name}/" for step in steps)
+    known = lambda path: path.startswith(checkpoints) or any(fnmatch(path, name) for name in RUN_FILES)  # noqa: E731
+    if other := first_other(folder, known):
+        raise ValueError(f"--output {folder}: it holds something that no demo has made ({other}); move that away")
+
+
+def check_places(data: Path, output: Path) -> None:
+    """Raise ValueError unless both folders can be used: before anything is written, and long before the run begins."""
+    from genlip_megatron.convert.folder import foreign
+    from genlip_megatron.convert.new_folder import check_target
+
+    inner, outer = sorted((data.resolve(), output.resolve()), key=lambda path: -len(path.parts))
+    if inner.is_relative_to(outer):
+        raise ValueError(f"--output {output}: it must lie outside --data {data}, and --data outside it")
+    check_run(output)
+    check_target(exported_folder(output), True, foreign)
+
+
+def begin_run(folder: Path) -> None:
+    """An empty folder with the mark; an earlier demo's run in it is removed. A link to a folder stays."""
+    check_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The mark goes last: a removal that is interrupted can be taken up again.
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == MARK):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (folder / MARK).write_text(MARK_TEXT)
+
+
 def validation_losses(output: str) -> list[float]:
     """Every validation loss in a training log, in order."""
     return [float(found) for found in re.findall(r"validation loss[^\d-]*([\d.]+(?:e[-+]?\d+)?)", output)]
@@ -56,12 +116,17 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
 
 
+def exported_folder(run: Path) -> Path:
+    """Where the Hugging Face folder of a run goes."""
+    return run.with_name(f"{run.name}-exported")
+
+
 def export(checkpoint: Path, shard: str, count: str) -> Path:
     """Export the checkpoint, caption with plain transformers and with the Megatron model, and compare; the folder.
 
     Exits with status 1 when a caption differs.
     """
-    folder = checkpoint.with_name(f"{checkpoint.name}-exported")
+    folder = exported_folder(checkpoint)
     run(sys.executable, "tools/convert_checkpoint.py", "to-hf", checkpoint, "--output", folder, "--overwrite")
     plain, recomputed = checkpoint / "captions-exported.jsonl", checkpoint / "captions-recomputed.jsonl"
     words = ["--limit", count, "--max-new-tokens", MAX_NEW_TOKENS]
@@ -89,21 +154,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="folder of the run (default: runs/demo)")
     options = parser.parse_args()
     begin = time.monotonic()
-    data = options.data or Path("demo-quick" if options.quick else "demo")
-    output = options.output or Path("runs/demo-quick" if options.quick else "runs/demo")
-    shutil.rmtree(ROOT / output, ignore_errors=True)
+    data = from_root(options.data or ROOT / ("demo-quick" if options.quick else "demo"))
+    output = from_root(options.output or ROOT / ("runs/demo-quick" if options.quick else "runs/demo"))
+    try:
+        check_places(ROOT / data, ROOT / output)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
     python = sys.executable
     samples = ["--train-samples", "400", "--val-samples", "64"] if options.quick else []
     run(python, "tools/render_demo_data.py", "--output", data, *samples)
-    shards = sorted(str(shard.relative_to(ROOT)) for shard in (ROOT / data).glob("*.tar"))
-    train = [shard for shard in shards if Path(shard).name.startswith("train")]
+    train = [str(data / shard.name) for shard in sorted((ROOT / data).glob("train-*.tar"))]
+    held_out = [str(data / shard.name) for shard in sorted((ROOT / data).glob("val-*.tar"))]
     tokenizer = data / "tokenizer.model"
     run(python, "tools/train_tokenizer.py", *train, "--output", tokenizer)
-    run(python, "tools/prepare_data.py", *shards, "--tokenizer", tokenizer)
+    run(python, "tools/prepare_data.py", *train, *held_out, "--tokenizer", tokenizer)
+    begin_run(ROOT / output)
 
     torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = [
+    settings: list[str | Path] = [
         "--config", "demo", "--tp", "2", "--save", output, "--load", output, "--tokenizer", tokenizer,
         "--train-data", f"{data}/train-*.tar", "--valid-data", f"{data}/val-*.tar",
     ]  # fmt: skip
@@ -124,12 +193,11 @@ def main() -> None:
 
     captions = output / "captions.jsonl"
     count = "16" if options.quick else "200"
-    shards = [shard for shard in shards if Path(shard).name.startswith("val")]
-    run(python, "tools/caption.py", *shards, "--load", output, "--limit", count, "--output", captions,
+    run(python, "tools/caption.py", *held_out, "--load", output, "--limit", count, "--output", captions,
         "--max-new-tokens", MAX_NEW_TOKENS)  # fmt: skip
     rows = read_rows(captions)
     compared = "4" if options.quick else "32"
-    exported = export(output, shards[0], compared)
+    exported = export(output, held_out[0], compared)
     texts, truths = [row["caption"] for row in rows], [parse_attributes(row["truth"]) for row in rows]
     accuracy, control = attribute_accuracy(texts, truths), shuffled_control(texts, truths, seed=0)
 

@@ -14,6 +14,7 @@ move the two together.
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -136,6 +137,21 @@ def worst_difference(model: GenLIPVisionModel, exported: Callable[[Tensor], Tens
     return worst
 
 
+def is_own(file: Path, output: Path) -> bool:
+    """Whether a file is an export of this tool, or the weights that the export ``output`` names.
+
+    Both formats hold the names of the model's parameters as they are.
+    """
+    if not output.is_file() or not file.is_file():
+        return False
+    with open(output, "rb") as opened:
+        if not os.fstat(opened.fileno()).st_size:
+            return False
+        names = [b"vision_embeddings", b"pixel_values"] + ([file.name.encode()] if file != output else [])
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return all(content.find(name) >= 0 for name in names)
+
+
 def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     """Export a folder's encoder, compare what was written with the model, and put it in its place.
 
@@ -160,8 +176,12 @@ def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     if output.is_dir():
         raise ValueError(f"{output}: it is a folder; name a file")
     data = output.with_name(f"{output.name}.data")
-    if there := [str(file) for file in (output, data) if file.exists() and not overwrite]:
-        raise ValueError(f"{' and '.join(there)}: already there; name another file, or replace it with --overwrite")
+    there = [file for file in (output, data) if os.path.lexists(file)]
+    if there and not overwrite:
+        names = " and ".join(map(str, there))
+        raise ValueError(f"{names}: already there; name another file, or replace it with --overwrite")
+    if other := next((file for file in there if not is_own(file, output)), None):
+        raise ValueError(f"{other}: --overwrite replaces only what this tool has written; name another file")
     need_transformers()
     from transformers import logging as transformers_logging
 

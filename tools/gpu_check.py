@@ -292,6 +292,13 @@ def main() -> int:
         return 0
     import torch
 
+    from genlip_megatron.outputs import check_file, json_object, write
+
+    is_own = json_object("passed", "results")
+    try:
+        check_file(options.output, is_own)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available() and not options.rehearse:
         print("gpu_check: no CUDA device here, nothing to check (--rehearse runs the parts on the CPU)")
         return 0
@@ -322,7 +329,7 @@ def main() -> int:
     for what, measured, holds in rows:
         print(f"{'ok  ' if holds else 'FAIL'} {what:<{width}}  {measured}")
     good = all(holds for *_, holds in rows)
-    Path(options.output).write_text(json.dumps({"passed": good, "results": results}, indent=1) + "\n")
+    write(options.output, json.dumps({"passed": good, "results": results}, indent=1) + "\n", is_own)
     print(f"{options.output} written, {(time.monotonic() - begin) / 60:.1f} minutes")
     return 0 if good else 1
 

@@ -9,14 +9,14 @@
 All of it comes from the training loader, so the page cannot disagree with training. Samples are the first of the first
 packs, or those named by --key; of several samples of that name the first, so give the PATH of one shard to choose. With
 --config the packs are the first of that run (its data, batch size and seed; flags take precedence); without it the data
-set is dealt to as many lanes as packs are asked for. The page stands alone: no network and no scripts.
+set is dealt to as many lanes as packs are asked for. The page needs no network and no scripts. It takes the place of an
+earlier page, but of no other file.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,9 +28,9 @@ import numpy as np
 from genlip_megatron.batch import PATCH_SIZE
 from genlip_megatron.checks import check
 from genlip_megatron.config import CheckpointConfig, DataConfig, RunConfig, from_dict, load_yaml, override
-from genlip_megatron.data import storage
 from genlip_megatron.data.loader import Loader
-from genlip_megatron.evaluate.page import Origin, Pack, build_page, escape, heading, refused_card, sample_card
+from genlip_megatron.evaluate.page import Origin, Pack, build_page, escape, heading, is_page, refused_card, sample_card
+from genlip_megatron.outputs import check_file, write
 
 SETTINGS = {
     "tokenizer": "data.tokenizer",
@@ -67,17 +67,6 @@ def configure(options: argparse.Namespace) -> RunConfig:
         data=replace(config.data, max_consecutive_failures=0),
         checkpoint=CheckpointConfig(),
     )
-
-
-def check_output(output: str) -> None:
-    """Raise ValueError where no page can be written."""
-    if storage.is_remote(output):
-        return
-    folder = Path(output).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--output {output}: its folder does not exist or cannot be written to")
-    if Path(output).is_dir():
-        raise ValueError(f"--output {output}: is a folder; name a file")
 
 
 def assemble(loader: Loader, samples: list[int], step: int, name: str) -> Pack:
@@ -208,13 +197,13 @@ def main() -> None:
     logging.getLogger("genlip_megatron.data.quarantine").setLevel(logging.ERROR)  # the page shows bad samples
     try:
         config = configure(options)
-        check_output(options.output)
+        check_file(options.output, is_page)
         loader = Loader(config, "train")
         try:
             page, summary = inspect(loader, options)
         finally:
             loader.close()
-        storage.write_bytes(options.output, page.encode())
+        write(options.output, page, is_page)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"{options.output}: {summary}")

@@ -36,6 +36,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from genlip_megatron.outputs import check_file, json_lines
+
 IMAGE_SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".png": ".png", ".webp": ".webp"}  # found -> in the shard
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SPEAKERS = ("user", "human", "assistant", "gpt")  # the latter two answer
@@ -215,6 +217,20 @@ def read_ahead(pool: ProcessPoolExecutor, rows: Iterator[Row], root: str, window
     yield from waiting
 
 
+def is_own(shard: Path) -> bool:
+    """Whether a file is a shard that this tool packed: numbered samples, without times and owners."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            member = archive.next()
+    except (OSError, tarfile.TarError):
+        return False
+    facts = (member.mtime, member.uid, member.gid, member.uname, member.gname) if member else ()
+    return member is not None and facts == (0, 0, 0, "", "") and re.match(r"\d{9,}\.", member.name) is not None
+
+
+is_skipped_list = json_lines(lambda keys: keys in ({"row", "reason"}, {"path", "reason"}))
+
+
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
     """A file that takes its name only once it is complete."""
@@ -237,10 +253,14 @@ def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[i
     if earlier and not options.overwrite:
         there = f"{len(earlier)} shards of --prefix {options.prefix} are there already"
         raise ValueError(f"--output {output}: {there}; choose another of the two, or let --overwrite remove them")
+    for path in earlier:
+        if path.is_symlink() or not is_own(path):
+            raise ValueError(f"--output {output}: --overwrite: {path.name} was not packed by this tool; choose another")
+    output.mkdir(parents=True, exist_ok=True)
+    check_file(output / f"{options.prefix}.skipped.jsonl", is_skipped_list)
     # Reading .parquet starts threads, whose locks a forked worker could inherit closed.
     pool = ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, end the workers too
-    output.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(output / f"{options.prefix}.skipped.jsonl") as listing, contextlib.ExitStack() as shard:
             results = read_ahead(pool, rows, root, ROWS_A_WORKER * options.workers)

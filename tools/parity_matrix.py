@@ -12,7 +12,6 @@ than is allowed, with 2 on bad arguments.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import sys
 import tempfile
@@ -199,11 +198,15 @@ def main() -> int:
     from genlip_megatron import host
 
     host.install()
+    from genlip_megatron.outputs import begins_with, check_file, write
     from tests.runs import layout, make_data
+
+    is_own = begins_with(_INTRODUCTION.partition("{")[0].encode())
 
     try:
         for name in options.layouts or ():
             layout(name)
+        check_file(options.output, is_own)
     except ValueError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
@@ -211,9 +214,7 @@ def main() -> int:
         make_data(data)
         matrix = Matrix(data)
         text = report(matrix, list(options.layouts or LAYOUTS), options.layouts is None, Path(folder) / "relay")
-    partial = Path(options.output).with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, options.output)
+    write(options.output, text, is_own)
     print(text)
     for failure in matrix.failures:
         print(f"DIFFERS: {failure}", file=sys.stderr)

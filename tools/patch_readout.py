@@ -23,6 +23,7 @@ from pathlib import Path
 
 from genlip_megatron.arguments import StrictParser
 from genlip_megatron.optional import need_transformers
+from genlip_megatron.outputs import first_other
 
 # By which --overwrite knows a folder of readouts.
 INDEX, KIND = "index.json", "genlip patch readouts"
@@ -64,7 +65,7 @@ def foreign(folder: Path) -> str:
         names = None
     if names is None:
         return f"no {INDEX} of readouts"
-    return next((path.name for path in sorted(folder.iterdir()) if path.name not in (INDEX, *names)), "")
+    return first_other(folder, lambda path: path in (INDEX, *names))
 
 
 def file_name(name: str, number: int) -> str:

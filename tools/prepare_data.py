@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.data import storage
-from genlip_megatron.data.dataset import Totals, manifest_paths, open_dataset, other_shards, write_manifest
+from genlip_megatron.data.dataset import Totals, check_files, manifest_paths, open_dataset, other_shards, write_manifest
 from genlip_megatron.data.index import ShardIndex, refresh_index
 from genlip_megatron.data.plan import Plan, Source
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
@@ -187,6 +187,8 @@ def main() -> None:
         manifest = options.manifest or default_manifest(shards)
         if not manifest.endswith(".json"):
             raise ValueError(f"--manifest {manifest}: must end in .json")
+        if not options.part:
+            check_files(manifest)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     first, step = options.part or (0, 1)

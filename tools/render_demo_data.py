@@ -6,7 +6,7 @@
 A scene holds one to four equal shapes in one corner and a word in the half that they leave free, on a light
 background, in many sizes and aspect ratios. Each sample depends on (seed, split, number) alone, so the shards are
 the same bytes for any number of workers. Held-out scenes are drawn independently: they may repeat a combination of
-attributes, but no picture.
+attributes, but no picture. Shards that this tool rendered before are replaced; other files are left alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
@@ -94,10 +95,24 @@ def render(seed: int, split: str, number: int) -> tuple[bytes, bytes]:
     return jpeg.getvalue(), json.dumps(record).encode()
 
 
+def is_own(file: Path) -> bool:
+    """Whether a file is a shard that this tool rendered, by its first sample."""
+    try:
+        with tarfile.open(file, "r:") as archive:
+            image, record = archive.next(), archive.next()
+            content = archive.extractfile(record) if record is not None else None
+            names = [re.sub(r"^(train|val)\d{6}", "", member.name) for member in (image, record) if member is not None]
+            fields = json.load(content) if content is not None and names == [".jpg", ".json"] else {}
+            return fields.keys() == {"caption", "attributes", "width", "height"}
+    except (OSError, tarfile.TarError, ValueError, AttributeError):
+        return False
+
+
 def write_shard(folder: str, split: str, shard: int, first: int, count: int, seed: int) -> str:
     """Write one shard atomically; returns its name."""
     target = Path(folder) / f"{split}-{shard:05d}.tar"
     partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)  # what a killed process left
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number in range(first, first + count):
             for suffix, content in zip(("jpg", "json"), render(seed, split, number), strict=True):
@@ -123,7 +138,14 @@ def main() -> None:
     for name in ("train_samples", "val_samples", "samples_per_shard", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-    Path(options.output).mkdir(parents=True, exist_ok=True)
+    folder = Path(options.output)
+    for file in sorted(folder.glob("*.tar")):
+        if re.fullmatch(r"(train|val)-\d{5}\.tar", file.name) and not is_own(file):
+            parser.error(f"--output {folder}: {file.name} in it was not rendered by this tool; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {folder}: cannot be made: {error.strerror}")
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = []
         for split, samples in (("train", options.train_samples), ("val", options.val_samples)):

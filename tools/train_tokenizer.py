@@ -3,7 +3,8 @@
 
     tools/train_tokenizer.py demo/train-*.tar --output demo/tokenizer.model
 
-The closing tokens of every training sequence, <|im_end|> and a line break, become pieces of their own.
+The closing tokens of every training sequence, <|im_end|> and a line break, become pieces of their own. The output
+replaces a model that this tool trained, but no other file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import sentencepiece
 
@@ -21,6 +21,7 @@ from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data.index import CAPTION_SUFFIXES
 from genlip_megatron.data.storage import expand_shards
 from genlip_megatron.data.text import END_OF_TURN, parse_turns
+from genlip_megatron.outputs import check_file, write
 
 
 def captions(shards: list[str]) -> Iterator[str]:
@@ -39,6 +40,16 @@ def captions(shards: list[str]) -> Iterator[str]:
                 yield from (text for text, _ in turns if text)
 
 
+def is_own(content: bytes) -> bool:
+    """Whether a file is a model that this tool trained: it has the closing tokens, and no tokens of begin and end."""
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        return False
+    own = all(model.id_to_piece(model.piece_to_id(piece)) == piece for piece in (END_OF_TURN, "\n"))
+    return own and model.bos_id() == model.eos_id() == -1
+
+
 def main() -> None:
     """Train and write the model."""
     parser = argparse.ArgumentParser(
@@ -49,6 +60,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=512, help="largest number of pieces (default: 512)")
     options = parser.parse_args()
     try:
+        check_file(options.output, is_own)
         texts = list(captions(expand_shards(options.shards, "SHARDS")))
         if not texts:
             raise ValueError("no shard holds a readable caption")
@@ -71,12 +83,12 @@ def main() -> None:
         num_threads=1,
         minloglevel=2,
     )
-    target = Path(options.output)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, target)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(target)).vocab_size()
-    print(f"{target}: {pieces} pieces from {len(texts)} texts")
+    try:
+        write(options.output, model.getvalue(), is_own)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    print(f"{options.output}: {pieces} pieces from {len(texts)} texts")
 
 
 if __name__ == "__main__":

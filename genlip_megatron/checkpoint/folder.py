@@ -14,10 +14,13 @@ import re
 import shutil
 from pathlib import Path
 
+from genlip_megatron.checkpoint import manifest
+
 LATEST = "latest_checkpointed_iteration.txt"
 SET_ASIDE = "set_aside"
 _HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 _NAME = re.compile(r"iter_(\d{7,})")
+_HIDDEN = re.compile(r"\.(iter_\d{7,})\.(partial|replaced|removed)")
 
 
 class NotSaved(RuntimeError):
@@ -100,20 +103,27 @@ def _replaced_folder(root: str | Path, iteration: int) -> Path:
 def clean(root: str | Path) -> None:
     """Remove what crashed saves and deletions left behind; a checkpoint that was about to be replaced is put back."""
     for entry in list(Path(root).glob(".iter_*")):
-        name = entry.name[1:].rpartition(".")[0]
-        if entry.suffix == ".replaced" and not (Path(root) / name).exists():
-            os.rename(entry, Path(root) / name)
-        elif entry.suffix in (".partial", ".replaced", ".removed"):
+        if not (match := _HIDDEN.fullmatch(entry.name)) or entry.is_symlink() or not entry.is_dir():
+            continue  # of another's making
+        if entry.suffix == ".replaced" and not (Path(root) / match[1]).exists():
+            os.rename(entry, Path(root) / match[1])
+        else:
             shutil.rmtree(entry)
 
 
 def publish(root: str | Path, iteration: int) -> Path:
-    """Let the checkpoint of a step appear, whose files are written and synced; ``confirm`` follows."""
+    """Let the checkpoint of a step appear, whose files are written and synced; ``confirm`` follows.
+
+    An earlier checkpoint of the step is replaced. A folder of that name with anything else in it is set aside.
+    """
     target, partial = step_folder(root, iteration), partial_folder(root, iteration)
     for folder in {path.parent for path in partial.rglob("*")} | {partial}:
         sync(folder)
-    if target.exists():
-        os.rename(target, _replaced_folder(root, iteration))
+    if os.path.lexists(target):
+        if manifest.foreign(target):
+            _set_aside(target)
+        else:
+            os.rename(target, _replaced_folder(root, iteration))
     os.rename(partial, target)
     return target
 
@@ -144,14 +154,7 @@ def set_aside(root: str | Path, after: int) -> list[Path]:
     for step in steps(root):
         if step <= after:
             continue
-        source = step_folder(root, step)
-        target, again = Path(root) / SET_ASIDE / source.name, 1
-        while target.exists():
-            again += 1
-            target = target.with_name(f"{source.name}-{again}")
-        target.parent.mkdir(exist_ok=True)
-        os.rename(source, target)
-        moved.append(target)
+        moved.append(_set_aside(step_folder(root, step)))
     if moved:
         sync(Path(root))
         if left := steps(root):
@@ -159,8 +162,19 @@ def set_aside(root: str | Path, after: int) -> list[Path]:
     return moved
 
 
+def _set_aside(source: Path) -> Path:
+    target, again = source.parent / SET_ASIDE / source.name, 1
+    while os.path.lexists(target):
+        again += 1
+        target = target.with_name(f"{source.name}-{again}")
+    target.parent.mkdir(exist_ok=True)
+    os.rename(source, target)
+    return target
+
+
 def remove(root: str | Path, iteration: int) -> None:
-    """Delete a checkpoint; a crash meanwhile leaves a hidden rest that the next ``clean`` removes."""
+    """Delete a checkpoint, nothing of which is ``manifest.foreign``; a crash meanwhile leaves a hidden rest that the
+    next ``clean`` removes."""
     source = step_folder(root, iteration)
     hidden = source.with_name(f".{source.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)

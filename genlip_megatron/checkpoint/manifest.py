@@ -12,12 +12,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from genlip_megatron.outputs import first_other
 
 MANIFEST, COMMON, CONFIG = "manifest.json", "common.pt", "config.yaml"
 # Kinds of optimizer state.
@@ -108,6 +111,23 @@ def read(folder: Path) -> Manifest:
         raise Damaged(f"{file}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{file}: damaged, not the JSON that was written") from None
+
+
+# What a run's checkpoint consists of, with a damaged or missing manifest too.
+_OWN = re.compile(r"__\d+_\d+\.distcp|\.metadata|metadata\.json|common\.pt|config\.yaml|manifest\.json")
+
+
+def foreign(folder: Path) -> str:
+    """What a checkpoint's folder holds that no checkpoint has; "" where all of it may be deleted."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is a link or a file"
+    try:
+        listed = set(read(folder).files)
+    except Damaged:
+        listed = set()
+        if not any(path.suffix == TENSORS or path.name == MANIFEST for path in folder.iterdir()):
+            return "no file of a checkpoint"
+    return first_other(folder, lambda name: name in listed or bool(_OWN.fullmatch(name)))
 
 
 def sha256_of(path: Path) -> str:

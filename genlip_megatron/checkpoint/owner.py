@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import socket
 import time
@@ -29,9 +30,12 @@ def own(root: str | Path, patience: float = 0.0, log: Callable[[str], None] = la
         OSError: it cannot be written to.
     """
     Path(root).mkdir(parents=True, exist_ok=True)
-    file = open(Path(root) / LOCK, "a+")  # noqa: SIM115
+    file = open(Path(root) / LOCK, "a+", errors="replace")  # noqa: SIM115
     try:
         _lock(file, root, patience, log)
+        file.seek(0)
+        if (found := file.read()) and not re.match(r"\S+ process \d|\0", found):  # \0 after a power cut
+            raise NotSaved(f"{Path(root) / LOCK} is a file that no run has written; move it, or choose another folder")
         text = f"{socket.gethostname()} process {os.getpid()} {secrets.token_hex(8)}\n"
         file.truncate(0)
         file.write(text)

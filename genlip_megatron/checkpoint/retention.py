@@ -48,10 +48,12 @@ class Keeper:
 
     Attributes:
         reading: whether files are being read, which takes long where there are many of other processes.
+        left: why the last ``prune`` left checkpoints that need not be kept: they hold other files as well.
     """
 
     def __init__(self) -> None:
         self.reading = False
+        self.left: list[str] = []
         self._good: set[tuple[str, tuple[tuple[str, int, int], ...]]] = set()
 
     def trust(self, place: Path, facts: manifest.Manifest) -> None:
@@ -91,10 +93,22 @@ class Keeper:
         whole = [step for step, facts in found.items() if facts.kind == FULLY_RESHARDABLE]
         whole = whole if options.fully_reshardable_every else []  # who makes none on the way does not rely on them
         stay = kept(checkpoints, options.keep_last, options.keep_every, options.keep_best, whole)
-        gone = sorted(step for step in found if step not in stay)
+        gone, self.left = deletable(root, sorted(step for step in found if step not in stay))
         for step in () if dry_run else gone:
             folder.remove(root, step)
         return gone, wrong
+
+
+def deletable(root: str | Path, steps: Sequence[int]) -> tuple[list[int], list[str]]:
+    """(those of ``steps`` whose folders hold a checkpoint and nothing else, a line for each of the others)."""
+    others = {step: manifest.foreign(folder.step_folder(root, step)) for step in steps}
+    lines = [
+        f"{folder.step_folder(root, step)}: not deleted, since no checkpoint has what it holds ({other}); move that "
+        "away, or delete the folder by hand"
+        for step, other in others.items()
+        if other
+    ]
+    return [step for step in steps if not others[step]], lines
 
 
 def _state(place: Path, facts: manifest.Manifest) -> tuple[tuple[str, int, int], ...]:

@@ -396,6 +396,7 @@ class Saver:
         except Exception as error:  # it runs in a thread, where nobody would see it
             return f"WARNING: old checkpoints in {self.root} could not be deleted: {error}"
         lines = [f"WARNING: a damaged checkpoint is not counted: {problem}" for problem in wrong]
+        lines += [f"WARNING: {line}" for line in self._keeper.left]
         if gone:
             lines.append(f"deleted the checkpoints of steps {', '.join(map(str, gone))}")
         return "\n".join(lines)

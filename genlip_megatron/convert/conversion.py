@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,11 @@ import torch
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.config import DEFAULT_PROMPT, PATCH_SIZE, DataConfig, ModelConfig, RunConfig, override
-from genlip_megatron.convert.folder import SIDE_FILES, model_config
+from genlip_megatron.convert.folder import model_config
 from genlip_megatron.convert.megatron_source import MegatronSource
-from genlip_megatron.convert.new_folder import first_other
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
 from genlip_megatron.convert.source import Source
 from genlip_megatron.convert.table import TEXT_ONLY, groups
-
-_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def open_checkpoint(
@@ -190,14 +186,3 @@ def recorded_run(
             raise ValueError(f"{folder}: images of size {size!r}; training takes squares alone")
         data["data.image_size"] = size["height"]
     return override(RunConfig(model=model), data)
-
-
-def foreign(folder: Path) -> str:
-    """What a folder holds that is of no export of a model; "" when there is nothing such."""
-    try:
-        is_model = read_json(folder / "config.json").get("model_type") == "genlip"
-    except ValueError:
-        is_model = False
-    if not is_model:
-        return "no config.json of a GenLIP model"
-    return first_other(folder, lambda entry: entry.name in SIDE_FILES or bool(_WEIGHT_FILE.fullmatch(entry.name)))

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib.resources
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
+from genlip_megatron.outputs import first_other
 
 SOURCES = ("configuration_genlip.py", "image_processing_genlip.py", "modeling_genlip.py", "processing_genlip.py")
 # Everything of an exported folder but the weights.
@@ -27,6 +29,7 @@ SIDE_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 MAX_NEW_TOKENS = 256  # of the paper's captions
 
 # Fields of the authors' configuration that have one value here.
@@ -421,3 +424,14 @@ def write_side_files(
     sources = importlib.resources.files("genlip_megatron.hf")
     for name in code:
         (folder / name).write_text((sources / name).read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def foreign(folder: Path) -> str:
+    """What a folder holds that is of no export of a model; "" when there is nothing such."""
+    try:
+        is_model = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "genlip"
+    except (OSError, ValueError, TypeError, KeyError):
+        is_model = False
+    if not is_model:
+        return "no config.json of a GenLIP model"
+    return first_other(folder, lambda path: path in SIDE_FILES or bool(_WEIGHT_FILE.fullmatch(path)))

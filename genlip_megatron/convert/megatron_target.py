@@ -29,9 +29,9 @@ from genlip_megatron.checkpoint import content, folder, manifest
 from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.write import HashingFile
 from genlip_megatron.config import RunConfig
-from genlip_megatron.convert.new_folder import first_other
 from genlip_megatron.convert.source import Source, listed, to_dtype
 from genlip_megatron.convert.table import Group, groups
+from genlip_megatron.outputs import first_other
 
 # It has been trained for no step of a run here.
 ITERATION = 0
@@ -70,15 +70,14 @@ def size_of(source: Source, dtype: torch.dtype | None) -> int:
 def foreign(root: Path) -> str:
     """What a folder holds that is of no such checkpoint; "" when there is nothing such."""
     place = folder.step_folder(root, ITERATION)
-    if other := first_other(root, lambda entry: entry.name in (folder.LATEST, place.name)):
-        return other
     try:
         saved = manifest.read(place)
     except manifest.Damaged as error:
         return str(error)
     if saved.kind != WEIGHTS_ONLY:
         return f"{place.name}, a checkpoint of a run"
-    return first_other(place, lambda entry: entry.name == manifest.MANIFEST or entry.name in saved.files)
+    names = {f"{place.name}/{name}" for name in (manifest.MANIFEST, *saved.files)}
+    return first_other(root, lambda path: path == folder.LATEST or path in names).removeprefix(f"{place.name}/")
 
 
 def write_checkpoint(

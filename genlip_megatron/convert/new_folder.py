@@ -1,4 +1,4 @@
-"""A folder that appears all at once, or not at all."""
+"""A folder or a file of results that appears all at once, or not at all."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import contextlib
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from genlip_megatron.checkpoint import folder
+from genlip_megatron.outputs import Recognise, check_file
+
+_REST = re.compile(r"[0-9a-f]{8}")
 
 
 @contextlib.contextmanager
@@ -46,6 +51,27 @@ def hidden_folder(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def new_file(target: Path, recognise: Recognise) -> Iterator[TextIO]:
+    """A file to write text to, which takes ``target``'s place when the block ends well; else nothing is left.
+
+    What a killed process left of its own is removed by the next; SIGTERM ends as a failure does.
+
+    Raises:
+        ValueError: as ``check_file``, when the block ends; or the disk cannot be written to.
+    """
+    try:
+        with hidden_folder(target) as partial:
+            with open(partial / target.name, "w", encoding="utf-8") as out:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+            check_file(target, recognise)  # another may have come first
+            os.replace(partial / target.name, target)
+    except OSError as error:
+        raise ValueError(f"--output {target}: could not be written: {error}; nothing was left behind") from error
+
+
+@contextlib.contextmanager
 def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path], str]) -> Iterator[Path]:
     """A hidden sibling folder to write to, which takes ``target``'s place when the block ends well.
 
@@ -70,9 +96,11 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
                 os.rename(replaced, target)
             check_target(target, overwrite, foreign)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_rests(target)
             if replaced.exists():
-                shutil.rmtree(replaced)
+                if other := foreign(replaced):
+                    raise ValueError(f"{replaced}: it is in the way and holds something else ({other}); move it")
+                os.rename(replaced, _partial(target))  # a name under which half of it is a rest
+            _remove_rests(target)
             if (free := shutil.disk_usage(target.parent).free) < size:
                 raise ValueError(f"{target}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are to be written")
             partial, written = _make_partial(target)
@@ -99,13 +127,17 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
 def _make_partial(target: Path) -> tuple[Path, int]:
     """(a new hidden folder to prepare ``target`` in, its descriptor, whose lock keeps others from removing it)."""
     while True:
-        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+        partial = _partial(target)
         partial.mkdir()
         with contextlib.suppress(FileNotFoundError):  # another took it for a rest before it was locked
             descriptor = os.open(partial, os.O_RDONLY)
             if _lock(descriptor) and partial.exists():
                 return partial, descriptor
             os.close(descriptor)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
 
 
 def _replaced(target: Path) -> Path:
@@ -140,6 +172,8 @@ def _take_back(partial: Path, target: Path) -> None:
 def _remove_rests(target: Path) -> None:
     """Remove what killed processes have left of ``target``, and nothing that another one is writing."""
     for rest in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        if rest.is_symlink() or not rest.is_dir() or not _REST.fullmatch(rest.name.rpartition("-")[2]):
+            continue  # of another's making
         try:
             descriptor = os.open(rest, os.O_RDONLY)
         except FileNotFoundError:  # another removed it
@@ -174,11 +208,6 @@ def check_target(target: Path, overwrite: bool, foreign: Callable[[Path], str]) 
         raise ValueError(f"{target}: the folder is not empty; name another, or replace it with --overwrite")
     if other := foreign(target):
         raise ValueError(
-            f"{target}: --overwrite replaces what this tool has written alone, and the folder holds something else "
+            f"{target}: --overwrite replaces only what this tool has written, and the folder holds something else "
             f"({other}); name another"
         )
-
-
-def first_other(place: Path, known: Callable[[Path], bool]) -> str:
-    """The first entry of a folder, by name, that is not ``known``; "" when all are."""
-    return next((entry.name for entry in sorted(place.iterdir()) if not known(entry)), "")

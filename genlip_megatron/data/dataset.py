@@ -31,6 +31,7 @@ from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, load_index, read_index
 from genlip_megatron.data.resize import most_patches, native_sizes
 from genlip_megatron.data.storage import expand_shards
+from genlip_megatron.outputs import check_file, json_lines, json_object
 
 MANIFEST_FORMAT = 1
 _CLOSING_TOKENS = 2
@@ -83,6 +84,22 @@ def manifest_paths(manifest: str) -> tuple[str, str]:
     return f"{before}{stem}dataset.plan", f"{before}{stem}quarantine.jsonl"
 
 
+is_manifest = json_object("format", "tokenizer", "prompt", "plan_sha256", "shards")
+is_quarantine = json_lines(lambda keys: keys == {"shard", "key", "reason"})
+
+
+def check_files(manifest: str) -> None:
+    """Raise ValueError where the manifest, its planning file or its list of refused samples would replace another file.
+
+    A planning file has no marks of its own: it counts as ours beside its manifest.
+    """
+    plan, quarantine = manifest_paths(manifest)
+    for file, recognise in ((manifest, is_manifest), (quarantine, is_quarantine)):
+        check_file(file, recognise, "--manifest" if file == manifest else f"--manifest {manifest}, which comes with")
+    if not storage.exists(manifest):
+        check_file(plan, lambda content: False, f"--manifest {manifest}, which comes with")
+
+
 def other_shards(manifest: str, shards: Sequence[str]) -> int:
     """How many shards an existing manifest lists that are there, but not among ``shards``."""
     if not storage.exists(manifest):
@@ -91,7 +108,7 @@ def other_shards(manifest: str, shards: Sequence[str]) -> int:
         listed = json.loads(storage.read_bytes(manifest))["shards"]
         names = {storage.join(storage.parent(manifest), entry["path"]) for entry in listed}
     except (ValueError, KeyError, TypeError):
-        return 0  # damaged: to be written anew
+        return 0  # damaged: ``check_files`` decides
     others = {_name(path) for path in names} - {_name(shard) for shard in shards}
     return sum(storage.exists(path) for path in others)
 
@@ -138,26 +155,28 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
                 on_shard(index)
             file.flush()
             os.fsync(file.fileno())
+        assert origin is not None
+        tree = {
+            "format": MANIFEST_FORMAT,
+            "version": __version__,
+            "tokenizer": origin[0],
+            "prompt": origin[1],
+            "plan_sha256": digest.hexdigest(),
+            "samples": totals.samples,
+            "text_tokens": totals.text_tokens,
+            "loss_tokens": totals.loss_tokens,
+            "refused": dict(totals.refused.most_common()),
+            "shards": entries,
+        }
+        # First the manifest, by which the next call knows the planning file as ours. Should this process be killed
+        # between the two, readers see that they do not match.
+        storage.write_bytes(manifest, json.dumps(tree, indent=1).encode())
         if storage.is_remote(plan):
             storage.with_retries(lambda: storage.filesystem(plan).put_file(partial, plan))
         else:
             os.replace(partial, plan)
     finally:
         Path(partial).unlink(missing_ok=True)
-    assert origin is not None
-    tree = {
-        "format": MANIFEST_FORMAT,
-        "version": __version__,
-        "tokenizer": origin[0],
-        "prompt": origin[1],
-        "plan_sha256": digest.hexdigest(),
-        "samples": totals.samples,
-        "text_tokens": totals.text_tokens,
-        "loss_tokens": totals.loss_tokens,
-        "refused": dict(totals.refused.most_common()),
-        "shards": entries,
-    }
-    storage.write_bytes(manifest, json.dumps(tree, indent=1).encode())
     return totals
 
 

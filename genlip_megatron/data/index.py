@@ -27,6 +27,7 @@ from xxhash import xxh3_128_hexdigest
 from genlip_megatron.data import storage
 from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image
 from genlip_megatron.data.text import Tokenizer, Turns, check_turns, parse_turns, tokenize_many
+from genlip_megatron.outputs import check_file
 
 FORMAT_VERSION = 2
 CAPTION_SUFFIXES = (".json", ".txt")
@@ -251,7 +252,15 @@ def _mapped(shard: str) -> Iterator[tuple[str, memoryview]]:
 
 
 def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
-    """Read a shard from start to end and write its index beside it, atomically."""
+    """Read a shard from start to end and write its index beside it, atomically.
+
+    Raises:
+        ValueError: a file that is no index stands where it is to go.
+        OSError: the shard cannot be read.
+    """
+    # A damaged index is one as well.
+    marks = (b"shard_checksum", b"shard_stamp", b"key_ends")
+    check_file(index_path(shard), lambda content: any(mark in content for mark in marks), "the index")
     size, stamp = storage.state(shard)
     if size == 0:
         header = Header(FORMAT_VERSION, size, stamp, xxh3_128_hexdigest(b""), tokenizer.fingerprint, prompt)

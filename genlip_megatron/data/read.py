@@ -13,6 +13,7 @@ import collections
 import contextlib
 import hashlib
 import os
+import re
 import threading
 import uuid
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from genlip_megatron.data import storage
 
 _OPEN_FILES = 256
 _REQUESTS_AT_ONCE = 16
+# In the folder of the cache, a block or what a killed process left of one. Other files there are not ours.
+_BLOCK = re.compile(r"[0-9a-f]{2}/(?:[0-9a-f]{38}\.block|\.[0-9a-f]{38}\.block\.[0-9a-f]{32}\.partial)")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class BlockCache:
         """Drop the blocks that have not been used for longest, down to nine tenths of the limit."""
         found = []
         for path in self._folder.glob("*/*"):
+            if not _BLOCK.fullmatch(path.relative_to(self._folder).as_posix()) or path.is_symlink():
+                continue
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process was faster

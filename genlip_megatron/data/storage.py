@@ -106,8 +106,9 @@ def write_bytes(path: str, content: bytes) -> None:
     target = Path(path)
     # Left over by a process that was killed while it wrote.
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        process = leftover.name[len(target.name) + 2 : -len(".partial")]
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+            if process.isdecimal() and time.time() - leftover.lstat().st_mtime > _LEFTOVER_SECONDS:
                 leftover.unlink()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:

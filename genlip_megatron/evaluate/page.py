@@ -23,6 +23,7 @@ from torch.nn.functional import avg_pool2d, pad
 from genlip_megatron.batch import PATCH_SIZE, PackedBatch, to_image
 from genlip_megatron.data.text import END_OF_TURN, Tokenizer
 from genlip_megatron.model.mask import prefix_lm_mask
+from genlip_megatron.outputs import begins_with
 
 # What a slot of a pack holds, its colour, and what the legend says.
 PADDING, IMAGE, PROMPT, ANSWER, BAD = range(5)
@@ -373,10 +374,15 @@ def build_page(top: str, cards: Sequence[str], packs: Sequence[Pack]) -> str:
     return _PAGE.substitute(heading=top, cards="\n".join(cards), sections=sections, colours=colour_rules())
 
 
-_PAGE = Template(
-    """<!DOCTYPE html>
+_TOP = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>What the model sees</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+"""
+is_page = begins_with(_TOP.encode())
+
+_PAGE = Template(
+    _TOP
+    + """<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width">
 <style>
 body{margin:0 auto;max-width:1180px;padding:24px;font:14px/1.45 system-ui,sans-serif;color:#0f172a;background:#f8fafc}

@@ -12,6 +12,7 @@ This module imports nothing of the project and no torch.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ EXIT_NOT_SAVED = 22  # the last checkpoint could not be written
 # disk may be gone, and the run goes on from the last good checkpoint.
 FINAL = (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_DATA_FAILURE, EXIT_BAD_NUMBERS)
 FINAL_EXIT = "final_exit"
+_MARK = re.compile(r"\d+ |$")
 
 
 class Mistake(ValueError):
@@ -72,6 +74,8 @@ def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
     partial = file.with_name(f".{file.name}.{os.environ.get('RANK', '0')}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not _MARK.match(file.read_text(errors="replace")):
+            raise FileExistsError("another program's file is in its place")
         partial.write_text(f"{code} {run_id}\n")
         os.replace(partial, file)
     except OSError as error:
@@ -90,6 +94,8 @@ def final_exit(save: str | Path) -> int | None:
     file = mark_of(save, os.getppid())
     try:
         code, _, marked_by = file.read_text().strip().partition(" ")
+        if not code.isdecimal():
+            return None  # another program's file
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if marked_by == run_id and (restarted or _launcher_is_older_than(file)):
             return int(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genlip_megatron.convert.conversion import read_json
-from genlip_megatron.convert.new_folder import first_other
 from genlip_megatron.infer.load import Loaded
 from genlip_megatron.infer.prepare import Prepared, packed
+from genlip_megatron.outputs import first_other
 
 INDEX = "index.json"
 NOT_FINITE = "its features are not all finite numbers"
-_FILE = re.compile(r"features-\d{5,}\.(safetensors|npy)")
 
 
 @torch.inference_mode()
@@ -118,13 +116,12 @@ def foreign(folder: Path) -> str:
     """What a folder holds that is not of features; "" when there is nothing such."""
     try:
         index = read_json(folder / INDEX)
-    except ValueError:
-        index = {}
-    if not {"pool", "images", "failed"} <= set(index):
+        files = {entry["file"] for entry in index["images"]} if {"pool", "failed"} <= set(index) else None
+    except (ValueError, KeyError, TypeError):
+        files = None
+    if files is None:
         return f"no {INDEX} of features"
-    return first_other(
-        folder, lambda entry: entry.name == INDEX or bool(_FILE.fullmatch(entry.name) and entry.is_file())
-    )
+    return first_other(folder, lambda path: path in (INDEX, *files))
 
 
 def extract(loaded: Loaded, batches: Iterable[Sequence[Prepared]], writer: FeatureWriter, mean: bool) -> Iterable[int]:

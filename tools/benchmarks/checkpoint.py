@@ -383,9 +383,11 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     root = options.dir / "genlip-checkpoint-benchmark"
+    if root.exists():
+        parser.error(f"--dir {options.dir}: {root} exists, perhaps of a killed benchmark; remove it")
     groups.initialize(replace(config, checkpoint=CheckpointConfig()))
+    torch.distributed.barrier()  # every rank has looked for the folder
     if torch.distributed.get_rank() == 0:
-        shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
     torch.distributed.barrier()
     try:

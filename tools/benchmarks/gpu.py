@@ -37,8 +37,21 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from gpu_report import Figure, chart, derived, heading, table, write_json, write_page  # noqa: E402
+from gpu_report import (  # noqa: E402
+    Figure,
+    chart,
+    derived,
+    heading,
+    is_chart,
+    is_figures,
+    split_page,
+    table,
+    write_json,
+    write_page,
+)
 from gpu_sections import Bench, Job, all_jobs  # noqa: E402
+
+from genlip_megatron.outputs import check_file, write  # noqa: E402
 
 # Seconds of each section; together nine minutes.
 LIMITS = {"matmul": 25, "attention": 105, "head": 35, "step": 315, "data": 60}
@@ -140,12 +153,21 @@ def main() -> int:
         parser.error("--write: figures of a rehearsal mean nothing; leave out --rehearse or --write")
     if options.write and set(sections) != set(LIMITS):
         parser.error("--write: the page holds all sections; leave out --sections")
+    drawing = options.output.with_suffix(".svg")
+    try:
+        check_file(options.output, is_figures)
+        check_file(drawing, is_chart)
+        if options.write:
+            split_page(options.write)
+            check_file(options.write.with_suffix(".svg"), is_chart, "--write")
+    except ValueError as error:
+        parser.error(str(error))
     begin, here = time.monotonic(), machine()
     figures = derived(measure(sections, options.rehearse))
     print(heading(figures, here) if not options.rehearse else "A rehearsal: these figures mean nothing.")
     print(table(figures))
     write_json(options.output, figures, here, options.rehearse)
-    options.output.with_suffix(".svg").write_text(chart(figures))
+    write(drawing, chart(figures), is_chart)
     if options.write:
         try:
             write_page(options.write, figures, here)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from genlip_megatron.outputs import begins_with, json_object, write
+
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 # Of a step, in % MFU, and how many samples/s the loader must give for one that l16 takes.
 MFU_TARGETS = {"l16 stage 1 BF16": 50.0, "so16 stage 1 BF16": 55.0, "g16 stage 1 BF16": 58.0}
@@ -20,6 +22,9 @@ _COLOURS = {
     "BF16": "#2b6cb0", "selective": "#90cdf4", "TE": "#805ad5", "FP8": "#2f855a", "FP8 current": "#68d391",
     "graph": "#63b3ed", "baseline": "#a0aec0",
 }  # fmt: skip
+_SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="'
+_TITLE = "MFU of a training step, % of 989.5 TFLOP/s; line: target"
+is_figures, is_chart = json_object("rehearsal", "figures"), begins_with(_SVG.encode(), _TITLE.encode())
 Details = dict[str, float | str]
 
 
@@ -110,7 +115,7 @@ def heading(figures: Sequence[Figure], machine: dict[str, str]) -> str:
 def write_json(file: Path, figures: Sequence[Figure], machine: dict[str, str], rehearsal: bool) -> None:
     """Every figure with device, versions and date."""
     tree: dict[str, Any] = {"rehearsal": rehearsal, "figures": [{**asdict(figure), **machine} for figure in figures]}
-    file.write_text(json.dumps(tree, indent=1) + "\n")
+    write(file, json.dumps(tree, indent=1) + "\n", is_figures)
 
 
 def chart(figures: Sequence[Figure]) -> str:
@@ -120,9 +125,9 @@ def chart(figures: Sequence[Figure]) -> str:
     left, scale, high = 170, 5.0, 22
     width, height = left + int(100 * scale) + 60, high * len(rows) + 44
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'{_SVG}0 0 {width} {height}" font-family="sans-serif" '
         f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
-        '<text x="8" y="16">MFU of a training step, % of 989.5 TFLOP/s; line: target</text>'
+        f'<text x="8" y="16">{_TITLE}</text>'
     ]
     for i, figure in enumerate(rows):
         y = 28 + high * i
@@ -142,22 +147,36 @@ def chart(figures: Sequence[Figure]) -> str:
     return "".join([*parts, "</svg>\n"])
 
 
+def split_page(page: Path) -> tuple[str, str, str]:
+    """(what stands before the markers of a page, between them and behind them).
+
+    Raises:
+        ValueError: it cannot be read, or has no markers.
+    """
+    try:
+        before, begin, rest = page.read_text().partition(BEGIN)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--write {page}: cannot be read: {error}") from None
+    old, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"--write {page}: the page has no {BEGIN} and {END} to write between")
+    return before, old, after
+
+
 def write_page(page: Path, figures: Sequence[Figure], machine: dict[str, str]) -> None:
     """Put the tables between the markers of ``page``, and the chart beside it.
 
     Raises:
-        ValueError: the page has no markers, or holds figures and these have none.
+        ValueError: the page has no markers, or holds figures and these have none; or the chart would replace a picture
+            that is none.
     """
-    before, begin, rest = page.read_text().partition(BEGIN)
-    old, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"--write {page}: the page has no {BEGIN} and {END} to write between")
+    before, old, after = split_page(page)
     nothing = all(figure.value is None for figure in figures)
     if nothing and old.strip() and not old.strip().startswith(_NOTHING):
         raise ValueError(f"--write {page}: it holds figures, and this machine has none to put in their place")
     picture = ""
     if not nothing:
         drawing = page.with_suffix(".svg")
-        drawing.write_text(chart(figures))
+        write(drawing, chart(figures), is_chart, "--write")
         picture = f"\n![MFU of a training step]({drawing.name})\n"
     page.write_text(f"{before}{BEGIN}\n{heading(figures, machine)}\n{picture}\n{table(figures)}\n{END}{after}")
