@@ -3,31 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from genlip_megatron import foreign_names
 from genlip_megatron.checks import check
 from genlip_megatron.config import SECTIONS, RunConfig, from_dict, load_yaml, nearest, override, recipe_names
 
 
 class StrictParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and name the nearest known flag for an unknown one."""
+    """An ArgumentParser whose errors are one line, and say for an unknown flag or value what may be meant."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        return self.parse_strict(sys.argv[1:] if args is None else args)
 
     def error(self, message: str) -> typing.NoReturn:
         # The usage of some eighty flags would push the one line that matters off the screen, once per rank.
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')} (see --help)\n")
 
     def parse_strict(self, argv: Sequence[str]) -> argparse.Namespace:
+        self._check_switches(argv)
         known, unknown = self.parse_known_args(argv)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
+            parsers = [self]
+            for action in self._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers.append(action.choices[getattr(known, action.dest)])
+            flags = {flag: action for parser in parsers for action in parser._actions for flag in action.option_strings}
             word = unknown[0].split("=")[0]
             kind = "flag" if word.startswith("-") else "argument"
-            self.error(f"unknown {kind} {word}{nearest(word, flags)}")
+            self.error(f"unknown {kind} {word}{_instead(word, flags)}")
         return known
+
+    def _check_switches(self, argv: Sequence[str]) -> None:
+        """Refuse what argparse would say in riddles: a flag with one dash, a switch with a value."""
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        for word, following in zip(argv, [*argv[1:], "-"], strict=True):
+            flag, equals, value = word.partition("=")
+            if word == "--":
+                return
+            if re.match(r"-[A-Za-z]\w", flag) and flag not in flags:
+                self.error(f"unknown flag {flag}{_instead(flag, flags)}")
+            switch = isinstance(flags.get(flag), argparse.BooleanOptionalAction)
+            if switch and (equals or following.lower() in ("true", "false", "1", "0", "yes", "no", "on", "off")):
+                on = "--" + flag.removeprefix("--no-").removeprefix("--")
+                given = value if equals else following
+                self.error(f"{flag} {given}: a switch takes no value; write {on} or --no-{on.removeprefix('--')}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            text = f"{value}: expected one of {', '.join(choices)}{nearest(str(value), choices)}"
+            raise argparse.ArgumentError(action, text)
+
+
+def _instead(word: str, flags: Mapping[str, argparse.Action]) -> str:
+    """The end of a sentence that names an unknown flag or argument: what is meant instead, if it can be told."""
+    name = foreign_names.plain(word)
+    # As section.key, as YAML has it.
+    target = "--" + foreign_names.EQUAL.get(name, name.rpartition(".")[2]).replace("_", "-")
+    if target in flags and name not in foreign_names.INSTEAD:
+        return f". Use {target}." if name in foreign_names.EQUAL else f". Did you mean {target!r}?"
+    if name in foreign_names.INSTEAD and "--train-iters" in flags:
+        return f": {foreign_names.INSTEAD[name]}."
+    if name.startswith("no-") and (on := f"--{name.removeprefix('no-')}") in flags:
+        return f": {on} takes a value and cannot be turned off."
+    return nearest(word, list(flags))
 
 
 def build_parser() -> argparse.ArgumentParser:

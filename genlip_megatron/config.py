@@ -9,7 +9,6 @@ each other.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.resources
 import math
 import re
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from genlip_megatron import foreign_names
 
 DEFAULT_PROMPT = "Describe the image in detail."
 PATCH_SIZE = 16
@@ -331,9 +332,53 @@ def recipe_names() -> list[str]:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of a sentence that names an unknown ``word``: a full stop, and the nearest known word if one is near."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f". Did you mean {match[0]!r}?" if match else "."
+    """The end of a sentence that names an unknown ``word``: a full stop, and up to three known words that are near.
+
+    Near are words that differ in dashes, underscores or case, that ``word`` begins, or with one slip in each part.
+
+    >>> nearest("--train_itres", ["--train-iters", "--lr"]), nearest("--learning-rate", ["--change-data"])
+    (". Did you mean '--train-iters'?", '.')
+    """
+    wanted = foreign_names.plain(word)
+    names = {name: foreign_names.plain(name) for name in known}
+    for near in (
+        lambda name: name.replace("-", "") == wanted.replace("-", ""),
+        lambda name: len(wanted) > 3 and name.startswith(wanted),
+        lambda name: _one_slip_each(wanted, name),
+    ):
+        found = [word for word, name in names.items() if near(name)]
+        if 0 < len(found) <= 3:
+            return f". Did you mean {' or '.join(map(repr, found))}?"
+    return "."
+
+
+def _one_slip_each(word: str, name: str) -> bool:
+    """Whether two names have the same digits, and each part of one is that of the other but for one letter that is
+    missing, added or wrong, or two that changed places."""
+    parts = list(zip(word.split("-"), name.split("-"), strict=False))
+    same_form = word.count("-") == name.count("-") and re.findall(r"\d", word) == re.findall(r"\d", name)
+    return same_form and len(word) > 2 and min(len(word), len(name)) > 2 and all(_one_slip(*part) for part in parts)
+
+
+def _one_slip(a: str, b: str) -> bool:
+    first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    a, b = a[first:], b[first:]
+    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:])
+
+
+def _unknown_key(section: str, key: str) -> str:
+    """The end of a sentence that names an unknown key: what is meant instead, if it can be told."""
+    places = {f.name: name for name, cls in SECTIONS.items() for f in fields(cls)}
+    name = foreign_names.plain(key)
+    for dotted in (name, f"{section}.{name}".replace("_", "-")):
+        target = foreign_names.EQUAL.get(dotted, name.replace("-", "_"))
+        if not section and target in SECTIONS:
+            return f". Use section {target!r}."
+        if target in places:
+            return f". Use {places[target]}.{target}."
+        if dotted in foreign_names.INSTEAD:
+            return f": {foreign_names.INSTEAD[dotted]}."
+    return nearest(key, [f.name for f in fields(SECTIONS[section])] if section in SECTIONS else [])
 
 
 def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any:
@@ -375,10 +420,10 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
     sections: dict[str, Any] = {}
     for name, part in tree.items():
         if name not in SECTIONS:
-            raise ValueError(
-                f"{source}: unknown section {name!r}{nearest(str(name), list(SECTIONS))} "
-                f"Sections: {', '.join(SECTIONS)}."
-            )
+            near = nearest(str(name), list(SECTIONS))
+            if near == ".":
+                near = _unknown_key("", str(name))
+            raise ValueError(f"{source}: unknown section {name!r}{near} Sections: {', '.join(SECTIONS)}.")
         if not isinstance(part, dict):
             raise ValueError(f"{source}: section {name!r} must be a mapping, got {part!r}")
         kinds = typing.get_type_hints(SECTIONS[name])
@@ -386,7 +431,7 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
         values = {}
         for key, value in part.items():
             if key not in known:
-                raise ValueError(f"{source}: unknown key {name}.{key}{nearest(str(key), list(known))}")
+                raise ValueError(f"{source}: unknown key {name}.{key}{_unknown_key(name, str(key))}")
             values[key] = _convert(value, kinds[key], f"{source}: {name}.{key}", known[key].metadata["choices"])
         sections[name] = SECTIONS[name](**values)
     return RunConfig(**sections)

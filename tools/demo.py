@@ -13,7 +13,6 @@ Megatron model does.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -25,6 +24,12 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from genlip_megatron.arguments import StrictParser
+from genlip_megatron.checkpoint import manifest
+from genlip_megatron.convert.folder import foreign
+from genlip_megatron.convert.new_folder import check_target
+from genlip_megatron.outputs import first_other
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_ACCURACY, MINIMUM_MARGIN = 0.60, 0.30
@@ -62,9 +67,6 @@ def from_root(path: Path) -> Path:
 
 def check_run(folder: Path) -> None:
     """Raise ValueError unless a folder is missing, empty, or the run of an earlier demo and nothing else."""
-    from genlip_megatron.checkpoint import manifest
-    from genlip_megatron.outputs import first_other
-
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
@@ -83,9 +85,6 @@ def check_run(folder: Path) -> None:
 
 def check_places(data: Path, output: Path) -> None:
     """Raise ValueError unless both folders can be used: before anything is written, and long before the run begins."""
-    from genlip_megatron.convert.folder import foreign
-    from genlip_megatron.convert.new_folder import check_target
-
     inner, outer = sorted((data.resolve(), output.resolve()), key=lambda path: -len(path.parts))
     if inner.is_relative_to(outer):
         raise ValueError(f"--output {output}: it must lie outside --data {data}, and --data outside it")
@@ -148,7 +147,7 @@ def export(checkpoint: Path, shard: str, count: str) -> Path:
 
 def main() -> None:
     """Run the demo; exit with status 1 when the model has not learned to see."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = StrictParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a few steps only: shows that the path runs")
     parser.add_argument("--data", type=Path, default=None, help="folder of the rendered scenes (default: demo)")
     parser.add_argument("--output", type=Path, default=None, help="folder of the run (default: runs/demo)")

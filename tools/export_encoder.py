@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genlip_megatron.arguments import StrictParser
+
 if TYPE_CHECKING:
     from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 
@@ -230,7 +232,7 @@ def _first_line(error: BaseException) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if the graph does not compute what the model does, 2 and one line for other errors."""
     heading, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
+    parser = StrictParser(
         prog="export_encoder.py",
         description=heading,
         epilog=rest,

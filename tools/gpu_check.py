@@ -277,9 +277,9 @@ def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
 
 def main() -> int:
     """Run every part in its own process, print the table, write the JSON; 1 when a check fails."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from genlip_megatron.arguments import StrictParser
+
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="gpu_check.json", help="JSON file to write (default: gpu_check.json)")
     parser.add_argument("--rehearse", action="store_true", help="run on the CPU in small: shows that this script works")
     parser.add_argument("--fp8-loss", action="store_true", help="compare 500 steps of so16 in FP8 with BF16, only that")

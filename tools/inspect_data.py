@@ -21,10 +21,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from genlip_megatron.arguments import StrictParser
 from genlip_megatron.batch import PATCH_SIZE
 from genlip_megatron.checks import check
 from genlip_megatron.config import CheckpointConfig, DataConfig, RunConfig, from_dict, load_yaml, override
@@ -170,16 +170,9 @@ def inspect(loader: Loader, options: argparse.Namespace) -> tuple[str, str]:
     return page, f"samples: {len(cards)}, packs: {len(shown)}, bad samples: {bad}"
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def main() -> None:
     """Make the page."""
-    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="indexed shards or manifests, as for --train-data")
     parser.add_argument("--output", required=True, metavar="FILE", help="the page to write")
     parser.add_argument("--config", default="", metavar="NAME|FILE", help="recipe or YAML file of a run")

@@ -36,6 +36,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from genlip_megatron.arguments import StrictParser
 from genlip_megatron.outputs import check_file, json_lines
 
 IMAGE_SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".png": ".png", ".webp": ".webp"}  # found -> in the shard
@@ -288,9 +289,7 @@ def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[i
 
 def main() -> None:
     """Check the settings, pack, and say what to run next."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help=f"folder, or table: {', '.join(TABLE_SUFFIXES)}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--prefix", default="train", help="start of the shards' names (default: train)")

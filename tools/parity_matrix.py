@@ -11,7 +11,6 @@ than is allowed, with 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 import tempfile
@@ -188,7 +187,9 @@ def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
 
 def main() -> int:
     """Run the tool; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    from genlip_megatron.arguments import StrictParser
+
+    parser = StrictParser(
         prog="parity_matrix.py", description="Compare training on every parallel layout with training on one process."
     )
     parser.add_argument("--layouts", nargs="+", default=None, help=f"only these; default: {' '.join(LAYOUTS)} and more")

@@ -26,6 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
+from genlip_megatron.arguments import StrictParser
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import Totals, check_files, manifest_paths, open_dataset, other_shards, write_manifest
@@ -166,9 +167,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def main() -> None:
     """Index the shards of the command line, write the manifest and print a report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", metavar="PATH", help=".tar files, folders, globs, brace lists; or URLs")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer.json or SentencePiece .model")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="prompt of samples with a caption only")

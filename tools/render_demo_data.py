@@ -26,6 +26,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from genlip_megatron.arguments import StrictParser
 from genlip_megatron.evaluate import scenes
 
 
@@ -125,9 +126,7 @@ def write_shard(folder: str, split: str, shard: int, first: int, count: int, see
 
 def main() -> None:
     """Render both splits."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder for the shards")
     parser.add_argument("--train-samples", type=int, default=24000, help="training scenes (default: 24000)")
     parser.add_argument("--val-samples", type=int, default=400, help="held-out scenes (default: 400)")

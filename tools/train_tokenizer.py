@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import sentencepiece
 
+from genlip_megatron.arguments import StrictParser
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data.index import CAPTION_SUFFIXES
 from genlip_megatron.data.storage import expand_shards
@@ -52,9 +53,7 @@ def is_own(content: bytes) -> bool:
 
 def main() -> None:
     """Train and write the model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help=".tar files, folders of them, or globs")
     parser.add_argument("--output", required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, default=512, help="largest number of pieces (default: 512)")

@@ -14,8 +14,6 @@ import re
 import shutil
 from pathlib import Path
 
-from genlip_megatron.checkpoint import manifest
-
 LATEST = "latest_checkpointed_iteration.txt"
 SET_ASIDE = "set_aside"
 _HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
@@ -112,18 +110,12 @@ def clean(root: str | Path) -> None:
 
 
 def publish(root: str | Path, iteration: int) -> Path:
-    """Let the checkpoint of a step appear, whose files are written and synced; ``confirm`` follows.
-
-    An earlier checkpoint of the step is replaced. A folder of that name with anything else in it is set aside.
-    """
+    """Let the checkpoint of a step appear, whose files are written and synced; ``confirm`` follows."""
     target, partial = step_folder(root, iteration), partial_folder(root, iteration)
     for folder in {path.parent for path in partial.rglob("*")} | {partial}:
         sync(folder)
-    if os.path.lexists(target):
-        if manifest.foreign(target):
-            _set_aside(target)
-        else:
-            os.rename(target, _replaced_folder(root, iteration))
+    if target.exists():
+        os.rename(target, _replaced_folder(root, iteration))
     os.rename(partial, target)
     return target
 
@@ -154,7 +146,7 @@ def set_aside(root: str | Path, after: int) -> list[Path]:
     for step in steps(root):
         if step <= after:
             continue
-        moved.append(_set_aside(step_folder(root, step)))
+        moved.append(move_aside(step_folder(root, step)))
     if moved:
         sync(Path(root))
         if left := steps(root):
@@ -162,7 +154,8 @@ def set_aside(root: str | Path, after: int) -> list[Path]:
     return moved
 
 
-def _set_aside(source: Path) -> Path:
+def move_aside(source: Path) -> Path:
+    """Move a checkpoint, or what stands in its place, out of the way; returns where it is now."""
     target, again = source.parent / SET_ASIDE / source.name, 1
     while os.path.lexists(target):
         again += 1

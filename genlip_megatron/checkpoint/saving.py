@@ -362,8 +362,11 @@ class Saver:
             files=files,
         )
         folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
-        target = folder.publish(self.root, pending.iteration)
         warnings = [first_of([part.warning for part in parts])]
+        target = folder.step_folder(self.root, pending.iteration)
+        if os.path.lexists(target) and (other := manifest.foreign(target)):
+            warnings.append(f"{target} was no checkpoint of a run ({other}), and is now {folder.move_aside(target)}")
+        folder.publish(self.root, pending.iteration)
         try:
             folder.confirm(self.root, pending.iteration)
         except OSError as error:  # nothing that loads needs it

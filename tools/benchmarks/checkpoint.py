@@ -12,7 +12,6 @@ faster. The baselines are ``torch.save`` of the same tensors to one file a rank,
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import platform
@@ -31,6 +30,7 @@ import torch
 import yaml
 
 from genlip_megatron import host
+from genlip_megatron.arguments import StrictParser
 
 host.install()
 
@@ -364,7 +364,7 @@ def report(bench: Benchmark, rounds: int) -> None:
 
 def main() -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
+    parser = StrictParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--dir", type=Path, required=True, help="a folder on the disk; a folder in it is made and removed"
     )

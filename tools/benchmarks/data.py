@@ -51,6 +51,7 @@ from data_contestants import Apart, Baseline, Contents, Ours, Turn, run_config  
 from data_images import BenchData  # noqa: E402
 from prepare_data import prepare  # noqa: E402
 
+from genlip_megatron.arguments import StrictParser  # noqa: E402
 from genlip_megatron.batch import PATCH_SIZE  # noqa: E402
 from genlip_megatron.config import DEFAULT_PROMPT, ModelConfig, RunConfig  # noqa: E402
 from genlip_megatron.data.dataset import Dataset, manifest_paths, open_dataset  # noqa: E402
@@ -367,9 +368,7 @@ def machine() -> str:
 
 def main() -> None:
     """Run the sections of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="a few seconds each, to see that everything works")
     parser.add_argument("--data", default="", help="also run the pipeline on the first shards of this folder")

@@ -51,6 +51,7 @@ from gpu_report import (  # noqa: E402
 )
 from gpu_sections import Bench, Job, all_jobs  # noqa: E402
 
+from genlip_megatron.arguments import StrictParser  # noqa: E402
 from genlip_megatron.outputs import check_file, write  # noqa: E402
 
 # Seconds of each section; together nine minutes.
@@ -134,9 +135,7 @@ def measure(sections: list[str], rehearse: bool) -> list[Figure]:
 
 def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(LIMITS), help=f"of {', '.join(LIMITS)} (default: all)")
     parser.add_argument("--output", type=Path, default=Path("gpu_benchmark.json"), help="JSON file; .svg beside it")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="page whose table between markers is rewritten")

@@ -31,6 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from train_step import native_grids
 
+from genlip_megatron.arguments import StrictParser
 from genlip_megatron.convert.source import DTYPES
 from genlip_megatron.hf.configuration_genlip import GenLIPConfig
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
@@ -198,9 +199,7 @@ def encoder_features(loaded: Loaded, count: int, batch: int, repeats: int) -> bo
 
 def main() -> int:
     """Run both comparisons; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="of the model (default: 2; l16 has 24)")
     parser.add_argument("--captions", type=int, default=2, help="images that are captioned together (default: 2)")
     parser.add_argument("--images", type=int, default=16, help="images whose features are computed (default: 16)")

@@ -13,7 +13,6 @@ layout's, so 1 is free.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from genlip_megatron import host
+from genlip_megatron.arguments import StrictParser
 
 host.install()
 
@@ -127,7 +127,7 @@ def timed(config: RunConfig, batches: list[PackedBatch], steps: int) -> tuple[li
 
 def main() -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="parallel.py", description=__doc__.split("\n")[0])
+    parser = StrictParser(prog="parallel.py", description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="", help="a recipe's model, as so16; default: a small one for CPUs")
     parser.add_argument("--packs", type=int, default=8, help="packs of the global batch (default: 8)")
     parser.add_argument("--samples", type=int, default=4, help="samples of a pack, 270 tokens each (default: 4)")

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from genlip_megatron import host
+from genlip_megatron.arguments import StrictParser
 
 host.install()
 
@@ -199,9 +200,7 @@ def compare(name: str, samples: list[Sample], rounds: int, packs: int, threads: 
 
 def main() -> None:
     """Run both mixes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contestant (default: 7)")
     parser.add_argument("--samples", type=int, default=32, help="samples of a step (default: 32)")
     parser.add_argument("--packs", type=int, default=2, help="packs that ours lays them in (default: 2)")

@@ -343,9 +343,9 @@ def launch(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
 def main() -> int:
     """Run the parts one by one and print the table; 1 when one fails."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from genlip_megatron.arguments import StrictParser
+
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only",
         nargs="+",
