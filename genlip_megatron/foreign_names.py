@@ -79,7 +79,7 @@ _EQUAL = {
     "wandb_project": "wandb-project-name wandb project",
     "profile": "use-pytorch-profiler profiling.enable-profiling enable-profiling",
     # Sections of a YAML file
-    "train": "training trainer lr-scheduler hyperparameters",
+    "train": "training trainer hyperparameters",
     "parallel": "parallelism distributed",
     "log": "logging metrics profiling validation",
     "checkpoint": "checkpointing checkpoints",
@@ -148,15 +148,15 @@ _INSTEAD = {
     "patch-size patch-dim": "patches are 16 x 16 pixels in every model; leave it out",
     "padded-vocab-size make-vocab-size-divisible-by": "use --vocab-size, a multiple of the tensor parallel size",
     "num-layers-per-virtual-pipeline-stage": "use --vpp, the number of model chunks per stage",
-    "expert-model-parallel-size num-experts parallelism.expert-parallel-degree ep": "there are no experts; leave it out",
+    "expert-model-parallel-size num-experts parallelism.expert-parallel-degree ep": "there are no experts here",
     "num-query-groups n-kv-heads num-key-value-heads kv-channels head-dim": "every head has keys and values of its "
     "own, of hidden_size / num_attention_heads channels; leave it out",
     "hidden-dropout attention-dropout dropout": "the only dropout is DropPath: --drop-path-rate",
     "compile torch-compile torchcompile training.compile compile.enable": "use --fusion compile",
     "lock-image freeze-vision freeze-backbone freeze-lm freeze-llm tune-mm-mlp-adapter": "only --freeze-embeddings and "
     "--freeze-head freeze weights",
-    "no-save-optim no-save-rng no-load-rng checkpoint.last-save-model-only": "checkpoints hold the whole run; take only "
-    "the weights of one with --load DIR --finetune",
+    "no-save-optim no-save-rng no-load-rng checkpoint.last-save-model-only": "checkpoints are of the whole run; take "
+    "only the weights with --load DIR --finetune",
     "overwrite-output-dir": "a run goes on from the checkpoints in --save; name a new folder to begin one",
     "do-eval eval-strategy evaluation-strategy": "use --eval-interval and --eval-iters, or --eval-only",
     "save-strategy save-most-recent": "use --save-interval, --keep-last, --keep-every and --keep-best",

@@ -82,6 +82,17 @@ def test_clean_removes_what_crashed_saves_left(tmp_path: Path) -> None:
     assert names(tmp_path) == ["iter_0000007"]
 
 
+def test_clean_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for name in (".iter_notes.partial", ".iter_7.partial", ".iter_0000008.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".iter_0000009.partial").write_text("a file")
+    (tmp_path / ".iter_0000009.removed").symlink_to(tmp_path / "kept")
+    before = sorted(tmp_path.rglob("*"))
+    folder.clean(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_clean_puts_back_a_checkpoint_whose_replacement_never_came(tmp_path: Path) -> None:
     publish(tmp_path, 7).rename(tmp_path / ".iter_0000007.replaced")
     folder.clean(tmp_path)

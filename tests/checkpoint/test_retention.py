@@ -108,3 +108,30 @@ def test_one_checkpoint_for_any_layout_outlives_newer_ones(every: int, left: lis
         write(tmp_path, step, kind="fully_reshardable" if step < 30 else "dp_reshardable")
     Keeper().prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=0, fully_reshardable_every=every))
     assert folder.steps(tmp_path) == left
+
+
+def test_a_checkpoint_that_holds_anything_else_is_not_deleted(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    (tmp_path / "iter_0000010" / "notes").mkdir()
+    (tmp_path / "iter_0000010" / "notes" / "thesis.txt").write_text("five years of work")
+    elsewhere = (tmp_path / "iter_0000020").rename(tmp_path / "elsewhere")
+    (tmp_path / "iter_0000020").symlink_to(elsewhere)
+    keeper, options = Keeper(), CheckpointConfig(keep_last=1, keep_best=0)
+    assert keeper.prune(tmp_path, options) == ([30], [])
+    assert folder.steps(tmp_path) == [40, 20, 10] and len(list(elsewhere.iterdir())) == 2
+    first, second = keeper.left
+    assert f"{tmp_path}/iter_0000010: not deleted" in first and "notes/thesis.txt" in first
+    assert f"{tmp_path}/iter_0000020: not deleted" in second and "a link" in second
+
+
+def test_a_damaged_checkpoint_is_known_by_its_files(tmp_path: Path) -> None:
+    place = tmp_path / "iter_0000010"
+    place.mkdir()
+    assert manifest.foreign(place) == "no file of a checkpoint"
+    (place / "config.yaml").touch()
+    assert manifest.foreign(place) == "no file of a checkpoint"
+    (place / "__0_1.distcp").touch()
+    assert manifest.foreign(place) == ""
+    (place / "thesis.txt").touch()
+    assert manifest.foreign(place) == "thesis.txt"

@@ -276,3 +276,37 @@ def with_slow_pruning(config: RunConfig) -> list[Any]:
 def test_no_save_waits_until_old_checkpoints_are_read(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"), checkpoint__keep_last=1)
     assert run_distributed(1, with_slow_pruning, config) == [[3, [4]]]
+
+
+def onto_another_folder(config: RunConfig) -> bool:
+    """Save a step whose name a folder has that came while the run was under way."""
+    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.resume import save
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    place = folder.step_folder(config.checkpoint.save, 1)
+    place.mkdir()
+    (place / "thesis.txt").write_text("five years of work")
+    run.iteration = 1
+    good = save(run, last=True)
+    run.train_loader.close()
+    return good
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_set_aside(demo_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    config = tiny_config(demo_data, checkpoint__save=str(root))
+    assert run_distributed(1, onto_another_folder, config) == [True]
+    assert (root / folder.SET_ASIDE / "iter_0000001" / "thesis.txt").read_text() == "five years of work"
+    assert manifest.read(folder.step_folder(root, 1)).iteration == 1
+
+
+def test_a_lock_that_no_run_has_written_is_left(tmp_path: Path) -> None:
+    (tmp_path / owner.LOCK).write_text("a list of our locks\n")
+    with pytest.raises(folder.NotSaved, match=r"run\.lock is a file that no run has written"):
+        owner.own(tmp_path)
+    assert (tmp_path / owner.LOCK).read_text() == "a list of our locks\n"
+    for content in ("", "host process 12 0123456789abcdef\n", "\0\0"):
+        (tmp_path / owner.LOCK).write_text(content)
+        owner.own(tmp_path)[0].close()

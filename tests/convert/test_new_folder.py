@@ -60,6 +60,22 @@ def test_what_a_killed_run_left_is_removed_or_put_back(tmp_path: Path) -> None:
     assert names(tmp_path) == ["target"] and names(target) == ["file"]
 
 
+def test_what_only_looks_like_a_rest_is_left(tmp_path: Path) -> None:
+    target, kept = tmp_path / "target", tmp_path / "kept"
+    for name in (".target.partial-notes", ".target.partial-0123abcd9", "kept"):
+        (tmp_path / name).mkdir()
+    (kept / "thesis").write_text("five years of work")
+    (tmp_path / ".target.partial-0123abcd").symlink_to(kept)
+    with new_folder(target, 1, False, lambda _: "") as partial:
+        (partial / "file").write_text("new")
+    assert len(names(tmp_path)) == 5 and names(kept) == ["thesis"]
+    (tmp_path / ".target.replaced").mkdir()
+    refused = pytest.raises(ValueError, match="target.replaced: it is in the way .*thesis.*; move it")
+    with refused, new_folder(target, 1, True, lambda place: "thesis" if place.name != "target" else ""):
+        raise AssertionError
+    assert (tmp_path / ".target.replaced").is_dir() and names(target) == ["file"]
+
+
 def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
     target = tmp_path / "target"
     refused = pytest.raises(ValueError, match="not empty")
