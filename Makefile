@@ -73,5 +73,8 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# By name in this folder, not by variables: VENV may be set to an environment that others use too, and `make --file` may
+# run anywhere.
 clean:
-	rm -rf $(VENV) $(VENV)-hf4 $(VENV)-lmms $(NULL_GPU) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	cd "$(dir $(abspath $(lastword $(MAKEFILE_LIST))))" && rm -rf .venv .venv-hf4 .venv-lmms .venv-null-gpu build \
+		genlip_megatron.egg-info .mypy_cache .pytest_cache .ruff_cache
