@@ -3,20 +3,27 @@
 
     tools/make_shards.py photos --output data                      # photos/a/1.jpg beside photos/a/1.json or 1.txt
     tools/make_shards.py table.csv --output data --prefix val      # columns "image" and "caption"
-    tools/make_shards.py table.jsonl --output data --conversations-column conversations --image-root photos
+    tools/make_shards.py llava.json --output data --conversations-column conversations --image-root photos
 
-A folder is searched recursively in sorted order, hidden names left out; of a .json and a .txt caption the .json
-counts, with all its fields. .csv and .tsv have a header and quotes as in RFC 4180. Relative image paths may not leave
---image-root. Image bytes are copied as they are; whether they decode is for prepare_data.py to find out. What cannot
-be packed is listed in PREFIX.skipped.jsonl, a table's rows counted from 1. Workers read the files and this process
-writes the shards in the order of the source, so they are the same bytes for any number of workers.
+    SOURCE            what it holds
+    folder            searched recursively in sorted order; NAME.json, else NAME.txt beside NAME.jpg (or NAME.jpg.txt)
+    .csv              a header; separated by ',' ';' or tab; quotes as in RFC 4180
+    .tsv              a header; no quotes: a line is a row, and '"' is a letter
+    .jsonl .json      a record a line; a list of records
+    .parquet          also .arrow and .feather
+    .gz               of .csv, .tsv, .jsonl and .json
+
+An image column holds paths, which may not leave --image-root unless they are absolute, or the images' bytes. Captions
+and sizes are checked as prepare_data.py does; whether images decode is for prepare_data.py to find out. Image bytes are
+copied as they are. What cannot be packed is listed in PREFIX.skipped.jsonl, with a table's row and line from 1.
+Workers read the files and this process writes the shards in the order of the source, so they are the same bytes for
+any number of workers. docs/data.md has the details.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import io
 import itertools
 import json
@@ -28,31 +35,37 @@ import shlex
 import signal
 import sys
 import tarfile
+import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from PIL import Image
 from tqdm import tqdm
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.config import DEFAULT_PROMPT
+from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
+from genlip_megatron.data.index import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
+from genlip_megatron.data.tables import TABLE_SUFFIXES, column_names, table_rows, table_suffix
+from genlip_megatron.data.text import parse_turns
 from genlip_megatron.outputs import check_file, json_lines
 
-IMAGE_SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".png": ".png", ".webp": ".webp"}  # found -> in the shard
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-SPEAKERS = ("user", "human", "assistant", "gpt")  # the latter two answer
 ROWS_A_WORKER = 16  # memory holds the images of twice as many
-MAX_IMAGE_BYTES = 2**31  # the index of a shard has 32 bits for a size
-MAX_CSV_FIELD = 2**24  # Python's 128 KiB refuse long conversations; without any, a lost quote would swallow the table
+# What pandas writes and reads for a missing value, in lower case. As a caption none of them teaches anything.
+MISSING = {"", "nan", "-nan", "none", "null", "na", "n/a", "<na>", "#n/a", "#n/a n/a", "#na"}
+# Regular expressions.
+MAGIC = {rb"\xff\xd8\xff": ".jpg", rb"\x89PNG\r\n\x1a\n": ".png", rb"RIFF....WEBP": ".webp"}
 
 
 class Row(NamedTuple):
     """What the source says of one sample."""
 
-    where: dict[str, str | int]  # how the list of skipped rows names it
-    image: object = None  # path, absolute or below the root
-    caption: str | dict[str, Any] = ""  # a caption file's path, or the record itself
+    where: dict[str, Any]  # how the list of skipped rows names it
+    image: object = None  # a path, absolute or below the root, or what the table holds instead
+    caption: Sequence[str] | dict[str, Any] = ()  # the files to try in order, or the record itself
     problem: str = ""  # why the source cannot be used here
 
 
@@ -63,59 +76,66 @@ def leaves(root: str, path: str) -> bool:
 
 
 def folder_rows(root: str, folder: str = "") -> Iterator[Row]:
-    """One row for each image below ``root``, sorted by path."""
+    """One row for each image below ``root``, sorted by path; hidden names and __MACOSX are left out."""
     try:
         with os.scandir(os.path.join(root, folder)) as entries:
-            found = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries if entry.name[0] != "."}
+            shown = (entry for entry in entries if entry.name[0] != "." and entry.name != "__MACOSX")
+            found = {entry.name: entry.is_dir(follow_symlinks=False) for entry in shown}
     except OSError as error:
         yield Row({"path": folder}, problem=f"folder is unreadable: {error.strerror}")
         return
+    images, others = Counter[str](), dict[str, list[str]]()  # by stem
+    for name in sorted(name for name, is_folder in found.items() if not is_folder):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in IMAGE_SUFFIXES:
+            images[stem] += 1
+        else:
+            others.setdefault(stem, []).append(name)
     for name in sorted(found):
         path = os.path.join(folder, name)
         stem, suffix = os.path.splitext(name)
         if found[name]:
             yield from folder_rows(root, path)
+        elif suffix.lower() in OTHER_IMAGE_SUFFIXES:
+            yield Row({"path": path}, problem=other_format(suffix))
         elif suffix.lower() in IMAGE_SUFFIXES:
-            caption = next((stem + kind for kind in (".json", ".txt") if stem + kind in found), "")
-            problem = "" if caption else "caption is missing or empty: no .json or .txt of this name"
-            if any(leaves(root, os.path.join(root, folder, part)) for part in (name, caption) if part):
+            beside = others.get(stem, []) + others.get(name, [])  # NAME.txt, NAME.jpg.txt
+            kinds = [[file for file in beside if file.lower().endswith(kind)] for kind in CAPTION_SUFFIXES]
+            captions = [file for files in kinds for file in files]
+            problem = ""
+            if not captions:
+                problem = f"caption is missing or empty: no {stem}.json, {stem}.txt or {name}.txt"
+                problem += f"; found: {', '.join(beside)}" if beside else ""
+            elif max(map(len, kinds)) > 1:
+                problem = f"more than one caption of a kind: {', '.join(captions)}"
+            elif images[stem] > 1 and any(os.path.splitext(file)[0] == stem for file in captions):
+                problem = f"more than one image: {', '.join(captions)} may be of any of {images[stem]}"
+            elif any(leaves(root, os.path.join(root, folder, part)) for part in (name, *captions)):
                 problem = "a link that leaves the folder"
-            yield Row({"path": path}, path, os.path.join(root, folder, caption), problem)
+            yield Row({"path": path}, path, [os.path.join(root, folder, file) for file in captions], problem)
         elif os.path.isdir(os.path.join(root, path)):  # a link: following it might never end
             yield Row({"path": path}, problem="linked folder is not followed")
 
 
-def table_cells(path: str, columns: list[str] | None = None) -> Iterator[dict[str, Any] | str]:
-    """The rows of a table, or what is wrong with one; of .parquet only ``columns`` are read."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix == ".parquet":
-        try:
-            import pyarrow.parquet
+def other_format(suffix: str) -> str:
+    """The reason for which an image of another format is skipped."""
+    return f"image is {suffix.lower()}: only JPEG, PNG and WebP are read; convert it"
 
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=columns):
-                yield from batch.to_pylist()
-        except ImportError as error:
-            raise ValueError(f"SOURCE {path}: .parquet needs pyarrow; run: pip install pyarrow") from error
-        except Exception as error:  # pyarrow has errors of many kinds
-            raise ValueError(f"SOURCE {path}: cannot be read as .parquet: {error}") from error
-        return
-    csv.field_size_limit(MAX_CSV_FIELD)
-    # Bytes that are not UTF-8 pass here, so that only their own row is refused.
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
-        rows: Iterator[Any] = map(json.loads, filter(str.strip, text))
-        if suffix != ".jsonl":
-            rows = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-        while True:
-            try:
-                cells = next(rows)
-            except StopIteration:
-                return
-            except (csv.Error, ValueError, RecursionError) as error:
-                yield f"row is malformed: {error}"
-                continue
-            # An unquoted comma in a caption makes one field too many, whose name is None.
-            fits = isinstance(cells, dict) and None not in cells
-            yield cells if fits else "row is malformed: no JSON object, or more fields than columns"
+
+def find_column(source: str, names: Sequence[str], flag: str, wanted: Sequence[str]) -> str:
+    """The first of ``wanted`` among a table's columns: exactly, else but for case and spaces around it."""
+    for name in wanted:
+        for form in (str, lambda text: text.strip().casefold()):
+            found = [column for column in names if form(column) == form(name)]
+            if len(found) > 1:
+                raise ValueError(f"{flag} {name}: {len(found)} columns of {source} have this name")
+            if found:
+                return found[0]
+    hint = f"name yours with {flag}"
+    if any(os.path.splitext(name.strip())[1].lower() in IMAGE_SUFFIXES for name in names):
+        hint = "the first line must name the columns"
+    has = textwrap.shorten(", ".join(names), 1000) or "none"
+    raise ValueError(f"{flag} {wanted[0]}: no such column in {source}; it has: {has}; {hint}")
 
 
 def open_source(options: argparse.Namespace) -> tuple[Iterator[Row], str]:
@@ -131,68 +151,156 @@ def open_source(options: argparse.Namespace) -> tuple[Iterator[Row], str]:
         return folder_rows(source), source
     if not os.path.isfile(source) or not os.access(source, os.R_OK):
         raise ValueError(f"SOURCE {source}: no readable folder or file of this name")
-    if not source.lower().endswith(TABLE_SUFFIXES):
-        allowed = f"a folder or end in {', '.join(TABLE_SUFFIXES)}"
-        raise ValueError(f"SOURCE {source}: must be {allowed}; jq -c '.[]' makes .jsonl of a list in .json")
+    if not table_suffix(source):
+        raise ValueError(f"SOURCE {source}: must be a folder or end in {', '.join(TABLE_SUFFIXES)}")
     if root is not None and not os.path.isdir(root):
         raise ValueError(f"--image-root {root}: no such folder")
-    sight = list(itertools.islice(table_cells(source), 100))
-    if not sight:
+    names = column_names(source)
+    # Hugging Face's image folders call it file_name.
+    images = find_column(source, names, "--image-column", [image_column] if image_column else ["image", "file_name"])
+    texts = find_column(source, names, f"--{field}-column", [text_column or field])
+    table = table_rows(source, images, [images, texts])
+    first = next(table, None)
+    if first is None:
         raise ValueError(f"SOURCE {source}: the table has no rows")
-    found = dict.fromkeys(name for cells in sight if isinstance(cells, dict) for name in cells)
-    image_column, text_column = image_column or "image", text_column or field
-    for flag, name in (("--image-column", image_column), (f"--{field}-column", text_column)):
-        if name not in found:
-            raise ValueError(f"{flag} {name}: no such column in {source}; it has: {', '.join(found) or 'none'}")
     rows = (
-        Row({"row": number}, problem=cells)
+        Row(dict(where), problem=cells)
         if isinstance(cells, str)
-        else Row({"row": number}, cells.get(image_column), {field: cells.get(text_column)})
-        for number, cells in enumerate(table_cells(source, [image_column, text_column]), 1)
+        else Row(dict(where), cells.get(images), {field: cells.get(texts)})
+        for where, cells in itertools.chain([first], table)
     )
     return rows, root or os.path.dirname(source)
 
 
-def read_record(caption: str | dict[str, Any]) -> bytes:
-    """The bytes of KEY.json; a ValueError says why there is nothing to learn from it."""
+def is_missing(cell: object) -> bool:
+    """Whether a table's cell says that there is no value.
+
+    >>> [is_missing(cell) for cell in (None, float("nan"), " NaN", b"", [], 0, "A cat.")]
+    [True, True, True, True, True, False, False]
+    """
+    if isinstance(cell, str):
+        return cell.strip().casefold() in MISSING
+    return cell is None or cell != cell or cell in (b"", [], {})
+
+
+def read_file(path: str, kind: str, most: int) -> bytes:
+    """The bytes of an image or caption file; a ValueError says why it cannot be used."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        raise ValueError(f"{kind} file is missing: {path}")
     try:
-        record: Any = caption
-        if isinstance(caption, str):
-            text = Path(caption).read_text(encoding="utf-8-sig")
-            record = json.loads(text) if caption.endswith(".json") else {"caption": text.strip()}
-        elif isinstance(cell := caption.get("conversations"), str):
-            record = {"conversations": json.loads(cell or "null")}
-        content = json.dumps(record, ensure_ascii=False).encode()
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"caption is unreadable: {error}") from error
-    turns: Any = record.get("conversations", record.get("conversation")) if isinstance(record, dict) else [None]
-    if turns is None:
-        turns = [{"from": "assistant", "value": record.get("caption") or ""}]
-    for turn in turns if isinstance(turns, list) else [None]:
-        if not isinstance(turn, dict) or turn.get("from") not in SPEAKERS or not isinstance(turn.get("value"), str):
-            raise ValueError(f"caption is malformed: neither text nor turns of from ({', '.join(SPEAKERS)}) and value")
-    if not any(turn["from"] in SPEAKERS[2:] and turn["value"].replace("<image>", "").strip() for turn in turns):
+        check_size(os.path.getsize(path), most)
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{kind} file is unreadable: {error}") from error
+
+
+def check_size(size: int, most: int) -> None:
+    """Refuse what the index refuses."""
+    if size > most:
+        raise ValueError(f"file is too large: {size} bytes, above {most}")
+
+
+def to_json(record: object) -> bytes:
+    """JSON as it is packed; a ValueError says what cannot be written."""
+    try:
+        return json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, perhaps in a field that is of no use here
+        return json.dumps(record).encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"caption is no text: {error}") from error
+
+
+def caption_file(path: str) -> bytes:
+    """The record in a caption file."""
+    content = read_file(path, "caption", MAX_CAPTION_BYTES)
+    is_json = path.lower().endswith(".json")
+    parse_turns(content, is_json, DEFAULT_PROMPT)
+    text = content.decode("utf-8-sig")
+    return to_json(json.loads(text) if is_json else {"caption": text.strip()})
+
+
+def caption_cell(record: dict[str, Any]) -> bytes:
+    """The record in a table's row."""
+    ((field, cell),) = record.items()
+    if is_missing(cell):
         raise ValueError("caption is missing or empty")
-    return content
+    if isinstance(cell, str):
+        if any("\udc80" <= letter <= "\udcff" for letter in cell):
+            raise ValueError("caption is not UTF-8: save the table as UTF-8")
+        try:
+            cell = json.loads(cell) if field == "conversations" else cell
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"conversations are not JSON: {error}") from error
+    return to_json({field: cell})
+
+
+def read_record(caption: Sequence[str] | dict[str, Any]) -> bytes:
+    """The bytes of KEY.json; a ValueError says why there is nothing to learn from it, as prepare_data.py would."""
+    problems = []
+    for source in [caption] if isinstance(caption, dict) else caption:
+        try:
+            content = caption_cell(source) if isinstance(source, dict) else caption_file(source)
+            check_size(len(content), MAX_CAPTION_BYTES)
+            parse_turns(content, True, DEFAULT_PROMPT)
+            return content
+        except ValueError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def read_image(root: str, image: object) -> tuple[str, bytes]:
-    """(suffix in the shard, bytes) of an image file; a ValueError says why it cannot be packed."""
-    suffix = os.path.splitext(image)[1].lower() if isinstance(image, str) else ""
-    if not isinstance(image, str) or suffix not in IMAGE_SUFFIXES:
-        raise ValueError(f"image path does not end in {', '.join(IMAGE_SUFFIXES)}: {str(image)[:200]}")
+    """(suffix in the shard, bytes) of an image; a ValueError says why it cannot be packed."""
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if isinstance(image, dict):  # as data sets of the hub have it
+        if not image.keys() & {"bytes", "path"}:
+            raise ValueError(f"image is a record without bytes and path: {str(list(image))[:200]}")
+        content = image.get("bytes")
+        if isinstance(content, str) and content:
+            raise ValueError("image bytes are text: base64 is not read; use files or .parquet")
+        image = image.get("path") if is_missing(content) else content
+    if is_missing(image):
+        raise ValueError("image is missing or empty")
+    if isinstance(image, list):
+        raise ValueError(f"image is a list: a sample has one image, not {len(image)}")
+    if isinstance(image, bytes):
+        check_size(len(image), MAX_IMAGE_BYTES)
+        return image_suffix(image), image
+    if not isinstance(image, str):
+        raise ValueError(f"image is neither a path nor bytes: {str(image)[:200]}")
+    return image_file(root, image)
+
+
+def image_suffix(content: bytes) -> str:
+    """The suffix that an image's first bytes call for."""
+    for magic, suffix in MAGIC.items():
+        if re.match(magic, content, re.DOTALL):
+            return suffix
+    try:
+        kind = Image.open(io.BytesIO(content)).format
+    except Exception:  # each of Pillow's readers has errors of its own
+        kind = f"of an unknown format that starts with {content[:12]!r}"
+    raise ValueError(f"image is no JPEG, PNG or WebP: it is {kind}; convert it")
+
+
+def image_file(root: str, image: str) -> tuple[str, bytes]:
+    """(suffix in the shard, bytes) of an image by its path in the source."""
+    if re.match(r"[a-z][a-z0-9+.-]*://|data:", image, re.IGNORECASE):
+        raise ValueError(f"image is a URL: download it first, for example with img2dataset: {image[:200]}")
+    suffix = os.path.splitext(image)[1].lower()
+    if suffix in OTHER_IMAGE_SUFFIXES:
+        raise ValueError(other_format(suffix))
+    if suffix not in IMAGE_SUFFIXES:
+        raise ValueError(f"image path does not end in {', '.join(IMAGE_SUFFIXES)}: {image[:200]!r}")
     path = image if os.path.isabs(image) else os.path.normpath(image)
     if path.split(os.sep)[0] == os.pardir:
         raise ValueError(f"image path leaves --image-root: {image}")
-    path = os.path.join(root, path)
-    if not os.path.isfile(path):  # opening a pipe would wait for its writer
-        raise ValueError(f"image file is missing: {path}")
     try:
-        content = Path(path).read_bytes() if os.path.getsize(path) < MAX_IMAGE_BYTES else b""
-    except OSError as error:
-        raise ValueError(f"image file is unreadable: {error}") from error
+        content = read_file(os.path.join(root, path), "image", MAX_IMAGE_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{error}; write its path with '/'" if "\\" in image else error) from error
     if not content:
-        raise ValueError(f"image file is empty or above 2 GiB: {path}")
+        raise ValueError(f"image file is empty: {path}")
     return IMAGE_SUFFIXES[suffix], content
 
 
@@ -297,7 +405,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="remove earlier shards of this prefix")
     parser.add_argument("--image-root", metavar="DIR", help="start of relative image paths (default: table's folder)")
-    parser.add_argument("--image-column", metavar="NAME", help="the table's image paths (default: image)")
+    parser.add_argument("--image-column", metavar="NAME", help="the table's images (default: image or file_name)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--caption-column", metavar="NAME", help="the table's captions (default: caption)")
     text.add_argument("--conversations-column", metavar="NAME", help="the table's conversations, as (JSON) lists")

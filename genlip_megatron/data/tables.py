@@ -1,0 +1,345 @@
+"""Tables of images and captions, read row by row in bounded memory: .csv, .tsv, .jsonl, .json, .parquet, .arrow.
+
+Every row comes out: its cells, or what is wrong with it. A bad row costs no other one. What ends the table early (a
+truncated file, a .json that is not a list) is a ValueError.
+
+.csv has quotes as in RFC 4180, so a field may span lines. A misplaced quote would swallow the rows after it. Such a
+record is refused together with its first line only, and reading goes on at its second line. It is refused when
+
+* a closing quote is not followed by a separator or the line's end, or none comes within MAX_CAPTION_BYTES;
+* two or more of its lines look like rows: enough fields, and an image path where the image column stands.
+
+.tsv has no quotes: a line is a row, and ``"`` is a letter. A line that was quoted all the same is refused.
+
+Python's csv module reads .csv because pyarrow and pandas give up the whole file at an unclosed quote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
+from genlip_megatron.data.index import MAX_CAPTION_BYTES
+
+TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", ".feather")
+MAX_LINE_BYTES = 64 << 20  # also of a record in .json
+# JSON has no header: a column is looked for in so many rows.
+HEADER_ROWS = 10_000
+# Rows with images in them are large: few are held at once.
+BATCH_ROWS = 64
+CHUNK = 1 << 16
+_SPACE = re.compile(r"\s*")
+
+Where = dict[str, int]  # the row, and in a text table its line, from 1
+Cells = dict[str, Any]
+
+
+class _Line(NamedTuple):
+    number: int
+    text: str | None  # with its end; None where it is above MAX_LINE_BYTES
+
+
+def table_suffix(path: str) -> str:
+    """The one of TABLE_SUFFIXES that a path ends in, before .gz for a text table; "" if none."""
+    stem, suffix = os.path.splitext(path.lower())
+    suffix, allowed = (os.path.splitext(stem)[1], TEXT_SUFFIXES) if suffix == ".gz" else (suffix, TABLE_SUFFIXES)
+    return suffix if suffix in allowed else ""
+
+
+def column_names(path: str) -> list[str]:
+    """A table's columns in order; of JSON those of its first HEADER_ROWS rows.
+
+    Raises:
+        ValueError: the table cannot be read, or has no row that can.
+    """
+    suffix = table_suffix(path)
+    with _naming(path, [0]):
+        if suffix in (".csv", ".tsv"):
+            header = next(_fields(path, suffix), None)
+            if header is None:
+                raise ValueError("the file is empty")
+            if isinstance(header[1], str):
+                raise ValueError(f"its first line must name the columns, but {header[1]}")
+            return header[1]
+        if suffix not in TEXT_SUFFIXES:
+            return _arrow(path, [])[0]
+        rows = list(itertools.islice(_json_rows(path, suffix), HEADER_ROWS))
+        names = dict.fromkeys(name for _, cells in rows if isinstance(cells, dict) for name in cells)
+        if rows and not names:
+            raise ValueError(f"no row of the first {len(rows)} can be read; in the first, {rows[0][1] or 'no column'}")
+        return list(names)
+
+
+def table_rows(path: str, image_column: str, columns: Sequence[str]) -> Iterator[tuple[Where, Cells | str]]:
+    """(where it is, its cells or what is wrong with it) of every row, in order.
+
+    Args:
+        path: its suffix is one of TABLE_SUFFIXES, or of TEXT_SUFFIXES and .gz.
+        image_column: where image paths stand.
+        columns: what is needed of .parquet and .arrow; the others give all.
+
+    Raises:
+        ValueError: the file cannot be read on; says after which row.
+    """
+    suffix, done = table_suffix(path), [0]
+    rows: Iterator[tuple[int, Cells | str]]
+    with _naming(path, done):
+        if suffix in (".csv", ".tsv"):
+            rows = _text_rows(path, suffix, image_column)
+        elif suffix in TEXT_SUFFIXES:
+            rows = _json_rows(path, suffix)
+        else:
+            rows = _arrow(path, columns)[1]
+        for line, cells in rows:
+            done[0] += 1
+            yield {"row": done[0], **({"line": line} if line else {})}, cells
+
+
+@contextlib.contextmanager
+def _naming(path: str, done: list[int]) -> Iterator[None]:
+    """Make any error one line about SOURCE: decompressors and pyarrow have errors of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        after = f" after row {done[0]}" if done[0] else ""
+        reason = " ".join(str(error).split())
+        raise ValueError(f"SOURCE {path}: cannot be read as {table_suffix(path)}{after}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+        start = file.peek(3)[:3]  # type: ignore[union-attr]
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("it is UTF-16; save it as UTF-8")
+        if start == b"\xef\xbb\xbf":
+            file.read(3)
+        yield file  # type: ignore[misc]
+
+
+def _lines(path: str) -> Iterator[_Line]:
+    """Lines that end in LF or CR LF. Bytes that are not UTF-8 pass here, so that they cost only their own row."""
+    with _open(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE_BYTES)
+            if not line:
+                return
+            text = None
+            if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
+                text = line.decode("utf-8", "surrogateescape")
+            while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+            yield _Line(number, text)
+
+
+def _text_rows(path: str, suffix: str, image_column: str) -> Iterator[tuple[int, Cells | str]]:
+    fields = _fields(path, suffix, image_column)
+    _, header = next(fields)
+    assert isinstance(header, list), "column_names refuses it"
+    for line, cells in fields:
+        yield line, cells if isinstance(cells, str) else dict(zip(header, cells, strict=True))
+
+
+def _fields(path: str, suffix: str, image_column: str = "") -> Iterator[tuple[int, list[str] | str]]:
+    """(number of its first line, fields or what is wrong) of each record, the header first."""
+    return _tsv(_lines(path)) if suffix == ".tsv" else _csv(_lines(path), image_column)
+
+
+def _miscount(fields: int, columns: int) -> str:
+    return f"row is malformed: the number of fields is {fields}, of columns {columns}"
+
+
+def _csv(lines: Iterator[_Line], image_column: str) -> Iterator[tuple[int, list[str] | str]]:
+    first = next((line for line in lines if line.text is None or line.text.strip()), None)
+    if first is None:
+        return
+    header: list[str] = []
+    ahead, text = deque([first]), first.text or ""
+    separator = max(",;\t", key=text.count)  # the comma where two are equally frequent
+    spaced = f"{separator} " in text  # then a quote opens after the space as well
+    csv.field_size_limit(MAX_LINE_BYTES + MAX_CAPTION_BYTES)
+    while True:
+        taken: list[_Line] = []
+        record = _record_lines(ahead, lines, taken)
+        cells: list[str] = []
+        problem = ""
+        try:
+            cells = next(csv.reader(record, delimiter=separator, skipinitialspace=spaced, strict=True))
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = f"row is malformed: {error}"
+        else:
+            if not "".join(cells).strip() and len(cells) < 2:
+                continue
+            if header and len(cells) != len(header):
+                problem = _miscount(len(cells), len(header))
+            elif image_column in header and len(taken) > 1:
+                i = header.index(image_column)
+                if sum(_looks_like_row(line.text or "", separator, i, len(header)) for line in taken) > 1:
+                    problem = "row is malformed: a quoted field runs over lines that look like rows"
+        if problem and len(taken) > 1:
+            problem += f"; a quote opens in line {taken[0].number} and was followed to line {taken[-1].number}"
+            ahead.extendleft(reversed(taken[1:]))
+        yield taken[0].number, problem or cells
+        header = header or cells
+
+
+def _record_lines(ahead: deque[_Line], lines: Iterator[_Line], taken: list[_Line]) -> Iterator[str]:
+    """Lines for one record, noted in ``taken``; a csv.Error ends one that is too long."""
+    size = 0
+    while (line := ahead.popleft() if ahead else next(lines, None)) is not None:
+        taken.append(line)
+        size += len(line.text or "") if len(taken) > 1 else 0
+        if line.text is None or size > MAX_CAPTION_BYTES:
+            raise csv.Error(f"line above {MAX_LINE_BYTES} bytes, or field over lines of above {MAX_CAPTION_BYTES}")
+        yield line.text
+
+
+def _looks_like_row(text: str, separator: str, image: int, columns: int) -> bool:
+    """Whether a line has enough fields and an image path in the image column, counted from either end."""
+    cells = text.split(separator)
+    if len(cells) < columns:
+        return False
+    paths = [cells[i].strip(' "\r\n') for i in (image, image - columns)]
+    return any(os.path.splitext(path)[1].lower() in (*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES) for path in paths)
+
+
+def _tsv(lines: Iterator[_Line]) -> Iterator[tuple[int, list[str] | str]]:
+    quoted = (
+        "row is malformed: a field is quoted, but .tsv has no quotes; rename the table to .csv, which may have tabs"
+    )
+    columns = 0
+    before: tuple[int, list[str], str] | None = None  # a line waits until the next one is seen
+    for number, text in lines:
+        if text is not None and not text.strip(" \r\n"):
+            continue
+        cells = (text or "").rstrip("\r\n").split("\t")
+        columns = columns or len(cells)
+        problem = ""
+        if text is None:
+            problem = f"row is malformed: line above {MAX_LINE_BYTES} bytes"
+        elif any(map(_is_quoted, cells)) or (not before and any('"' in name or "\r" in name for name in cells)):
+            problem = quoted if '"' in text else "its lines end in CR only; save it with LF or CR LF"
+        elif len(cells) != columns:
+            problem = _miscount(len(cells), columns)
+        if before:
+            # Halves of a quoted field that spans lines: one lacks fields, and the other must not pass for whole.
+            if len(cells) < columns == len(before[1]) and _is_half(before[1][-1], str.startswith):
+                before = (*before[:2], quoted)
+            if len(before[1]) < columns == len(cells) and _is_half(cells[0], str.endswith):
+                problem = quoted
+            yield before[0], before[2] or before[1]
+        before = number, cells, problem
+    if before:
+        yield before[0], before[2] or before[1]
+
+
+def _is_quoted(cell: str) -> bool:
+    """Whether a field is one of RFC 4180 that needed its quotes, or an empty one: ``"a ""b"" c"``, ``""``.
+
+    >>> [_is_quoted(cell) for cell in ('"a ""b"" c"', '""', '"a b"', '"a" and "b"', '"a')]
+    [True, True, False, False, False]
+    """
+    inner = cell[1:-1]
+    both = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return both and '"' not in inner.replace('""', "") and (not inner or '"' in inner)
+
+
+def _is_half(cell: str, at: Any) -> bool:
+    return at(cell, '"') and cell.count('"') % 2 == 1
+
+
+def _json_rows(path: str, suffix: str) -> Iterator[tuple[int, Cells | str]]:
+    return _json_list(path) if suffix == ".json" else _json_lines(_lines(path))
+
+
+def _json_cells(record: Any) -> Cells | str:
+    return record if isinstance(record, dict) else "row is malformed: it is no JSON object"
+
+
+def _json_lines(lines: Iterator[_Line]) -> Iterator[tuple[int, Cells | str]]:
+    for number, text in lines:
+        if text is None:
+            yield number, f"row is malformed: line above {MAX_LINE_BYTES} bytes"
+        elif text.strip():
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                yield number, f"row is malformed: {error}"
+            else:
+                yield number, _json_cells(record)
+
+
+def _json_list(path: str) -> Iterator[tuple[int, Cells | str]]:
+    """The values of a JSON list, one at a time. The first error ends it: where the next value starts is unknown."""
+    decode = json.JSONDecoder().raw_decode
+    with _open(path) as file, io.TextIOWrapper(file, "utf-8", "surrogateescape") as stream:
+        text = stream.read(CHUNK).lstrip()
+        if text[:1] != "[":
+            raise ValueError("it must hold a list of records, [{...}, ...]; name it .jsonl if each line is a record")
+        sign = _skip_space(text, 1) if text[1:].lstrip()[:1] == "]" else 0  # of "[", "," or "]"
+        while text[sign] != "]":
+            while True:
+                try:
+                    record, end = decode(text, _skip_space(text, sign + 1))
+                    end = _skip_space(text, end)
+                    if text[end] not in ",]":
+                        raise ValueError(f"{text[end]!r} follows a record; ',' or ']' expected")
+                    break
+                except (ValueError, IndexError, RecursionError) as error:  # perhaps it only goes on in the next chunk
+                    rest = len(text) - sign
+                    more = stream.read(max(CHUNK, rest)) if rest < MAX_LINE_BYTES else ""
+                    if not more:
+                        raise ValueError(error if isinstance(error, ValueError) else "the list has no end") from error
+                    text, sign = text[sign:] + more, 0
+            yield 0, _json_cells(record)
+            sign = end
+        if text[sign + 1 :].strip() or stream.read(CHUNK).strip():
+            raise ValueError("more follows after the list's end")
+
+
+def _skip_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
+
+
+def _arrow(path: str, columns: Sequence[str]) -> tuple[list[str], Iterator[tuple[int, Cells | str]]]:
+    """(all columns, rows of those named)."""
+    # Imported here, because it is large and the workers of tools/make_shards.py need none of it.
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if table_suffix(path) == ".parquet":
+        # With a buffer, it reads a column page by page instead of a whole row group's images at once.
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
+        return file.schema_arrow.names, _batch_rows(file.iter_batches(BATCH_ROWS, columns=columns), columns)
+    source = pyarrow.memory_map(path)
+    try:
+        reader = pyarrow.ipc.open_file(source)
+        return reader.schema.names, _batch_rows(map(reader.get_batch, range(reader.num_record_batches)), columns)
+    except pyarrow.ArrowInvalid:  # data sets of the hub are cached as streams
+        source.seek(0)
+        stream = pyarrow.ipc.open_stream(source)
+        return stream.schema.names, _batch_rows(stream, columns)
+
+
+def _batch_rows(batches: Iterable[Any], columns: Sequence[str]) -> Iterator[tuple[int, Cells | str]]:
+    for batch in batches:
+        cells = {name: batch.column(name) for name in columns}
+        for i in range(batch.num_rows):
+            try:
+                yield 0, {name: column[i].as_py() for name, column in cells.items()}
+            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python lacks
+                yield 0, f"row is malformed: {error}"
