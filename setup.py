@@ -26,6 +26,7 @@ setup(
         "braceexpand>=0.1.7,<0.2",
         "pillow>=11,<14",
         "psutil>=6",
+        "pyarrow>=17,<27",
         "pyyaml>=6,<7",
         "tqdm>=4.66,<5",
     ],

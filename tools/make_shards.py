@@ -64,8 +64,8 @@ class Row(NamedTuple):
     """What the source says of one sample."""
 
     where: dict[str, Any]  # how the list of skipped rows names it
-    image: object = None  # a path, absolute or below the root, or what the table holds instead
-    caption: Sequence[str] | dict[str, Any] = ()  # the files to try in order, or the record itself
+    image: str | bytes = ""  # a path, absolute or below the root, or the image itself
+    caption: Sequence[str] | bytes = ()  # the files to try in order, or the record itself
     problem: str = ""  # why the source cannot be used here
 
 
@@ -131,7 +131,7 @@ def find_column(source: str, names: Sequence[str], flag: str, wanted: Sequence[s
                 raise ValueError(f"{flag} {name}: {len(found)} columns of {source} have this name")
             if found:
                 return found[0]
-    hint = f"name yours with {flag}"
+    hint = f"name yours with {flag}" + (" or --conversations-column" if flag == "--caption-column" else "")
     if any(os.path.splitext(name.strip())[1].lower() in IMAGE_SUFFIXES for name in names):
         hint = "the first line must name the columns"
     has = textwrap.shorten(", ".join(names), 1000) or "none"
@@ -163,13 +163,18 @@ def open_source(options: argparse.Namespace) -> tuple[Iterator[Row], str]:
     first = next(table, None)
     if first is None:
         raise ValueError(f"SOURCE {source}: the table has no rows")
-    rows = (
-        Row(dict(where), problem=cells)
-        if isinstance(cells, str)
-        else Row(dict(where), cells.get(images), {field: cells.get(texts)})
-        for where, cells in itertools.chain([first], table)
-    )
+    rows = (table_row(where, cells, images, texts, field) for where, cells in itertools.chain([first], table))
     return rows, root or os.path.dirname(source)
+
+
+def table_row(where: dict[str, int], cells: dict[str, Any] | str, images: str, texts: str, field: str) -> Row:
+    """The row of a table's cells, of which ``field`` says what the text column holds."""
+    try:
+        if isinstance(cells, str):
+            raise ValueError(cells)
+        return Row(where, caption=caption_cell(field, cells.get(texts)), image=image_cell(cells.get(images)))
+    except ValueError as error:
+        return Row(where, problem=str(error))
 
 
 def is_missing(cell: object) -> bool:
@@ -183,45 +188,8 @@ def is_missing(cell: object) -> bool:
     return cell is None or cell != cell or cell in (b"", [], {})
 
 
-def read_file(path: str, kind: str, most: int) -> bytes:
-    """The bytes of an image or caption file; a ValueError says why it cannot be used."""
-    if not os.path.isfile(path):  # opening a pipe would wait for its writer
-        raise ValueError(f"{kind} file is missing: {path}")
-    try:
-        check_size(os.path.getsize(path), most)
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{kind} file is unreadable: {error}") from error
-
-
-def check_size(size: int, most: int) -> None:
-    """Refuse what the index refuses."""
-    if size > most:
-        raise ValueError(f"file is too large: {size} bytes, above {most}")
-
-
-def to_json(record: object) -> bytes:
-    """JSON as it is packed; a ValueError says what cannot be written."""
-    try:
-        return json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, perhaps in a field that is of no use here
-        return json.dumps(record).encode()
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"caption is no text: {error}") from error
-
-
-def caption_file(path: str) -> bytes:
-    """The record in a caption file."""
-    content = read_file(path, "caption", MAX_CAPTION_BYTES)
-    is_json = path.lower().endswith(".json")
-    parse_turns(content, is_json, DEFAULT_PROMPT)
-    text = content.decode("utf-8-sig")
-    return to_json(json.loads(text) if is_json else {"caption": text.strip()})
-
-
-def caption_cell(record: dict[str, Any]) -> bytes:
-    """The record in a table's row."""
-    ((field, cell),) = record.items()
+def caption_cell(field: str, cell: object) -> bytes:
+    """The record that a table's cell stands for."""
     if is_missing(cell):
         raise ValueError("caption is missing or empty")
     if isinstance(cell, str):
@@ -234,41 +202,102 @@ def caption_cell(record: dict[str, Any]) -> bytes:
     return to_json({field: cell})
 
 
-def read_record(caption: Sequence[str] | dict[str, Any]) -> bytes:
-    """The bytes of KEY.json; a ValueError says why there is nothing to learn from it, as prepare_data.py would."""
+def image_cell(cell: Any) -> str | bytes:
+    """The path or the bytes of the one image in a table's cell."""
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    if isinstance(cell, dict):  # as data sets of the hub have it
+        content = cell.get("bytes")
+        if not cell.keys() & {"bytes", "path"}:
+            raise ValueError(f"image is a record without bytes and path: {str(list(cell))[:200]}")
+        if isinstance(content, str) and content:
+            raise ValueError("image bytes are text: base64 is not read; use files or .parquet")
+        cell = cell.get("path") if is_missing(content) else content
+    if is_missing(cell):
+        raise ValueError("image is missing or empty")
+    if isinstance(cell, list):
+        raise ValueError("image is a list: a sample has one image")
+    if not isinstance(cell, str | bytes):
+        raise ValueError(f"image is neither a path nor bytes: {type(cell).__name__}")
+    return cell
+
+
+def to_json(record: object) -> bytes:
+    """JSON as it is packed; a ValueError says what cannot be written."""
+    try:
+        return json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, perhaps in a field that is of no use here
+        return json.dumps(record).encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"caption is no text: {error}") from error
+
+
+def check_size(size: int, most: int) -> None:
+    """Refuse what the index refuses."""
+    if size > most:
+        raise ValueError(f"file is too large: {size} bytes, above {most}")
+
+
+def read_file(path: str, kind: str, most: int) -> bytes:
+    """The bytes of an image or caption file; a ValueError says why it cannot be used."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        hint = "; write '/' between folders" if "\\" in path else ""
+        raise ValueError(f"{kind} file is missing: {path}{hint}")
+    try:
+        check_size(os.path.getsize(path), most)
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{kind} file is unreadable: {error}") from error
+
+
+def check_record(content: bytes) -> bytes:
+    """A record as it is packed; a ValueError says why prepare_data.py would refuse it."""
+    check_size(len(content), MAX_CAPTION_BYTES)
+    parse_turns(content, True, DEFAULT_PROMPT)
+    return content
+
+
+def caption_file(path: str) -> bytes:
+    """The record in a caption file."""
+    content = read_file(path, "caption", MAX_CAPTION_BYTES)
+    is_json = path.lower().endswith(".json")
+    parse_turns(content, is_json, DEFAULT_PROMPT)
+    text = content.decode("utf-8-sig")
+    return check_record(to_json(json.loads(text) if is_json else {"caption": text.strip()}))
+
+
+def read_record(caption: Sequence[str] | bytes) -> bytes:
+    """The bytes of KEY.json; a ValueError says why there is nothing to learn from it."""
+    if isinstance(caption, bytes):
+        return check_record(caption)
     problems = []
-    for source in [caption] if isinstance(caption, dict) else caption:
+    for path in caption:
         try:
-            content = caption_cell(source) if isinstance(source, dict) else caption_file(source)
-            check_size(len(content), MAX_CAPTION_BYTES)
-            parse_turns(content, True, DEFAULT_PROMPT)
-            return content
+            return caption_file(path)
         except ValueError as error:
             problems.append(error)
     raise problems[0]
 
 
-def read_image(root: str, image: object) -> tuple[str, bytes]:
+def read_image(root: str, image: str | bytes) -> tuple[str, bytes]:
     """(suffix in the shard, bytes) of an image; a ValueError says why it cannot be packed."""
-    if isinstance(image, list) and len(image) == 1:
-        image = image[0]
-    if isinstance(image, dict):  # as data sets of the hub have it
-        if not image.keys() & {"bytes", "path"}:
-            raise ValueError(f"image is a record without bytes and path: {str(list(image))[:200]}")
-        content = image.get("bytes")
-        if isinstance(content, str) and content:
-            raise ValueError("image bytes are text: base64 is not read; use files or .parquet")
-        image = image.get("path") if is_missing(content) else content
-    if is_missing(image):
-        raise ValueError("image is missing or empty")
-    if isinstance(image, list):
-        raise ValueError(f"image is a list: a sample has one image, not {len(image)}")
     if isinstance(image, bytes):
         check_size(len(image), MAX_IMAGE_BYTES)
         return image_suffix(image), image
-    if not isinstance(image, str):
-        raise ValueError(f"image is neither a path nor bytes: {str(image)[:200]}")
-    return image_file(root, image)
+    if re.match(r"[a-z][a-z0-9+.-]*://|data:", image, re.IGNORECASE):
+        raise ValueError(f"image is a URL: download it first, for example with img2dataset: {image[:200]}")
+    suffix = os.path.splitext(image)[1].lower()
+    if suffix in OTHER_IMAGE_SUFFIXES:
+        raise ValueError(other_format(suffix))
+    if suffix not in IMAGE_SUFFIXES:
+        raise ValueError(f"image path does not end in {', '.join(IMAGE_SUFFIXES)}: {image[:200]!r}")
+    path = image if os.path.isabs(image) else os.path.normpath(image)
+    if path.split(os.sep)[0] == os.pardir:
+        raise ValueError(f"image path leaves --image-root: {image}")
+    content = read_file(os.path.join(root, path), "image", MAX_IMAGE_BYTES)
+    if not content:
+        raise ValueError(f"image file is empty: {path}")
+    return IMAGE_SUFFIXES[suffix], content
 
 
 def image_suffix(content: bytes) -> str:
@@ -281,27 +310,6 @@ def image_suffix(content: bytes) -> str:
     except Exception:  # each of Pillow's readers has errors of its own
         kind = f"of an unknown format that starts with {content[:12]!r}"
     raise ValueError(f"image is no JPEG, PNG or WebP: it is {kind}; convert it")
-
-
-def image_file(root: str, image: str) -> tuple[str, bytes]:
-    """(suffix in the shard, bytes) of an image by its path in the source."""
-    if re.match(r"[a-z][a-z0-9+.-]*://|data:", image, re.IGNORECASE):
-        raise ValueError(f"image is a URL: download it first, for example with img2dataset: {image[:200]}")
-    suffix = os.path.splitext(image)[1].lower()
-    if suffix in OTHER_IMAGE_SUFFIXES:
-        raise ValueError(other_format(suffix))
-    if suffix not in IMAGE_SUFFIXES:
-        raise ValueError(f"image path does not end in {', '.join(IMAGE_SUFFIXES)}: {image[:200]!r}")
-    path = image if os.path.isabs(image) else os.path.normpath(image)
-    if path.split(os.sep)[0] == os.pardir:
-        raise ValueError(f"image path leaves --image-root: {image}")
-    try:
-        content = read_file(os.path.join(root, path), "image", MAX_IMAGE_BYTES)
-    except ValueError as error:
-        raise ValueError(f"{error}; write its path with '/'" if "\\" in image else error) from error
-    if not content:
-        raise ValueError(f"image file is empty: {path}")
-    return IMAGE_SUFFIXES[suffix], content
 
 
 def read_row(root: str, row: Row) -> tuple[str, dict[str, bytes]]:

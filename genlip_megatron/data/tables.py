@@ -6,8 +6,10 @@ truncated file, a .json that is not a list) is a ValueError.
 .csv has quotes as in RFC 4180, so a field may span lines. A misplaced quote would swallow the rows after it. Such a
 record is refused together with its first line only, and reading goes on at its second line. It is refused when
 
-* a closing quote is not followed by a separator or the line's end, or none comes within MAX_CAPTION_BYTES;
-* two or more of its lines look like rows: enough fields, and an image path where the image column stands.
+* a closing quote is not followed by a separator or the line's end, or none comes within MAX_FIELD_LINES and
+  MAX_CAPTION_BYTES;
+* its image path has more than one line, or another line than that with its image path looks like a row: enough fields,
+  and an image path in the place of the image column.
 
 .tsv has no quotes: a line is a row, and ``"`` is a letter. A line that was quoted all the same is refused.
 
@@ -34,11 +36,14 @@ from genlip_megatron.data.index import MAX_CAPTION_BYTES
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", ".feather")
 MAX_LINE_BYTES = 64 << 20  # also of a record in .json
+# A record of .csv goes on no further than this many lines, and MAX_CAPTION_BYTES: each is read again if it is refused.
+MAX_FIELD_LINES = 1000
 # JSON has no header: a column is looked for in so many rows.
 HEADER_ROWS = 10_000
 # Rows with images in them are large: few are held at once.
 BATCH_ROWS = 64
 CHUNK = 1 << 16
+_TOO_LONG = f"its line is above {MAX_LINE_BYTES} bytes"
 _SPACE = re.compile(r"\s*")
 
 Where = dict[str, int]  # the row, and in a text table its line, from 1
@@ -187,7 +192,8 @@ def _csv(lines: Iterator[_Line], image_column: str) -> Iterator[tuple[int, list[
                 problem = _miscount(len(cells), len(header))
             elif image_column in header and len(taken) > 1:
                 i = header.index(image_column)
-                if sum(_looks_like_row(line.text or "", separator, i, len(header)) for line in taken) > 1:
+                rows = sum(_looks_like_row(line.text or "", separator, i, len(header)) for line in taken)
+                if "\n" in cells[i] or rows > _is_image_path(cells[i]):
                     problem = "row is malformed: a quoted field runs over lines that look like rows"
         if problem and len(taken) > 1:
             problem += f"; a quote opens in line {taken[0].number} and was followed to line {taken[-1].number}"
@@ -201,9 +207,11 @@ def _record_lines(ahead: deque[_Line], lines: Iterator[_Line], taken: list[_Line
     size = 0
     while (line := ahead.popleft() if ahead else next(lines, None)) is not None:
         taken.append(line)
-        size += len(line.text or "") if len(taken) > 1 else 0
-        if line.text is None or size > MAX_CAPTION_BYTES:
-            raise csv.Error(f"line above {MAX_LINE_BYTES} bytes, or field over lines of above {MAX_CAPTION_BYTES}")
+        if line.text is None:
+            raise csv.Error(_TOO_LONG)
+        size += len(line.text) if len(taken) > 1 else 0
+        if len(taken) > MAX_FIELD_LINES or size > MAX_CAPTION_BYTES:
+            raise csv.Error(f"a quoted field has no end in {MAX_FIELD_LINES} lines of {MAX_CAPTION_BYTES} bytes in all")
         yield line.text
 
 
@@ -212,8 +220,11 @@ def _looks_like_row(text: str, separator: str, image: int, columns: int) -> bool
     cells = text.split(separator)
     if len(cells) < columns:
         return False
-    paths = [cells[i].strip(' "\r\n') for i in (image, image - columns)]
-    return any(os.path.splitext(path)[1].lower() in (*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES) for path in paths)
+    return _is_image_path(cells[image]) or _is_image_path(cells[image - columns])
+
+
+def _is_image_path(cell: str) -> bool:
+    return os.path.splitext(cell.strip(' "\r\n'))[1].lower() in (*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES)
 
 
 def _tsv(lines: Iterator[_Line]) -> Iterator[tuple[int, list[str] | str]]:
@@ -229,7 +240,7 @@ def _tsv(lines: Iterator[_Line]) -> Iterator[tuple[int, list[str] | str]]:
         columns = columns or len(cells)
         problem = ""
         if text is None:
-            problem = f"row is malformed: line above {MAX_LINE_BYTES} bytes"
+            problem = f"row is malformed: {_TOO_LONG}"
         elif any(map(_is_quoted, cells)) or (not before and any('"' in name or "\r" in name for name in cells)):
             problem = quoted if '"' in text else "its lines end in CR only; save it with LF or CR LF"
         elif len(cells) != columns:
@@ -272,7 +283,7 @@ def _json_cells(record: Any) -> Cells | str:
 def _json_lines(lines: Iterator[_Line]) -> Iterator[tuple[int, Cells | str]]:
     for number, text in lines:
         if text is None:
-            yield number, f"row is malformed: line above {MAX_LINE_BYTES} bytes"
+            yield number, f"row is malformed: {_TOO_LONG}"
         elif text.strip():
             try:
                 record = json.loads(text)
@@ -322,8 +333,8 @@ def _arrow(path: str, columns: Sequence[str]) -> tuple[list[str], Iterator[tuple
     import pyarrow.parquet
 
     if table_suffix(path) == ".parquet":
-        # With a buffer, it reads a column page by page instead of a whole row group's images at once.
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
+        # The defaults would read every row group's images at once instead of page by page.
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         return file.schema_arrow.names, _batch_rows(file.iter_batches(BATCH_ROWS, columns=columns), columns)
     source = pyarrow.memory_map(path)
     try:
