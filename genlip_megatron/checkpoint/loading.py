@@ -10,19 +10,13 @@ import torch
 import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from genlip_megatron.checkpoint import content, folder, manifest, metadata
 from genlip_megatron.checkpoint.agree import from_rank_0, gather, rank, world_size
 from genlip_megatron.checkpoint.content import SHARES, RandomStates, State
 from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.config import RunConfig, from_dict
-
-# What matters when weights are made, or while they are trained, and never changes what they mean.
-_FREE_MODEL_FIELDS = ("init_method_std", "freeze_embeddings", "freeze_head")
-# Settings of the data: by which the pixels of an image are decided, and the samples with their order.
-_PIXELS = {"fixed": ("image_size", "fixed_resize"), "native": ("min_pixels", "max_pixels")}
-_SAMPLES = ("train_data", "prompt")
-
 
 def read_config(place: Path) -> RunConfig:
     """The configuration of the run that saved a checkpoint.
@@ -71,6 +65,8 @@ def find(
     raise ValueError(f"no good checkpoint in {root}: " + "; ".join(damage))
 
 
+# Of an optimizer's parameter group, what training changes. "step" is where Transformer Engine's and Apex's count too.
+_STATE_OF_A_GROUP = ("params", "step")
 # What decides which rank a random state belongs to.
 _PLACES = (
     "world_size",
@@ -96,47 +92,6 @@ def _verified(place: Path, checksums: bool, step: int | None, progress: Callable
     part = (rank(), world_size())
     mine = manifest.problems(place, found, checksums, part, progress)
     return [problem for some in gather(mine) for problem in some] or found
-
-
-def model_differences(saved: RunConfig, config: RunConfig, same_run: bool) -> list[str]:
-    """Fields by which the saved model differs from the configured one, a line each.
-
-    Args:
-        same_run: it is resumed, so that what is trained must stay the same as well.
-    """
-    theirs, ours = saved.to_dict()["model"], config.to_dict()["model"]
-    free = {*_FREE_MODEL_FIELDS}
-    if same_run:
-        free -= {"freeze_embeddings", "freeze_head"}
-    if not same_run or config.checkpoint.change_drop_path:
-        free.add("drop_path_rate")
-    hints = {
-        "drop_path_rate": " (--change-drop-path accepts it)",
-        "freeze_embeddings": " (--finetune starts a new run from the weights)",
-        "freeze_head": " (--finetune starts a new run from the weights)",
-    }
-    return [
-        f"model.{name}: {theirs[name]!r} in the checkpoint, {ours[name]!r} here{hints.get(name, '')}"
-        for name in ours
-        if name not in free and theirs[name] != ours[name]
-    ]
-
-
-def data_differences(saved: RunConfig, config: RunConfig, other_data: bool) -> list[str]:
-    """Fields by which the saved run's data differ from the configured ones, a line each.
-
-    Args:
-        other_data: samples or their order are known to differ; what may be why is listed too.
-    """
-    theirs, ours = saved.data, config.data
-    names = ["image_mode", *(_PIXELS[ours.image_mode] if theirs.image_mode == ours.image_mode else ())]
-    names += _SAMPLES if other_data else ()
-    return [
-        f"data.{name}: {getattr(theirs, name)!r} in the checkpoint, {getattr(ours, name)!r} here "
-        "(--change-data accepts it)"
-        for name in names
-        if getattr(theirs, name) != getattr(ours, name)
-    ]
 
 
 def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
@@ -194,9 +149,25 @@ def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
         )
 
 
+def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
+    """Set moments, master weights and the count of steps. All other settings of the groups stay this run's.
+
+    Optimizers restore those of the checkpoint, and Megatron-Core's schedule prefers a group's ``max_lr`` and ``min_lr``
+    to its own.
+    """
+    configured = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        restored = {name: group[name] for name in _STATE_OF_A_GROUP if name in group}
+        group.clear()
+        group.update({name: value for name, value in settings.items() if name not in _STATE_OF_A_GROUP} | restored)
+
+
 @torch.no_grad()  # Megatron-Core 0.16.1 copies into float32 weights without it
 def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Callable[[str], None]) -> None:
     """Set weights, optimizer, schedule and random states from a checkpoint. A collective.
+
+    Settings of the optimizer and the schedule stay those of ``config``.
 
     Raises:
         ValueError: its optimizer state cannot be read on this layout.
@@ -217,7 +188,7 @@ def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Cal
     content.put_objects(request, common["objects"])
     loaded = dist_checkpointing.load(request, str(place))
     content.set_weights(state.model, loaded["model"])
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.num_steps = 0  # Megatron-Core adds the steps it loads to those it has done
     state.scheduler.load_state_dict(common["scheduler"])
     if "random" in request:

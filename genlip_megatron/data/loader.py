@@ -221,7 +221,7 @@ class Loader:
         self.waited = 0.0  # seconds for which the step had no data, since it was last set to 0
         self.truncated = 0  # captions of consumed steps that were cut to what their image leaves of a pack
         self._quarantined = self._quarantined_before = 0
-        self._consumed = self.plan.state_dict(self.lanes)
+        self._consumed = self._start = self.plan.state_dict(self.lanes)
         self._ahead: list[Ahead] = []
 
     def __len__(self) -> int:
@@ -307,6 +307,12 @@ class Loader:
         self._quarantined_before = state["quarantined_before"] + state["quarantined"]
         # A run that rolls back has counted some of these in this process too.
         self._quarantined = self.quarantine.total = 0
+
+    def restart(self) -> None:
+        """Begin with the first step's data; call before iterating."""
+        self.load_state_dict(
+            {"step": 0, "plan": self._start, "skipped": [], "quarantined": 0, "quarantined_before": 0}
+        )
 
     def close(self) -> None:
         """End the threads and close the shards. Nothing may be read after it."""

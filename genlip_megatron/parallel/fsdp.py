@@ -150,7 +150,9 @@ class FullyShardedOptimizer(FP32Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Set weights, moments and the groups' settings."""
         for group, saved in zip(self.param_groups, state_dict["optimizer"]["param_groups"], strict=True):
-            group.update(saved)
+            parameters = group["params"]
+            group.clear()  # before the first update there is no "step"
+            group.update(saved, params=parameters)
         for index, (_, tensors) in enumerate(self._tensors()):
             for kind, tensor in tensors.items():
                 set_values(tensor, state_dict["param_state"][index][kind])

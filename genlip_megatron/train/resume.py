@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
 
-from genlip_megatron.checkpoint import folder, loading
+from genlip_megatron.checkpoint import changes, content, folder, loading
 from genlip_megatron.checkpoint.agree import gather, on_rank_0
 from genlip_megatron.checkpoint.content import State
 from genlip_megatron.checkpoint.folder import NotSaved
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.saving import Facts, Saver
+from genlip_megatron.config import RunConfig, override
 from genlip_megatron.data.loader import merge_cursors
 from genlip_megatron.model.fp8_state import share_largest_values
 from genlip_megatron.model.genlip import unwrap
@@ -84,7 +85,7 @@ def _set_aside(run: Run) -> list[Path]:
 
 
 def _take_weights(run: Run, place: Path, saved: Manifest) -> None:
-    differing = loading.model_differences(loading.read_config(place), run.config, same_run=False)
+    differing = changes.model_differences(loading.read_config(place), run.config, same_run=False)
     _refuse(place, differing + _tokenizer_differences(run, saved))
     loading.load_weights(place, run.model, log)
     run.optimizer.reload_model_params()
@@ -106,21 +107,33 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
     common = loading.read_common(place)
     data = run.train_loader.plan.differences(common["data"]["plan"])
     hint = " (--change-data begins with the data anew and keeps the rest)"
-    differing = loading.model_differences(theirs, config, same_run=True) + _tokenizer_differences(run, saved)
+    differing = changes.model_differences(theirs, config, same_run=True) + _tokenizer_differences(run, saved)
     if not config.data.change_data:
-        differing += loading.data_differences(theirs, config, bool(data)) + [line + hint for line in data]
+        differing += changes.data_differences(theirs, config, bool(data)) + [line + hint for line in data]
     _refuse(place, differing)
+    # Before the weights, which take time: it refuses what does not fit as well.
+    if data:
+        run.train_loader.restart()
+    else:
+        run.train_loader.load_state_dict(common["data"])
     loading.load(place, saved, config, _state(run), log)
     run.iteration = saved.iteration
     run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]
     run.guard.load_state_dict(common["guard"])
     if data:
         log("the data begins anew: " + "; ".join(data))
-    else:
-        run.train_loader.load_state_dict(common["data"])
-    if changed := _changed_settings(theirs.to_dict(), config.to_dict()):
+    if changed := changes.accepted_changes(*_in_precision(saved, theirs, config)):
         log("settings that differ from the checkpoint's: " + "; ".join(changed))
     log(f"resumed at step {run.iteration} from {place}")
+
+
+def _in_precision(saved: Manifest, theirs: RunConfig, config: RunConfig) -> list[RunConfig]:
+    """Both configurations with the precision that "auto" meant."""
+    here: dict[str, Any] = content.describe_layout(config, 1)
+    return [
+        override(theirs, {"train.precision": saved.layout.get("precision", here["precision"])}),
+        override(config, {"train.precision": here["precision"]}),
+    ]
 
 
 def _refuse(place: Path, differing: list[str]) -> None:
@@ -132,15 +145,6 @@ def _tokenizer_differences(run: Run, saved: Manifest) -> list[str]:
     loader = run.train_loader or run.valid_loader
     here = loader.tokenizer.fingerprint if loader is not None else saved.tokenizer
     return [] if here == saved.tokenizer else [f"data.tokenizer: {saved.tokenizer} in the checkpoint, {here} here"]
-
-
-def _changed_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    return [
-        f"{section}.{name} was {theirs[section][name]!r}, is {value!r}"
-        for section in ("model", "data", "parallel", "train")
-        for name, value in ours[section].items()
-        if theirs[section][name] != value
-    ]
 
 
 def rewind(run: Run) -> int | None:
