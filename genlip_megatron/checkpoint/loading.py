@@ -18,6 +18,7 @@ from genlip_megatron.checkpoint.content import SHARES, RandomStates, State
 from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.config import RunConfig, from_dict
 
+
 def read_config(place: Path) -> RunConfig:
     """The configuration of the run that saved a checkpoint.
 

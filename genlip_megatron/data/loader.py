@@ -310,9 +310,7 @@ class Loader:
 
     def restart(self) -> None:
         """Begin with the first step's data; call before iterating."""
-        self.load_state_dict(
-            {"step": 0, "plan": self._start, "skipped": [], "quarantined": 0, "quarantined_before": 0}
-        )
+        self.load_state_dict({"step": 0, "plan": self._start, "skipped": [], "quarantined": 0, "quarantined_before": 0})
 
     def close(self) -> None:
         """End the threads and close the shards. Nothing may be read after it."""

@@ -1,0 +1,270 @@
+"""A resumed run uses each setting it was given, or refuses it: tried for every field of the configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genlip_megatron.checkpoint.changes import RULES, Rule, accepted_changes, data_differences, model_differences
+from genlip_megatron.config import SECTIONS, RunConfig, override
+from tests.distributed import run_distributed
+from tests.runs import full_weights, layout, run_steps, tiny_config
+
+STEPS = 2
+# Values that are allowed where the types' own are not.
+OTHERS = {
+    "model.num_attention_heads": 2,
+    "model.rope_sections": (1, 2, 1),
+    "train.adam_beta1": 0.5,
+    "train.adam_beta2": 0.5,
+    "train.global_batch_size": 2,
+    "log.profile_steps": "1:2",
+}
+# Free, but one process on a CPU does not start with another value, or it would leave files behind.
+NOT_HERE = {name for name in RULES if name.startswith("parallel.")} | {
+    "data.valid_data",
+    "data.cache_dir",
+    "train.attention_backend",
+    "train.transformer_impl",
+    "train.fp8",
+    "train.fp8_primary_weights",
+    "train.fp8_attention",
+    "train.first_last_layers_bf16",
+    "train.cuda_graph",
+    "faults.inject_fault",
+    "log.profile",
+    "log.tensorboard_dir",
+    "log.wandb_project",
+}
+CONTENT = {"data.tokenizer", "data.train_data"}  # compared by what is in the files
+# The plan compares these; ``test_loading.py`` has its messages.
+BY_THE_PLAN = {"data.seq_length", "data.pack_buffer", "data.shuffle_window", "data.chunk_size", "train.seed"} | {
+    "train.global_batch_size"
+}
+
+
+def other_value(name: str, config: RunConfig) -> Any:
+    """A value of a field that is not the configured one."""
+    section, key = name.split(".")
+    (field,) = (f for f in dataclasses.fields(SECTIONS[section]) if f.name == key)
+    value, kind = getattr(getattr(config, section), key), typing.get_type_hints(SECTIONS[section])[key]
+    if name in OTHERS:
+        return OTHERS[name]
+    if choices := [choice for choice in field.metadata["choices"] if choice not in (value, "auto", "dali")]:
+        return choices[0]
+    if kind is bool:
+        return not value
+    if kind in (int, float):
+        return value * 2 or 1
+    return "other" if kind is str else (*value, 1 if "int" in str(kind) else "other")
+
+
+def changed(config: RunConfig, *rules: Rule) -> dict[str, Any]:
+    """Another value of every field under the rules that can be tried here."""
+    names = [name for name, rule in RULES.items() if rule in rules and name not in NOT_HERE | CONTENT]
+    return {name: other_value(name, config) for name in names}
+
+
+def test_every_field_has_a_rule() -> None:
+    fields = {f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    assert set(RULES) == fields, "give each field of the configuration a rule in checkpoint/changes.py"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_change_is_refused_or_announced(name: str) -> None:
+    saved = RunConfig()
+    config = override(saved, {name: other_value(name, saved)})
+    rule = RULES[name]
+    models = {same_run: model_differences(saved, config, same_run) for same_run in (True, False)}
+    data = data_differences(saved, config, other_data=True)
+    for lines, rules in ((models[True], (Rule.MODEL, Rule.RUN)), (models[False], (Rule.MODEL,)), (data, (Rule.DATA,))):
+        expected = rule in rules and name not in {"data.tokenizer"} | BY_THE_PLAN
+        assert len(lines) == expected and all(line.startswith(f"{name}: ") for line in lines)
+    assert [line.split(" was ")[0] for line in accepted_changes(saved, config)] == ([name] * (rule is not Rule.START))
+
+
+@pytest.fixture(scope="module")
+def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Runs by layout with a checkpoint of two steps that any layout reads."""
+    roots = {}
+    for name in ("1", "TP2"):
+        world_size, flags = layout(name)
+        roots[name] = str(tmp_path_factory.mktemp("saved") / name)
+        run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__save=roots[name]), STEPS)
+    return roots
+
+
+def resumed(config: RunConfig) -> tuple[str, list[str]]:
+    """(why a run is refused, settings that are said to differ)."""
+    from genlip_megatron.train.loop import set_up
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            run = set_up(config)
+        except ValueError as error:
+            return str(error), []
+    assert run.iteration == STEPS and run.train_loader is not None
+    run.train_loader.close()
+    judge = run.guard.judge  # it is restored, and its settings are not
+    assert (judge._losses.maxlen, judge.threshold) == (config.faults.spike_window, config.faults.spike_threshold)
+    (line,) = [line for line in said.getvalue().splitlines() if line.startswith("settings that differ")] or [": "]
+    return "", line.partition(": ")[2].split("; ")
+
+
+def test_every_free_field_is_taken_and_named(saved: dict[str, str], demo_data: Path) -> None:
+    base = tiny_config(demo_data, checkpoint__load=saved["1"])
+    values = changed(base, Rule.FREE)
+    config = override(base, values)
+    error, said = run_distributed(1, resumed, config)[0]
+    assert not error and {line.split(" was ")[0] for line in said} == values.keys()
+    # What "auto" means is compared: nothing has changed here.
+    same = override(base, {"train.precision": "auto"})
+    assert run_distributed(1, resumed, same)[0] == ("", [""])
+
+
+@pytest.mark.parametrize(("rules", "finetune"), [((Rule.MODEL, Rule.RUN), False), ((Rule.MODEL,), True)])
+def test_every_field_of_the_model_is_refused(
+    rules: tuple[Rule, ...], finetune: bool, saved: dict[str, str], demo_data: Path
+) -> None:
+    base = tiny_config(demo_data, checkpoint__load=saved["1"], checkpoint__finetune=finetune)
+    error, _ = run_distributed(1, resumed, override(base, changed(base, Rule.MODEL, Rule.RUN)))[0]
+    named = {name for name in RULES if f"{name}: " in error}
+    assert named == changed(base, *rules).keys() - BY_THE_PLAN
+
+
+def test_every_field_of_the_data_is_refused(saved: dict[str, str], demo_data: Path) -> None:
+    base = tiny_config(demo_data, checkpoint__load=saved["1"])
+    values = changed(base, Rule.DATA)
+    at_once = {"train_weights", "train_epochs", "prompt"}  # need data of their own, or only concern steps to come
+    error, _ = run_distributed(
+        1, resumed, override(base, {name: value for name, value in values.items() if name.split(".")[1] not in at_once})
+    )[0]
+    for name in values.keys() - {f"data.{key}" for key in at_once} - {"data.fixed_resize"}:
+        assert f"{name}: " in error or f"data {name.split('.')[1]}: " in error, name
+    for name in ("data.train_weights", "data.train_epochs"):
+        error, _ = run_distributed(1, resumed, override(base, {name: "2"}))[0]
+        assert f"the weights of the {STEPS} steps already taken were" in error
+
+
+def test_a_resize_that_does_not_show_in_the_plan_is_refused_where_it_is_used() -> None:
+    saved = RunConfig()  # of fixed images
+    config = override(saved, {"data.fixed_resize": "resize-center-crop", "data.prompt": "Describe."})
+    assert [line.split(":")[0] for line in data_differences(saved, config, other_data=False)] == [
+        "data.prompt",
+        "data.fixed_resize",
+    ]
+    native = {"data.image_mode": "native"}
+    assert not data_differences(
+        override(saved, native), override(config, native | {"data.prompt": saved.data.prompt}), False
+    )
+
+
+NEW = {
+    "train__lr": 3e-4,
+    "train__min_lr": 2e-5,
+    "train__lr_warmup_iters": 4,
+    "train__train_iters": 9,
+    "train__weight_decay": 0.3,
+    "train__adam_beta1": 0.8,
+    "train__adam_beta2": 0.7,
+    "train__adam_eps": 1e-6,
+}
+
+
+def groups_of(config: RunConfig, begun: int) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    """Settings of the optimizer's groups after ``begun`` steps, and the learning rates of the steps from there on.
+
+    A run that goes on has done them; one that does not is moved there. With ``checkpoint.save``: after going back to
+    the checkpoint.
+    """
+    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.resume import rewind
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    if config.checkpoint.save:
+        batches = iter(run.train_loader)
+        assert train_step(run, batches).updated
+        batches.close()
+        assert rewind(run) == begun
+    elif not config.checkpoint.load:
+        run.scheduler.step(increment=begun)
+        for group in run.optimizer.param_groups:
+            group["step"] = begun
+    run.train_loader.close()
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    rates = []
+    for _ in range(begun, config.train.train_iters):
+        run.scheduler.step(increment=1)
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+    return groups, rates
+
+
+@pytest.mark.parametrize(
+    ("saving", "on", "flags"),
+    [
+        ("1", "1", {}),
+        ("1", "DP2", {}),
+        ("TP2", "1", {}),
+        ("1", "DP2", {"parallel__fsdp": True}),
+    ],
+)
+def test_the_optimizer_and_its_schedule_are_those_of_a_fresh_run(
+    saving: str, on: str, flags: dict[str, Any], saved: dict[str, str], demo_data: Path
+) -> None:
+    world_size, sizes = layout(on)
+    fresh, expected = (
+        run_distributed(
+            world_size, groups_of, tiny_config(demo_data, **sizes, **flags, **NEW, checkpoint__load=root), STEPS
+        )
+        for root in ("", saved[saving])
+    )
+    assert fresh == expected
+    (group,) = fresh[0][0]
+    assert (group["betas"], group["eps"], group["weight_decay"], group["max_lr"], group["min_lr"]) == (
+        (0.8, 0.7), 1e-6, 0.3, 3e-4, 2e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("world_size", "fsdp"), [(1, False), (2, True)])
+def test_going_back_keeps_the_new_settings(world_size: int, fsdp: bool, demo_data: Path, tmp_path: Path) -> None:
+    flags = {"parallel__fsdp": fsdp, "checkpoint__save": str(tmp_path / "run")}
+    run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS, False)
+    back = run_distributed(world_size, groups_of, tiny_config(demo_data, **flags, **NEW), STEPS)
+    fresh = run_distributed(world_size, groups_of, tiny_config(demo_data, parallel__fsdp=fsdp, **NEW), STEPS)
+    assert back == fresh
+
+
+def weights_after(configs: dict[str, RunConfig], steps: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of each run that goes on, after more steps."""
+    from genlip_megatron.train.loop import set_up, train_step
+
+    found = {}
+    for name, config in configs.items():
+        run = set_up(config)
+        assert run.train_loader is not None
+        batches = iter(run.train_loader)
+        for _ in range(steps):
+            assert train_step(run, batches).updated
+        run.train_loader.close()
+        found[name] = full_weights(run)
+    return found
+
+
+def test_each_setting_of_the_optimizer_changes_the_next_update(saved: dict[str, str], demo_data: Path) -> None:
+    base = {"checkpoint__load": saved["1"], "train__lr_warmup_iters": 1}
+    settings = {**NEW, "train__lr_warmup_iters": 5, "train__clip_grad": 1e-3, "train__adam_eps": 1.0}
+    configs = {"same": tiny_config(demo_data, **base)}
+    configs |= {name: tiny_config(demo_data, **{**base, name: value}) for name, value in settings.items()}
+    weights = run_distributed(1, weights_after, configs, 1)[0]
+    same = weights.pop("same")
+    for name, found in weights.items():
+        assert any(not torch.equal(tensor, same[key]) for key, tensor in found.items()), name
