@@ -86,7 +86,8 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     log(check_machine(config))
     if config.train.check_memory and not config.log.eval_only:
         check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank())
-    # Data comes first: its mistakes are cheap to find.
+    # What is cheap to find comes first: the log, then the data.
+    writer = Writer(config, torch.distributed.get_rank() == 0)
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, data_share(config))
     valid_loader = Loader(config, "valid", *data_parallel, data_share(config)) if config.data.valid_data else None
@@ -100,9 +101,8 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     watchdog.beat()
     load(run)
     watchdog.beat()
-    save = config.checkpoint.save
-    folder = config.log.tensorboard_dir or (f"{save}/tensorboard" if save and not config.log.eval_only else "")
-    run.writer = Writer(config.log, folder, torch.distributed.get_rank() == 0, config.to_dict())
+    writer.begin(run.iteration)
+    run.writer = writer
     return run
 
 
@@ -296,6 +296,8 @@ def roll_back(run: Run, batches: Any, why: str) -> Iterator[Any]:
             f"step {step}: {why}, after {run.guard.rollbacks - 1} rollbacks since the checkpoint of step {back} "
             "(faults.max_rollbacks). Look at the data since then, or lower train.lr",
         )
+    if run.writer is not None:
+        run.writer.rewind(back)
     first = loader.step + 1
     loader.skip(seen - loader.step)
     run.stepper.counts.zero_()

@@ -1,0 +1,259 @@
+"""What a run logs shows each step once, whatever it went through, and a log that cannot be written is a mistake."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shutil
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.util import tensor_util
+
+from genlip_megatron.config import RunConfig, override
+from genlip_megatron.faults.exits import EXIT_USER_ERROR
+from genlip_megatron.train.metrics import WANDB_FILE, Writer
+from tests.distributed import run_distributed
+from tests.processes import Ended, Zygote
+from tests.runs import failing_set_up, tiny_config
+from tests.train.test_guard import settings, trained
+
+needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+KEY = "0123456789" * 4
+
+
+def log(writer: Writer, after: int, *steps: int) -> None:
+    """Scalars of steps, and an image with its text every tenth; both tell which run they are of."""
+    for step in steps:
+        writer.scalars({"lm loss": step + after / 100}, step)
+        if step % 10 == 0:
+            writer.caption(0, torch.full((3, 2, 2), step, dtype=torch.uint8), f"{step} after {after}", step)
+    writer._board.flush()
+
+
+def begun(folder: Path, after: int, **flags: Any) -> Writer:
+    """The writer of a run that goes on after a step. It is never closed, as after a crash."""
+    config = {"checkpoint.save": str(folder), **{name.replace("__", "."): value for name, value in flags.items()}}
+    writer = Writer(override(RunConfig(), config), active=True)
+    writer.begin(after)
+    return writer
+
+
+def shown(folder: Path) -> tuple[list[tuple[int, float]], list[tuple[int, str]]]:
+    """(scalars, texts), each with its step, that TensorBoard shows of a run. Images have the steps of the texts."""
+    plain = event_accumulator.EventAccumulator(f"{folder}/tensorboard").Reload()
+    whole = plugin_event_accumulator.EventAccumulator(f"{folder}/tensorboard").Reload()
+    scalars = [(event.step, round(event.value, 2)) for event in plain.Scalars("lm loss")]
+    again = [(e.step, round(float(tensor_util.make_ndarray(e.tensor_proto)), 2)) for e in whole.Tensors("lm loss")]
+    texts = [
+        (event.step, tensor_util.make_ndarray(event.tensor_proto)[0].decode())
+        for event in whole.Tensors("validation/0/text_summary")
+    ]
+    images = [event.step for event in plain.Images("validation/0")]
+    assert scalars == again and images == [step for step, _ in texts]
+    assert images == [event.step for event in whole.Tensors("validation/0")]
+    return scalars, texts
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard orders a folder's files by the second in which they began: let a minute pass between starts."""
+    begin, real, passed = Writer.begin, time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + passed[0])
+
+    def later(self: Writer, step: int) -> None:
+        passed[0] += 60
+        begin(self, step)
+
+    monkeypatch.setattr(Writer, "begin", later)
+
+
+def test_steps_after_a_crash_are_shown_once(apart: None, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    log(begun(folder, 0), 0, *range(32))
+    log(begun(folder, 20), 20, *range(21, 32))
+    scalars, texts = shown(folder)
+    first = [(step, float(step)) for step in range(21)]
+    assert scalars == first + [(step, step + 0.2) for step in range(21, 32)]
+    assert texts == [(0, "0 after 0"), (10, "10 after 0"), (20, "20 after 0"), (30, "30 after 20")]
+    # At the last step, where nothing is done again; and in a copy, which leaves the run's own log as it is.
+    begun(folder, 31)
+    assert shown(folder) == (scalars, texts)
+    shutil.copytree(folder, tmp_path / "copy")
+    log(begun(tmp_path / "copy", 20), 20, 21)
+    assert shown(tmp_path / "copy") == (first + [(21, 21.2)], texts[:3])
+    assert shown(folder) == (scalars, texts)
+    # Before the first checkpoint all is done again, also what is logged before the first step.
+    log(begun(folder, 0), 50, 0, 1)
+    assert shown(folder) == ([(0, 0.5), (1, 1.5)], [(0, "0 after 50")])
+
+
+def test_a_log_of_an_earlier_version_is_continued(apart: None, tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = begun(tmp_path / "other", 0)
+    writer._board = SummaryWriter(f"{tmp_path}/tensorboard")  # says nothing of when it started
+    log(writer, 0, *range(12))
+    log(begun(tmp_path, 5), 5, *range(6, 8))
+    scalars, texts = shown(tmp_path)
+    assert [step for step, _ in scalars] == list(range(8)) and texts == [(0, "0 after 0")]
+
+
+def test_validating_an_old_checkpoint_hides_nothing(apart: None, tmp_path: Path) -> None:
+    log(begun(tmp_path, 0), 0, *range(12))
+    writer = begun(tmp_path, 5, log__eval_only=True, log__tensorboard_dir=f"{tmp_path}/tensorboard")
+    writer.scalars({"lm loss validation": 1.0}, 5)
+    assert [step for step, _ in shown(tmp_path)[0]] == list(range(12))
+
+
+def test_steps_of_a_real_run_are_shown_once(demo_data: Path, tmp_path: Path) -> None:
+    """It rolls back from step 4 to 2, and after step 7 it is lost back to 6."""
+    flags = {"faults__on_spike": "rollback", "checkpoint__save_interval": 2, "log__log_interval": 1}
+    folder = tmp_path / "run"
+    for last, faults in ((7, ["spike@4:0"]), (9, [])):
+        _, config = settings(demo_data, "DP2", *faults, **flags, checkpoint__save=str(folder), train__train_iters=last)
+        ((status, _),) = run_distributed(1, trained, config)
+        assert status == 0
+        shutil.rmtree(folder / f"iter_{7:07d}", ignore_errors=True)
+    events = plugin_event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Tensors("lm loss")] == list(range(1, 10))
+    assert [event.step for event in events.Tensors("lm loss validation")] == [0, 9]
+
+
+def history(folder: Path) -> list[tuple[str, str, list[int]]]:
+    """(run id, project, steps that were logged) of each of W&B's offline files, in the order of their starts.
+
+    A file is 7 bytes, then blocks of 32 KiB with records: checksum, length, type (1 whole; 2, 3, 4: parts), content.
+    """
+    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    found = []
+    for file in sorted(folder.rglob("*.wandb"), key=lambda path: path.parent.name):
+        content, place, parts = file.read_bytes(), 7, b""
+        name, project, steps, internal = "", "", [], []
+        while place + 7 <= len(content):
+            if (room := 32768 - place % 32768) < 7:
+                place += room
+                continue
+            size, kind = struct.unpack_from("<HB", content, place + 4)
+            parts += content[place + 7 : place + 7 + size]
+            place += 7 + size
+            if kind in (1, 4):
+                record = messages.Record.FromString(parts)
+                parts = b""
+                if record.HasField("run"):
+                    name, project = record.run.run_id, record.run.project
+                elif record.HasField("history"):
+                    values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+                    steps.append(int(values["iteration"]))
+                    internal.append(record.history.step.num)
+        assert internal == sorted(set(internal))  # W&B drops what does not go up
+        found.append((name, project, steps))
+    return found
+
+
+@pytest.fixture
+def wandb_env(tmp_path: Path) -> dict[str, str]:
+    """Of an account that nobody has logged in to, without a network."""
+    (tmp_path / "wandb").mkdir()
+    names = ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "HOME")
+    return {**dict.fromkeys(names, f"{tmp_path}/wandb"), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+
+def launch(zygote: Zygote, config: RunConfig, folder: Path, env: dict[str, str], ranks: int = 1) -> list[Ended]:
+    (folder / "config.yaml").write_text(config.to_yaml())
+    return zygote.run(ranks, ["--config", str(folder / "config.yaml")], env)
+
+
+@needs_wandb
+def test_wandb_continues_the_same_run(
+    zygote: Zygote, demo_data: Path, tmp_path: Path, wandb_env: dict[str, str]
+) -> None:
+    folder = tmp_path / "run"
+
+    def run(last: int, *faults: str, save: Path = folder, project: str = "genlip") -> list[tuple[str, str, list[int]]]:
+        _, config = settings(
+            demo_data,
+            "DP2",
+            *faults,
+            faults__on_spike="rollback",
+            checkpoint__save=str(save),
+            checkpoint__save_interval=2,
+            train__train_iters=last,
+            data__valid_data="",
+            log__log_interval=1,
+            log__wandb_project=project,
+            model__num_layers=1,
+        )
+        (ended,) = launch(zygote, config, tmp_path, wandb_env)
+        assert ended.code == 0, ended.output[-3000:]
+        time.sleep(1.1)  # its folders are named by the second
+        return history(tmp_path / "wandb")
+
+    # Steps that are done again, after a rollback from step 4 to 2 or a crash, are logged though W&B has them.
+    ((name, project, steps),) = run(5, "spike@4:0")
+    assert project == "genlip" and steps == [1, 2, 3, 3, 4, 5]
+    shutil.rmtree(folder / "iter_0000005")  # as after a crash
+    shutil.copytree(folder, tmp_path / "copy")
+    assert run(6)[1:] == [(name, "genlip", [5, 6])]
+    # Another run goes on from a copy, and one in another project is another.
+    copied = run(5, save=tmp_path / "copy")[2]
+    assert copied[0] != name and copied[2] == [5]
+    other = run(7, project="other")[3]
+    assert other[0] != name and other[1:] == ("other", [7])
+    (folder / WANDB_FILE).write_text("{")
+    assert run(8, project="other")[4][2] == [8]
+    assert json.loads((folder / WANDB_FILE).read_text())["project"] == "other"
+
+
+@needs_wandb
+@pytest.mark.parametrize(
+    ("env", "flags", "message"),
+    [
+        ({"WANDB_MODE": "online"}, {}, "No API key configured"),
+        pytest.param(
+            {"WANDB_MODE": "online", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+            {},
+            "Failed to authenticate with http://127.0.0.1:9",
+            marks=pytest.mark.slow,  # it tries for ten seconds
+        ),
+        ({}, {"log__wandb_project": "my/project"}, "Invalid project name 'my/project'"),
+    ],
+)
+def test_wandb_that_does_not_start_is_a_mistake_of_all_ranks(
+    env: dict[str, str],
+    flags: dict[str, Any],
+    message: str,
+    zygote: Zygote,
+    demo_data: Path,
+    tmp_path: Path,
+    wandb_env: dict[str, str],
+) -> None:
+    config = tiny_config(demo_data, **{"log__wandb_project": "genlip", **flags})
+    ended = launch(zygote, config, tmp_path, {**wandb_env, **env}, 2)
+    assert [one.code for one in ended] == [EXIT_USER_ERROR] * 2, ended[0].output[-3000:]
+    text = "".join(one.output for one in ended)
+    (line,) = [line for line in text.splitlines() if line.startswith("pretrain_genlip.py: error:")]
+    assert f"log.wandb_project = {config.log.wandb_project}: Weights & Biases does not start: {message}" in line
+    assert line.endswith("Run wandb login, set WANDB_MODE=offline, or leave the setting out")
+    assert "Traceback" not in text and "parameters " not in text  # no model was built
+
+
+def test_wandb_that_is_not_installed_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="log.wandb_project = genlip: wandb is not installed; pip install"):
+        Writer(override(RunConfig(), {"log.wandb_project": "genlip"}), active=True)
+
+
+@pytest.mark.parametrize("setting", ["log__tensorboard_dir", "checkpoint__save"])
+def test_a_log_that_cannot_be_written_is_a_mistake_of_all_ranks(setting: str, demo_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = tiny_config(demo_data, **{setting: str(tmp_path / "file" / "log")})
+    for message in run_distributed(2, failing_set_up, config):
+        assert message.startswith(f"{setting.replace('__', '.')} = {tmp_path}/file/log: ")
+        assert "Not a directory" in message and message.endswith("; give a folder that can be written to")
