@@ -4,21 +4,30 @@
 torchrun --nproc-per-node 2 pretrain_genlip.py --config demo --tp 2
 torchrun pretrain_genlip.py --help
 
-Exit status: 0 done, 2 a setting or a file is wrong, 17 told to stop (saved, if --save is given), 18 too many bad
+Ctrl-C, SIGTERM, SIGUSR1 or the file <save>/stop: the run finishes the step in flight, saves and leaves with status 17.
+A second signal, more than a second later, ends it at once.
+
+Exit status: 0 done, 2 a setting or a file is wrong, 17 stop requested (saved, if --save is given), 18 too many bad
 samples, 19 bad numbers that did not go away, 20 hung, 21 replicas' weights differ, 22 the last checkpoint could not be
-written. See ``genlip_megatron/faults/exits.py``.
+written, 128 + n ended at once by a second signal n. See docs/reliability.md.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from types import FrameType
 
 from genlip_megatron.arguments import parse_args
 from genlip_megatron.config import RunConfig
-from genlip_megatron.faults.exits import EXIT_DATA_FAILURE, EXIT_PREEMPTED, EXIT_USER_ERROR, final_exit, mark_final
+from genlip_megatron.faults.exits import (
+    EXIT_DATA_FAILURE,
+    EXIT_USER_ERROR,
+    final_exit,
+    mark_final,
+    say_error,
+    tell_torchrun,
+)
+from genlip_megatron.faults.stop import leave_on_signal
 
 
 def main() -> int:
@@ -34,22 +43,13 @@ def main() -> int:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"this launch is over with status {status}: not starting again", file=sys.stderr, flush=True)
         return status
-    leave_if_told(save)
+    leave_on_signal(save)
     warn_of_shared_store()
     status = run(config)
+    if status:
+        tell_torchrun(f"ended with status {status}, as the log says: see docs/reliability.md")
     mark_final(save, status)
     return status
-
-
-def leave_if_told(save: str) -> None:
-    """Until training listens to it, SIGUSR1 ends this process as preempted: there is nothing to save yet, and torchrun
-    must not take it for a crash. Not so SIGTERM, by which torchrun itself ends the others after one has crashed."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        mark_final(save, EXIT_PREEMPTED)
-        os._exit(EXIT_PREEMPTED)
-
-    signal.signal(signal.SIGUSR1, leave)
 
 
 def warn_of_shared_store() -> None:
@@ -66,6 +66,29 @@ def warn_of_shared_store() -> None:
         )
 
 
+def describe(config: RunConfig) -> str:
+    """One line of what will run. All of it: ``--print-config``, and ``config.yaml`` in each checkpoint."""
+    parallel, data, train = config.parallel, config.data, config.train
+    layout = {
+        "tp": parallel.tensor_model_parallel_size,
+        "pp": parallel.pipeline_model_parallel_size,
+        "cp": parallel.context_parallel_size,
+        "world_size": os.environ.get("WORLD_SIZE", "1"),
+    }
+    facts = {
+        "train_data": ",".join(data.train_data) or "none",
+        "valid_data": ",".join(data.valid_data) or "none",
+        "train_iters": train.train_iters,
+        "global_batch_size": train.global_batch_size,
+        "seq_length": data.seq_length,
+        "layers": config.model.num_layers,
+        "hidden_size": config.model.hidden_size,
+        "layout": " ".join(f"{name} {size}" for name, size in layout.items()),
+        "save": config.checkpoint.save or "none",
+    }
+    return " | ".join(f"{name} {value}" for name, value in facts.items())
+
+
 def run(config: RunConfig) -> int:
     """Train; returns the exit status."""
     from genlip_megatron import host
@@ -78,7 +101,7 @@ def run(config: RunConfig) -> int:
     from genlip_megatron.train.loop import train
 
     if int(os.environ.get("RANK", "0")) == 0:
-        print(config.to_yaml(), flush=True)
+        print(describe(config), flush=True)
     Watchdog.listen()
     watchdog = Watchdog(config.faults.step_timeout)
     try:
@@ -87,12 +110,11 @@ def run(config: RunConfig) -> int:
         return status
     except Mistake as error:
         # Most often every rank finds the same one, but a node may lack a file.
-        if groups.first_to_say(str(error)):
-            print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
+        say_error(str(error), groups.first_to_say(str(error)))
         return EXIT_USER_ERROR
     except DataFailure as error:
         # Only the ranks that share the samples know; torchrun ends the others when these leave.
-        print(f"pretrain_genlip.py: error: {error}", file=sys.stderr, flush=True)
+        say_error(str(error), True)
         return EXIT_DATA_FAILURE
     finally:
         watchdog.close()

@@ -13,6 +13,7 @@ from typing import Any
 from genlip_megatron import foreign_names
 from genlip_megatron.checks import check
 from genlip_megatron.config import SECTIONS, RunConfig, from_dict, load_yaml, nearest, override, recipe_names
+from genlip_megatron.faults.exits import first_of_machine, say_error
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -75,9 +76,18 @@ def _instead(word: str, flags: Mapping[str, argparse.Action]) -> str:
     return nearest(word, list(flags))
 
 
+class RunParser(StrictParser):
+    """That of a run, all of whose ranks find the same error."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        text = f"{message.rstrip('.')} (see --help)"
+        say_error(text, first_of_machine(text))
+        self.exit(2)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``pretrain_genlip.py``: one flag per configuration field, grouped by section."""
-    parser = StrictParser(
+    parser = RunParser(
         prog="pretrain_genlip.py",
         usage="%(prog)s [--config NAME|FILE] [--FLAG VALUE ...]",
         allow_abbrev=False,

@@ -6,13 +6,20 @@ with such a code first writes it to ``<save>/final_exit``, and a worker that was
 the same code before it imports torch: torchrun ends within seconds. A run that saves nothing has no such folder; then
 the file is a temporary one of the machine, named after the launcher's process.
 
+torchrun ends with a summary of its workers' ends. It shows what a worker has written to ``TORCHELASTIC_ERROR_FILE``,
+and advice on tracebacks where that is missing; ``tell_torchrun`` writes the one line that matters there.
+
 This module imports nothing of the project and no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +36,8 @@ EXIT_NOT_SAVED = 22  # the last checkpoint could not be written
 FINAL = (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_DATA_FAILURE, EXIT_BAD_NUMBERS)
 FINAL_EXIT = "final_exit"
 _MARK = re.compile(r"\d+ |$")
+_PROG = "pretrain_genlip.py"
+_reason = ""  # why this worker ends, as torchrun was told
 
 
 class Mistake(ValueError):
@@ -48,6 +57,54 @@ class LeaveRun(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+def tell_torchrun(reason: str, first: bool = True) -> None:
+    """Have torchrun's summary give ``reason`` for this worker's end; the first one given stands.
+
+    Args:
+        reason: one line.
+        first: False where another worker gives the same reason, whose end is then the root cause.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    global _reason
+    if _reason or not os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        return
+    _reason = reason
+    file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    # torchrun takes the earliest for the root cause, by the second.
+    when = str(int(time.time()) + (not first))
+    message = reason if first else "the same error as another worker"
+    partial = file.with_suffix(".partial")  # half a file would make torchrun itself crash
+    with contextlib.suppress(OSError):
+        partial.write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": when}}}))
+        os.replace(partial, file)
+
+
+def say_error(text: str, first: bool) -> None:
+    """Say why the run ends: on stderr, if this process is the ``first`` to say so, and in torchrun's summary."""
+    line = f"{_PROG}: error: {text}"
+    if first:
+        print(line, file=sys.stderr, flush=True)
+    tell_torchrun(line, first)
+
+
+def first_of_machine(text: str) -> bool:
+    """Whether no other worker of this launch on this machine has asked this about ``text``; without torchrun, True.
+
+    Needs no process group: torchrun's folders of workers are side by side.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None:
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    said = Path(error_file).parent.parent / f"said_{hashlib.sha256(text.encode()).hexdigest()}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # better said twice than not at all
+    return True
 
 
 def mark_of(save: str | Path, launcher: int) -> Path:
@@ -76,7 +133,7 @@ def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and not _MARK.match(file.read_text(errors="replace")):
             raise FileExistsError("another program's file is in its place")
-        partial.write_text(f"{code} {run_id}\n")
+        partial.write_text(f"{code} {run_id}\n{_reason}\n")
         os.replace(partial, file)
     except OSError as error:
         # The code itself matters more; the price is that torchrun restarts the workers in vain.
@@ -86,19 +143,22 @@ def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
 def final_exit(save: str | Path) -> int | None:
     """The code that workers of this same launch left with for good, or None if this worker is to run.
 
-    The first worker of a new launch removes what an earlier launch left.
+    torchrun is told their reason. The first worker of a new launch removes what an earlier launch left.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
         return None
     file = mark_of(save, os.getppid())
     try:
-        code, _, marked_by = file.read_text().strip().partition(" ")
+        mark, _, reason = file.read_text().partition("\n")
+        code, _, marked_by = mark.strip().partition(" ")
         if not code.isdecimal():
             return None  # another program's file
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if marked_by == run_id and (restarted or _launcher_is_older_than(file)):
-            return int(code)
+            status = int(code)
+            tell_torchrun(reason.strip() or f"this launch is over with status {status}")
+            return status
         if int(os.environ.get("RANK", "0")) == 0:
             file.unlink(missing_ok=True)
     except (OSError, ValueError):

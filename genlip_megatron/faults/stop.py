@@ -5,6 +5,9 @@ same step; they save and exit with status 17. From the request to the exit it ta
 save (with the file, a second more); a validation that is under way is finished first. A request that is there before
 the first step ends the run without one.
 
+Ctrl-C is SIGINT. A terminal sends it to plain ``python`` itself; torchrun, whose workers have sessions of their own,
+passes it on to them.
+
 A second signal ends its process at once, without saving, even where the main thread waits in a collective: the signal
 number comes through a pipe to a thread of its own. Launchers and schedulers both pass signals on, so that what comes
 within a second of the first is the same request.
@@ -17,14 +20,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.faults.exits import age_of_launch
+from genlip_megatron.faults.exits import EXIT_PREEMPTED, age_of_launch, mark_final, tell_torchrun
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_REQUEST = 1.0  # seconds
 _FILE_INTERVAL = 1.0
 REASONS = ("a signal", "the stop file", "train.exit_duration_in_mins")
@@ -46,56 +49,27 @@ def stop_file(config: RunConfig) -> Path | None:
     return Path(config.checkpoint.save) / "stop" if config.checkpoint.save else None
 
 
-class StopRequest:
-    """What this rank has been told; takes over SIGTERM and SIGUSR1 until it is closed. In the main thread only."""
+class SignalThread:
+    """Hands each of ``signals`` that this process gets to ``act``, on a thread of its own: the main one may wait in C,
+    where no handler of Python's runs. Until it is closed; made and closed in the main thread only."""
 
-    def __init__(self, config: RunConfig) -> None:
-        minutes = config.train.exit_duration_in_mins
-        self._deadline = time.monotonic() + 60 * minutes - age_of_launch() if minutes else float("inf")
-        # One process a machine looks; each machine looks, since the file may be on a disk of its own.
-        looks = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        self._file = stop_file(config) if looks else None
-        self._file_seen, self._next_look = False, 0.0
-        self._signalled = False
+    def __init__(self, signals: Iterable[signal.Signals], act: Callable[[int], None]) -> None:
+        self._act = act
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, end == self._pipe[0])
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._handlers: dict[int, Any] = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
+        self._handlers: dict[int, Any] = {number: signal.signal(number, _nothing) for number in signals}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
 
-    def _receive(self, number: int, frame: Any) -> None:
-        """Python's part of the handler, which runs when the main thread gets to it; the pipe's comes at once."""
-        self._signalled = True
-
     def _watch(self) -> None:
-        first = 0.0
         while data := os.read(self._pipe[0], 64):
             if data == b"\0":
                 return
             for number in data:
-                if number not in _SIGNALS:
-                    continue
-                if first and time.monotonic() - first > _SAME_REQUEST:
-                    os._exit(128 + number)
-                first = first or time.monotonic()
-                self._signalled = True
-
-    def votes(self) -> list[float]:
-        """1 for each of ``REASONS`` that this rank has to stop, else 0."""
-        now = time.monotonic()
-        if self._file is not None and not self._file_seen and now >= self._next_look:
-            self._next_look = now + _FILE_INTERVAL
-            self._file_seen = self._file.exists()
-        return [float(self._signalled), float(self._file_seen), float(now >= self._deadline)]
-
-    def obey(self) -> None:
-        """Rename the stop file, which would stop the next start too, to ``<name>.obeyed``, by which a launcher sees
-        that the end was wanted; call when the run has saved."""
-        if self._file_seen and self._file is not None:
-            with contextlib.suppress(FileNotFoundError):  # another machine's process was faster
-                os.replace(self._file, self._file.with_name(f"{self._file.name}.obeyed"))
+                if number in self._handlers:
+                    self._act(number)
 
     def close(self) -> None:
         """Give the signals back."""
@@ -106,3 +80,75 @@ class StopRequest:
         self._thread.join(1)
         for end in self._pipe:
             os.close(end)
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """The handler that Python needs to write the signal's number to the pipe."""
+
+
+def leave_on_signal(save: str) -> SignalThread:
+    """Until a ``StopRequest`` takes over, SIGUSR1 and Ctrl-C end this process as preempted: there is nothing to save
+    yet, and torchrun must not take it for a crash. Not so SIGTERM, by which torchrun itself ends the others after one
+    has crashed.
+
+    Args:
+        save: the run's folder; empty when it saves nothing.
+    """
+
+    def leave(number: int) -> None:
+        text = f"stop requested by {signal.Signals(number).name} while no step is made: leaving at once"
+        _say(text)
+        tell_torchrun(text)
+        mark_final(save, EXIT_PREEMPTED)
+        os._exit(EXIT_PREEMPTED)
+
+    return SignalThread((signal.SIGUSR1, signal.SIGINT), leave)
+
+
+def _say(text: str) -> None:
+    """Print on one process a machine: a signal may reach any. Not by ``print``, whose lock the main thread may hold."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        os.write(2, f"{text}\n".encode())
+
+
+class StopRequest:
+    """What this rank has been told; takes over SIGTERM, SIGUSR1 and SIGINT until it is closed. In the main thread
+    only."""
+
+    def __init__(self, config: RunConfig) -> None:
+        minutes = config.train.exit_duration_in_mins
+        self._deadline = time.monotonic() + 60 * minutes - age_of_launch() if minutes else float("inf")
+        # One process a machine looks; each machine looks, since the file may be on a disk of its own.
+        looks = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        self._file = stop_file(config) if looks else None
+        self._file_seen, self._next_look = False, 0.0
+        self._signalled = 0.0  # when; 0: not yet
+        self._signals = SignalThread(_SIGNALS, self._receive)
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        if not self._signalled:
+            self._signalled = now
+            _say(f"stop requested by {signal.Signals(number).name}: leaving after the step in flight and a save; a "
+                 "second signal ends the run at once, without saving")  # fmt: skip
+        elif now - self._signalled > _SAME_REQUEST:
+            os._exit(128 + number)
+
+    def votes(self) -> list[float]:
+        """1 for each of ``REASONS`` that this rank has to stop, else 0."""
+        now = time.monotonic()
+        if self._file is not None and not self._file_seen and now >= self._next_look:
+            self._next_look = now + _FILE_INTERVAL
+            self._file_seen = self._file.exists()
+        return [float(self._signalled > 0), float(self._file_seen), float(now >= self._deadline)]
+
+    def obey(self) -> None:
+        """Rename the stop file, which would stop the next start too, to ``<name>.obeyed``, by which a launcher sees
+        that the end was wanted; call when the run has saved."""
+        if self._file_seen and self._file is not None:
+            with contextlib.suppress(FileNotFoundError):  # another machine's process was faster
+                os.replace(self._file, self._file.with_name(f"{self._file.name}.obeyed"))
+
+    def close(self) -> None:
+        """Give the signals back."""
+        self._signals.close()

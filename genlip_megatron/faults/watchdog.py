@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from genlip_megatron.faults.exits import EXIT_HUNG
+from genlip_megatron.faults.exits import EXIT_HUNG, tell_torchrun
 from genlip_megatron.faults.minder import Minder, stopped
 
 _STDERR = 2  # the descriptor, which a test or a library cannot have replaced
@@ -139,6 +139,7 @@ class Watchdog:
         title = f"rank {self._mine.rank} {self._mine.host}:{self._mine.pid}"
         head = f"[{title}] no step finished for {self._quiet:.0f} s (faults.step_timeout); where its threads are:\n"
         os.write(_STDERR, head.encode() + stacks(title))
+        tell_torchrun(f"no step finished for {self._quiet:.0f} s (faults.step_timeout); the stacks are in the log")
         self._wake_stopped()
         time.sleep(self._grace)
         os._exit(EXIT_HUNG)

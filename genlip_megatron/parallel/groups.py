@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from genlip_megatron.checks import check
 from genlip_megatron.config import RunConfig
+from genlip_megatron.faults.exits import first_of_machine
 
 
 def timeout(config: RunConfig) -> timedelta:
@@ -152,7 +153,7 @@ def first_to_say(text: str) -> bool:
             return bool(store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
         except RuntimeError:  # the rank that keeps the store is gone; better said twice than not at all
             return True
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return first_of_machine(text)
 
 
 def finalize() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,16 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.share import Share
 from genlip_megatron.estimate import check_fits
-from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, Mistake, mark_final
+from genlip_megatron.faults.exits import (
+    EXIT_BAD_NUMBERS,
+    EXIT_NOT_SAVED,
+    EXIT_PREEMPTED,
+    LeaveRun,
+    Mistake,
+    mark_final,
+    say_error,
+    tell_torchrun,
+)
 from genlip_megatron.faults.inject import Injector, flip_bit
 from genlip_megatron.faults.replicas import check_replicas
 from genlip_megatron.faults.stop import StopRequest, told_by
@@ -317,7 +325,8 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     wishes = torch.tensor(stop.votes(), device=run.stepper.device)
     torch.distributed.all_reduce(wishes)
     if told := told_by(wishes.tolist()):
-        log(f"told to stop by {told}: leaving before the first step, with nothing to save")
+        log(text := f"stop requested by {told}: leaving before the first step, with nothing to save")
+        tell_torchrun(text)
         stop.obey()
         return EXIT_PREEMPTED
     if run.iteration == 0:
@@ -357,7 +366,8 @@ def train_steps(run: Run, stop: StopRequest) -> int:
             tally = Tally()
         if leave:
             nowhere = "; nothing is saved, since checkpoint.save names no folder" if run.saver is None else ""
-            log(f"told to stop by {told_by(outcome.stop)}: leaving after step {run.iteration}{nowhere}")
+            log(text := f"stop requested by {told_by(outcome.stop)}: leaving after step {run.iteration}{nowhere}")
+            tell_torchrun(text)
             status = 0 if due or last else EXIT_PREEMPTED
         if at_end:
             break
@@ -399,8 +409,7 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
         raise Mistake(out_of_memory(config, torch.distributed.get_world_size(), error)) from error
     except LeaveRun as leave:
         assert run is not None
-        if torch.distributed.get_rank() == 0:
-            print(f"pretrain_genlip.py: error: {leave}", file=sys.stderr, flush=True)
+        say_error(str(leave), torch.distributed.get_rank() == 0)
         finish_saves(run)
         return leave.status
     finally:
