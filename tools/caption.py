@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.command import command
 from genlip_megatron.optional import need_transformers
 
 
@@ -138,15 +139,12 @@ def caption(options: argparse.Namespace) -> int:
     return 1 if failed == len(images) else 0
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; user errors end with status 2 and one line."""
     parser = build_parser()
     options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
-    try:
-        return caption(options)
-    except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return caption(options)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import io
 import itertools
 import json
+import signal
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from typing import Any
 
 # What is not there cannot be used by mistake: importing it fails from here on.
 sys.modules["genlip_megatron"] = None  # type: ignore[assignment]
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C has nothing to clean up
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -63,7 +66,10 @@ def main() -> None:
         parser.error(f"--limit {options.limit}: must be at least 1")
     if options.output.exists() and not is_own(options.output):
         parser.error(f"--output {options.output}: it exists, and this command did not write it; name another file")
-    found_images = list(itertools.islice(images_of(options.shard), options.limit))
+    try:
+        found_images = list(itertools.islice(images_of(options.shard), options.limit))
+    except (OSError, tarfile.TarError) as error:
+        parser.error(f"{options.shard}: cannot be read: {error}")
     if not found_images:
         parser.error(f"{options.shard}: no image there; expected {', '.join(sorted(SUFFIXES))}")
     # In float32 on the CPU, where captions can be compared with another program's token by token.

@@ -26,6 +26,7 @@ from genlip_megatron.checkpoint import folder, manifest, owner
 from genlip_megatron.checkpoint.folder import NotSaved
 from genlip_megatron.checkpoint.manifest import CONFIG
 from genlip_megatron.checkpoint.retention import Keeper, deletable, kept
+from genlip_megatron.command import command
 from genlip_megatron.config import CheckpointConfig
 
 _KINDS = ("fully_reshardable", "dp_reshardable")
@@ -230,6 +231,7 @@ def rewind(options: argparse.Namespace) -> int:
     return 0
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors end with status 2 and one line."""
     parser = build_parser()
@@ -244,9 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         return commands[options.command](options)
-    except (ValueError, NotSaved, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    except NotSaved as error:
+        raise ValueError(error) from error
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.command import command
 from genlip_megatron.optional import need_transformers
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -195,16 +196,13 @@ def _compared(*models: Any, **how: Any) -> int:
     return 0 if all(difference.small for difference in found) else 1
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors end with status 2 and one line."""
     parser = build_parser()
     options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[argparse.Namespace], int]] = {"to-hf": to_hf, "to-megatron": to_megatron}
-    try:
-        return commands[options.command](options)
-    except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return commands[options.command](options)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 from genlip_megatron.arguments import StrictParser
 from genlip_megatron.checkpoint import manifest
+from genlip_megatron.command import command
 from genlip_megatron.convert.folder import foreign
 from genlip_megatron.convert.new_folder import check_target
 from genlip_megatron.outputs import first_other
@@ -51,9 +52,14 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     )
     assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    except BaseException:
+        process.terminate()
+        process.communicate()  # what it says while it ends is not worth reading
+        raise
     if process.wait():
         sys.exit(f"demo: {words[0]} {words[1]} ended with status {process.returncode}")
     return "".join(lines)
@@ -145,6 +151,7 @@ def export(checkpoint: Path, shard: str, count: str) -> Path:
     return folder
 
 
+@command
 def main() -> None:
     """Run the demo; exit with status 1 when the model has not learned to see."""
     parser = StrictParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -219,4 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,9 @@ status 1 if no layout fits, or the one that was asked for does not.
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import ctypes
 import gc
 import json
@@ -298,6 +301,7 @@ def chosen_machine(options: dict[str, Any]) -> tuple[es.Machine, bool]:
     return machine, options["gpu"] != "cpu" or options["peak_tflops"] is not None
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Estimate and print; returns the exit status."""
     parser = build()

@@ -13,6 +13,9 @@ move the two together.
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import argparse
 import mmap
 import os
@@ -229,6 +232,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if the graph does not compute what the model does, 2 and one line for other errors."""
     heading, _, rest = (__doc__ or "").partition("\n")
@@ -245,9 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         worst = write_encoder(options.folder, options.output, options.overwrite)
-    except (ValueError, DiffersError) as error:
+    except DiffersError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DiffersError) else 2
+        return 1
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{options.output}: largest difference {worst:.1e} of the largest feature, images of {sizes}")
     return 0

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.command import command
 from genlip_megatron.optional import need_transformers
 
 
@@ -128,15 +129,12 @@ def extract(options: argparse.Namespace) -> int:
     return 0 if writer.entries else 1
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; user errors end with status 2 and one line."""
     parser = build_parser()
     options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
-    try:
-        return extract(options)
-    except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return extract(options)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from genlip_megatron.command import command
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -87,12 +89,12 @@ def render(folder: Path, samples: int) -> None:
     """Rendered scenes with tokenizer and index."""
     python = sys.executable
     tokenizer = str(folder / "tokenizer.model")
-    for command in (
+    for words in (
         ["tools/render_demo_data.py", "--output", str(folder), "--train-samples", str(samples), "--val-samples", "32"],
         ["tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", tokenizer],
         ["tools/prepare_data.py", str(folder), "--tokenizer", tokenizer],
     ):
-        subprocess.run([python, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run([python, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def configuration(recipe: str, data: Path, settings: dict[str, Any]) -> Any:
@@ -275,6 +277,7 @@ def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
     return rows
 
 
+@command
 def main() -> int:
     """Run every part in its own process, print the table, write the JSON; 1 when a check fails."""
     from genlip_megatron.arguments import StrictParser
@@ -310,12 +313,12 @@ def main() -> int:
         for part in LOSS_PARTS if options.fp8_loss else PARTS:
             started = time.monotonic()
             file = Path(folder) / f"{part}.json"
-            command = [sys.executable, __file__, "--part", part, "--data", str(data), "--output", str(file)]
+            words = [sys.executable, __file__, "--part", part, "--data", str(data), "--output", str(file)]
             environment = dict(os.environ)
             if part == "demo-cpu" or options.rehearse:
                 environment["CUDA_VISIBLE_DEVICES"] = ""
             done = subprocess.run(
-                command + ["--rehearse"] * options.rehearse, cwd=ROOT, env=environment, text=True,
+                words + ["--rehearse"] * options.rehearse, cwd=ROOT, env=environment, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
             lines = done.stdout.strip().splitlines() or ["no output"]

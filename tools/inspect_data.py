@@ -15,6 +15,9 @@ earlier page, but of no other file.
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import argparse
 import logging
 import sys
@@ -170,6 +173,7 @@ def inspect(loader: Loader, options: argparse.Namespace) -> tuple[str, str]:
     return page, f"samples: {len(cards)}, packs: {len(shown)}, bad samples: {bad}"
 
 
+@command
 def main() -> None:
     """Make the page."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

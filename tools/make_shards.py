@@ -28,11 +28,9 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
-import signal
 import sys
 import tarfile
 import textwrap
@@ -46,6 +44,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.command import WorkerPool, command
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from genlip_megatron.data.index import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
@@ -376,8 +375,7 @@ def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[i
     output.mkdir(parents=True, exist_ok=True)
     check_file(output / f"{options.prefix}.skipped.jsonl", is_skipped_list)
     # Reading .parquet starts threads, whose locks a forked worker could inherit closed.
-    pool = ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, end the workers too
+    pool = WorkerPool(options.workers)
     try:
         with replacing(output / f"{options.prefix}.skipped.jsonl") as listing, contextlib.ExitStack() as shard:
             results = read_ahead(pool, rows, root, ROWS_A_WORKER * options.workers)
@@ -403,6 +401,7 @@ def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[i
     return samples, skipped
 
 
+@command
 def main() -> None:
     """Check the settings, pack, and say what to run next."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -439,4 +438,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

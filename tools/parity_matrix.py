@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from genlip_megatron.command import command
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -185,6 +187,7 @@ def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+@command
 def main() -> int:
     """Run the tool; returns the exit status."""
     from genlip_megatron.arguments import StrictParser

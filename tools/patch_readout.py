@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genlip_megatron.arguments import StrictParser
+from genlip_megatron.command import command
 from genlip_megatron.optional import need_transformers
 from genlip_megatron.outputs import first_other
 
@@ -134,15 +135,12 @@ def write_readouts(options: argparse.Namespace) -> int:
     return 1 if failed == len(images) else 0
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; user errors end with status 2 and one line."""
     parser = build_parser()
     options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
-    try:
-        return write_readouts(options)
-    except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return write_readouts(options)
 
 
 if __name__ == "__main__":

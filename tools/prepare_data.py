@@ -11,16 +11,18 @@ are skipped (by size and time, else by checksum), so a killed run goes on where 
 
 from __future__ import annotations
 
+from genlip_megatron.command import WorkerPool, command
+
+# isort: split
 import argparse
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -57,8 +59,7 @@ def index_shards(shards: Sequence[str], tokenizer: str, prompt: str, workers: in
     unchanged, samples, problems = 0, 0, {}
     # The workers are the parallelism; a tokenizer's own threads would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Clients of remote stores do not survive a fork.
-    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
+    with WorkerPool(max(1, workers)) as pool:
         jobs = {pool.submit(prepare, shard, tokenizer, prompt): shard for shard in shards}
         with tqdm(as_completed(jobs), total=len(jobs), desc="index", unit="shard", file=sys.stderr) as bar:
             for job in bar:
@@ -165,6 +166,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+@command
 def main() -> None:
     """Index the shards of the command line, write the manifest and print a report."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

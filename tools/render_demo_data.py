@@ -11,6 +11,9 @@ attributes, but no picture. Shards that this tool rendered before are replaced; 
 
 from __future__ import annotations
 
+from genlip_megatron.command import WorkerPool, command
+
+# isort: split
 import argparse
 import io
 import json
@@ -20,7 +23,6 @@ import random
 import re
 import sys
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -114,16 +116,20 @@ def write_shard(folder: str, split: str, shard: int, first: int, count: int, see
     target = Path(folder) / f"{split}-{shard:05d}.tar"
     partial = target.with_name(f".{target.name}.partial")
     partial.unlink(missing_ok=True)  # what a killed process left
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for number in range(first, first + count):
-            for suffix, content in zip(("jpg", "json"), render(seed, split, number), strict=True):
-                member = tarfile.TarInfo(f"{split}{number:06d}.{suffix}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    os.replace(partial, target)
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for number in range(first, first + count):
+                for suffix, content in zip(("jpg", "json"), render(seed, split, number), strict=True):
+                    member = tarfile.TarInfo(f"{split}{number:06d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
     return target.name
 
 
+@command
 def main() -> None:
     """Render both splits."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,11 +147,8 @@ def main() -> None:
     for file in sorted(folder.glob("*.tar")):
         if re.fullmatch(r"(train|val)-\d{5}\.tar", file.name) and not is_own(file):
             parser.error(f"--output {folder}: {file.name} in it was not rendered by this tool; name another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output {folder}: cannot be made: {error.strerror}")
-    with ProcessPoolExecutor(options.workers) as pool:
+    folder.mkdir(parents=True, exist_ok=True)
+    with WorkerPool(options.workers) as pool:
         jobs = []
         for split, samples in (("train", options.train_samples), ("val", options.val_samples)):
             for shard, first in enumerate(range(0, samples, options.samples_per_shard)):
@@ -157,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

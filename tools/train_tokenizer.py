@@ -9,9 +9,13 @@ replaces a model that this tool trained, but no other file.
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import argparse
 import io
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
 
@@ -51,6 +55,7 @@ def is_own(content: bytes) -> bool:
     return own and model.bos_id() == model.eos_id() == -1
 
 
+@command
 def main() -> None:
     """Train and write the model."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

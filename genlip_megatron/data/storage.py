@@ -111,11 +111,15 @@ def write_bytes(path: str, content: bytes) -> None:
             if process.isdecimal() and time.time() - leftover.lstat().st_mtime > _LEFTOVER_SECONDS:
                 leftover.unlink()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def exists(path: str) -> bool:

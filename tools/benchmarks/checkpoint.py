@@ -12,6 +12,9 @@ faster. The baselines are ``torch.save`` of the same tensors to one file a rank,
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import contextlib
 import os
 import platform
@@ -362,6 +365,7 @@ def report(bench: Benchmark, rounds: int) -> None:
     )
 
 
+@command
 def main() -> int:
     """Run the benchmark; returns the exit status."""
     parser = StrictParser(prog="checkpoint.py", description=__doc__.split("\n")[0])

@@ -22,6 +22,9 @@ is read from the page cache. Data are made for the occasion, and without ``--tok
 
 from __future__ import annotations
 
+from genlip_megatron.command import WorkerPool, command
+
+# isort: split
 import argparse
 import importlib.metadata
 import importlib.util
@@ -36,7 +39,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -232,7 +234,7 @@ def index(data: BenchData) -> None:
     repeats, rounds = (2, 1) if data.quick else (8, 3)
     per_shard = len(data.photos) * repeats // (2 * data.workers)
     shards = data.shards("stage 1", repeats, per_shard)
-    with ProcessPoolExecutor(data.workers, multiprocessing.get_context("spawn")) as pool:
+    with WorkerPool(data.workers) as pool:
 
         def indexing() -> list[float]:
             for shard in shards:
@@ -366,6 +368,7 @@ def machine() -> str:
     )
 
 
+@command
 def main() -> None:
     """Run the sections of the command line."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -388,4 +391,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,7 +14,6 @@ import os
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from prepare_data import index_shards
 
+from genlip_megatron.command import WorkerPool
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data.dataset import MANIFEST_FORMAT, manifest_paths
 from genlip_megatron.data.index import PLAN_ROW
@@ -93,7 +93,7 @@ def _render(job: int, count: int, low: int, high: int) -> list[bytes]:
 def render_photos(count: int, low: int, high: int, workers: int) -> list[bytes]:
     """``count`` JPEGs with areas of low^2 to high^2 pixels, the same for any number of workers."""
     sizes = [min(_PHOTOS_PER_JOB, count - start) for start in range(0, count, _PHOTOS_PER_JOB)]
-    with ProcessPoolExecutor(workers) as pool:
+    with WorkerPool(workers) as pool:
         jobs = [pool.submit(_render, job, size, low, high) for job, size in enumerate(sizes)]
         return [photo for job in jobs for photo in job.result()]
 

@@ -19,6 +19,9 @@ other figure. What was not measured is listed with the reason.
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import argparse
 import importlib.metadata
 import json
@@ -85,17 +88,19 @@ def run_job(job: Job, seconds: float, rehearse: bool) -> list[Figure]:
         environment = dict(os.environ)
         if rehearse:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        command = [sys.executable, __file__, "--job", f"{job.section}:{job.name}", "--output", str(output)]
+        words = [sys.executable, __file__, "--job", f"{job.section}:{job.name}", "--output", str(output)]
         with open(Path(folder) / "log", "w+") as log:
             process = subprocess.Popen(
-                command + ["--rehearse"] * rehearse, env=environment, stdout=log, stderr=log, start_new_session=True
+                words + ["--rehearse"] * rehearse, env=environment, stdout=log, stderr=log, start_new_session=True
             )
             try:
                 status = process.wait(seconds)
                 reason = f"its process ended with status {status}"
-            except subprocess.TimeoutExpired:
+            except BaseException as error:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
                 status, reason = 0, f"not done within the section's time ({seconds:.0f} s left)"
             log.seek(0)
             lines = log.read().strip().splitlines()
@@ -133,6 +138,7 @@ def measure(sections: list[str], rehearse: bool) -> list[Figure]:
     return figures
 
 
+@command
 def main() -> int:
     """Measure, print, write."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -12,6 +12,9 @@ and the figure is the median. Each comparison ends in its ratio and the goal for
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import argparse
 import platform
 import statistics
@@ -197,6 +200,7 @@ def encoder_features(loaded: Loaded, count: int, batch: int, repeats: int) -> bo
     return show(title, seconds, count, "images", FEATURE_GOAL)
 
 
+@command
 def main() -> int:
     """Run both comparisons; returns the exit status."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)

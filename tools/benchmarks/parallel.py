@@ -13,6 +13,9 @@ layout's, so 1 is free.
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import contextlib
 import io
 import os
@@ -125,6 +128,7 @@ def timed(config: RunConfig, batches: list[PackedBatch], steps: int) -> tuple[li
     return seconds, first
 
 
+@command
 def main() -> int:
     """Run the benchmark; returns the exit status."""
     parser = StrictParser(prog="parallel.py", description=__doc__.split("\n")[0])

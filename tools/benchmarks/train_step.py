@@ -13,6 +13,9 @@ never counts. Each comparison ends in ``ratio N``: our tokens/s over the baselin
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import argparse
 import statistics
 import subprocess
@@ -198,6 +201,7 @@ def compare(name: str, samples: list[Sample], rounds: int, packs: int, threads: 
               f"ratio {rates['ours'] / rates[label]:.2f}")  # fmt: skip
 
 
+@command
 def main() -> None:
     """Run both mixes."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""How the project's tools end: a user's error and Ctrl-C are one line each, everything unforeseen is a traceback.
+
+Importing this module is enough for the line of Ctrl-C, so that it holds while a tool still imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+_USER_ERROR = 2
+_GRACE = 5.0  # seconds that a worker has to remove what it has half written
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """A tool's ``main``, whose ValueError (a wrong setting or file) and OSError are one line and status 2.
+
+    SIGINT and SIGTERM are exceptions in it, so that what is half written is removed and workers are ended; a second one
+    ends the process at once. The exit status is then that of the signal: in a shell 130 and 143.
+    """
+    prog = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def run(*args: Any, **kwargs: Any) -> int:
+        with _signals_raise():
+            try:
+                return main(*args, **kwargs) or 0
+            except BrokenPipeError:
+                # Whoever read the output, ``head`` say, has enough; Python would write the rest once more at the end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 128 + signal.SIGPIPE
+            except (ValueError, OSError) as error:
+                print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+                return _USER_ERROR
+
+    return run
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a user reads it: a system's error as ``file: what is wrong``, others as they say."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    def interrupt(number: int, _: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python itself then ends by SIGINT, so that a shell's loop ends as well."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _say_interrupted
+
+_ending = False  # in a worker that is to end
+
+
+class WorkerPool(ProcessPoolExecutor):
+    """Processes that end with the block, also when it fails or is interrupted: then at once.
+
+    They are spawned, since clients of remote stores and the locks of threads do not survive a fork, and do not see
+    Ctrl-C, which a terminal sends to all: who uses them ends them.
+    """
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers, multiprocessing.get_context("spawn"), _end_on_sigterm)
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As of any executor; the first one starts the workers."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
+        try:
+            return super().submit(_ending_after, task, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:
+        if kind is not None:
+            workers = list((self._processes or {}).values())
+            self.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.terminate()
+            end = time.monotonic() + _GRACE
+            for worker in workers:
+                worker.join(max(0.0, end - time.monotonic()))
+                if worker.is_alive():
+                    worker.kill()
+        return super().__exit__(kind, *rest)
+
+
+def _end_on_sigterm() -> None:
+    def end(number: int, _: FrameType | None) -> None:
+        global _ending
+        if not _ending:
+            _ending = True
+            sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _ending_after(task: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The executor would hand SIGTERM's exception to the parent and go on with the next task."""
+    try:
+        return task(*args, **kwargs)
+    finally:
+        if _ending:
+            os._exit(128 + signal.SIGTERM)
