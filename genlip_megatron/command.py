@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+# What a user's wrong path comes to; other OSErrors, of a full disk say, may be gone the next time.
+FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _USER_ERROR = 2
 _GRACE = 5.0  # seconds that a worker has to remove what it has half written
 

@@ -172,7 +172,8 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
         # between the two, readers see that they do not match.
         storage.write_bytes(manifest, json.dumps(tree, indent=1).encode())
         if storage.is_remote(plan):
-            storage.with_retries(lambda: storage.filesystem(plan).put_file(partial, plan))
+            store = storage.filesystem(plan)
+            storage.with_retries(lambda: store.put_file(partial, plan), url=plan)
         else:
             os.replace(partial, plan)
     finally:
@@ -232,7 +233,8 @@ def _download_plan(url: str, sha256: str, cache_dir: str) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of the ranks of a node downloads, the others find it here
         if target.is_file():
             return str(target)
-        storage.with_retries(lambda: storage.filesystem(url).get_file(url, str(partial)))
+        store = storage.filesystem(url)
+        storage.with_retries(lambda: store.get_file(url, str(partial)), url=url)
         with open(partial, "rb") as file:
             digest = hashlib.sha256()
             while block := file.read(1 << 24):

@@ -26,8 +26,14 @@ T = TypeVar("T")
 
 # Errors that asking again does not mend.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, ImportError)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
 RETRIES, TIMEOUT_SECONDS = 5, 60.0
+_FIRST_RETRIES, _FIRST_TIMEOUT_SECONDS = 1, 15.0
 _LEFTOVER_SECONDS = 3600
+
+
+class StoreError(OSError):
+    """A remote store did not answer, or failed, however often it was asked. Later it may."""
 
 
 def is_remote(path: str) -> bool:
@@ -49,29 +55,81 @@ def filesystem(url: str) -> Any:
 
     Raises:
         ValueError: its protocol is unknown or its package not installed; says which.
+        OSError: the store does not answer the first request of this process, or wants credentials.
     """
-    return _filesystem(url.split("://", 1)[0])
+    protocol, _, rest = url.partition("://")
+    store = _filesystem(protocol)
+    _greet(protocol, rest.split("/", 1)[0])
+    return store
 
 
-def with_retries(action: Callable[[], T], retries: int = RETRIES) -> T:
+@functools.cache
+def _greet(protocol: str, host: str) -> None:
+    """Ask a store for anything at all, once a process: a mistyped address or missing credentials are said in half a
+    minute, not after all the tries that a run makes for a store that once answered."""
+    try:
+        _ask_quickly(_filesystem(protocol), "info", f"{protocol}://{host}")
+    except PermissionError as error:
+        if type(error.__cause__).__name__ in _NO_CREDENTIALS:
+            raise
+    except (StoreError, ImportError):
+        raise
+    except (OSError, ValueError, NotImplementedError):
+        pass  # it answered
+
+
+def _ask_quickly(store: Any, method: str, url: str) -> Any:
+    """A store's small answer about one file, found missing in half a minute."""
+    ask = functools.partial(_call, store, method, url, timeout=_FIRST_TIMEOUT_SECONDS)
+    return with_retries(ask, _FIRST_RETRIES, url)
+
+
+def with_retries(action: Callable[[], T], retries: int = RETRIES, url: str = "") -> T:
     """The result of ``action``, tried again after a growing pause when it fails.
 
     Raises:
-        OSError, ValueError: what cannot be mended by trying again, or the last failure; any other error as OSError.
+        OSError, ValueError: what cannot be mended by trying again, as a store says it; of ``url``, if it is given.
+        StoreError: the last failure.
     """
     for attempt in range(retries + 1):
         try:
             return action()
-        except _FINAL:
-            raise
-        except Exception as error:  # each store has errors of its own
+        except Exception as raised:  # each store has errors of its own
+            error = _told(raised)
+            if (final := _as_final(error, url)) is not None:
+                raise final from error
             if attempt == retries:
-                if isinstance(error, OSError):
-                    raise
-                raise OSError(f"{type(error).__name__}: {error}") from error
+                raise StoreError(f"{url}: the store does not answer ({_reason(error)})".lstrip(": ")) from error
             # Ranks that failed together should not come back together.
             time.sleep(min(0.1 * 2**attempt, 10.0) * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
+
+
+def _told(error: Exception) -> Exception:
+    """What a store said: fsspec takes whatever keeps it from a file's size over HTTP for a missing file."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        return cause if "aiohttp" in type(cause).__module__ else error
+    return error
+
+
+def _as_final(error: Exception, url: str) -> Exception | None:
+    """The error to raise for one that asking again does not mend; None for others."""
+    status = getattr(error, "status", 0)
+    if type(error).__name__ in _NO_CREDENTIALS or status in (401, 403) or isinstance(error, PermissionError):
+        return PermissionError(f"{url}: access denied ({_reason(error)}); check the store's credentials".lstrip(": "))
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return FileNotFoundError(f"{url or _reason(error)}: no such file, folder or bucket")
+    if type(error).__name__ == "ParamValidationError":  # botocore's, of a bucket's name
+        return ValueError(f"{url}: {_reason(error)}")
+    return error if isinstance(error, _FINAL) else None
+
+
+def _reason(error: Exception) -> str:
+    """A store's error in a few words; some have none."""
+    text = " ".join(str(getattr(error, "message", "") or error).split())
+    status = getattr(error, "status", 0)
+    return f"{status} {text}" if status else text or type(error).__name__
 
 
 def _call(store: Any, method: str, *args: Any, timeout: float = TIMEOUT_SECONDS, **kwargs: Any) -> Any:
@@ -90,7 +148,7 @@ def read_range(
         OSError: it could not be read within ``retries`` further tries of ``timeout`` seconds each.
     """
     store = filesystem(url)
-    return with_retries(lambda: _call(store, "cat_file", url, start=start, end=end, timeout=timeout), retries)
+    return with_retries(lambda: _call(store, "cat_file", url, start=start, end=end, timeout=timeout), retries, url)
 
 
 def read_bytes(path: str) -> bytes:
@@ -101,7 +159,8 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, content: bytes) -> None:
     """Write a whole file; on a local disk synced and then renamed, so that it is there completely or not at all."""
     if is_remote(path):
-        with_retries(lambda: filesystem(path).pipe_file(path, content))
+        store = filesystem(path)
+        with_retries(lambda: store.pipe_file(path, content), url=path)
         return
     target = Path(path)
     # Left over by a process that was killed while it wrote.
@@ -124,7 +183,10 @@ def write_bytes(path: str, content: bytes) -> None:
 
 def exists(path: str) -> bool:
     """Whether there is such a file."""
-    return with_retries(lambda: filesystem(path).isfile(path)) if is_remote(path) else os.path.isfile(path)
+    if not is_remote(path):
+        return os.path.isfile(path)
+    store = filesystem(path)
+    return with_retries(lambda: bool(store.isfile(path)), url=path)
 
 
 def state(path: str) -> tuple[int, str]:
@@ -132,7 +194,8 @@ def state(path: str) -> tuple[int, str]:
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, str(status.st_mtime_ns)
-    info = with_retries(lambda: _call(filesystem(path), "info", path))
+    store = filesystem(path)
+    info = with_retries(lambda: _call(store, "info", path), url=path)
     stamp = next((str(info[name]) for name in ("ETag", "etag", "LastModified", "mtime") if info.get(name)), "")
     return int(info["size"]), stamp
 
@@ -145,7 +208,8 @@ def local_copy(path: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="genlip-") as folder:
         target = os.path.join(folder, "file")
-        with_retries(lambda: filesystem(path).get_file(path, target))
+        store = filesystem(path)
+        with_retries(lambda: store.get_file(path, target), url=path)
         yield target
 
 
@@ -166,10 +230,13 @@ def _matches(pattern: str, setting: str) -> list[str]:
     if is_remote(pattern):
         store = filesystem(pattern)
         wanted = pattern
-        if "*" not in pattern and with_retries(lambda: store.isdir(pattern)):
+        if "*" not in pattern and _ask_quickly(store, "isdir", pattern):
             wanted = f"{pattern.rstrip('/')}/*.tar"
         try:
-            found = with_retries(lambda: store.glob(wanted) if "*" in wanted else [wanted] * store.isfile(wanted))
+            if "*" in wanted:
+                found = with_retries(lambda: store.glob(wanted))
+            else:
+                found = [wanted] * bool(_ask_quickly(store, "isfile", wanted))
         except OSError as error:
             raise ValueError(f"{setting}: {pattern!r} cannot be listed: {error}") from error
         return sorted(store.unstrip_protocol(path) for path in found)

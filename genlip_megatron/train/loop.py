@@ -16,6 +16,7 @@ from megatron.core.timers import Timers
 
 from genlip_megatron import host
 from genlip_megatron.checkpoint.saving import Saver, check_free_space
+from genlip_megatron.command import FILE_ERRORS, one_line
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.share import Share
@@ -394,8 +395,8 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
     try:
         try:
             run = set_up(config, watchdog)
-        except ValueError as error:
-            raise Mistake(str(error)) from error
+        except (ValueError, *FILE_ERRORS) as error:
+            raise Mistake(one_line(error)) from error
         if config.log.eval_only:
             validate(run)
             return 0
