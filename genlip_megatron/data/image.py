@@ -8,7 +8,6 @@ channels keep their high byte; of an animation the first frame counts.
 from __future__ import annotations
 
 import io
-import re
 import warnings
 import zlib
 
@@ -16,6 +15,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from genlip_megatron.data.content import describe
+from genlip_megatron.data.metadata import END_OF_IMAGE, JPEG_MARKER, START_OF_SCAN, without_metadata
 from genlip_megatron.data.resize import MAX_ASPECT_RATIO
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -35,9 +36,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # A progressive JPEG has some ten scans; each costs as much time as a whole image.
 MAX_JPEG_SCANS = 64
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # but stuffed bytes, restarts and fill
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-_EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,16 +47,20 @@ _UPRIGHT = {
 }
 
 
-def open_image(content: bytes | memoryview) -> Image.Image:
-    """The image with its header read and no pixel decoded.
+def open_image(content: bytes | memoryview) -> tuple[Image.Image, int]:
+    """(the image with its header read, no pixel decoded and no metadata; its orientation, 1 (upright) to 8).
 
     Raises:
         ValueError: another format, too many pixels or too long a side, or an aspect ratio that no model input has.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        pixels, orientation = without_metadata(content)
+        image = Image.open(io.BytesIO(pixels), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
-        raise ValueError("image does not decode: not a JPEG, PNG or WebP file") from None
+        found = describe(content)
+        damaged = found in ("a JPEG image", "a PNG image", "a WebP image")
+        what = f"{found} with a damaged header" if damaged else f"not a JPEG, PNG or WebP file, but {found}"
+        raise ValueError(f"image does not decode: {what}") from None
     except Exception as error:  # any codec error means the same: this image is bad
         raise ValueError(f"image does not decode: {error}") from error
     width, height = image.size
@@ -68,18 +70,10 @@ def open_image(content: bytes | memoryview) -> Image.Image:
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"image is too thin: {width}x{height}, aspect ratio above {MAX_ASPECT_RATIO}")
-    return image
+    return image, orientation
 
 
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 as well where there is none or it cannot be read."""
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # broken metadata does not make the picture bad
-        return 1
-
-
-def to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
     """uint8 [height, width, 3]: the opened image decoded, upright, in RGB, transparency over white.
 
     Raises:
@@ -87,7 +81,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """
     try:
         image.load()
-        upright = _UPRIGHT.get(orientation(image))
+        upright = _UPRIGHT.get(orientation)
         pixels: Image.Image = image if upright is None else image.transpose(upright)
         if pixels.mode.startswith("I"):
             # Pillow's own conversion would clip 16-bit greys to white instead of scaling them.
@@ -112,7 +106,7 @@ def decode_rgb(content: bytes | memoryview, plain_jpeg: bool = False) -> np.ndar
         ValueError: why the image cannot be used.
     """
     if not plain_jpeg:
-        return to_rgb(open_image(content))
+        return to_rgb(*open_image(content))
     try:
         return simplejpeg.decode_jpeg(content, "RGB")
     except ValueError as error:
@@ -127,26 +121,31 @@ def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
     Raises:
         ValueError: why the image cannot be used.
     """
-    image = open_image(content)
+    image, orientation = open_image(content)
     if image.format == "PNG":
         _check_png_rows(bytes(content), image.size)
-    if image.format not in ("JPEG", "MPO"):
-        height, width, _ = to_rgb(image).shape
+    if image.format != "JPEG":
+        height, width, _ = to_rgb(image, orientation).shape
         return height, width, False
     if (scans := _count_scans(content)) > MAX_JPEG_SCANS:
         raise ValueError(f"image does not decode: {scans} scans, above {MAX_JPEG_SCANS}")
-    height, width, _ = decode_rgb(content, plain_jpeg=True).shape
-    plain = image.mode in ("RGB", "L") and orientation(image) not in _UPRIGHT
+    plain = image.mode in ("RGB", "L") and orientation not in _UPRIGHT
+    try:
+        height, width, _ = decode_rgb(content, plain_jpeg=True).shape
+    except ValueError:
+        # Unless it was the metadata that libjpeg has doubts about.
+        decode_rgb(without_metadata(content)[0], plain_jpeg=True)
+        plain = False
     if not plain:
-        height, width, _ = to_rgb(image).shape
+        height, width, _ = to_rgb(image, orientation).shape
     return height, width, plain
 
 
 def _count_scans(content: bytes | memoryview) -> int:
     """Scans of a JPEG up to its end; what may be appended (a film, by phones) does not count."""
     scans, position = 0, 2
-    while (match := _MARKER.search(content, position)) is not None and content[match.end() - 1] != _END_OF_IMAGE:
-        scans += content[match.end() - 1] == _START_OF_SCAN
+    while (match := JPEG_MARKER.search(content, position)) is not None and content[match.end() - 1] != END_OF_IMAGE:
+        scans += content[match.end() - 1] == START_OF_SCAN
         position = match.end() + int.from_bytes(content[match.end() : match.end() + 2], "big")
     return scans
 

@@ -96,7 +96,8 @@ def test_drawn_captions_repeat_with_their_seed(caption: Any, checkpoints: dict[s
 
 def test_only_bad_images_end_with_status_1(caption: Any, checkpoints: dict[str, Path], photos: Path) -> None:
     (row,) = caption(photos / "broken.jpg", "--load", checkpoints["1"], status=1)
-    assert row == {"path": str(photos / "broken.jpg"), "error": "image does not decode: not a JPEG, PNG or WebP file"}
+    assert row["path"] == str(photos / "broken.jpg")
+    assert row["error"].startswith("image does not decode: not a JPEG, PNG or WebP file, but text")
 
 
 def test_files_that_are_oddly_named_or_no_files(
