@@ -15,6 +15,7 @@ from genlip_megatron.command import WorkerPool, command
 
 # isort: split
 import argparse
+import collections
 import functools
 import itertools
 import json
@@ -32,11 +33,12 @@ from genlip_megatron.arguments import StrictParser
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import Totals, check_files, manifest_paths, open_dataset, other_shards, write_manifest
-from genlip_megatron.data.index import ShardIndex, refresh_index
+from genlip_megatron.data.index import ShardIndex, UnreadableShard, refresh_index
 from genlip_megatron.data.plan import Plan, Source
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
 
 _ESTIMATE_SAMPLES = 50_000
+_LISTED = 20  # shards that are named one by one
 _SIDE_BINS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 16)
 _TOKEN_BINS = (0, 16, 32, 64, 128, 256, 512, 1024, 4096, 1 << 16)
 
@@ -49,6 +51,8 @@ def prepare(shard: str, tokenizer_path: str, prompt: str) -> tuple[int, bool, st
     """(good samples of a shard, whether its index was there already, what kept the shard from being indexed)."""
     try:
         index, unchanged = refresh_index(shard, _tokenizer(tokenizer_path), prompt)
+    except UnreadableShard as error:
+        return 0, False, str(error)
     except Exception as error:  # whatever a shard holds, the others are indexed
         return 0, False, f"{shard}: {type(error).__name__}: {error}"
     return len(index.rows), unchanged, ""
@@ -125,20 +129,45 @@ def estimate(manifest: str, tokenizer: Tokenizer, prompt: str, seq_length: int) 
     return lines
 
 
-def merge(manifest: str, shards: Sequence[str], quarantine: str) -> Totals:
-    """Write the manifest and the list of refused samples."""
-    lines: list[str] = []
+def merge(manifest: str, shards: Sequence[str], quarantine: str, problems: dict[str, str]) -> tuple[Totals, list[str]]:
+    """Write the manifest and the list of refused samples; (totals, a line for each shard that lost samples).
+
+    Args:
+        problems: shards that are left out, and why.
+    """
+    lines = [json.dumps({"shard": shard, "key": "(shard)", "reason": reason}) for shard, reason in problems.items()]
+    losses: list[tuple[tuple[bool, bool, int], str]] = []
     bar = tqdm(total=len(shards), desc="merge", unit="shard", file=sys.stderr)
 
     def on_shard(index: ShardIndex) -> None:
         bar.update()
         for key, reason in index.refused.items():
             lines.append(json.dumps({"shard": index.shard, "key": key, "reason": reason}))
+        if index.refused:
+            losses.append(loss_of(index))
 
     with bar:
         totals = write_manifest(manifest, shards, on_shard)
     storage.write_bytes(quarantine, "".join(f"{line}\n" for line in lines).encode())
-    return totals
+    return totals, [line for _, line in sorted(losses, reverse=True)]
+
+
+def loss_of(index: ShardIndex) -> tuple[tuple[bool, bool, int], str]:
+    """(how bad it is, a line) of a shard that lost samples."""
+    reasons = collections.Counter(reason.split(":")[0] for reason in index.refused.values())
+    # Where the archive itself is damaged, one entry may stand for thousands of samples.
+    damaged = any(key.startswith("(") or reason == "truncated archive" for key, reason in index.refused.items())
+    named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+    line = f"{index.shard}: {len(index.rows):,} good samples, {len(index.refused):,} refused ({named})"
+    return (not len(index.rows), damaged, len(index.refused)), line
+
+
+def show_list(lines: Sequence[str], rest: str) -> None:
+    """Print the first lines, and how many there are more."""
+    for line in lines[:_LISTED]:
+        print(f"  {line}")
+    if len(lines) > _LISTED:
+        print(f"  and {len(lines) - _LISTED:,} more{rest}")
 
 
 def report(totals: Totals, show: Callable[[str], None] = print) -> None:
@@ -147,6 +176,8 @@ def report(totals: Totals, show: Callable[[str], None] = print) -> None:
     show(f"{totals.samples:,} good samples, {refused:,} refused")
     for reason, count in totals.refused.most_common():
         show(f"  refused {count:,}: {reason}")
+    if totals.ignored:
+        show("  ignored " + ", ".join(f"{count:,} {kind}" for kind, count in totals.ignored.most_common()))
     good = max(totals.samples, 1)
     show(f"{totals.text_tokens / good:.1f} text tokens a sample, {totals.loss_tokens / good:.1f} of them with loss")
     for title, counts, bins in (
@@ -200,12 +231,13 @@ def main() -> None:
         parser.exit(1, f"{parser.prog}: error: a worker was killed, for want of memory perhaps; run it again to go on, "
                        "with fewer --workers\n")  # fmt: skip
     print(f"{len(mine)} shards ({unchanged} unchanged)")
-    for problem in problems.values():
-        print(f"  {problem}")
+    show_list(list(problems.values()), "")
     if problems and not options.skip_unreadable:
         parser.exit(1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again for them, or "
                        "with --skip-unreadable to leave them out\n")  # fmt: skip
     named, shards = shards, [shard for shard in shards if shard not in problems]
+    if not shards:
+        parser.exit(1, f"{parser.prog}: error: none of {len(named)} shards can be read\n")
     if options.part:
         print(f"part {first} of {step} is done; when all are, run this without --part to write the manifest")
         return
@@ -214,15 +246,19 @@ def main() -> None:
         return
     _, quarantine = manifest_paths(manifest)
     try:
-        totals = merge(manifest, shards, quarantine)
+        totals, losses = merge(manifest, shards, quarantine, problems)
     except ValueError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     report(totals)
     if totals.samples == 0:
+        show_list(losses, "")
         parser.exit(1, f"{parser.prog}: error: no good sample in {len(shards)} shards; see {quarantine}\n")
     print("expected packs:")
     for line in estimate(manifest, tokenizer, options.prompt, options.seq_length):
         print(line)
+    if losses:
+        print(f"{len(losses):,} of {len(shards):,} shards lost samples, the worst first:")
+        show_list(losses, f"; see {quarantine}")
     for file in (manifest, quarantine):
         print(f"{file} written")
 

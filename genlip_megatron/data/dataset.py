@@ -55,6 +55,7 @@ class Totals:
 
     samples: int = 0
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    ignored: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     text_tokens: int = 0
     loss_tokens: int = 0
     # Counts by value, from 0 on.
@@ -66,6 +67,7 @@ class Totals:
         """Count one shard."""
         self.samples += len(index.rows)
         self.refused.update(reason.split(":")[0] for reason in index.refused.values())
+        self.ignored.update(index.ignored)
         self.text_tokens += int(index.rows["text_tokens"].sum())
         self.loss_tokens += int(index.rows["loss_tokens"].sum())
         for counts, column in ((self.heights, "height"), (self.widths, "width"), (self.tokens, "text_tokens")):

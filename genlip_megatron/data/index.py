@@ -13,6 +13,8 @@ import json
 import logging
 import mmap
 import os
+import posixpath
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,8 @@ from safetensors.numpy import load, save
 from xxhash import xxh3_128_hexdigest
 
 from genlip_megatron.data import storage
-from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image
+from genlip_megatron.data.content import COMPRESSED, describe, only_zeros
+from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, check_image
 from genlip_megatron.data.text import Tokenizer, Turns, check_turns, parse_turns, tokenize_many
 from genlip_megatron.outputs import check_file
 
@@ -38,6 +41,13 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 1 << 20
 # Each costs a search, and some are made to cost a long one.
 MAX_BROKEN_HEADERS = 100
+# What systems leave beside people's files, and what some tars hold of their own headers: no samples.
+_SYSTEM_FILES = re.compile(
+    r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|(__MACOSX|@eaDir|\.AppleDouble|\.ipynb_checkpoints"
+    r"|PaxHeaders?(\.[^/]*)?)(/.*)?)$",
+    re.IGNORECASE,
+)
+FURTHER_FIELDS, SYSTEM_FILES = "further fields of samples", "files of macOS, Windows and other systems"
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +110,7 @@ class ShardIndex:
     keys: Sequence[str]
     refused: dict[str, str]  # key -> reason
     header: Header
+    ignored: dict[str, int] = field(default_factory=dict)  # kind of members that are not samples -> their number
 
     def plan_rows(self) -> np.ndarray:
         """PLAN_ROW [samples]."""
@@ -118,15 +129,29 @@ def index_path(shard: str) -> str:
 class _Members:
     """The members of a sample, by kind."""
 
+    key: str
     image: tarfile.TarInfo | None = None
     json: tarfile.TarInfo | None = None
     txt: tarfile.TarInfo | None = None
+    other: tarfile.TarInfo | None = None  # an image of a format that is not read
     twice: list[str] = field(default_factory=list)
+    count: int = 0
+    further: list[str] = field(default_factory=list)  # names of further fields
 
     def add(self, kind: str, member: tarfile.TarInfo) -> None:
         if getattr(self, kind) is not None:
             self.twice.append(kind)
         setattr(self, kind, member)
+        self.count += 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has an image, of any format, and a caption."""
+        return bool((self.image or self.other) and (self.json or self.txt))
+
+
+class UnreadableShard(ValueError):
+    """A file without a single tar header."""
 
 
 def _next_header(content: memoryview, position: int) -> int | None:
@@ -169,6 +194,9 @@ def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterato
             refused[f"(byte {position})"] = "broken tar header"
             position += BLOCK
             start = _next_header(content, position)
+        elif position >= len(content):
+            refused["(end)"] = "no end mark: the shard was cut short, unless its writer leaves the mark out"
+            return
         elif (start := _next_header(content, position)) is not None:
             refused[f"(byte {position})"] = "zeros between members: some are lost, unless shards were put together"
 
@@ -184,22 +212,64 @@ def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:
     return None
 
 
-def _members(path: str, content: memoryview) -> tuple[dict[str, _Members], dict[str, str]]:
-    """(members by key, refused keys with reasons) from the shard's headers."""
+def _members(shard: str, path: str, content: memoryview) -> tuple[list[_Members], dict[str, str], dict[str, int]]:
+    """(members by sample, refused keys with reasons, numbers of ignored members) from the shard's headers.
+
+    Raises:
+        UnreadableShard: there is no header.
+    """
     groups: dict[str, _Members] = {}
     refused: dict[str, str] = {}
+    headers, system_files = 0, 0
     for member in _headers(path, content, refused):
+        headers += 1
         if member.isdir():
+            continue
+        if _SYSTEM_FILES.search(member.name):
+            system_files += 1
             continue
         key, suffix = os.path.splitext(member.name)
         suffix = suffix.lower()
         if reason := _refusal(member, suffix):
             refused[member.name] = reason
-        elif suffix in IMAGE_SUFFIXES:
-            groups.setdefault(key, _Members()).add("image", member)
-        elif suffix in CAPTION_SUFFIXES:
-            groups.setdefault(key, _Members()).add(suffix[1:], member)
-    return groups, refused
+            continue
+        kind = "image" if suffix in IMAGE_SUFFIXES else "other" if suffix in OTHER_IMAGE_SUFFIXES else suffix[1:]
+        if kind in ("image", "other") or suffix in CAPTION_SUFFIXES:
+            # One tool writes "./a/0.jpg", another "a/0.txt".
+            groups.setdefault(posixpath.normpath(key), _Members(key)).add(kind, member)
+    if not headers:
+        raise UnreadableShard(f"{shard} is not a tar file but {_what_else(content)}")
+    ignored = {SYSTEM_FILES: system_files, FURTHER_FIELDS: _merge_further_fields(groups)}
+    return list(groups.values()), refused, {kind: count for kind, count in ignored.items() if count}
+
+
+def _merge_further_fields(groups: dict[str, _Members]) -> int:
+    """Take out what only adds to another sample, as 0.mask.png to 0.jpg, and return how many members that are.
+
+    A key ends at the last dot, since people's files are called photo.v1.0.jpg. So what lacks an image or a caption, and
+    would be part of another sample if its key ended at an earlier dot, is a further field of that one.
+    """
+    count = 0
+    for key in [key for key, members in groups.items() if not members.complete]:
+        folder, name = posixpath.split(key)
+        stems = (posixpath.join(folder, name[:end]) for end in range(len(name) - 1, 0, -1) if name[end] == ".")
+        if owner := next((groups[stem] for stem in stems if stem in groups), None):
+            further = groups.pop(key)
+            count += further.count
+            member = further.image or further.other or further.json or further.txt
+            assert member is not None
+            owner.further.append(posixpath.basename(member.name))
+    return count
+
+
+def _what_else(content: memoryview) -> str:
+    """What a shard without tar headers is."""
+    if only_zeros(content):
+        return "only zeros: an empty tar, or a file whose data never arrived"
+    if content[257:262] == b"ustar":
+        return "a tar file none of whose headers is whole"
+    found = describe(content)
+    return f"{found}: compressed shards are not read; decompress it first" if found in COMPRESSED else found
 
 
 def _caption(
@@ -207,6 +277,8 @@ def _caption(
 ) -> tuple[tarfile.TarInfo, Turns]:
     """(the member that holds the caption, its turns): json, or txt where json is missing or holds no caption."""
     problem = ValueError("missing caption")
+    if members.further:
+        problem = ValueError(f"missing caption: {members.further[0]} is not read, only KEY.json and KEY.txt are")
     for member in (members.json, members.txt):
         if member is None:
             continue
@@ -214,7 +286,7 @@ def _caption(
             turns = parse_turns(bytes(_bytes(content, member, MAX_CAPTION_BYTES)), member is members.json, prompt)
             check_turns(turns, tokenizer)
         except ValueError as error:
-            problem = error if problem.args == ("missing caption",) else problem
+            problem = error if problem.args[0].startswith("missing caption") else problem
             continue
         return member, turns
     raise problem
@@ -231,10 +303,14 @@ def _bytes(content: memoryview, member: tarfile.TarInfo, most: int) -> memoryvie
 
 def _check(members: _Members, content: memoryview, tokenizer: Tokenizer, prompt: str) -> tuple[list, Turns]:
     """(the sample's row with zero tokens, its turns). Raises ValueError for a sample that cannot be used."""
-    if members.twice:
-        raise ValueError(f"more than one {members.twice[0]}")
+    # An image of another format beside a readable one is a field that is not read.
+    if twice := [kind for kind in members.twice if kind != "other"]:
+        raise ValueError(f"more than one {twice[0]}")
+    if members.image is None and members.other is not None:
+        suffix = os.path.splitext(members.other.name)[1].lower()
+        raise ValueError(f"image is {suffix}: only JPEG, PNG and WebP are read")
     if members.image is None:
-        raise ValueError("missing image")
+        raise ValueError(f"missing image: {members.further[0]} is not read" if members.further else "missing image")
     caption, turns = _caption(members, content, tokenizer, prompt)
     image = _bytes(content, members.image, MAX_IMAGE_BYTES)
     height, width, plain = check_image(image)
@@ -256,6 +332,7 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
 
     Raises:
         ValueError: a file that is no index stands where it is to go.
+        UnreadableShard: it is no tar file; says what it is.
         OSError: the shard cannot be read.
     """
     # A damaged index is one as well.
@@ -267,16 +344,16 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
         return write_index(ShardIndex(shard, np.empty(0, ROW), [], {"(shard)": "empty file"}, header))
     with _mapped(shard) as (path, content):
         checksum = xxh3_128_hexdigest(content)
-        groups, refused = _members(path, content)
+        groups, refused, ignored = _members(shard, path, content)
         rows, keys, texts = [], [], []
-        for key, members in groups.items():
+        for members in groups:
             try:
                 row, turns = _check(members, content, tokenizer, prompt)
             except Exception as error:  # whatever a sample holds, it costs no other
-                refused[key] = str(error) if isinstance(error, ValueError) else f"unreadable: {error!r}"
+                refused[members.key] = str(error) if isinstance(error, ValueError) else f"unreadable: {error!r}"
                 continue
             rows.append(row)
-            keys.append(key)
+            keys.append(members.key)
             texts.append(turns)
     good = []
     for i, (ids, loss) in enumerate(tokenize_many(texts, tokenizer)):
@@ -285,10 +362,11 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
             continue
         rows[i][6:8] = len(ids), sum(loss)
         good.append(i)
+    if not groups:
+        refused["(shard)"] = "no sample: no member is an image or a caption"
     table = np.array([tuple(rows[i]) for i in good], dtype=ROW)
     header = Header(FORMAT_VERSION, size, stamp, checksum, tokenizer.fingerprint, prompt)
-    index = ShardIndex(shard, table, [keys[i] for i in good], refused, header)
-    return write_index(index)
+    return write_index(ShardIndex(shard, table, [keys[i] for i in good], refused, header, ignored))
 
 
 def write_index(index: ShardIndex) -> ShardIndex:
@@ -299,6 +377,7 @@ def write_index(index: ShardIndex) -> ShardIndex:
         "keys": b"".join(keys),
         "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64).tobytes(),
         "refused": json.dumps(index.refused).encode(),
+        "ignored": json.dumps(index.ignored).encode(),
     }
     header = dataclasses.replace(index.header, digest=_digest(parts))
     tensors = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
@@ -334,12 +413,17 @@ def read_index(shard: str) -> ShardIndex:
         if _digest(parts) != header.digest or not same:
             raise ValueError("its checksum is wrong")
         refused = json.loads(parts["refused"])
+        ignored = json.loads(parts.get("ignored", b"{}"))
     except Exception as error:  # whatever is wrong with the file, the remedy is the same
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
     if header.format != FORMAT_VERSION:
         raise ValueError(f"{path} has format {header.format}, this version reads {FORMAT_VERSION}; {remedy}")
     keys = Keys(parts["keys"], np.frombuffer(parts["key_ends"], np.int64))
-    return ShardIndex(shard, np.frombuffer(parts["rows"], ROW), keys, refused, header)
+    return ShardIndex(shard, np.frombuffer(parts["rows"], ROW), keys, refused, header, ignored)
+
+
+# Earlier versions indexed a file that is no tar as a shard of no samples, with this refusal or none.
+_OLD_REFUSALS = {"(byte 0)"}
 
 
 def load_index(shard: str, fingerprint: str, prompt: str) -> ShardIndex:
@@ -357,6 +441,8 @@ def load_index(shard: str, fingerprint: str, prompt: str) -> ShardIndex:
         raise ValueError(f"{path} was made with another tokenizer; {remedy}")
     if header.prompt != prompt:
         raise ValueError(f"{path} was made with another prompt than data.prompt = {prompt!r}; {remedy}")
+    if header.shard_size and not len(index.rows) and not index.refused.keys() - _OLD_REFUSALS:
+        raise ValueError(f"{shard} is perhaps no tar file: its index, of an older version, holds no sample; {remedy}")
     return index
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import dataclasses
+import gzip
 import json
+import lzma
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,8 +16,19 @@ import zlib
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
 
-from genlip_megatron.data.index import build_index, index_path, load_index
+from genlip_megatron.data import storage
+from genlip_megatron.data.index import (
+    FURTHER_FIELDS,
+    SYSTEM_FILES,
+    UnreadableShard,
+    build_index,
+    index_path,
+    load_index,
+    refresh_index,
+    write_index,
+)
 from genlip_megatron.data.storage import expand_shards
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
 from tests.data.shards import CAPTION, bomb, half_png, image, interlaced, rotated, scans, sixteen_bit, write_shard
@@ -223,11 +239,123 @@ def test_shards_put_one_behind_the_other_are_read_to_the_end(tokenizer: Tokenize
     assert list(index.refused.values()) == ["zeros between members: some are lost, unless shards were put together"]
 
 
-def test_any_garbage_is_one_refusal(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for content in (b"", b"garbage", os.urandom(5000), b"\0" * 10240):
-        (tmp_path / "s.tar").write_bytes(content)
-        index = build_index(str(tmp_path / "s.tar"), tokenizer, PROMPT)
-        assert not len(index.rows) and len(index.refused) <= 1
+NOT_TARS = {
+    "text that begins with 'garbage'": b"garbage",
+    "something unknown": b"\x07" + bytes(range(256)) * 20,
+    "only zeros: an empty tar, or a file whose data never arrived": bytes(10240),
+    "gzip: compressed shards are not read; decompress it first": gzip.compress(b"x" * 9999),
+    "bzip2: compressed": bz2.compress(b"x"),
+    "xz: compressed": lzma.compress(b"x"),
+    "zstd: compressed": b"\x28\xb5\x2f\xfdxxxx",
+    "lz4: compressed": b"\x04\x22\x4d\x18xxxx",
+    "a zip file": b"PK\x03\x04" + bytes(600),
+    "an HTML page": b"\n<!DOCTYPE HTML><html>503 Slow Down</html>",
+    "an XML page": b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>",
+    "JSON": b'{"error": "not found"}',
+    "a Parquet file": b"PAR1" + bytes(2000),
+    "a PDF": b"%PDF-1.7",
+    "a JPEG image": image(),
+    "a PNG image": image("PNG"),
+    "a WebP image": image("WEBP"),
+    "a git-LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+    "zeros, then something else": bytes(512) + b"x" * 600,
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TARS)
+def test_what_is_no_tar_is_named_and_gets_no_index(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shard = tmp_path / "s.tar"
+    shard.write_bytes(NOT_TARS[kind])
+    with pytest.raises(UnreadableShard, match=rf"s\.tar is not a tar file but {re.escape(kind)}"):
+        build_index(str(shard), tokenizer, PROMPT)
+    assert list(tmp_path.iterdir()) == [shard]
+
+
+def test_an_empty_file_is_a_shard_of_no_samples(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "s.tar").touch()
+    index = build_index(str(tmp_path / "s.tar"), tokenizer, PROMPT)
+    assert not len(index.rows) and index.refused == {"(shard)": "empty file"}
+
+
+def test_a_tar_without_samples_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "s.tar", {"0.cls": b"3", "readme.md": b"x"})
+    index = build_index(shard, tokenizer, PROMPT)
+    assert index.refused == {"(shard)": "no sample: no member is an image or a caption"}
+    assert refresh_index(shard, tokenizer, PROMPT)[1] and not len(load_index(shard, tokenizer.fingerprint, PROMPT).rows)
+
+
+@pytest.mark.parametrize("refused", [{}, {"(byte 0)": "broken tar header"}])
+def test_an_old_index_does_not_hide_what_is_no_tar(
+    refused: dict[str, str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shard = write_shard(tmp_path / "s.tar", {"0.jpg": image(), "0.json": CAPTION})
+    good = build_index(shard, tokenizer, PROMPT)
+    Path(shard).write_bytes(b"\x1f\x8b" + bytes(9000))
+    size, stamp = storage.state(shard)
+    header = dataclasses.replace(good.header, shard_size=size, shard_stamp=stamp)
+    write_index(dataclasses.replace(good, rows=good.rows[:0], keys=[], refused=refused, header=header))
+    with pytest.raises(ValueError, match="is perhaps no tar file"):
+        load_index(shard, tokenizer.fingerprint, PROMPT)
+    with pytest.raises(UnreadableShard, match="gzip"):
+        refresh_index(shard, tokenizer, PROMPT)
+
+
+def test_an_index_of_an_older_version_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "s.tar", {"0.jpg": image(), "0.json": CAPTION, "._0.jpg": b"x"})
+    assert build_index(shard, tokenizer, PROMPT).ignored == {SYSTEM_FILES: 1}
+    content = Path(index_path(shard)).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tensors = {name: tensor for name, tensor in safetensors.numpy.load(content).items() if name != "ignored"}
+    safetensors.numpy.save_file(tensors, index_path(shard), header)
+    assert load_index(shard, tokenizer.fingerprint, PROMPT).ignored == {}
+
+
+PAIR = {".jpg": image(), ".json": CAPTION}
+SETS: dict[str, tuple[dict[str, bytes], list[str], dict[str, str], dict[str, int]]] = {
+    "masks and depth": (
+        {"0.jpg": image(), "0.json": CAPTION, "0.seg.png": image("PNG"), "0.depth.exr": b"x", "0.v1.mask.jpg": image()},
+        ["0"], {}, {FURTHER_FIELDS: 3}),
+    "further captions": (
+        {"0.jpg": image(), "0.json": CAPTION, "0.meta.json": b"{}", "0.caption.txt": b"x", "0.gif": image("GIF")},
+        ["0"], {}, {FURTHER_FIELDS: 2}),
+    "versions in names": (
+        {f"a/photo.v1.{i}{suffix}": part for i in range(2) for suffix, part in PAIR.items()}
+        | {f"a/photo{suffix}": part for suffix, part in PAIR.items()},
+        ["a/photo.v1.0", "a/photo.v1.1", "a/photo"], {}, {}),
+    "dots in folders": (
+        {"v1.jpg": image(), "v1.json": CAPTION, "v1.0/x.jpg": image()}, ["v1"], {"v1.0/x": "missing caption"}, {}),
+    "two views": (
+        {"0.left.jpg": image(), "0.right.jpg": image(), "0.json": CAPTION},
+        [], {"0": "missing image: 0.left.jpg is not read"}, {FURTHER_FIELDS: 2}),
+    "a caption of another name": (
+        {"0.jpg": image(), "0.caption.txt": b"x"},
+        [], {"0": "missing caption: 0.caption.txt is not read, only KEY.json and KEY.txt are"}, {FURTHER_FIELDS: 1}),
+    "system files": (
+        {"._0.jpg": b"x", "0.jpg": image(), "0.json": CAPTION, "a/._0.json": b"x", "__MACOSX/a/0.jpg": b"x",
+         ".DS_Store": b"", "@eaDir/0.jpg/THUMB.jpg": image(), "a/Thumbs.db": b"", "PaxHeaders.123/0.jpg": b"30 mtime=1",
+         "PaxHeader/0.jpg": b"x"},
+        ["0"], {}, {SYSTEM_FILES: 8}),
+    "./ on one of two": ({"./a/0.jpg": image(), "a/0.json": CAPTION}, ["./a/0"], {}, {}),
+    "./ on the other": ({"a/0.jpg": image(), "./a/0.json": CAPTION}, ["a/0"], {}, {}),
+    "other formats": (
+        {"0.gif": image("GIF"), "0.json": CAPTION, "1.HEIC": b"x", "1.txt": b"y", "2.jpg": image(), "2.json": CAPTION},
+        ["2"],
+        {i: f"image is {kind}: only JPEG, PNG and WebP are read" for i, kind in (("0", ".gif"), ("1", ".heic"))},
+        {}),
+    "other JPEG names": ({"0.jpe": image(), "0.json": CAPTION, "1.JFIF": image(), "1.txt": b"y"}, ["0", "1"], {}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_what_counts_as_a_sample(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    members, keys, refused, ignored = SETS[name]
+    for order in (members, dict(reversed(members.items()))):
+        index = build_index(write_shard(tmp_path / "s.tar", order), tokenizer, PROMPT)
+        assert index.ignored == ignored
+        assert len(index.keys) == len(keys) and len(index.refused) == len(refused)
+        if order is members:
+            assert index.keys == keys and index.refused == refused
+        assert load_index(index.shard, tokenizer.fingerprint, PROMPT).ignored == ignored
 
 
 def test_a_truncated_archive_keeps_what_is_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -235,9 +363,13 @@ def test_a_truncated_archive_keeps_what_is_whole(tokenizer: Tokenizer, tmp_path:
     shard = write_shard(tmp_path / "s.tar", members)
     with tarfile.open(shard) as archive:
         third = archive.getmember("2.jpg").offset_data
+        begin = archive.getmember("2.jpg").offset
     os.truncate(shard, third + 100)
     index = build_index(shard, tokenizer, PROMPT)
     assert index.keys == ["0", "1"] and index.refused
+    os.truncate(shard, begin)
+    index = build_index(shard, tokenizer, PROMPT)
+    assert index.keys == ["0", "1"] and list(index.refused) == ["(end)"] and "cut short" in index.refused["(end)"]
 
 
 def test_an_index_that_does_not_fit_is_refused(tokenizer: Tokenizer, demo_data: Path, tmp_path: Path) -> None:

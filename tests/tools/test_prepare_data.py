@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -207,6 +209,44 @@ def test_a_shard_that_cannot_be_used_does_not_hold_up_the_others(folder: Path, t
         *words, status=1
     )
     assert "24 good samples" in prepare(*words, "--skip-unreadable")
+
+
+def test_shards_that_are_no_tars_are_a_problem(folder: Path, tokenizer: Path) -> None:
+    (folder / "part-00005.tar").write_bytes(gzip.compress(b"x" * 5000))
+    (folder / "part-00006.tar").write_bytes(bytes(10240))
+    words = [sys.executable, "tools/prepare_data.py", str(folder), "--tokenizer", str(tokenizer)]
+    for _ in range(2):  # the second time the others are unchanged
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "2 shards could not be indexed" in done.stderr
+        assert "part-00005.tar is not a tar file but gzip: compressed shards are not read" in done.stdout
+        assert "part-00006.tar is not a tar file but only zeros" in done.stdout
+        assert not (folder / "part.dataset.json").exists()
+    assert "30 good samples" in prepare(folder, "--tokenizer", tokenizer, "--skip-unreadable")
+    records = [json.loads(line) for line in (folder / "part.quarantine.jsonl").read_text().splitlines()]
+    assert [Path(record["shard"]).name for record in records if record["key"] == "(shard)"] == [
+        "part-00005.tar", "part-00006.tar"]  # fmt: skip
+    for i in range(5):
+        (folder / f"part-0000{i}.tar").unlink()
+    message = prepare(folder, "--tokenizer", tokenizer, "--skip-unreadable", status=1)
+    assert "none of 2 shards can be read" in message
+
+
+def test_the_report_names_the_shards_that_lost_most(folder: Path, tokenizer: Path) -> None:
+    (folder / "part-00005.tar").write_bytes(b"")
+    write_shard(folder / "part-00006.tar", {"0.cls": b"3"})
+    write_shard(folder / "part-00007.tar", many(4) | {f"{i}.jpg": b"x" for i in range(9)})
+    with tarfile.open(folder / "part-00001.tar") as archive:
+        third = archive.getmember("0012.jpg").offset
+    os.truncate(folder / "part-00001.tar", third)
+    for i in range(8, 30):
+        write_shard(folder / f"part-{i:05d}.tar", many(1, i) | {"x.jpg": b"x"})
+    lines = prepare(folder, "--tokenizer", tokenizer).splitlines()
+    first = lines.index("27 of 30 shards lost samples, the worst first:") + 1
+    names = [line.split("part-")[1][:5] for line in lines[first : first + 5]]
+    assert names[:4] == ["00006", "00005", "00001", "00007"]
+    assert "0 good samples, 1 refused (1 no sample)" in lines[first]
+    assert "4 good samples, 9 refused (9 missing caption)" in lines[first + 3]
+    assert "and 7 more; see " in lines[first + 20] and lines[first + 21].endswith("written")
 
 
 def test_a_manifest_follows_its_shards_when_one_is_deleted(folder: Path, tokenizer: Path) -> None:
