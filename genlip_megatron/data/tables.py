@@ -38,7 +38,7 @@ TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", ".feather")
 MAX_LINE_BYTES = 64 << 20  # also of a record in .json
 # A record of .csv goes on no further than this many lines, and MAX_CAPTION_BYTES: each is read again if it is refused.
 MAX_FIELD_LINES = 1000
-# JSON has no header: a column is looked for in so many rows.
+# JSON has no header: columns are looked for in its first rows.
 HEADER_ROWS = 10_000
 # Rows with images in them are large: few are held at once.
 BATCH_ROWS = 64
@@ -79,10 +79,14 @@ def column_names(path: str) -> list[str]:
             return header[1]
         if suffix not in TEXT_SUFFIXES:
             return _arrow(path, [])[0]
-        rows = list(itertools.islice(_json_rows(path, suffix), HEADER_ROWS))
-        names = dict.fromkeys(name for _, cells in rows if isinstance(cells, dict) for name in cells)
-        if rows and not names:
-            raise ValueError(f"no row of the first {len(rows)} can be read; in the first, {rows[0][1] or 'no column'}")
+        names, problem = dict[str, None](), ""
+        for _, cells in itertools.islice(_json_rows(path, suffix), HEADER_ROWS):
+            if isinstance(cells, str):
+                problem = problem or cells
+            else:
+                names.update(dict.fromkeys(cells))
+        if problem and not names:
+            raise ValueError(f"no row of the first {HEADER_ROWS} can be read; of the first one, {problem}")
         return list(names)
 
 
@@ -184,7 +188,7 @@ def _csv(lines: Iterator[_Line], image_column: str) -> Iterator[tuple[int, list[
         except StopIteration:
             return
         except csv.Error as error:
-            problem = f"row is malformed: {error}"
+            problem = f"row is malformed: {str(error).split(' - ')[0]}"  # without advice for programmers
         else:
             if not "".join(cells).strip() and len(cells) < 2:
                 continue

@@ -427,7 +427,11 @@ def test_images_of_a_folder_without_a_usable_caption_are_skipped(photos: Path, t
         ("list.parquet.gz", [], r"SOURCE \S+list.parquet.gz: must be a folder or end in .csv"),
         ("list.json", [], r"--image-column image: no such column in \S+list.json; it has: none"),
         ("dict.json", [], r"SOURCE \S+dict.json: cannot be read as .json: it must hold a list of records"),
-        ("bad.jsonl", [], r"SOURCE \S+bad.jsonl: cannot be read as .jsonl: no row of the first 1 can be read"),
+        (
+            "bad.jsonl",
+            [],
+            r"SOURCE \S+bad.jsonl: cannot be read as .jsonl: no row of the first 10000 can be read; of the first one, ",
+        ),
         ("blank.csv", [], r"SOURCE \S+blank.csv: cannot be read as .csv: the file is empty"),
         ("quote.csv", [], r"SOURCE \S+quote.csv: cannot be read as .csv: its first line must name the columns"),
         ("quote.tsv", [], r"SOURCE \S+quote.tsv: cannot be read as .tsv: .* rename the table to .csv"),
