@@ -32,7 +32,9 @@ from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, che
 from genlip_megatron.data.text import Tokenizer, Turns, check_turns, parse_turns, tokenize_many
 from genlip_megatron.outputs import check_file
 
-FORMAT_VERSION = 2
+# Grows with the table's layout and with the rules of what is a good sample. An index of older rules can be trained on;
+# tools/prepare_data.py replaces it.
+FORMAT_VERSION, READABLE_FORMATS = 3, (2, 3)
 CAPTION_SUFFIXES = (".json", ".txt")
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
 MAX_TEXT_TOKENS = 65_535
@@ -416,8 +418,8 @@ def read_index(shard: str) -> ShardIndex:
         ignored = json.loads(parts.get("ignored", b"{}"))
     except Exception as error:  # whatever is wrong with the file, the remedy is the same
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
-    if header.format != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {header.format}, this version reads {FORMAT_VERSION}; {remedy}")
+    if header.format not in READABLE_FORMATS:
+        raise ValueError(f"{path} has format {header.format}, this version reads {READABLE_FORMATS}; {remedy}")
     keys = Keys(parts["keys"], np.frombuffer(parts["key_ends"], np.int64))
     return ShardIndex(shard, np.frombuffer(parts["rows"], ROW), keys, refused, header, ignored)
 
@@ -447,12 +449,14 @@ def load_index(shard: str, fingerprint: str, prompt: str) -> ShardIndex:
 
 
 def refresh_index(shard: str, tokenizer: Tokenizer, prompt: str) -> tuple[ShardIndex, bool]:
-    """(the shard's index, whether it was there already): made anew only when the shard, tokenizer or prompt changed.
+    """(the shard's index, whether it was there already): built when shard, tokenizer, prompt or rules changed.
 
     A shard of the same size but another time stamp is compared by checksum: a copy need not be decoded again.
     """
     try:
         index = load_index(shard, tokenizer.fingerprint, prompt)
+        if index.header.format != FORMAT_VERSION:
+            return build_index(shard, tokenizer, prompt), False
         size, stamp = storage.state(shard)
         if (size, stamp) == (index.header.shard_size, index.header.shard_stamp):
             return index, True

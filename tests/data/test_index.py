@@ -412,3 +412,14 @@ def test_shards_of_files_folders_and_globs(tmp_path: Path) -> None:
     (tmp_path / "c.tar").touch()
     with pytest.raises(ValueError, match=r"c\.tar is empty \(0 bytes\)"):
         expand_shards([str(tmp_path)], "S")
+
+
+def test_an_index_of_older_rules_can_be_trained_on_and_is_made_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "s.tar", {"0.jpg": image(), "0.json": CAPTION})
+    index = build_index(shard, tokenizer, PROMPT)
+    old = write_index(dataclasses.replace(index, header=dataclasses.replace(index.header, format=2)))
+    assert load_index(shard, tokenizer.fingerprint, PROMPT).header == old.header
+    again, unchanged = refresh_index(shard, tokenizer, PROMPT)
+    # The same samples: a run on them goes on.
+    assert not unchanged and again.header.format == 3 and again.header.digest == old.header.digest
+    assert refresh_index(shard, tokenizer, PROMPT)[1]
