@@ -23,7 +23,7 @@ from genlip_megatron.config import DEFAULT_PROMPT, from_dict
 from genlip_megatron.data.index import build_index
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.text import END_OF_TURN, load_tokenizer, tokenize
-from genlip_megatron.evaluate.page import COLOURS, KINDS, block_shares
+from genlip_megatron.evaluate.page import COLOURS, KINDS, block_shares, build_page
 from genlip_megatron.model.mask import prefix_lm_mask
 from tools import inspect_data
 
@@ -282,7 +282,7 @@ def test_text_of_the_data_never_becomes_part_of_the_page(page: Callable[..., Pag
         (["--prompt", "Say it."], "was made with another prompt than data.prompt = 'Say it.'"),
         (["--tokenizer", "nope.json"], "data.tokenizer = 'nope.json': no such file"),
         (["--config", "so17"], "--config so17: no such recipe"),
-        (["--pack", "3"], "unrecognized arguments: --pack"),
+        (["--pack", "3"], "unknown flag --pack. Did you mean '--packs'?"),
         (["nope.tar"], "nope.tar"),
         (["--output", "nope/page.html"], "--output nope/page.html: its folder does not exist"),
     ],
@@ -290,11 +290,12 @@ def test_text_of_the_data_never_becomes_part_of_the_page(page: Callable[..., Pag
 def test_errors_are_one_line_and_leave_an_earlier_page_alone(
     words: list[str], message: str, page: Callable[..., Page], data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (data / "page.html").write_text("earlier")
+    earlier = build_page("earlier", [], [])
+    (data / "page.html").write_text(earlier)
     before = sorted(data.iterdir())
     with pytest.raises(SystemExit) as error:
         page(*words)
     line = capsys.readouterr().err
     assert error.value.code == 2 and line.startswith("inspect_data.py: error: ") and line.count("\n") == 1
     assert message in line
-    assert (data / "page.html").read_text() == "earlier" and sorted(data.iterdir()) == before
+    assert (data / "page.html").read_text() == earlier and sorted(data.iterdir()) == before
