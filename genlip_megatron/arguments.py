@@ -58,7 +58,7 @@ class StrictParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = list(map(str, action.choices))
-            text = f"invalid choice: {value!r}: expected one of {', '.join(choices)}{nearest(str(value), choices)}"
+            text = f"invalid choice: {value!r}: expected one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"
             raise argparse.ArgumentError(action, text)
 
 

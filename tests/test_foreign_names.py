@@ -173,9 +173,9 @@ def test_tools_suggest_their_own_flags_and_values(capsys: pytest.CaptureFixture[
         (
             caption.main,
             [*base, "--dtype", "bf61"],
-            "invalid choice: 'bf61': expected one of auto, fp32, bf16, fp16 (see",
+            "invalid choice: 'bf61': expected one of 'auto', 'fp32', 'bf16', 'fp16' (see",
         ),
-        (caption.main, [*base, "--dtype", "atuo"], "expected one of auto, fp32, bf16, fp16. Did you mean 'auto'?"),
+        (caption.main, [*base, "--dtype", "atuo"], "'bf16', 'fp16'. Did you mean 'auto'?"),
         (checkpoints.main, ["prnue", "x"], "Did you mean 'prune'?"),
         (checkpoints.main, ["prune", "x", "--dryrun"], "unknown flag --dryrun. Did you mean '--dry-run'?"),
     ):

@@ -80,7 +80,7 @@ def test_rows_come_in_the_order_of_the_inputs_whatever_the_batch(
 def test_a_limit_and_an_older_output(
     caption: Any, checkpoints: dict[str, Path], demo_data: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "captions.jsonl").write_text("old")
+    (tmp_path / "captions.jsonl").write_text('{"path": "old.jpg", "caption": "old"}\n')
     found = caption(demo_data / "val.dataset.json", "--load", checkpoints["1"], "--limit", 3)
     assert [row["key"] for row in found] == ["val000000", "val000001", "val000002"]
 
