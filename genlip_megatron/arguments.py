@@ -58,8 +58,9 @@ class StrictParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = list(map(str, action.choices))
-            text = f"invalid choice: {value!r}: expected one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"
-            raise argparse.ArgumentError(action, text)
+            allowed = ", ".join(map(repr, choices))
+            near = nearest(str(value), choices)
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}: expected one of {allowed}{near}")
 
 
 def _instead(word: str, flags: Mapping[str, argparse.Action]) -> str:
