@@ -95,7 +95,6 @@ def run(config: RunConfig) -> int:
 
     host.install()
     from genlip_megatron.data.quarantine import DataFailure
-    from genlip_megatron.data.storage import StoreError
     from genlip_megatron.faults.exits import Mistake
     from genlip_megatron.faults.watchdog import Watchdog
     from genlip_megatron.parallel import groups
@@ -117,8 +116,8 @@ def run(config: RunConfig) -> int:
         # Only the ranks that share the samples know; torchrun ends the others when these leave.
         say_error(str(error), True)
         return EXIT_DATA_FAILURE
-    except StoreError as error:
-        # It may answer by the time that the workers are started again.
+    except ConnectionError as error:
+        # A store, or another process, may answer by the time that the workers are started again.
         say_error(str(error), groups.first_to_say(str(error)))
         return 1
     finally:

@@ -69,13 +69,16 @@ def main() -> None:
     try:
         found_images = list(itertools.islice(images_of(options.shard), options.limit))
     except (OSError, tarfile.TarError) as error:
-        parser.error(f"{options.shard}: cannot be read: {error}")
+        parser.error(f"{options.shard}: cannot be read: {' '.join(str(error).split())}")
     if not found_images:
         parser.error(f"{options.shard}: no image there; expected {', '.join(sorted(SUFFIXES))}")
-    # In float32 on the CPU, where captions can be compared with another program's token by token.
-    model: Any = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, trust_remote_code=True)
+    try:
+        # In float32 on the CPU, where captions can be compared with another program's token by token.
+        model: Any = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, trust_remote_code=True)
+        processor: Any = AutoProcessor.from_pretrained(options.folder, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.folder}: no model can be loaded from it: {' '.join(str(error).split())}")
     model.eval()
-    processor: Any = AutoProcessor.from_pretrained(options.folder, trust_remote_code=True)
     keys, images = zip(*found_images, strict=True)
     inputs = processor(images=list(images)).to(model.device, model.dtype)
     tokens = model.generate(**inputs, max_new_tokens=options.max_new_tokens)

@@ -221,6 +221,9 @@ def main() -> None:
             raise ValueError(f"--manifest {manifest}: must end in .json")
         if not options.part:
             check_files(manifest)
+        folder = storage.parent(manifest) or "."
+        if not storage.is_remote(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise ValueError(f"--manifest {manifest}: {folder} is not a folder that can be written to")
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     first, step = options.part or (0, 1)

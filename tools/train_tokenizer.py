@@ -55,27 +55,13 @@ def is_own(content: bytes) -> bool:
     return own and model.bos_id() == model.eos_id() == -1
 
 
-@command
-def main() -> None:
-    """Train and write the model."""
-    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", nargs="+", help=".tar files, folders of them, or globs")
-    parser.add_argument("--output", required=True, help="the .model file to write")
-    parser.add_argument("--vocab-size", type=int, default=512, help="largest number of pieces (default: 512)")
-    options = parser.parse_args()
-    try:
-        check_file(options.output, is_own)
-        texts = list(captions(expand_shards(options.shards, "SHARDS")))
-        if not texts:
-            raise ValueError("no shard holds a readable caption")
-    except (ValueError, tarfile.TarError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    model = io.BytesIO()
+def train(texts: list[str], model: io.BytesIO, vocab_size: int) -> None:
+    """Write a SentencePiece model of the texts."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
         model_type="unigram",
-        vocab_size=options.vocab_size,
+        vocab_size=vocab_size,
         hard_vocab_limit=False,
         byte_fallback=True,
         add_dummy_prefix=False,
@@ -87,10 +73,31 @@ def main() -> None:
         num_threads=1,
         minloglevel=2,
     )
+
+
+@command
+def main() -> None:
+    """Train and write the model."""
+    parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+", help=".tar files, folders of them, or globs")
+    parser.add_argument("--output", required=True, help="the .model file to write")
+    parser.add_argument("--vocab-size", type=int, default=512, help="largest number of pieces (default: 512)")
+    options = parser.parse_args()
+    if options.vocab_size < 1:
+        raise ValueError(f"--vocab-size {options.vocab_size}: must be at least 1")
+    check_file(options.output, is_own)
     try:
-        write(options.output, model.getvalue(), is_own)
-    except ValueError as error:
+        texts = list(captions(expand_shards(options.shards, "SHARDS")))
+    except tarfile.TarError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if not texts:
+        raise ValueError("no shard holds a readable caption")
+    model = io.BytesIO()
+    try:
+        train(texts, model, options.vocab_size)
+    except RuntimeError as error:  # its message ends with the sizes that are needed
+        raise ValueError(f"--vocab-size {options.vocab_size}: {str(error).rpartition('] ')[2]}") from error
+    write(options.output, model.getvalue(), is_own)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     print(f"{options.output}: {pieces} pieces from {len(texts)} texts")
 

@@ -32,7 +32,7 @@ _FIRST_RETRIES, _FIRST_TIMEOUT_SECONDS = 1, 15.0
 _LEFTOVER_SECONDS = 3600
 
 
-class StoreError(OSError):
+class StoreError(ConnectionError):
     """A remote store did not answer, or failed, however often it was asked. Later it may."""
 
 

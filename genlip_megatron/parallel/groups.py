@@ -38,6 +38,7 @@ def initialize(config: RunConfig) -> None:
 
     Raises:
         ValueError: the layout does not fit the number of processes, or the processes the number of GPUs.
+        ConnectionError: the processes cannot meet.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check(config, world_size)
@@ -45,14 +46,19 @@ def initialize(config: RunConfig) -> None:
         grow_segments(config)
         torch.cuda.set_device(own_gpu())
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            backend(),
-            # With a store of its own a process does not look for the others at MASTER_ADDR.
-            store=torch.distributed.HashStore() if world_size == 1 else None,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout(config),
-        )
+        try:
+            torch.distributed.init_process_group(
+                backend(),
+                # With a store of its own a process does not look for the others at MASTER_ADDR.
+                store=torch.distributed.HashStore() if world_size == 1 else None,
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout(config),
+            )
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(f"rank {rank} of {world_size} cannot meet the others at {place}: {reason}") from error
     parallel_state.destroy_model_parallel()
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
