@@ -14,6 +14,9 @@ written, 128 + n ended at once by a second signal n. See docs/reliability.md.
 
 from __future__ import annotations
 
+import genlip_megatron.command  # noqa: F401  first, for Ctrl-C while the others are imported
+
+# isort: split
 import os
 import sys
 

@@ -1,6 +1,7 @@
 """How the project's tools end: a user's error and Ctrl-C are one line each, everything unforeseen is a traceback.
 
-Importing this module is enough for the line of Ctrl-C, so that it holds while a tool still imports torch.
+A program imports this module first: until its ``main`` runs there is nothing to clean up, and Ctrl-C ends it at once.
+As an exception it would be turned into an ImportError by NumPy, or swallowed, while they are imported.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any, NoReturn
 
 # What a user's wrong path comes to; other OSErrors, of a full disk say, may be gone the next time.
 FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_ROOT = Path(__file__).parent.parent
+_PROGRAMS = (_ROOT, _ROOT / "tools", _ROOT / "tools" / "benchmarks")
 _USER_ERROR = 2
 _GRACE = 5.0  # seconds that a worker has to remove what it has half written
 
@@ -71,15 +74,28 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python itself then ends by SIGINT, so that a shell's loop ends as well."""
+def _say_interrupted() -> None:
+    start = "\n" if sys.stderr.isatty() else ""  # after the terminal's ^C
+    print(f"{start}{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+
+
+def _end_at_once(number: int, _: FrameType | None) -> None:
+    _say_interrupted()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python itself ends by SIGINT after a KeyboardInterrupt, so that a shell's loop ends as well."""
     if issubclass(kind, KeyboardInterrupt):
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        _say_interrupted()
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _say_interrupted
+if Path(sys.argv[0]).resolve().parent in _PROGRAMS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end_at_once)
+sys.excepthook = _on_error
 
 _ending = False  # in a worker that is to end
 

@@ -19,6 +19,8 @@ from genlip_megatron.faults.exits import EXIT_PREEMPTED
 from genlip_megatron.faults.stop import StopRequest, stop_file
 from tests.distributed import run_distributed
 from tests.fault_table import FaultRow
+from tests.processes import Zygote
+from tests.reliability.training import Training
 from tests.runs import tiny_config
 
 
@@ -148,21 +150,63 @@ def test_the_file_is_looked_for_once_a_second_by_one_process_a_machine(tmp_path:
         other.close()
 
 
-@pytest.mark.faults
-def test_a_second_signal_ends_a_process_that_is_stuck_in_c(fault_row: FaultRow) -> None:
+def stuck_in_c(listen: str) -> subprocess.Popen[str]:
+    """A process that is for minutes in C, deaf to signals, without the interpreter's lock; after ``listen``."""
     code = (
-        "import hashlib; from genlip_megatron.config import RunConfig\n"
-        "from genlip_megatron.faults.stop import StopRequest; StopRequest(RunConfig()); print('ready', flush=True)\n"
-        "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes in C, deaf to signals, without the lock
+        "import hashlib; from genlip_megatron.config import RunConfig; from genlip_megatron.faults import stop\n"
+        f"{listen}; print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)  # type: ignore[call-overload]
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGUSR1"), ("SIGINT", "SIGINT")])
+def test_a_second_signal_ends_a_process_that_is_stuck_in_c(first: str, second: str, fault_row: FaultRow) -> None:
+    process = stuck_in_c("stop.StopRequest(RunConfig())")
     try:
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(getattr(signal, first))
+        assert process.stderr is not None and f"stop requested by {first}" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)  # what comes within a second is the same request
         time.sleep(1.3)
         assert process.poll() is None
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(3) == 128 + signal.SIGUSR1
+        process.send_signal(getattr(signal, second))
+        _, errors = process.communicate(timeout=3)
+        assert process.returncode == 128 + getattr(signal, second)
+        assert errors == ""
     finally:
         process.kill()
     fault_row("second signal", "stuck in C with the interpreter's lock", "process ended at once")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_before_training_the_first_signal_ends_a_process_that_is_stuck_in_c(
+    number: signal.Signals, fault_row: FaultRow
+) -> None:
+    """As in the rendezvous, where it waits for other processes."""
+    process = stuck_in_c("stop.leave_on_signal('')")
+    try:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=3)
+        assert process.returncode == EXIT_PREEMPTED
+        assert errors == f"stop requested by {number.name} while no step is made: leaving at once\n"
+    finally:
+        process.kill()
+    fault_row(number.name, "before training, stuck in C", f"nothing trained, status {EXIT_PREEMPTED}")
+
+
+@pytest.mark.faults
+def test_ctrl_c_in_a_terminal_saves(zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
+    """The terminal sends SIGINT to the foreground process group: the run and all it has started."""
+    training = Training(zygote, demo_data, tmp_path)
+    job = training.start(train__train_iters=100_000)
+    job.wait_for(" 2/100000")
+    os.killpg(job.pids[0], signal.SIGINT)
+    (ended,) = job.wait()
+    assert ended.code == EXIT_PREEMPTED and "Traceback" not in ended.output, ended.output[-2000:]
+    (steps,) = {step for _, step in training.history()} & {pointed(training.run)}
+    assert f"leaving after step {steps}" in ended.output
+    fault_row("SIGINT", "the process group, as by Ctrl-C", f"saved, status {EXIT_PREEMPTED}")

@@ -28,15 +28,15 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Launch:
-    """``torchrun --max-restarts 2 pretrain_genlip.py`` on two processes, with its output in a file."""
+    """``torchrun --max-restarts pretrain_genlip.py`` on two processes, with its output in a file."""
 
-    def __init__(self, config: RunConfig, folder: Path, shared_store: bool) -> None:
+    def __init__(self, config: RunConfig, folder: Path, shared_store: bool, restarts: int) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(config.to_yaml())
         self.file = folder / "output.txt"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
-            "2", "pretrain_genlip.py", "--config", str(folder / "config.yaml"),
+            str(restarts), "pretrain_genlip.py", "--config", str(folder / "config.yaml"),
         ]  # fmt: skip
         own_store = {} if shared_store else {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own_store}
@@ -72,13 +72,13 @@ class Launch:
             raise AssertionError(f"still running after {seconds} s:\n{self.output[-4000:]}") from None
 
     def trainings(self) -> int:
-        """How often training began: rank 0 prints its configuration each time."""
-        return len(re.findall(r"^checkpoint:$", self.output, re.MULTILINE))
+        """How often training began: rank 0 prints what it will run each time."""
+        return len(re.findall(r"^train_data .* \| save ", self.output, re.MULTILINE))
 
 
 @contextmanager
-def launched(config: RunConfig, folder: Path, shared_store: bool = False) -> Iterator[Launch]:
-    launch = Launch(config, folder, shared_store)
+def launched(config: RunConfig, folder: Path, shared_store: bool = False, restarts: int = 2) -> Iterator[Launch]:
+    launch = Launch(config, folder, shared_store, restarts)
     try:
         yield launch
     finally:
@@ -124,6 +124,22 @@ def test_preempted_run_saves_and_is_not_started_again(
 
 
 @pytest.mark.faults
+def test_ctrl_c_at_torchrun_saves(demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
+    """A terminal's Ctrl-C reaches torchrun, which passes it on: its workers have sessions of their own."""
+    save = tmp_path / "run"
+    with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "first") as launch:
+        launch.wait_for_step(3)
+        launch.torchrun.send_signal(signal.SIGINT)
+        assert launch.ended(60)
+    steps = checkpoints.pointed(save)
+    assert f"leaving after step {steps}" in launch.output
+    assert launch.output.count("stop requested by SIGINT") == 1 and "KeyboardInterrupt" not in launch.output
+    assert launch.output.count("Traceback") == 1, "beside torchrun's own"
+    assert not [path for path in save.iterdir() if path.name.startswith(".")]
+    fault_row("SIGINT", "torchrun, as by Ctrl-C", "all save, not started again")
+
+
+@pytest.mark.faults
 @pytest.mark.slow
 def test_killed_worker_is_started_again_and_the_result_is_the_same(
     demo_data: Path, tmp_path: Path, fault_row: FaultRow
@@ -151,23 +167,36 @@ def test_mistake_is_told_once(demo_data: Path, tmp_path: Path) -> None:
     with launched(config, tmp_path / "launch", shared_store=True) as launch:
         assert launch.ended(120)
         assert launch.output.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
-        assert launch.output.count("matches no .tar file") == 1
-        assert "exitcode  : 2 " in launch.output
+        error = "pretrain_genlip.py: error: data.train_data: '/nowhere/*.tar' matches no .tar file"
+        assert len(re.findall(f"^{re.escape(error)}$", launch.output, re.MULTILINE)) == 1
+        # torchrun's last lines: the workers that were started again left for the same reason.
+        assert "exitcode  : 2 " in launch.output and "To enable traceback" not in launch.output
+        _, _, cause = launch.output.partition("Root Cause")
+        assert f"traceback : {error}\n" in cause and cause.count("\n") < 10
 
 
-def test_preempted_before_training_began(demo_data: Path, tmp_path: Path) -> None:
-    """SIGUSR1 while torch is imported: nothing to save, but torchrun must not start training after it."""
+def test_a_mistake_in_the_command_line_is_told_once(demo_data: Path, tmp_path: Path) -> None:
+    config = resuming(demo_data, tmp_path / "run", train__global_batch_size=3)
+    with launched(config, tmp_path / "launch", restarts=0) as launch:
+        assert launch.ended(120)
+        assert len(re.findall(r"^pretrain_genlip.py: error: .*global_batch_size", launch.output, re.MULTILINE)) == 1
+        assert re.search(r"traceback : pretrain_genlip.py: error: .*global_batch_size", launch.output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_preempted_before_training_began(number: signal.Signals, demo_data: Path, tmp_path: Path) -> None:
+    """A signal while torch is imported: nothing to save, but torchrun must not start training after it."""
 
     def listening() -> bool:
         return len(launch.workers()) == 2 and all(
             int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text())[0], 16)
-            & 1 << signal.SIGUSR1 - 1
+            & 1 << signal.SIGUSR1 - 1  # Python itself listens to SIGINT
             for worker in launch.workers()
         )
 
     with launched(resuming(demo_data, tmp_path / "run"), tmp_path / "launch") as launch:
         launch.wait_for("both workers listen", listening)
-        launch.workers()[0].send_signal(signal.SIGUSR1)
+        launch.workers()[0].send_signal(number)
         assert launch.ended(60)
         assert launch.trainings() <= 1 and "| lm loss" not in launch.output
         assert "exitcode  : 17 " in launch.output

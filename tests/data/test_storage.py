@@ -1,0 +1,114 @@
+"""What keeps a remote store from being read is said in one line that names the address, and soon."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from genlip_megatron.data import storage
+from tests.data.test_read import bucket  # noqa: F401
+from tests.processes import free_port
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """/404 is answered with that status; /hang never."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/hang"):
+            time.sleep(3)
+            return
+        self.send_response(int(self.path[1:4] or 404))
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def expand(url: str) -> Any:
+    return storage.expand_shards([url], "PATH")
+
+
+READERS: tuple[Callable[[str], Any], ...] = (expand, storage.read_bytes, storage.state)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_store_that_does_not_answer_is_named_within_seconds(read: Callable[[str], Any]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    begin = time.monotonic()
+    with pytest.raises(storage.StoreError) as error:
+        read(f"{url}/x.tar")
+    assert str(error.value).startswith(f"{url}: the store does not answer (Cannot connect to host")
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_store_that_refuses_is_not_asked_again(
+    status: int, read: Callable[[str], Any], web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, pauses = f"{web}/{status}.tar", list[float]()
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    with pytest.raises(PermissionError, match=rf"^{url}: access denied \({status} .*check the store's credentials"):
+        read(url)
+    assert not pauses
+
+
+def test_a_missing_file_is_not_asked_for_again(web: str) -> None:
+    for read in (storage.read_bytes, storage.state):
+        with pytest.raises(FileNotFoundError, match=f"^{web}/404.tar: no such file, folder or bucket$"):
+            read(f"{web}/404.tar")
+    with pytest.raises(ValueError, match=r"matches no \.tar file"):
+        expand(f"{web}/404.tar")
+
+
+def test_a_failing_store_is_asked_again(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(storage.StoreError, match=rf"^{web}/500.tar: the store does not answer \(500 "):
+        storage.read_bytes(f"{web}/500.tar")
+    assert len(pauses) == storage.RETRIES
+
+
+def test_a_store_that_hangs_is_given_up_at_the_first_contact(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_FIRST_TIMEOUT_SECONDS", 0.2)
+    begin = time.monotonic()
+    with pytest.raises(storage.StoreError, match=f"^{web}/hang.tar: the store does not answer"):
+        expand(f"{web}/hang.tar")
+    assert time.monotonic() - begin < 10
+
+
+def test_missing_credentials_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    storage._filesystem.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(PermissionError, match=r"^s3://nobodys: access denied \(Unable to locate credentials\)"):
+        expand("s3://nobodys/x.tar")
+    storage._filesystem.cache_clear()
+
+
+def test_a_missing_bucket_is_said(bucket: str) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=r"matches no \.tar file"):
+        expand("s3://another/x.tar")
+    with pytest.raises(FileNotFoundError, match="^s3://another/x.tar: no such file, folder or bucket$"):
+        storage.read_bytes("s3://another/x.tar")

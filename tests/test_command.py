@@ -1,0 +1,161 @@
+"""A tool ends with one line for a user's error and for Ctrl-C, and takes its workers and half-written files along."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from genlip_megatron.command import command
+
+ROOT = Path(__file__).parent.parent
+TOOL = """
+import sys, time
+from pathlib import Path
+from genlip_megatron.command import WorkerPool, command
+
+def work(folder, number):
+    file = Path(folder) / f"{number}.partial"
+    file.touch()
+    try:
+        time.sleep(600)
+    finally:
+        file.unlink()
+
+@command
+def main():
+    with WorkerPool(2) as pool:
+        for job in [pool.submit(work, sys.argv[1], number) for number in range(4)]:
+            job.result()
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def in_terminal(*words: str) -> tuple[int, int]:
+    """(pid, terminal) of a command as the foreground job of a terminal of its own."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["PYTHONPATH"] = str(ROOT)
+        os.execv(sys.executable, [sys.executable, *words])
+    return pid, terminal
+
+
+def ended(pid: int, terminal: int, seconds: float = 60) -> tuple[int, str]:
+    """(exit status or minus the signal, output) of a command in a terminal."""
+    output, deadline = b"", time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if select.select([terminal], [], [], 0.1)[0]:
+                output += os.read(terminal, 4096)
+        except OSError:  # the other side is closed
+            break
+    else:
+        os.kill(pid, signal.SIGKILL)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_tool_that_is_interrupted_ends_its_workers_and_leaves_nothing(number: int, tmp_path: Path) -> None:
+    """Ctrl-C of a terminal reaches all processes of the tool, SIGTERM only the tool."""
+    tool = tmp_path / "tool.py"
+    tool.write_text(TOOL)
+    pid, terminal = in_terminal(str(tool), str(tmp_path))
+    while len(list(tmp_path.glob("*.partial"))) < 2:
+        assert psutil.pid_exists(pid)
+        time.sleep(0.02)
+    workers = psutil.Process(pid).children(recursive=True)
+    if number == signal.SIGINT:
+        os.write(terminal, b"\x03")
+    else:
+        os.kill(pid, number)
+    status, output = ended(pid, terminal)
+    # By the signal itself, so that a shell's loop ends too; the shell says 130.
+    assert status == (-signal.SIGINT if number == signal.SIGINT else 128 + number), output
+    assert output.split() == (["^C", "tool.py:", "interrupted"] if number == signal.SIGINT else [])
+    assert not list(tmp_path.glob("*.partial"))
+    psutil.wait_procs(workers, timeout=5)
+    assert not [worker for worker in workers if worker.is_running()]
+
+
+@pytest.mark.parametrize("name", ["estimate.py", "export_encoder.py", "inspect_data.py", "prepare_data.py"])
+def test_ctrl_c_while_a_tool_imports_is_one_line(name: str) -> None:
+    pid, terminal = in_terminal(str(ROOT / "tools" / name), "--help")
+    # NumPy's library comes after the project's first module.
+    while not any("numpy" in part.path for part in psutil.Process(pid).memory_maps()):
+        time.sleep(0.01)
+    os.write(terminal, b"\x03")
+    status, output = ended(pid, terminal)
+    assert "Traceback" not in output, output
+    assert status == 0 or (status == -signal.SIGINT and f"{name}: interrupted" in output), output
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("--limit -1: must be\nat least 0"), "--limit -1: must be at least 0"),
+        (PermissionError(13, "Permission denied", "/proc/x"), "/proc/x: Permission denied"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    ],
+)
+def test_a_users_error_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def main() -> None:
+        raise error
+
+    before = signal.getsignal(signal.SIGINT)
+    assert main() == 2
+    assert capsys.readouterr().err == f"{Path(__file__).name}: error: {line}\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_programming_error_keeps_its_traceback() -> None:
+    @command
+    def main() -> None:
+        raise TypeError
+
+    with pytest.raises(TypeError):
+        main()
+
+
+def test_a_reader_that_has_enough_ends_a_tool_quietly() -> None:
+    code = (
+        "import sys; from genlip_megatron.command import command\n"
+        "@command\ndef main():\n    for number in range(10**6): print(number)\n"
+        "sys.exit(main())"
+    )
+    words = ["bash", "-c", f"'{sys.executable}' -c '{code}' | head -n 1"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+TOOLS = {
+    "inspect_data.py": ["INPUT", "--tokenizer", "/nowhere.json", "--output", "OUT"],
+    "prepare_data.py": ["INPUT", "--tokenizer", "/nowhere.json"],
+    "train_tokenizer.py": ["INPUT", "--output", "OUT"],
+    "render_demo_data.py": ["--output", "FILE/OUT", "--train-samples", "1", "--val-samples", "1"],
+    "checkpoints.py": ["list", "/nowhere"],
+}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_path_that_leads_nowhere_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "broken.tar").symlink_to("/nowhere")
+    places = {"INPUT": "broken.tar", "OUT": "out", "FILE/OUT": "file/out"}
+    words = [places.get(word, word) for word in TOOLS[name]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    tool = [sys.executable, str(ROOT / "tools" / name), *words]
+    done = subprocess.run(tool, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"{name}: error: " in done.stderr.splitlines()[-1]
