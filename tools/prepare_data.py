@@ -35,7 +35,7 @@ from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import Totals, check_files, manifest_paths, open_dataset, other_shards, write_manifest
 from genlip_megatron.data.index import ShardIndex, UnreadableShard, refresh_index
 from genlip_megatron.data.plan import Plan, Source
-from genlip_megatron.data.text import Tokenizer, load_tokenizer
+from genlip_megatron.data.text import Tokenizer, encode_prompt, load_tokenizer
 
 _ESTIMATE_SAMPLES = 50_000
 _LISTED = 20  # shards that are named one by one
@@ -215,6 +215,7 @@ def main() -> None:
         if options.workers < 1 or options.seq_length < 1:
             raise ValueError(f"--workers {options.workers}, --seq-length {options.seq_length}: must be at least 1")
         tokenizer = load_tokenizer(options.tokenizer)
+        encode_prompt(options.prompt, tokenizer, "--prompt")
         shards = storage.expand_shards(options.shards, "PATH", check_files=False)
         manifest = options.manifest or default_manifest(shards)
         if not manifest.endswith(".json"):
