@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import shutil
 import struct
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -170,45 +170,54 @@ def launch(zygote: Zygote, config: RunConfig, folder: Path, env: dict[str, str],
     return zygote.run(ranks, ["--config", str(folder / "config.yaml")], env)
 
 
+def log_to_wandb() -> int:
+    """A process that logs a step: of which folder, to which project, which step."""
+    folder, project, step = sys.argv[1:]
+    config = override(RunConfig(), {"checkpoint.save": folder, "log.wandb_project": project})
+    writer = Writer(config, active=True)
+    writer.begin(int(step) - 1)
+    writer.scalars({"lm loss": 1.0}, int(step))
+    writer.close()
+    return 0
+
+
 @needs_wandb
 def test_wandb_continues_the_same_run(
     zygote: Zygote, demo_data: Path, tmp_path: Path, wandb_env: dict[str, str]
 ) -> None:
+    """Steps that are done again, after a rollback from step 4 to 2 and a crash after 5, are logged though W&B has
+    them."""
     folder = tmp_path / "run"
-
-    def run(last: int, *faults: str, save: Path = folder, project: str = "genlip") -> list[tuple[str, str, list[int]]]:
-        _, config = settings(
-            demo_data,
-            "DP2",
-            *faults,
-            faults__on_spike="rollback",
-            checkpoint__save=str(save),
-            checkpoint__save_interval=2,
-            train__train_iters=last,
-            data__valid_data="",
-            log__log_interval=1,
-            log__wandb_project=project,
-            model__num_layers=1,
-        )
+    flags = {"faults__on_spike": "rollback", "checkpoint__save_interval": 2, "log__log_interval": 1}
+    flags |= {"checkpoint__save": str(folder), "log__wandb_project": "genlip", "data__valid_data": ""}
+    for last, faults in ((5, ["spike@4:0"]), (6, [])):
+        _, config = settings(demo_data, "DP2", *faults, **flags, train__train_iters=last)
         (ended,) = launch(zygote, config, tmp_path, wandb_env)
         assert ended.code == 0, ended.output[-3000:]
-        time.sleep(1.1)  # its folders are named by the second
-        return history(tmp_path / "wandb")
+        shutil.rmtree(folder / "iter_0000005", ignore_errors=True)
+        time.sleep(1.1)  # W&B names its folders by the second
+    first, second = history(tmp_path / "wandb")
+    assert first[1:] == ("genlip", [1, 2, 3, 3, 4, 5]) and second == (first[0], "genlip", [5, 6])
 
-    # Steps that are done again, after a rollback from step 4 to 2 or a crash, are logged though W&B has them.
-    ((name, project, steps),) = run(5, "spike@4:0")
-    assert project == "genlip" and steps == [1, 2, 3, 3, 4, 5]
-    shutil.rmtree(folder / "iter_0000005")  # as after a crash
-    shutil.copytree(folder, tmp_path / "copy")
-    assert run(6)[1:] == [(name, "genlip", [5, 6])]
-    # Another run goes on from a copy, and one in another project is another.
-    copied = run(5, save=tmp_path / "copy")[2]
-    assert copied[0] != name and copied[2] == [5]
-    other = run(7, project="other")[3]
-    assert other[0] != name and other[1:] == ("other", [7])
-    (folder / WANDB_FILE).write_text("{")
-    assert run(8, project="other")[4][2] == [8]
-    assert json.loads((folder / WANDB_FILE).read_text())["project"] == "other"
+
+@needs_wandb
+def test_another_wandb_run_where_it_is_another(zygote: Zygote, tmp_path: Path, wandb_env: dict[str, str]) -> None:
+    def logged(folder: Path, project: str, step: int) -> str:
+        (ended,) = zygote.run(1, [str(folder), project, str(step)], wandb_env, target=f"{__name__}:log_to_wandb")
+        assert ended.code == 0, ended.output[-3000:]
+        time.sleep(1.1)
+        name, *rest = history(tmp_path / "wandb")[-1]
+        assert rest == [project, [step]]
+        return name
+
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    name = logged(folder, "genlip", 1)
+    shutil.copytree(folder, copy)
+    assert logged(copy, "genlip", 2) != name, "two runs must not write to one"
+    assert logged(folder, "genlip", 2) == name
+    assert logged(folder, "other", 3) != name
+    (copy / WANDB_FILE).write_text("{")  # cut off by a crash
+    assert logged(copy, "genlip", 3) != name
 
 
 @needs_wandb
