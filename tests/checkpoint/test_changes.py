@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import shutil
 import typing
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,60 @@ def test_going_back_keeps_the_new_settings(world_size: int, fsdp: bool, demo_dat
     back = run_distributed(world_size, groups_of, tiny_config(demo_data, **flags, **NEW), STEPS)
     fresh = run_distributed(world_size, groups_of, tiny_config(demo_data, parallel__fsdp=fsdp, **NEW), STEPS)
     assert back == fresh
+
+
+def back_to_the_start(config: RunConfig) -> tuple[int, list[Any], float]:
+    """(step of the data, updates that the optimizer counts, largest moment) after going back past the first update."""
+    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.resume import rewind, save
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    run.iteration += 1  # it made no update
+    assert save(run, last=True)
+    batches = iter(run.train_loader)
+    for _ in range(2):
+        assert train_step(run, batches).updated
+    batches.close()
+    assert rewind(run) == run.iteration
+    run.train_loader.close()
+    states = run.optimizer.state if config.parallel.fsdp else run.optimizer.chained_optimizers[0].optimizer.state
+    largest = max(float(moment.abs().max()) for state in states.values() for moment in state.values())
+    return run.train_loader.step, [group.get("step", 0) for group in run.optimizer.param_groups], largest
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_going_back_past_the_first_update(fsdp: bool, demo_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(demo_data, parallel__fsdp=fsdp, checkpoint__save=str(tmp_path / "run"))
+    assert run_distributed(1, back_to_the_start, config)[0] == (0, [0], 0.0)
+
+
+def first_data_after_going_back(config: RunConfig) -> tuple[int, bool]:
+    """(step of the data after going back to a checkpoint of other data, whether it begins with the first again)."""
+    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.resume import rewind
+
+    run = set_up(config)
+    assert run.train_loader is not None
+    batches = iter(run.train_loader)
+    first = next(batches).keys
+    batches.close()
+    batches = iter(run.train_loader)
+    train_step(run, batches)
+    batches.close()
+    rewind(run)
+    step = run.train_loader.step
+    again = next(iter(run.train_loader)).keys
+    run.train_loader.close()
+    return step, first == again
+
+
+def test_going_back_to_a_checkpoint_of_other_data_begins_them_again(
+    saved: dict[str, str], demo_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved["1"], tmp_path / "run")
+    flags = {"data__seq_length": 256, "data__change_data": True, "checkpoint__save": str(tmp_path / "run")}
+    assert run_distributed(1, first_data_after_going_back, tiny_config(demo_data, **flags))[0] == (0, True)
 
 
 def weights_after(configs: dict[str, RunConfig], steps: int) -> dict[str, dict[str, torch.Tensor]]:
