@@ -66,7 +66,6 @@ def tell_torchrun(reason: str, first: bool = True) -> None:
         reason: one line.
         first: False where another worker gives the same reason, whose end is then the root cause.
     """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     global _reason
     if _reason or not os.environ.get("TORCHELASTIC_ERROR_FILE"):
         return
