@@ -46,8 +46,9 @@ setup(
             "flask-cors>=5",
             "webdataset>=1,<2",
             "transformers>=4.56,<6",
+            "wandb>=0.19,<1",
         ],
-        "wandb": ["wandb>=0.19"],
+        "wandb": ["wandb>=0.19,<1"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
         # With filelock 4 lmms-eval's datasets 5.2 cannot be imported.
         "lmms": ["lmms-eval>=0.7.3,<0.8", "filelock<4"],
