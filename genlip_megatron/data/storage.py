@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import logging
 import os
 import random
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 import fsspec.asyn
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 
 T = TypeVar("T")
 
@@ -30,6 +33,12 @@ _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotF
 RETRIES, TIMEOUT_SECONDS = 5, 60.0
 _FIRST_RETRIES, _FIRST_TIMEOUT_SECONDS = 1, 15.0
 _LEFTOVER_SECONDS = 3600
+_STATS_AT_ONCE = 32
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
+# Files and folders after which no more hints are looked for.
+_LOOKED_AT = 20_000
+
+logger = logging.getLogger(__name__)
 
 
 class StoreError(ConnectionError):
@@ -225,24 +234,162 @@ def parent(path: str) -> str:
     return path.rsplit("/", 1)[0] if is_remote(path) else os.path.dirname(path)
 
 
-def _matches(pattern: str, setting: str) -> list[str]:
-    """Files of a folder's ``*.tar``, of a glob, or the one of that name."""
+def states(paths: Sequence[str]) -> list[os.stat_result | None]:
+    """The status of local files, None of those that do not exist; in threads, since network disks answer slowly."""
+
+    def of_some(some: Sequence[str]) -> list[os.stat_result | None]:
+        found: list[os.stat_result | None] = []
+        for path in some:
+            try:
+                found.append(os.stat(path))
+            except OSError:
+                found.append(None)
+        return found
+
+    if len(paths) < _STATS_AT_ONCE:
+        return of_some(paths)
+    size = -(-len(paths) // _STATS_AT_ONCE)
+    with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
+        parts = pool.map(of_some, [paths[start : start + size] for start in range(0, len(paths), size)])
+        return [status for part in parts for status in part]
+
+
+def sizes_in(folder: str) -> dict[str, int | None] | None:
+    """Bytes of every file in a remote folder by ``name_in_store``; None where the store cannot list it."""
+    store = filesystem(folder)
+    try:
+        entries = with_retries(lambda: _call(store, "ls", folder, detail=True), retries=1)
+        return {entry["name"]: entry.get("size") for entry in entries if entry["type"] == "file"}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def name_in_store(url: str) -> str:
+    """What a store's listings call a remote file."""
+    return str(filesystem(url)._strip_protocol(url))
+
+
+def _braces(pattern: str) -> list[str]:
+    """The parts of a brace list. Raises ValueError for one that does not close."""
+    try:
+        return list(braceexpand(pattern)) if "{" in pattern else [pattern]
+    except UnbalancedBracesError:
+        raise ValueError(f"{pattern!r}: a brace is not closed") from None
+
+
+def _hidden(path: str) -> bool:
+    return path.rsplit("/", 1)[-1].startswith(".")
+
+
+def find(pattern: str) -> dict[str, list[str]]:
+    """What a path, glob or brace list names, by its parts: files and folders on a local disk, files in a store.
+
+    A name that exists is taken as it is, whatever it contains. ``**`` matches folders of any depth, no wildcard matches
+    a hidden file. Parts keep their order, a glob's matches are sorted; a part may have none.
+
+    Raises:
+        ValueError: a brace that is not closed, or a store that cannot be listed.
+    """
     if is_remote(pattern):
-        store = filesystem(pattern)
-        wanted = pattern
-        if "*" not in pattern and _ask_quickly(store, "isdir", pattern):
-            wanted = f"{pattern.rstrip('/')}/*.tar"
-        try:
-            if "*" in wanted:
-                found = with_retries(lambda: store.glob(wanted))
+        return _find_remote(pattern)
+    if os.path.lexists(pattern):
+        return {pattern: [pattern]}
+    # The folders that exist as they are spelled are not searched for.
+    root, rest = os.path.split(pattern)
+    while root and not os.path.isdir(root):
+        root, tail = os.path.split(root)
+        rest = os.path.join(tail, rest)
+    found = {}
+    for part in _braces(rest):
+        path = os.path.join(root, part)
+        matches = [path] if os.path.lexists(path) else glob.glob(part, root_dir=root or None, recursive=True)
+        found[path] = sorted(os.path.join(root, match) for match in matches)
+    return found
+
+
+def _find_remote(pattern: str) -> dict[str, list[str]]:
+    store = filesystem(pattern)
+    found, listings = {}, dict[str, Any]()
+    try:
+        literal = "{" in pattern and _ask_quickly(store, "isfile", pattern)
+        parts = [pattern] if literal else _braces(pattern)
+        for part in parts:
+            folder = parent(part)
+            if len(parts) > 1 and folder not in listings:
+                # One request for thousands of shards, where the store can list.
+                listings[folder] = sizes_in(folder) or {}
+            if name_in_store(part) in listings.get(folder, {}) or _ask_quickly(store, "isfile", part):
+                found[part] = [part]
+            elif _ask_quickly(store, "isdir", part):
+                names = [name for name in sizes_in(part) or {} if name.lower().endswith(".tar") and not _hidden(name)]
+                found[part] = sorted(map(store.unstrip_protocol, names))
+            elif glob.has_magic(part):
+                matches = with_retries(lambda part=part: store.glob(part, detail=True))
+                names = [name for name, entry in matches.items() if entry["type"] == "file" and not _hidden(name)]
+                found[part] = sorted(map(store.unstrip_protocol, names))
             else:
-                found = [wanted] * bool(_ask_quickly(store, "isfile", wanted))
-        except OSError as error:
-            raise ValueError(f"{setting}: {pattern!r} cannot be listed: {error}") from error
-        return sorted(store.unstrip_protocol(path) for path in found)
-    if os.path.isdir(pattern):
-        return sorted(str(path) for path in Path(pattern).glob("*.tar") if not path.is_dir())
-    return [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+                found[part] = []
+    except OSError as error:
+        raise ValueError(f"{pattern!r} cannot be listed: {error}") from error
+    return found
+
+
+def _shards_in(folder: str) -> list[str]:
+    """The shards of a local folder."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.lower().endswith(".tar") and not entry.is_dir()]
+    return [os.path.join(folder, name) for name in sorted(names) if not _hidden(name)]
+
+
+def _beside(path: str) -> str:
+    """What may have been meant beside the shards of a local folder: those in its subfolders, and compressed ones."""
+    folder = path
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "."
+    below, compressed, seen = 0, 0, 0
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        files = [name.lower() for name in files if not _hidden(name)]
+        compressed += sum(name.endswith(_COMPRESSED) for name in files)
+        if place != folder:
+            below += sum(name.endswith(".tar") for name in files)
+            seen += len(files) + len(folders)
+        if seen > _LOOKED_AT:
+            break
+    hints = [f"{below} .tar files lie in subfolders: {os.path.join(folder, '**/*.tar')!r}"] if below else []
+    if compressed:
+        hints.append(f"{compressed} compressed shards are not read: decompress them to .tar first")
+    return "; ".join(hints)
+
+
+def _files(part: str, matches: list[str]) -> list[str]:
+    """The shards among what a part of a pattern names: of folders those in them, unless files are named too."""
+    if is_remote(part):
+        files, folders = matches, []
+    else:
+        are_folders = [status is not None and stat.S_ISDIR(status.st_mode) for status in states(matches)]
+        files = [path for path, is_folder in zip(matches, are_folders, strict=True) if not is_folder]
+        folders = [path for path, is_folder in zip(matches, are_folders, strict=True) if is_folder]
+    if glob.has_magic(part):
+        # The files that tools write beside shards match "*" as well; a folder called x.tar is no shard.
+        files = [path for path in files if path.lower().endswith(".tar")] or files
+        folders = [path for path in folders if not path.rstrip("/").lower().endswith(".tar")]
+    return files or [shard for folder in folders for shard in _shards_in(folder)]
+
+
+def _same_file(paths: Sequence[str]) -> list[str]:
+    """``paths`` without those that are other spellings of one before, or links to it."""
+    folders: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for path in paths:
+        name = path
+        if not is_remote(path):
+            folder, name = os.path.split(path)
+            if folder not in folders:
+                folders[folder] = os.path.realpath(folder)
+            name = os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)
+        first.setdefault(name, path)
+    return list(first.values())
 
 
 def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = True) -> list[str]:
@@ -260,16 +407,25 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
         raise ValueError(f"{setting} is empty: name .tar shards, folders of them, globs or brace lists")
     shards: list[str] = []
     for pattern in patterns:
-        for part in braceexpand(pattern) if "{" in pattern else [pattern]:
-            found = _matches(part, setting)
+        try:
+            parts = find(pattern)
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from error
+        for part, matches in parts.items():
+            found = _files(part, matches)
+            beside = ""
+            if not is_remote(part) and (not found or os.path.isdir(part)):
+                beside = _beside(part)
             if not found:
-                raise ValueError(f"{setting}: {part!r} matches no .tar file")
+                raise ValueError(f"{setting}: {part!r} matches no .tar file" + (beside and f"; {beside}"))
+            if beside and os.environ.get("RANK", "0") == "0":
+                logger.warning("%s: %s: only the shards at its top are taken; %s", setting, part, beside)
             shards += found
-    for shard in shards:
-        if is_remote(shard) or not check_files:
-            continue
-        if not os.path.isfile(shard) or not os.access(shard, os.R_OK):
+    shards = _same_file(shards)
+    local = [shard for shard in shards if check_files and not is_remote(shard)]
+    for shard, status in zip(local, states(local), strict=True):
+        if status is None or not stat.S_ISREG(status.st_mode) or not os.access(shard, os.R_OK):
             raise ValueError(f"{setting}: {shard} is not a readable file")
-        if os.path.getsize(shard) == 0:
+        if status.st_size == 0:
             raise ValueError(f"{setting}: {shard} is empty (0 bytes)")
-    return list(dict.fromkeys(shards))
+    return shards

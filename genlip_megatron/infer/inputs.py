@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import os
@@ -116,7 +115,7 @@ class Inputs(Sequence[FileImage | ShardImage]):
         self._parts: list[str | ShardIndex] = []
         ends, total = [], 0
         for path in dict.fromkeys(itertools.chain.from_iterable(map(_expand, patterns))):
-            part = read_index(path) if path.endswith(".tar") else path
+            part = read_index(path) if path.lower().endswith(".tar") else path
             total += 1 if isinstance(part, str) else len(part.rows)
             self._parts.append(part)
             ends.append(total)
@@ -159,11 +158,13 @@ def _expand(pattern: str) -> Iterator[str]:
     if pattern.endswith(".dataset.json"):
         yield from storage.expand_shards(_listed(pattern), "INPUT")
         return
-    if storage.is_remote(pattern) or pattern.endswith(".tar"):
+    if storage.is_remote(pattern) or pattern.lower().endswith(".tar"):
         yield from storage.expand_shards([pattern], "INPUT")
         return
-    # A file may well have a star in its name.
-    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    try:
+        matches = [match for part in storage.find(pattern).values() for match in part]
+    except ValueError as error:
+        raise ValueError(f"INPUT {error}") from error
     if not matches:
         raise ValueError(f"INPUT {pattern}: there is no such file or folder; {_EXPECTED}")
     found = 0
