@@ -329,6 +329,8 @@ def _find_remote(pattern: str) -> dict[str, list[str]]:
                 found[part] = sorted(map(store.unstrip_protocol, names))
             else:
                 found[part] = []
+    except (PermissionError, StoreError):
+        raise  # they name the store and what to do
     except OSError as error:
         raise ValueError(f"{pattern!r} cannot be listed: {error}") from error
     return found
