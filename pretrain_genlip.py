@@ -116,8 +116,8 @@ def run(config: RunConfig) -> int:
         say_error(str(error), groups.first_to_say(str(error)))
         return EXIT_USER_ERROR
     except DataFailure as error:
-        # Only the ranks that share the samples know; torchrun ends the others when these leave.
-        say_error(str(error), True)
+        # Of samples in a row only the ranks that share them know; torchrun ends the others when these leave.
+        say_error(str(error), groups.first_to_say(str(error)))
         return EXIT_DATA_FAILURE
     except ConnectionError as error:
         # A store, or another process, may answer by the time that the workers are started again.

@@ -71,6 +71,7 @@ def _ranges(config: RunConfig) -> None:
             data.max_consecutive_failures >= 0,
             at_least_0,
         ),
+        ("data.max_bad_share", data.max_bad_share, 0 <= data.max_bad_share <= 1, "must be from 0 to 1 (never stop)"),
         ("train.lr", train.lr, train.lr > 0, "must be above 0"),
         ("train.min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, f"must be from 0 to train.lr = {train.lr}"),
         (

@@ -93,6 +93,9 @@ class DataConfig:
     read_timeout: float = _opt(60.0, "seconds after which a request to remote storage is given up and tried again")
     read_retries: int = _opt(5, "further tries of a failed request, after growing pauses")
     max_consecutive_failures: int = _opt(100, "stop after so many bad samples in a row on one rank; 0: never")
+    max_bad_share: float = _opt(
+        0.01, "stop when more than this share of the last samples (1,000 to 200,000) of all ranks were bad; 1: never"
+    )
     change_lanes: bool = _opt(
         False, "resume with another global_batch_size: the rest of the epoch is dealt out to the new number of lanes"
     )

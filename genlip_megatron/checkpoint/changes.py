@@ -45,7 +45,8 @@ RULES: dict[str, Rule] = {
     **_fields(
         Rule.FREE,
         "data",
-        "valid_data decoder num_workers prefetch cache_dir cache_gb read_timeout read_retries max_consecutive_failures",
+        "valid_data decoder num_workers prefetch cache_dir cache_gb read_timeout read_retries "
+        "max_consecutive_failures max_bad_share",
     ),
     **_fields(Rule.START, "data", "change_lanes change_data"),
     # No layout changes what is trained. Which layouts can read the optimizer's state: ``loading.check_layout``.

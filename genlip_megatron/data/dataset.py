@@ -47,6 +47,7 @@ class Shard:
     path: str
     samples: int
     digest: str  # of its index
+    size: int | None = None  # in bytes when it was indexed; manifests of earlier versions lack it
 
 
 @dataclass
@@ -152,7 +153,8 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
                 name = shard.removeprefix(folder.rstrip("/") + "/") if folder else shard
                 if not storage.is_remote(shard) and not storage.is_remote(manifest):
                     name = os.path.relpath(shard, folder or ".")
-                entries.append({"path": name, "samples": len(index.rows), "digest": index.header.digest})
+                entry = {"path": name, "samples": len(index.rows), "digest": index.header.digest}
+                entries.append({**entry, "size": index.header.shard_size})
                 totals.add(index)
                 on_shard(index)
             file.flush()
@@ -197,7 +199,10 @@ def _read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache
         tree = json.loads(storage.read_bytes(path))
         found, samples = tree["format"], int(tree["samples"])
         folder = storage.parent(path)
-        shards = [Shard(storage.join(folder, s["path"]), int(s["samples"]), s["digest"]) for s in tree["shards"]]
+        shards = [
+            Shard(storage.join(folder, s["path"]), int(s["samples"]), s["digest"], s.get("size"))
+            for s in tree["shards"]
+        ]
         origin, plan_sha256 = (tree["tokenizer"], tree["prompt"]), str(tree["plan_sha256"])
         if any(shard.samples < 0 for shard in shards) or sum(shard.samples for shard in shards) != samples:
             raise ValueError("its shards' samples do not add up")
@@ -380,7 +385,7 @@ def open_dataset(
         for shard in expand_shards(group, setting):
             index = load_index(shard, fingerprint, data.prompt)
             rows.append(index.plan_rows())
-            shards.append(Shard(shard, len(index.rows), index.header.digest))
+            shards.append(Shard(shard, len(index.rows), index.header.digest, index.header.shard_size))
         parts.append(_Part(np.concatenate(rows), shards))
     if not parts:
         expand_shards([], setting)

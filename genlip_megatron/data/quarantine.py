@@ -1,4 +1,4 @@
-"""Quarantine: samples that turn out bad in training are counted and written down; too many in a row stop the run."""
+"""Quarantine: samples that turn out bad in training are counted and written down; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 
 # So many bad samples are logged one by one, then every so manieth; the file has them all.
 _LOGGED = 20
+# The share of bad samples is that of this many samples at least, and of about this many of the last ones at most.
+_FEWEST, _WINDOW = 1000, 200_000
 
 logger = logging.getLogger(__name__)
 
 
 class DataFailure(RuntimeError):
-    """So many samples in a row were bad that the fault is not theirs: storage, mount or index."""
+    """So many samples were bad that the fault is not theirs: storage, mount or index."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,36 @@ class Quarantine:
                     f"{self._in_a_row} samples in a row could not be used{last}. Check the storage and the index, or "
                     "raise data.max_consecutive_failures (0: never stop)"
                 )
+
+
+class BadShare:
+    """Stops a run when more than a share of its samples were bad, on all data-parallel ranks together.
+
+    The share is of the samples since the process started, at least 1,000: with the default of 0.01 the eleventh bad
+    sample among the first 1,000 stops the run, which small runs take without one lost image stopping them. Of a long
+    run it is that of the last 100,000 to 200,000 samples, so a fault shows whenever it begins. A run that is started
+    again counts from its start, so one whose storage was mended goes on.
+
+    Args:
+        most: the share, from 0 (stop at the first bad sample) to 1 (never stop).
+    """
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._samples = self._bad = 0.0
+
+    def add(self, samples: int, bad: int) -> None:
+        """Count the samples of some steps, and how many of them were bad.
+
+        Raises:
+            DataFailure: they were too many; on every rank, since all count the same.
+        """
+        self._samples, self._bad = self._samples + samples, self._bad + max(bad, 0)
+        if self._most < 1 and self._bad > self._most * max(self._samples, _FEWEST):
+            raise DataFailure(
+                f"{self._bad:,.0f} of the last {self._samples:,.0f} samples could not be used, more than "
+                f"data.max_bad_share = {self._most:g} allows (of at least {_FEWEST:,}); quarantine.jsonl in the save "
+                "folder names them. Check the storage and the index, or raise data.max_bad_share (1: never stop)"
+            )
+        if self._samples >= _WINDOW:
+            self._samples, self._bad = self._samples / 2, self._bad / 2

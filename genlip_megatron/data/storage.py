@@ -33,6 +33,7 @@ _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotF
 RETRIES, TIMEOUT_SECONDS = 5, 60.0
 _FIRST_RETRIES, _FIRST_TIMEOUT_SECONDS = 1, 15.0
 _LEFTOVER_SECONDS = 3600
+_LISTING_SECONDS = 600.0  # a folder of 100,000 shards is hundreds of requests
 _STATS_AT_ONCE = 32
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 # Files and folders after which no more hints are looked for.
@@ -258,7 +259,7 @@ def sizes_in(folder: str) -> dict[str, int | None] | None:
     """Bytes of every file in a remote folder by ``name_in_store``; None where the store cannot list it."""
     store = filesystem(folder)
     try:
-        entries = with_retries(lambda: _call(store, "ls", folder, detail=True), retries=1)
+        entries = with_retries(lambda: _call(store, "ls", folder, timeout=_LISTING_SECONDS, detail=True), 1)
         return {entry["name"]: entry.get("size") for entry in entries if entry["type"] == "file"}
     except (OSError, ValueError, KeyError):
         return None

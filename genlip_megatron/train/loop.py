@@ -15,10 +15,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.timers import Timers
 
 from genlip_megatron import host
+from genlip_megatron.checkpoint.agree import gather
 from genlip_megatron.checkpoint.saving import Saver, check_free_space
 from genlip_megatron.command import FILE_ERRORS, one_line
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
+from genlip_megatron.data.presence import absent
+from genlip_megatron.data.quarantine import BadShare
 from genlip_megatron.data.share import Share
 from genlip_megatron.estimate import check_fits
 from genlip_megatron.faults.exits import (
@@ -75,6 +78,8 @@ class Run:
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    quarantined: int = 0  # of the whole run, up to the last report
+    bad_share: BadShare = field(default_factory=lambda: BadShare(1.0))
     validated: tuple[int, float] = (-1, 0.0)  # step and loss of the last validation
     saver: Saver | None = None
 
@@ -102,6 +107,7 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     valid_loader = Loader(config, "valid", *data_parallel, data_share(config)) if config.data.valid_data else None
     if config.log.eval_only and valid_loader is None:
         raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
+    look_for_shards({"train": train_loader, "valid": valid_loader})
     watchdog.beat()
     run = build_run(config)
     run.watchdog = watchdog
@@ -109,10 +115,33 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     run.saver = make_saver(run)
     watchdog.beat()
     load(run)
+    if train_loader is not None:
+        run.bad_share, run.quarantined = BadShare(config.data.max_bad_share), sum(train_loader.quarantined)
     watchdog.beat()
     writer.begin(run.iteration)
     run.writer = writer
     return run
+
+
+def look_for_shards(loaders: dict[str, Loader | None]) -> None:
+    """Refuse a run whose shards are missing or not those that were indexed. A collective over all ranks.
+
+    One process of each machine looks at its disks, since not all need be shared, and rank 0 at stores.
+
+    Raises:
+        ValueError: on every rank, the same line.
+    """
+    fault = ""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        remote = torch.distributed.get_rank() == 0
+        faults = (
+            absent([shard for dataset in loader.datasets for shard in dataset.shards], f"data.{split}_data", remote)
+            for split, loader in loaders.items()
+            if loader is not None
+        )
+        fault = next(filter(None, faults), "")
+    if fault := next(filter(None, gather(fault)), ""):
+        raise ValueError(fault)
 
 
 def memory_of_a_rank() -> float:

@@ -54,7 +54,11 @@ class Tally:
 
 
 def report(run: Run, tally: Tally) -> None:
-    """The progress line of the last steps. A collective over all ranks."""
+    """The progress line of the last steps. A collective over all ranks.
+
+    Raises:
+        DataFailure: too many of their samples were bad; on all ranks.
+    """
     seconds, steps = max(time.monotonic() - tally.begin, 1e-9), tally.steps
     device = run.stepper.device
     counts = run.stepper.counts.to(device, copy=True)
@@ -95,6 +99,9 @@ def report(run: Run, tally: Tally) -> None:
     if run.writer is not None:
         by_part = {f"step-parts/{part.replace(' ', '-')}": seconds for part, seconds in zip(PARTS, parts, strict=True)}
         run.writer.scalars({**progress.scalars(), **by_part}, run.iteration)
+    # What a rollback goes back to was counted before it.
+    run.quarantined, found = quarantined, quarantined - run.quarantined
+    run.bad_share.add(int(by_name["samples"]), found)
 
 
 def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:

@@ -17,7 +17,7 @@ from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader
-from genlip_megatron.data.quarantine import DataFailure, Quarantine
+from genlip_megatron.data.quarantine import BadShare, DataFailure, Quarantine
 from genlip_megatron.data.share import Share
 from genlip_megatron.data.text import load_tokenizer
 from tests.data.test_loader import assert_equal
@@ -225,11 +225,13 @@ def test_too_many_bad_samples_in_a_row_end_the_run(demo_data: Path, tmp_path: Pa
     """The last pipeline stage waits for the first in vain; torchrun must end it when the first leaves."""
     for file in demo_data.iterdir():
         shutil.copy2(file, tmp_path / file.name)
-    (tmp_path / "train-00000.tar").unlink()  # the manifest and the index are still there
+    shard = tmp_path / "train-00000.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))  # the manifest and the index are still there
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_genlip.py",
         "--config", "demo", "--pp", "2", "--tokenizer", str(tmp_path / "tokenizer.model"), "--valid-data", "",
         "--train-data", str(tmp_path / "train.dataset.json"), "--max-consecutive-failures", "20",
+        "--max-bad-share", "1",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode
@@ -246,6 +248,26 @@ def test_good_samples_between_bad_ones_keep_a_run_alive(tmp_path: Path) -> None:
     with pytest.raises(DataFailure, match="3 samples in a row"):
         quarantine.count([False])
     Quarantine(max_consecutive=0).count([False] * 1000)
+
+
+def test_the_share_of_bad_samples_is_of_a_thousand_at_least_and_of_the_last_ones() -> None:
+    few = BadShare(0.01)
+    few.add(20, 10)
+    with pytest.raises(DataFailure, match="11 of the last 21 samples .* data.max_bad_share = 0.01 allows"):
+        few.add(1, 1)
+    long = BadShare(0.01)
+    for _ in range(1000):
+        long.add(10_000, 90)
+    with pytest.raises(DataFailure):  # a fault that begins late is seen within a window
+        for _ in range(20):
+            long.add(10_000, 400)
+    rolled_back = BadShare(0.01)
+    rolled_back.add(100, -50)
+    rolled_back.add(100, 10)
+    BadShare(1.0).add(10_000, 10_000)
+    BadShare(0.0).add(10_000, 0)
+    with pytest.raises(DataFailure, match="1 of the last 10,000"):
+        BadShare(0.0).add(10_000, 1)
 
 
 def test_slots_cover_a_sequence_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -102,3 +103,45 @@ def test_a_validation_alone_ends_at_the_first_request(zygote: Zygote, demo_data:
     flags = ("--eval-only", "--load", str(training.run), "--valid-data", f"{demo_data}/val-*.tar")
     (ended,) = training.start(*flags, target=f"{__name__}:validating").wait()
     assert ended.code == exits.EXIT_PREEMPTED and "validation loss" not in ended.output
+
+
+def copied(demo_data: Path, folder: Path) -> Path:
+    """The demo's data, to be spoiled; the manifest's paths are relative."""
+    return Path(shutil.copytree(demo_data, folder / "data", copy_function=shutil.copy2))
+
+
+@pytest.mark.parametrize("kind", ["missing", "short", "no index"])
+def test_shards_that_are_gone_are_a_mistake_told_once(
+    kind: str, zygote: Zygote, demo_data: Path, tmp_path: Path
+) -> None:
+    data = copied(demo_data, tmp_path)
+    shard = data / "train-00000.tar"
+    if kind == "short":
+        os.truncate(shard, shard.stat().st_size // 2)
+    else:
+        (shard if kind == "missing" else Path(f"{shard}.index.safetensors")).unlink()
+    flags = {"data__train_data": [str(data / "train.dataset.json")], "train__global_batch_size": 2}
+    ended = Training(zygote, data, tmp_path, 2, flags).start(env=UNDER_TORCHRUN).wait()
+    assert [one.code for one in ended] == [exits.EXIT_USER_ERROR] * 2, ended[0].output[-2000:]
+    assert sum(one.output.count("shards cannot be used") for one in ended) == 1
+    assert not (tmp_path / "history" / "rank0.jsonl").exists()
+
+
+def test_too_large_a_share_of_bad_samples_ends_all_ranks_also_after_a_resume(
+    zygote: Zygote, demo_data: Path, tmp_path: Path
+) -> None:
+    """A shard of the same size holds other bytes; half of the samples are bad, but never many in a row."""
+    data = copied(demo_data, tmp_path)
+    flags = {"data__train_data": [str(data / "train.dataset.json")], "train__global_batch_size": 2}
+    training = Training(zygote, data, tmp_path, 2, flags)
+    assert [one.code for one in training.start("--exit-interval", "2").wait()] == [0, 0]
+    shard = data / "train-00000.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    words = ("--train-iters", "40", "--max-consecutive-failures", "0")
+    for _ in range(2):
+        ended = training.start(*words, env=UNDER_TORCHRUN).wait()
+        assert [one.code for one in ended] == [exits.EXIT_DATA_FAILURE] * 2, ended[0].output[-2000:]
+        assert sum(one.output.count("data.max_bad_share = 0.01 allows") for one in ended) == 1
+        (training.run / exits.FINAL_EXIT).unlink()
+    ended = training.start(*words, "--max-bad-share", "1").wait()
+    assert [one.code for one in ended] == [0, 0], ended[0].output[-2000:]

@@ -1,0 +1,84 @@
+"""Shards and indexes looked for before a run starts: a stat each on local disks, a listing for each folder of a store.
+
+What a manifest lists may be gone, cut short or replaced since; in training that would cost every sample of a shard. A
+copy of another time is the same shard as long as its size is: each sample's checksum is compared when it is read.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+
+from genlip_megatron.data import storage
+from genlip_megatron.data.dataset import Shard
+from genlip_megatron.data.index import index_path
+
+_NAMED = 5
+# Names that a store's listing lacks are asked for one by one before they count as missing: it may be incomplete.
+_ASKED = 16
+
+
+def absent(shards: Sequence[Shard], setting: str, remote: bool) -> str:
+    """A line on the shards that are missing, have no index or are of another size than when indexed; "" without any.
+
+    Args:
+        setting: its name in messages.
+        remote: look at those in stores too. A store that cannot list its folders is passed over.
+    """
+    local = [shard for shard in shards if not storage.is_remote(shard.path)]
+    faults = list(_local_faults(local))
+    if remote:
+        faults += _remote_faults([shard for shard in shards if storage.is_remote(shard.path)])
+    if not faults:
+        return ""
+    more = f"; and {len(faults) - _NAMED:,} more" if len(faults) > _NAMED else ""
+    return (
+        f"{setting}: {len(faults):,} of {len(shards):,} shards cannot be used (seen from {socket.gethostname()}): "
+        f"{'; '.join(faults[:_NAMED])}{more}. Bring them back, or index the shards that are to be used: python "
+        "tools/prepare_data.py SHARDS --tokenizer TOKENIZER"
+    )
+
+
+def _local_faults(shards: Sequence[Shard]) -> Iterator[str]:
+    here = storage.states([shard.path for shard in shards])
+    indexes = storage.states([index_path(shard.path) for shard in shards])
+    for shard, status, index in zip(shards, here, indexes, strict=True):
+        yield from _fault(shard, status is not None, status.st_size if status else None, index is not None)
+
+
+def _remote_faults(shards: Sequence[Shard]) -> Iterator[str]:
+    folders: dict[str, list[Shard]] = {}
+    for shard in shards:
+        folders.setdefault(storage.parent(shard.path), []).append(shard)
+    for folder, within in folders.items():
+        sizes = storage.sizes_in(folder) or {}
+        names = [(storage.name_in_store(shard.path), storage.name_in_store(index_path(shard.path))) for shard in within]
+        if not any(name in sizes for pair in names for name in pair):
+            continue  # it lists nothing, or something else
+        missing = [
+            path
+            for shard, pair in zip(within, names, strict=True)
+            for path, name in zip((shard.path, index_path(shard.path)), pair, strict=True)
+            if name not in sizes
+        ]
+        if missing and any(_is_there(path) for path in missing[:_ASKED]):
+            continue
+        for shard, (name, index) in zip(within, names, strict=True):
+            yield from _fault(shard, name in sizes, sizes.get(name), index in sizes)
+
+
+def _is_there(path: str) -> bool:
+    """Whether a file of a store exists, or cannot be asked for."""
+    try:
+        return storage.exists(path)
+    except (OSError, ValueError):
+        return True
+
+
+def _fault(shard: Shard, exists: bool, size: int | None, has_index: bool) -> Iterator[str]:
+    if not exists:
+        yield f"{shard.path} is missing"
+    elif shard.size is not None and size is not None and size != shard.size:
+        yield f"{shard.path} has {size:,} bytes, {shard.size:,} when it was indexed"
+    elif not has_index:
+        yield f"{index_path(shard.path)} is missing"
