@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 import typing
@@ -43,7 +44,7 @@ class StrictParser(argparse.ArgumentParser):
     def _check_switches(self, argv: Sequence[str]) -> None:
         """Refuse what argparse would say in riddles: a flag with one dash, a switch with a value."""
         flags = {flag: action for action in self._actions for flag in action.option_strings}
-        for word, following in zip(argv, [*argv[1:], "-"], strict=True):
+        for word, following in itertools.pairwise([*argv, "-"]):
             flag, equals, value = word.partition("=")
             if word == "--":
                 return
