@@ -16,6 +16,8 @@ from genlip_megatron.checks import check
 from genlip_megatron.config import SECTIONS, RunConfig, from_dict, load_yaml, nearest, override, recipe_names
 from genlip_megatron.faults.exits import first_of_machine, say_error
 
+RUN = "pretrain_genlip.py"
+
 
 class StrictParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and say for an unknown flag or value what may be meant."""
@@ -82,6 +84,8 @@ class RunParser(StrictParser):
     """That of a run, all of whose ranks find the same error."""
 
     def error(self, message: str) -> typing.NoReturn:
+        if self.prog != RUN:  # a tool that takes a run's settings
+            super().error(message)
         text = f"{message.rstrip('.')} (see --help)"
         say_error(text, first_of_machine(text))
         self.exit(2)
@@ -90,7 +94,7 @@ class RunParser(StrictParser):
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``pretrain_genlip.py``: one flag per configuration field, grouped by section."""
     parser = RunParser(
-        prog="pretrain_genlip.py",
+        prog=RUN,
         usage="%(prog)s [--config NAME|FILE] [--FLAG VALUE ...]",
         allow_abbrev=False,
         description="Train GenLIP. Start it with torchrun; every flag overrides the same key of the recipe.",

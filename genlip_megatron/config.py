@@ -15,6 +15,7 @@ import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,8 @@ def recipe_names() -> list[str]:
 def nearest(word: str, known: Sequence[str]) -> str:
     """The end of a sentence that names an unknown ``word``: a full stop, and up to three known words that are near.
 
-    Near are words that differ in dashes, underscores or case, that ``word`` begins, or with one slip in each part.
+    Near are words that differ in dashes, underscores or case, that ``word`` begins, with one slip in each part, or the
+    same but for an ending.
 
     >>> nearest("--train_itres", ["--train-iters", "--lr"]), nearest("--learning-rate", ["--change-data"])
     (". Did you mean '--train-iters'?", '.')
@@ -348,6 +350,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
         lambda name: name.replace("-", "") == wanted.replace("-", ""),
         lambda name: len(wanted) > 3 and name.startswith(wanted),
         lambda name: _one_slip_each(wanted, name),
+        lambda name: len(commonprefix([wanted, name])) > 0.8 * len(wanted) and _digits(wanted) == _digits(name),
     ):
         found = [word for word, name in names.items() if near(name)]
         if 0 < len(found) <= 3:
@@ -355,11 +358,15 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return "."
 
 
+def _digits(name: str) -> list[str]:
+    return re.findall(r"\d", name)
+
+
 def _one_slip_each(word: str, name: str) -> bool:
     """Whether two names have the same digits, and each part of one is that of the other but for one letter that is
     missing, added or wrong, or two that changed places."""
     parts = list(zip(word.split("-"), name.split("-"), strict=False))
-    same_form = word.count("-") == name.count("-") and re.findall(r"\d", word) == re.findall(r"\d", name)
+    same_form = word.count("-") == name.count("-") and _digits(word) == _digits(name)
     return same_form and len(word) > 2 and min(len(word), len(name)) > 2 and all(_one_slip(*part) for part in parts)
 
 

@@ -344,7 +344,7 @@ def is_own(shard: Path) -> bool:
     return member is not None and facts == (0, 0, 0, "", "") and re.match(r"\d{9,}\.", member.name) is not None
 
 
-is_skipped_list = json_lines(lambda keys: keys in ({"row", "reason"}, {"path", "reason"}))
+is_skipped_list = json_lines(lambda keys: "reason" in keys and keys <= {"row", "line", "path", "reason"})
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import fsspec.asyn
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
@@ -325,7 +325,7 @@ def _find_remote(pattern: str) -> dict[str, list[str]]:
                 names = [name for name in sizes_in(part) or {} if name.lower().endswith(".tar") and not _hidden(name)]
                 found[part] = sorted(map(store.unstrip_protocol, names))
             elif glob.has_magic(part):
-                matches = with_retries(lambda part=part: store.glob(part, detail=True))
+                matches = with_retries(functools.partial(store.glob, part, detail=True))
                 names = [name for name, entry in matches.items() if entry["type"] == "file" and not _hidden(name)]
                 found[part] = sorted(map(store.unstrip_protocol, names))
             else:

@@ -249,7 +249,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     storage._filesystem.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("bucket")
+    s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)
     yield "s3://bucket/data"
     server.stop()
     storage._filesystem.cache_clear()

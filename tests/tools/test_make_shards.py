@@ -41,6 +41,7 @@ class FakeTokenizer:
     """Few tokens for any text: how long captions may be is not the question here."""
 
     fingerprint, vocab_size, closing_ids = "fake", 2, [1]
+    control_tokens = ()
 
     def encode(self, text: str) -> list[int]:
         return [0]
@@ -49,6 +50,9 @@ class FakeTokenizer:
         return [[0] for _ in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def lost(self, text: str) -> str:
         return ""
 
 
