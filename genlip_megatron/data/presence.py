@@ -51,10 +51,10 @@ def _remote_faults(shards: Sequence[Shard]) -> Iterator[str]:
     for shard in shards:
         folders.setdefault(storage.parent(shard.path), []).append(shard)
     for folder, within in folders.items():
-        sizes = storage.sizes_in(folder) or {}
+        sizes = storage.sizes_in(folder)
+        if sizes is None:
+            continue
         names = [(storage.name_in_store(shard.path), storage.name_in_store(index_path(shard.path))) for shard in within]
-        if not any(name in sizes for pair in names for name in pair):
-            continue  # it lists nothing, or something else
         missing = [
             path
             for shard, pair in zip(within, names, strict=True)
