@@ -9,17 +9,20 @@ each other.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.resources
+import itertools
 import math
+import os
 import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import yaml
+from braceexpand import braceexpand
 
 from genlip_megatron import foreign_names
 
@@ -28,9 +31,9 @@ PATCH_SIZE = 16
 PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 
 
-def _opt(default: Any, text: str, *aliases: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its help text, short flags and allowed values."""
-    return field(default=default, metadata={"help": text, "aliases": aliases, "choices": choices})
+def _opt(default: Any, text: str, *aliases: str, choices: tuple[str, ...] = (), paths: bool = False) -> Any:
+    """A dataclass field with its help text, short flags and allowed values; ``paths``: a list of files and the like."""
+    return field(default=default, metadata={"help": text, "aliases": aliases, "choices": choices, "paths": paths})
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,15 @@ class DataConfig:
     """Data. Images, tokens and packs."""
 
     train_data: tuple[str, ...] = _opt(
-        (), "training data: manifests (.dataset.json), or files, folders, globs or brace lists of .tar, comma separated"
+        (),
+        "training data: manifests (.dataset.json), or files, folders, globs or brace lists of .tar, comma separated",
+        paths=True,
     )
     train_weights: tuple[str, ...] = _opt(
         (), "shares of the entries of train_data, as 7:3; from a step on as 5:5@20000; none: all once an epoch"
     )
     train_epochs: str = _opt("", "instead of weights: how often each entry comes in an epoch of all, as 1:4")
-    valid_data: tuple[str, ...] = _opt((), "validation data, named like train_data")
+    valid_data: tuple[str, ...] = _opt((), "validation data, named like train_data", paths=True)
     tokenizer: str = _opt("", "Hugging Face tokenizer.json or SentencePiece .model file")
     prompt: str = _opt(DEFAULT_PROMPT, "prompt of samples that come with a caption only")
     image_mode: str = _opt("fixed", "how images are resized", choices=("fixed", "native"))
@@ -350,7 +355,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
         lambda name: name.replace("-", "") == wanted.replace("-", ""),
         lambda name: len(wanted) > 3 and name.startswith(wanted),
         lambda name: _one_slip_each(wanted, name),
-        lambda name: len(commonprefix([wanted, name])) > 0.8 * len(wanted) and _digits(wanted) == _digits(name),
+        lambda name: name.startswith(wanted[: int(0.8 * len(wanted)) + 1]) and _digits(wanted) == _digits(name),
     ):
         found = [word for word, name in names.items() if near(name)]
         if 0 < len(found) <= 3:
@@ -396,8 +401,7 @@ def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, str):
-            # A comma within braces belongs to a list of file names.
-            value = [part for part in re.split(r",(?![^{]*})", value) if part]
+            value = [part for part in value.split(",") if part]
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} = {value!r}: expected a list of {item.__name__}")
         return tuple(_convert(part, item, where, ()) for part in value)
@@ -421,6 +425,58 @@ def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any
     return converted
 
 
+_URL = re.compile(r"[a-z0-9+.-]+://")
+_LONGEST_PATH = 4096
+
+
+def split_paths(text: str) -> list[str]:
+    """The entries of a comma-separated list of paths, URLs, globs and brace lists, which may have commas in them.
+
+    A comma is part of an entry within braces, where what it joins exists or matches, and in a URL where what follows
+    is nothing on this machine. So a missing file of such a name counts as two entries.
+
+    >>> split_paths("a.tar,x-{000,007}.tar,s3://bucket/b.tar")
+    ['a.tar', 'x-{000,007}.tar', 's3://bucket/b.tar']
+    """
+    entries, pieces = [], text.split(",")
+    while pieces:
+        count = _pieces_of_first(pieces)
+        entries.append(",".join(pieces[:count]))
+        del pieces[:count]
+    return [entry for entry in entries if entry]
+
+
+def _pieces_of_first(pieces: list[str]) -> int:
+    """How many of the pieces between commas make up the first entry."""
+    # Up to where every brace is closed.
+    opened = itertools.accumulate(piece.count("{") - piece.count("}") for piece in pieces)
+    first = next((count for count, braces in enumerate(opened, 1) if not braces), 1)
+    runs = {first: ",".join(pieces[:first])}
+    for count in range(first + 1, len(pieces) + 1):
+        if len(runs[count - 1]) > _LONGEST_PATH:
+            break
+        runs[count] = f"{runs[count - 1]},{pieces[count - 1]}"
+    if _URL.match(pieces[0]):
+        for count in list(runs)[:-1]:
+            piece = pieces[count]
+            whole = runs[count].endswith((".tar", ".json")) or piece.startswith("/") or _URL.match(piece)
+            if whole or not piece or _matches(piece):
+                return count
+        return max(runs)
+    exists = (count for count in sorted(runs, reverse=True) if os.path.lexists(runs[count]))
+    matches = (count for count, run in runs.items() if len(runs) > 1 and _matches(run))
+    return next(itertools.chain(exists, matches), first)
+
+
+def _matches(path: str) -> bool:
+    """Whether a path exists, or what a glob or brace list names."""
+    try:
+        parts = list(braceexpand(path)) if "{" in path else [path]
+    except ValueError:
+        parts = [path]
+    return any(os.path.lexists(part) or next(glob.iglob(part, recursive=True), None) for part in parts)
+
+
 def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
     """A configuration from nested dictionaries.
 
@@ -442,6 +498,8 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
         for key, value in part.items():
             if key not in known:
                 raise ValueError(f"{source}: unknown key {name}.{key}{_unknown_key(name, str(key))}")
+            if known[key].metadata["paths"] and isinstance(value, str):
+                value = split_paths(value)
             values[key] = _convert(value, kinds[key], f"{source}: {name}.{key}", known[key].metadata["choices"])
         sections[name] = SECTIONS[name](**values)
     return RunConfig(**sections)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,7 @@ def test_aliases_are_the_canonical_flags() -> None:
         (["--train-iters", "10"], "train.lr_warmup_iters = 1802: must be from 0 to below train.train_iters = 10"),
         (["--min-lr", "1"], "train.min_lr = 1.0: must be from 0 to train.lr = 0.001"),
         (["--drop-path-rate", "1"], "model.drop_path_rate = 1.0: must be in [0, 1)"),
+        (["--max-bad-share", "1.5"], "data.max_bad_share = 1.5: must be from 0 to 1 (never stop)"),
         (["--mbs", "0"], "train.micro_batch_size = 0: must be at least 1"),
         (["--tp", "3"], "model.num_attention_heads = 16 is not a multiple of tensor_model_parallel_size = 3"),
         (["--tp", "16", "--ffn-hidden-size", "3080"], "model.ffn_hidden_size = 3080 is not a multiple of"),
@@ -242,3 +244,49 @@ def test_help_shows_every_setting_once() -> None:
         for key in part:
             flag = f"--{key.replace('_', '-')}"
             assert len(re.findall(rf"^  {flag}[ ,]", done.stdout, re.MULTILINE)) == 1, flag
+
+
+LISTS = {
+    "a.tar,b.tar": ["a.tar", "b.tar"],
+    "a,b.tar": ["a,b.tar"],
+    "a,b.tar,c.tar": ["a,b.tar", "c.tar"],
+    "c.tar,a,b.tar": ["c.tar", "a,b.tar"],
+    "d,e,f/0.tar,c.tar": ["d,e,f/0.tar", "c.tar"],
+    "d,e,f,c.tar": ["d,e,f", "c.tar"],
+    "d,e,f/*.tar,[c].tar": ["d,e,f/*.tar", "[c].tar"],
+    "d,e,f/**/*.tar": ["d,e,f/**/*.tar"],
+    "x-{000,007}.tar,c.tar": ["x-{000,007}.tar", "c.tar"],
+    "x-{0{1,2},{3,4}}.tar,c.tar": ["x-{0{1,2},{3,4}}.tar", "c.tar"],
+    "d,e,f/{0,1}.tar,c.tar": ["d,e,f/{0,1}.tar", "c.tar"],
+    "x-{000..099}.tar": ["x-{000..099}.tar"],
+    "open{,b.tar,c.tar": ["open{,b.tar", "c.tar"],
+    "missing,c.tar,gone.tar": ["missing", "c.tar", "gone.tar"],
+    "s3://x/{a,b}.tar,c.tar": ["s3://x/{a,b}.tar", "c.tar"],
+    "s3://x/a,b/t.dataset.json,c.tar": ["s3://x/a,b/t.dataset.json", "c.tar"],
+    "s3://x/t.dataset.json,gone.dataset.json": ["s3://x/t.dataset.json", "gone.dataset.json"],
+    "s3://x/t,s3://x/u,/v": ["s3://x/t", "s3://x/u", "/v"],
+    "c.tar,": ["c.tar"],
+    ",,c.tar,,": ["c.tar"],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_a_comma_of_a_path_does_not_part_it(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.tar", "b.tar", "c.tar", "d,e,f/0.tar", "open{,b.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    config, _ = parse_args(["--train-data", text, "--valid-data", text])
+    assert list(config.data.train_data) == list(config.data.valid_data) == LISTS[text]
+    # A list of YAML's is taken as it is.
+    assert from_dict(yaml.safe_load(config.to_yaml()), "again") == config
+    assert override(config, {"data.train_data": [text]}).data.train_data == (text,)
+
+
+def test_long_lists_of_paths_are_parted_in_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"/some/where/not/here/{i:05d}.dataset.json" for i in range(1000)]
+    began = time.monotonic()
+    assert override(RunConfig(), {"data.train_data": ",".join(names)}).data.train_data == tuple(names)
+    assert time.monotonic() - began < 20

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 import time
@@ -30,7 +31,7 @@ from genlip_megatron.config import PATCH_SIZE, DataConfig
 from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, load_index, read_index
 from genlip_megatron.data.resize import most_patches, native_sizes
-from genlip_megatron.data.storage import expand_shards
+from genlip_megatron.data.storage import NothingFound, expand_shards
 from genlip_megatron.outputs import check_file, json_lines, json_object
 
 MANIFEST_FORMAT = 1
@@ -207,7 +208,7 @@ def _read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache
         if any(shard.samples < 0 for shard in shards) or sum(shard.samples for shard in shards) != samples:
             raise ValueError("its shards' samples do not add up")
     except FileNotFoundError:
-        raise ValueError(f"{setting}: {path}: no such manifest; tools/prepare_data.py writes it") from None
+        raise NothingFound(f"{setting}: {path}: no such manifest; tools/prepare_data.py writes it") from None
     except OSError as error:
         raise ValueError(f"{setting}: {path} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -418,11 +419,14 @@ def _check_images_fit(dataset: Dataset) -> None:
 
 
 def _grouped(patterns: Iterable[str]) -> list[tuple[bool, list[str]]]:
-    """Runs of neighbouring (manifests or not) patterns."""
+    """Runs of neighbouring (manifests or not) patterns; globs and brace lists of manifests as the files they name."""
     groups: list[tuple[bool, list[str]]] = []
     for pattern in patterns:
         is_manifest = pattern.endswith(".json")
         if not groups or groups[-1][0] != is_manifest:
             groups.append((is_manifest, []))
-        groups[-1][1].append(pattern)
+        if is_manifest and re.search(r"[*?\[{]", pattern):
+            groups[-1][1].extend(path for part, found in storage.find(pattern).items() for path in found or [part])
+        else:
+            groups[-1][1].append(pattern)
     return groups

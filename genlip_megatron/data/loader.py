@@ -28,6 +28,7 @@ from genlip_megatron.data.quarantine import Quarantine
 from genlip_megatron.data.read import ShardReader
 from genlip_megatron.data.samples import SampleReader
 from genlip_megatron.data.share import Share
+from genlip_megatron.data.storage import NothingFound
 from genlip_megatron.data.text import encode_prompt, load_tokenizer
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -76,9 +77,15 @@ def open_split(config: RunConfig, split: str, fingerprint: str, open_shards: int
     """
     data, setting = config.data, f"data.{split}_data"
     entries = data.train_data if split == "train" else data.valid_data
-    if split == "train" and (data.train_weights or data.train_epochs):
-        return [open_dataset([entry], data, fingerprint, setting, open_shards) for entry in entries]
-    return [open_dataset(entries, data, fingerprint, setting, open_shards)]
+    apart = split == "train" and (data.train_weights or data.train_epochs)
+    try:
+        groups = [[entry] for entry in entries] if apart else [entries]
+        return [open_dataset(group, data, fingerprint, setting, open_shards) for group in groups]
+    except NothingFound as error:
+        if len(entries) == 1:
+            raise
+        named = ", ".join(map(repr, entries[:10])) + (", ..." if len(entries) > 10 else "")
+        raise ValueError(f"{error} ({setting} was read as {len(entries)} entries: {named})") from error
 
 
 def build_plan(config: RunConfig, split: str, datasets: list[Dataset]) -> Plan:

@@ -23,7 +23,7 @@ _JFIF_BYTES = 14
 _JPEG_EXIF, _JPEG_XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 _PNG_EXIF, _PNG_XMP = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"
-_WEBP_PIXELS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
+_WEBP_PIXELS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")  # codespell:ignore
 _WEBP_FLAGS = 0x2C  # of the profile, EXIF and XMP
 
 # More text than this is not unpacked in search of an orientation.

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import fsspec.asyn
-from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
+from braceexpand import braceexpand
 
 T = TypeVar("T")
 
@@ -44,6 +44,10 @@ logger = logging.getLogger(__name__)
 
 class StoreError(ConnectionError):
     """A remote store did not answer, or failed, however often it was asked. Later it may."""
+
+
+class NothingFound(ValueError):
+    """A name or pattern that no file answers to."""
 
 
 def is_remote(path: str) -> bool:
@@ -274,7 +278,7 @@ def _braces(pattern: str) -> list[str]:
     """The parts of a brace list. Raises ValueError for one that does not close."""
     try:
         return list(braceexpand(pattern)) if "{" in pattern else [pattern]
-    except UnbalancedBracesError:
+    except ValueError:
         raise ValueError(f"{pattern!r}: a brace is not closed") from None
 
 
@@ -319,22 +323,27 @@ def _find_remote(pattern: str) -> dict[str, list[str]]:
             if len(parts) > 1 and folder not in listings:
                 # One request for thousands of shards, where the store can list.
                 listings[folder] = sizes_in(folder) or {}
-            if name_in_store(part) in listings.get(folder, {}) or _ask_quickly(store, "isfile", part):
-                found[part] = [part]
-            elif _ask_quickly(store, "isdir", part):
-                names = [name for name in sizes_in(part) or {} if name.lower().endswith(".tar") and not _hidden(name)]
-                found[part] = sorted(map(store.unstrip_protocol, names))
-            elif glob.has_magic(part):
-                matches = with_retries(functools.partial(store.glob, part, detail=True))
-                names = [name for name, entry in matches.items() if entry["type"] == "file" and not _hidden(name)]
-                found[part] = sorted(map(store.unstrip_protocol, names))
-            else:
-                found[part] = []
+            listed = name_in_store(part) in listings.get(folder, {})
+            found[part] = [part] if listed else _part_in_store(store, part)
     except (PermissionError, StoreError):
         raise  # they name the store and what to do
     except OSError as error:
         raise ValueError(f"{pattern!r} cannot be listed: {error}") from error
     return found
+
+
+def _part_in_store(store: Any, part: str) -> list[str]:
+    """The file of that name, the shards in the folder of that name, or the files that a glob matches."""
+    if _ask_quickly(store, "isfile", part):
+        return [part]
+    if _ask_quickly(store, "isdir", part):
+        names = [name for name in sizes_in(part) or {} if name.lower().endswith(".tar")]
+    elif glob.has_magic(part):
+        matches = with_retries(lambda: store.glob(part, detail=True))
+        names = [name for name, entry in matches.items() if entry["type"] == "file"]
+    else:
+        return []
+    return sorted(store.unstrip_protocol(name) for name in names if not _hidden(name))
 
 
 def _shards_in(folder: str) -> list[str]:
@@ -404,7 +413,8 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
         check_files: refuse local files that cannot be read or are empty.
 
     Raises:
-        ValueError: nothing was named, or a pattern matches no readable, non-empty file.
+        NothingFound: a pattern matches no file.
+        ValueError: nothing was named, or a file that cannot be read or is empty.
     """
     if not patterns:
         raise ValueError(f"{setting} is empty: name .tar shards, folders of them, globs or brace lists")
@@ -420,7 +430,7 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
             if not is_remote(part) and (not found or os.path.isdir(part)):
                 beside = _beside(part)
             if not found:
-                raise ValueError(f"{setting}: {part!r} matches no .tar file" + (beside and f"; {beside}"))
+                raise NothingFound(f"{setting}: {part!r} matches no .tar file" + (beside and f"; {beside}"))
             if beside and os.environ.get("RANK", "0") == "0":
                 logger.warning("%s: %s: only the shards at its top are taken; %s", setting, part, beside)
             shards += found

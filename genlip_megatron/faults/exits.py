@@ -26,7 +26,7 @@ from pathlib import Path
 
 EXIT_USER_ERROR = 2  # a setting or a file is wrong; starting again changes nothing
 EXIT_PREEMPTED = 17  # told to stop, or out of time: saved, if it saves at all; start again to go on
-EXIT_DATA_FAILURE = 18  # too many bad samples in a row
+EXIT_DATA_FAILURE = 18  # too many bad samples
 EXIT_BAD_NUMBERS = 19  # NaN, Inf or spikes that rolling back did not cure
 EXIT_HUNG = 20  # no step finished within faults.step_timeout
 EXIT_REPLICAS_DIFFER = 21  # weights of data-parallel ranks differ

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from genlip_megatron.batch import PackedBatch
-from genlip_megatron.config import RunConfig
+from genlip_megatron.config import RunConfig, override
 from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Ahead, Loader, drop_path_factors, merge_cursors
 from genlip_megatron.data.share import Share
@@ -305,3 +305,21 @@ def test_who_ends_the_thread_goes_on_after_its_end() -> None:
     read.set()
     closing.join(10)
     assert not closing.is_alive()
+
+
+def test_data_that_is_missing_is_named_as_it_was_read(demo_data: Path, tmp_path: Path) -> None:
+    for missing in ("x.tar", "x.dataset.json"):
+        config = tiny_config(demo_data, data__train_data=f"{demo_data}/train-*.tar,{tmp_path}/{missing}")
+        with pytest.raises(ValueError, match=rf"{missing}.*was read as 2 entries: '.*train-\*.tar', '.*{missing}'\)$"):
+            Loader(config, "train")
+        with pytest.raises(ValueError, match="was read as 2 entries"):
+            Loader(override(config, {"data.train_weights": ["7:3"]}), "train")
+
+
+def test_manifests_are_named_by_globs_and_brace_lists_too(demo_data: Path) -> None:
+    alone = len(Loader(tiny_config(demo_data, data__train_data=f"{demo_data}/train.dataset.json"), "train"))
+    for pattern in ("tr*.dataset.json", "{train,val}.dataset.json", "**/[tv]*.dataset.json"):
+        config = tiny_config(demo_data, data__train_data=f"{demo_data}/{pattern}")
+        assert len(Loader(config, "train")) == alone + 24 * ("v" in pattern)
+    with pytest.raises(ValueError, match="x.dataset.json: no such manifest"):
+        Loader(tiny_config(demo_data, data__train_data=f"{demo_data}/{{train,x}}.dataset.json"), "train")
