@@ -264,6 +264,7 @@ LISTS = {
     "s3://x/{a,b}.tar,c.tar": ["s3://x/{a,b}.tar", "c.tar"],
     "s3://x/a,b/t.dataset.json,c.tar": ["s3://x/a,b/t.dataset.json", "c.tar"],
     "s3://x/t.dataset.json,gone.dataset.json": ["s3://x/t.dataset.json", "gone.dataset.json"],
+    "s3://x/a,b": ["s3://x/a,b"],
     "s3://x/t,s3://x/u,/v": ["s3://x/t", "s3://x/u", "/v"],
     "c.tar,": ["c.tar"],
     ",,c.tar,,": ["c.tar"],
