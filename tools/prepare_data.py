@@ -87,7 +87,7 @@ def default_manifest(shards: Sequence[str]) -> str:
     folder = folders.pop() if len(folders) == 1 else os.path.commonpath(list(folders))
     names = [shard.rsplit("/", 1)[-1].removesuffix(".tar") for shard in shards]
     common = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    stem = re.sub(r"[-_.0-9]+$", "", "".join(letters[0] for letters in common))
+    stem = re.sub(r"[-_.,0-9]+$", "", "".join(letters[0] for letters in common))
     return storage.join(folder, f"{stem}.dataset.json" if stem else "dataset.json")
 
 

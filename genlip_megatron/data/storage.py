@@ -427,7 +427,7 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
         for part, matches in parts.items():
             found = _files(part, matches)
             beside = ""
-            if not is_remote(part) and (not found or os.path.isdir(part)):
+            if not is_remote(part) and (os.path.isdir(part) or (not found and glob.has_magic(part))):
                 beside = _beside(part)
             if not found:
                 raise NothingFound(f"{setting}: {part!r} matches no .tar file" + (beside and f"; {beside}"))

@@ -96,6 +96,8 @@ def test_shards_in_subfolders_alone_are_hinted_at(pattern: str, tmp_path: Path) 
         names(tmp_path, pattern)
     assert f"2 .tar files lie in subfolders: '{tmp_path}/" in str(caught.value) and "**/*.tar'" in str(caught.value)
     assert "2 compressed shards are not read: decompress them to .tar first" in str(caught.value)
+    with pytest.raises(ValueError, match=r"missing\.tar' matches no .tar file$"):
+        names(tmp_path, "missing.tar")
 
 
 def test_shards_below_those_of_a_folder_are_mentioned(
