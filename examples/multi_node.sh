@@ -13,6 +13,8 @@ cd "$(dirname "$0")/.."
 # A worker that dies is started again, with those of all nodes, from the last checkpoint; each time with a store of its
 # own, since torchrun's still has the dead worker's address.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Ctrl-C: the run saves, for which torchrun gives it 10 minutes and not 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 exec torchrun --nnodes "$nodes" --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$head" --max-restarts 3 \
     pretrain_genlip.py --config g16_stage1 --micro-batch-size 2 \
     --tokenizer "$tokenizer" --train-data "$train" --valid-data "$valid" --save "$run" --load "$run" \

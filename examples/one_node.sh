@@ -12,6 +12,8 @@ python tools/prepare_data.py "$train" "$valid" --tokenizer "$tokenizer"
 # A worker that dies is started again with the others from the last checkpoint; each time with a store of its own, since
 # torchrun's still has the dead worker's address.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Ctrl-C: the run saves, for which torchrun gives it 10 minutes and not 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 exec torchrun --standalone --nproc-per-node 8 --max-restarts 3 pretrain_genlip.py --config so16_stage1 \
     --tokenizer "$tokenizer" --train-data "$train" --valid-data "$valid" --save "$run" --load "$run" \
     --overlap-grad-reduce --overlap-param-gather "$@"

@@ -12,6 +12,8 @@ cd "$(dirname "$0")/.."
 
 # Index the shards once; unchanged ones are skipped. The patterns are expanded by the tool.
 python tools/prepare_data.py "$train" "$valid" --tokenizer "$tokenizer"
+# Ctrl-C: the run saves, for which torchrun gives it 10 minutes and not 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 exec torchrun --standalone --nproc-per-node 1 pretrain_genlip.py --config l16_stage1 \
     --tokenizer "$tokenizer" --train-data "$train" --valid-data "$valid" --save "$run" --load "$run" \
     --global-batch-size 64 --micro-batch-size 4 --train-iters 20000 --lr 3e-4 --lr-warmup-iters 200 \

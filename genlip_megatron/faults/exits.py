@@ -67,10 +67,10 @@ def tell_torchrun(reason: str, first: bool = True) -> None:
         first: False where another worker gives the same reason, whose end is then the root cause.
     """
     global _reason
-    if _reason or not os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if _reason or not name:
         return
-    _reason = reason
-    file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    _reason, file = reason, Path(name)
     # torchrun takes the earliest for the root cause, by the second.
     when = str(int(time.time()) + (not first))
     message = reason if first else "the same error as another worker"
@@ -89,7 +89,7 @@ def say_error(text: str, first: bool) -> None:
 
 
 def first_of_machine(text: str) -> bool:
-    """Whether no other worker of this launch on this machine has asked this about ``text``; without torchrun, True.
+    """Whether this worker is the first of its launch on this machine to ask this about ``text``.
 
     Needs no process group: torchrun's folders of workers are side by side.
     """

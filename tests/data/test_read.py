@@ -249,7 +249,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     storage._filesystem.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)
+    s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)  # moto keeps buckets for the next server
     yield "s3://bucket/data"
     server.stop()
     storage._filesystem.cache_clear()
