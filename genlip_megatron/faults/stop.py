@@ -54,14 +54,21 @@ class SignalThread:
     where no handler of Python's runs. Until it is closed; made and closed in the main thread only."""
 
     def __init__(self, signals: Iterable[signal.Signals], act: Callable[[int], None]) -> None:
-        self._act = act
+        self._act, self._seen, self._acted = act, 0, 0
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, end == self._pipe[0])
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._handlers: dict[int, Any] = {number: signal.signal(number, _nothing) for number in signals}
+        self._handlers: dict[int, Any] = {number: signal.signal(number, self._wait) for number in signals}
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
+
+    def _wait(self, number: int, frame: Any) -> None:
+        """Python's own handler, in the main thread: it does not go on before the signal has been acted on."""
+        self._seen += 1
+        end = time.monotonic() + 1
+        while self._acted < self._seen and time.monotonic() < end:
+            time.sleep(0.001)
 
     def _watch(self) -> None:
         while data := os.read(self._pipe[0], 64):
@@ -70,6 +77,7 @@ class SignalThread:
             for number in data:
                 if number in self._handlers:
                     self._act(number)
+                    self._acted += 1
 
     def close(self) -> None:
         """Give the signals back."""
@@ -80,10 +88,6 @@ class SignalThread:
         self._thread.join(1)
         for end in self._pipe:
             os.close(end)
-
-
-def _nothing(number: int, frame: Any) -> None:
-    """The handler that Python needs to write the signal's number to the pipe."""
 
 
 def leave_on_signal(save: str) -> SignalThread:
