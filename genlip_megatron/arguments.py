@@ -99,8 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Train GenLIP. Start it with torchrun; every flag overrides the same key of the recipe.",
         epilog="Ctrl-C, SIGTERM, SIGUSR1 or the file <save>/stop: the run finishes the step in flight, saves and "
-        "leaves with status 17; a second signal, more than a second later, ends it at once. Exit status: 0 done, 2 a wrong "
-        "setting or file, 17 stop requested; all others: docs/reliability.md.",
+        "leaves with status 17; a second signal, more than a second later, ends it at once. Exit status: 0 done, 2 a "
+        "wrong setting or file, 17 stop requested; all others: docs/reliability.md.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=118),
     )
     parser.add_argument(
