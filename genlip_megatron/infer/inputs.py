@@ -19,7 +19,7 @@ from genlip_megatron.data.index import ShardIndex, read_index
 from genlip_megatron.data.read import Piece, ShardReader
 from genlip_megatron.data.text import parse_turns
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = tuple(IMAGE_SUFFIXES)
 _EXPECTED = f"expected {', '.join(SUFFIXES)} or indexed .tar files, folders of them, or globs"
 _CACHE = "~/.cache/genlip_megatron", 64 * 10**9  # of shards in remote stores, as in training
 
