@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from genlip_megatron.data import storage
-from genlip_megatron.data.image import check_image, decode_rgb
+from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image, decode_rgb
 from genlip_megatron.data.index import ShardIndex, read_index
 from genlip_megatron.data.read import Piece, ShardReader
 from genlip_megatron.data.text import parse_turns
