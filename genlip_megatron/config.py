@@ -355,7 +355,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
         lambda name: name.replace("-", "") == wanted.replace("-", ""),
         lambda name: len(wanted) > 3 and name.startswith(wanted),
         lambda name: _one_slip_each(wanted, name),
-        lambda name: name.startswith(wanted[: int(0.8 * len(wanted)) + 1]) and _digits(wanted) == _digits(name),
+        lambda name: len(wanted) > 8 and name.startswith(wanted[: len(wanted) * 4 // 5 + 1]),
     ):
         found = [word for word, name in names.items() if near(name)]
         if 0 < len(found) <= 3:
