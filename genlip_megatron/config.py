@@ -351,11 +351,12 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """
     wanted = foreign_names.plain(word)
     names = {name: foreign_names.plain(name) for name in known}
+    most = wanted[: len(wanted) * 4 // 5 + 1]
     for near in (
         lambda name: name.replace("-", "") == wanted.replace("-", ""),
         lambda name: len(wanted) > 3 and name.startswith(wanted),
         lambda name: _one_slip_each(wanted, name),
-        lambda name: len(wanted) > 8 and name.startswith(wanted[: len(wanted) * 4 // 5 + 1]),
+        lambda name: len(wanted) > 8 and name.startswith(most) and _digits(wanted) == _digits(name),
     ):
         found = [word for word, name in names.items() if near(name)]
         if 0 < len(found) <= 3:
