@@ -12,7 +12,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -24,11 +26,14 @@ FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirect
 _ROOT = Path(__file__).parent.parent
 _PROGRAMS = (_ROOT, _ROOT / "tools", _ROOT / "tools" / "benchmarks")
 _USER_ERROR = 2
+_PACKAGE = str(Path(__file__).parent)
 _GRACE = 5.0  # seconds that a worker has to remove what it has half written
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """A tool's ``main``, whose ValueError (a wrong setting or file) and OSError are one line and status 2.
+    """A tool's ``main``, in which an OSError and a ValueError that this project raises are one line and status 2.
+
+    A ValueError of Python's or a library's own is a fault of the program, and keeps its traceback.
 
     SIGINT and SIGTERM are exceptions in it, so that what is half written is removed and workers are ended; a second one
     ends the process at once. The exit status is then that of the signal: in a shell 130 and 143.
@@ -41,14 +46,24 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             try:
                 return main(*args, **kwargs) or 0
             except BrokenPipeError:
-                # Whoever read the output, ``head`` say, has enough; Python would write the rest once more at the end.
+                # The reader of the output has left, as ``head`` does. Python would write the rest again at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 128 + signal.SIGPIPE
             except (ValueError, OSError) as error:
+                if isinstance(error, ValueError) and not _is_users(error):
+                    raise
                 print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
                 return _USER_ERROR
 
     return run
+
+
+def _is_users(error: ValueError) -> bool:
+    """Whether a ``raise`` statement of this project or of a tool made the error, not a call that failed."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    ours = frame.filename.startswith(_PACKAGE) or not frame.filename.startswith(libraries)
+    return ours and (frame.line or "").startswith("raise ")
 
 
 def one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -159,3 +162,13 @@ def test_a_path_that_leads_nowhere_is_one_line(name: str, tmp_path: Path) -> Non
     done = subprocess.run(tool, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"{name}: error: " in done.stderr.splitlines()[-1]
+
+
+def unpacks_nothing() -> None:
+    (_,) = []
+
+
+@pytest.mark.parametrize("fails", [unpacks_nothing, lambda: int("x"), lambda: json.loads("{")])
+def test_a_fault_of_the_program_keeps_its_traceback(fails: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError):
+        command(lambda: fails())()
