@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# So many bad samples are logged one by one, then every so manieth; the file has them all.
+# The first 20 bad samples are logged one by one, then every 20th; the file has them all.
 _LOGGED = 20
 # The share of bad samples is that of this many samples at least, and of about this many of the last ones at most.
 _FEWEST, _WINDOW = 1000, 200_000
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class DataFailure(RuntimeError):
-    """So many samples were bad that the fault is not theirs: storage, mount or index."""
+    """Too many samples were bad: the fault lies with storage, mount or index."""
 
 
 @dataclass(frozen=True)
