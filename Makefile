@@ -1,7 +1,6 @@
 # make demo: train a small GenLIP from nothing and caption unseen images.  make test: the CPU test suite.
 # make parity: the same run on every parallel layout, into docs/parity.md.
 # make plugging: what others load, with transformers 4, ONNX and lmms-eval, in environments of their own.
-# make null-gpu: what only a GPU runs, on one that runs nothing, in an environment of its own (docs/install-gpu.md).
 # make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
@@ -52,10 +51,10 @@ ifeq ($(NULL_GPU_PYTHON),$(NULL_GPU)/bin/python)
 null-gpu: $(NULL_GPU)/installed
 endif
 null-gpu:
-	$(NULL_GPU_PYTHON) -m pytest tests/tools/test_null_gpu.py
-	$(NULL_GPU_PYTHON) tools/null_gpu/run.py --devices 2 $(dir $(NULL_GPU_PYTHON))pytest --gpu \
+	$(NULL_GPU_PYTHON) -m pytest tests/null_gpu/test_null_gpu.py
+	$(NULL_GPU_PYTHON) -m tests.null_gpu.run --devices 2 $(dir $(NULL_GPU_PYTHON))pytest --gpu \
 		tests/train/test_no_waits.py -k "not engine"
-	$(NULL_GPU_PYTHON) tools/null_gpu/check.py
+	$(NULL_GPU_PYTHON) -m tests.null_gpu.check
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults --fault-table=docs/reliability.md

@@ -20,8 +20,8 @@ import genlip_megatron.command  # noqa: F401  first, for Ctrl-C while the others
 import os
 import sys
 
-from genlip_megatron.arguments import parse_args
 from genlip_megatron.config import RunConfig
+from genlip_megatron.config.command_line import parse_args
 from genlip_megatron.faults.exits import (
     EXIT_DATA_FAILURE,
     EXIT_USER_ERROR,
@@ -94,11 +94,11 @@ def describe(config: RunConfig) -> str:
 
 def run(config: RunConfig) -> int:
     """Train; returns the exit status."""
-    from genlip_megatron import host
+    from genlip_megatron import megatron_patches
 
-    host.install()
+    megatron_patches.install()
     from genlip_megatron.data.quarantine import DataFailure
-    from genlip_megatron.faults.exits import Mistake
+    from genlip_megatron.faults.exits import UserError
     from genlip_megatron.faults.watchdog import Watchdog
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import train
@@ -111,7 +111,7 @@ def run(config: RunConfig) -> int:
         status = train(config, watchdog)
         groups.finalize()
         return status
-    except Mistake as error:
+    except UserError as error:
         # Most often every rank finds the same one, but a node may lack a file.
         say_error(str(error), groups.first_to_say(str(error)))
         return EXIT_USER_ERROR

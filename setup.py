@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["genlip_megatron", "genlip_megatron.*"]),
     package_data={"genlip_megatron": ["recipes/*.yaml"]},
-    entry_points={"lmms_eval.models": ["genlip = genlip_megatron.evaluate.lmms:manifest"]},
+    entry_points={"lmms_eval.models": ["genlip = genlip_megatron.integrations.lmms_eval:manifest"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core==0.16.1",

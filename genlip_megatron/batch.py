@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.config import PATCH_SIZE, PATCH_VALUES
+from genlip_megatron.device import to_device
 
 __all__ = ["PATCH_SIZE", "PATCH_VALUES", "PackedBatch", "Sample", "pack_samples", "sample_positions", "to_image"]
 
@@ -74,7 +74,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on ``device``; the host waits for no copy to a GPU."""
-        return self._map(lambda tensor: host.to_device(tensor, device))
+        return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch with what lies in host memory page-locked, as ``to`` needs it for a GPU."""

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from genlip_megatron import host
-from tests.processes import Zygote
-from tests.runs import make_data
+from genlip_megatron import megatron_patches
+from genlip_megatron.testing.processes import Zygote
+from genlip_megatron.testing.runs import make_data
 
 pytest_plugins = ["tests.fault_table"]
 
 if "--gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a device
-host.install()
+megatron_patches.install()
 # On tensors this small further threads only wait for each other, which keeps cores busy; in processes of tests as well.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

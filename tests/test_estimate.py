@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from genlip_megatron import estimate as es
-from genlip_megatron.checks import check
 from genlip_megatron.config import (
     LINEAR_INPUTS,
     ParallelConfig,
@@ -23,9 +22,10 @@ from genlip_megatron.config import (
     override,
     recipe_names,
 )
+from genlip_megatron.config.checks import check
 from genlip_megatron.convert.table import canonical_shapes
 from genlip_megatron.estimate.sample import data_parallel_size
-from tests.distributed import run_distributed
+from genlip_megatron.testing.distributed import run_distributed
 
 FILE = Path(__file__).parent.parent / "tools" / "estimate.py"
 GIB = es.GIB
@@ -160,7 +160,7 @@ def test_peak_on_a_gpu_is_as_estimated(
     name: str, packs: int, ranks: int, flags: dict[str, Any], measured: float
 ) -> None:
     """GiB that torch's allocator had handed out at the peak of a recipe's step on the fullest GPU, as
-    ``tools/null_gpu/memory.py`` counts them, with rendered scenes in the packs."""
+    ``tests/null_gpu/memory.py`` counts them, with rendered scenes in the packs."""
     config = override(from_dict(load_yaml(name), name), {**flags, "train.micro_batch_size": packs})
     micro_batches = 2 * config.parallel.pipeline_model_parallel_size
     batch = micro_batches * packs * data_parallel_size(config, ranks)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden_files import load_golden
+from genlip_megatron.testing.golden import load_golden
 
 ATOL_LOGITS = 4e-5
 FILE = Path(__file__).parent.parent / "tools" / "benchmarks" / "plain.py"

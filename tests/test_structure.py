@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from genlip_megatron import host
+from genlip_megatron import megatron_patches
 from genlip_megatron.convert.folder import SOURCES
 
-PACKAGE = Path(host.__file__).parent
+PACKAGE = Path(megatron_patches.__file__).parent
 FORBIDDEN = {
     "data": {"model", "train", "checkpoint", "infer", "evaluate"},
     "model": {"data", "train", "checkpoint", "infer", "evaluate"},
@@ -62,19 +62,19 @@ def test_exported_files_are_self_contained() -> None:
 
 
 def test_megatron_core_is_the_version_whose_cuda_calls_are_mapped() -> None:
-    assert importlib.metadata.version("megatron-core") == host.SUPPORTED_MEGATRON_CORE, (
+    assert importlib.metadata.version("megatron-core") == megatron_patches.SUPPORTED_MEGATRON_CORE, (
         "the pin moved: run the golden, layout and resume tests on the new version, map new torch.cuda calls in "
-        "genlip_megatron/host.py, read Megatron-Core's changes to TransformerLayer, SelfAttention, "
-        "DistributedOptimizer and dist_checkpointing, then change host.SUPPORTED_MEGATRON_CORE and setup.py together"
+        "genlip_megatron/megatron_patches.py, read Megatron-Core's changes to TransformerLayer, SelfAttention, "
+        "DistributedOptimizer and dist_checkpointing, then change SUPPORTED_MEGATRON_CORE and setup.py together"
     )
 
 
 def test_another_version_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_installed", False)
+    monkeypatch.setattr(megatron_patches, "_installed", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
     with pytest.raises(RuntimeError, match=r"megatron-core 0\.99\.0 without CUDA.*pip install megatron-core==0\.16\.1"):
-        host.install()
+        megatron_patches.install()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer is off on a machine with a GPU")
@@ -97,7 +97,7 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "data.pack",
         "data.plan",
         "data.resize",
-        "data.share",
+        "data.read_assignment",
         "model.cross_entropy",
         "model.mask",
         "model.rope",
@@ -107,7 +107,7 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "evaluate.attributes",
         "evaluate.scenes",
         "train.breakdown",
-        "checks",
+        "config.checks",
         "train.step",
     ],
 )
@@ -119,7 +119,7 @@ def test_worked_examples_in_docstrings_hold(module: str) -> None:
 
 def test_settings_are_checked_without_torch() -> None:
     """So that ``--help``, a mistake, and a worker of a launch that is over take no seconds."""
-    code = "import sys, genlip_megatron.arguments, genlip_megatron.checks; sys.exit('torch' in sys.modules)"
+    code = "import sys, genlip_megatron.config.command_line; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -127,7 +127,7 @@ def test_collectives_of_one_rank_keep_their_meaning() -> None:
     def double(output: torch.Tensor, source: torch.Tensor, group: object = None, async_op: bool = False) -> str:
         return "communicated"
 
-    call = host._within_one_rank(double)
+    call = megatron_patches._within_one_rank(double)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     group = torch.distributed.group.WORLD

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import yaml
 
-from genlip_megatron.arguments import StrictParser
-from genlip_megatron.checkpoint import folder, manifest, owner
+from genlip_megatron.checkpoint import folder, manifest
 from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.lock import own
 from genlip_megatron.checkpoint.manifest import CONFIG
 from genlip_megatron.checkpoint.retention import Keeper, deletable, kept
 from genlip_megatron.command import command
 from genlip_megatron.config import CheckpointConfig
+from genlip_megatron.config.command_line import StrictParser
 
 _KINDS = ("fully_reshardable", "dp_reshardable")
 
@@ -140,7 +141,7 @@ def prune(options: argparse.Namespace) -> int:
     """Delete what need not be kept."""
     rules, keeper = _rules(options), Keeper()
     _places(options.path)
-    lock, _ = owner.own(options.path)
+    lock, _ = own(options.path)
     gone, wrong = keeper.prune(options.path, rules, options.dry_run)
     for problem in wrong:
         print(f"damaged, not counted: {problem}")
@@ -201,7 +202,7 @@ def info(options: argparse.Namespace) -> int:
 
 def reshard(options: argparse.Namespace) -> int:
     """Write a checkpoint with the other kind of optimizer state."""
-    from genlip_megatron.train.reshard import reshard as write
+    from genlip_megatron.checkpoint.reshard import reshard as write
 
     place = _places(options.path)[0]
     sizes = {name: getattr(options, name) for name in vars(options) if name.endswith("_model_parallel_size")}
@@ -223,7 +224,7 @@ def rewind(options: argparse.Namespace) -> int:
         raise ValueError(f"--step {options.step}: {place} is missing; steps there: {steps}")
     if wrong := _look(place, True)[1]:
         raise ValueError("; ".join(wrong))
-    lock, _ = owner.own(options.path)
+    lock, _ = own(options.path)
     for moved in folder.set_aside(options.path, options.step):
         print(f"set aside: {moved}")
     lock.close()

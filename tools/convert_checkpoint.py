@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from genlip_megatron.arguments import StrictParser
 from genlip_megatron.command import command
+from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.optional import need_transformers
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

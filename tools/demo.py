@@ -25,9 +25,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from genlip_megatron.arguments import StrictParser
 from genlip_megatron.checkpoint import manifest
 from genlip_megatron.command import command
+from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.convert.folder import foreign
 from genlip_megatron.convert.new_folder import check_target
 from genlip_megatron.outputs import first_other

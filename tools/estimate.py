@@ -28,10 +28,10 @@ from typing import Any, cast
 import torch
 
 from genlip_megatron import estimate as es
-from genlip_megatron.arguments import build_parser
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
-from genlip_megatron.checks import check
 from genlip_megatron.config import LINEAR_INPUTS, RunConfig, from_dict, load_yaml, override
+from genlip_megatron.config.checks import check
+from genlip_megatron.config.command_line import build_parser
 
 LAYOUT = {f"{section}.{name}" for section, name, _ in es.LAYOUT_FLAGS}
 # fmt: off
@@ -91,9 +91,9 @@ def measured_peak(config: RunConfig, steps: int = 2) -> int:
 
     On a CPU from the profiler's account of every allocation, on a GPU from the caching allocator's own.
     """
-    from genlip_megatron import host
+    from genlip_megatron import megatron_patches
 
-    host.install()
+    megatron_patches.install()
     from megatron.core import parallel_state
 
     from genlip_megatron.parallel import groups

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genlip_megatron.arguments import StrictParser
+from genlip_megatron.config.command_line import StrictParser
 
 if TYPE_CHECKING:
     from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel

@@ -27,8 +27,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genlip_megatron.arguments import StrictParser
 from genlip_megatron.command import command
+from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.optional import need_transformers
 
 

@@ -31,11 +31,10 @@ from typing import Any
 from genlip_megatron.command import command
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 DEMO_STEPS = 24
-# Largest differences allowed, kinds as in tests/golden_files.py. bfloat16 keeps 8 bits of a value, 0.4% a rounding,
-# which layers gather: 8e-2 (values up to 4) and 8e-2 of a gradient's norm were seen on a CPU.
+# Largest differences allowed, kinds as in genlip_megatron/testing/golden.py. bfloat16 keeps 8 bits of a value, 0.4% a
+# rounding, which layers gather: 8e-2 (values up to 4) and 8e-2 of a gradient's norm were seen on a CPU.
 GOLDEN_LIMITS = {
     "fp32": {"hidden": 1e-4, "logits": 1e-4, "loss": 1e-5, "gradient": 1e-4, "features": 1e-4},
     "bf16": {"hidden": 2e-1, "logits": 2e-1, "loss": 1e-2, "gradient": 2e-1, "features": 1e-1},
@@ -69,11 +68,11 @@ LOSS_PARTS: dict[str, dict[str, Any]] = {"loss-bf16": {"train__precision": "bf16
 
 def golden(precision: str) -> dict[str, Any]:
     """Worst differences from the authors' model class over the golden files."""
-    from genlip_megatron import host
+    from genlip_megatron import megatron_patches
 
-    host.install()
+    megatron_patches.install()
     from genlip_megatron.parallel import groups
-    from tests.golden_files import GOLDEN_DIR, compare, golden_run, load_golden
+    from genlip_megatron.testing.golden import GOLDEN_DIR, compare, golden_run, load_golden
 
     worst: dict[str, float] = {}
     for file in sorted(GOLDEN_DIR.glob("*.safetensors")):
@@ -112,9 +111,9 @@ def configuration(recipe: str, data: Path, settings: dict[str, Any]) -> Any:
 
 def train(config: Any, steps: int) -> dict[str, Any]:
     """Losses of ``steps`` steps, and the rates of the second half; why there are none where this machine cannot."""
-    from genlip_megatron import host
+    from genlip_megatron import megatron_patches
 
-    host.install()
+    megatron_patches.install()
     import torch
 
     from genlip_megatron.parallel import groups
@@ -198,7 +197,7 @@ def why_skipped(config: Any) -> str:
     """Why this machine cannot run with ``config``; empty when it can."""
     import torch
 
-    from genlip_megatron.model.engine import choose_fp8, why_no_engine
+    from genlip_megatron.model.te_support import choose_fp8, why_no_engine
 
     if config.train.transformer_impl == "transformer_engine" and (reason := why_no_engine()):
         return reason
@@ -280,7 +279,7 @@ def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
 @command
 def main() -> int:
     """Run every part in its own process, print the table, write the JSON; 1 when a check fails."""
-    from genlip_megatron.arguments import StrictParser
+    from genlip_megatron.config.command_line import StrictParser
 
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="gpu_check.json", help="JSON file to write (default: gpu_check.json)")

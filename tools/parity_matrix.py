@@ -21,7 +21,6 @@ from typing import Any
 from genlip_megatron.command import command
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 LAYOUTS = (
     *("DP2", "TP2", "PP2", "PP2xVPP2", "CP2"),
@@ -83,8 +82,8 @@ class Matrix:
 
     def reference(self, case: dict[str, Any]) -> dict[str, Any]:
         """The case on one process."""
-        from tests.distributed import run_distributed
-        from tests.parity import parity_config, parity_run
+        from genlip_megatron.testing.distributed import run_distributed
+        from genlip_megatron.testing.parity import parity_config, parity_run
 
         key = tuple(sorted(case.items()))
         if key not in self._references:
@@ -93,9 +92,9 @@ class Matrix:
 
     def compare(self, name: str, case: dict[str, Any], flags: dict[str, Any]) -> dict[str, float]:
         """The worst errors of one layout in one case; what is not allowed goes to ``failures``."""
-        from tests.distributed import run_distributed
-        from tests.parity import BFLOAT16, FLOAT32, parity_config, parity_run, problems, worst_errors
-        from tests.runs import layout
+        from genlip_megatron.testing.distributed import run_distributed
+        from genlip_megatron.testing.parity import BFLOAT16, FLOAT32, parity_config, parity_run, problems, worst_errors
+        from genlip_megatron.testing.runs import layout
 
         world_size, sizes = layout(name)
         begin = time.monotonic()
@@ -110,9 +109,9 @@ class Matrix:
     def relay(self, names: list[str], folder: Path) -> tuple[list[str], float]:
         """(legs, worst relative error of the loss) of a run in which each step is another layout's, which continues
         from the checkpoint of the one before."""
-        from tests.distributed import run_distributed
-        from tests.parity import parity_config, parity_run
-        from tests.runs import layout
+        from genlip_megatron.testing.distributed import run_distributed
+        from genlip_megatron.testing.parity import parity_config, parity_run
+        from genlip_megatron.testing.runs import layout
 
         legs = [*sorted(names, key=lambda name: layout(name)[0]), "1"]
         length: dict[str, Any] = {"train__train_iters": len(legs)}
@@ -144,8 +143,8 @@ def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
     """Run everything and return the document."""
     import torch
 
-    from tests.parity import BFLOAT16, DATA, FLOAT32, STEPS
-    from tests.runs import layout
+    from genlip_megatron.testing.parity import BFLOAT16, DATA, FLOAT32, STEPS
+    from genlip_megatron.testing.runs import layout
 
     cases = [{"stage": stage, "drop_path": drop_path} for stage in DATA for drop_path in (0.0, 0.2)]
     kinds = ["loss", "gradient", "weights"]
@@ -190,7 +189,7 @@ def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
 @command
 def main() -> int:
     """Run the tool; returns the exit status."""
-    from genlip_megatron.arguments import StrictParser
+    from genlip_megatron.config.command_line import StrictParser
 
     parser = StrictParser(
         prog="parity_matrix.py", description="Compare training on every parallel layout with training on one process."
@@ -199,11 +198,11 @@ def main() -> int:
     parser.add_argument("--output", default=str(ROOT / "docs" / "parity.md"), help="Markdown file to write")
     options = parser.parse_args()
 
-    from genlip_megatron import host
+    from genlip_megatron import megatron_patches
 
-    host.install()
+    megatron_patches.install()
     from genlip_megatron.outputs import begins_with, check_file, write
-    from tests.runs import layout, make_data
+    from genlip_megatron.testing.runs import layout, make_data
 
     is_own = begins_with(_INTRODUCTION.partition("{")[0].encode())
 

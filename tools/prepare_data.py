@@ -29,8 +29,8 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
-from genlip_megatron.arguments import StrictParser
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
+from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import Totals, check_files, manifest_paths, open_dataset, other_shards, write_manifest
 from genlip_megatron.data.index import ShardIndex, UnreadableShard, refresh_index

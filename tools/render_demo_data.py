@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from genlip_megatron.arguments import StrictParser
+from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.evaluate import scenes
 
 

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 
 import sentencepiece
 
-from genlip_megatron.arguments import StrictParser
 from genlip_megatron.config import DEFAULT_PROMPT
+from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data.index import CAPTION_SUFFIXES
 from genlip_megatron.data.storage import expand_shards
 from genlip_megatron.data.text import END_OF_TURN, parse_turns

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.model.engine import fp8_primary_weights, fused_norms
 from genlip_megatron.model.fp8_state import fp8_state, is_fp8_state
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.model.specs import compute_dtype
-from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
+from genlip_megatron.model.te_support import fp8_primary_weights, fused_norms
+from genlip_megatron.train.fsdp import FullyShardedDataParallel
 
 # These must be equal for ``dp_reshardable`` state to be read; by them a rank's share is named and cut.
 SHARES = (

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from genlip_megatron.checkpoint import content, folder, manifest, metadata
-from genlip_megatron.checkpoint.agree import from_rank_0, gather, rank, world_size
+from genlip_megatron.checkpoint.collectives import from_rank_0, gather, rank, world_size
 from genlip_megatron.checkpoint.content import SHARES, RandomStates, State
 from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.config import RunConfig, from_dict

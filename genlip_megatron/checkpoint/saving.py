@@ -19,8 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from genlip_megatron.checkpoint import content, folder, manifest, owner
-from genlip_megatron.checkpoint.agree import (
+from genlip_megatron.checkpoint import content, folder, lock, manifest
+from genlip_megatron.checkpoint.collectives import (
     everywhere,
     first_of,
     gather,
@@ -143,14 +143,14 @@ class Saver:
         ]
         try:
             text = on_rank_0(lambda: self._own(patience))
-            strangers = first_of(gather(owner.seen(self.root, text)))
+            strangers = first_of(gather(lock.seen(self.root, text)))
         except NotSaved as error:
             strangers = str(error)
         if strangers:
             raise ValueError(f"checkpoint.save = {self.root}: {strangers}")
 
     def _own(self, patience: float) -> str:
-        self._lock, text = owner.own(self.root, patience, self._log)
+        self._lock, text = lock.own(self.root, patience, self._log)
         folder.clean(self.root)
         return text
 

@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from genlip_megatron.checkpoint.agree import everywhere, gather_on_rank_0, on_rank_0, rank
+from genlip_megatron.checkpoint.collectives import everywhere, gather_on_rank_0, on_rank_0, rank
 from genlip_megatron.checkpoint.manifest import FileFacts
 
 # Files of a rank, written side by side; one thread hashes about as fast as one disk writes.

@@ -104,9 +104,9 @@ def _megatron_outputs(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """(the embedding's and each layer's output [N, D], logits [T, V] of the text, bool [N] which token is of an image)
     of a model on this one process."""
-    from genlip_megatron import host
+    from genlip_megatron import megatron_patches
 
-    host.install()
+    megatron_patches.install()
     from genlip_megatron.batch import Sample, pack_samples
     from genlip_megatron.checkpoint import loading
     from genlip_megatron.model.genlip import build_model

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch, Sample
 from genlip_megatron.config import DataConfig, RunConfig, source_epochs, source_weights
+from genlip_megatron.data.assemble import SampleReader
 from genlip_megatron.data.dataset import Dataset, open_dataset
 from genlip_megatron.data.decode import make_decoder
 from genlip_megatron.data.plan import Phase, Plan, Source
 from genlip_megatron.data.quarantine import Quarantine
 from genlip_megatron.data.read import ShardReader
-from genlip_megatron.data.samples import SampleReader
-from genlip_megatron.data.share import Share
+from genlip_megatron.data.read_assignment import ReadAssignment
 from genlip_megatron.data.storage import NothingFound
 from genlip_megatron.data.text import encode_prompt, load_tokenizer
+from genlip_megatron.device import current_device
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _MAX_WORKERS = 16
@@ -109,7 +109,7 @@ def build_plan(config: RunConfig, split: str, datasets: list[Dataset]) -> Plan:
     )
 
 
-class Ahead(Iterator[PackedBatch]):
+class Prefetcher(Iterator[PackedBatch]):
     """Micro-batches made in a thread, a few ahead of who asks for them.
 
     The thread starts at once, not at the first question: stages of a pipeline ask for their first micro-batch one
@@ -120,7 +120,7 @@ class Ahead(Iterator[PackedBatch]):
         self,
         make: Iterator[tuple[PackedBatch, _Cursor]],
         depth: int,
-        share: Share,
+        share: ReadAssignment,
         taken: Callable[[_Cursor, float], None],
     ) -> None:
         self._make, self._share, self._taken = make, share, taken
@@ -187,11 +187,11 @@ class Loader:
         split: str,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
-        share: Share | None = None,
+        share: ReadAssignment | None = None,
     ) -> None:
         self.config, self.split = config, split
         data, lanes = config.data, config.train.global_batch_size
-        self.share = share or Share()
+        self.share = share or ReadAssignment()
         self.tokenizer = load_tokenizer(data.tokenizer, config.model.vocab_size)
         encode_prompt(data.prompt, self.tokenizer, "data.prompt")  # what is wrong with it is known before data are read
         mine = lanes // data_parallel_size
@@ -211,7 +211,7 @@ class Loader:
             data.max_consecutive_failures,
         )
         workers = num_workers(data)
-        device = host.device() if data.decoder in ("auto", "dali") else torch.device("cpu")
+        device = current_device() if data.decoder in ("auto", "dali") else torch.device("cpu")
         self.samples = SampleReader(
             self.datasets,
             data,
@@ -229,21 +229,21 @@ class Loader:
         self.truncated = 0  # captions of consumed steps that were cut to what their image leaves of a pack
         self._quarantined = self._quarantined_before = 0
         self._consumed = self._start = self.plan.state_dict(self.lanes)
-        self._ahead: list[Ahead] = []
+        self._prefetchers: list[Prefetcher] = []
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __iter__(self) -> Ahead:
+    def __iter__(self) -> Prefetcher:
         """Micro-batches; ``train`` never ends, ``valid`` gives at most ``log.eval_iters`` global batches."""
-        for ahead in self._ahead:
+        for ahead in self._prefetchers:
             ahead.close()
             if self.split == "train":
                 # What was only prepared comes again, and is counted again.
                 self.plan.load_state_dict(self._consumed)
                 self.quarantine.total, self.samples.truncated = self._quarantined, self.truncated
-        self._ahead = [Ahead(self._micro_batches(), self.config.data.prefetch, self.share, self._taken)]
-        return self._ahead[0]
+        self._prefetchers = [Prefetcher(self._micro_batches(), self.config.data.prefetch, self.share, self._taken)]
+        return self._prefetchers[0]
 
     def _taken(self, cursor: _Cursor, waited: float) -> None:
         self.waited += waited
@@ -321,6 +321,6 @@ class Loader:
 
     def close(self) -> None:
         """End the threads and close the shards. Nothing may be read after it."""
-        for ahead in self._ahead:
+        for ahead in self._prefetchers:
             ahead.close(10)
         self.samples.close()

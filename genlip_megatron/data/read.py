@@ -155,7 +155,7 @@ class ShardReader:
         self.bytes_read += sum(len(content) for content in results if isinstance(content, memoryview))
         return results
 
-    def forget(self, piece: Piece) -> bool:
+    def drop(self, piece: Piece) -> bool:
         """Drop what is cached of a piece, so that it is fetched anew; False where nothing is ever cached."""
         if self._cache is None or not storage.is_remote(piece.shard):
             return False

@@ -1,7 +1,7 @@
 """What a layout costs: parameters, memory of the fullest rank, traffic, time of a step. Pure: nothing is allocated.
 
-``sample.py`` says what a sample and a machine are; ``kept.py`` and ``memory.py`` count bytes, ``cost.py`` arithmetic,
-traffic and time; ``layouts.py`` searches and refuses.
+``sample.py`` says what a sample and a machine are; ``activations.py`` and ``memory.py`` count bytes, ``cost.py``
+arithmetic, traffic and time; ``layouts.py`` searches and refuses.
 """
 
 from genlip_megatron.estimate.cost import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.table import canonical_shapes
-from genlip_megatron.estimate.kept import Sizes
+from genlip_megatron.estimate.activations import Sizes
 from genlip_megatron.estimate.memory import Memory, memory, stage_parameters
 from genlip_megatron.estimate.sample import (
     GPUS_PER_NODE,
@@ -158,7 +158,7 @@ def estimate(
     ideal = per_sample * samples / (world_size * machine.peak_tflops * 1e12)
     waiting = _communication_seconds(config, moved, world_size, machine)
     layers = micro_batches(config, world_size) * model.num_layers / config.parallel.pipeline_model_parallel_size
-    remaking = layers * Sizes(config, device, mix).remade() / (machine.memory_gbs * 1e9)
+    remaking = layers * Sizes(config, device, mix).recomputed_bytes() / (machine.memory_gbs * 1e9)
     seconds = (ideal / mfu * (1 + recomputed) + remaking) * (1 + imbalance) / (1 - bubble) + waiting
     return Estimate(
         config=config,

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from genlip_megatron.checks import check
 from genlip_megatron.config import LINEAR_INPUTS, RunConfig
+from genlip_megatron.config.checks import check
 from genlip_megatron.estimate.cost import Estimate, estimate
 from genlip_megatron.estimate.memory import memory
 from genlip_megatron.estimate.sample import GIB, GPUS_PER_NODE, MACHINES, Machine, SampleMix, default_mix, micro_batches

@@ -2,7 +2,7 @@
 
 Counted are what micro-batches in flight keep under Megatron-Core's 1F1B and interleaved schedules, and the largest
 temporaries beside them. The figures for a CPU are checked against the measured peak (``tools/estimate.py --measure``),
-those for a GPU against what torch's allocator hands out where kernels do nothing (``tools/null_gpu/memory.py``).
+those for a GPU against what torch's allocator hands out where kernels do nothing (``tests/null_gpu/memory.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 from genlip_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from genlip_megatron.convert.table import TABLE, canonical_shapes
-from genlip_megatron.estimate.kept import Sizes
+from genlip_megatron.estimate.activations import Sizes
 from genlip_megatron.estimate.sample import GIB, SampleMix, data_parallel_size, default_mix, micro_batches
 from genlip_megatron.model.pipeline import layers_per_chunk
 

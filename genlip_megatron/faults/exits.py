@@ -40,7 +40,7 @@ _PROG = "pretrain_genlip.py"
 _reason = ""  # why this worker ends, as torchrun was told
 
 
-class Mistake(ValueError):
+class UserError(ValueError):
     """A setting or a file is wrong. Found while the run is set up or, of validation data, when they have been read.
 
     Other ValueErrors are crashes: starting again may help, and their traceback must be seen.

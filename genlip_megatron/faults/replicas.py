@@ -27,7 +27,7 @@ import xxhash
 from megatron.core import parallel_state
 from torch import Tensor
 
-from genlip_megatron import host
+from genlip_megatron.device import current_device
 from genlip_megatron.faults.exits import EXIT_REPLICAS_DIFFER, LeaveRun
 
 Hashes = dict[str, bytes]
@@ -77,7 +77,7 @@ def check_replicas(named_parameters: Iterable[tuple[str, Tensor]], step: int) ->
     shared = {name: hashes[name] for name, parameter in parameters if getattr(parameter, "sequence_parallel", False)}
     comparisons = list(zip((hashes, shared), groups, strict=True))
     differ = any([_differ(mine, group) for mine, group in comparisons])
-    flag = torch.tensor([float(differ)], device=host.device())
+    flag = torch.tensor([float(differ)], device=current_device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     if not flag.item():
         return
@@ -102,7 +102,7 @@ def _differ(mine: Hashes, group: torch.distributed.ProcessGroup) -> bool:
     if group.size() == 1:
         return False
     digest = torch.frombuffer(bytearray(xxhash.xxh3_128_digest(b"".join(mine.values()))), dtype=torch.int64)
-    digest = digest.to(host.device())
+    digest = digest.to(current_device())
     everyone = [torch.empty_like(digest) for _ in range(group.size())]
     torch.distributed.all_gather(everyone, digest, group=group)
     return any(not torch.equal(digest, other) for other in everyone)

@@ -117,9 +117,9 @@ def _from_checkpoint(
     progress: Callable[[int], Any],
 ) -> Loaded:
     """From a Megatron checkpoint."""
-    from genlip_megatron import host
+    from genlip_megatron import megatron_patches
 
-    host.install()
+    megatron_patches.install()
     from genlip_megatron.checkpoint import loading
     from genlip_megatron.convert.conversion import in_encoder, open_checkpoint
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from genlip_megatron import host
+from genlip_megatron import megatron_patches
 from genlip_megatron.batch import Sample
 from genlip_megatron.config import ONE_RANK, override
 from genlip_megatron.convert.folder import preprocessor_config
 from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.device import current_device
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 from genlip_megatron.infer.caption import Decoding, prompt_ids
 from genlip_megatron.infer.load import images_of
@@ -53,7 +54,7 @@ class RecomputingCaptioner:
                 raise ValueError(f"--{flag} {value}: not with --recompute, which takes {plain} alone")
         if dtype not in ("auto", "fp32", "bf16"):
             raise ValueError(f"--dtype {dtype}: with --recompute allowed are auto, fp32 and bf16")
-        host.install()
+        megatron_patches.install()
         from genlip_megatron.checkpoint import loading
         from genlip_megatron.model.genlip import build_model
         from genlip_megatron.model.specs import transformer_config
@@ -62,7 +63,7 @@ class RecomputingCaptioner:
         found = loading.find(place, True, log)
         if found is None:
             raise ValueError(f"--load {place}: no checkpoint there (no folder iter_NNNNNNN); --recompute needs one")
-        here = host.device()
+        here = current_device()
         if device not in ("auto", here.type, str(here)):
             raise ValueError(f"--device {device}: with --recompute allowed is {here.type}, as this machine has it")
         precision = {} if dtype == "auto" else {"train.precision": dtype}

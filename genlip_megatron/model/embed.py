@@ -13,9 +13,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PATCH_VALUES, PackedBatch
 from genlip_megatron.config import ModelConfig
+from genlip_megatron.device import to_device
 from genlip_megatron.parallel.sequence import local_slots, slot_share
 
 
@@ -49,9 +49,9 @@ class ImageSlots:
         found = torch.from_numpy(np.flatnonzero(is_image[slots]))
         if fixed_shapes:
             found = F.pad(found, (0, len(is_image) - len(found)), value=len(is_image))
-            return cls(host.to_device(found, device), 0, spare=True)
+            return cls(to_device(found, device), 0, spare=True)
         before = int(np.count_nonzero(is_image[: slots.start]))
-        return cls(host.to_device(found, device), before - batch.first_patch)
+        return cls(to_device(found, device), before - batch.first_patch)
 
 
 class Embedding(MegatronModule):

@@ -20,9 +20,9 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
+from genlip_megatron.device import current_device, to_device
 from genlip_megatron.model.attention import PackedAttention, plan_attention
 from genlip_megatron.model.embed import Embedding, ImageSlots
 from genlip_megatron.model.fp8_state import is_fp8_state, prepare_fp8_state, set_fp8_state
@@ -118,7 +118,7 @@ class GenLIP(MegatronModule):
                 f"token id {largest} has no row: model.vocab_size = {self.model_config.vocab_size}; take the tokenizer "
                 "that the model was made for, or raise --vocab-size"
             )
-        device = host.device()
+        device = current_device()
         dtype = self.config.params_dtype
         cut = (self.context, self.gather_keys)
         how = (self.fusion, fixed_shapes)
@@ -129,7 +129,7 @@ class GenLIP(MegatronModule):
             return plan
         # Padding has no sample; it keeps the branches of sample 0 and nobody sees it.
         samples = batch.sample_ids[slots].clamp(min=0)
-        factors, samples = (host.to_device(x, device) for x in (batch.drop_path, samples))
+        factors, samples = (to_device(x, device) for x in (batch.drop_path, samples))
         return replace(plan, drop_path=factors[:, :, samples][..., None, None])
 
     def hidden_states(self, batch: PackedBatch, plan: PackedAttention | None = None) -> Tensor:

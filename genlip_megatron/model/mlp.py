@@ -11,7 +11,7 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from genlip_megatron.model.recompute import forget, remade
+from genlip_megatron.model.recompute import discard, recomputable
 
 # Megatron-Core's layer hands the tensor-parallel group to its own MLP class alone, and warns at any other that it does
 # not; the default group is the right one here.
@@ -65,11 +65,11 @@ class SwiGLU(MLP):
         """
         assert per_token_scale is None
         x, bias = self.linear_fc1(hidden_states)
-        forget(hidden_states, x)
+        discard(hidden_states, x)
         if bias is not None and not x.is_cuda:
             x, bias = x + bias, None
         # One name, so that no input lives on beside the next product.
-        x = remade(_swiglu, x, bias) if self._recompute_act else _swiglu(x, bias)
+        x = recomputable(_swiglu, x, bias) if self._recompute_act else _swiglu(x, bias)
         output, bias = self.linear_fc2(x)
-        forget(x, output)
+        discard(x, output)
         return output if bias is None else output + bias, None

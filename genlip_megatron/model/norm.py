@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlip_megatron.model.recompute import remade
+from genlip_megatron.model.recompute import recomputable
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -19,7 +19,7 @@ class LayerNorm(torch.nn.LayerNorm):
     Whoever makes the tensor that is normed next may ``hand`` over its norm as well.
 
     Args:
-        recompute: whoever reads the norm may free it until the backward pass (``recompute.forget``).
+        recompute: whoever reads the norm may free it until the backward pass (``recompute.discard``).
     """
 
     def __init__(
@@ -47,4 +47,4 @@ class LayerNorm(torch.nn.LayerNorm):
         handed, self._handed = self._handed, None
         if handed is not None and handed[0] is x:
             return handed[1]
-        return remade(super().forward, x) if self._recompute else super().forward(x)
+        return recomputable(super().forward, x) if self._recompute else super().forward(x)

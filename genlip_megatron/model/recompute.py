@@ -24,8 +24,8 @@ _READERS = {
 }
 
 
-def remade(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """``function(*inputs)``, a new tensor, which ``forget`` may then free.
+def recomputable(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """``function(*inputs)``, a new tensor, which ``discard`` may then free.
 
     Args:
         function: gives the same bits each time; its backward pass needs ``inputs`` and not the result.
@@ -36,8 +36,8 @@ def remade(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     return made
 
 
-def forget(x: Tensor, used: Tensor) -> None:
-    """Free ``x`` until the backward pass has come to ``used``, if ``remade`` has made it; else do nothing.
+def discard(x: Tensor, used: Tensor) -> None:
+    """Free ``x`` until the backward pass has come to ``used``, if ``recomputable`` has made it; else do nothing.
 
     Whoever else holds ``x``, a hook on a module say, must not read it in between. One backward pass finds it there.
 

@@ -20,18 +20,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from genlip_megatron import host
 from genlip_megatron.config import LINEAR_INPUTS, RunConfig
 from genlip_megatron.convert.table import FUSED_NORMS
+from genlip_megatron.device import current_device
 from genlip_megatron.model.attention import FP8_BACKEND, GenLIPSelfAttention, PrefixLMAttention, choose_backend
 from genlip_megatron.model.attention.backend import Place
-from genlip_megatron.model.engine import RECIPES, choose_fp8, fused_norms, why_no_engine
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.linear import ColumnLinear, RowLinear
 from genlip_megatron.model.mlp import SwiGLU
 from genlip_megatron.model.norm import LayerNorm
 from genlip_megatron.model.pipeline import pipeline_layout
 from genlip_megatron.model.regularize import GenLIPLayer, ScaledResidual
+from genlip_megatron.model.te_support import RECIPES, choose_fp8, fused_norms, why_no_engine
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -78,7 +78,7 @@ def attention_choice(config: RunConfig) -> tuple[str, str]:
     Raises:
         ValueError: the one that is set cannot run here.
     """
-    place = Place(host.device(), compute_dtype(config), config.model.head_dim)
+    place = Place(current_device(), compute_dtype(config), config.model.head_dim)
     if choose_fp8(config).images:
         return FP8_BACKEND, "image queries in FP8, as set"
     layers_are_te = config.train.transformer_impl == "transformer_engine"

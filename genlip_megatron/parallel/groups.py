@@ -12,8 +12,8 @@ import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from genlip_megatron.checks import check
 from genlip_megatron.config import RunConfig
+from genlip_megatron.config.checks import check
 from genlip_megatron.faults.exits import first_of_machine
 
 

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.device import current_device
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.attention.backend import Backend
-from genlip_megatron.model.attention.two_calls import KernelCall, Rows
+from genlip_megatron.model.attention.varlen import KernelCall, Rows
 from genlip_megatron.model.embed import ImageSlots
 
 _WARM_UP = 2  # micro-batches of a shape that run as usual
@@ -173,7 +173,7 @@ class GraphedStage:
         self._graphs: dict[Any, Graph] = {}
         self._seen: Counter[Any] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        self._anchor = torch.zeros((), device=host.device(), requires_grad=True)
+        self._anchor = torch.zeros((), device=current_device(), requires_grad=True)
         self.replayed = self.run = self.released = 0
 
     def __call__(self, batch: PackedBatch, plan: PackedAttention) -> Tensor:

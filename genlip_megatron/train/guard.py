@@ -38,9 +38,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import get_data_parallel_group_if_dtensor, to_local_if_dtensor
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
+from genlip_megatron.device import current_device
 from genlip_megatron.faults.inject import Injector
 from genlip_megatron.faults.spikes import SpikeJudge
 from genlip_megatron.faults.stop import REASONS
@@ -53,7 +53,7 @@ _SAME_RESULT = 1e-3
 _COUNTS = ("skipped", "spikes", "without_update", "rollbacks", "back_at")
 
 
-def no_wish() -> list[float]:
+def no_stop_votes() -> list[float]:
     """The votes of a rank that was told nothing."""
     return [0.0] * len(REASONS)
 
@@ -150,7 +150,7 @@ def global_norm(optimizer: Any) -> Tensor:
     for gradient in gradients:
         sharded = get_data_parallel_group_if_dtensor(gradient, sharded)
     held = [local for local in map(to_local_if_dtensor, gradients) if local.numel()]
-    square = torch.zeros((), dtype=torch.float64, device=host.device())
+    square = torch.zeros((), dtype=torch.float64, device=current_device())
     if held:
         square += torch.stack(torch._foreach_norm(held)).double().square().sum()
     if sharded is not None:
@@ -216,7 +216,7 @@ class Guard:
         self,
         batches: Iterator[PackedBatch],
         number: int,
-        stop: Callable[[], list[float]] = no_wish,
+        stop: Callable[[], list[float]] = no_stop_votes,
         unwritten: Callable[[], bool] = bool,
     ) -> Outcome:
         """Step ``number`` of the run, the first is 1. A collective over all ranks; the result is the same on each.
@@ -309,7 +309,7 @@ class Guard:
         total, norm, finite = self._compute(batches, number, first=False)
         self.stepper.counts = counts  # the micro-batches were counted the first time
         again = self._own_numbers(total)
-        numbers = agree(total, norm, finite, no_wish(), False)
+        numbers = agree(total, norm, finite, no_stop_votes(), False)
         changed = [not _same(a, b) for a, b in zip(mine, again, strict=True)]
         where = f"rank {torch.distributed.get_rank()} on {socket.gethostname()} (process {os.getpid()})"
         reports: list[Any] = [None] * torch.distributed.get_world_size()

@@ -14,22 +14,22 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.timers import Timers
 
-from genlip_megatron import host
-from genlip_megatron.checkpoint.agree import gather
+from genlip_megatron.checkpoint.collectives import gather
 from genlip_megatron.checkpoint.saving import Saver, check_free_space
 from genlip_megatron.command import FILE_ERRORS, one_line
 from genlip_megatron.config import RunConfig
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.presence import absent
 from genlip_megatron.data.quarantine import BadShare
-from genlip_megatron.data.share import Share
+from genlip_megatron.data.read_assignment import ReadAssignment
+from genlip_megatron.device import current_device
 from genlip_megatron.estimate import check_fits
 from genlip_megatron.faults.exits import (
     EXIT_BAD_NUMBERS,
     EXIT_NOT_SAVED,
     EXIT_PREEMPTED,
     LeaveRun,
-    Mistake,
+    UserError,
     mark_final,
     say_error,
     tell_torchrun,
@@ -42,17 +42,17 @@ from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
-from genlip_megatron.parallel.fsdp import FullyShardedDataParallel
 from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.train.breakdown import Breakdown, StepTimers
-from genlip_megatron.train.exhausted import FIRST_STEPS, out_of_memory
-from genlip_megatron.train.guard import Guard, Outcome, no_wish
+from genlip_megatron.train.caption_samples import write_caption_samples
+from genlip_megatron.train.fsdp import FullyShardedDataParallel
+from genlip_megatron.train.guard import Guard, Outcome, no_stop_votes
 from genlip_megatron.train.metrics import Writer
+from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
 from genlip_megatron.train.profile import Profiler
 from genlip_megatron.train.report import Tally, log, report
 from genlip_megatron.train.resume import finish_saves, gather_weights, load, make_saver, rewind, save
-from genlip_megatron.train.samples import write_caption_samples
 from genlip_megatron.train.step import Stepper, evaluate, finalize_gradients
 
 _BUCKET_PARAMETERS = 40_000_000
@@ -103,8 +103,8 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     # What is cheap to find comes first: the log, then the data.
     writer = Writer(config, torch.distributed.get_rank() == 0)
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
-    train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, data_share(config))
-    valid_loader = Loader(config, "valid", *data_parallel, data_share(config)) if config.data.valid_data else None
+    train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, read_assignment(config))
+    valid_loader = Loader(config, "valid", *data_parallel, read_assignment(config)) if config.data.valid_data else None
     if config.log.eval_only and valid_loader is None:
         raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
     look_for_shards({"train": train_loader, "valid": valid_loader})
@@ -154,16 +154,16 @@ def memory_of_a_rank() -> float:
         text = limit.read_text().strip() if limit.is_file() else "max"
         whole = float(psutil.virtual_memory().total)
         memory = min(whole, float(text) if text.isdigit() else whole) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    smallest = torch.tensor([memory], dtype=torch.float64, device=host.device())
+    smallest = torch.tensor([memory], dtype=torch.float64, device=current_device())
     torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
     return float(smallest.item())
 
 
-def data_share(config: RunConfig) -> Share:
+def read_assignment(config: RunConfig) -> ReadAssignment:
     """What this rank reads of each micro-batch; each loader has its own. A collective over all ranks."""
     place = groups.model_parallel_place()
     parallel = config.parallel
-    return Share(
+    return ReadAssignment(
         images=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         captions=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         index=place.index,
@@ -184,7 +184,7 @@ def build_run(config: RunConfig) -> Run:
     model = build_model(config, transformer)
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     held = [p.numel() for chunk in model for p in chunk.parameters() if first or p.tensor_model_parallel]
-    parameters = torch.tensor([float(sum(held))], device=host.device())
+    parameters = torch.tensor([float(sum(held))], device=current_device())
     torch.distributed.all_reduce(parameters, group=parallel_state.get_model_parallel_group())
     log(f"parameters {int(parameters.item())} | {describe_split(config.model, parallel)}")
     if config.checkpoint.save and not config.log.eval_only:
@@ -219,7 +219,7 @@ def build_run(config: RunConfig) -> Run:
     transformer.grad_scale_func = None
     transformer.no_sync_func = _of_each(chunks, "no_sync") if parallel.overlap_grad_reduce else None
     transformer.param_sync_func = _of_each(chunks, "start_param_sync") if parallel.overlap_param_gather else None
-    timers, breakdown = Timers(config.log.timing_log_level, "minmax"), Breakdown(host.device())
+    timers, breakdown = Timers(config.log.timing_log_level, "minmax"), Breakdown(current_device())
     transformer.timers = StepTimers(timers, breakdown)
     optimizer = build_optimizer(config, chunks, timers)
     scheduler, stepper = build_scheduler(config, optimizer), Stepper(config, chunks, breakdown)
@@ -265,7 +265,7 @@ def train_step(run: Run, batches: Iterator[Any], stop: StopRequest | None = None
         outcome = run.guard.step(
             batches,
             number,
-            stop=stop.votes if stop else no_wish,
+            stop=stop.votes if stop else no_stop_votes,
             unwritten=lambda: saver is not None and not saver.written,
         )
     if run.injector.fires("flip", number):
@@ -416,7 +416,7 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
         watchdog: watches all of it; it is the caller's to close.
 
     Raises:
-        Mistake: a setting or a file is wrong, or the first steps need more memory than a GPU has.
+        UserError: a setting or a file is wrong, or the first steps need more memory than a GPU has.
     """
     run: Run | None = None
     stop: StopRequest | None = None
@@ -425,7 +425,7 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
         try:
             run = set_up(config, watchdog)
         except (ValueError, *FILE_ERRORS) as error:
-            raise Mistake(one_line(error)) from error
+            raise UserError(one_line(error)) from error
         if config.log.eval_only:
             validate(run)
             return 0
@@ -436,7 +436,7 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
     except torch.OutOfMemoryError as error:
         if run is not None and run.iteration - began >= FIRST_STEPS:
             raise
-        raise Mistake(out_of_memory(config, torch.distributed.get_world_size(), error)) from error
+        raise UserError(out_of_memory(config, torch.distributed.get_world_size(), error)) from error
     except LeaveRun as leave:
         assert run is not None
         say_error(str(leave), torch.distributed.get_rank() == 0)

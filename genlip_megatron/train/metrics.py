@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from genlip_megatron.batch import PATCH_VALUES, PackedBatch
-from genlip_megatron.checkpoint.agree import from_rank_0
+from genlip_megatron.checkpoint.collectives import from_rank_0
 from genlip_megatron.config import ModelConfig, RunConfig
 
 # Dense bfloat16 rate of one Hopper SXM GPU, which MFU is quoted against.

@@ -14,9 +14,9 @@ from megatron.core.timers import Timers
 from torch.optim.adamw import adamw
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.model.engine import RECIPES, choose_fp8
 from genlip_megatron.model.specs import compute_dtype
-from genlip_megatron.parallel.fsdp import FullyShardedOptimizer
+from genlip_megatron.model.te_support import RECIPES, choose_fp8
+from genlip_megatron.train.fsdp import FullyShardedOptimizer
 
 
 class GroupStepAdamW(torch.optim.Optimizer):

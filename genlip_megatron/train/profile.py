@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from genlip_megatron.checks import profile_folder, profiled_steps
 from genlip_megatron.config import RunConfig
+from genlip_megatron.config.checks import profile_folder, profiled_steps
 from genlip_megatron.train.breakdown import Breakdown
 
 # Allocations of a snapshot; more would drop the oldest.

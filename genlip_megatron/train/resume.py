@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core import parallel_state
 
 from genlip_megatron.checkpoint import changes, content, folder, loading
-from genlip_megatron.checkpoint.agree import gather, on_rank_0
+from genlip_megatron.checkpoint.collectives import gather, on_rank_0
 from genlip_megatron.checkpoint.content import State
 from genlip_megatron.checkpoint.folder import NotSaved
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, Manifest

@@ -16,10 +16,10 @@ from megatron.core.pipeline_parallel import fine_grained_activation_offload as o
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
-from genlip_megatron.faults.exits import Mistake
+from genlip_megatron.device import current_device
+from genlip_megatron.faults.exits import UserError
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.train.breakdown import Breakdown
@@ -95,7 +95,7 @@ class Stepper:
 
     def __init__(self, config: RunConfig, model: list[Any], breakdown: Breakdown) -> None:
         self.config, self.model, self.breakdown = config, model, breakdown
-        self.device = host.device()
+        self.device = current_device()
         self.counts = torch.zeros(len(COUNTS), dtype=torch.float64)
         self.spoil = False
         self._graphed = GraphedStage(model[0]) if config.train.cuda_graph else None
@@ -158,7 +158,7 @@ def evaluate(stepper: Stepper, loader: Any, done: Callable[[], None] = lambda: N
     """Mean loss of an answer token over the validation split's batches; ``done`` is called after each global batch.
 
     Raises:
-        Mistake: they hold no answer token.
+        UserError: they hold no answer token.
     """
     for chunk in stepper.model:
         chunk.eval()
@@ -174,5 +174,5 @@ def evaluate(stepper: Stepper, loader: Any, done: Callable[[], None] = lambda: N
     stepper.counts = counts
     total, count = sum_over_run(total).tolist()
     if not count:
-        raise Mistake("data.valid_data holds no answer token: name other validation shards")
+        raise UserError("data.valid_data holds no answer token: name other validation shards")
     return total / count

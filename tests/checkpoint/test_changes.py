@@ -15,8 +15,8 @@ import torch
 
 from genlip_megatron.checkpoint.changes import RULES, Rule, accepted_changes, data_differences, model_differences
 from genlip_megatron.config import SECTIONS, RunConfig, override
-from tests.distributed import run_distributed
-from tests.runs import full_weights, layout, run_steps, tiny_config
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import full_weights, layout, run_steps, tiny_config
 
 STEPS = 2
 # Values that are allowed where the types' own are not.

@@ -17,10 +17,10 @@ import torch
 
 from genlip_megatron.checkpoint import folder, loading, manifest, metadata
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
+from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
-from genlip_megatron.train.reshard import reshard
-from tests.distributed import run_distributed
-from tests.runs import layout, run_steps, tiny_config, weights
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, manifest, owner
+from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import lock as lock_module
 from genlip_megatron.checkpoint.saving import check_free_space
 from genlip_megatron.checkpoint.write import PlannedWrite, Written
 from genlip_megatron.config import RunConfig
-from tests.distributed import run_distributed
-from tests.runs import layout, run_steps, tiny_config, weights
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
 
 
 def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
@@ -194,27 +195,26 @@ def test_a_run_saved_before_its_first_update_begins_as_if_it_had_not_been(
 
 def second_process(config: RunConfig, root: Path) -> str:
     """The error of a run whose folder another process holds, or that its rank 1 does not see."""
-    from genlip_megatron.checkpoint import owner
     from genlip_megatron.train import resume
     from genlip_megatron.train.loop import set_up
 
-    patience, seen = resume._PATIENCE, owner.seen
+    patience, seen = resume._PATIENCE, lock_module.seen
     resume._PATIENCE = 0.5
     if torch.distributed.get_world_size() > 1 and torch.distributed.get_rank() == 1:
-        owner.seen = lambda folder, text: seen(root, text)
+        lock_module.seen = lambda folder, text: seen(root, text)
     try:
         set_up(config)
     except ValueError as error:
         return str(error)
     finally:
-        resume._PATIENCE, owner.seen = patience, seen
+        resume._PATIENCE, lock_module.seen = patience, seen
     return ""
 
 
 def test_a_folder_has_one_owner_and_is_the_same_on_all_ranks(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
-    lock, _ = owner.own(root)
+    lock, _ = lock_module.own(root)
     (error,) = run_distributed(1, second_process, config, root)
     assert f"process {os.getpid()} is saving to {root}; end it, or choose another folder" in error
     lock.close()
@@ -303,10 +303,10 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_set_aside(demo_data: Path, tmp
 
 
 def test_a_lock_that_no_run_has_written_is_left(tmp_path: Path) -> None:
-    (tmp_path / owner.LOCK).write_text("a list of our locks\n")
+    (tmp_path / lock_module.LOCK).write_text("a list of our locks\n")
     with pytest.raises(folder.NotSaved, match=r"run\.lock is a file that no run has written"):
-        owner.own(tmp_path)
-    assert (tmp_path / owner.LOCK).read_text() == "a list of our locks\n"
+        lock_module.own(tmp_path)
+    assert (tmp_path / lock_module.LOCK).read_text() == "a list of our locks\n"
     for content in ("", "host process 12 0123456789abcdef\n", "\0\0"):
-        (tmp_path / owner.LOCK).write_text(content)
-        owner.own(tmp_path)[0].close()
+        (tmp_path / lock_module.LOCK).write_text(content)
+        lock_module.own(tmp_path)[0].close()

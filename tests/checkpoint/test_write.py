@@ -13,12 +13,12 @@ import torch
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 
 from genlip_megatron.checkpoint import content, manifest, saving, write
-from genlip_megatron.checkpoint.agree import rank
+from genlip_megatron.checkpoint.collectives import rank
 from genlip_megatron.checkpoint.folder import NotSaved, step_folder
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
 from genlip_megatron.config import RunConfig
-from tests.distributed import run_distributed
-from tests.runs import layout, tiny_config
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import layout, tiny_config
 
 
 def build(config: RunConfig) -> Any:

@@ -18,11 +18,11 @@ from transformers import AutoImageProcessor
 
 from genlip_megatron.checkpoint import folder, manifest
 from genlip_megatron.checkpoint.manifest import WEIGHTS_ONLY
+from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.convert.folder import hf_config
-from genlip_megatron.train.reshard import reshard
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import tiny_config
 from tests.convert.weights import differing, random_weights, read_released
-from tests.distributed import run_distributed
-from tests.runs import tiny_config
 from tools.checkpoints import main as checkpoints
 from tools.convert_checkpoint import main, size
 
@@ -151,8 +151,8 @@ def test_verify_without_transformers_writes_nothing(
 
 
 def begun(config: Any) -> Any:
+    from genlip_megatron.testing.runs import full_weights
     from genlip_megatron.train.loop import set_up
-    from tests.runs import full_weights
 
     try:
         run = set_up(config)

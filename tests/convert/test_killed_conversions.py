@@ -14,9 +14,9 @@ from torch import Tensor
 from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.folder import hf_config
+from genlip_megatron.testing.processes import Zygote
 from tests import crash
 from tests.convert.weights import differing, random_weights, read_released
-from tests.processes import Zygote
 from tools.convert_checkpoint import main
 
 MODEL = ModelConfig(

@@ -15,6 +15,8 @@ from genlip_megatron.convert.conversion import export_weights, open_checkpoint, 
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.convert.megatron_target import precision_of, write_checkpoint
 from genlip_megatron.convert.safetensors_file import SafetensorsSource
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import full_weights, layout, tiny_config, weights
 from tests.convert.weights import (
     VARIANTS,
     differing,
@@ -24,8 +26,6 @@ from tests.convert.weights import (
     run_of,
     write_released,
 )
-from tests.distributed import run_distributed
-from tests.runs import full_weights, layout, tiny_config, weights
 
 
 def to_megatron(released: Path, root: Path, config: RunConfig, dtype: torch.dtype | None = None) -> Path:

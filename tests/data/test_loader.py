@@ -19,10 +19,10 @@ import torch
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.data.index import load_index
-from genlip_megatron.data.loader import Ahead, Loader, drop_path_factors, merge_cursors
-from genlip_megatron.data.share import Share
+from genlip_megatron.data.loader import Loader, Prefetcher, drop_path_factors, merge_cursors
+from genlip_megatron.data.read_assignment import ReadAssignment
 from genlip_megatron.data.text import load_tokenizer
-from tests.runs import tiny_config
+from genlip_megatron.testing.runs import tiny_config
 
 STEPS, LANES = 3, 4
 
@@ -73,7 +73,7 @@ def test_the_stream_is_the_same_on_one_to_eight_ranks(demo_data: Path) -> None:
 
 def test_without_images_everything_else_is_the_same(reference: list[PackedBatch], demo_data: Path) -> None:
     for ours, expected in zip(
-        take(Loader(tiny_config(demo_data), "train", share=Share(images=False)), 4), reference, strict=False
+        take(Loader(tiny_config(demo_data), "train", share=ReadAssignment(images=False)), 4), reference, strict=False
     ):
         assert ours.patches is None
         assert_equal(ours, expected, but=("patches",))
@@ -296,7 +296,7 @@ def test_who_ends_the_thread_goes_on_after_its_end() -> None:
         read.wait()
         yield None
 
-    ahead = Ahead(slow(), 1, Share(), lambda *_: None)
+    ahead = Prefetcher(slow(), 1, ReadAssignment(), lambda *_: None)
     ahead.close(0.05)
     closing = threading.Thread(target=ahead.close)
     closing.start()

@@ -18,8 +18,8 @@ import torch
 from genlip_megatron.data import storage
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.read import BlockCache, Piece, ShardReader
+from genlip_megatron.testing.runs import tiny_config
 from tests.data.test_loader import assert_equal, take
-from tests.runs import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
@@ -194,8 +194,8 @@ def test_a_damaged_block_is_forgotten_and_fetched_anew(web: Web, tmp_path: Path)
     for block in tmp_path.glob("*/*.block"):
         block.write_bytes(b"\0" * block.stat().st_size)
     assert read(ours, piece.shard, 0, 10) != CONTENT[:10]
-    assert ours.forget(piece) and read(ours, piece.shard, 0, 10) == CONTENT[:10]
-    assert not ours.forget(Piece(str(tmp_path / "local.tar"), 0, 10))
+    assert ours.drop(piece) and read(ours, piece.shard, 0, 10) == CONTENT[:10]
+    assert not ours.drop(Piece(str(tmp_path / "local.tar"), 0, 10))
 
 
 def test_a_store_that_answers_short_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

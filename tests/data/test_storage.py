@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from genlip_megatron.data import storage
+from genlip_megatron.testing.processes import free_port
 from tests.data.test_read import bucket  # noqa: F401
-from tests.processes import free_port
 
 
 class Answers(http.server.BaseHTTPRequestHandler):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checks import check
 from genlip_megatron.config import FaultsConfig, RunConfig
+from genlip_megatron.config.checks import check
 from genlip_megatron.faults.inject import InjectedError, Injector, flip_bit
-from tests.runs import tiny_config
+from genlip_megatron.testing.runs import tiny_config
 
 
 def options(*faults: str) -> FaultsConfig:

@@ -11,9 +11,9 @@ import torch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_REPLICAS_DIFFER
 from genlip_megatron.faults.replicas import odd_ranks
-from tests.distributed import run_distributed
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import layout, tiny_config
 from tests.fault_table import FaultRow
-from tests.runs import layout, tiny_config
 
 
 def compare(config: RunConfig, odd: str) -> str:

@@ -17,11 +17,11 @@ from genlip_megatron.config import CheckpointConfig, FaultsConfig, RunConfig, Tr
 from genlip_megatron.faults import exits
 from genlip_megatron.faults.exits import EXIT_PREEMPTED
 from genlip_megatron.faults.stop import StopRequest, stop_file
-from tests.distributed import run_distributed
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.processes import Zygote
+from genlip_megatron.testing.runs import tiny_config
 from tests.fault_table import FaultRow
-from tests.processes import Zygote
 from tests.reliability.training import Training
-from tests.runs import tiny_config
 
 
 def train(config: RunConfig) -> int:

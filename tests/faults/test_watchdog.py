@@ -14,9 +14,9 @@ import torch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_HUNG
 from genlip_megatron.faults.watchdog import Watchdog
-from tests.distributed import run_distributed
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import tiny_config
 from tests.fault_table import FaultRow
-from tests.runs import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 

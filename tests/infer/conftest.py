@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import layout, tiny_config
 from tests.convert.test_round_trips import saved
-from tests.distributed import run_distributed
-from tests.runs import layout, tiny_config
 
 
 @pytest.fixture(scope="session")

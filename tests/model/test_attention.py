@@ -18,7 +18,7 @@ from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.attention import BACKENDS, GenLIPSelfAttention, choose_backend, context, plan_attention
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.attention.grouped import Grouped
-from genlip_megatron.model.attention.two_calls import TwoCalls, reference_kernel
+from genlip_megatron.model.attention.varlen import TwoCalls, reference_kernel
 
 Samples = list[tuple[int, int]]
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import torch
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.config import RunConfig
-from tests.distributed import run_distributed
-from tests.parity import FLOAT32, gradients, merged
-from tests.runs import layout, tiny_config
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.parity import FLOAT32, gradients, merged
+from genlip_megatron.testing.runs import layout, tiny_config
 
 SLOTS = 128
 SETTINGS: dict[str, Any] = {"train__global_batch_size": 2, "data__seq_length": SLOTS}

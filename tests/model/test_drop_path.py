@@ -8,8 +8,8 @@ import torch
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.config import ModelConfig
-from tests.distributed import run_distributed
-from tests.golden_files import golden_run
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.golden import golden_run
 
 MODEL = ModelConfig(3, 32, 4, 48, 32, 61, (2, 1, 1), drop_path_rate=0.5)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from genlip_megatron.config import ModelConfig, RunConfig, override
-from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, plan_attention, two_calls
-from genlip_megatron.model.attention.two_calls import reference_kernel
-from genlip_megatron.model.engine import Fp8, Gpu, choose_fp8, fp8_head_dim
+from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, plan_attention, varlen
+from genlip_megatron.model.attention.varlen import reference_kernel
+from genlip_megatron.model.te_support import Fp8, Gpu, choose_fp8, fp8_head_dim
 from tests.model.test_attention import CPU, Cut, Samples, attend, pack
 
 HOPPER, BLACKWELL, AMPERE = Gpu((9, 0), 91300), Gpu((10, 0), 91500), Gpu((8, 0), 91300)
@@ -37,7 +37,7 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8.Fp8Images, "kernel", staticmethod(reference_kernel))
-    monkeypatch.setattr(two_calls, "in_bf16", contextlib.nullcontext)
+    monkeypatch.setattr(varlen, "in_bf16", contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from genlip_megatron.checkpoint import content, folder, loading, manifest
+from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.model.fp8_state import sharded_fp8_state
-from genlip_megatron.train.reshard import reshard
-from tests import engine
-from tests.distributed import run_distributed
-from tests.engine import stand_ins
-from tests.runs import layout, run_steps, tiny_config
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import layout, run_steps, tiny_config
+from tests import te_stand_ins as engine
+from tests.te_stand_ins import stand_ins
 
 DELAYED: dict[str, Any] = {
     "train__transformer_impl": "transformer_engine", "train__precision": "bf16", "train__fp8": "hybrid",

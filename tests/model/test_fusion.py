@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genlip_megatron import host
+from genlip_megatron import megatron_patches
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import ModelConfig, RunConfig, override
+from genlip_megatron.device import current_device
 from genlip_megatron.model.attention import plan_attention
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.norm import LayerNorm
-from tests.distributed import run_distributed
+from genlip_megatron.testing.distributed import run_distributed
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -89,13 +90,13 @@ def test_attention_turns_by_the_compiled_function(monkeypatch: pytest.MonkeyPatc
 def test_a_norm_gives_what_it_was_handed_for_that_tensor_alone() -> None:
     def norm_of(use: str) -> torch.Tensor:
         norm = LayerNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), 4)
-        x = torch.arange(4.0, device=host.device())
+        x = torch.arange(4.0, device=current_device())
         norm.hand(x, torch.zeros_like(x))
         given = {"the same": x, "another": x.clone()}
         return norm(given[use]) if use in given else (norm(x), norm(x))[1]
 
-    host.install()
-    made = torch.nn.functional.layer_norm(torch.arange(4.0, device=host.device()), (4,), eps=1e-6)
+    megatron_patches.install()
+    made = torch.nn.functional.layer_norm(torch.arange(4.0, device=current_device()), (4,), eps=1e-6)
     assert torch.equal(norm_of("the same"), torch.zeros_like(made))
     assert torch.equal(norm_of("another"), made) and torch.equal(norm_of("the same, twice"), made)
 
@@ -120,7 +121,7 @@ def norms_and_gradients(fusion: str, recompute: str) -> tuple[int, torch.Tensor,
 
     torch.nn.LayerNorm.forward = counted
     try:
-        loss = model(batch(0).to(host.device()))
+        loss = model(batch(0).to(current_device()))
         loss.backward()
     finally:
         torch.nn.LayerNorm.forward = norm

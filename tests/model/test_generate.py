@@ -10,9 +10,9 @@ import torch
 
 from genlip_megatron.batch import Sample
 from genlip_megatron.config import RunConfig
-from tests.distributed import run_distributed
-from tests.golden_files import golden_run, load_golden
-from tests.runs import layout, tiny_config
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.golden import golden_run, load_golden
+from genlip_megatron.testing.runs import layout, tiny_config
 
 
 def run_generate(path: str, flags: dict[str, Any]) -> list[int]:

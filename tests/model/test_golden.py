@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.golden_files import compare, golden_batch, load_golden
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.golden import compare, golden_batch, load_golden
 
 HIDDEN = 3e-5  # absolute, values up to 4 (6.1e-6)
 LOGITS = 4e-5  # absolute, values up to 3 (8.4e-6)

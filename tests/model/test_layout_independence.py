@@ -10,7 +10,7 @@ import torch
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.table import TABLE, canonical_shapes, find
 from genlip_megatron.parallel.initial import initial_tensor
-from tests.distributed import run_distributed
+from genlip_megatron.testing.distributed import run_distributed
 
 MODEL = ModelConfig(
     num_layers=5,
@@ -48,7 +48,7 @@ def initial_weights(model: ModelConfig, tp: int, pp: int) -> dict[str, torch.Ten
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
     from genlip_megatron.parallel.initial import gather_canonical
-    from tests.golden_files import golden_run
+    from genlip_megatron.testing.golden import golden_run
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tp, pp)

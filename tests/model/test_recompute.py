@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.model.recompute import forget, remade
-from tests.distributed import run_distributed
-from tests.runs import tiny_config
+from genlip_megatron.model.recompute import discard, recomputable
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import tiny_config
 
 
 class _Norm:
@@ -36,9 +36,9 @@ def test_freed_until_the_backward_pass_and_let_go_after_it() -> None:
     x.grad = weight.grad = None
     norm = _Norm()
     held = weakref.ref(norm)
-    normed = remade(norm, x)
+    normed = recomputable(norm, x)
     product = F.linear(normed, weight)
-    forget(normed, product)
+    discard(normed, product)
     assert normed.untyped_storage().size() == 0 and norm.calls == 1
     loss = product.square().sum()
     loss.backward()
@@ -53,9 +53,9 @@ def test_freed_until_the_backward_pass_and_let_go_after_it() -> None:
 
 def test_a_second_backward_pass_is_an_error_that_says_why() -> None:
     x = torch.randn(6, 8, requires_grad=True)
-    normed = remade(_Norm(), x)
+    normed = recomputable(_Norm(), x)
     product = normed * 2
-    forget(normed, product)
+    discard(normed, product)
     product.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass over a layer with --recompute-modules"):
         product.sum().backward()
@@ -64,13 +64,13 @@ def test_a_second_backward_pass_is_an_error_that_says_why() -> None:
 def test_what_is_not_marked_or_needs_no_gradient_stays() -> None:
     x = torch.randn(6, 8, requires_grad=True)
     plain = F.layer_norm(x, (8,))
-    forget(plain, plain * 2)
+    discard(plain, plain * 2)
     assert plain.untyped_storage().size()
     with torch.no_grad():
         norm = _Norm()
         held = weakref.ref(norm)
-        normed = remade(norm, x)
-        forget(normed, normed * 2)
+        normed = recomputable(norm, x)
+        discard(normed, normed * 2)
     assert normed.untyped_storage().size()
     del norm
     assert held() is None, "and holds nothing of what it was made of"
@@ -81,7 +81,7 @@ def _keeping(config: RunConfig) -> list[set[str]]:
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
     from genlip_megatron.parallel import groups
-    from tests.engine import stand_ins
+    from tests.te_stand_ins import stand_ins
 
     groups.initialize(config)
     with stand_ins():

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.golden_files import GOLDEN_DIR, golden_batch, golden_run, load_golden
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.golden import GOLDEN_DIR, golden_batch, golden_run, load_golden
 
 
 def plan_with_an_id_too_large(tp: int) -> str:

@@ -17,15 +17,15 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.table import find
-from genlip_megatron.model.engine import why_no_engine
+from genlip_megatron.model.te_support import why_no_engine
 from genlip_megatron.parallel.user_buffers import prepare_user_buffers
-from genlip_megatron.train.reshard import reshard
-from tests.distributed import run_distributed
-from tests.engine import run_engine_steps, stand_ins
-from tests.parity import BFLOAT16, parity_config, parity_run, problems
-from tests.runs import failing_set_up, layout, run_steps, tiny_config, weights
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.parity import BFLOAT16, parity_config, parity_run, problems
+from genlip_megatron.testing.runs import failing_set_up, layout, run_steps, tiny_config, weights
+from tests.te_stand_ins import run_engine_steps, stand_ins
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 4
@@ -71,8 +71,8 @@ def test_on_a_cpu_megatron_core_takes_no_kernels_of_an_engine(tmp_path: Path) ->
     names = "multi_tensor_applier = multi_tensor_l2norm = multi_tensor_scale = None"
     (optimizers / "__init__.py").write_text(names)
     code = """
-from genlip_megatron import host
-host.install()
+from genlip_megatron import megatron_patches
+megatron_patches.install()
 from megatron.core import utils
 from megatron.core.optimizer import clip_grads
 assert clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale, clip_grads.multi_tensor_scale_impl
@@ -158,7 +158,7 @@ def test_every_layer_is_in_fp8_and_edges_stay_in_bf16_on_request(demo_data: Path
 
 def test_settings_reach_megatron_core(demo_data: Path) -> None:
     from genlip_megatron.model.specs import transformer_config
-    from tests.engine import stand_ins
+    from tests.te_stand_ins import stand_ins
 
     with stand_ins():
         current = transformer_config(
@@ -193,7 +193,7 @@ def test_user_buffers_are_made_for_what_the_layers_run_in(
 
 
 def test_a_norm_that_is_recomputed_stands_alone(demo_data: Path) -> None:
-    from genlip_megatron.model.engine import fused_norms
+    from genlip_megatron.model.te_support import fused_norms
 
     flags = {"parallel__recompute": "selective", "parallel__recompute_modules": ["layernorm"]}
     assert fused_norms(tiny_config(demo_data, **FUSED))
@@ -231,7 +231,7 @@ def _state(config: RunConfig) -> tuple[list[str], str]:
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
     from genlip_megatron.parallel import groups
-    from tests.engine import stand_ins
+    from tests.te_stand_ins import stand_ins
 
     groups.initialize(config)
     with stand_ins():

@@ -76,7 +76,7 @@ def copied_modules() -> dict[str, ModuleType]:
 @pytest.fixture(scope="module")
 def adapter() -> Iterator[ModuleType]:
     """The adapter's module, on the library or on the copy."""
-    name = "genlip_megatron.evaluate.lmms"
+    name = "genlip_megatron.integrations.lmms_eval"
     with pytest.MonkeyPatch.context() as patch:
         if not INSTALLED:
             for key, module in copied_modules().items():
@@ -187,7 +187,7 @@ def test_evaluator_of_lmms_eval_runs_both_kinds_of_task(exported: Path, tmp_path
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.tasks import TaskManager
 
-    manifest = importlib.import_module("genlip_megatron.evaluate.lmms").manifest()
+    manifest = importlib.import_module("genlip_megatron.integrations.lmms_eval").manifest()
     MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     rows = {"image": [Image.new("RGB", (40, 40), c) for c in colours], "answer": [0, 1, 2]}

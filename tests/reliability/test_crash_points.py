@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from genlip_megatron.testing.processes import Zygote
 from tests import crash
-from tests.processes import Zygote
 
 TARGET = "tests.reliability.test_crash_points:"
 

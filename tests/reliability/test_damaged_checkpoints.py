@@ -11,8 +11,8 @@ import pytest
 
 from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.checkpoint import loading
+from genlip_megatron.testing.processes import Zygote
 from tests.fault_table import FaultRow
-from tests.processes import Zygote
 from tests.reliability.training import Training, all_of
 
 pytestmark = pytest.mark.faults

@@ -12,10 +12,10 @@ import pytest
 from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.checkpoint.saving import bytes_of
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED
+from genlip_megatron.testing.processes import Zygote
+from genlip_megatron.testing.runs import tiny_config
 from tests.fault_table import FaultRow
-from tests.processes import Zygote
 from tests.reliability.training import Training
-from tests.runs import tiny_config
 
 pytestmark = pytest.mark.faults
 

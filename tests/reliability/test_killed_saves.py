@@ -20,9 +20,9 @@ import pytest
 from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED
+from genlip_megatron.testing.processes import Ended, Zygote
 from tests import crash
 from tests.fault_table import FaultRow
-from tests.processes import Ended, Zygote
 from tests.reliability.training import Training, all_of
 
 pytestmark = pytest.mark.faults

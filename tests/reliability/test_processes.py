@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.processes import Zygote
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.processes import Zygote
 
 
 def describe() -> int:

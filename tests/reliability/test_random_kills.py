@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.testing.processes import Job, Zygote
 from tests.fault_table import FaultRow
-from tests.processes import Job, Zygote
 from tests.reliability.training import Training
 
 pytestmark = pytest.mark.faults

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from genlip_megatron.faults.exits import EXIT_HUNG, EXIT_PREEMPTED
+from genlip_megatron.testing.processes import Ended, Zygote
 from tests.fault_table import FaultRow
-from tests.processes import Ended, Zygote
 from tests.reliability.training import Training
 
 pytestmark = pytest.mark.faults

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from genlip_megatron.testing.processes import Ended, Job, Zygote
+from genlip_megatron.testing.runs import tiny_config
 from tests import crash
-from tests.processes import Ended, Job, Zygote
-from tests.runs import tiny_config
 
 TARGET = "tests.reliability.training:train"
 _HISTORY = "TEST_HISTORY"
@@ -45,10 +45,10 @@ def train() -> int:
 
 def watch(folder: Path) -> None:
     """Add a line to ``folder``/rank<n>.jsonl after every training step of this process."""
-    from genlip_megatron.data.loader import Ahead
+    from genlip_megatron.data.loader import Prefetcher
     from genlip_megatron.train import loop
 
-    step, take = loop.train_step, Ahead.__next__
+    step, take = loop.train_step, Prefetcher.__next__
     taken: list[str] = []
     file = folder / f"rank{os.environ['RANK']}.jsonl"
 
@@ -65,7 +65,7 @@ def watch(folder: Path) -> None:
             stream.write(json.dumps([run.iteration + 1, *line]).encode() + b"\n")
         return outcome
 
-    Ahead.__next__ = watched_take  # type: ignore[method-assign]
+    Prefetcher.__next__ = watched_take  # type: ignore[method-assign]
     loop.train_step = watched_step
 
 

@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from genlip_megatron.checkpoint import folder, owner
+from genlip_megatron.checkpoint import folder
+from genlip_megatron.checkpoint.lock import own
 from tests.checkpoint.test_retention import flip, write
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "checkpoints.py"
@@ -79,7 +80,7 @@ def test_prune_goes_by_the_rules_of_the_run_unless_told_otherwise(
 def test_nothing_is_changed_under_a_run(
     words: list[str], tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lock, _ = owner.own(run)
+    lock, _ = own(run)
     assert tool.main([words[0], str(run), *words[1:]]) == 2
     assert f"process {os.getpid()} is saving to {run}; end it" in capsys.readouterr().err
     lock.close()

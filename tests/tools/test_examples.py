@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.arguments import parse_args
-from genlip_megatron.checks import check
+from genlip_megatron.config.checks import check
+from genlip_megatron.config.command_line import parse_args
 from tests.fault_table import FaultRow
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"

@@ -27,7 +27,7 @@ from plain import PlainGenLIP  # noqa: E402
 
 from genlip_megatron.batch import pack_samples  # noqa: E402
 from genlip_megatron.config import ModelConfig  # noqa: E402
-from tests.distributed import run_distributed  # noqa: E402
+from genlip_megatron.testing.distributed import run_distributed  # noqa: E402
 
 HERE = {"device": "H", "date": "2030-01-01", "torch": "9"}
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

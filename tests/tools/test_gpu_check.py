@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checks import check
+from genlip_megatron.config.checks import check
 from genlip_megatron.estimate import check_fits
-from genlip_megatron.model import engine
+from genlip_megatron.model import te_support
 
 SCRIPT = Path(__file__).parent.parent.parent / "tools" / "gpu_check.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -62,10 +62,10 @@ def test_settings_of_every_variant_go_together(name: str, tmp_path: Path, monkey
     settings = {**gpu_check.VARIANTS, **gpu_check.FIXED_IMAGES, **gpu_check.LOSS_PARTS}[name]
     config = gpu_check.configuration("so16_stage1" if name in gpu_check.LOSS_PARTS else "demo", tmp_path, settings)
     check(config, 1)
-    monkeypatch.setattr(engine, "why_no_engine", lambda: None)
+    monkeypatch.setattr(te_support, "why_no_engine", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for gpu, able in ((engine.Gpu((8, 0), 91300), False), (engine.Gpu((9, 0), 91300), True)):
-        monkeypatch.setattr(engine.Gpu, "here", lambda gpu=gpu: gpu)
+    for gpu, able in ((te_support.Gpu((8, 0), 91300), False), (te_support.Gpu((9, 0), 91300), True)):
+        monkeypatch.setattr(te_support.Gpu, "here", lambda gpu=gpu: gpu)
         assert bool(gpu_check.why_skipped(config)) is ("fp8" in name and not able)
 
 

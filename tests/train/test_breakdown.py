@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checks import check
 from genlip_megatron.config import RunConfig, override
+from genlip_megatron.config.checks import check
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import tiny_config
 from genlip_megatron.train.breakdown import PARTS, Breakdown
 from genlip_megatron.train.profile import Profiler
-from tests.distributed import run_distributed
-from tests.runs import tiny_config
 
 
 def parts_of(breakdown: Breakdown) -> dict[str, float]:

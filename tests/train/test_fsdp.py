@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checks import check
 from genlip_megatron.config import RunConfig
-from tests.distributed import run_distributed
-from tests.runs import run_steps, tiny_config, weights
+from genlip_megatron.config.checks import check
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import run_steps, tiny_config, weights
 
 STEPS = 4
 LAYOUTS = {"DP2": (2, {}), "TP2xDP2": (4, {"parallel__tensor_model_parallel_size": 2})}

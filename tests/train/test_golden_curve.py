@@ -17,8 +17,8 @@ import torch
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.config import RunConfig
-from tests.distributed import run_distributed
-from tests.runs import layout, tiny_config
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import layout, tiny_config
 
 FILE = Path(__file__).parent.parent / "golden" / "curve.json"
 STEPS, PACKS = 100, 2
@@ -84,9 +84,9 @@ def test_a_hundred_steps(name: str) -> None:
 
 
 if __name__ == "__main__":
-    from genlip_megatron import host
+    from genlip_megatron import megatron_patches
 
-    host.install()
+    megatron_patches.install()
     losses = run_distributed(1, curve, curve_config())[0]
     FILE.write_text(json.dumps({"losses": [float(f"{loss:.7g}") for loss in losses]}, indent=0) + "\n")
     print(f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {FILE}")

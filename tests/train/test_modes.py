@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from genlip_megatron.config import RunConfig
-from tests.distributed import run_distributed
-from tests.runs import run_steps, tiny_config
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import run_steps, tiny_config
 
 
 @pytest.fixture(scope="module")

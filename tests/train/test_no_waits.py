@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.config import LINEAR_INPUTS, DataConfig, ModelConfig, RunConfig, TrainConfig, override
-from genlip_megatron.model.engine import why_no_engine
-from tests.distributed import run_distributed
+from genlip_megatron.model.te_support import why_no_engine
+from genlip_megatron.testing.distributed import run_distributed
 
 MODEL = ModelConfig(2, 32, 4, 48, 24, 61, (2, 1, 1), drop_path_rate=0.2)
 _ATEN = torch.ops.aten
@@ -119,11 +119,11 @@ def batch(seed: int) -> PackedBatch:
 
 def steps(backend: str, flags: dict[str, Any]) -> None:
     """Two steps of two micro-batches; the second, when all caches are filled, may wait once."""
-    from genlip_megatron.model.attention import BACKENDS, two_calls
+    from genlip_megatron.model.attention import BACKENDS, varlen
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import build_run, train_step
 
-    class Stub(two_calls.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
+    class Stub(varlen.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
         kernel = staticmethod(lambda q, *_, **__: q)
 
         @staticmethod

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.parity import BFLOAT16, parity_config, parity_run, problems, worst_errors
-from tests.planted import FAULTS
-from tests.runs import layout
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.parity import BFLOAT16, parity_config, parity_run, problems, worst_errors
+from genlip_megatron.testing.planted import FAULTS
+from genlip_megatron.testing.runs import layout
 
 STEPS = 4
 SOON = 2  # steps within which a planted fault is seen

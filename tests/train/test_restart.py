@@ -20,9 +20,9 @@ import torch
 from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults import exits
-from tests.distributed import run_distributed
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.runs import full_weights, tiny_config
 from tests.fault_table import FaultRow
-from tests.runs import full_weights, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 

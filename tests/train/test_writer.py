@@ -18,10 +18,10 @@ from tensorboard.util import tensor_util
 
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.faults.exits import EXIT_USER_ERROR
+from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.processes import Ended, Zygote
+from genlip_megatron.testing.runs import failing_set_up, tiny_config
 from genlip_megatron.train.metrics import WANDB_FILE, Writer
-from tests.distributed import run_distributed
-from tests.processes import Ended, Zygote
-from tests.runs import failing_set_up, tiny_config
 from tests.train.test_guard import settings, trained
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

@@ -32,10 +32,11 @@ import psutil
 import torch
 import yaml
 
-from genlip_megatron import host
-from genlip_megatron.arguments import StrictParser
+from genlip_megatron import megatron_patches
+from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.device import current_device
 
-host.install()
+megatron_patches.install()
 
 from megatron.core import dist_checkpointing  # noqa: E402
 
@@ -43,8 +44,8 @@ from genlip_megatron.checkpoint import content, folder, loading, manifest  # noq
 from genlip_megatron.checkpoint.content import State  # noqa: E402
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE  # noqa: E402
 from genlip_megatron.checkpoint.saving import Facts, Saver  # noqa: E402
-from genlip_megatron.checks import check  # noqa: E402
 from genlip_megatron.config import CheckpointConfig, ModelConfig, RunConfig, from_dict, load_yaml, override  # noqa: E402
+from genlip_megatron.config.checks import check  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.loop import Run, build_run  # noqa: E402
 
@@ -70,7 +71,7 @@ class Times:
         self.of: dict[str, list[float]] = {}
 
     def add(self, name: str, seconds: float) -> None:
-        slowest = torch.tensor([seconds], dtype=torch.float64, device=host.device())
+        slowest = torch.tensor([seconds], dtype=torch.float64, device=current_device())
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
         self.of.setdefault(name, []).append(float(slowest.item()))
 
@@ -136,7 +137,7 @@ def drop_page_cache(places: list[Path]) -> bool:
 
 def work(count: int) -> None:
     """So many matrix products."""
-    left, right = torch.randn(512, 512, device=host.device()), torch.randn(512, 512, device=host.device())
+    left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
     for _ in range(count):
         torch.mm(left, right)
         torch.cuda.synchronize()
@@ -144,7 +145,7 @@ def work(count: int) -> None:
 
 def rate_of_work(until: Callable[[], bool], seconds: float) -> float:
     """Matrix products a second, until ``until()`` is true but at least for ``seconds``."""
-    left, right = torch.randn(512, 512, device=host.device()), torch.randn(512, 512, device=host.device())
+    left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
     count, begin = 0, time.perf_counter()
     while True:
         torch.mm(left, right)
@@ -301,7 +302,7 @@ def file_system(path: Path) -> str:
 
 def report(bench: Benchmark, rounds: int) -> None:
     """Print the tables, on rank 0."""
-    whole = torch.tensor([float(bench.bytes)], dtype=torch.float64, device=host.device())
+    whole = torch.tensor([float(bench.bytes)], dtype=torch.float64, device=current_device())
     torch.distributed.all_reduce(whole)
     if bench.rank:
         return

@@ -53,9 +53,9 @@ from data_contestants import Apart, Baseline, Contents, Ours, Turn, run_config  
 from data_images import BenchData  # noqa: E402
 from prepare_data import prepare  # noqa: E402
 
-from genlip_megatron.arguments import StrictParser  # noqa: E402
 from genlip_megatron.batch import PATCH_SIZE  # noqa: E402
 from genlip_megatron.config import DEFAULT_PROMPT, ModelConfig, RunConfig  # noqa: E402
+from genlip_megatron.config.command_line import StrictParser  # noqa: E402
 from genlip_megatron.data.dataset import Dataset, manifest_paths, open_dataset  # noqa: E402
 from genlip_megatron.data.image import check_image  # noqa: E402
 from genlip_megatron.data.index import index_path, read_index  # noqa: E402

@@ -54,7 +54,7 @@ from gpu_report import (  # noqa: E402
 )
 from gpu_sections import Bench, Job, all_jobs  # noqa: E402
 
-from genlip_megatron.arguments import StrictParser  # noqa: E402
+from genlip_megatron.config.command_line import StrictParser  # noqa: E402
 from genlip_megatron.outputs import check_file, write  # noqa: E402
 
 # Seconds of each section; together nine minutes.

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from genlip_megatron import host
+from genlip_megatron import megatron_patches
+from genlip_megatron.device import current_device
 
-host.install()
+megatron_patches.install()
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_baseline  # noqa: E402
@@ -119,7 +120,7 @@ class Bench:
 
     def __init__(self, job: Job, tell: Callable[[Figure], None], tiny: bool, folder: Path) -> None:
         self.job, self._tell, self.tiny, self.folder = job, tell, tiny, folder
-        self.device = host.device()
+        self.device = current_device()
 
     def run(self) -> None:
         """Measure everything."""

@@ -34,7 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from train_step import native_grids
 
-from genlip_megatron.arguments import StrictParser
+from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.convert.source import DTYPES
 from genlip_megatron.hf.configuration_genlip import GenLIPConfig
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor

@@ -28,15 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from genlip_megatron import host
-from genlip_megatron.arguments import StrictParser
+from genlip_megatron import megatron_patches
+from genlip_megatron.config.command_line import StrictParser
 
-host.install()
+megatron_patches.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples  # noqa: E402
-from genlip_megatron.checks import check  # noqa: E402
 from genlip_megatron.config import (  # noqa: E402
     DataConfig,
     ModelConfig,
@@ -46,6 +45,7 @@ from genlip_megatron.config import (  # noqa: E402
     from_dict,
     load_yaml,
 )
+from genlip_megatron.config.checks import check  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.loop import Run, build_run, train_step  # noqa: E402
 

@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from genlip_megatron import host
-from genlip_megatron.arguments import StrictParser
+from genlip_megatron import megatron_patches
+from genlip_megatron.config.command_line import StrictParser
 
-host.install()
+megatron_patches.install()
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plain import IGNORE, PaddedBatch, collate  # noqa: E402

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.device import to_device
 from genlip_megatron.model.rope import apply_rotary
 
 
@@ -115,4 +115,4 @@ def nothing_to_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def padding_slots(batch: PackedBatch, first: int, last: int, device: torch.device) -> Tensor:
     """int64: the slots of no sample among ``first`` to ``last``, counted from ``first``."""
-    return host.to_device((batch.sample_ids[first:last].cpu() < 0).nonzero().squeeze(1), device)
+    return to_device((batch.sample_ids[first:last].cpu() < 0).nonzero().squeeze(1), device)

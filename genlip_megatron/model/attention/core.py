@@ -11,7 +11,7 @@ from torch import Tensor
 from genlip_megatron.model.attention.context import gather_sequence, heads_for_sequence, sequence_for_heads
 from genlip_megatron.model.attention.fp8 import TransformerEngineImages
 from genlip_megatron.model.attention.plan import PackedAttention
-from genlip_megatron.model.recompute import forget, remade
+from genlip_megatron.model.recompute import discard, recomputable
 
 
 class GenLIPSelfAttention(SelfAttention):
@@ -33,20 +33,20 @@ class GenLIPSelfAttention(SelfAttention):
         output, bias = super().forward(*args, **kwargs)
         gated, self._gated = self._gated, None
         if gated is not None:
-            forget(gated, output)
+            discard(gated, output)
         return output, bias
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """What the output projection is given, [S, 1, H*D], from core attention's output of that shape."""
         if not self._recompute_gate:
             return super()._apply_output_gate(x, gate)
-        self._gated = remade(super()._apply_output_gate, x, gate)
+        self._gated = recomputable(super()._apply_output_gate, x, gate)
         return self._gated
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Query, key, value and, with ``output_gate``, gate; each [S_local, 1, H, D]."""
         query, key, value, *gates = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        forget(hidden_states, query)
+        discard(hidden_states, query)
         # Where core attention is recomputed, nothing of it is moved.
         if self.offload_core_attention and not self.checkpoint_core_attention and self.training:
             gates = [gate.clone() for gate in gates]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Backend, Place, Spans
 from genlip_megatron.model.mask import prefix_lm_mask
 
@@ -19,7 +19,7 @@ class Dense(Backend):
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
         self._cos, self._sin = cos, sin
         self._queries = slice(spans.first, spans.last)
-        self._mask = host.to_device(prefix_lm_mask(batch.sample_ids, batch.is_image)[self._queries], cos.device)
+        self._mask = to_device(prefix_lm_mask(batch.sample_ids, batch.is_image)[self._queries], cos.device)
 
     @staticmethod
     def why_not(place: Place) -> str | None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, padding_slots
 
 
@@ -26,7 +26,7 @@ class Flex(Backend):
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
         self._cos, self._sin = cos, sin
         self._queries = slice(spans.first, spans.last)
-        sample_ids, is_image = (host.to_device(x, cos.device) for x in (batch.sample_ids, batch.is_image))
+        sample_ids, is_image = (to_device(x, cos.device) for x in (batch.sample_ids, batch.is_image))
         first = spans.first
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Image queries of fixed length in FP8, everything else by the two calls of ``two_calls.py`` in bfloat16.
+"""Image queries of fixed length in FP8, everything else by the two calls of ``varlen.py`` in bfloat16.
 
 Transformer Engine's FP8 attention wants samples of one length in ``bshd``, and heads of certain sizes. So images of the
 micro-batch's commonest length are laid side by side, with zeros behind each head's channels and a few images of zeros
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Spans
-from genlip_megatron.model.attention.two_calls import Rows, TransformerEngine
-from genlip_megatron.model.engine import fp8_head_dim
+from genlip_megatron.model.attention.varlen import Rows, TransformerEngine
+from genlip_megatron.model.te_support import fp8_head_dim
 
 _IMAGE_MULTIPLE = 8
 
@@ -63,7 +63,7 @@ class Fp8Images(TransformerEngine):
         super().__init__(spans, batch, cos, sin, elsewhere=mine)
         self.images = int(mine.sum())
         slots = (spans.starts[mine, None] + np.arange(self.length)).ravel()
-        self._slots = host.to_device(torch.from_numpy(slots), cos.device)
+        self._slots = to_device(torch.from_numpy(slots), cos.device)
         self._rows = Rows.of(slots - spans.first, cos.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:
@@ -109,7 +109,7 @@ class TransformerEngineImages(torch.nn.Module):
         )
 
     def head_dim(self, channels: int) -> int:
-        """As ``engine.fp8_head_dim`` on this device."""
+        """As ``te_support.fp8_head_dim`` on this device."""
         return fp8_head_dim(channels, torch.cuda.get_device_capability())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

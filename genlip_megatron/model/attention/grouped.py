@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
+from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend
 from genlip_megatron.model.rope import rotate_
 
@@ -37,7 +37,7 @@ class _Rows:
             covered[rows] = True
 
         def on_device(numbers: np.ndarray) -> Tensor:
-            return host.to_device(torch.from_numpy(numbers), cos.device)
+            return to_device(torch.from_numpy(numbers), cos.device)
 
         self.slots = [on_device(rows) for rows in slots]
         self.past_end = [on_device(np.flatnonzero(rows == self.total)) for rows in slots]
@@ -131,7 +131,7 @@ class Grouped(Backend):
                 (query >= images)[:, :, None] & (key[None, None, :] <= query[:, :, None])
             )
             bias = torch.zeros(sees.shape, dtype=cos.dtype).masked_fill_(torch.from_numpy(~sees), float("-inf"))
-            self._biases.append(host.to_device(bias[:, None], cos.device))
+            self._biases.append(to_device(bias[:, None], cos.device))
             self.shapes.append((len(group), query.shape[1], len(key)))
         mine = slice(spans.first, spans.last)
         self._keys = _Rows(key_slots, cos, sin)

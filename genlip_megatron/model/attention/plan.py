@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlip_megatron import host
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
+from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Backend, Place, Spans
 from genlip_megatron.model.attention.dense import Dense
 from genlip_megatron.model.attention.flex import Flex
 from genlip_megatron.model.attention.fp8 import Fp8Images
 from genlip_megatron.model.attention.grouped import Grouped
-from genlip_megatron.model.attention.two_calls import TransformerEngine, Varlen
+from genlip_megatron.model.attention.varlen import TransformerEngine, Varlen
 from genlip_megatron.model.embed import ImageSlots
 from genlip_megatron.model.fusion import compiled
 from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin
@@ -105,7 +105,7 @@ def plan_attention(
         fusion: compile rotary positions.
         fixed_shapes: as ``TwoCalls`` takes it, of which ``backend`` must be one.
     """
-    positions = host.to_device(batch.position_ids, device)
+    positions = to_device(batch.position_ids, device)
     cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype)
     mine = slot_share(batch.num_tokens, context if gather_keys else None)
     spans = Spans.of(batch, mine.start, mine.stop)

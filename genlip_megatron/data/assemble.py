@@ -1,0 +1,295 @@
+"""Samples: numbers of samples -> images and token ids of a micro-batch, each byte read by the rank whose share it is.
+
+A sample that turns out bad keeps its place: its image is blank, its text filler, its loss masked on every rank of the
+model-parallel group. So plan and stream stay what they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch, Sample, pack_samples
+from genlip_megatron.config import DataConfig
+from genlip_megatron.data.dataset import Dataset
+from genlip_megatron.data.decode import Decoder, ImageTask
+from genlip_megatron.data.quarantine import BadSample, Quarantine
+from genlip_megatron.data.read import Piece, ShardReader
+from genlip_megatron.data.read_assignment import ReadAssignment
+from genlip_megatron.data.text import Tokenizer, Turns, encode_prompt, parse_turns, tokenize_many
+
+logger = logging.getLogger(__name__)
+
+_INDEXES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the samples of a micro-batch lie, known from the plan alone. All int64 [N]."""
+
+    ids: np.ndarray
+    rows: np.ndarray  # of the patch grid
+    columns: np.ndarray
+    text_tokens: np.ndarray  # as indexed
+    room: np.ndarray  # tokens that the image leaves of a pack
+    starts: np.ndarray  # first slot
+
+    @property
+    def images(self) -> np.ndarray:
+        """Patches of each sample."""
+        return self.rows * self.columns
+
+    @property
+    def texts(self) -> np.ndarray:
+        """Text tokens of each sample in its pack."""
+        return np.minimum(self.text_tokens, self.room)
+
+
+class SampleReader:
+    """Reads, decodes and tokenises the samples of a mixture of data sets.
+
+    ``bytes_read`` counts the bytes of images and captions that this rank read. ``truncated`` counts captions that were
+    cut to what their image leaves of a pack.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        decoder: Decoder,
+        reader: ShardReader,
+        quarantine: Quarantine,
+        share: ReadAssignment,
+        device: torch.device,
+    ) -> None:
+        self.datasets, self.data, self.tokenizer = list(datasets), data, tokenizer
+        self.offsets = np.cumsum([0, *(len(dataset) for dataset in datasets)])
+        self.quarantine, self.share = quarantine, share
+        self._decoder, self._reader, self._device = decoder, reader, device
+        self._crop = data.image_mode == "fixed" and data.fixed_resize == "resize-center-crop"
+        self._pool = ThreadPoolExecutor(_INDEXES_AT_ONCE, thread_name_prefix="index")
+        self.bytes_read = {"image": 0, "caption": 0}
+        self.truncated = 0
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def _source(self, sample: int) -> tuple[Dataset, int]:
+        number = int(np.searchsorted(self.offsets, sample, side="right")) - 1
+        return self.datasets[number], sample - int(self.offsets[number])
+
+    def key(self, sample: int) -> str:
+        """The sample's name in its shard."""
+        dataset, local = self._source(sample)
+        return dataset.key(local)
+
+    def shard(self, sample: int) -> str:
+        """The sample's shard."""
+        dataset, local = self._source(sample)
+        return dataset.shards[dataset.locate(local)[0]].path
+
+    def _layout(self, packs: Sequence[Sequence[int]]) -> _Layout:
+        ids = np.array([sample for pack in packs for sample in pack], np.int64)
+        columns = [np.empty(len(ids), np.int64) for _ in range(3)]
+        owner = np.searchsorted(self.offsets, ids, side="right") - 1
+        for i in np.unique(owner).tolist():
+            mine = owner == i
+            plan = self.datasets[i].plan_rows(ids[mine] - self.offsets[i])
+            heights, widths = self.datasets[i].image_sizes(plan)
+            for column, values in zip(columns, (heights, widths, plan["text_tokens"]), strict=True):
+                column[mine] = values
+        rows, cols, texts = columns[0] // PATCH_SIZE, columns[1] // PATCH_SIZE, columns[2]
+        room = self.data.seq_length - rows * cols
+        lengths = rows * cols + np.minimum(texts, room)
+        starts, first = np.empty(len(ids), np.int64), 0
+        for i, pack in enumerate(packs):
+            mine = slice(first, first + len(pack))
+            starts[mine] = i * self.data.seq_length + np.cumsum(lengths[mine]) - lengths[mine]
+            first += len(pack)
+        return _Layout(ids, rows, cols, texts, room, starts)
+
+    def _read(self, samples: Sequence[int], kind: str) -> list[tuple[memoryview, np.void] | str]:
+        """(bytes of each sample's image or caption, checked against the index; its ROW), or what is wrong with it."""
+        results: list[tuple[memoryview, np.void] | str] = [""] * len(samples)
+        owner = np.searchsorted(self.offsets, samples, side="right") - 1
+        for i in np.unique(owner).tolist():
+            mine = np.asarray(samples)[owner == i] - self.offsets[i]
+            self.datasets[i].preload(mine, self._pool)
+        pieces: dict[int, tuple[Piece, np.void]] = {}
+        for i, sample in enumerate(samples):
+            dataset, local = self._source(sample)
+            shard, row = dataset.locate(local)
+            try:
+                entry = dataset.index(shard).rows[row]
+            except ValueError as error:
+                results[i] = str(error)
+                continue
+            piece = Piece(dataset.shards[shard].path, int(entry[f"{kind}_offset"]), int(entry[f"{kind}_size"]))
+            pieces[i] = piece, entry
+        contents = self._reader.read([piece for piece, _ in pieces.values()])
+        for (i, (piece, entry)), content in zip(pieces.items(), contents, strict=True):
+            crc = int(entry[f"{kind}_crc"])
+            same = isinstance(content, memoryview) and zlib.crc32(content) == crc
+            if not same and isinstance(content, memoryview) and self._reader.drop(piece):
+                (content,) = self._reader.read([piece])
+                same = isinstance(content, memoryview) and zlib.crc32(content) == crc
+            if isinstance(content, OSError):
+                results[i] = f"cannot be read: {content}"
+            elif not same:
+                results[i] = f"the {kind}'s bytes changed since the index was made (crc32)"
+            else:
+                results[i] = content, entry
+                self.bytes_read[kind] += len(content)
+        return results
+
+    def _images(self, samples: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Tensor | str]:
+        """uint8 patches [rows * columns, 768] of each sample, or why there are none."""
+        results: list[Tensor | str] = []
+        tasks: dict[int, ImageTask] = {}
+        for i, found in enumerate(self._read(samples, "image")):
+            results.append(found if isinstance(found, str) else "")
+            if not isinstance(found, str):
+                height, width = grids[i][0] * PATCH_SIZE, grids[i][1] * PATCH_SIZE
+                tasks[i] = ImageTask(found[0], height, width, self._crop, bool(found[1]["plain_jpeg"]))
+        for i, result in zip(tasks, self._decoder(list(tasks.values())), strict=True):
+            results[i] = result
+        return results
+
+    def _turns(self, samples: Sequence[int]) -> list[Turns | str]:
+        """The turns of each sample's caption, or why there are none."""
+        results: list[Turns | str] = []
+        for found in self._read(samples, "caption"):
+            if isinstance(found, str):
+                results.append(found)
+                continue
+            try:
+                results.append(parse_turns(bytes(found[0]), bool(found[1]["caption_is_json"]), self.data.prompt))
+            except ValueError as error:
+                results.append(str(error))
+        return results
+
+    def micro_batch(self, packs: Sequence[Sequence[int]], step: int) -> PackedBatch:
+        """One micro-batch of the given packs: the same on all ranks of the model-parallel group but for its patches,
+        which are those of this rank's share. A collective over that group.
+
+        Raises:
+            DataFailure: too many bad samples in a row.
+        """
+        layout = self._layout(packs)
+        count, total = len(layout.ids), self.data.seq_length * len(packs)
+        ends = np.cumsum(layout.texts)
+        # For each sample how many ranks found its image bad, then its caption; then 2 x token id + predicted.
+        shared = np.zeros(2 * count + int(layout.texts.sum()), np.int32)
+        images = self._read_images(layout, total, shared[:count])
+        reasons = self._read_captions(layout, ends, shared[count : 2 * count], shared[2 * count :])
+        self.share.add_up(torch.from_numpy(shared))
+
+        bad_image, bad_caption, tokens = shared[:count], shared[count : 2 * count], shared[2 * count :]
+        self._record(layout, step, bad_image, images, reasons, total)
+        # A stage that reads nothing opens no index either, and so knows no names.
+        reads = self.share.images or self.share.captions
+        samples = []
+        for i in range(count):
+            content = tokens[ends[i] - layout.texts[i] : ends[i]]
+            if bad_caption[i]:
+                content = np.full(layout.texts[i], 2 * self.tokenizer.closing_ids[0])
+            patches = images.get(i)
+            if isinstance(patches, str):
+                patches = self._blank(int(layout.images[i]))
+            good = not (bad_image[i] or bad_caption[i])
+            grid = int(layout.rows[i]), int(layout.columns[i])
+            key = self.key(int(layout.ids[i])) if reads else ""
+            samples.append(Sample(patches, *grid, (content >> 1).tolist(), (content & 1).tolist(), float(good), key))
+        self.truncated += int((layout.text_tokens > layout.room).sum())
+        rest = iter(samples)
+        batch = pack_samples([[next(rest) for _ in pack] for pack in packs], self.data.seq_length)
+        patches = self.share.send_patches(batch.patches, int(layout.images.sum()), PATCH_VALUES)
+        if self.share.images and patches is None:
+            patches = self._blank(1)
+        self.quarantine.count([sample.weight > 0 for sample in samples])
+        return replace(batch, patches=patches)
+
+    def _read_images(self, layout: _Layout, total: int, bad: np.ndarray) -> dict[int, Tensor | str]:
+        """Patches of the images in this rank's share, or what is wrong with them, by the sample's place."""
+        first, last = self.share.slots(total)
+        mine = np.flatnonzero((layout.starts < last) & (layout.starts + layout.images > first) & (layout.images > 0))
+        grids = [(int(layout.rows[i]), int(layout.columns[i])) for i in mine]
+        images = dict(zip(mine.tolist(), self._images(layout.ids[mine].tolist(), grids), strict=True))
+        for i, image in images.items():
+            bad[i] = isinstance(image, str)
+        return images
+
+    def _read_captions(self, layout: _Layout, ends: np.ndarray, bad: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
+        """Fill in the tokens of the captions in this rank's share; what is wrong with the others, by place."""
+        mine = [i for i in range(len(layout.ids)) if self.share.reads_caption(i)]
+        turns = dict(zip(mine, self._turns(layout.ids[mine].tolist()), strict=True))
+        reasons = {i: reason for i, reason in turns.items() if isinstance(reason, str)}
+        good = {i: turn for i, turn in turns.items() if not isinstance(turn, str)}
+        for i, (ids, loss) in zip(good, tokenize_many(list(good.values()), self.tokenizer), strict=True):
+            if len(ids) != layout.text_tokens[i]:
+                reasons[i] = f"its caption has {len(ids)} tokens, the index says {layout.text_tokens[i]}"
+                continue
+            cut = int(layout.texts[i])
+            tokens[ends[i] - cut : ends[i]] = 2 * np.array(ids[:cut], np.int32) + np.array(loss[:cut], np.int32)
+        for i in reasons:
+            bad[i] = 1
+        return reasons
+
+    def _record(
+        self,
+        layout: _Layout,
+        step: int,
+        bad_image: np.ndarray,
+        images: dict[int, Tensor | str],
+        captions: dict[int, str],
+        total: int,
+    ) -> None:
+        """Write down what this rank found; an image on the border of two shares only where it begins."""
+        first, last = self.share.slots(total)
+        # One line a sample: where its image is bad as well, that is told.
+        found = {i: reason for i, reason in captions.items() if not bad_image[i]}
+        for i, image in images.items():
+            if isinstance(image, str) and (bad_image[i] == 1 or first <= layout.starts[i] < last):
+                found[i] = image
+        for i, reason in sorted(found.items()):
+            sample = int(layout.ids[i])
+            self.quarantine.record(BadSample(self.shard(sample), self.key(sample), reason, step))
+
+    def _blank(self, count: int) -> Tensor:
+        return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self._device)
+
+    def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
+        """(each image with the prompt alone, its true answer): for captioning. Read by every rank, whatever its share.
+
+        A bad image is blank, a bad caption an empty answer.
+        """
+        chosen = list(samples)
+        layout = self._layout([chosen])
+        prompt = encode_prompt(self.data.prompt, self.tokenizer, "data.prompt")
+        grids = list(zip(layout.rows.tolist(), layout.columns.tolist(), strict=True))
+        requests, truths = [], []
+        for sample, grid, image, turns in zip(
+            chosen, grids, self._images(chosen, grids), self._turns(chosen), strict=True
+        ):
+            for reason in (image, turns):
+                if isinstance(reason, str):
+                    logger.warning("%s of %s: %s", self.key(sample), self.shard(sample), reason)
+            patches = self._blank(grid[0] * grid[1]) if isinstance(image, str) else image
+            requests.append(Sample(patches, *grid, prompt, key=self.key(sample)))
+            answer = [] if isinstance(turns, str) else [text for text, carries_loss in turns if carries_loss]
+            truths.append(" ".join(answer))
+        return requests, truths
+
+    def close(self) -> None:
+        """Close the shards and end the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
+        self._reader.close()

@@ -1,0 +1,1 @@
+"""GenLIP inside other projects' tools."""

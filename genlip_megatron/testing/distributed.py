@@ -1,0 +1,141 @@
+"""Real processes for tests, on gloo or, with GPUs, NCCL.
+
+They are started once and join a group anew for every job, since importing takes seconds. Each is started on its own, so
+that ranks share no hash seed and no state of imports.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import multiprocessing.connection
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from genlip_megatron.testing.processes import free_port, import_training
+
+_workers: dict[int, Worker] = {}  # by rank
+
+
+class Job(NamedTuple):
+    """What a rank is to run, and in which group."""
+
+    world_size: int
+    port: int
+    function: Callable
+    args: tuple
+
+
+def _serve(rank: int, pipe: Any) -> None:
+    import_training()
+    from genlip_megatron.parallel import groups
+
+    while (job := _next_job(pipe)) is not None:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(job.world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(job.port),
+        )
+        try:
+            torch.distributed.init_process_group(groups.backend())
+            answer = (True, job.function(*job.args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        gc.collect()  # so that runs of this job leave their folders to the next
+        pipe.send(answer)
+        pipe.recv()  # all ranks have answered: none needs this one any more
+        _leave_groups()
+
+
+def _next_job(pipe: Any) -> Job | None:
+    try:
+        job: Job | None = pipe.recv()
+    except EOFError:  # the tests were killed
+        return None
+    return job
+
+
+def _leave_groups() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()
+
+
+class Worker:
+    """The process that is ``rank`` in all jobs with more than ``rank`` processes."""
+
+    def __init__(self, rank: int) -> None:
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(rank, theirs), daemon=False)
+        self.process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        """Ask the process to leave and wait for it."""
+        if self.process.is_alive():
+            self.pipe.send(None)
+        self.process.join(10)
+        self.process.kill()
+
+
+def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any]:
+    """``function(*args)``, importable by name, on every rank of ``world_size`` processes; results by rank.
+
+    The default process group is up and Megatron-Core's CPU layer installed; model-parallel groups are the
+    function's business. They are destroyed after it.
+
+    Raises:
+        AssertionError: with the tracebacks of the ranks that failed.
+    """
+    if torch.cuda.is_available() and torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs, here are {torch.cuda.device_count()}")
+    for rank in range(world_size):
+        if rank not in _workers or not _workers[rank].process.is_alive():
+            _workers[rank] = Worker(rank)
+    waiting = {rank: _workers[rank].pipe for rank in range(world_size)}
+    job = Job(world_size, free_port(), function, args)
+    for pipe in waiting.values():
+        pipe.send(job)
+    errors: list[str] = []
+    results: dict[int, Any] = {}
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting.values()), timeout=15 if errors else 300)
+        if not ready:
+            errors.append(f"ranks {sorted(waiting)} did not answer")
+            break
+        for rank, pipe in list(waiting.items()):
+            if pipe not in ready:
+                continue
+            del waiting[rank]
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                good, value = False, "the process died"
+            results[rank] = value
+            if not good:
+                errors.append(f"rank {rank}:\n{value}")
+    if errors:
+        for rank in range(world_size):  # after a failed collective their state cannot be trusted
+            _workers.pop(rank).process.kill()
+        raise AssertionError("\n".join(errors))
+    for rank in range(world_size):
+        _workers[rank].pipe.send("leave")
+    return [results[rank] for rank in range(world_size)]
+
+
+@atexit.register
+def _close_all() -> None:
+    for worker in _workers.values():
+        worker.close()

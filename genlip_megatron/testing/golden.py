@@ -1,0 +1,194 @@
+"""Golden tensors of the authors' model class, as PackedBatch and configuration of this project."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from genlip_megatron.device import current_device
+from genlip_megatron.testing import CHECKOUT
+
+GOLDEN_DIR = CHECKOUT / "tests/golden"
+
+
+def load_golden(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """(model, tensors) of a golden file: ``X.safetensors`` beside ``X.json``."""
+    settings = json.loads(path.with_suffix(".json").read_text())["config"]
+    model = ModelConfig(
+        num_layers=settings["num_hidden_layers"],
+        hidden_size=settings["hidden_size"],
+        num_attention_heads=settings["num_attention_heads"],
+        ffn_hidden_size=settings["intermediate_size"],
+        text_hidden_size=settings["text_embed_dim"],
+        vocab_size=settings["vocab_size"],
+        rope_sections=tuple(settings["rope_scaling"]["mrope_section"]),
+        rope_theta=settings["rope_theta"],
+        layer_scale_init=settings["ls_init_value"],
+        drop_path_rate=settings["drop_path_rate"],
+        attention_output_gate=settings["gated_attention"],
+    )
+    return model, load_file(path)
+
+
+def golden_run(
+    model: ModelConfig, seq_length: int, tp: int = 1, pp: int = 1, precision: str = "fp32", cp: int = 1
+) -> RunConfig:
+    """A run of a golden model."""
+    return RunConfig(
+        model=model,
+        data=DataConfig(seq_length=seq_length),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+        ),
+        train=TrainConfig(precision=precision),
+    )
+
+
+def golden_batch(tensors: dict[str, Tensor]) -> PackedBatch:
+    """The golden rows laid end to end as one micro-batch; sample ids are made unique over the rows."""
+    rows, length = tensors["inputs/input_ids"].shape
+    valid = tensors["inputs/valid"].flatten()
+    is_image = tensors["inputs/image_mask"].flatten() & valid
+    token_ids = tensors["inputs/input_ids"].flatten().where(valid & ~is_image, torch.tensor(0))
+    raw = tensors["inputs/sample_ids"] + torch.arange(rows)[:, None] * 10_000
+    sample_ids = torch.full((rows * length,), -1)
+    _, sample_ids[valid] = raw.flatten()[valid].unique(return_inverse=True)
+    count = int(sample_ids.max()) + 1
+    starts = torch.stack([(sample_ids == i).nonzero()[0, 0] for i in range(count)])
+    images = torch.stack([((sample_ids == i) & is_image).sum() for i in range(count)])
+    totals = torch.stack([(sample_ids == i).sum() for i in range(count)])
+    labels = tensors["inputs/labels"]
+    shifted = torch.cat((labels[:, 1:], torch.full((rows, 1), -100)), dim=1).flatten()
+    loss_rows = (shifted >= 0).nonzero().squeeze(1)
+    return PackedBatch(
+        token_ids=token_ids,
+        is_image=is_image,
+        position_ids=tensors["inputs/position_ids"].permute(1, 0, 2).flatten(1),
+        sample_ids=sample_ids,
+        sample_starts=starts,
+        image_lengths=images,
+        text_lengths=totals - images,
+        patches=tensors["inputs/pixel_values"].flatten(1),
+        loss_rows=loss_rows,
+        labels=shifted[loss_rows],
+        loss_weights=torch.ones(len(loss_rows)),
+    )
+
+
+def vision_batch(pixels: Tensor, grid: Tensor) -> PackedBatch:
+    """One image without text: pixels [P, 3, 16, 16], grid (frames, rows, columns)."""
+    height, width = int(grid[0, 1]), int(grid[0, 2])
+    count = height * width
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return PackedBatch(
+        token_ids=torch.zeros(count, dtype=torch.int64),
+        is_image=torch.ones(count, dtype=torch.bool),
+        position_ids=torch.stack((torch.zeros(count, dtype=torch.int64), rows.flatten(), columns.flatten())),
+        sample_ids=torch.zeros(count, dtype=torch.int64),
+        sample_starts=torch.zeros(1, dtype=torch.int64),
+        image_lengths=torch.tensor([count]),
+        text_lengths=torch.zeros(1, dtype=torch.int64),
+        patches=pixels.flatten(1),
+        loss_rows=torch.zeros(0, dtype=torch.int64),
+        labels=torch.zeros(0, dtype=torch.int64),
+        loss_weights=torch.zeros(0),
+    )
+
+
+def compare(
+    path: str, tp: int, pp: int, backend: str | None = None, precision: str = "fp32", cp: int = 1
+) -> dict[str, float]:
+    """Worst differences of this rank's part of the model, by kind; runs on every rank of tp * pp * cp processes.
+
+    ``hidden``, ``logits`` and ``features`` are absolute, ``loss`` is relative, ``gradient`` is the norm of a tensor's
+    difference relative to the tensor's norm; ``tensors`` counts the gradients that were compared.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from genlip_megatron.model.genlip import build_model
+    from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.parallel.initial import fill_weights, gather_canonical
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
+    model_parallel_cuda_manual_seed(1)
+    model_config, golden = load_golden(Path(path))
+    golden = {name: tensor.to(current_device()) for name, tensor in golden.items()}
+    batch = golden_batch({name: tensor.cpu() for name, tensor in golden.items()}).to(current_device())
+    run = golden_run(model_config, batch.num_tokens, tp, pp, precision, cp)
+    config = transformer_config(run)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = None
+    model = build_model(run, config, backend)[0]
+    fill_weights(model, lambda name: golden[f"weights/{name}"])
+    valid = golden["inputs/valid"].flatten()
+    worst: dict[str, float] = {}
+
+    def keep(kind: str, error: float) -> None:
+        worst[kind] = max(worst.get(kind, 0.0), error)
+
+    def gathered(hidden: Tensor) -> Tensor:
+        for group in ([model.tp_group] if config.sequence_parallel else []) + ([model.context] if cp > 1 else []):
+            shards = [torch.empty_like(hidden) for _ in range(group.size())]
+            torch.distributed.all_gather(shards, hidden.contiguous(), group=group)
+            hidden = torch.cat(shards)
+        return hidden[:, 0]
+
+    def check_layer(layer: torch.nn.Module, _: tuple, output: tuple[Tensor, None]) -> None:
+        expected = golden[f"outputs/layers.{layer.layer_number - 1}"].flatten(0, 1)  # type: ignore[operator]
+        keep("hidden", (gathered(output[0].detach())[valid] - expected[valid]).abs().max().item())
+
+    hooks = [layer.register_forward_hook(check_layer) for layer in model.decoder.layers]
+    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+    wrapped.zero_grad_buffer()
+
+    def forward_step(iterator: object, stage: torch.nn.Module) -> tuple:
+        def loss_function(total: Tensor) -> tuple[Tensor, Tensor, dict]:
+            count = batch.loss_weights.numel()
+            whole = total.detach().clone()
+            torch.distributed.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+            keep("loss", abs(whole.item() / count / golden["outputs/loss"].item() - 1))
+            count = count if parallel_state.get_context_parallel_rank() == 0 else 0
+            return total, torch.tensor(count, dtype=torch.int), {}
+
+        return stage(batch), loss_function
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=[wrapped],
+        num_microbatches=1,
+        seq_length=batch.num_tokens,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    gradients = gather_canonical(model, {name: p.main_grad for name, p in model.named_parameters()})
+    for name, gradient in gradients.items():
+        expected = golden[f"grads/{name}"].cpu()
+        keep("gradient", ((gradient.float() - expected).norm() / expected.norm()).item())
+    for hook in hooks:
+        hook.remove()
+
+    if pp == 1:
+        with torch.no_grad():
+            assert model.head is not None
+            logits = model.head.logits(model.hidden_states(batch))
+            keep("logits", (logits[valid] - golden["outputs/logits"].flatten(0, 1)[valid]).abs().max().item())
+            if tp == cp == 1:
+                image = vision_batch(golden["vision/pixel_values"].cpu(), golden["vision/grid"].cpu())
+                image = image.to(current_device())
+                hidden = model.hidden_states(image)
+                keep("features", (model.head.features(hidden) - golden["vision/ln_post"]).abs().max().item())
+                read = model.head.logits(hidden)
+                keep("logits", (read - golden["vision/patch_logits"]).abs().max().item())
+    worst["tensors"] = len(gradients)
+    return worst

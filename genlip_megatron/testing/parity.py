@@ -1,0 +1,218 @@
+"""Is a run the same on another layout? Runs that note all there is to compare, and the comparison.
+
+What must hold: initial weights bit for bit; every gradient tensor of the first step and the loss of every step; the
+order of the samples; after the last step every replicated parameter bit for bit among its replicas, and all weights
+against the run on one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from genlip_megatron.config import RunConfig
+from genlip_megatron.testing.runs import full_weights, tiny_config
+
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest allowed differences from one process.
+
+    ``loss`` and ``gradient`` are relative, a gradient's by the norm of the tensor's difference; ``weight`` is the norm
+    of a tensor's change in which the runs differ, relative to the norm of its change since the start.
+    """
+
+    loss: float
+    gradient: float
+    weight: float
+
+
+# In float32 sums run in another order: 8e-8, 7e-7 and 1.3e-5 were the most seen.
+FLOAT32 = Tolerance(loss=1e-6, gradient=1e-5, weight=1e-3)
+# bfloat16 carries 8 bits of which sums in another order move the last: 2e-5, 5e-2 and 0.49 were the most seen. Weights
+# are rounded to it as well: a LayerScale of 0.1 moves in steps of half a thousandth, which is what ten steps move it.
+BFLOAT16 = Tolerance(loss=2e-4, gradient=0.1, weight=0.75)
+
+DATA: dict[str, dict[str, Any]] = {
+    "stage 1": {"data__image_mode": "fixed", "data__image_size": 96},
+    "stage 2": {"data__image_mode": "native"},
+}
+
+
+def parity_config(data: Path, stage: str = "stage 2", drop_path: float = 0.2, **flags: Any) -> RunConfig:
+    """The run that is compared: fixed-size images of stage 1 or native ones of stage 2, with or without DropPath."""
+    common = {"model__drop_path_rate": drop_path, "train__train_iters": STEPS, **DATA[stage]}
+    return tiny_config(data, **{**common, **flags})
+
+
+def gradients(run: Any) -> dict[str, Tensor]:
+    """Canonical gradients of this rank's stage as the optimizer sees them, whole on every rank."""
+    from megatron.core import parallel_state
+
+    from genlip_megatron.model.genlip import unwrap
+    from genlip_megatron.parallel.initial import gather_canonical
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    kind = "grad" if run.config.parallel.fsdp else "main_grad"
+    full: dict[str, Tensor] = {}
+    for chunk in run.model:
+        # The distributed optimizer's reduction leaves each rank its part of a bucket; FSDP has no buckets.
+        for buffer in [] if run.config.parallel.fsdp else chunk.buffers:
+            for bucket in buffer.buckets:
+                mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+        model = unwrap(chunk)
+        full |= gather_canonical(model, {name: getattr(p, kind) for name, p in model.named_parameters()})
+    return {name: tensor.clone() for name, tensor in full.items()}
+
+
+def _odd_replicas(run: Any) -> list[str]:
+    """Parameters that are not bit-equal on all ranks that hold the same part of them."""
+    from megatron.core import parallel_state
+
+    from genlip_megatron.model.genlip import unwrap
+
+    odd = []
+    for chunk in run.model:
+        for name, parameter in unwrap(chunk).named_parameters():
+            sharded = parameter.tensor_model_parallel
+            groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
+            if isinstance(parameter, DTensor):  # in shards over that group: there are no replicas
+                groups, parameter = [], parameter.full_tensor()
+            if not sharded:
+                groups.append(parallel_state.get_tensor_model_parallel_group())
+            for group in groups:
+                replicas = [torch.empty_like(parameter) for _ in range(group.size())]
+                torch.distributed.all_gather(replicas, parameter.detach().contiguous(), group=group)
+                if not all(torch.equal(replicas[0], replica) for replica in replicas):
+                    odd.append(name)
+    return odd
+
+
+def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) -> dict[str, Any]:
+    """Train on every rank of the job and note what is compared; ``fault`` plants one of ``planted.py``."""
+    from megatron.core import parallel_state
+
+    from genlip_megatron.testing.planted import planted
+    from genlip_megatron.train.loop import gather_weights, save, set_up, train_step
+    from genlip_megatron.train.step import evaluate
+
+    with planted(fault):
+        run = set_up(config)
+        assert run.train_loader is not None
+        begin = run.iteration
+        initial = full_weights(run)
+        first_gradients: dict[str, Tensor] = {}
+        losses, keys, validation = [], [], 0.0
+        taken = iter(run.train_loader)
+
+        def watched() -> Any:
+            for batch in taken:
+                keys.append(batch.keys)
+                yield batch
+
+        prepare_grads = run.optimizer.prepare_grads
+
+        def noting() -> bool:
+            if not first_gradients:
+                first_gradients.update(gradients(run))
+            return prepare_grads()
+
+        run.optimizer.prepare_grads = noting
+        batches = watched()
+        while run.iteration < steps:
+            outcome = train_step(run, batches)
+            assert outcome.updated
+            run.iteration += 1
+            losses.append(outcome.loss)
+            if run.iteration == 2:
+                # Between steps, where gathers and caches of the layout are under way.
+                validation = evaluate(run.stepper, run.valid_loader)
+        save(run, last=True)
+        gather_weights(run)
+        run.train_loader.close()
+        return {
+            "steps": steps - begin,
+            "initial": initial,
+            "gradients": first_gradients,
+            "losses": losses,
+            "validation": validation,
+            "keys": keys,
+            "reads": parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage(),
+            "data_parallel": parallel_state.get_data_parallel_rank(),
+            "odd_replicas": _odd_replicas(run),
+            "weights": full_weights(run),
+        }
+
+
+def merged(results: list[dict[str, Any]], kind: str) -> dict[str, Tensor]:
+    """Tensors of all pipeline stages."""
+    return {name: tensor for result in results for name, tensor in result[kind].items()}
+
+
+def worst_errors(results: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
+    """The largest difference of each kind from ``reference``, the result of the run on one process."""
+    found, weights = merged(results, "gradients"), merged(results, "weights")
+
+    def relative(ours: Tensor, theirs: Tensor) -> float:
+        return ((ours - theirs).double().norm() / theirs.double().norm().clamp(min=1e-30)).item()
+
+    moved = {name: reference["weights"][name] - reference["initial"][name] for name in weights}
+    return {
+        "loss": max(
+            abs(ours / theirs - 1)
+            for result in results
+            for ours, theirs in zip(result["losses"], reference["losses"], strict=True)
+        ),
+        "gradient": max(relative(found[name], reference["gradients"][name]) for name in reference["gradients"]),
+        "weight": max(relative(weights[name] - reference["initial"][name], moved[name]) for name in weights),
+    }
+
+
+def problems(results: list[dict[str, Any]], reference: dict[str, Any], tolerance: Tolerance = FLOAT32) -> list[str]:
+    """Everything in which a layout's results are not those of one process; empty when the runs are the same."""
+    found = []
+    for kind in ("initial", "gradients", "weights"):
+        missing = set(reference[kind]) - set(merged(results, kind))
+        if missing:
+            return [f"{kind} lack {sorted(missing)}"]
+    initial = merged(results, "initial")
+    found += [
+        f"initial {name} differs" for name, x in initial.items() if not torch.equal(x, reference["initial"][name])
+    ]
+    errors = worst_errors(results, reference)
+    for kind, error in errors.items():
+        limit = getattr(tolerance, kind)
+        if not error <= limit:
+            found.append(f"{kind} differs by {error:.1e}, allowed {limit:.0e}")
+    for result in results:
+        if not abs(result["validation"] - reference["validation"]) <= tolerance.loss * reference["validation"]:
+            found.append(f"validation loss {result['validation']} and not {reference['validation']}")
+    odd = sorted({name for result in results for name in result["odd_replicas"]})
+    if odd:
+        found.append(f"replicas differ: {', '.join(odd)}")
+    if not same_stream(results, reference):
+        found.append("the samples come in another order")
+    return found
+
+
+def same_stream(results: list[dict[str, Any]], reference: dict[str, Any]) -> bool:
+    """Whether the data-parallel ranks together read the samples of one process, step by step."""
+    by_rank = {result["data_parallel"]: result["keys"] for result in results if result["reads"]}
+    steps = reference["steps"]
+    each = len(reference["keys"]) // steps
+    share = each // len(by_rank)
+    stream = [
+        keys
+        for step in range(steps)
+        for rank in sorted(by_rank)
+        for keys in by_rank[rank][step * share : (step + 1) * share]
+    ]
+    return stream == reference["keys"]
