@@ -47,8 +47,8 @@ MAX_END_ZEROS = 256 << 10
 MAX_BROKEN_HEADERS = 100
 # What systems leave beside people's files, and what some tars hold of their own headers: no samples.
 _SYSTEM_FILES = re.compile(
-    r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|(__MACOSX|@eaDir|\.AppleDouble|\.ipynb_checkpoints"
-    r"|PaxHeaders?(\.[^/]*)?)(/.*)?)$",
+    r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|(__MACOSX|@eaDir|\.@__thumb|\.thumbnails|\.AppleDouble"
+    r"|\.ipynb_checkpoints|\.Trash(es|-\d+)?|\$RECYCLE\.BIN|PaxHeaders?(\.[^/]*)?)(/.*)?)$",
     re.IGNORECASE,
 )
 FURTHER_FIELDS, SYSTEM_FILES = "further fields of samples", "files of macOS, Windows and other systems"

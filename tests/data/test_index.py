@@ -352,8 +352,9 @@ SETS: dict[str, tuple[dict[str, bytes], list[str], dict[str, str], dict[str, int
     "system files": (
         {"._0.jpg": b"x", "0.jpg": image(), "0.json": CAPTION, "a/._0.json": b"x", "__MACOSX/a/0.jpg": b"x",
          ".DS_Store": b"", "@eaDir/0.jpg/THUMB.jpg": image(), "a/Thumbs.db": b"", "PaxHeaders.123/0.jpg": b"30 mtime=1",
-         "PaxHeader/0.jpg": b"x"},
-        ["0"], {}, {SYSTEM_FILES: 8}),
+         "PaxHeader/0.jpg": b"x", ".@__thumb/s0.jpg": image(), ".Trashes/501/x.jpg": image(), ".thumbnails/x.png": b"x",
+         ".Trash-1000/files/x.jpg": image(), "$RECYCLE.BIN/S-1-5/$R0.jpg": image()},
+        ["0"], {}, {SYSTEM_FILES: 13}),
     "./ on one of two": ({"./a/0.jpg": image(), "a/0.json": CAPTION}, ["./a/0"], {}, {}),
     "./ on the other": ({"a/0.jpg": image(), "./a/0.json": CAPTION}, ["a/0"], {}, {}),
     "other formats": (
