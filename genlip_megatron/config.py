@@ -513,9 +513,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    problem="a key is no word", problem_mark=key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(problem="a key is no word", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark

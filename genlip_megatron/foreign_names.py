@@ -111,8 +111,8 @@ _INSTEAD = {
     "batch-size per-device-train-batch-size per-device-eval-batch-size per-device-batch-size batch-size-per-gpu "
     "per-gpu-train-batch-size local-batch-size training.local-batch-size device-batch-size total-batch-size "
     "train-batch-size bs bsz training.global-batch-size parallelism.pipeline-parallel-microbatch-size": _BATCH,
-    "epochs num-train-epochs num-epochs n-epochs nepochs max-epochs train-samples train-num-samples val-num-samples iter-per-epoch "
-    "total-samples train-tokens max-tokens": _EPOCHS,
+    "epochs num-train-epochs num-epochs n-epochs nepochs max-epochs train-samples train-num-samples val-num-samples "
+    "iter-per-epoch total-samples train-tokens max-tokens": _EPOCHS,
     "gradient-accumulation-steps accum-freq grad-accum-steps accumulate-grad-batches grad-accumulation-steps "
     "grad-accum accum-steps accumulation-steps gas num-microbatches": _ACCUMULATION,
     "lr-warmup-fraction lr-warmup-samples lr-warmup-init warmup-ratio warmup-fraction warmup-epochs": _WARMUP,
