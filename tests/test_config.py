@@ -171,6 +171,11 @@ def test_aliases_are_the_canonical_flags() -> None:
         (["--attention-backend", "flash"], "expected one of auto, dense, grouped, varlen, flex, te"),
         (["--finetune"], "checkpoint.finetune: takes weights from a checkpoint: name it with --load"),
         (["--finetune", "--load", "x", "--save", "x"], "checkpoint.load = x: with --finetune it must be another run's"),
+        (["--save", "s3://b/run"], "checkpoint.save = s3://b/run: a URL; name a place on a disk"),
+        (["--load", "http://h/run"], "checkpoint.load = http://h/run: a URL"),
+        (["--tensorboard-dir", "gs://b/log"], "log.tensorboard_dir = gs://b/log: a URL"),
+        (["--stop-file", "s3://b/stop"], "faults.stop_file = s3://b/stop: a URL"),
+        (["--cache-dir", "s3://b/cache"], "data.cache_dir = s3://b/cache: a URL"),
         (["--eval-only"], "log.eval_only needs checkpoint.load: name the checkpoint folder with --load"),
     ],
 )
