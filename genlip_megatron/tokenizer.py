@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 END_OF_TURN = "<|im_end|>"
 _LETTERS = string.digits + string.ascii_letters + string.punctuation + "éÉñ"
+# A character that no vocabulary has: bytes write it, or nothing does.
+_UNHEARD_OF = "\U0010fffd"
 # How tokenizers spell markup that is no text, whether or not their files mark it as special.
 _MARKUP = re.compile(r"<\|.+\|>", re.DOTALL)
 
@@ -63,12 +65,13 @@ class _HuggingFace:
         end = backend.token_to_id(END_OF_TURN)
         if end is None:
             raise ValueError(f"it has no token {END_OF_TURN!r}, which closes every sample")
+        self._unknown = _unknown_token(backend)
+        _check_spaces(self.encode, backend.token_to_id(self._unknown) if self._unknown else None)
         self.closing_ids = [end, *self.encode("\n")]
-        self._unknown = getattr(backend.model, "unk_token", None)
         added = backend.get_added_tokens_decoder().values()
         control = [token.content for token in added if token.special or _MARKUP.fullmatch(token.content)]
         self.control_tokens = tuple(dict.fromkeys([*control, *([self._unknown] if self._unknown else ())]))
-        self._writes_all_bytes = _has_all_bytes(vocabulary)
+        self._writes_all_bytes = _writes_all_bytes(backend, vocabulary)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -84,8 +87,8 @@ class _HuggingFace:
             return ""
         encoding = self._backend.encode(text, add_special_tokens=False)
         if self._unknown:
-            parts = zip(encoding.tokens, encoding.offsets, strict=True)
-            unknown = [span for token, span in parts if token == self._unknown]
+            number = self._backend.token_to_id(self._unknown)
+            unknown = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == number]
             return "".join(text[first:last] for first, last in unknown)
         # Without a token for the unknown, the backend drops it without a word.
         normalizer = self._backend.normalizer
@@ -178,13 +181,35 @@ def _check_letters(normalize: Callable[[str], str]) -> None:
         results[result] = letter
 
 
-def _has_all_bytes(vocabulary: dict[str, int]) -> bool:
-    """Whether every byte of a text has a token: byte-level BPE, or fallback to bytes."""
+def _check_spaces(encode: Callable[[str], list[int]], unknown: int | None) -> None:
+    """Raise ValueError when words run together, or a line break has no token but that for the ``unknown``."""
+    without, space, line = (encode(text) for text in ("~^", "~ ^", "~\n^"))
+    if space == without:
+        raise ValueError("it drops spaces: the model could never write them; take one that keeps them")
+    if line in (without, space) or not encode("\n") or unknown in encode("\n"):
+        raise ValueError("it has no token for a line break, which closes every sample; take one that keeps them")
+
+
+def _unknown_token(backend: Any) -> str | None:
+    """The token that stands for text which has none."""
+    if name := getattr(backend.model, "unk_token", None):
+        return name
+    # Unigram only knows its number, and keeps the text as what the token says.
+    encoding = backend.encode(_UNHEARD_OF, add_special_tokens=False)
+    names = [(backend.id_to_token(i), token) for i, token in zip(encoding.ids, encoding.tokens, strict=True)]
+    return next((name for name, token in names if name != token), None)
+
+
+def _writes_all_bytes(backend: Any, vocabulary: dict[str, int]) -> bool:
+    """Whether every byte of a text has a token, which is used: byte-level BPE, or fallback to bytes."""
     from tokenizers import pre_tokenizers
 
-    return all(letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet()) or all(
-        f"<0x{i:02X}>" in vocabulary for i in range(256)
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelled = "".join(f"<0x{byte:02X}>" for byte in _UNHEARD_OF.encode())
+    written = "".join(backend.encode(_UNHEARD_OF, add_special_tokens=False).tokens)
+    if byte_level.pre_tokenize_str(_UNHEARD_OF)[0][0] in written:
+        return all(letter in vocabulary for letter in byte_level.alphabet())
+    return spelled in written and all(f"<0x{i:02X}>" in vocabulary for i in range(256))
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:

@@ -44,6 +44,36 @@ if __name__ == "__main__":
 """
 
 
+STUBBORN = """
+import sys, time
+from genlip_megatron import command
+
+command._GRACE = 0.2
+
+def work():
+    try:
+        print("working", flush=True)
+        time.sleep(600)
+    finally:
+        print("cleaning up", flush=True)
+        for _ in range(2):
+            try:
+                time.sleep(600)
+            except KeyboardInterrupt:
+                pass
+
+@command.command
+def main():
+    if sys.argv[1] == "alone":
+        work()
+    with command.WorkerPool(1) as pool:
+        pool.submit(work).result()
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
 def in_terminal(*words: str) -> tuple[int, int]:
     """(pid, terminal) of a command as the foreground job of a terminal of its own."""
     pid, terminal = pty.fork()
@@ -51,6 +81,16 @@ def in_terminal(*words: str) -> tuple[int, int]:
         os.environ["PYTHONPATH"] = str(ROOT)
         os.execv(sys.executable, [sys.executable, *words])
     return pid, terminal
+
+
+def until(terminal: int, text: bytes, seconds: float = 60) -> bytes:
+    """What a command writes to its terminal up to a text."""
+    output, deadline = b"", time.monotonic() + seconds
+    while text not in output:
+        assert time.monotonic() < deadline, output
+        if select.select([terminal], [], [], 0.1)[0]:
+            output += os.read(terminal, 4096)
+    return output
 
 
 def ended(pid: int, terminal: int, seconds: float = 60) -> tuple[int, str]:
@@ -89,6 +129,26 @@ def test_a_tool_that_is_interrupted_ends_its_workers_and_leaves_nothing(number: 
     assert not list(tmp_path.glob("*.partial"))
     psutil.wait_procs(workers, timeout=5)
     assert not [worker for worker in workers if worker.is_running()]
+
+
+@pytest.mark.parametrize("place", ["alone", "worker"])
+def test_what_does_not_end_after_ctrl_c_is_ended(place: str, tmp_path: Path) -> None:
+    """The tool itself by a second Ctrl-C, its workers by the tool."""
+    tool = tmp_path / "tool.py"
+    tool.write_text(STUBBORN)
+    pid, terminal = in_terminal(str(tool), place)
+    seen = until(terminal, b"working")
+    workers = psutil.Process(pid).children(recursive=True)
+    os.write(terminal, b"\x03")
+    seen += until(terminal, b"cleaning up")
+    if place == "alone":
+        os.write(terminal, b"\x03")
+    status, output = ended(pid, terminal, 15)
+    assert status == -signal.SIGINT and "Traceback" not in seen.decode() + output, output
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 @pytest.mark.parametrize("name", ["estimate.py", "export_encoder.py", "inspect_data.py", "prepare_data.py"])

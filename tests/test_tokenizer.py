@@ -85,6 +85,29 @@ def test_a_file_that_changes_letters_is_refused(part: str, value: object, messag
     assert not (tmp_path / "exported").exists()
 
 
+def in_front(first: object) -> object:
+    return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("pre_tokenizer", in_front(pre_tokenizers.WhitespaceSplit()), "it drops spaces"),
+        ("pre_tokenizer", in_front(pre_tokenizers.Split(Pattern(" +"), "removed")), "it drops spaces"),
+        ("pre_tokenizer", in_front(pre_tokenizers.Split("\n", "removed")), "no token for a line break"),
+        ("normalizer", normalizers.Strip(), "no token for a line break"),
+        ("normalizer", normalizers.Replace(Pattern(r"\s+"), " "), "no token for a line break"),
+    ],
+)
+def test_a_file_that_loses_spaces_or_line_breaks_is_refused(
+    part: str, value: object, message: str, tmp_path: Path
+) -> None:
+    tokenizer = byte_level()
+    setattr(tokenizer, part, value)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(saved(tokenizer, tmp_path / "tokenizer.json"))
+
+
 @pytest.mark.parametrize("value", [normalizers.NFC(), normalizers.NFKC(), normalizers.Replace(" ", "_"), None])
 def test_a_normalizer_that_keeps_letters_is_taken(value: object, tmp_path: Path) -> None:
     tokenizer = byte_level()
@@ -126,14 +149,40 @@ def test_an_export_keeps_ids_behind_holes(tmp_path: Path) -> None:
 
 
 def test_text_without_a_token_is_named(tmp_path: Path) -> None:
-    silent = load_tokenizer(saved(byte_level("abcdeghijklmnopqrstuvwxyz Ġ"), tmp_path / "silent.json"))
+    silent = load_tokenizer(saved(byte_level("abcdeghijklmnopqrstuvwxyz ĠĊ"), tmp_path / "silent.json"))
     assert silent.lost("a cat") == "" and silent.lost("a Calf") == "Cf"
-    unknown = byte_level("abcdeghijklmnopqrstuvwxyz Ġ", unk_token=None)
-    unknown.model = models.BPE({"a": 0, "c": 1, "t": 2, "Ġ": 3, "[UNK]": 4}, [], unk_token="[UNK]")
+    unknown = byte_level("abcdeghijklmnopqrstuvwxyz ĠĊ", unk_token=None)
+    unknown.model = models.BPE({"a": 0, "c": 1, "t": 2, "Ġ": 3, "[UNK]": 4, "Ċ": 5}, [], unk_token="[UNK]")
     unknown.add_special_tokens([AddedToken(END_OF_TURN, normalized=False, special=True)])
     tokenizer = load_tokenizer(saved(unknown, tmp_path / "unknown.json"))
     assert tokenizer.lost("a cat") == "" and tokenizer.lost("a bat") == "b"
     assert "[UNK]" in tokenizer.control_tokens
+    fields = json.loads(unknown.to_str())
+    del fields["model"]["vocab"]["Ċ"]
+    with pytest.raises(ValueError, match="no token for a line break"):
+        load_tokenizer(saved(Tokenizer.from_str(json.dumps(fields)), tmp_path / "unclosed.json"))
+
+
+def test_text_without_a_token_is_named_by_unigram_too(tmp_path: Path) -> None:
+    # What decoding writes for the unknown, <unk>, has a letter that is lost in it.
+    pieces = [("<unk>", 0.0), *((letter, -2.0) for letter in "▁abk\n")]
+    unigram = Tokenizer(models.Unigram(pieces, 0, False))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.add_special_tokens([AddedToken(END_OF_TURN, normalized=False, special=True)])
+    tokenizer = load_tokenizer(saved(unigram, tmp_path / "tokenizer.json"))
+    assert tokenizer.lost("a k b") == "" and tokenizer.lost("a > kub") == ">u"
+    assert "<unk>" in tokenizer.control_tokens
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_tokens_for_bytes_must_be_used(fallback: bool, tmp_path: Path) -> None:
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ac\n"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=fallback))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TURN, normalized=False, special=True)])
+    loaded = load_tokenizer(saved(tokenizer, tmp_path / "tokenizer.json"))
+    assert loaded.lost("a 猫") == ("" if fallback else "猫")
 
 
 def test_markup_is_control_whatever_the_file_calls_it(tmp_path: Path) -> None:

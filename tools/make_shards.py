@@ -55,6 +55,7 @@ from genlip_megatron.outputs import check_file, json_lines
 ROWS_A_WORKER = 16  # memory holds the images of twice as many
 # What pandas writes and reads for a missing value, in lower case. As a caption none of them teaches anything.
 MISSING = {"", "nan", "-nan", "none", "null", "na", "n/a", "<na>", "#n/a", "#n/a n/a", "#na"}
+MISSING |= {"nat", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"}
 # Regular expressions.
 MAGIC = {rb"\xff\xd8\xff": ".jpg", rb"\x89PNG\r\n\x1a\n": ".png", rb"RIFF....WEBP": ".webp"}
 

@@ -34,6 +34,21 @@ def _positive(config: RunConfig) -> None:
                 raise ValueError(f"{section}.{name} = {value}: must be at least 1")
 
 
+def _folders(config: RunConfig) -> None:
+    places = {
+        "checkpoint.save": config.checkpoint.save,
+        "checkpoint.load": config.checkpoint.load,
+        "log.tensorboard_dir": config.log.tensorboard_dir,
+        "faults.stop_file": config.faults.stop_file,
+        "data.cache_dir": config.data.cache_dir,
+    }
+    for name, place in places.items():
+        if "://" in place:
+            raise ValueError(
+                f"{name} = {place}: a URL; name a place on a disk: only shards and manifests are read from stores"
+            )
+
+
 def _checkpoint(config: RunConfig) -> None:
     options = config.checkpoint
     if options.finetune and not options.load:
@@ -153,6 +168,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
     """
     _positive(config)
     _ranges(config)
+    _folders(config)
     _checkpoint(config)
     model, data = config.model, config.data
     _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)

@@ -25,11 +25,11 @@ _EQUAL = {
     "prefetch": "dataloader-prefetch-factor prefetch-factor",
     "cache_dir": "data-cache-path",
     # Training
-    "lr": "learning-rate base-lr max-lr peak-lr optimizer.lr optimizer.learning-rate",
+    "lr": "learning-rate lr-rate base-lr max-lr peak-lr optimizer.lr optimizer.learning-rate",
     "min_lr": "lr-min lr-end eta-min min-learning-rate lr-cooldown-end",
     "lr_warmup_iters": "warmup warmup-steps warmup-iters num-warmup-steps lr-warmup-steps lr-scheduler.warmup-steps",
     "train_iters": "max-steps steps num-steps total-steps train-steps num-train-steps max-iters num-iterations "
-    "iterations max-train-steps training.steps",
+    "iterations iters max-train-steps training.steps",
     "weight_decay": "wd optimizer.weight-decay",
     "adam_beta1": "beta1 optimizer.beta1",
     "adam_beta2": "beta2 optimizer.beta2",
@@ -110,11 +110,11 @@ _DATASET = "--train-data takes .tar shards and manifests; tools/make_shards.py p
 _INSTEAD = {
     "batch-size per-device-train-batch-size per-device-eval-batch-size per-device-batch-size batch-size-per-gpu "
     "per-gpu-train-batch-size local-batch-size training.local-batch-size device-batch-size total-batch-size "
-    "train-batch-size training.global-batch-size parallelism.pipeline-parallel-microbatch-size": _BATCH,
-    "epochs num-train-epochs num-epochs max-epochs train-samples train-num-samples val-num-samples iter-per-epoch "
-    "total-samples train-tokens max-tokens": _EPOCHS,
+    "train-batch-size bs bsz training.global-batch-size parallelism.pipeline-parallel-microbatch-size": _BATCH,
+    "epochs num-train-epochs num-epochs n-epochs nepochs max-epochs train-samples train-num-samples val-num-samples "
+    "iter-per-epoch total-samples train-tokens max-tokens": _EPOCHS,
     "gradient-accumulation-steps accum-freq grad-accum-steps accumulate-grad-batches grad-accumulation-steps "
-    "num-microbatches": _ACCUMULATION,
+    "grad-accum accum-steps accumulation-steps gas num-microbatches": _ACCUMULATION,
     "lr-warmup-fraction lr-warmup-samples lr-warmup-init warmup-ratio warmup-fraction warmup-epochs": _WARMUP,
     "bf16 fp16 fp32 amp half bf16-full-eval fp16-full-eval tf32 loss-scale initial-loss-scale "
     "accumulate-allreduce-grads-in-fp32 grad-reduce-in-bf16 training.mixed-precision-reduce": _PRECISION,

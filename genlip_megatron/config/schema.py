@@ -386,7 +386,7 @@ def _unknown_key(section: str, key: str) -> str:
     """The end of a sentence that names an unknown key: what is meant instead, if it can be told."""
     places = {f.name: name for name, cls in SECTIONS.items() for f in fields(cls)}
     name = foreign_names.plain(key)
-    for dotted in (name, f"{section}.{name}".replace("_", "-")):
+    for dotted in (f"{section}.{name}".replace("_", "-").lstrip("."), name):
         target = foreign_names.EQUAL.get(dotted, name.replace("-", "_"))
         if not section and target in SECTIONS:
             return f". Use section {target!r}."
@@ -417,7 +417,7 @@ def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any
         raise ValueError(f"{where} = {value!r}: expected {kind.__name__}")
     try:
         converted = int(str(value)) if kind is int else kind(value)
-    except ValueError:
+    except (ValueError, TypeError):  # the latter of a date
         raise ValueError(f"{where} = {value!r}: expected {kind.__name__}") from None
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError(f"{where} = {value!r}: expected a finite number")
@@ -512,6 +512,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(problem="a key is no word", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
@@ -524,13 +526,17 @@ def load_yaml(name_or_path: str) -> dict[str, Any]:
     """The dictionary of a named recipe or a YAML file.
 
     Raises:
-        ValueError: no such recipe or file, not YAML, a key given twice, or not a mapping.
+        ValueError: no such recipe or file, one that cannot be read, not YAML, a key given twice, or not a mapping.
     """
     if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise ValueError(f"--config {name_or_path}: no such file")
-        text = path.read_text()
+        try:
+            text = Path(name_or_path).read_text("utf-8-sig")
+        except FileNotFoundError:
+            raise ValueError(f"--config {name_or_path}: no such file") from None
+        except OSError as error:
+            raise ValueError(f"--config {name_or_path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"--config {name_or_path}: not UTF-8 text: {error}") from None
     else:
         names = recipe_names()
         if name_or_path not in names:
@@ -541,7 +547,9 @@ def load_yaml(name_or_path: str) -> dict[str, Any]:
         text = (importlib.resources.files("genlip_megatron") / "recipes" / f"{name_or_path}.yaml").read_text()
     try:
         tree = yaml.load(text, _UniqueKeyLoader) or {}
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ValueError(f"--config {name_or_path}: lists or mappings are nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that there is not
         raise ValueError(f"--config {name_or_path}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"--config {name_or_path}: expected a mapping of sections")

@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jp
 OTHER_IMAGE_SUFFIXES = (
     *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".avifs", ".jxl"),
     *(".jp2", ".j2k", ".jpx", ".ico", ".svg", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".exr", ".hdr"),
+    *(".apng", ".jif", ".jfi", ".mpo", ".hif", ".pcx", ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"),
 )
 # An image above this many pixels is refused from its header: a few kilobytes can decode to gigabytes.
 MAX_IMAGE_PIXELS = 64_000_000

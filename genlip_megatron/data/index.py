@@ -41,12 +41,14 @@ MAX_TEXT_TOKENS = 65_535
 BLOCK = tarfile.BLOCKSIZE
 # Files above these sizes are no images and captions, and would only cost memory.
 MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 1 << 20
+# The end mark is two blocks of zeros, and writers fill up records, of 10 KiB as a rule and of 256 KiB at most.
+MAX_END_ZEROS = 256 << 10
 # Each costs a search, and some are made to cost a long one.
 MAX_BROKEN_HEADERS = 100
 # What systems leave beside people's files, and what some tars hold of their own headers: no samples.
 _SYSTEM_FILES = re.compile(
-    r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|(__MACOSX|@eaDir|\.AppleDouble|\.ipynb_checkpoints"
-    r"|PaxHeaders?(\.[^/]*)?)(/.*)?)$",
+    r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|(__MACOSX|@eaDir|\.@__thumb|\.thumbnails|\.AppleDouble"
+    r"|\.ipynb_checkpoints|\.Trash(es|-\d+)?|\$RECYCLE\.BIN|PaxHeaders?(\.[^/]*)?)(/.*)?)$",
     re.IGNORECASE,
 )
 FURTHER_FIELDS, SYSTEM_FILES = "further fields of samples", "files of macOS, Windows and other systems"
@@ -201,6 +203,10 @@ def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterato
             return
         elif (start := _next_header(content, position)) is not None:
             refused[f"(byte {position})"] = "zeros between members: some are lost, unless shards were put together"
+        elif not only_zeros(content[position:]):
+            refused[f"(byte {position})"] = "what follows the end mark is no tar: some members are perhaps lost"
+        elif len(content) - position > MAX_END_ZEROS:
+            refused[f"(byte {position})"] = "zeros to the end of the shard: its data perhaps never arrived"
 
 
 def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:

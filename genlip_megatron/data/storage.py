@@ -389,6 +389,16 @@ def _files(part: str, matches: list[str]) -> list[str]:
     return files or [shard for folder in folders for shard in _shards_in(folder)]
 
 
+def _passed_over(part: str, matches: Sequence[str], found: Sequence[str]) -> int:
+    """The shards in folders that a glob matches beside the files that are taken."""
+    if is_remote(part) or not glob.has_magic(part) or not set(matches) & set(found):
+        return 0
+    others = sorted(set(matches) - set(found))
+    kinds = zip(others, states(others), strict=True)
+    folders = [path for path, status in kinds if status is not None and stat.S_ISDIR(status.st_mode)]
+    return len({shard for folder in folders for shard in _shards_in(folder)} - set(found))
+
+
 def _same_file(paths: Sequence[str]) -> list[str]:
     """``paths`` without those that are other spellings of one before, or links to it."""
     folders: dict[str, str] = {}
@@ -431,8 +441,14 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
                 beside = _beside(part)
             if not found:
                 raise NothingFound(f"{setting}: {part!r} matches no .tar file" + (beside and f"; {beside}"))
-            if beside and os.environ.get("RANK", "0") == "0":
-                logger.warning("%s: %s: only the shards at its top are taken; %s", setting, part, beside)
+            if os.environ.get("RANK", "0") == "0":
+                if beside:
+                    logger.warning("%s: %s: only the shards at its top are taken; %s", setting, part, beside)
+                elif passed := _passed_over(part, matches, found):
+                    logger.warning(
+                        "%s: %r: only the files that it matches are taken; %d more .tar files lie in folders that it "
+                        "matches: %r", setting, part, passed, os.path.join(part, "*.tar"),
+                    )  # fmt: skip
             shards += found
     shards = _same_file(shards)
     local = [shard for shard in shards if check_files and not is_remote(shard)]

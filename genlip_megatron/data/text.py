@@ -71,8 +71,10 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, setting: str) -> list[int]:
         setting: its name in messages.
 
     Raises:
-        ValueError: it spells a control token, or has letters that no token stands for.
+        ValueError: it has several image markers, spells a control token, or has letters that no token stands for.
     """
+    if (markers := len(_IMAGE_MARKER.findall(prompt))) > 1:
+        raise ValueError(f"{setting} = {prompt!r}: {markers} <image> markers, and the model reads one image")
     text = strip_image_marker(prompt)
     try:
         check_turns([(text, False)], tokenizer)

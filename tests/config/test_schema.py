@@ -172,6 +172,11 @@ def test_aliases_are_the_canonical_flags() -> None:
         (["--attention-backend", "flash"], "expected one of auto, dense, grouped, varlen, flex, te"),
         (["--finetune"], "checkpoint.finetune: takes weights from a checkpoint: name it with --load"),
         (["--finetune", "--load", "x", "--save", "x"], "checkpoint.load = x: with --finetune it must be another run's"),
+        (["--save", "s3://b/run"], "checkpoint.save = s3://b/run: a URL; name a place on a disk"),
+        (["--load", "http://h/run"], "checkpoint.load = http://h/run: a URL"),
+        (["--tensorboard-dir", "gs://b/log"], "log.tensorboard_dir = gs://b/log: a URL"),
+        (["--stop-file", "s3://b/stop"], "faults.stop_file = s3://b/stop: a URL"),
+        (["--cache-dir", "s3://b/cache"], "data.cache_dir = s3://b/cache: a URL"),
         (["--eval-only"], "log.eval_only needs checkpoint.load: name the checkpoint folder with --load"),
     ],
 )
@@ -191,16 +196,41 @@ def test_a_mistake_is_one_line_that_names_it(
         ("model: 4", "section 'model' must be a mapping"),
         ("train: {lr: 1.0, lr: 2.0}", "key 'lr' is given twice"),
         ("train: {lr: [", "run.yaml"),
+        ("train: {[1]: 2}", "run.yaml: a key is no word"),
+        ("{[1]: 2}", "run.yaml: a key is no word"),
+        ("train: {lr: 2020-01-01}", "train.lr = datetime.date(2020, 1, 1): expected float"),
+        ("train: {lr: 2020-13-01}", "run.yaml: month must be in 1..12"),
+        ("[" * 5000, "run.yaml: lists or mappings are nested too deep"),
+        ("train: {lr: 1} # \udcff", "run.yaml: not UTF-8 text"),
     ],
 )
 def test_a_mistake_in_yaml_is_named(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     with pytest.raises(SystemExit):
         parse_args(["--config", str(file)])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.yaml", "no such file"),
+        ("folder.yaml", "Is a directory"),
+        ("loop.yaml", "Too many levels of symbolic links"),
+        ("file/x.yaml", "Not a directory"),
+        (f"{'x' * 300}.yaml", "File name too long"),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be_read_is_one_line(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    (tmp_path / "file").touch()
+    assert f"--config {tmp_path / name}: {message}" in error_of("--config", str(tmp_path / name), capsys=capsys)
 
 
 def test_layouts_are_held_against_the_number_of_processes() -> None:

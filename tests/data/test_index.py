@@ -239,6 +239,25 @@ def test_shards_put_one_behind_the_other_are_read_to_the_end(tokenizer: Tokenize
     assert list(index.refused.values()) == ["zeros between members: some are lost, unless shards were put together"]
 
 
+@pytest.mark.parametrize(
+    ("size", "rest", "reason"),
+    [
+        (10_240, b"", ""),  # what tar fills up
+        (300_000, b"", "zeros to the end of the shard: its data perhaps never arrived"),
+        (10_240, b"\x1f\x8b" + bytes(range(256)) * 8, "what follows the end mark is no tar"),
+    ],
+)
+def test_what_stands_where_samples_may_have_been_is_noted(
+    size: int, rest: bytes, reason: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shard = Path(write_shard(tmp_path / "s.tar", {"a.jpg": image(), "a.json": CAPTION}))
+    shard.write_bytes(shard.read_bytes() + bytes(size) + rest)
+    index = build_index(str(shard), tokenizer, PROMPT)
+    assert index.keys == ["a"]
+    (found,) = [*index.refused.values()] or [""]
+    assert found.startswith(reason) and bool(found) == bool(reason)
+
+
 NOT_TARS = {
     "text that begins with 'garbage'": b"garbage",
     "something unknown": b"\x07" + bytes(range(256)) * 20,
@@ -333,8 +352,9 @@ SETS: dict[str, tuple[dict[str, bytes], list[str], dict[str, str], dict[str, int
     "system files": (
         {"._0.jpg": b"x", "0.jpg": image(), "0.json": CAPTION, "a/._0.json": b"x", "__MACOSX/a/0.jpg": b"x",
          ".DS_Store": b"", "@eaDir/0.jpg/THUMB.jpg": image(), "a/Thumbs.db": b"", "PaxHeaders.123/0.jpg": b"30 mtime=1",
-         "PaxHeader/0.jpg": b"x"},
-        ["0"], {}, {SYSTEM_FILES: 8}),
+         "PaxHeader/0.jpg": b"x", ".@__thumb/s0.jpg": image(), ".Trashes/501/x.jpg": image(), ".thumbnails/x.png": b"x",
+         ".Trash-1000/files/x.jpg": image(), "$RECYCLE.BIN/S-1-5/$R0.jpg": image()},
+        ["0"], {}, {SYSTEM_FILES: 13}),
     "./ on one of two": ({"./a/0.jpg": image(), "a/0.json": CAPTION}, ["./a/0"], {}, {}),
     "./ on the other": ({"a/0.jpg": image(), "./a/0.json": CAPTION}, ["a/0"], {}, {}),
     "other formats": (

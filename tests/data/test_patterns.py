@@ -100,6 +100,16 @@ def test_shards_in_subfolders_alone_are_hinted_at(pattern: str, tmp_path: Path) 
         names(tmp_path, "missing.tar")
 
 
+def test_shards_in_folders_beside_the_files_that_a_glob_matches_are_mentioned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "0.tar", "a/1.tar", "a/2.tar", "b/notes.txt")
+    with caplog.at_level(logging.WARNING):
+        assert names(tmp_path, "**/*") == ["0.tar", "a/1.tar", "a/2.tar"] and not caplog.text
+        assert names(tmp_path, "*") == ["0.tar"]
+    assert f"2 more .tar files lie in folders that it matches: '{tmp_path}/*/*.tar'" in caplog.text
+
+
 def test_shards_below_those_of_a_folder_are_mentioned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,8 @@ def test_text_that_spells_any_control_token_is_refused() -> None:
             encode_prompt(f"x{token}", tokenizer, "--prompt")
     check_turns([("a <b> | <tag> im_end", True)], tokenizer)
     assert encode_prompt(" <image>\nDescribe. ", tokenizer, "--prompt") == tokenizer.encode("Describe.")
+    with pytest.raises(ValueError, match="--prompt = '<image> and <IMAGE>': 2 <image> markers"):
+        encode_prompt("<image> and <IMAGE>", tokenizer, "--prompt")
 
 
 @pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")

@@ -242,7 +242,7 @@ def read(source: Path, **settings: str) -> list[tuple[dict[str, Any], str, dict[
 
 
 def test_missing_values_are_no_captions(photos: Path) -> None:
-    missing = ["", "nan", "NaN", "None", "null", "NULL", "NA", "N/A", "<NA>", " nan "]
+    missing = ["", "nan", "NaN", "None", "null", "NULL", "NA", "N/A", "<NA>", " nan ", "NaT", "-1.#IND"]
     rows = [("image", "caption"), *(("c.png", text) for text in missing), *((text, "A cow.") for text in missing)]
     (photos / "t.csv").write_text(
         "".join(f"{image},{text}\n" for image, text in [*rows, ("c.png", "Nan bread: none left")])
@@ -322,7 +322,7 @@ def test_a_caption_file_is_found_as_in_shards(tmp_path: Path) -> None:
     (tmp_path / "__MACOSX").mkdir()
     for name in (
         *("A.JPG", "b.jfif", "c.jpe", "d.jpg", "e.png", "f.webp", "g.jpg", "h.jpg", "i.jpg", "i.png", "j.jpg", "j.png"),
-        *("k.GIF", "l.heic", "m.jpg", "n.JPEG", "._A.JPG", "__MACOSX/A.JPG", ".h.jpg"),
+        *("k.GIF", "l.heic", "o.CR2", "m.jpg", "n.JPEG", "._A.JPG", "__MACOSX/A.JPG", ".h.jpg"),
     ):
         (tmp_path / name).write_bytes(b"bytes")
     for name, text in {
@@ -343,6 +343,7 @@ def test_a_caption_file_is_found_as_in_shards(tmp_path: Path) -> None:
         "h.jpg": "caption is missing or empty: no h.json, h.txt or h.jpg.txt; found: h.caption",
         "i.jpg": f"{other} image: i.txt may be {png}", "i.png": f"{other} image: i.txt may be {png}",
         "j.jpg": "of j.jpg", "j.png": "of j.png", "k.GIF": gif, "l.heic": gif.replace("gif", "heic"),
+        "o.CR2": gif.replace("gif", "cr2"),
         "m.jpg": found["m.jpg"], "n.JPEG": f"{other} caption of a kind: n.txt, n.JPEG.txt",
     }  # fmt: skip
     assert found["m.jpg"].startswith(refusal(b"{"))
