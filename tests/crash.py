@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 
 VARIABLE = "TEST_CRASH_PLAN"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

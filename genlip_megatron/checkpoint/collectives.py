@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.device import current_device
 
 

@@ -12,9 +12,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from genlip_megatron.checkpoint import content, folder, manifest, metadata
+from genlip_megatron.checkpoint import manifest, parts, paths, torch_metadata
 from genlip_megatron.checkpoint.collectives import from_rank_0, gather, rank, world_size
-from genlip_megatron.checkpoint.content import SHARES, RandomStates, State
+from genlip_megatron.checkpoint.parts import SHARES, RandomStates, State
 from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.config import RunConfig, from_dict
 
@@ -43,12 +43,12 @@ def find(
         ValueError: there are checkpoints and none is good; ``root`` is a checkpoint and damaged.
     """
     root = Path(root)
-    itself = folder.step_of(root) is not None
-    places = [root] if itself else [folder.step_folder(root, step) for step in folder.steps(root)]
+    itself = paths.step_of(root) is not None
+    places = [root] if itself else [paths.step_folder(root, step) for step in paths.steps(root)]
     places = from_rank_0(places)
     damage: list[str] = []
     for place in places:
-        found = _verified(place, checksums, folder.step_of(place), progress)
+        found = _verified(place, checksums, paths.step_of(place), progress)
         if isinstance(found, Manifest):
             if damage:
                 log(
@@ -56,9 +56,9 @@ def find(
                     + "\n  ".join(damage)
                     + f"\nWARNING: going on from step {found.iteration} instead"
                 )
-            named = folder.pointed(root)
+            named = paths.pointed(root)
             if not itself and not damage and named != found.iteration:
-                log(f"WARNING: {root / folder.LATEST} names step {named}; the newest good one is {found.iteration}")
+                log(f"WARNING: {root / paths.LATEST} names step {named}; the newest good one is {found.iteration}")
             return place, found
         damage += found
     if not places:
@@ -97,7 +97,7 @@ def _verified(place: Path, checksums: bool, step: int | None, progress: Callable
 
 def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
     """Why ``dp_reshardable`` state cannot be read on this layout."""
-    here = content.describe_layout(config, world_size())
+    here = parts.describe_layout(config, world_size())
     settings = {
         "precision": "train.precision",
         "fused_norms": "norms within the linears (train.transformer_impl = transformer_engine, unless "
@@ -118,10 +118,10 @@ def read_common(place: Path) -> dict[str, Any]:
 
 def _describe_weights(place: Path, model: list[Any], log: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """What is to be loaded into the model; says so when FP8 scales are not in the checkpoint."""
-    weights = content.weights_of(model)
-    if content.has_unsaved_fp8_state(model):
+    weights = parts.weights_of(model)
+    if parts.has_unsaved_fp8_state(model):
         log(f"{place}: FP8 attention's scales are not saved with train.first_last_layers_bf16, and are found anew")
-    if missing := content.leave_out_fp8_state(weights, metadata.read(place)):
+    if missing := parts.leave_out_fp8_state(weights, torch_metadata.read(place)):
         log(f"{place} lacks FP8 scales, which are found anew: {missing[0]} and {len(missing) - 1} more")
     return weights
 
@@ -130,8 +130,8 @@ def load_weights(place: Path, model: list[Any], log: Callable[[str], None]) -> N
     """Set the model's weights, and FP8 scales where there are, from a checkpoint of any layout. A collective."""
     state = {"model": _describe_weights(place, model, log)}
     objects = read_common(place)["objects"]
-    content.put_objects(state, objects)
-    content.set_weights(model, dist_checkpointing.load(state, str(place))["model"])
+    parts.put_objects(state, objects)
+    parts.set_weights(model, dist_checkpointing.load(state, str(place))["model"])
 
 
 def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
@@ -181,16 +181,16 @@ def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Cal
         "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=kind_of_state),
     }
     random = RandomStates.of_this_run()
-    here = content.describe_layout(config, world_size())
+    here = parts.describe_layout(config, world_size())
     same_place = all(saved.layout[name] == here[name] for name in _PLACES)
     if same_place and saved.random == random.sizes:
         request["random"] = random.parts
     common = read_common(place)
-    content.put_objects(request, common["objects"])
+    parts.put_objects(request, common["objects"])
     loaded = dist_checkpointing.load(request, str(place))
-    content.set_weights(state.model, loaded["model"])
+    parts.set_weights(state.model, loaded["model"])
     _load_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.num_steps = 0  # Megatron-Core adds the steps it loads to those it has done
     state.scheduler.load_state_dict(common["scheduler"])
     if "random" in request:
-        content.set_random_states({name: values.view(-1) for name, values in loaded["random"].items()})
+        parts.set_random_states({name: values.view(-1) for name, values in loaded["random"].items()})

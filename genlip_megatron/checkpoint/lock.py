@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.paths import NotSaved
 
 LOCK = "run.lock"
 

@@ -46,7 +46,7 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
         ValueError: the checkpoint is damaged, of that kind already, or does not fit the layout; or it could not be
             written.
     """
-    from genlip_megatron.checkpoint import folder, loading, manifest, metadata
+    from genlip_megatron.checkpoint import loading, manifest, paths, torch_metadata
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY
     from genlip_megatron.config.checks import check
     from genlip_megatron.model.te_support import fp8_primary_weights, fused_norms
@@ -69,7 +69,7 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
             "own, which this tool does not know; resume it on its own layout: what a run saves last is "
             f"{FULLY_RESHARDABLE}"
         )
-    if any(FP8_STATE in key for key in metadata.read(place).state_dict_metadata):
+    if any(FP8_STATE in key for key in torch_metadata.read(place).state_dict_metadata):
         print(f"{place}: its FP8 scales are left out; a run that needs them finds them anew")
     changes: dict[str, Any] = {f"parallel.{name}": size for name, size in (layout or {}).items()}
     if layout:
@@ -88,7 +88,7 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
             )
     except ProcessException as error:
         raise ValueError(f"{place} could not be resharded: {str(error).strip().splitlines()[-1]}") from error
-    return folder.step_folder(output, saved.iteration)
+    return paths.step_folder(output, saved.iteration)
 
 
 @contextlib.contextmanager
@@ -118,7 +118,7 @@ def _work(
     from megatron.core import dist_checkpointing
 
     from genlip_megatron.checkpoint import loading, manifest
-    from genlip_megatron.checkpoint.content import RandomStates, State
+    from genlip_megatron.checkpoint.parts import RandomStates, State
     from genlip_megatron.checkpoint.saving import Facts, Saver
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import build_run

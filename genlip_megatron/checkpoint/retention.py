@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint.manifest import FULLY_RESHARDABLE
 from genlip_megatron.config import CheckpointConfig
 
@@ -63,8 +63,8 @@ class Keeper:
     def good(self, root: str | Path, checksums: bool = True) -> tuple[dict[int, manifest.Manifest], list[str]]:
         """(step -> manifest of the good checkpoints, what is wrong with the others)."""
         found, wrong = {}, []
-        for step in folder.steps(root):
-            place = folder.step_folder(root, step)
+        for step in paths.steps(root):
+            place = paths.step_folder(root, step)
             try:
                 facts = manifest.read(place)
                 state = (str(place), _state(place, facts))
@@ -95,15 +95,15 @@ class Keeper:
         stay = kept(checkpoints, options.keep_last, options.keep_every, options.keep_best, whole)
         gone, self.left = deletable(root, sorted(step for step in found if step not in stay))
         for step in () if dry_run else gone:
-            folder.remove(root, step)
+            paths.remove(root, step)
         return gone, wrong
 
 
 def deletable(root: str | Path, steps: Sequence[int]) -> tuple[list[int], list[str]]:
     """(those of ``steps`` whose folders hold a checkpoint and nothing else, a line for each of the others)."""
-    others = {step: manifest.foreign(folder.step_folder(root, step)) for step in steps}
+    others = {step: manifest.foreign(paths.step_folder(root, step)) for step in steps}
     lines = [
-        f"{folder.step_folder(root, step)}: not deleted, since no checkpoint has what it holds ({other}); move that "
+        f"{paths.step_folder(root, step)}: not deleted, since no checkpoint has what it holds ({other}); move that "
         "away, or delete the folder by hand"
         for step, other in others.items()
         if other

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from genlip_megatron.checkpoint import content, folder, lock, manifest
+from genlip_megatron.checkpoint import lock, manifest, parts, paths
 from genlip_megatron.checkpoint.collectives import (
     everywhere,
     first_of,
@@ -29,8 +29,8 @@ from genlip_megatron.checkpoint.collectives import (
     on_rank_0,
     rank,
 )
-from genlip_megatron.checkpoint.content import RandomStates, State
-from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.parts import RandomStates, State
+from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.checkpoint.retention import Keeper
 from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Planner, WriteBehind, Written
@@ -151,7 +151,7 @@ class Saver:
 
     def _own(self, patience: float) -> str:
         self._lock, text = lock.own(self.root, patience, self._log)
-        folder.clean(self.root)
+        paths.clean(self.root)
         return text
 
     @property
@@ -232,12 +232,12 @@ class Saver:
         for each in getattr(self.state.optimizer, "chained_optimizers", ()):
             if not each.is_stub_optimizer:
                 each.init_state_fn(each.optimizer, each.config)
-        weights = content.weights_of(self.state.model)
+        weights = parts.weights_of(self.state.model)
         optimizer = self.state.optimizer.sharded_state_dict(weights, metadata={"distrib_optim_sharding_type": kind})
         gathering = time.monotonic() - begin
-        content.clear_padding(optimizer)
+        parts.clear_padding(optimizer)
         random = random or RandomStates.of_this_run()
-        state, objects = content.take_objects({"model": weights, "optimizer": optimizer, "random": random.parts})
+        state, objects = parts.take_objects({"model": weights, "optimizer": optimizer, "random": random.parts})
         sharded, plain = save_preprocess(state, validate_access_integrity=False)
         common = {**common, **plain, "iteration": iteration, "scheduler": self.state.scheduler.state_dict()}
         # Plain values are copied, since the next step changes what they refer to.
@@ -292,7 +292,7 @@ class Saver:
     def _failed(self, iteration: int, why: str) -> str:
         """Remove what was written of a checkpoint; returns the message."""
         if rank() == 0:
-            shutil.rmtree(folder.partial_folder(self.root, iteration), ignore_errors=True)
+            shutil.rmtree(paths.partial_folder(self.root, iteration), ignore_errors=True)
         return (
             f"the checkpoint of step {iteration} could not be written to {self.root}: {why}; earlier ones are untouched"
         )
@@ -313,15 +313,15 @@ class Saver:
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 if self._pruning is None and self._pending is None:
-                    folder.clean(self.root)  # of deletions that failed
+                    paths.clean(self.root)  # of deletions that failed
                 self._lock.close()
 
     def _prepare(self, iteration: int) -> Path:
         self.settle(0.0 if self._keeper.reading else None)  # a deletion makes room, and is short
-        place = folder.partial_folder(self.root, iteration)
+        place = paths.partial_folder(self.root, iteration)
         self.root.mkdir(parents=True, exist_ok=True)
         if self._pruning is None:
-            folder.clean(self.root)
+            paths.clean(self.root)
         place.mkdir()
         return place
 
@@ -330,28 +330,28 @@ class Saver:
             self._planners[kind] = Planner(parallel_state.get_data_parallel_group(with_context_parallel=True))
         return self._planners[kind]
 
-    def _commit(self, pending: _Pending, parts: Sequence[Written], objects: Sequence[dict[str, Any]]) -> str:
+    def _commit(self, pending: _Pending, written: Sequence[Written], objects: Sequence[dict[str, Any]]) -> str:
         """On rank 0: write what is left, the manifest last, and publish; returns what there is to say."""
-        if errors := first_of([part.error for part in parts]):
+        if errors := first_of([part.error for part in written]):
             raise NotSaved(errors)
         assert pending.planned is not None
         begin = time.monotonic()
-        place = folder.partial_folder(self.root, pending.iteration)
-        pending.planned.finish([part.results for part in parts])
+        place = paths.partial_folder(self.root, pending.iteration)
+        pending.planned.finish([part.results for part in written])
         save_config(CheckpointingConfig("torch_dist", 1), str(place))
-        folder.sync(place / "metadata.json")
+        paths.sync(place / "metadata.json")
         common = io.BytesIO()
         together = {key: value for some in objects for key, value in some.items()}
         torch.save({**pending.plain.common, "objects": together}, common)
-        folder.write_file(place / COMMON, common.getvalue())
-        folder.write_file(place / CONFIG, self._recorded.to_yaml().encode())
-        files = {name: facts for part in parts for name, facts in part.files.items()}
+        paths.write_file(place / COMMON, common.getvalue())
+        paths.write_file(place / CONFIG, self._recorded.to_yaml().encode())
+        files = {name: facts for part in written for name, facts in part.files.items()}
         for name in (".metadata", "metadata.json", COMMON, CONFIG):
             files[name] = manifest.facts_of(place / name)
         saved = Manifest(
             iteration=pending.iteration,
             kind=pending.kind,
-            layout=content.describe_layout(self._recorded, pending.plain.random.world_size),
+            layout=parts.describe_layout(self._recorded, pending.plain.random.world_size),
             validation_loss=pending.facts.validation_loss,
             tokenizer=pending.facts.tokenizer,
             data=pending.facts.data,
@@ -361,24 +361,24 @@ class Saver:
             created=manifest.now(),
             files=files,
         )
-        folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
-        warnings = [first_of([part.warning for part in parts])]
-        target = folder.step_folder(self.root, pending.iteration)
+        paths.write_file(place / manifest.MANIFEST, saved.to_bytes())
+        warnings = [first_of([part.warning for part in written])]
+        target = paths.step_folder(self.root, pending.iteration)
         if os.path.lexists(target) and (other := manifest.foreign(target)):
-            warnings.append(f"{target} was no checkpoint of a run ({other}), and is now {folder.move_aside(target)}")
-        folder.publish(self.root, pending.iteration)
+            warnings.append(f"{target} was no checkpoint of a run ({other}), and is now {paths.move_aside(target)}")
+        paths.publish(self.root, pending.iteration)
         try:
-            folder.confirm(self.root, pending.iteration)
+            paths.confirm(self.root, pending.iteration)
         except OSError as error:  # nothing that loads needs it
-            warnings.append(f"the checkpoint stands, but {folder.LATEST} may be an older one's: {error}")
+            warnings.append(f"the checkpoint stands, but {paths.LATEST} may be an older one's: {error}")
         self._keeper.trust(target, saved)
         self._prune_more = True
         self.settle(0.0)
         if self._pruning is None:
             self._pruning = Background(self._prune)
-        seconds = max(part.seconds for part in parts)
-        hashing, copying = max(part.hashing for part in parts), max(part.copying for part in parts)
-        stopped = max(part.stopped for part in parts)
+        seconds = max(part.seconds for part in written)
+        hashing, copying = max(part.hashing for part in written), max(part.copying for part in written)
+        stopped = max(part.stopped for part in written)
         return (
             f"saved {target}: {saved.size / 1e9:.3f} GB, {pending.kind}; training waited {stopped:.2f} s"
             + (f" ({pending.plain.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
 
-from genlip_megatron.checkpoint import changes, content, folder, loading
+from genlip_megatron.checkpoint import changes, loading, parts, paths
 from genlip_megatron.checkpoint.collectives import gather, on_rank_0
-from genlip_megatron.checkpoint.content import State
-from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.parts import State
+from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.config import RunConfig, override
@@ -78,7 +78,7 @@ def load(run: Run) -> None:
 def _set_aside(run: Run) -> list[Path]:
     root = run.config.checkpoint.save
     try:
-        moved: list[Path] = on_rank_0(lambda: folder.set_aside(root, run.iteration))
+        moved: list[Path] = on_rank_0(lambda: paths.set_aside(root, run.iteration))
         return moved
     except NotSaved as error:
         raise ValueError(f"checkpoint.save = {root}: {error}; later checkpoints must be moved out of the way") from None
@@ -129,7 +129,7 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
 
 def _in_precision(saved: Manifest, theirs: RunConfig, config: RunConfig) -> list[RunConfig]:
     """Both configurations with the precision that "auto" meant."""
-    here: dict[str, Any] = content.describe_layout(config, 1)
+    here: dict[str, Any] = parts.describe_layout(config, 1)
     return [
         override(theirs, {"train.precision": saved.layout.get("precision", here["precision"])}),
         override(config, {"train.precision": here["precision"]}),

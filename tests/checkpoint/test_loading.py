@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, loading, manifest, metadata
+from genlip_megatron.checkpoint import loading, manifest, paths, torch_metadata
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert where[:2] == (1, 1)
     assert f"WARNING: damaged checkpoints are passed over:\n  {file}: damaged, its SHA-256" in said
     assert "WARNING: going on from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
-    assert folder.steps(root) == [1] and folder.pointed(root) == 1
+    assert paths.steps(root) == [1] and paths.pointed(root) == 1
     # Alone it is refused, and so are sizes when it was cut.
     error = start(tiny_config(demo_data, checkpoint__load=str(root / "set_aside" / "iter_0000002")))
     assert "no good checkpoint" in error and "its SHA-256 does not match" in error
@@ -110,7 +110,7 @@ def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
     root, said = tmp_path / "run", []
     shutil.copytree(saved, root)
     for text in ("1\n", "99\n", "zwei\n", ""):
-        (root / folder.LATEST).write_text(text)
+        (root / paths.LATEST).write_text(text)
         found = loading.find(root, True, said.append)
         assert found is not None and found[1].iteration == 2 and "the newest good one is 2" in said[-1]
     assert loading.find(tmp_path / "nowhere", True, said.append) is None
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data
     assert start(config)[:2] == (2, 2)
     # What cannot be moved out of the way stops the run at its start.
     (root / "iter_0000002" / "common.pt").unlink()
-    (root / folder.SET_ASIDE).touch()
+    (root / paths.SET_ASIDE).touch()
     error = start(config)
     assert (
         f"checkpoint.save = {root}: " in error and "set_aside" in error and "later checkpoints must be moved" in error
@@ -135,7 +135,7 @@ def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp
     root = tmp_path / "run"
     shutil.copytree(saved, root)
     for step in (1, 2):
-        (folder.step_folder(root, step) / "common.pt").unlink()
+        (paths.step_folder(root, step) / "common.pt").unlink()
     error = start(tiny_config(demo_data, checkpoint__save=str(root)))
     assert "no good checkpoint" in error
     assert "iter_0000001/common.pt: missing" in error and "iter_0000002/common.pt: missing" in error
@@ -226,7 +226,7 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     assert again[0]["losses"] == unbroken[0]["losses"] and again[0]["keys"] == unbroken[0]["keys"]
     for name, weight in weights(unbroken).items():
         assert torch.equal(weights(again)[name], weight), name
-    rows = [random_rows(folder.step_folder(path, 2)) for path in (root, tmp_path / "shards")]
+    rows = [random_rows(paths.step_folder(path, 2)) for path in (root, tmp_path / "shards")]
     assert rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][name], rows[1][name]) for name in rows[0])
     with pytest.raises(ValueError, match="holds fully_reshardable optimizer state already"):
         reshard(place, "fully_reshardable", fully)
@@ -311,10 +311,10 @@ class _Runs:
 def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
     place = tmp_path / "iter_0000002"
     shutil.copytree(saved / "iter_0000002", place)
-    metadata.read(place)
+    torch_metadata.read(place)
     (place / ".metadata").write_bytes(pickle.dumps(_Runs()))
     with pytest.raises(ValueError, match=r"it would load posix\.system; do not use it"):
-        metadata.read(place)
+        torch_metadata.read(place)
     torch.save({"objects": _Runs()}, place / "common.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         loading.read_common(place)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint import lock as lock_module
 from genlip_megatron.checkpoint.saving import check_free_space
 from genlip_megatron.checkpoint.write import PlannedWrite, Written
@@ -24,7 +24,7 @@ from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
 
 def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
     """Begin a save, change everything before it is written, finish it, load it; what was there and what came back."""
-    from genlip_megatron.checkpoint.content import State
+    from genlip_megatron.checkpoint.parts import State
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
     from genlip_megatron.checkpoint.saving import Facts
     from genlip_megatron.train.loop import set_up
@@ -140,14 +140,14 @@ def failing_behind_the_next(config: RunConfig) -> bool:
 def test_a_save_is_made_although_the_one_before_fails_meanwhile(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     assert run_distributed(1, failing_behind_the_next, config) == [True]
-    assert folder.steps(tmp_path / "run") == [2]
+    assert paths.steps(tmp_path / "run") == [2]
 
 
 def test_replicas_share_the_writing(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     run_distributed(2, run_steps, tiny_config(demo_data, checkpoint__save=str(root)), 1)
     sizes: dict[str, int] = collections.Counter()
-    for name, facts in manifest.read(folder.step_folder(root, 1)).files.items():
+    for name, facts in manifest.read(paths.step_folder(root, 1)).files.items():
         if name.endswith(".distcp"):
             sizes[name.split("_")[2]] += facts.size
     assert sizes.keys() == {"0", "1"} and max(sizes.values()) < 1.2 * min(sizes.values())
@@ -159,19 +159,19 @@ def test_old_checkpoints_are_pruned_and_the_best_is_kept(demo_data: Path, tmp_pa
     for steps in (1, 2, 3, 4):
         run_distributed(1, run_steps, config, steps)
     # Pruning runs behind the save; the next one has waited for it.
-    assert folder.steps(root)[:2] == [4, 3] and len(folder.steps(root)) <= 3
+    assert paths.steps(root)[:2] == [4, 3] and len(paths.steps(root)) <= 3
 
 
 def test_what_is_saved_is_written_down(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
     trained = run_distributed(1, run_steps, config, 1)
-    found = manifest.read(folder.step_folder(root, 1))
+    found = manifest.read(paths.step_folder(root, 1))
     assert found.versions["torch"] == torch.__version__ and found.versions["megatron-core"] == "0.16.1"
     assert {"cpu", "tracker.model-parallel-rng"} <= found.random.keys()
     assert found.layout["precision"] == "fp32" and found.layout["world_size"] == 1 and found.tokenizer and found.data
     assert set(found.files) == {
-        path.name for path in folder.step_folder(root, 1).iterdir() if path.name != manifest.MANIFEST
+        path.name for path in paths.step_folder(root, 1).iterdir() if path.name != manifest.MANIFEST
     }
     assert weights(trained)
 
@@ -264,13 +264,13 @@ def with_slow_pruning(config: RunConfig) -> list[Any]:
     for run.iteration in (1, 2, 3):
         assert save(run, last=True)
     Keeper.prune = prune  # type: ignore[method-assign]
-    before = len(folder.steps(config.checkpoint.save))
+    before = len(paths.steps(config.checkpoint.save))
     entered.set()
     run.saver.settle()
     run.iteration = 4
     assert save(run, last=True)
     run.saver.settle()
-    return [before, folder.steps(config.checkpoint.save)]
+    return [before, paths.steps(config.checkpoint.save)]
 
 
 def test_no_save_waits_until_old_checkpoints_are_read(demo_data: Path, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def onto_another_folder(config: RunConfig) -> bool:
 
     run = set_up(config)
     assert run.train_loader is not None
-    place = folder.step_folder(config.checkpoint.save, 1)
+    place = paths.step_folder(config.checkpoint.save, 1)
     place.mkdir()
     (place / "thesis.txt").write_text("five years of work")
     run.iteration = 1
@@ -298,13 +298,13 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_set_aside(demo_data: Path, tmp
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
     assert run_distributed(1, onto_another_folder, config) == [True]
-    assert (root / folder.SET_ASIDE / "iter_0000001" / "thesis.txt").read_text() == "five years of work"
-    assert manifest.read(folder.step_folder(root, 1)).iteration == 1
+    assert (root / paths.SET_ASIDE / "iter_0000001" / "thesis.txt").read_text() == "five years of work"
+    assert manifest.read(paths.step_folder(root, 1)).iteration == 1
 
 
 def test_a_lock_that_no_run_has_written_is_left(tmp_path: Path) -> None:
     (tmp_path / lock_module.LOCK).write_text("a list of our locks\n")
-    with pytest.raises(folder.NotSaved, match=r"run\.lock is a file that no run has written"):
+    with pytest.raises(paths.NotSaved, match=r"run\.lock is a file that no run has written"):
         lock_module.own(tmp_path)
     assert (tmp_path / lock_module.LOCK).read_text() == "a list of our locks\n"
     for content in ("", "host process 12 0123456789abcdef\n", "\0\0"):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 
-from genlip_megatron.checkpoint import content, manifest, saving, write
+from genlip_megatron.checkpoint import manifest, parts, saving, write
 from genlip_megatron.checkpoint.collectives import rank
-from genlip_megatron.checkpoint.folder import NotSaved, step_folder
+from genlip_megatron.checkpoint.paths import NotSaved, step_folder
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
@@ -31,7 +31,7 @@ def build(config: RunConfig) -> Any:
 
 def saver_of(run: Any, folder: Path, lines: list[str]) -> saving.Saver:
     config = tiny_config(Path("unused"), checkpoint__save=str(folder), checkpoint__keep_last=0)
-    return saving.Saver(config, content.State(run.model, run.optimizer, run.scheduler), lines.append)
+    return saving.Saver(config, parts.State(run.model, run.optimizer, run.scheduler), lines.append)
 
 
 def change(run: Any) -> None:
@@ -162,15 +162,15 @@ def save_with_another_tensor(config: RunConfig, folder: Path) -> bool:
     """Two saves, one with a tensor more, one that would leave it out by the plan before."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    run, whole = build(config), content.weights_of
+    run, whole = build(config), parts.weights_of
     saver = saver_of(run, folder, [])
     new = ShardedTensor.from_rank_offsets("new", torch.arange(4.0), replica_id=rank())
     saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
     try:
-        content.weights_of = lambda model: whole(model) | {"new": {"new": new}}
+        parts.weights_of = lambda model: whole(model) | {"new": {"new": new}}
         saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
     finally:
-        content.weights_of = whole
+        parts.weights_of = whole
     saver.finish()
     saver.close()
     try:  # what protects when ranks should ever be wrong about it
@@ -191,18 +191,18 @@ def save_with_trouble_on_one_rank(config: RunConfig, folder: Path) -> list[str]:
     run, errors = build(config), []
     lines: list[str] = []
     saver = saver_of(run, folder, lines)
-    originals = content.random_states, write.HostCopies.copy
+    originals = parts.random_states, write.HostCopies.copy
 
     def failing(*args: Any) -> Any:
         raise MemoryError("no memory left")
 
     if rank() == 1:
-        content.random_states = failing
+        parts.random_states = failing
     try:
         saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
     except NotSaved as error:
         errors.append(str(error))
-    content.random_states = originals[0]
+    parts.random_states = originals[0]
     if rank() == 1:
         write.HostCopies.copy = failing  # type: ignore[method-assign]
     saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)

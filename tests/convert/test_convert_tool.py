@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint.manifest import WEIGHTS_ONLY
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.convert.folder import hf_config
@@ -175,7 +175,7 @@ def test_a_run_begins_from_weights_alone_with_finetune_only(
 
 
 def test_the_tools_know_weights_alone(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert manifest.read(started).kind == WEIGHTS_ONLY and folder.pointed(started.parent) == 0
+    assert manifest.read(started).kind == WEIGHTS_ONLY and paths.pointed(started.parent) == 0
     for command in ("list", "verify", "info"):
         assert checkpoints([command, str(started.parent)]) == 0
     said = capsys.readouterr().out

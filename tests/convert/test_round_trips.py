@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, loading, manifest
+from genlip_megatron.checkpoint import loading, manifest, paths
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.convert.conversion import export_weights, open_checkpoint, planned
 from genlip_megatron.convert.megatron_source import MegatronSource
@@ -128,7 +128,7 @@ def test_the_newest_good_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None
     given = random_weights(model)
     root = tmp_path / "run"
     place = to_megatron(write_released(tmp_path / "released", given), root, run_of(model))
-    damaged = folder.step_folder(root, 7)
+    damaged = paths.step_folder(root, 7)
     damaged.mkdir()
     for file in place.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from genlip_megatron.checkpoint.folder import pointed
+from genlip_megatron.checkpoint.paths import pointed
 from genlip_megatron.config import CheckpointConfig, FaultsConfig, RunConfig, TrainConfig
 from genlip_megatron.faults import exits
 from genlip_megatron.faults.exits import EXIT_PREEMPTED

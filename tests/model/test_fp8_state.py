@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import content, folder, loading, manifest
+from genlip_megatron.checkpoint import loading, manifest, parts, paths
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.megatron_source import MegatronSource
@@ -97,7 +97,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     results = run_distributed(
         2, trained, tiny_config(demo_data, **layout("TP2")[1], **DELAYED, checkpoint__save=str(root)), 2
     )
-    return folder.step_folder(root, 2), together(results, "ended")
+    return paths.step_folder(root, 2), together(results, "ended")
 
 
 @pytest.mark.parametrize("name", ["1", "PP2xVPP2", "CP2"])
@@ -211,8 +211,8 @@ def test_scales_that_are_not_saved_are_told(ends_in_bf16: bool, monkeypatch: pyt
     attention.fp8_meta = {"scaling_fwd": state}
     model = torch.nn.Sequential(attention)
     model.config = SimpleNamespace(first_last_layers_bf16=ends_in_bf16)
-    monkeypatch.setattr(content, "unwrap", lambda chunk: chunk)
-    monkeypatch.setattr(content, "weights_of", lambda model: {})
+    monkeypatch.setattr(parts, "unwrap", lambda chunk: chunk)
+    monkeypatch.setattr(parts, "weights_of", lambda model: {})
     monkeypatch.setattr(loading.metadata, "read", lambda place: None)
     said: list[str] = []
     loading._describe_weights(Path("run"), [model], said.append)

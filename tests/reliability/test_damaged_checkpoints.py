@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.testing.processes import Zygote
 from tests.fault_table import FaultRow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.checkpoint.saving import bytes_of
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED
 from genlip_megatron.testing.processes import Zygote

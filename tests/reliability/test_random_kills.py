@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.testing.processes import Job, Zygote
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training

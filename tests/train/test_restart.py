@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults import exits
 from genlip_megatron.testing.distributed import run_distributed
