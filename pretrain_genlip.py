@@ -98,10 +98,10 @@ def run(config: RunConfig) -> int:
 
     megatron_patches.install()
     from genlip_megatron.data.quarantine import DataFailure
-    from genlip_megatron.faults.exits import UserError
     from genlip_megatron.faults.watchdog import Watchdog
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import train
+    from genlip_megatron.user_error import UserError
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(config), flush=True)

@@ -18,16 +18,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from genlip_megatron.checkpoint import manifest, paths
-from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.lock import own
 from genlip_megatron.checkpoint.manifest import CONFIG
+from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.retention import Keeper, deletable, kept
 from genlip_megatron.command import command
-from genlip_megatron.config import CheckpointConfig
+from genlip_megatron.config import CheckpointConfig, RunConfig
 from genlip_megatron.config.command_line import StrictParser
 
 _KINDS = ("fully_reshardable", "dp_reshardable")
@@ -200,6 +201,12 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _build_run(config: RunConfig) -> Any:
+    from genlip_megatron.train.setup import build_run  # after megatron_patches.install in the new process
+
+    return build_run(config)
+
+
 def reshard(options: argparse.Namespace) -> int:
     """Write a checkpoint with the other kind of optimizer state."""
     from genlip_megatron.checkpoint.reshard import reshard as write
@@ -212,7 +219,7 @@ def reshard(options: argparse.Namespace) -> int:
         raise ValueError(f"--output {options.output}: it has a checkpoint {place.name} already; name another folder")
     if layout and options.to != "dp_reshardable":
         raise ValueError("--tp, --pp and --vpp belong to --to dp_reshardable; fully_reshardable state fits any layout")
-    print(f"wrote {write(place, options.to, options.output or place.parent, layout)}")
+    print(f"wrote {write(place, options.to, options.output or place.parent, _build_run, layout)}")
     return 0
 
 

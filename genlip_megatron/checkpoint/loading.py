@@ -14,8 +14,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from genlip_megatron.checkpoint import manifest, parts, paths, torch_metadata
 from genlip_megatron.checkpoint.collectives import from_rank_0, gather, rank, world_size
-from genlip_megatron.checkpoint.parts import SHARES, RandomStates, State
 from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
+from genlip_megatron.checkpoint.parts import SHARES, RandomStates, State
 from genlip_megatron.config import RunConfig, from_dict
 
 

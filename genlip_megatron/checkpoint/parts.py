@@ -24,7 +24,6 @@ from genlip_megatron.model.fp8_state import fp8_state, is_fp8_state
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.model.te_support import fp8_primary_weights, fused_norms
-from genlip_megatron.train.fsdp import FullyShardedDataParallel
 
 # These must be equal for ``dp_reshardable`` state to be read; by them a rank's share is named and cut.
 SHARES = (
@@ -124,8 +123,8 @@ class RandomStates:
 
 
 def _saved_part(chunk: Any) -> Any:
-    """The part of a wrapped model chunk whose ``sharded_state_dict`` a checkpoint holds, whatever the wrapper."""
-    return chunk if isinstance(chunk, FullyShardedDataParallel) else unwrap(chunk)
+    """The module that describes a chunk to a checkpoint: a wrapper that shards parameters, else the model within."""
+    return chunk if getattr(chunk, "shards_parameters", False) else unwrap(chunk)
 
 
 def weights_of(model: list[Any]) -> dict[str, dict[str, Any]]:

@@ -29,9 +29,9 @@ from genlip_megatron.checkpoint.collectives import (
     on_rank_0,
     rank,
 )
+from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.checkpoint.parts import RandomStates, State
 from genlip_megatron.checkpoint.paths import NotSaved
-from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.checkpoint.retention import Keeper
 from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Planner, WriteBehind, Written
 from genlip_megatron.config import RunConfig

@@ -40,13 +40,6 @@ _PROG = "pretrain_genlip.py"
 _reason = ""  # why this worker ends, as torchrun was told
 
 
-class UserError(ValueError):
-    """A setting or a file is wrong. Found while the run is set up or, of validation data, when they have been read.
-
-    Other ValueErrors are crashes: starting again may help, and their traceback must be seen.
-    """
-
-
 class LeaveRun(Exception):
     """All ranks leave together, and nothing is saved.
 
@@ -113,7 +106,7 @@ def mark_of(save: str | Path, launcher: int) -> Path:
     return Path(tempfile.gettempdir()) / f"genlip_{FINAL_EXIT}.{os.getuid()}.{launcher}"
 
 
-def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
+def mark_final(save: str | Path, code: int, stop_requested: bool = False) -> None:
     """Write that this launch is over with ``code``, if it is one of ``FINAL``.
 
     Every worker calls it before it leaves: torchrun acts on the first that is gone, on each node. Without torchrun it
@@ -121,10 +114,10 @@ def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
 
     Args:
         save: the run's folder; empty when it saves nothing.
-        told_to_stop: it is over with any code: someone wanted it to end.
+        stop_requested: end the launch whatever the code.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id is None or not (told_to_stop or code in FINAL):
+    if run_id is None or not (stop_requested or code in FINAL):
         return
     file = mark_of(save, os.getppid())
     partial = file.with_name(f".{file.name}.{os.environ.get('RANK', '0')}.partial")

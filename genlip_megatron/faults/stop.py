@@ -31,15 +31,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_REQUEST = 1.0  # seconds
 _FILE_INTERVAL = 1.0
 REASONS = ("a signal", "the stop file", "train.exit_duration_in_mins")
+NO_STOP_VOTES = (0.0,) * len(REASONS)  # of a rank that need not stop
 
 
-def told_by(wishes: Iterable[Any]) -> str:
-    """Those of ``REASONS`` that are wished for, in words; empty for none.
+def describe_votes(votes: Iterable[Any]) -> str:
+    """Those of ``REASONS`` that have a vote, in words; empty if none has.
 
-    >>> told_by([1.0, 0.0, 1.0])
+    >>> describe_votes([1.0, 0.0, 1.0])
     'a signal, train.exit_duration_in_mins'
     """
-    return ", ".join(reason for reason, wish in zip(REASONS, wishes, strict=True) if wish)
+    return ", ".join(reason for reason, vote in zip(REASONS, votes, strict=True) if vote)
 
 
 def stop_file(config: RunConfig) -> Path | None:

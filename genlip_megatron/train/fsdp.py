@@ -53,6 +53,8 @@ class FullyShardedDataParallel(_BaseDataParallel):
     number of tokens, computes in the dtype of the optimizer's weights and runs on CUDA alone.
     """
 
+    shards_parameters = True  # so that checkpoints ask this wrapper, not the model within
+
     def __init__(self, config: TransformerConfig, ddp_config: DistributedDataParallelConfig, module: GenLIP) -> None:
         assert module.embed is not None and module.head is not None, "one pipeline stage"
         super().__init__(config=config, module=module)

@@ -31,6 +31,7 @@ from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.attention.backend import Backend
 from genlip_megatron.model.attention.varlen import KernelCall, Rows
 from genlip_megatron.model.embed import ImageSlots
+from genlip_megatron.train.log import log
 
 _WARM_UP = 2  # micro-batches of a shape that run as usual
 _MOST_GRAPHS = 8
@@ -231,5 +232,4 @@ class GraphedStage:
         )
 
     def _tell(self, text: str) -> None:
-        if torch.distributed.get_rank() == 0:
-            print(f"{text}; {self.replayed} micro-batches replayed so far, {self.run} run as usual", flush=True)
+        log(f"{text}; {self.replayed} micro-batches replayed so far, {self.run} run as usual")

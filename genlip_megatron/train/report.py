@@ -1,22 +1,21 @@
-"""What a run prints and writes of its steps."""
+"""The report of the last steps: to the log and the writers."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from megatron.core import parallel_state
 
+from genlip_megatron.device import current_device
 from genlip_megatron.train.breakdown import PARTS, describe, over_ranks
-from genlip_megatron.train.guard import Outcome
-from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, training_flops
-
-if TYPE_CHECKING:
-    from genlip_megatron.train.loop import Run
+from genlip_megatron.train.log import log
+from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
+from genlip_megatron.train.state import Run
+from genlip_megatron.train.statistics import Statistics
 
 # Names are given, since ranks must agree on them and stages have timers of their own.
 _TIMERS = [
@@ -28,10 +27,63 @@ _TIMERS = [
 ]
 
 
-def log(text: str) -> None:
-    """Print on rank 0."""
-    if torch.distributed.get_rank() == 0:
-        print(text, flush=True)
+@dataclass
+class Progress:
+    """One log interval, as the progress line and the writers show it."""
+
+    iteration: int
+    train_iters: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float  # of one step
+    consumed_samples: int
+    consumed_tokens: int
+    tokens_per_second: float
+    tflops: float  # per rank
+    mfu: float | None
+    pack_fill: float
+    memory_gib: float
+    data_wait: float  # seconds of a step, on the rank that waited longest
+    quarantined: int  # bad samples met so far
+    truncated: int  # captions cut to what their image leaves of a pack
+    skipped: int  # steps without an update
+    spikes: int
+
+    def line(self) -> str:
+        """The progress line."""
+        left = int((self.train_iters - self.iteration) * self.seconds)
+        mfu = "-" if self.mfu is None else f"{100 * self.mfu:.1f}%"
+        return (
+            f"iteration {self.iteration:>7}/{self.train_iters} | samples {self.consumed_samples} | "
+            f"tokens {self.consumed_tokens} | lm loss {self.loss:.4f} | learning rate {self.learning_rate:.3e} | "
+            f"grad norm {self.grad_norm:.3f} | step {1000 * self.seconds:.0f} ms | "
+            f"tokens/s {self.tokens_per_second:.0f} | TFLOP/s {self.tflops:.3f} | MFU {mfu} | "
+            f"pack fill {100 * self.pack_fill:.1f}% | data wait {1000 * self.data_wait:.0f} ms | "
+            f"quarantined {self.quarantined} | truncated {self.truncated} | "
+            f"skipped {self.skipped} | spikes {self.spikes} | memory {self.memory_gib:.1f} GiB | "
+            f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """Values under Megatron's TensorBoard tag names."""
+        values = {
+            "lm loss": self.loss,
+            "learning-rate": self.learning_rate,
+            "grad-norm": self.grad_norm,
+            "iteration-time": self.seconds,
+            "throughput": self.tflops,
+            "tokens-per-second": self.tokens_per_second,
+            "pack-fill": self.pack_fill,
+            "consumed-samples": float(self.consumed_samples),
+            "mem-allocated-gib": self.memory_gib,
+            "data-wait": self.data_wait,
+            "quarantined-samples": float(self.quarantined),
+            "truncated-captions": float(self.truncated),
+            "skipped-steps": float(self.skipped),
+            "spikes": float(self.spikes),
+        }
+        return values if self.mfu is None else {**values, "mfu": self.mfu}
 
 
 @dataclass
@@ -44,13 +96,13 @@ class Tally:
     grad_norm: float = math.nan  # of the last step
     begin: float = field(default_factory=time.monotonic)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, step: Statistics) -> None:
         """Count a step. A loss that is not finite would hide those of the other steps, and is left out."""
         self.steps += 1
-        self.grad_norm = outcome.grad_norm
-        if outcome.finite:
-            self.loss_sum += outcome.loss_sum
-            self.loss_count += outcome.loss_count
+        self.grad_norm = step.grad_norm
+        if step.finite:
+            self.loss_sum += step.loss_sum
+            self.loss_count += step.loss_count
 
 
 def report(run: Run, tally: Tally) -> None:
@@ -60,11 +112,11 @@ def report(run: Run, tally: Tally) -> None:
         DataFailure: too many of their samples were bad; on all ranks.
     """
     seconds, steps = max(time.monotonic() - tally.begin, 1e-9), tally.steps
-    device = run.stepper.device
-    counts = run.stepper.counts.to(device, copy=True)
+    device = current_device()
+    counts = run.counts.to(device, copy=True)
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     counts = counts.cpu()
-    run.stepper.counts.zero_()
+    run.counts.zero_()
     quarantined, truncated, waited = _loader_totals(run, device)
     by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
     run.consumed_samples += int(by_name["samples"])
@@ -88,10 +140,10 @@ def report(run: Run, tally: Tally) -> None:
         data_wait=waited / steps,
         quarantined=quarantined,
         truncated=truncated,
-        skipped=run.guard.skipped,
-        spikes=run.guard.spikes,
+        skipped=run.verdicts.skipped,
+        spikes=run.verdicts.spikes,
     )
-    parts, longest = over_ranks(run.stepper.breakdown.take(), device)
+    parts, longest = over_ranks(run.breakdown.take(), device)
     log(progress.line())
     log(describe(parts, longest))
     if run.config.log.timing_log_level:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from megatron.core import parallel_state
 
 from genlip_megatron.checkpoint import changes, loading, parts, paths
 from genlip_megatron.checkpoint.collectives import gather, on_rank_0
+from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.parts import State
 from genlip_megatron.checkpoint.paths import NotSaved
-from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.data.loader import merge_cursors
+from genlip_megatron.faults.replicas import check_replicas
 from genlip_megatron.model.fp8_state import share_largest_values
 from genlip_megatron.model.genlip import unwrap
-from genlip_megatron.train.report import log
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from genlip_megatron.train.loop import Run
-
+from genlip_megatron.train import drills
+from genlip_megatron.train.log import log
+from genlip_megatron.train.state import Run
 
 _PATIENCE = 120.0  # seconds in which the process before, which is told to end, leaves the folder
 
@@ -37,14 +33,7 @@ def make_saver(run: Run) -> Saver | None:
     """What saves the run, if it saves at all."""
     if not run.config.checkpoint.save or run.train_loader is None:
         return None
-    return Saver(run.config, _state(run), log, lambda step: _inject(run, step), patience=_PATIENCE)
-
-
-def _inject(run: Run, step: int) -> None:
-    """The faults of a drill that happen within a save."""
-    run.injector.at("save", step)
-    if run.injector.fires("full-disk", step):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return Saver(run.config, _state(run), log, lambda step: drills.fail_save(run, step), patience=_PATIENCE)
 
 
 def load(run: Run) -> None:
@@ -119,7 +108,7 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
     loading.load(place, saved, config, _state(run), log)
     run.iteration = saved.iteration
     run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]
-    run.guard.load_state_dict(common["guard"])
+    run.verdicts.load_state_dict(common["guard"])
     if data:
         log("the data begins anew: " + "; ".join(data))
     if changed := changes.accepted_changes(*_in_precision(saved, theirs, config)):
@@ -167,6 +156,29 @@ def gather_weights(run: Run) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
+def check_weights(run: Run, saving: bool) -> None:
+    """Compare the weights of replicas every ``faults.check_replicas_interval`` steps and before each save.
+
+    A collective over all ranks.
+
+    Raises:
+        LeaveRun: they differ.
+    """
+    interval = run.config.faults.check_replicas_interval
+    if not interval or not (saving or run.iteration % interval == 0) or run.config.parallel.fsdp:
+        return
+    gather_weights(run)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    check_replicas(
+        (
+            (f"stage {stage} chunk {i} {name}", parameter)
+            for i, chunk in enumerate(run.model)
+            for name, parameter in unwrap(chunk).named_parameters()
+        ),
+        run.iteration,
+    )
+
+
 def save(run: Run, last: bool = False) -> bool:
     """Save the run's state, if it saves at all; returns False when it could not be, which is no reason to stop.
 
@@ -185,7 +197,7 @@ def save(run: Run, last: bool = False) -> bool:
         "data": merge_cursors(cursors),
         "consumed_samples": run.consumed_samples,
         "consumed_tokens": run.consumed_tokens,
-        "guard": run.guard.state_dict(),
+        "guard": run.verdicts.state_dict(),
     }
     every = options.save_interval * options.fully_reshardable_every
     whole = last or (every > 0 and run.iteration % every == 0)

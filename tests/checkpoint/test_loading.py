@@ -20,7 +20,7 @@ from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
-from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
+from genlip_megatron.testing.runs import build_run, layout, run_steps, tiny_config, weights
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(config: RunConfig) -> Any:
     """(step, step of the data, learning rate) that a run begins with, or the error."""
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     try:
         run = set_up(config)
@@ -213,14 +213,14 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     assert run_distributed(1, loss_of, evaluated)[0] > 0
     unbroken = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__load=str(root)), 4)
     fully = tmp_path / "fully"
-    place = reshard(root / "iter_0000002", "fully_reshardable", fully)
+    place = reshard(root / "iter_0000002", "fully_reshardable", fully, build_run)
     assert manifest.read(place).kind == "fully_reshardable"
     assert (place / "config.yaml").read_text() == (root / "iter_0000002" / "config.yaml").read_text()
     # Another layout: sums run in another order.
     config = tiny_config(demo_data, checkpoint__load=str(fully))
     assert run_distributed(1, run_steps, config, 4)[0]["losses"] == pytest.approx(unbroken[0]["losses"], rel=1e-5)
     # There and back, on the first layout again: bit for bit, random states too.
-    shards = reshard(place, DP_RESHARDABLE, tmp_path / "shards", {"tensor_model_parallel_size": 2})
+    shards = reshard(place, DP_RESHARDABLE, tmp_path / "shards", build_run, {"tensor_model_parallel_size": 2})
     back = tiny_config(demo_data, **flags, checkpoint__load=str(shards.parent))
     again = run_distributed(world_size, run_steps, back, 4)
     assert again[0]["losses"] == unbroken[0]["losses"] and again[0]["keys"] == unbroken[0]["keys"]
@@ -229,23 +229,23 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     rows = [random_rows(paths.step_folder(path, 2)) for path in (root, tmp_path / "shards")]
     assert rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][name], rows[1][name]) for name in rows[0])
     with pytest.raises(ValueError, match="holds fully_reshardable optimizer state already"):
-        reshard(place, "fully_reshardable", fully)
+        reshard(place, "fully_reshardable", fully, build_run)
     fully.joinpath("file").touch()
     with pytest.raises(ValueError, match="could not be resharded: ValueError: checkpoint.save = .*; give a folder"):
-        reshard(place, DP_RESHARDABLE, fully / "file")
+        reshard(place, DP_RESHARDABLE, fully / "file", build_run)
     (place / "common.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"common.pt: 0 bytes, \d+ were written"):
-        reshard(place, DP_RESHARDABLE, tmp_path / "other")
+        reshard(place, DP_RESHARDABLE, tmp_path / "other", build_run)
     assert not (tmp_path / "other").exists()
 
 
 def loss_of(config: RunConfig) -> float:
     """The validation loss of an eval-only run."""
-    from genlip_megatron.train.loop import set_up
-    from genlip_megatron.train.step import evaluate
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.validation import evaluate
 
     run = set_up(config)
-    return evaluate(run.stepper, run.valid_loader)
+    return evaluate(run)
 
 
 def random_rows(place: Path) -> dict[str, torch.Tensor]:
@@ -265,9 +265,9 @@ def drawn(config: RunConfig, save: bool) -> list[float]:
     """What this rank's generators give after a save, or after a load."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import finish_saves
     from genlip_megatron.train.resume import save as save_run
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     if save:
@@ -287,7 +287,7 @@ def test_random_states_of_every_rank_come_back(demo_data: Path, tmp_path: Path) 
     before = run_distributed(world_size, drawn, config, True)
     assert before[0] != before[1]
     assert run_distributed(world_size, drawn, config, False) == before
-    place = reshard(tmp_path / "run" / "iter_0000001", "fully_reshardable", tmp_path / "run")
+    place = reshard(tmp_path / "run" / "iter_0000001", "fully_reshardable", tmp_path / "run", build_run)
     assert manifest.read(place).kind == "fully_reshardable"
     assert run_distributed(world_size, drawn, config, False) == before
 

@@ -141,7 +141,7 @@ def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
         return call
 
-    for module, name in ((os, "rename"), (os, "replace"), (folder, "sync"), (folder, "write_file"), (os, "unlink")):
+    for module, name in ((os, "rename"), (os, "replace"), (paths, "sync"), (paths, "write_file"), (os, "unlink")):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     monkeypatch.setattr(os, "rmdir", watched(os.rmdir))
 

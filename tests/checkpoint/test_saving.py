@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint import lock as lock_module
+from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint.saving import check_free_space
 from genlip_megatron.checkpoint.write import PlannedWrite, Written
 from genlip_megatron.config import RunConfig
@@ -24,11 +24,11 @@ from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
 
 def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
     """Begin a save, change everything before it is written, finish it, load it; what was there and what came back."""
-    from genlip_megatron.checkpoint.parts import State
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
+    from genlip_megatron.checkpoint.parts import State
     from genlip_megatron.checkpoint.saving import Facts
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import load
+    from genlip_megatron.train.setup import set_up
 
     write = PlannedWrite.write
     run = set_up(config)
@@ -48,7 +48,7 @@ def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
     PlannedWrite.write = late  # type: ignore[method-assign]
     try:
         common = {"data": run.train_loader.state_dict(), "consumed_samples": 3, "consumed_tokens": 4}
-        common["guard"] = run.guard.state_dict()
+        common["guard"] = run.verdicts.state_dict()
         run.saver.save(1, common, DP_RESHARDABLE, Facts(run.train_loader.tokenizer.fingerprint), behind=behind)
         run.saver.finish()
     finally:
@@ -75,8 +75,9 @@ def test_a_save_holds_its_step_although_training_goes_on(
 
 def failing_then_good(config: RunConfig, rank: int) -> list[Any]:
     """Two saves of a run, the first of which fails on one rank; what each said and what stood there after it."""
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.resume import finish_saves, save
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     write, me = PlannedWrite._write_file, torch.distributed.get_rank()
 
@@ -117,8 +118,8 @@ def test_a_full_disk_of_one_rank_fails_the_save_on_all_and_no_more(
 
 def failing_behind_the_next(config: RunConfig) -> bool:
     """Whether a save succeeds when the one before has failed and nobody has asked yet."""
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import save
+    from genlip_megatron.train.setup import set_up
 
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -196,7 +197,7 @@ def test_a_run_saved_before_its_first_update_begins_as_if_it_had_not_been(
 def second_process(config: RunConfig, root: Path) -> str:
     """The error of a run whose folder another process holds, or that its rank 1 does not see."""
     from genlip_megatron.train import resume
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     patience, seen = resume._PATIENCE, lock_module.seen
     resume._PATIENCE = 0.5
@@ -228,8 +229,8 @@ def with_little_memory(config: RunConfig) -> list[Any]:
     """What a save for any layout says on each rank when rank 1 has no memory for it, and the next one."""
     import psutil
 
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import save
+    from genlip_megatron.train.setup import set_up
 
     run, plenty = set_up(config), psutil.virtual_memory
     little = collections.namedtuple("memory", "available")(1000)
@@ -249,8 +250,8 @@ def test_too_little_memory_to_gather_in_is_known_before(demo_data: Path, tmp_pat
 def with_slow_pruning(config: RunConfig) -> list[Any]:
     """Checkpoints after three saves during which old ones are read, and their steps once that has ended."""
     from genlip_megatron.checkpoint.retention import Keeper
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import save
+    from genlip_megatron.train.setup import set_up
 
     run, prune, entered = set_up(config), Keeper.prune, threading.Event()
 
@@ -280,8 +281,8 @@ def test_no_save_waits_until_old_checkpoints_are_read(demo_data: Path, tmp_path:
 
 def onto_another_folder(config: RunConfig) -> bool:
     """Save a step whose name a folder has that came while the run was under way."""
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import save
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     assert run.train_loader is not None

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.planner_helpers import _create_write_items
 
 from genlip_megatron.checkpoint import manifest, parts, saving, write
 from genlip_megatron.checkpoint.collectives import rank
-from genlip_megatron.checkpoint.paths import NotSaved, step_folder
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
+from genlip_megatron.checkpoint.paths import NotSaved, step_folder
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import layout, tiny_config
@@ -23,7 +23,7 @@ from genlip_megatron.testing.runs import layout, tiny_config
 
 def build(config: RunConfig) -> Any:
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run
+    from genlip_megatron.train.setup import build_run
 
     groups.initialize(config)
     return build_run(config)

@@ -58,7 +58,7 @@ def loaded(config: RunConfig, place: Path) -> dict[str, Any]:
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run
+    from genlip_megatron.train.setup import build_run
 
     groups.initialize(config)
     if config.parallel.fsdp:
@@ -82,8 +82,8 @@ def test_converted_weights_load_on_any_layout(name: str, tmp_path: Path) -> None
 
 def saved(config: RunConfig, last: bool) -> dict[str, Any]:
     """Save a run that has not begun; returns this stage's weights."""
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import finish_saves, save
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     assert save(run, last) and finish_saves(run)

@@ -16,7 +16,7 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.model.fp8_state import sharded_fp8_state
 from genlip_megatron.testing.distributed import run_distributed
-from genlip_megatron.testing.runs import layout, run_steps, tiny_config
+from genlip_megatron.testing.runs import build_run, layout, run_steps, tiny_config
 from tests import te_stand_ins as engine
 from tests.te_stand_ins import stand_ins
 
@@ -39,7 +39,8 @@ def state_of(run: Any) -> dict[str, torch.Tensor]:
 def trained(config: RunConfig, steps: int, history: int = 8) -> dict[str, Any]:
     """Train to a step and save: the losses, the FP8 state at the start and at the end, what was said of it."""
     from genlip_megatron.train import resume
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     said: list[str] = []
     with stand_ins(), mock.patch.object(engine, "HISTORY", history), mock.patch.object(resume, "log", said.append):
@@ -140,7 +141,7 @@ def test_what_needs_no_scales_takes_none(
     names = set(MegatronSource(place, manifest.read(place), local.model).dtypes)
     assert names and not any("fp8" in name for name in names)
     with pytest.raises(ValueError, match="parameters in an order of its own"):
-        reshard(place, "dp_reshardable", tmp_path / "other")
+        reshard(place, "dp_reshardable", tmp_path / "other", build_run)
 
 
 def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -148,8 +149,9 @@ def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tens
     from genlip_megatron.checkpoint.write import HostCopies
     from genlip_megatron.model.fp8_state import fp8_state
     from genlip_megatron.model.genlip import unwrap
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.resume import finish_saves, load, save
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     copy = HostCopies.copy
 
@@ -189,7 +191,8 @@ def test_a_bad_step_leaves_no_trace(fault: str, demo_data: Path) -> None:
 
 def scales_after_each(config: RunConfig, steps: int) -> list[dict[str, torch.Tensor]]:
     """The state after each of some guarded steps."""
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     states = []
     with stand_ins():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.checkpoint import loading
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.testing.processes import Zygote
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training, all_of

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.checkpoint import loading
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED
 from genlip_megatron.testing.processes import Ended, Zygote
 from tests import crash

@@ -106,16 +106,16 @@ def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row:
 
 def stopped_while_starting() -> int:
     """Training whose rank 1 is stopped while the run is built."""
-    from genlip_megatron.train import loop
+    from genlip_megatron.train import setup
 
-    build_run = loop.build_run
+    build_run = setup.build_run
 
     def stopping(config: Any) -> Any:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGSTOP)
         return build_run(config)
 
-    loop.build_run = stopping
+    setup.build_run = stopping
     import pretrain_genlip
 
     return pretrain_genlip.main()

@@ -79,8 +79,9 @@ def test_on_a_device_steps_are_read_once_they_are_over(monkeypatch: pytest.Monke
 
 def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
     """The parts of a run's steps on this rank, and seconds of a step by the clock."""
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.report import Tally, report
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -90,7 +91,7 @@ def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
         tally.add(train_step(run, batches))
         run.iteration += 1
     seconds = (time.perf_counter() - begin) / steps
-    found = parts_of(run.stepper.breakdown)
+    found = parts_of(run.breakdown)
     run.train_loader.close()
     report(run, tally)
     if run.writer is not None:

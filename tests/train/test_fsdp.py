@@ -41,7 +41,8 @@ def laid_out(name: str, precision: str, data: Path, **more: Any) -> tuple[int, R
 
 def held_values(config: RunConfig) -> tuple[int, int]:
     """(values of weights, gradients and optimizer state on this rank after a step, parameters of the model)."""
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None

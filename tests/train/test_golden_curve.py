@@ -64,7 +64,8 @@ def curve(config: RunConfig) -> list[float]:
     from megatron.core import parallel_state
 
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run, train_step
+    from genlip_megatron.train.setup import build_run
+    from genlip_megatron.train.step import train_step
 
     groups.initialize(config)
     run = build_run(config)

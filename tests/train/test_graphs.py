@@ -80,7 +80,7 @@ def streams_of_ddp(graphed: bool) -> tuple[bool, list[str]]:
     from megatron.core.distributed import DistributedDataParallel
 
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train import loop
+    from genlip_megatron.train import setup
 
     waits, within, seen = [], ["default"], []
 
@@ -108,9 +108,9 @@ def streams_of_ddp(graphed: bool) -> tuple[bool, list[str]]:
         mock.patch.object(torch.cuda, "current_stream", lambda: Stream("default")),
         mock.patch.object(torch.cuda, "Stream", Stream),
         mock.patch.object(torch.cuda, "stream", use),
-        mock.patch.object(loop, "DistributedDataParallel", Watched),
+        mock.patch.object(setup, "DistributedDataParallel", Watched),
     ):
-        loop.build_run(config)
+        setup.build_run(config)
     return seen == ["side"], [wait for wait in waits if wait != "default for default"]
 
 
@@ -137,7 +137,8 @@ def trained(
     from genlip_megatron.model.attention import BACKENDS, varlen
     from genlip_megatron.parallel import groups
     from genlip_megatron.train import graphs
-    from genlip_megatron.train.loop import build_run, train_step
+    from genlip_megatron.train.setup import build_run
+    from genlip_megatron.train.step import train_step
 
     class Careless(varlen.TwoCalls):
         kernel = staticmethod(careless_kernel)
@@ -169,8 +170,8 @@ def trained(
     run = build_run(config)
     if not torch.cuda.is_available():
         run.model[0].module.attention_backend = "careless"
-        if run.stepper._graphed:
-            run.stepper._graphed._kind = Again
+        if run.graphed_stage:
+            run.graphed_stage._kind = Again
     batches, losses = iter(micro_batches), []
     limits = {"_MOST_GRAPHS": most, "_MOST_RELEASES": releases or 8}
     with (
@@ -184,7 +185,7 @@ def trained(
             losses.append(outcome.loss)
             run.iteration += 1
     weights = {name: parameter.detach().cpu() for name, parameter in run.model[0].named_parameters()}
-    stage = run.stepper._graphed
+    stage = run.graphed_stage
     counts = {"replayed": stage.replayed, "released": stage.released} if stage else {}
     return {"losses": losses, "weights": weights, **counts}
 

@@ -17,8 +17,8 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import full_weights, layout, tiny_config, weights
-from genlip_megatron.train.guard import Replay
 from genlip_megatron.train.metrics import COUNTS
+from genlip_megatron.train.rerun import Replay
 from tests.fault_table import FaultRow
 
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
@@ -42,7 +42,7 @@ def settings(demo_data: Path, name: str, *faults: str, **flags: Any) -> tuple[in
 
 def state(run: Any) -> bytes:
     """Of the bits of this rank's weights, moments, master weights and schedule."""
-    from genlip_megatron.train.loop import gather_weights
+    from genlip_megatron.train.resume import gather_weights
 
     gather_weights(run)
     tensors = [p for chunk in run.model for p in chunk.parameters()]
@@ -56,20 +56,21 @@ def state(run: Any) -> bytes:
 
 def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
     """Verdicts, updates, the state before the first step and after each, and what rank 0 said."""
-    from genlip_megatron.train import guard
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train import rerun, verdict
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     said: list[str] = []
-    guard._say = said.append  # type: ignore[assignment]
+    rerun.warn = verdict.warn = said.append  # type: ignore[assignment]
     run = set_up(config)
     assert run.train_loader is not None
     batches = iter(run.train_loader)
-    outcomes, states, held = [], [state(run)], run.stepper.counts.clone()
+    outcomes, states, held = [], [state(run)], run.counts.clone()
     for _ in range(steps):
         outcomes.append(train_step(run, batches))
         run.iteration += 1
         states.append(state(run))
-        held = run.stepper.counts.clone()
+        held = run.counts.clone()
     run.train_loader.close()
     return {
         "verdicts": [outcome.verdict for outcome in outcomes],
@@ -78,7 +79,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         "answer_tokens": sum(outcome.loss_count for outcome in outcomes),
         "states": states,
         "counts": held.tolist(),
-        "skipped": (run.guard.skipped, run.guard.spikes),
+        "skipped": (run.verdicts.skipped, run.verdicts.spikes),
         "said": said,
         "weights": full_weights(run),
     }
@@ -121,9 +122,10 @@ def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(
 
 
 def both_norms(config: RunConfig) -> tuple[float, float]:
-    """(gradient norm of the guard, Megatron-Core's) of the same gradients."""
-    from genlip_megatron.train.guard import global_norm
-    from genlip_megatron.train.loop import set_up, train_step
+    """(our gradient norm, Megatron-Core's) of the same gradients."""
+    from genlip_megatron.train.gradients import global_norm
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -144,18 +146,20 @@ def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
     """(verdict, updated, states) of a step in which rank 1's gradients of copied parameters are NaN."""
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train import drills
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
 
-    def spoil(number: int) -> None:
+    def spoil(run: Any, step: int) -> None:
         if torch.distributed.get_rank() == 1:
             for group in run.optimizer.param_groups:
                 for parameter in group["params"]:
                     if not param_is_not_tensor_parallel_duplicate(parameter):
                         parameter.grad.view(-1)[-1] = torch.nan
 
-    run.guard._spoil_gradients = spoil  # type: ignore[method-assign]
+    drills.spoil_gradients = spoil
     states = [state(run)]
     assert run.train_loader is not None
     outcome = train_step(run, iter(run.train_loader))
@@ -248,7 +252,7 @@ def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
         "weights": full_weights(run),
         "skipped": run.train_loader.skipped,
         "steps": (run.iteration, run.train_loader.step, run.scheduler.num_steps),
-        "counts": (run.guard.skipped, run.guard.spikes, run.guard.rollbacks),
+        "counts": (run.verdicts.skipped, run.verdicts.spikes, run.verdicts.rollbacks),
         "samples": run.consumed_samples,
     }
     return status, found
@@ -256,7 +260,9 @@ def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
 
 def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
     """The run that resumes from a checkpoint and leaves the next ``skipped`` steps' data out."""
-    from genlip_megatron.train.loop import gather_weights, set_up, train_step
+    from genlip_megatron.train.resume import gather_weights
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None

@@ -22,12 +22,12 @@ def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def evaluated(config: RunConfig) -> float:
     """The validation loss of an eval-only run."""
-    from genlip_megatron.train.loop import set_up
-    from genlip_megatron.train.step import evaluate
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.validation import evaluate
 
     run = set_up(config)
     assert run.train_loader is None
-    return evaluate(run.stepper, run.valid_loader)
+    return evaluate(run)
 
 
 def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(
@@ -50,7 +50,7 @@ def started(config: RunConfig) -> dict[str, Any]:
     """What a run starts from."""
     from genlip_megatron.model.genlip import unwrap
     from genlip_megatron.parallel.initial import gather_canonical
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     assert run.train_loader is not None

@@ -121,7 +121,10 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
     """Two steps of two micro-batches; the second, when all caches are filled, may wait once."""
     from genlip_megatron.model.attention import BACKENDS, varlen
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run, train_step
+    from genlip_megatron.train import forward_backward
+    from genlip_megatron.train.setup import build_run
+    from genlip_megatron.train.state import Run
+    from genlip_megatron.train.step import train_step
 
     class Stub(varlen.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
         kernel = staticmethod(lambda q, *_, **__: q)
@@ -141,22 +144,25 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
     train_step(run, iter([batch(0), batch(1)]))
     if backend != "auto":
         run.model[0].module.attention_backend = backend
-    prepare, allowed, guard = run.stepper._prepare, [1], contextlib.ExitStack()
+    prepare, allowed, guard = forward_backward.prepare, [1], contextlib.ExitStack()
 
-    def prepare_on_host(micro_batch: PackedBatch) -> Any:
+    def prepare_on_host(run: Run, micro_batch: PackedBatch) -> Any:
         # Its arithmetic is the host's own; only its copies could wait, and those the GPU's check sees.
         if torch.cuda.is_available():
-            return prepare(micro_batch)
+            return prepare(run, micro_batch)
         guard.close()
         try:
-            return prepare(micro_batch)
+            return prepare(run, micro_batch)
         finally:
             guard.enter_context(no_waits(allowed))
 
-    run.stepper._prepare = prepare_on_host
     batches = iter([batch(2), batch(3)])
     guard.enter_context(no_waits(allowed))
-    with guard, mock.patch.dict(BACKENDS, {"two calls": Stub}):
+    with (
+        guard,
+        mock.patch.dict(BACKENDS, {"two calls": Stub}),
+        mock.patch.object(forward_backward, "prepare", prepare_on_host),
+    ):
         outcome = train_step(run, batches)
     assert outcome.updated
     if not torch.cuda.is_available():  # on the null GPU numbers mean nothing

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from genlip_megatron.config import RunConfig, from_dict, load_yaml, override
-from genlip_megatron.faults.exits import UserError
 from genlip_megatron.parallel import groups
 from genlip_megatron.train import loop
 from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
+from genlip_megatron.user_error import UserError
 
 ERROR = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is free."
@@ -48,8 +47,9 @@ class _Run:
 
     def __init__(self, began: int) -> None:
         self.iteration = began
-        self.writer = self.saver = self.train_loader = self.valid_loader = None
-        self.profiler = SimpleNamespace(close=lambda: None)
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(("steps", "error"), [(0, UserError), (FIRST_STEPS - 1, UserError), (FIRST_STEPS, type(ERROR))])

@@ -94,7 +94,7 @@ def resuming(data: Path, save: Path, **flags: Any) -> RunConfig:
 
 
 def loaded_weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     assert run.train_loader is not None

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from genlip_megatron.checkpoint import manifest
-from genlip_megatron.checkpoint.paths import step_folder
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
+from genlip_megatron.checkpoint.paths import step_folder
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import failing_set_up, layout, run_steps, tiny_config, weights
 

@@ -22,12 +22,12 @@ UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "launch"}
 
 def mistaken() -> int:
     """Training in whose set-up every rank finds a mistake, two of three the same."""
-    from genlip_megatron.train import loop
+    from genlip_megatron.train import setup
 
     def build_run(config: object) -> None:
         raise ValueError("the disk of this node" if os.environ["RANK"] == "1" else "the same for all")
 
-    loop.build_run = build_run  # type: ignore[assignment]
+    setup.build_run = build_run  # type: ignore[assignment]
     return _main()
 
 
@@ -87,13 +87,13 @@ def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
 
 def validating() -> int:
     """A validation that is told to stop while it runs."""
-    from genlip_megatron.train import loop
+    from genlip_megatron.train import validation
 
     def evaluate(*_: object) -> float:
         os.kill(os.getpid(), signal.SIGUSR1)
         return 0.0
 
-    loop.evaluate = evaluate  # type: ignore[assignment]
+    validation.evaluate = evaluate  # type: ignore[assignment]
     return _main()
 
 

@@ -21,7 +21,7 @@ from genlip_megatron.faults.exits import EXIT_USER_ERROR
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.processes import Ended, Zygote
 from genlip_megatron.testing.runs import failing_set_up, tiny_config
-from genlip_megatron.train.metrics import WANDB_FILE, Writer
+from genlip_megatron.train.writer import WANDB_FILE, Writer
 from tests.train.test_guard import settings, trained
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

@@ -41,13 +41,14 @@ megatron_patches.install()
 from megatron.core import dist_checkpointing  # noqa: E402
 
 from genlip_megatron.checkpoint import loading, manifest, parts, paths  # noqa: E402
-from genlip_megatron.checkpoint.parts import State  # noqa: E402
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE  # noqa: E402
+from genlip_megatron.checkpoint.parts import State  # noqa: E402
 from genlip_megatron.checkpoint.saving import Facts, Saver  # noqa: E402
 from genlip_megatron.config import CheckpointConfig, ModelConfig, RunConfig, from_dict, load_yaml, override  # noqa: E402
 from genlip_megatron.config.checks import check  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
-from genlip_megatron.train.loop import Run, build_run  # noqa: E402
+from genlip_megatron.train.setup import build_run  # noqa: E402
+from genlip_megatron.train.state import Run  # noqa: E402
 
 # l16's width, so that tensors have the sizes of a real run's; fewer layers and a smaller vocabulary.
 SMALL = ModelConfig(
