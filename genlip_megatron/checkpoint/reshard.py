@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import ProcessException
 
 from genlip_megatron.config import LOCAL_LAYERS, RunConfig, override
 from genlip_megatron.convert.table import FP8_STATE
+from genlip_megatron.log import log
 
 # A run's layout on as few ranks as hold its shards; what does not change how state is cut is left out.
 _ALONE = {
@@ -70,7 +71,7 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
             f"{FULLY_RESHARDABLE}"
         )
     if any(FP8_STATE in key for key in metadata.read(place).state_dict_metadata):
-        print(f"{place}: its FP8 scales are left out; a run that needs them finds them anew")
+        log(f"{place}: its FP8 scales are left out; a run that needs them finds them anew")
     changes: dict[str, Any] = {f"parallel.{name}": size for name, size in (layout or {}).items()}
     if layout:
         changes |= {f"parallel.num_layers_in_{end}_pipeline_stage": 0 for end in ("first", "last")}
@@ -122,7 +123,6 @@ def _work(
     from genlip_megatron.checkpoint.saving import Facts, Saver
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import build_run
-    from genlip_megatron.train.report import log
 
     groups.initialize(config)
     saved = manifest.read(place)

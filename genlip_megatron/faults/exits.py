@@ -19,12 +19,12 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from genlip_megatron import atomic_write
+from genlip_megatron.log import log, to_stderr
 
 EXIT_USER_ERROR = 2  # a setting or a file is wrong; starting again changes nothing
 EXIT_PREEMPTED = 17  # told to stop, or out of time: saved, if it saves at all; start again to go on
@@ -85,7 +85,7 @@ def say_error(text: str, first: bool) -> None:
     """Say why the run ends: on stderr, if this process is the ``first`` to say so, and in torchrun's summary."""
     line = f"{_PROG}: error: {text}"
     if first:
-        print(line, file=sys.stderr, flush=True)
+        to_stderr(line)
     tell_torchrun(line, first)
 
 
@@ -135,7 +135,7 @@ def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
         atomic_write.write(file, f"{code} {run_id}\n{_reason}\n", os.environ.get("RANK", "0"), sync=False)
     except OSError as error:
         # The code itself matters more; the price is that torchrun restarts the workers in vain.
-        print(f"{file} could not be written ({error}): torchrun may restart the workers", flush=True)
+        log(f"{file} could not be written ({error}): torchrun may restart the workers", every_rank=True)
 
 
 def final_exit(save: str | Path) -> int | None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.device import current_device
+from genlip_megatron.log import log
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.attention.backend import Backend
 from genlip_megatron.model.attention.varlen import KernelCall, Rows
@@ -231,5 +232,4 @@ class GraphedStage:
         )
 
     def _tell(self, text: str) -> None:
-        if torch.distributed.get_rank() == 0:
-            print(f"{text}; {self.replayed} micro-batches replayed so far, {self.run} run as usual", flush=True)
+        log(f"{text}; {self.replayed} micro-batches replayed so far, {self.run} run as usual")

@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +43,7 @@ from genlip_megatron.device import current_device
 from genlip_megatron.faults.inject import Injector
 from genlip_megatron.faults.spikes import SpikeJudge
 from genlip_megatron.faults.stop import REASONS
+from genlip_megatron.log import warn
 from genlip_megatron.model.fp8_state import FP8Snapshot
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.train.step import Stepper
@@ -250,7 +250,7 @@ class Guard:
         self.without_update = 0 if updated else self.without_update + 1
         if why:
             done = "the update is made" if updated else f"no update ({self.without_update} in a row)"
-            _say(f"step {number}: {verdict}: {why}; {done}")
+            warn(f"step {number}: {verdict}: {why}; {done}")
         back = f"a spike in step {number}" if verdict == "spike" and self.options.on_spike == "rollback" else ""
         if self.without_update >= self.options.max_bad_steps:
             back = f"{self.without_update} steps in a row without an update (faults.max_bad_steps)"
@@ -317,16 +317,16 @@ class Guard:
         for kind, name in enumerate(("loss", "gradient norm")):
             named = [(rank, old[kind], new[kind]) for rank, differs, old, new in reports if differs[kind]]
             if named:
-                _say(
+                warn(
                     f"step {number}: TRANSIENT FAULT: the same micro-batches with the same weights gave another "
                     f"{name} the second time; a device computes wrong; test or replace it: "
                     + "; ".join(f"{rank}: {old:.6g}, then {new:.6g}" for rank, old, new in named)
                 )
                 break
         else:
-            _say(f"step {number}: the second pass gave the same numbers: a fault of data or model, not of a device")
+            warn(f"step {number}: the second pass gave the same numbers: a fault of data or model, not of a device")
         if numbers.finite:
-            _say(f"step {number}: the second pass is finite and is used")
+            warn(f"step {number}: the second pass is finite and is used")
         return replace(numbers, stop=before.stop, unwritten=before.unwritten)
 
     def _update(self, grad_norm: float) -> None:
@@ -364,8 +364,3 @@ def _same(first: float, second: float) -> bool:
     if not (math.isfinite(first) and math.isfinite(second)):
         return math.isfinite(first) == math.isfinite(second)
     return math.isclose(first, second, rel_tol=_SAME_RESULT)
-
-
-def _say(text: str) -> None:
-    if torch.distributed.get_rank() == 0:
-        print(f"genlip: {text}", file=sys.stderr, flush=True)

@@ -38,6 +38,7 @@ from genlip_megatron.faults.inject import Injector, flip_bit
 from genlip_megatron.faults.replicas import check_replicas
 from genlip_megatron.faults.stop import StopRequest, told_by
 from genlip_megatron.faults.watchdog import Watchdog
+from genlip_megatron.log import log
 from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
@@ -51,7 +52,7 @@ from genlip_megatron.train.metrics import Writer
 from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
 from genlip_megatron.train.profile import Profiler
-from genlip_megatron.train.report import Tally, log, report
+from genlip_megatron.train.report import Tally, report
 from genlip_megatron.train.resume import finish_saves, gather_weights, load, make_saver, rewind, save
 from genlip_megatron.train.step import Stepper, evaluate, finalize_gradients
 

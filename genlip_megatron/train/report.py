@@ -11,6 +11,7 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
+from genlip_megatron.log import log
 from genlip_megatron.train.breakdown import PARTS, describe, over_ranks
 from genlip_megatron.train.guard import Outcome
 from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, training_flops
@@ -26,12 +27,6 @@ _TIMERS = [
     "optimizer-clip-main-grad",
     "optimizer-inner-step",
 ]
-
-
-def log(text: str) -> None:
-    """Print on rank 0."""
-    if torch.distributed.get_rank() == 0:
-        print(text, flush=True)
 
 
 @dataclass

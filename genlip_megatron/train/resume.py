@@ -16,9 +16,9 @@ from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABL
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.data.loader import merge_cursors
+from genlip_megatron.log import log
 from genlip_megatron.model.fp8_state import share_largest_values
 from genlip_megatron.model.genlip import unwrap
-from genlip_megatron.train.report import log
 
 if TYPE_CHECKING:
     from pathlib import Path

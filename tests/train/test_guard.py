@@ -60,7 +60,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
     from genlip_megatron.train.loop import set_up, train_step
 
     said: list[str] = []
-    guard._say = said.append  # type: ignore[assignment]
+    guard.warn = said.append  # type: ignore[assignment]
     run = set_up(config)
     assert run.train_loader is not None
     batches = iter(run.train_loader)
