@@ -14,6 +14,8 @@ import re
 import shutil
 from pathlib import Path
 
+from genlip_megatron import atomic_write
+
 LATEST = "latest_checkpointed_iteration.txt"
 SET_ASIDE = "set_aside"
 _HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
@@ -129,10 +131,7 @@ def confirm(root: str | Path, iteration: int) -> None:
 
 def point_to(root: str | Path, iteration: int) -> None:
     """Replace the pointer."""
-    pointer = Path(root) / LATEST
-    partial = pointer.with_name(f".{LATEST}.partial")
-    write_file(partial, f"{iteration}\n".encode())
-    os.replace(partial, pointer)
+    atomic_write.write(Path(root) / LATEST, f"{iteration}\n")
     sync(Path(root))
 
 

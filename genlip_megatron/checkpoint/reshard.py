@@ -17,6 +17,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from genlip_megatron.config import LOCAL_LAYERS, RunConfig, override
+from genlip_megatron.log import log
 
 # The run's layout on the fewest ranks that hold its shards. Settings that do not change how state is cut are off.
 _FEWEST_RANKS = {
@@ -79,7 +80,7 @@ def reshard(place: Path, kind: str, output: Path, build_run: BuildRun, layout: d
             f"{FULLY_RESHARDABLE}"
         )
     if any(is_fp8_state(key) for key in torch_metadata.read(place).state_dict_metadata):
-        print(f"{place}: its FP8 scales are left out; a run that needs them starts with new ones")
+        log(f"{place}: its FP8 scales are left out; a run that needs them starts with new ones")
     changes: dict[str, Any] = {f"parallel.{name}": size for name, size in (layout or {}).items()}
     if layout:
         changes |= {f"parallel.num_layers_in_{end}_pipeline_stage": 0 for end in ("first", "last")}
@@ -142,7 +143,6 @@ def _work(
     saved = manifest.read(place)
     run = build_run(config)
     state = State(run.model, run.optimizer, run.scheduler)
-    log = print if rank == 0 else _silent
     loading.load(place, saved, config, state, log)
     random = RandomStates.of_another_run(saved.random, saved.layout["world_size"])
     rows = dist_checkpointing.load({"random": random.parts}, str(place))["random"]
@@ -155,7 +155,3 @@ def _work(
     saver.save(saved.iteration, common, kind, facts, random=random)
     saver.close()
     groups.finalize()
-
-
-def _silent(text: str) -> None:
-    pass

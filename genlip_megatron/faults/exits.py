@@ -19,10 +19,12 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from genlip_megatron import atomic_write
+from genlip_megatron.log import log, to_stderr
 
 EXIT_USER_ERROR = 2  # a setting or a file is wrong; starting again changes nothing
 EXIT_PREEMPTED = 17  # told to stop, or out of time: saved, if it saves at all; start again to go on
@@ -67,17 +69,16 @@ def tell_torchrun(reason: str, first: bool = True) -> None:
     # torchrun takes the earliest for the root cause, by the second.
     when = str(int(time.time()) + (not first))
     message = reason if first else "the same error as another worker"
-    partial = file.with_suffix(".partial")  # half a file would make torchrun itself crash
-    with contextlib.suppress(OSError):
-        partial.write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": when}}}))
-        os.replace(partial, file)
+    content = json.dumps({"message": {"message": message, "extraInfo": {"timestamp": when}}})
+    with contextlib.suppress(OSError):  # half a file would make torchrun itself crash
+        atomic_write.write(file, content, sync=False)
 
 
 def say_error(text: str, first: bool) -> None:
     """Say why the run ends: on stderr, if this process is the ``first`` to say so, and in torchrun's summary."""
     line = f"{_PROG}: error: {text}"
     if first:
-        print(line, file=sys.stderr, flush=True)
+        to_stderr(line)
     tell_torchrun(line, first)
 
 
@@ -120,16 +121,14 @@ def mark_final(save: str | Path, code: int, stop_requested: bool = False) -> Non
     if run_id is None or not (stop_requested or code in FINAL):
         return
     file = mark_of(save, os.getppid())
-    partial = file.with_name(f".{file.name}.{os.environ.get('RANK', '0')}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and not _MARK.match(file.read_text(errors="replace")):
             raise FileExistsError("another program's file is in its place")
-        partial.write_text(f"{code} {run_id}\n{_reason}\n")
-        os.replace(partial, file)
+        atomic_write.write(file, f"{code} {run_id}\n{_reason}\n", os.environ.get("RANK", "0"), sync=False)
     except OSError as error:
         # The code itself matters more; the price is that torchrun restarts the workers in vain.
-        print(f"{file} could not be written ({error}): torchrun may restart the workers", flush=True)
+        log(f"{file} could not be written ({error}): torchrun may restart the workers", every_rank=True)
 
 
 def final_exit(save: str | Path) -> int | None:

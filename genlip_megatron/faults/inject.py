@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from genlip_megatron.config import FaultsConfig, nearest
+from genlip_megatron.log import to_stderr
 
 PLACES = ("step", "validation", "save")
 _SENT = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
@@ -127,5 +128,5 @@ class Injector:
     def _due(self, kind: str, place: str, step: int) -> bool:
         found = [f for f in self._faults if (f.kind, f.place, f.step) == (kind, place, step)]
         if found:
-            print(f"fault injected: {kind} in step {step}", file=sys.stderr, flush=True)
+            to_stderr(f"fault injected: {kind} in step {step}")
         return bool(found)

@@ -23,7 +23,6 @@ import faulthandler
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -34,6 +33,7 @@ import torch
 
 from genlip_megatron.faults.exits import EXIT_HUNG, tell_torchrun
 from genlip_megatron.faults.minder import Minder, stopped
+from genlip_megatron.log import to_stderr
 
 _STDERR = 2  # the descriptor, which a test or a library cannot have replaced
 _GRACE = 5.0  # seconds from the stacks to the end; ranks' last signs of life are no further apart than this
@@ -152,10 +152,8 @@ class Watchdog:
         if self._mine.rank != min(running, default=self._mine.rank):
             return
         for process in asleep:
-            print(
-                f"rank {process.rank} {process.host}:{process.pid} is stopped (SIGSTOP): woken to show its stacks",
-                file=sys.stderr,
-                flush=True,
+            to_stderr(
+                f"rank {process.rank} {process.host}:{process.pid} is stopped (SIGSTOP): woken to show its stacks"
             )
             _signal_main_thread(process.pid, signal.SIGUSR2)
             os.kill(process.pid, signal.SIGCONT)

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.device import current_device
+from genlip_megatron.log import log
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.attention.backend import Backend
 from genlip_megatron.model.attention.varlen import KernelCall, Rows
 from genlip_megatron.model.embed import ImageSlots
-from genlip_megatron.train.log import log
 
 _WARM_UP = 2  # micro-batches of a shape that run as usual
 _MOST_GRAPHS = 8

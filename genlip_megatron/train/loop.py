@@ -20,7 +20,7 @@ from genlip_megatron.faults.exits import (
 )
 from genlip_megatron.faults.stop import StopRequest, describe_votes
 from genlip_megatron.faults.watchdog import Watchdog
-from genlip_megatron.train.log import log
+from genlip_megatron.log import log
 from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
 from genlip_megatron.train.report import Tally, report
 from genlip_megatron.train.resume import check_weights, finish_saves, save

@@ -8,7 +8,6 @@ a GPU ``rank0.steps10-12.memory.pickle``, for https://pytorch.org/memory_viz. Wh
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.config.checks import profile_folder, profiled_steps
+from genlip_megatron.log import to_stderr
 from genlip_megatron.train.breakdown import Breakdown
 
 # Allocations of a snapshot; more would drop the oldest.
@@ -94,4 +94,4 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _say(self, text: str) -> None:
-        print(f"genlip: rank {self._rank}: {text}", file=sys.stderr, flush=True)
+        to_stderr(f"genlip: rank {self._rank}: {text}")

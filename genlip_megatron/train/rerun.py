@@ -22,8 +22,8 @@ from torch import Tensor
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.faults.stop import NO_STOP_VOTES
+from genlip_megatron.log import warn
 from genlip_megatron.train.gradients import local_gradients
-from genlip_megatron.train.log import warn
 from genlip_megatron.train.state import Run
 from genlip_megatron.train.statistics import Statistics, all_reduce_statistics
 

@@ -16,10 +16,10 @@ from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.data.loader import merge_cursors
 from genlip_megatron.faults.replicas import check_replicas
+from genlip_megatron.log import log
 from genlip_megatron.model.fp8_state import share_largest_values
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.train import drills
-from genlip_megatron.train.log import log
 from genlip_megatron.train.state import Run
 
 _PATIENCE = 120.0  # seconds in which the process before, which is told to end, leaves the folder

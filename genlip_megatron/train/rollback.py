@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS, LeaveRun
-from genlip_megatron.train.log import log
+from genlip_megatron.log import log
 from genlip_megatron.train.resume import finish_saves, rewind
 from genlip_megatron.train.state import Run
 

@@ -24,6 +24,7 @@ from genlip_megatron.device import current_device
 from genlip_megatron.estimate import check_fits
 from genlip_megatron.faults.inject import Injector
 from genlip_megatron.faults.watchdog import Watchdog
+from genlip_megatron.log import log
 from genlip_megatron.model.fp8_state import FP8Snapshot
 from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
@@ -34,7 +35,6 @@ from genlip_megatron.train.breakdown import Breakdown, StepTimers
 from genlip_megatron.train.forward_backward import finalize_gradients
 from genlip_megatron.train.fsdp import FullyShardedDataParallel
 from genlip_megatron.train.graphs import GraphedStage
-from genlip_megatron.train.log import log
 from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
 from genlip_megatron.train.profile import Profiler
 from genlip_megatron.train.resume import load, make_saver

@@ -7,9 +7,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from genlip_megatron.device import current_device
+from genlip_megatron.log import log
 from genlip_megatron.train.caption_samples import write_caption_samples
 from genlip_megatron.train.forward_backward import forward_backward
-from genlip_megatron.train.log import log
 from genlip_megatron.train.state import Run
 from genlip_megatron.user_error import UserError
 

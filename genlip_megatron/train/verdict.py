@@ -12,7 +12,7 @@ from typing import Any
 
 from genlip_megatron.config import FaultsConfig
 from genlip_megatron.faults.spikes import SpikeJudge
-from genlip_megatron.train.log import warn
+from genlip_megatron.log import warn
 from genlip_megatron.train.statistics import Statistics
 
 _COUNTERS = ("skipped", "spikes", "without_update", "rollbacks", "back_at")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from genlip_megatron import atomic_write
 from genlip_megatron.checkpoint import paths
 
 
@@ -141,7 +142,7 @@ def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
         return call
 
-    for module, name in ((os, "rename"), (os, "replace"), (paths, "sync"), (paths, "write_file"), (os, "unlink")):
+    for module, name in ((os, "rename"), (os, "replace"), (paths, "sync"), (atomic_write, "write"), (os, "unlink")):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     monkeypatch.setattr(os, "rmdir", watched(os.rmdir))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from genlip_megatron.device import current_device
 
 megatron_patches.install()
 
-sys.path.insert(0, str(Path(__file__).parent))
 import gpu_baseline  # noqa: E402
 import train_step as cpu_benchmark  # noqa: E402
 from data_images import BenchData  # noqa: E402

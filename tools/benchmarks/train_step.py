@@ -34,7 +34,6 @@ from genlip_megatron.config.command_line import StrictParser
 
 megatron_patches.install()
 
-sys.path.insert(0, str(Path(__file__).parent))
 from plain import IGNORE, PaddedBatch, collate  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
