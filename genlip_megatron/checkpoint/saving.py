@@ -60,7 +60,7 @@ def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> No
         Path(root).mkdir(parents=True, exist_ok=True)
         needed, free = bytes_of(config, parameters), shutil.disk_usage(root).free
     except OSError as error:
-        raise ValueError(f"checkpoint.save = {root}: {error}; give a folder that can be written to") from None
+        raise ValueError(f"checkpoint.save = {root}: {error}. Choose a folder that can be written to") from None
     if free < needed:
         raise ValueError(
             f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, one checkpoint of {parameters} parameters takes "

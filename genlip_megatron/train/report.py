@@ -17,7 +17,7 @@ from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
 from genlip_megatron.train.state import Run
 from genlip_megatron.train.statistics import Statistics
 
-# Names are given, since ranks must agree on them and stages have timers of their own.
+# Listed here because ranks must agree on the names, and each pipeline stage has other timers.
 _TIMERS = [
     "forward-backward",
     "all-grads-sync",
@@ -29,7 +29,7 @@ _TIMERS = [
 
 @dataclass
 class Progress:
-    """One log interval, as the progress line and the writers show it."""
+    """One log interval, for the progress line and the writers."""
 
     iteration: int
     train_iters: int
@@ -45,8 +45,8 @@ class Progress:
     pack_fill: float
     memory_gib: float
     data_wait: float  # seconds of a step, on the rank that waited longest
-    quarantined: int  # bad samples met so far
-    truncated: int  # captions cut to what their image leaves of a pack
+    quarantined: int  # bad samples so far
+    truncated: int  # captions cut because their image leaves too little of the pack
     skipped: int  # steps without an update
     spikes: int
 
@@ -88,7 +88,7 @@ class Progress:
 
 @dataclass
 class Tally:
-    """What the steps since the last report add up to; the same on all ranks."""
+    """Totals of the steps since the last report; the same on all ranks."""
 
     steps: int = 0
     loss_sum: float = 0.0
@@ -97,7 +97,7 @@ class Tally:
     begin: float = field(default_factory=time.monotonic)
 
     def add(self, step: Statistics) -> None:
-        """Count a step. A loss that is not finite would hide those of the other steps, and is left out."""
+        """Count a step; a loss that is not finite is left out, because it would hide the others."""
         self.steps += 1
         self.grad_norm = step.grad_norm
         if step.finite:
@@ -106,10 +106,10 @@ class Tally:
 
 
 def report(run: Run, tally: Tally) -> None:
-    """The progress line of the last steps. A collective over all ranks.
+    """Log and write the totals of the last steps. A collective over all ranks.
 
     Raises:
-        DataFailure: too many of their samples were bad; on all ranks.
+        DataFailure: too many of their samples were bad. Raised on all ranks.
     """
     seconds, steps = max(time.monotonic() - tally.begin, 1e-9), tally.steps
     device = current_device()
@@ -151,15 +151,14 @@ def report(run: Run, tally: Tally) -> None:
     if run.writer is not None:
         by_part = {f"step-parts/{part.replace(' ', '-')}": seconds for part, seconds in zip(PARTS, parts, strict=True)}
         run.writer.scalars({**progress.scalars(), **by_part}, run.iteration)
-    # What a rollback goes back to was counted before it.
     run.quarantined, found = quarantined, quarantined - run.quarantined
     run.bad_share.add(int(by_name["samples"]), found)
 
 
 def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:
-    """(bad samples in the whole run, captions cut since it was resumed; longest wait since the last report, seconds).
+    """(bad samples of the run, captions cut since it was resumed, longest wait in seconds since the last report).
 
-    Of all ranks.
+    Over all ranks.
     """
     assert run.train_loader is not None
     before, mine = run.train_loader.quarantined

@@ -22,21 +22,15 @@ WANDB_STEP = "iteration"
 
 
 class Writer:
-    """TensorBoard and, when asked for, Weights & Biases; does nothing on ranks that do not write.
+    """TensorBoard and, if configured, Weights & Biases; does nothing on ranks that are not ``active``.
 
-    Both show each step of a run once where they can, also after a crash or a rollback. TensorBoard hides the events of
-    steps that are done again. W&B only ever adds to a run's history and drops what is logged for a step before its
-    last, so steps are logged as a value of their own, "iteration", which its charts have as their x-axis.
+    After a crash or a rollback TensorBoard hides the events of repeated steps. W&B only appends to a run's history and
+    drops values of steps before its last; so the step is logged as a value, "iteration", the x-axis of its charts.
 
-    Making one checks that it can write, before anything expensive; ``begin`` opens the logs. Both are collectives over
-    all ranks.
-
-    Args:
-        config: of the run.
-        active: this rank writes.
+    The constructor checks early that the logs can be written; ``begin`` opens them. Both are collectives.
 
     Raises:
-        ValueError: on every rank, when the one that writes cannot.
+        ValueError: the logs cannot be written. Raised on every rank.
     """
 
     def __init__(self, config: RunConfig, active: bool) -> None:
@@ -49,10 +43,10 @@ class Writer:
         self._where_it_writes(self._check)
 
     def begin(self, step: int) -> None:
-        """Open the logs of a run that goes on after ``step``, 0 for one that begins.
+        """Open the logs of a run that continues after ``step``; 0 for a new run.
 
         Raises:
-            ValueError: on every rank, when the one that writes cannot.
+            ValueError: the logs cannot be opened. Raised on every rank.
         """
         self._where_it_writes(lambda: self._open(step))
 
@@ -79,7 +73,7 @@ class Writer:
             if importlib.util.find_spec("wandb") is None:
                 raise ValueError(
                     f"log.wandb_project = {log.wandb_project}: wandb is not installed; "
-                    "pip install 'genlip-megatron[wandb]', or leave the setting out"
+                    "pip install 'genlip-megatron[wandb]', or remove the setting"
                 )
             wandb = importlib.import_module("wandb")
             with self._wandb_errors():
@@ -95,7 +89,7 @@ class Writer:
                 self._board = SummaryWriter(self._folder)
             except OSError as error:
                 raise self._not_writable(error) from None
-            if not self._config.log.eval_only:  # it adds to the log, which may be that of a run
+            if not self._config.log.eval_only:  # a validation only adds to the log of a run
                 self.rewind(step)
         if self._config.log.wandb_project:
             with self._wandb_errors():
@@ -104,7 +98,7 @@ class Writer:
     def _open_wandb(self) -> Any:
         """The W&B run of ``checkpoint.save``, else a new one."""
         wandb, project = importlib.import_module("wandb"), self._config.log.wandb_project
-        # A copied folder goes on as another W&B run: two runs must not write to one.
+        # A copied folder continues as another W&B run, because two runs must not write to one.
         place = {"project": project, "folder": os.path.realpath(self._save)}
         known = {}
         if self._wandb_file is not None and self._wandb_file.is_file():
@@ -122,35 +116,35 @@ class Writer:
     def _not_writable(self, error: OSError) -> ValueError:
         log, save = self._config.log.tensorboard_dir, self._save
         setting = f"log.tensorboard_dir = {log}" if log else f"checkpoint.save = {save}"
-        return ValueError(f"{setting}: {error}; give a folder that can be written to")
+        return ValueError(f"{setting}: {error}. Choose a folder that can be written to")
 
     @contextlib.contextmanager
     def _wandb_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # its own, and those of what it is built on
+        except Exception as error:  # W&B's own errors and those of its libraries
             text = " ".join(str(error).split()).rstrip(".")
             known = self._wandb_file is not None and self._wandb_file.is_file()
-            other = f"delete {self._wandb_file} to begin another W&B run, " if known else ""
+            other = f"delete {self._wandb_file} to start another W&B run, " if known else ""
             raise ValueError(
                 f"log.wandb_project = {self._config.log.wandb_project}: Weights & Biases does not start: {text}. Run "
-                f"wandb login, set WANDB_MODE=offline, {other}or leave the setting out"
+                f"wandb login, set WANDB_MODE=offline, {other}or remove the setting"
             ) from None
 
     def rewind(self, step: int) -> None:
-        """Steps after ``step`` are done again: TensorBoard is to forget those it has."""
+        """Make TensorBoard hide its events after ``step``, because these steps are repeated."""
         if self._board is None:
             return
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        # Validation before the first step is of step 0.
+        # Validation before the first step is step 0.
         start = Event(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
-        # The first of a folder means to TensorBoard that the run begins, not that it is resumed.
+        # TensorBoard takes the first such event in a folder for the start of the run, not for a resume.
         for _ in range(2):
             self._board.file_writer.add_event(start)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write named values of a step."""
+        """Write a step's values by name."""
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -159,13 +153,13 @@ class Writer:
             self._wandb.log({**values, WANDB_STEP: step})
 
     def caption(self, number: int, image: Tensor, text: str, step: int) -> None:
-        """A validation image uint8 [3, height, width] and its generated caption beside the true one."""
+        """Write a validation image, uint8 [3, height, width], with its generated and true captions."""
         if self._board is not None:
             self._board.add_image(f"validation/{number}", image, step)
             self._board.add_text(f"validation/{number}", text, step)
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Flush and close the logs."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

@@ -149,7 +149,7 @@ def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp
             [
                 "model.num_layers: 4 in the checkpoint, 3 here",
                 "model.ffn_hidden_size: 48 in the checkpoint, 32 here",
-                "data seq_length: 512 in the checkpoint, 256 here (--change-data begins with the data anew",
+                "data seq_length: 512 in the checkpoint, 256 here (--change-data restarts the data",
             ],
         ),
         ({"model__drop_path_rate": 0.1}, ["model.drop_path_rate: 0.2 in the checkpoint, 0.1 here (--change-drop-path"]),
@@ -231,7 +231,7 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     with pytest.raises(ValueError, match="holds fully_reshardable optimizer state already"):
         reshard(place, "fully_reshardable", fully, build_run)
     fully.joinpath("file").touch()
-    with pytest.raises(ValueError, match="could not be resharded: ValueError: checkpoint.save = .*; give a folder"):
+    with pytest.raises(ValueError, match="could not be resharded: ValueError: checkpoint.save = .*. Choose a folder"):
         reshard(place, DP_RESHARDABLE, fully / "file", build_run)
     (place / "common.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"common.pt: 0 bytes, \d+ were written"):

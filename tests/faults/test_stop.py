@@ -192,7 +192,7 @@ def test_before_training_the_first_signal_ends_a_process_that_is_stuck_in_c(
         process.send_signal(number)
         _, errors = process.communicate(timeout=3)
         assert process.returncode == EXIT_PREEMPTED
-        assert errors == f"stop requested by {number.name} while no step is made: leaving at once\n"
+        assert errors == f"stop requested by {number.name} outside of training: leaving at once\n"
     finally:
         process.kill()
     fault_row(number.name, "before training, stuck in C", f"nothing trained, status {EXIT_PREEMPTED}")

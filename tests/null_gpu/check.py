@@ -159,7 +159,7 @@ PARTS: dict[str, Part] = {
         {**_BF16, "train__cuda_graph": True},
         flags=(),
         against="",
-        says="CUDA graphs have given up .*CUDA graph 1",
+        says="CUDA graphs released .*CUDA graph 1",
         crowded=True,
     ),
     "dp2-graph": Part({**_BF16, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1", ranks=2),

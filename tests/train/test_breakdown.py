@@ -130,7 +130,7 @@ def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path: Path, capsys: pyt
     for number in range(1, 6):
         with profiler.step(number):
             pass
-    assert "rank0.steps3-4.pt.trace.json.gz could not be written, the run goes on" in capsys.readouterr().err
+    assert "rank0.steps3-4.pt.trace.json.gz could not be written; the run continues" in capsys.readouterr().err
     late = Profiler(config, 0, Breakdown(torch.device("cpu")))
     with late.step(5):
         pass

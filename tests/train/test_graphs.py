@@ -151,7 +151,7 @@ def trained(
 
     def check_given_up(stage: Any, text: str) -> None:
         gc.collect()  # the stand-in holds itself
-        assert "given up" not in text or all(graph() is None for graph in captured), "something keeps a graph's memory"
+        assert "released" not in text or all(graph() is None for graph in captured), "something keeps a graph's memory"
 
     class Again(graphs.Graph):
         def _capture(self, pool: Any) -> tuple[Callable[[], None], Callable[[], None]]:

@@ -249,7 +249,7 @@ def test_wandb_that_does_not_start_is_a_mistake_of_all_ranks(
     text = "".join(one.output for one in ended)
     (line,) = [line for line in text.splitlines() if line.startswith("pretrain_genlip.py: error:")]
     assert f"log.wandb_project = {config.log.wandb_project}: Weights & Biases does not start: {message}" in line
-    assert line.endswith("Run wandb login, set WANDB_MODE=offline, or leave the setting out")
+    assert line.endswith("Run wandb login, set WANDB_MODE=offline, or remove the setting")
     assert "Traceback" not in text and "parameters " not in text  # no model was built
 
 
@@ -265,4 +265,4 @@ def test_a_log_that_cannot_be_written_is_a_mistake_of_all_ranks(setting: str, de
     config = tiny_config(demo_data, **{setting: str(tmp_path / "file" / "log")})
     for message in run_distributed(2, failing_set_up, config):
         assert message.startswith(f"{setting.replace('__', '.')} = {tmp_path}/file/log: ")
-        assert "Not a directory" in message and message.endswith("; give a folder that can be written to")
+        assert "Not a directory" in message and message.endswith(". Choose a folder that can be written to")
