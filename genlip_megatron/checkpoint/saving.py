@@ -1,4 +1,4 @@
-"""Saving: a run's state into a new checkpoint, while training waits or behind it."""
+"""Saving a run's state to a new checkpoint, while training waits or in the background."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PATIENCE_FOR_DELETIONS = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Facts:
-    """What the manifest says of a run beside its configuration."""
+    """Facts about a run for the manifest, besides its configuration."""
 
     tokenizer: str = ""
     data: str = ""
@@ -50,12 +50,12 @@ class Facts:
 
 
 def bytes_of(config: RunConfig, parameters: int) -> int:
-    """Bytes of a checkpoint: weights, and in float32 master weights and two moments."""
+    """Bytes of a checkpoint: weights, and master weights and two moments in float32."""
     return parameters * (compute_dtype(config).itemsize + 12)
 
 
 def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> None:
-    """Raise ValueError when ``root`` cannot be made, or has no room for a checkpoint of ``parameters`` parameters."""
+    """Raise ValueError if ``root`` cannot be created or has no room for a checkpoint of ``parameters`` parameters."""
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         needed, free = bytes_of(config, parameters), shutil.disk_usage(root).free
@@ -63,20 +63,20 @@ def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> No
         raise ValueError(f"checkpoint.save = {root}: {error}. Choose a folder that can be written to") from None
     if free < needed:
         raise ValueError(
-            f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, one checkpoint of {parameters} parameters takes "
-            f"{needed / 1e9:.2f} GB; free some space or choose another folder"
+            f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, but a checkpoint of {parameters} parameters "
+            f"takes {needed / 1e9:.2f} GB. Free some space or choose another folder"
         )
 
 
 @dataclass
 class _Plain:
-    """What is saved beside tensors.
+    """The parts of a save besides tensors.
 
     Attributes:
         common: values that are the same on every rank.
-        objects: values that this rank adds to them, by key.
-        random: states of all ranks' generators.
-        gathering: seconds that it took to describe and gather the tensors.
+        objects: values that this rank adds to the common part, by key.
+        random: states of all ranks' random generators.
+        gathering: seconds to describe and gather the tensors.
     """
 
     common: dict[str, Any]
@@ -95,24 +95,24 @@ class _Pending:
     written: WriteBehind | Written
     plain: _Plain
     facts: Facts
-    stopped: float  # seconds for which training has waited
+    stopped: float  # seconds that training has waited
 
 
 class Saver:
-    """Saves a run's state; one save at a time. Every method is a collective over all ranks unless it says otherwise.
+    """Saves a run's state, one save at a time. Every method is a collective over all ranks unless it says otherwise.
 
-    It owns the folder of checkpoints from its making, a collective too, until ``close``.
+    It holds the lock of the folder of checkpoints from its constructor, also a collective, until ``close``.
 
     Args:
         config: of the run; checkpoints go to ``checkpoint.save``.
-        state: what is saved.
-        log: prints a line, on rank 0.
-        before_writing: called on each rank with the step when it is to write; what it raises fails the save.
-        recorded: what the checkpoint says of the run, where that is not ``config``.
-        patience: seconds to wait for another process to leave the folder.
+        state: the objects to save.
+        log: prints a line on rank 0.
+        before_writing: called on each rank with the step before it writes; an error fails the save.
+        recorded: the configuration to record in checkpoints, if not ``config``.
+        patience: seconds to wait for another process to release the folder.
 
     Raises:
-        ValueError: the folder cannot be written to, is not the same on all ranks, or another process saves to it.
+        ValueError: the folder cannot be written to, is not the same for all ranks, or another process saves to it.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Saver:
         self._copies = HostCopies()
         self._keeper = Keeper()
         self._pruning: Background | None = None
-        self._prune_more = False  # a checkpoint has come since deletions began
+        self._prune_more = False  # a checkpoint was added since deletions began
         self._recorded = recorded or config
         self._versions = manifest.versions()
         self._revision = manifest.revision() if rank() == 0 else ""
@@ -156,12 +156,12 @@ class Saver:
 
     @property
     def writing(self) -> bool:
-        """Whether a save has begun and is not finished; the same on every rank."""
+        """Whether a save is in progress; the same on every rank."""
         return self._pending is not None
 
     @property
     def written(self) -> bool:
-        """Whether this rank's files are written, or nothing is being saved. Not a collective."""
+        """Whether this rank's files are written, or no save is in progress. Not a collective."""
         pending = self._pending
         return pending is None or isinstance(pending.written, Written) or pending.written.done
 
@@ -177,16 +177,16 @@ class Saver:
         """Save the run's state after a step.
 
         Args:
-            common: what is the same on every rank (counters, data cursor); only rank 0's is written.
+            common: values that are the same on every rank (counters, data cursor); only rank 0's are written.
             kind: of the optimizer's state, DP_RESHARDABLE or FULLY_RESHARDABLE.
             facts: for the manifest.
-            behind: copy the state and write it meanwhile, while the next update waits for the copy (no other change of
-                the state does); ``finish`` completes the save.
-            random: of all ranks; by default as they are now.
+            behind: copy and write in the background; only the next optimizer update waits for the copy, so nothing else
+                may change the state. ``finish`` completes the save.
+            random: of all ranks; by default the current states.
 
         Raises:
-            NotSaved: this save failed; nothing else is touched. Or one before did that was still being written, and
-                this one has not begun: call ``finish`` first to tell them apart.
+            NotSaved: this save failed, or an earlier one in progress did and this one has not begun. Call ``finish``
+                first to tell them apart.
         """
         self.finish()
         begin = time.monotonic()
@@ -195,12 +195,12 @@ class Saver:
         try:
             place = on_rank_0(lambda: self._prepare(iteration))
             if kind == FULLY_RESHARDABLE:
-                # Gathering waits for other ranks: what fails within it ends this process, and so the launch.
+                # Gathering waits for other ranks, so an error in it must end this process, and so the launch.
                 everywhere(self._check_host_memory)
                 sharded, plain = self._collect(iteration, common, kind, random)
             else:
                 sharded, plain = everywhere(lambda: self._collect(iteration, common, kind, random))
-            # Planning anew is a collective.
+            # A new plan is a collective.
             if not lowest(planner.knows(sharded)):
                 planner.prepare(sharded)
         except NotSaved as error:
@@ -209,26 +209,28 @@ class Saver:
         stopped = time.monotonic() - begin
         self._pending = _Pending(iteration, kind, planned, written, plain, facts, stopped)
         if behind:
-            self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s so far")
+            self._log(f"saving step {iteration} in the background; training waited {stopped:.2f} s so far")
         else:
             self.finish()
 
     def _check_host_memory(self) -> None:
-        """Raise MemoryError when this machine has not the memory in which its ranks gather float32 weights and two
-        moments. Not a collective."""
+        """Raise MemoryError if this machine lacks memory for its ranks to gather float32 weights and two moments.
+
+        Not a collective.
+        """
         parameters = sum(p.numel() for chunk in self.state.model for p in chunk.parameters())
         needed = 12 * parameters * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if (free := psutil.virtual_memory().available) < needed:
             raise MemoryError(
-                f"gathering takes {needed / 1e9:.2f} GB of host memory here, {free / 1e9:.2f} GB are free"
+                f"gathering takes {needed / 1e9:.2f} GB of host memory here, and {free / 1e9:.2f} GB are free"
             )
 
     def _collect(
         self, iteration: int, common: dict[str, Any], kind: str, random: RandomStates | None
     ) -> tuple[dict[str, Any], _Plain]:
-        """(tensors, the rest) of the run's state. Some kinds are gathered from other ranks."""
+        """(tensors, the rest) of the run's state. FULLY_RESHARDABLE state is gathered from other ranks."""
         begin = time.monotonic()
-        # Moments are made by the first update, of which there may have been none.
+        # The first update creates moments; there may have been none.
         for each in getattr(self.state.optimizer, "chained_optimizers", ()):
             if not each.is_stub_optimizer:
                 each.init_state_fn(each.optimizer, each.config)
@@ -240,13 +242,13 @@ class Saver:
         state, objects = parts.take_objects({"model": weights, "optimizer": optimizer, "random": random.parts})
         sharded, plain = save_preprocess(state, validate_access_integrity=False)
         common = {**common, **plain, "iteration": iteration, "scheduler": self.state.scheduler.state_dict()}
-        # Plain values are copied, since the next step changes what they refer to.
+        # Copied because the next step changes these values.
         return sharded, _Plain(copy.deepcopy(common), copy.deepcopy(objects), random, gathering)
 
     def _write(
         self, planner: Planner, sharded: dict[str, Any], place: Path, behind: bool, iteration: int
     ) -> tuple[PlannedWrite | None, WriteBehind | Written]:
-        """Write this rank's files, or have them written; never raises, since the other ranks wait for the answer."""
+        """Write this rank's files, or start to; never raises, because the other ranks wait for the result."""
         try:
             planned = planner.plan(sharded, place)
             self._before_writing(iteration)
@@ -256,12 +258,12 @@ class Saver:
             return planned, planned.write()
         try:
             return planned, WriteBehind(self._copies, planned)
-        except Exception as error:  # no thread, or a device in trouble
+        except Exception as error:  # no thread, or a device error
             warning = f"training waited for the disk ({type(error).__name__}: {error})"
             return planned, replace(planned.write(), warning=warning)
 
     def wait_for_copy(self, *_: Any) -> None:
-        """Wait until the state may change, if it is being saved. Optimizers call it before each update of theirs.
+        """Wait until a save in progress allows the state to change. Optimizers call it before each update.
 
         Not a collective.
         """
@@ -272,10 +274,10 @@ class Saver:
             pending.stopped += time.monotonic() - begin
 
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, and let the checkpoint appear.
+        """Complete a save in progress and publish the checkpoint.
 
         Raises:
-            NotSaved: it could not be written; what was written of it is removed.
+            NotSaved: it could not be written; its files are removed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -290,22 +292,22 @@ class Saver:
         self._log(text)
 
     def _failed(self, iteration: int, why: str) -> str:
-        """Remove what was written of a checkpoint; returns the message."""
+        """Remove the files of a failed save; returns the message."""
         if rank() == 0:
             shutil.rmtree(paths.partial_folder(self.root, iteration), ignore_errors=True)
         return (
-            f"the checkpoint of step {iteration} could not be written to {self.root}: {why}; earlier ones are untouched"
+            f"the checkpoint of step {iteration} could not be written to {self.root}: {why}. Earlier ones are untouched"
         )
 
     def settle(self, seconds: float | None = None) -> None:
-        """Wait for deletions under way, up to so many seconds, and say what became of them. Not a collective."""
+        """Wait up to ``seconds`` for deletions in progress, and log their result. Not a collective."""
         if self._pruning is not None and self._pruning.wait(seconds):
             pruning, self._pruning = self._pruning, None
             if text := pruning.result():
                 self._log(text)
 
     def close(self) -> None:
-        """Leave the folder to others; deletions that take long go on until the process ends. Not a collective."""
+        """Release the folder; long deletions continue until the process ends. Not a collective."""
         self.wait_for_copy()
         for hook in self._hooks:
             hook.remove()
@@ -313,11 +315,11 @@ class Saver:
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 if self._pruning is None and self._pending is None:
-                    paths.clean(self.root)  # of deletions that failed
+                    paths.clean(self.root)  # remains of failed deletions
                 self._lock.close()
 
     def _prepare(self, iteration: int) -> Path:
-        self.settle(0.0 if self._keeper.reading else None)  # a deletion makes room, and is short
+        self.settle(0.0 if self._keeper.reading else None)  # a deletion is short and frees space
         place = paths.partial_folder(self.root, iteration)
         self.root.mkdir(parents=True, exist_ok=True)
         if self._pruning is None:
@@ -331,7 +333,7 @@ class Saver:
         return self._planners[kind]
 
     def _commit(self, pending: _Pending, written: Sequence[Written], objects: Sequence[dict[str, Any]]) -> str:
-        """On rank 0: write what is left, the manifest last, and publish; returns what there is to say."""
+        """On rank 0: write the other files, the manifest last, and publish; returns the text to log."""
         if errors := first_of([part.error for part in written]):
             raise NotSaved(errors)
         assert pending.planned is not None
@@ -365,12 +367,12 @@ class Saver:
         warnings = [first_of([part.warning for part in written])]
         target = paths.step_folder(self.root, pending.iteration)
         if os.path.lexists(target) and (other := manifest.foreign(target)):
-            warnings.append(f"{target} was no checkpoint of a run ({other}), and is now {paths.move_aside(target)}")
+            warnings.append(f"{target} was no checkpoint of a run ({other}); it is now {paths.move_aside(target)}")
         paths.publish(self.root, pending.iteration)
         try:
             paths.confirm(self.root, pending.iteration)
-        except OSError as error:  # nothing that loads needs it
-            warnings.append(f"the checkpoint stands, but {paths.LATEST} may be an older one's: {error}")
+        except OSError as error:  # loading does not need the pointer
+            warnings.append(f"the checkpoint is complete, but {paths.LATEST} may name an older one: {error}")
         self._keeper.trust(target, saved)
         self._prune_more = True
         self.settle(0.0)
@@ -396,9 +398,9 @@ class Saver:
                 self._prune_more = False
                 deleted, wrong = self._keeper.prune(self.root, self.config.checkpoint)
                 gone += deleted
-        except Exception as error:  # it runs in a thread, where nobody would see it
+        except Exception as error:  # an exception in this thread would be lost
             return f"WARNING: old checkpoints in {self.root} could not be deleted: {error}"
-        lines = [f"WARNING: a damaged checkpoint is not counted: {problem}" for problem in wrong]
+        lines = [f"WARNING: damaged checkpoint, not counted: {problem}" for problem in wrong]
         lines += [f"WARNING: {line}" for line in self._keeper.left]
         if gone:
             lines.append(f"deleted the checkpoints of steps {', '.join(map(str, gone))}")

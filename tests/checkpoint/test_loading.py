@@ -69,8 +69,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     config = tiny_config(demo_data, checkpoint__save=str(root), data__num_workers=1)
     (where, said), _ = run_distributed(2, begun_saying, config)
     assert where[:2] == (1, 1)
-    assert f"WARNING: damaged checkpoints are passed over:\n  {file}: damaged, its SHA-256" in said
-    assert "WARNING: going on from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
+    assert f"WARNING: skipping damaged checkpoints:\n  {file}: damaged, its SHA-256" in said
+    assert "WARNING: resuming from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
     assert paths.steps(root) == [1] and paths.pointed(root) == 1
     # Alone it is refused, and so are sizes when it was cut.
     error = start(tiny_config(demo_data, checkpoint__load=str(root / "set_aside" / "iter_0000002")))
@@ -103,7 +103,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(saved: Path, t
     shutil.copytree(saved, root)
     shutil.copytree(root / "iter_0000001", root / "iter_0000003")
     found = loading.find(root, True, said.append)
-    assert found is not None and found[1].iteration == 2 and "of step 1 by its manifest.json, not 3" in said[0]
+    assert found is not None and found[1].iteration == 2 and "its manifest.json says step 1, not 3" in said[0]
 
 
 def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
@@ -323,8 +323,8 @@ def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fused", "advice"),
     [
-        (False, "or make it readable by any: tools/checkpoints.py reshard"),
-        (True, "whose last save, of kind"),
+        (False, "or make it readable by any layout: tools/checkpoints.py reshard"),
+        (True, "or load its last save, of kind"),
     ],
 )
 def test_another_layout_is_told_what_helps(fused: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,5 +78,5 @@ def test_another_format_says_what_to_do(place: Path, monkeypatch: pytest.MonkeyP
     content = Manifest(7, "dp_reshardable", {}).to_bytes()
     monkeypatch.undo()
     (place / manifest.MANIFEST).write_bytes(content)
-    with pytest.raises(manifest.Damaged, match="of another format than 1; load it with the version that wrote it"):
+    with pytest.raises(manifest.Damaged, match="its format is not 1. Load it with the version that wrote it"):
         manifest.read(place)

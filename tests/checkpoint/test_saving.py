@@ -180,7 +180,7 @@ def test_what_is_saved_is_written_down(demo_data: Path, tmp_path: Path) -> None:
 def test_too_little_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(ValueError, match=r"0\.00 GB free, one checkpoint of 1000000 parameters takes 0\.02 GB; free"):
+    with pytest.raises(ValueError, match=r"0\.00 GB free, but a checkpoint of 1000000 parameters takes 0\.02 GB. Free"):
         check_free_space(tmp_path / "new", RunConfig(), 10**6)
 
 
@@ -217,7 +217,7 @@ def test_a_folder_has_one_owner_and_is_the_same_on_all_ranks(demo_data: Path, tm
     config = tiny_config(demo_data, checkpoint__save=str(root))
     lock, _ = lock_module.own(root)
     (error,) = run_distributed(1, second_process, config, root)
-    assert f"process {os.getpid()} is saving to {root}; end it, or choose another folder" in error
+    assert f"process {os.getpid()} is saving to {root}. End it, or choose another folder" in error
     lock.close()
     assert run_distributed(1, second_process, config, root) == [""]
     (tmp_path / "other").mkdir()
@@ -305,7 +305,7 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_set_aside(demo_data: Path, tmp
 
 def test_a_lock_that_no_run_has_written_is_left(tmp_path: Path) -> None:
     (tmp_path / lock_module.LOCK).write_text("a list of our locks\n")
-    with pytest.raises(paths.NotSaved, match=r"run\.lock is a file that no run has written"):
+    with pytest.raises(paths.NotSaved, match=r"run\.lock was not written by a run"):
         lock_module.own(tmp_path)
     assert (tmp_path / lock_module.LOCK).read_text() == "a list of our locks\n"
     for content in ("", "host process 12 0123456789abcdef\n", "\0\0"):

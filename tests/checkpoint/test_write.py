@@ -218,7 +218,7 @@ def test_trouble_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
     for errors in (first, second):
         assert "the checkpoint of step 1 could not be written" in errors[0]
         assert "rank 1: MemoryError: no memory left" in errors[0]
-    assert "rank 1: no copy in host memory, so that training waited for the disk (no memory left)" in first[1]
+    assert "rank 1: no copy in host memory, so training waited for the disk (no memory left)" in first[1]
     assert [path.name for path in sorted(tmp_path.glob("*iter_*"))] == ["iter_0000002"]
 
 

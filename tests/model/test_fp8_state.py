@@ -119,7 +119,7 @@ def test_scales_that_do_not_fit_begin_anew_and_that_is_said(
     histories = {name for name in saved[1] if "amax_history" in name}
     assert all(not longer["begun"][name].any() for name in histories)
     assert all(torch.equal(longer["begun"][name], saved[1][name]) for name in saved[1].keys() - histories)
-    assert ["lacks FP8 scales, which are found anew: decoder.layers.mlp.linear_fc1.fp8.amax_history_bwd and 7 more"
+    assert ["lacks FP8 scales, which start new: decoder.layers.mlp.linear_fc1.fp8.amax_history_bwd and 7 more"
             in line for line in longer["said"]] == [True]  # fmt: skip
     root = str(tmp_path / "run")
     run_distributed(1, trained, tiny_config(demo_data, **BF16, checkpoint__save=root), 1)

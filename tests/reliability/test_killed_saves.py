@@ -230,7 +230,7 @@ def fail_at(scene: Scene, folder: Path, number: int, error: str, lasting: bool) 
 
 
 NOT_SAVED = "WARNING: NOT SAVED: the checkpoint of step 4 could not be written to "
-NOT_POINTED = f"WARNING: the checkpoint stands, but {checkpoints.LATEST} may be an older one's: "
+NOT_POINTED = f"WARNING: the checkpoint is complete, but {checkpoints.LATEST} may name an older one: "
 NOT_DELETED = "WARNING: old checkpoints in "
 
 

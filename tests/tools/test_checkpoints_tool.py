@@ -82,7 +82,7 @@ def test_nothing_is_changed_under_a_run(
 ) -> None:
     lock, _ = own(run)
     assert tool.main([words[0], str(run), *words[1:]]) == 2
-    assert f"process {os.getpid()} is saving to {run}; end it" in capsys.readouterr().err
+    assert f"process {os.getpid()} is saving to {run}. End it" in capsys.readouterr().err
     lock.close()
     assert tool.main([words[0], str(run), *words[1:]]) == 0
 
