@@ -155,8 +155,8 @@ def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
 def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
     """Set moments, master weights and the count of steps. All other settings of the groups stay this run's.
 
-    Without this, optimizers restore the checkpoint's settings, and Megatron-Core's schedule prefers a group's ``max_lr``
-    and ``min_lr`` to its own.
+    Without this, optimizers restore the checkpoint's settings, and Megatron-Core's schedule prefers a group's
+    ``max_lr`` and ``min_lr`` to its own.
     """
     configured = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
