@@ -1,4 +1,4 @@
-"""A run goes on from the newest good checkpoint, and from one that fits, or says what does not."""
+"""A run resumes from the newest good checkpoint that fits, or names what does not fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begun(config: RunConfig) -> Any:
-    """(step, step of the data, learning rate) that a run begins with, or the error."""
+    """(step, step of the data, learning rate) at the start of a run, or the error."""
     from genlip_megatron.train.setup import set_up
 
     try:
@@ -46,7 +46,7 @@ def begun(config: RunConfig) -> Any:
 
 
 def begun_saying(config: RunConfig) -> tuple[Any, str]:
-    """What ``begun`` gives, and what was printed."""
+    """(result of ``begun``, printed text)."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         return begun(config), said.getvalue()
@@ -56,7 +56,7 @@ def start(config: RunConfig, processes: int = 1) -> Any:
     return run_distributed(processes, begun, config)[0]
 
 
-@pytest.mark.parametrize("which", [0, 1])  # of two files, each of which another rank looks at
+@pytest.mark.parametrize("which", [0, 1])  # two files that different ranks check
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     which: int, saved: Path, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert f"WARNING: skipping damaged checkpoints:\n  {file}: damaged, its SHA-256" in said
     assert "WARNING: resuming from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
     assert paths.steps(root) == [1] and paths.pointed(root) == 1
-    # Alone it is refused, and so are sizes when it was cut.
+    # By itself it is refused; a truncated file is found by its size.
     error = start(tiny_config(demo_data, checkpoint__load=str(root / "set_aside" / "iter_0000002")))
     assert "no good checkpoint" in error and "its SHA-256 does not match" in error
 
@@ -90,7 +90,7 @@ def test_sizes_alone_do_not_show_a_flipped_bit(saved: Path, tmp_path: Path) -> N
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"{len(content) - 1} bytes, {len(content)} were written"):
         loading.find(place, False, print)
-    # All others are small, and read in any case.
+    # All other files are small and always read.
     file.write_bytes(content)
     common = place / "common.pt"
     common.write_bytes(bytes(common.stat().st_size))
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data
     (root / "iter_0000002").rename(root / ".iter_0000002.replaced")
     config = tiny_config(demo_data, checkpoint__save=str(root))
     assert start(config)[:2] == (2, 2)
-    # What cannot be moved out of the way stops the run at its start.
+    # A checkpoint that cannot be moved away stops the run at its start.
     (root / "iter_0000002" / "common.pt").unlink()
     (root / paths.SET_ASIDE).touch()
     error = start(config)
@@ -208,7 +208,7 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     assert "parallel.tensor_model_parallel_size: 2 in the checkpoint, 1 here" in error
     assert "parallel.pipeline_model_parallel_size: 2 in the checkpoint, 1 here" in error
     assert f"tools/checkpoints.py reshard {root}/iter_0000002" in error
-    # Its weights are of no layout.
+    # Any layout reads its weights.
     evaluated = tiny_config(demo_data, checkpoint__load=str(root), log__eval_only=True)
     assert run_distributed(1, loss_of, evaluated)[0] > 0
     unbroken = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__load=str(root)), 4)
@@ -216,10 +216,10 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     place = reshard(root / "iter_0000002", "fully_reshardable", fully, build_run)
     assert manifest.read(place).kind == "fully_reshardable"
     assert (place / "config.yaml").read_text() == (root / "iter_0000002" / "config.yaml").read_text()
-    # Another layout: sums run in another order.
+    # On another layout sums have another order.
     config = tiny_config(demo_data, checkpoint__load=str(fully))
     assert run_distributed(1, run_steps, config, 4)[0]["losses"] == pytest.approx(unbroken[0]["losses"], rel=1e-5)
-    # There and back, on the first layout again: bit for bit, random states too.
+    # Resharded back, on the first layout: equal bit for bit, also random states.
     shards = reshard(place, DP_RESHARDABLE, tmp_path / "shards", build_run, {"tensor_model_parallel_size": 2})
     back = tiny_config(demo_data, **flags, checkpoint__load=str(shards.parent))
     again = run_distributed(world_size, run_steps, back, 4)
@@ -262,7 +262,7 @@ def random_rows(place: Path) -> dict[str, torch.Tensor]:
 
 
 def drawn(config: RunConfig, save: bool) -> list[float]:
-    """What this rank's generators give after a save, or after a load."""
+    """Random numbers of this rank after a save, or after a load."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     from genlip_megatron.train.resume import finish_saves

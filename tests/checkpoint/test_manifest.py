@@ -1,4 +1,4 @@
-"""The manifest knows every file of a checkpoint, and itself, so that damage anywhere is seen and named."""
+"""The manifest covers every file of a checkpoint and itself, so any damage is found and named."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_damage_is_named_with_its_file(place: Path) -> None:
         f"{place}/c.bin: missing",
         f"{place}/empty: 1 bytes, 0 were written",
     ]
-    # A flipped bit does not show in a size.
+    # A flipped bit does not change the size.
     assert [problem.split(":")[0] for problem in manifest.problems(place, found, checksums=False)] == [
         f"{place}/c.bin",
         f"{place}/empty",
     ]
 
 
-def test_shares_together_look_at_every_file_once(place: Path) -> None:
+def test_all_parts_together_check_every_file_once(place: Path) -> None:
     found = manifest.read(place)
     for name in NAMES:
         (place / name).unlink()

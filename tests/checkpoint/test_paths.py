@@ -1,4 +1,4 @@
-"""Checkpoints appear whole, crashed saves leave nothing that counts, and nothing is lost when a run goes back."""
+"""Checkpoints appear complete, crashed saves leave nothing that counts, and going back loses nothing."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def test_a_published_checkpoint_is_the_newest_and_pointed_to(tmp_path: Path) -> 
     publish(tmp_path, 7)
     publish(tmp_path, 12_345_678)
     assert paths.steps(tmp_path) == [12_345_678, 7] and paths.pointed(tmp_path) == 12_345_678
-    # Written again: the pointer stays at the newest.
+    # Saved again: the pointer stays at the newest.
     publish(tmp_path, 7, "again")
     assert (paths.step_folder(tmp_path, 7) / "file").read_text() == "again"
     assert paths.pointed(tmp_path) == 12_345_678 and names(tmp_path) == ["iter_0000007", "iter_12345678"]
 
 
-def test_names_are_written_out_before_the_next_thing_relies_on_them(
+def test_names_are_synced_before_the_next_operation_relies_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill cannot show a missing sync; a power cut would."""
+    """A kill does not show a missing sync, but a power cut would."""
     done: list[str] = []
     rename, sync = os.rename, paths.sync
 
@@ -83,7 +83,7 @@ def test_clean_removes_what_crashed_saves_left(tmp_path: Path) -> None:
     assert names(tmp_path) == ["iter_0000007"]
 
 
-def test_clean_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+def test_clean_leaves_other_files(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     for name in (".iter_notes.partial", ".iter_7.partial", ".iter_0000008.old"):
         (tmp_path / name).mkdir()
@@ -94,7 +94,7 @@ def test_clean_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_clean_puts_back_a_checkpoint_whose_replacement_never_came(tmp_path: Path) -> None:
+def test_clean_restores_a_checkpoint_whose_replacement_never_appeared(tmp_path: Path) -> None:
     publish(tmp_path, 7).rename(tmp_path / ".iter_0000007.replaced")
     paths.clean(tmp_path)
     assert names(tmp_path) == ["iter_0000007"]
@@ -111,7 +111,7 @@ def test_set_aside_moves_later_steps_and_deletes_nothing(tmp_path: Path) -> None
     assert (tmp_path / paths.SET_ASIDE / "iter_0000008" / "file").read_text() == "x"
 
 
-def test_what_was_being_replaced_is_set_aside_too(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_being_replaced_is_set_aside_too(tmp_path: Path) -> None:
     for step in (7, 9):
         publish(tmp_path, step)
     (tmp_path / "iter_0000009").rename(tmp_path / ".iter_0000009.replaced")
@@ -126,11 +126,11 @@ def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
 
 
 class Crash(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process."""
 
 
 def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """End before the ``at``-th operation that changes names or removes something."""
+    """Raise before the ``at``-th operation that renames or removes something."""
     left = [at]
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,7 +155,7 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_crash_between_any_two_operations_leaves_whole_checkpoints(change: str, tmp_path: Path) -> None:
+def test_a_crash_between_any_two_operations_leaves_complete_checkpoints(change: str, tmp_path: Path) -> None:
     for at in range(1, 50):
         root = tmp_path / str(at)
         for step in (7, 9):

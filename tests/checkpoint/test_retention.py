@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, every Kth and the best, of the good ones alone."""
+"""Kept checkpoints: the newest, every Kth and the best of the good ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAYOUT = {
 }
 
 
-def test_the_newest_for_any_layout_is_kept_and_no_loss_that_is_no_number_is_best() -> None:
+def test_the_newest_for_any_layout_is_kept_and_a_nan_loss_is_never_best() -> None:
     losses = [(10, 3.0), (20, float("nan")), (30, float("inf")), (40, float("nan"))]
     assert kept(losses, 1, 0, 1, any_layout=[20, 30]) == {10: "best", 30: "any layout", 40: "last"}
 
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_never_counted(tmp_path: Path) -> None:
     flip(tmp_path / "iter_0000040" / "weights.distcp")
     flip(tmp_path / "iter_0000010" / "weights.distcp")
     gone, wrong = Keeper().prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))
-    # Of the four the two newest good ones stay; the damaged ones are neither counted nor deleted.
+    # The two newest good ones of four stay; damaged ones are neither counted nor deleted.
     assert gone == [] and paths.steps(tmp_path) == [40, 30, 20, 10]
     assert [problem.split(": ")[0] for problem in wrong] == [
         f"{tmp_path}/iter_0000040/weights.distcp",
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_never_counted(tmp_path: Path) -> None:
     assert paths.steps(tmp_path) == [50, 40, 30, 10]
 
 
-def test_damage_after_the_first_look_is_seen(tmp_path: Path) -> None:
+def test_damage_after_the_first_check_is_found(tmp_path: Path) -> None:
     keeper, options = Keeper(), CheckpointConfig(keep_last=1, keep_best=0)
     write(tmp_path, 10)
     write(tmp_path, 20)
@@ -103,7 +103,9 @@ def test_a_dry_run_deletes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("every", "left"), [(10, [40, 20]), (0, [40])])
-def test_one_checkpoint_for_any_layout_outlives_newer_ones(every: int, left: list[int], tmp_path: Path) -> None:
+def test_one_checkpoint_for_any_layout_is_kept_longer_than_newer_ones(
+    every: int, left: list[int], tmp_path: Path
+) -> None:
     for step in (10, 20, 30, 40):
         write(tmp_path, step, kind="fully_reshardable" if step < 30 else "dp_reshardable")
     Keeper().prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=0, fully_reshardable_every=every))
@@ -125,7 +127,7 @@ def test_a_checkpoint_that_holds_anything_else_is_not_deleted(tmp_path: Path) ->
     assert f"{tmp_path}/iter_0000020: not deleted" in second and "a link" in second
 
 
-def test_a_damaged_checkpoint_is_known_by_its_files(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_recognised_by_its_files(tmp_path: Path) -> None:
     place = tmp_path / "iter_0000010"
     place.mkdir()
     assert manifest.foreign(place) == "no file of a checkpoint"

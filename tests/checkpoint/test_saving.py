@@ -1,4 +1,4 @@
-"""A save holds the state of its step, whatever training does meanwhile; a failed one costs nothing but itself."""
+"""A save holds the state of its step while training continues; a failed save affects nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
 
 
 def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
-    """Begin a save, change everything before it is written, finish it, load it; what was there and what came back."""
+    """Begin a save, change everything before it is written, finish and load it: (state before, loaded state)."""
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
     from genlip_megatron.checkpoint.parts import State
     from genlip_megatron.checkpoint.saving import Facts
@@ -65,7 +65,7 @@ def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_save_holds_its_step_although_training_goes_on(
+def test_a_save_holds_its_step_while_training_continues(
     behind: bool, precision: str, demo_data: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"), train__precision=precision)
@@ -74,7 +74,7 @@ def test_a_save_holds_its_step_although_training_goes_on(
 
 
 def failing_then_good(config: RunConfig, rank: int) -> list[Any]:
-    """Two saves of a run, the first of which fails on one rank; what each said and what stood there after it."""
+    """Two saves of a run; the first fails on one rank. Returns the log and the folder's content after each."""
     from genlip_megatron.train.resume import finish_saves, save
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
@@ -105,7 +105,7 @@ def failing_then_good(config: RunConfig, rank: int) -> list[Any]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("behind", [False, True])
-def test_a_full_disk_of_one_rank_fails_the_save_on_all_and_no_more(
+def test_a_full_disk_on_one_rank_fails_only_that_save_on_all_ranks(
     rank: int, behind: bool, demo_data: Path, tmp_path: Path
 ) -> None:
     world_size, flags = layout("DP2")
@@ -117,7 +117,7 @@ def test_a_full_disk_of_one_rank_fails_the_save_on_all_and_no_more(
 
 
 def failing_behind_the_next(config: RunConfig) -> bool:
-    """Whether a save succeeds when the one before has failed and nobody has asked yet."""
+    """Whether a save succeeds after a failed one whose failure was not reported yet."""
     from genlip_megatron.train.resume import save
     from genlip_megatron.train.setup import set_up
 
@@ -138,7 +138,7 @@ def failing_behind_the_next(config: RunConfig) -> bool:
     return good
 
 
-def test_a_save_is_made_although_the_one_before_fails_meanwhile(demo_data: Path, tmp_path: Path) -> None:
+def test_a_save_succeeds_after_a_failed_one(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     assert run_distributed(1, failing_behind_the_next, config) == [True]
     assert paths.steps(tmp_path / "run") == [2]
@@ -159,11 +159,11 @@ def test_old_checkpoints_are_pruned_and_the_best_is_kept(demo_data: Path, tmp_pa
     config = tiny_config(demo_data, checkpoint__save=str(root), checkpoint__keep_last=2, checkpoint__keep_best=0)
     for steps in (1, 2, 3, 4):
         run_distributed(1, run_steps, config, steps)
-    # Pruning runs behind the save; the next one has waited for it.
+    # Pruning runs after the save; the next save has waited for it.
     assert paths.steps(root)[:2] == [4, 3] and len(paths.steps(root)) <= 3
 
 
-def test_what_is_saved_is_written_down(demo_data: Path, tmp_path: Path) -> None:
+def test_the_manifest_records_the_save(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
     trained = run_distributed(1, run_steps, config, 1)
@@ -185,9 +185,7 @@ def test_too_little_disk_is_found_before_training(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_a_run_saved_before_its_first_update_begins_as_if_it_had_not_been(
-    last: bool, demo_data: Path, tmp_path: Path
-) -> None:
+def test_a_run_saved_before_its_first_update_starts_like_a_new_one(last: bool, demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     unbroken = run_distributed(1, run_steps, tiny_config(demo_data), 3)[0]
     run_distributed(1, run_steps, config, 0, last)
@@ -195,7 +193,7 @@ def test_a_run_saved_before_its_first_update_begins_as_if_it_had_not_been(
 
 
 def second_process(config: RunConfig, root: Path) -> str:
-    """The error of a run whose folder another process holds, or that its rank 1 does not see."""
+    """The error of a run whose folder another process holds, or rank 1 does not see."""
     from genlip_megatron.train import resume
     from genlip_megatron.train.setup import set_up
 
@@ -226,7 +224,7 @@ def test_a_folder_has_one_owner_and_is_the_same_on_all_ranks(demo_data: Path, tm
 
 
 def with_little_memory(config: RunConfig) -> list[Any]:
-    """What a save for any layout says on each rank when rank 1 has no memory for it, and the next one."""
+    """The log of two saves for any layout on each rank; for the first, rank 1 has too little memory."""
     import psutil
 
     from genlip_megatron.train.resume import save
@@ -242,13 +240,13 @@ def with_little_memory(config: RunConfig) -> list[Any]:
     return [first, save(run, last=True)]
 
 
-def test_too_little_memory_to_gather_in_is_known_before(demo_data: Path, tmp_path: Path) -> None:
+def test_too_little_memory_to_gather_is_found_before_gathering(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     assert run_distributed(2, with_little_memory, config) == [[False, True]] * 2
 
 
 def with_slow_pruning(config: RunConfig) -> list[Any]:
-    """Checkpoints after three saves during which old ones are read, and their steps once that has ended."""
+    """(number of checkpoints after three saves during a slow verification, steps after it)."""
     from genlip_megatron.checkpoint.retention import Keeper
     from genlip_megatron.train.resume import save
     from genlip_megatron.train.setup import set_up
@@ -274,13 +272,13 @@ def with_slow_pruning(config: RunConfig) -> list[Any]:
     return [before, paths.steps(config.checkpoint.save)]
 
 
-def test_no_save_waits_until_old_checkpoints_are_read(demo_data: Path, tmp_path: Path) -> None:
+def test_no_save_waits_for_the_verification_of_old_checkpoints(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"), checkpoint__keep_last=1)
     assert run_distributed(1, with_slow_pruning, config) == [[3, [4]]]
 
 
 def onto_another_folder(config: RunConfig) -> bool:
-    """Save a step whose name a folder has that came while the run was under way."""
+    """Save a step whose folder name was created by something else during the run."""
     from genlip_megatron.train.resume import save
     from genlip_megatron.train.setup import set_up
 
@@ -303,7 +301,7 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_set_aside(demo_data: Path, tmp
     assert manifest.read(paths.step_folder(root, 1)).iteration == 1
 
 
-def test_a_lock_that_no_run_has_written_is_left(tmp_path: Path) -> None:
+def test_a_lock_file_of_another_program_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / lock_module.LOCK).write_text("a list of our locks\n")
     with pytest.raises(paths.NotSaved, match=r"run\.lock was not written by a run"):
         lock_module.own(tmp_path)

@@ -1,4 +1,4 @@
-"""However often a run is killed, it ends in the same bits, on the same samples."""
+"""A run that is killed any number of times ends with the same bits and the same samples."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def check_resumes(training: Training, whole: Training) -> None:
 
 
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 1), ("validation", 0)}))
-def test_told_to_stop(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
+def test_stop_requested(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
     """SIGTERM on one rank: all save and exit with status 17."""
     training, ended = disturbed(whole, tmp_path / "run", "term", place, rank)
     assert [one.code for one in ended] == [EXIT_PREEMPTED] * 2, ended[rank].output[-2000:]
@@ -122,7 +122,7 @@ def stopped_while_starting() -> int:
 
 
 def test_hung_while_starting(zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
-    """As in a step: the others do not wait for ever in the first collective of the start."""
+    """As in a step: the other ranks do not wait forever in the first collective of the start."""
     training = Training(zygote, demo_data, tmp_path, 2, {"faults__step_timeout": TIMEOUT / 60})
     ended = training.start(target=f"{__name__}:stopped_while_starting").wait(end_others=0.5)
     assert ended[0].code == EXIT_HUNG, ended[0].output[-2000:]

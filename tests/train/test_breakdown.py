@@ -1,4 +1,4 @@
-"""A step's parts add up to the step, on a device they are read without waiting, and chosen steps leave traces."""
+"""The parts of a step sum to the step, a device's events are read without waiting, and chosen steps are traced."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_parts_within_parts_never_count_twice(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Moment:
-    """A CUDA event by a clock of ours. Whoever waits for it fails: it has no ``synchronize``."""
+    """A CUDA event with a fake clock; waiting for it fails, because it has no ``synchronize``."""
 
     done, recorded, made = 0, 0, 0
 
@@ -78,7 +78,7 @@ def test_on_a_device_steps_are_read_once_they_are_over(monkeypatch: pytest.Monke
 
 
 def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
-    """The parts of a run's steps on this rank, and seconds of a step by the clock."""
+    """(parts of a run's steps on this rank, measured seconds per step)."""
     from genlip_megatron.train.report import Tally, report
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step

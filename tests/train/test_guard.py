@@ -1,5 +1,4 @@
-"""Bad numbers do not spread: whatever rank they come from, all ranks leave the same update out, use a second result, or
-go back together."""
+"""Bad numbers do not spread: all ranks together skip the update, use a second result, or roll back."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def settings(demo_data: Path, name: str, *faults: str, **flags: Any) -> tuple[in
 
 
 def state(run: Any) -> bytes:
-    """Of the bits of this rank's weights, moments, master weights and schedule."""
+    """A hash of the bits of this rank's weights, moments, master weights and schedule."""
     from genlip_megatron.train.resume import gather_weights
 
     gather_weights(run)
@@ -55,7 +54,7 @@ def state(run: Any) -> bytes:
 
 
 def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
-    """Verdicts, updates, the state before the first step and after each, and what rank 0 said."""
+    """Verdicts, updates, the state before the first step and after each, and rank 0's warnings."""
     from genlip_megatron.train import rerun, verdict
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
@@ -100,7 +99,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         ("CP2", "nan-grad@3:1"),
     ],
 )
-def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(
+def test_bad_numbers_on_one_rank_skip_the_update_on_all(
     name: str, fault: str, demo_data: Path, fault_row: FaultRow
 ) -> None:
     for result in run_distributed(*_with(guarded, settings(demo_data, name, fault)), 4):
@@ -143,7 +142,7 @@ def test_the_norm_on_the_device_is_megatron_cores(name: str, demo_data: Path) ->
 
 
 def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
-    """(verdict, updated, states) of a step in which rank 1's gradients of copied parameters are NaN."""
+    """(verdict, updated, states) of a step with NaN in rank 1's gradients of replicated parameters."""
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
     from genlip_megatron.train import drills
@@ -170,7 +169,7 @@ def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
 @pytest.mark.faults
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path, fault_row: FaultRow) -> None:
-    """The norm leaves out copies on further tensor-parallel ranks; their weights would become NaN."""
+    """The gradient norm leaves out replicas on further tensor-parallel ranks, so it does not show NaN in them."""
     made = settings(demo_data, "TP2", train__precision=precision)
     for verdict, updated, (before, after) in run_distributed(*_with(spoiled_copies, made)):
         assert (verdict, updated) == ("bad", False) and before == after
@@ -178,7 +177,7 @@ def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path, fault
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU decodes to its own memory")
-def test_what_is_held_for_a_second_pass_takes_no_memory_of_the_device() -> None:
+def test_micro_batches_kept_for_a_rerun_take_no_device_memory() -> None:
     sample = Sample(torch.arange(768, dtype=torch.uint8)[None], 1, 1, [1])
     batch = pack_samples([[sample]], 8)
     source = Replay(iter([replace(batch, patches=batch.patches.cuda())]))  # type: ignore[union-attr]
@@ -218,7 +217,7 @@ def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path)
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("on_spike", "updated"), [("warn", True), ("skip", False)])
-def test_a_spike_is_counted_and_does_as_it_is_told(
+def test_a_spike_is_counted_and_handled_as_configured(
     on_spike: str, updated: bool, demo_data: Path, fault_row: FaultRow
 ) -> None:
     made = settings(demo_data, "DP2", "spike@4:1", faults__on_spike=on_spike)
@@ -259,7 +258,7 @@ def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
 
 
 def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
-    """The run that resumes from a checkpoint and leaves the next ``skipped`` steps' data out."""
+    """A run that resumes from a checkpoint and skips the data of the next ``skipped`` steps."""
     from genlip_megatron.train.resume import gather_weights
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
@@ -278,7 +277,7 @@ def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2"])
-def test_rolling_back_is_resuming_without_the_data_of_the_spike(
+def test_a_rollback_equals_resuming_without_the_data_of_the_spike(
     name: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
     folder = tmp_path / "run"
@@ -316,7 +315,7 @@ BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}
 @pytest.mark.parametrize(
     ("faults", "flags", "status"),
     [
-        # Without a checkpoint a spike's update is left out, and that is all.
+        # Without a checkpoint only a spike's update is skipped.
         (("spike@3:0",), {"faults__on_spike": "rollback"}, 0),
         (("nan-loss@2:1", "nan-loss@3:0"), {"faults__on_spike": "skip"}, EXIT_BAD_NUMBERS),
         (("nan-loss@2:1", "nan-loss@3:0"), {"faults__on_spike": "rollback"}, EXIT_BAD_NUMBERS),

@@ -1,4 +1,4 @@
-"""In a guarded step the host waits for the device once, for the numbers that all ranks agree on.
+"""In a training step the host waits for the device once, for the all-reduced statistics.
 
 On a CPU nothing waits, so operations are looked at instead: none may hand a tensor's values, or a shape that depends on
 them, to the host, nor copy numbers of the host to the device. On a GPU torch's own check of synchronisations runs.
@@ -54,7 +54,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Methods(TorchFunctionMode):
-    """Lets the first ``tolist`` through, which is ``agree``'s, and counts it in ``allowed``."""
+    """Allows the first ``tolist``, that of the all-reduced statistics, and counts it in ``allowed``."""
 
     def __init__(self, allowed: list[int]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Methods(TorchFunctionMode):
 
 @contextlib.contextmanager
 def no_waits(allowed: list[int]) -> Iterator[None]:
-    """Whatever waits for the device raises, but for as many calls of ``tolist`` as ``allowed`` holds."""
+    """Raise on every wait for the device, except for ``allowed`` calls of ``tolist``."""
 
     def synchronize(device: Any = None) -> None:  # torch's own check does not count it
         raise AssertionError("torch.cuda.synchronize waits for the device")
@@ -118,7 +118,7 @@ def batch(seed: int) -> PackedBatch:
 
 
 def steps(backend: str, flags: dict[str, Any]) -> None:
-    """Two steps of two micro-batches; the second, when all caches are filled, may wait once."""
+    """Two steps of two micro-batches; the second one, with all caches filled, may wait once."""
     from genlip_megatron.model.attention import BACKENDS, varlen
     from genlip_megatron.parallel import groups
     from genlip_megatron.train import forward_backward

@@ -1,4 +1,4 @@
-"""A run continues from a checkpoint as if it had never stopped, and its mistakes are found before it starts."""
+"""A run continues from a checkpoint as if it had never stopped, and wrong settings are found before it starts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def reference(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run on one process, without an interruption."""
+    """An uninterrupted run on one process."""
     folder = tmp_path_factory.mktemp("reference")
     return run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=str(folder)), STEPS)[0]
 
 
 @pytest.fixture(scope="module")
 def whole(demo_data: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """The run on a layout, without an interruption."""
+    """An uninterrupted run on a layout."""
 
     @functools.cache
     def run(name: str) -> list[dict[str, Any]]:
