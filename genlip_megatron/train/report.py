@@ -28,65 +28,6 @@ _TIMERS = [
 
 
 @dataclass
-class Progress:
-    """One log interval, for the progress line and the writers."""
-
-    iteration: int
-    train_iters: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    seconds: float  # of one step
-    consumed_samples: int
-    consumed_tokens: int
-    tokens_per_second: float
-    tflops: float  # per rank
-    mfu: float | None
-    pack_fill: float
-    memory_gib: float
-    data_wait: float  # seconds of a step, on the rank that waited longest
-    quarantined: int  # bad samples so far
-    truncated: int  # captions cut because their image leaves too little of the pack
-    skipped: int  # steps without an update
-    spikes: int
-
-    def line(self) -> str:
-        """The progress line."""
-        left = int((self.train_iters - self.iteration) * self.seconds)
-        mfu = "-" if self.mfu is None else f"{100 * self.mfu:.1f}%"
-        return (
-            f"iteration {self.iteration:>7}/{self.train_iters} | samples {self.consumed_samples} | "
-            f"tokens {self.consumed_tokens} | lm loss {self.loss:.4f} | learning rate {self.learning_rate:.3e} | "
-            f"grad norm {self.grad_norm:.3f} | step {1000 * self.seconds:.0f} ms | "
-            f"tokens/s {self.tokens_per_second:.0f} | TFLOP/s {self.tflops:.3f} | MFU {mfu} | "
-            f"pack fill {100 * self.pack_fill:.1f}% | data wait {1000 * self.data_wait:.0f} ms | "
-            f"quarantined {self.quarantined} | truncated {self.truncated} | "
-            f"skipped {self.skipped} | spikes {self.spikes} | memory {self.memory_gib:.1f} GiB | "
-            f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
-        )
-
-    def scalars(self) -> dict[str, float]:
-        """Values under Megatron's TensorBoard tag names."""
-        values = {
-            "lm loss": self.loss,
-            "learning-rate": self.learning_rate,
-            "grad-norm": self.grad_norm,
-            "iteration-time": self.seconds,
-            "throughput": self.tflops,
-            "tokens-per-second": self.tokens_per_second,
-            "pack-fill": self.pack_fill,
-            "consumed-samples": float(self.consumed_samples),
-            "mem-allocated-gib": self.memory_gib,
-            "data-wait": self.data_wait,
-            "quarantined-samples": float(self.quarantined),
-            "truncated-captions": float(self.truncated),
-            "skipped-steps": float(self.skipped),
-            "spikes": float(self.spikes),
-        }
-        return values if self.mfu is None else {**values, "mfu": self.mfu}
-
-
-@dataclass
 class Tally:
     """Totals of the steps since the last report; the same on all ranks."""
 
@@ -111,8 +52,7 @@ def report(run: Run, tally: Tally) -> None:
     Raises:
         DataFailure: too many of their samples were bad. Raised on all ranks.
     """
-    seconds, steps = max(time.monotonic() - tally.begin, 1e-9), tally.steps
-    device = current_device()
+    elapsed, device = max(time.monotonic() - tally.begin, 1e-9), current_device()
     counts = run.counts.to(device, copy=True)
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     counts = counts.cpu()
@@ -121,36 +61,34 @@ def report(run: Run, tally: Tally) -> None:
     by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
     run.consumed_samples += int(by_name["samples"])
     run.consumed_tokens += int(by_name["tokens"])
-    flops = training_flops(counts, run.config.model) / seconds / torch.distributed.get_world_size() / 1e12
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident_gib()
-    progress = Progress(
-        iteration=run.iteration,
-        train_iters=run.config.train.train_iters,
-        loss=tally.loss_sum / tally.loss_count if tally.loss_count else math.nan,
-        learning_rate=run.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0,
-        grad_norm=tally.grad_norm,
-        seconds=seconds / steps,
-        consumed_samples=run.consumed_samples,
-        consumed_tokens=run.consumed_tokens,
-        tokens_per_second=by_name["tokens"] / seconds,
-        tflops=flops,
-        mfu=flops / HOPPER_TFLOPS if torch.cuda.is_available() else None,
-        pack_fill=by_name["tokens"] / by_name["slots"],
-        memory_gib=memory,
-        data_wait=waited / steps,
-        quarantined=quarantined,
-        truncated=truncated,
-        skipped=run.verdicts.skipped,
-        spikes=run.verdicts.spikes,
-    )
+    seconds = elapsed / tally.steps
+    tflops = training_flops(counts, run.config.model) / elapsed / torch.distributed.get_world_size() / 1e12
+    values = {  # by Megatron's TensorBoard tags
+        "lm loss": tally.loss_sum / tally.loss_count if tally.loss_count else math.nan,
+        "learning-rate": run.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0,
+        "grad-norm": tally.grad_norm,
+        "iteration-time": seconds,
+        "throughput": tflops,  # per rank
+        "tokens-per-second": by_name["tokens"] / elapsed,
+        "pack-fill": by_name["tokens"] / by_name["slots"],
+        "consumed-samples": float(run.consumed_samples),
+        "mem-allocated-gib": _memory() / 2**30,
+        "data-wait": waited / tally.steps,
+        "quarantined-samples": float(quarantined),
+        "truncated-captions": float(truncated),
+        "skipped-steps": float(run.verdicts.skipped),
+        "spikes": float(run.verdicts.spikes),
+    }
+    if torch.cuda.is_available():
+        values["mfu"] = tflops / HOPPER_TFLOPS
     parts, longest = over_ranks(run.breakdown.take(), device)
-    log(progress.line())
+    log(_progress_line(run, values))
     log(describe(parts, longest))
     if run.config.log.timing_log_level:
-        log(run.timers.get_all_timers_string(_TIMERS, normalizer=steps))
+        log(run.timers.get_all_timers_string(_TIMERS, normalizer=tally.steps))
     if run.writer is not None:
-        by_part = {f"step-parts/{part.replace(' ', '-')}": seconds for part, seconds in zip(PARTS, parts, strict=True)}
-        run.writer.scalars({**progress.scalars(), **by_part}, run.iteration)
+        by_part = {f"step-parts/{part.replace(' ', '-')}": mean for part, mean in zip(PARTS, parts, strict=True)}
+        run.writer.scalars({**values, **by_part}, run.iteration)
     run.quarantined, found = quarantined, quarantined - run.quarantined
     run.bad_share.add(int(by_name["samples"]), found)
 
@@ -170,5 +108,23 @@ def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:
     return before + int(found[0].item()), int(found[1].item()), float(waited.item())
 
 
-def _resident_gib() -> float:
-    return psutil.Process().memory_info().rss / 2**30
+def _memory() -> int:
+    """Most bytes that were allocated on the GPU; without a GPU, this process's resident memory."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
+def _progress_line(run: Run, values: dict[str, float]) -> str:
+    train_iters = run.config.train.train_iters
+    left = int((train_iters - run.iteration) * values["iteration-time"])
+    mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
+    return (
+        f"iteration {run.iteration:>7}/{train_iters} | samples {run.consumed_samples} | "
+        f"tokens {run.consumed_tokens} | lm loss {values['lm loss']:.4f} | "
+        f"learning rate {values['learning-rate']:.3e} | grad norm {values['grad-norm']:.3f} | "
+        f"step {1000 * values['iteration-time']:.0f} ms | tokens/s {values['tokens-per-second']:.0f} | "
+        f"TFLOP/s {values['throughput']:.3f} | MFU {mfu} | pack fill {100 * values['pack-fill']:.1f}% | "
+        f"data wait {1000 * values['data-wait']:.0f} ms | quarantined {values['quarantined-samples']:.0f} | "
+        f"truncated {values['truncated-captions']:.0f} | skipped {values['skipped-steps']:.0f} | "
+        f"spikes {values['spikes']:.0f} | memory {values['mem-allocated-gib']:.1f} GiB | "
+        f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+    )
