@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from genlip_megatron.checkpoint import manifest, paths
-from genlip_megatron.checkpoint.lock import own
+from genlip_megatron.checkpoint.lock import acquire
 from genlip_megatron.checkpoint.manifest import CONFIG
 from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.retention import Keeper, deletable, kept
@@ -142,7 +142,7 @@ def prune(options: argparse.Namespace) -> int:
     """Delete what need not be kept."""
     rules, keeper = _rules(options), Keeper()
     _places(options.path)
-    lock, _ = own(options.path)
+    lock, _ = acquire(options.path)
     gone, wrong = keeper.prune(options.path, rules, options.dry_run)
     for problem in wrong:
         print(f"damaged, not counted: {problem}")
@@ -231,7 +231,7 @@ def rewind(options: argparse.Namespace) -> int:
         raise ValueError(f"--step {options.step}: {place} is missing; steps there: {steps}")
     if wrong := _look(place, True)[1]:
         raise ValueError("; ".join(wrong))
-    lock, _ = own(options.path)
+    lock, _ = acquire(options.path)
     for moved in paths.set_aside(options.path, options.step):
         print(f"set aside: {moved}")
     lock.close()

@@ -17,7 +17,9 @@ from genlip_megatron.checkpoint.paths import NotSaved
 LOCK = "run.lock"
 
 
-def own(root: str | Path, patience: float = 0.0, log: Callable[[str], None] = lambda text: None) -> tuple[IO[str], str]:
+def acquire(
+    root: str | Path, patience: float = 0.0, log: Callable[[str], None] = lambda text: None
+) -> tuple[IO[str], str]:
     """Create the folder and lock it; returns (lock file, its text). The lock ends when the file is closed.
 
     On a file system without locks other processes are not kept out.
@@ -48,7 +50,7 @@ def own(root: str | Path, patience: float = 0.0, log: Callable[[str], None] = la
 
 
 def _lock(file: IO[str], root: str | Path, patience: float, log: Callable[[str], None]) -> None:
-    end, told = time.monotonic() + patience, False
+    end, logged = time.monotonic() + patience, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,15 +60,15 @@ def _lock(file: IO[str], root: str | Path, patience: float, log: Callable[[str],
             owner = file.read().rpartition(" ")[0] or "another process"
             if time.monotonic() >= end:
                 raise NotSaved(f"{owner} is saving to {root}. End it, or choose another folder") from None
-            if not told:
+            if not logged:
                 log(f"waiting up to {patience:.0f} s for {owner}, which is saving to {root}")
-                told = True
+                logged = True
             time.sleep(0.2)
         except OSError:  # no locks here
             return
 
 
-def seen(root: str | Path, text: str) -> str | None:
+def why_not_shared(root: str | Path, text: str) -> str | None:
     """Why this process does not see the folder whose lock file says ``text``, or None if it does."""
     try:
         found = (Path(root) / LOCK).read_text()

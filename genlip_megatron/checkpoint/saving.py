@@ -142,15 +142,15 @@ class Saver:
             if not part.is_stub_optimizer
         ]
         try:
-            text = on_rank_0(lambda: self._own(patience))
-            strangers = first_of(gather(lock.seen(self.root, text)))
+            text = on_rank_0(lambda: self._acquire(patience))
+            strangers = first_of(gather(lock.why_not_shared(self.root, text)))
         except NotSaved as error:
             strangers = str(error)
         if strangers:
             raise ValueError(f"checkpoint.save = {self.root}: {strangers}")
 
-    def _own(self, patience: float) -> str:
-        self._lock, text = lock.own(self.root, patience, self._log)
+    def _acquire(self, patience: float) -> str:
+        self._lock, text = lock.acquire(self.root, patience, self._log)
         paths.clean(self.root)
         return text
 

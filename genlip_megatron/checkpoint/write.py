@@ -142,10 +142,10 @@ class PlannedWrite:
         begin = time.monotonic()
         written = Written()
         try:
-            shares = _share_out(self.items, FILES_PER_RANK)
-            names = [f"__{rank()}_{i}.distcp" for i in range(len(shares))]
+            groups = _balanced(self.items, FILES_PER_RANK)
+            names = [f"__{rank()}_{i}.distcp" for i in range(len(groups))]
             with ThreadPoolExecutor(FILES_PER_RANK, "checkpoint") as threads:
-                parts = list(threads.map(self._write_file, names, shares))
+                parts = list(threads.map(self._write_file, names, groups))
             written.results = [result for results, _, _ in parts for result in results]
             written.files = {name: facts for name, (_, facts, _) in zip(names, parts, strict=True)}
             written.hashing = max((hashing for _, _, hashing in parts), default=0.0)
@@ -164,11 +164,11 @@ class PlannedWrite:
             results = []
             for item, tensor in items:
                 # torch.save writes the whole storage of a view.
-                alone = tensor.detach().to("cpu")
-                if alone.untyped_storage().nbytes() != alone.nbytes:
-                    alone = alone.clone()
+                own = tensor.detach().to("cpu")
+                if own.untyped_storage().nbytes() != own.nbytes:
+                    own = own.clone()
                 results.append(
-                    _write_item(_StorageWriterTransforms(), file, alone, item, name, SerializationFormat.TORCH_SAVE)
+                    _write_item(_StorageWriterTransforms(), file, own, item, name, SerializationFormat.TORCH_SAVE)
                 )
         return results, file.facts, file.hashing
 
@@ -178,7 +178,7 @@ class PlannedWrite:
         FileSystemWriter(self.folder).finish(self._metadata, results)
 
 
-def _share_out(items: Sequence[tuple[WriteItem, Tensor]], count: int) -> list[list[tuple[WriteItem, Tensor]]]:
+def _balanced(items: Sequence[tuple[WriteItem, Tensor]], count: int) -> list[list[tuple[WriteItem, Tensor]]]:
     """``items`` in up to ``count`` parts of about equal size."""
     parts: list[list[tuple[WriteItem, Tensor]]] = [[] for _ in range(count)]
     sizes = [0] * count

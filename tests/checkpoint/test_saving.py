@@ -197,23 +197,23 @@ def second_process(config: RunConfig, root: Path) -> str:
     from genlip_megatron.train import resume
     from genlip_megatron.train.setup import set_up
 
-    patience, seen = resume._PATIENCE, lock_module.seen
+    patience, seen = resume._PATIENCE, lock_module.why_not_shared
     resume._PATIENCE = 0.5
     if torch.distributed.get_world_size() > 1 and torch.distributed.get_rank() == 1:
-        lock_module.seen = lambda folder, text: seen(root, text)
+        lock_module.why_not_shared = lambda folder, text: seen(root, text)
     try:
         set_up(config)
     except ValueError as error:
         return str(error)
     finally:
-        resume._PATIENCE, lock_module.seen = patience, seen
+        resume._PATIENCE, lock_module.why_not_shared = patience, seen
     return ""
 
 
 def test_a_folder_has_one_owner_and_is_the_same_on_all_ranks(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
-    lock, _ = lock_module.own(root)
+    lock, _ = lock_module.acquire(root)
     (error,) = run_distributed(1, second_process, config, root)
     assert f"process {os.getpid()} is saving to {root}. End it, or choose another folder" in error
     lock.close()
@@ -304,8 +304,8 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_set_aside(demo_data: Path, tmp
 def test_a_lock_file_of_another_program_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / lock_module.LOCK).write_text("a list of our locks\n")
     with pytest.raises(paths.NotSaved, match=r"run\.lock was not written by a run"):
-        lock_module.own(tmp_path)
+        lock_module.acquire(tmp_path)
     assert (tmp_path / lock_module.LOCK).read_text() == "a list of our locks\n"
     for content in ("", "host process 12 0123456789abcdef\n", "\0\0"):
         (tmp_path / lock_module.LOCK).write_text(content)
-        lock_module.own(tmp_path)[0].close()
+        lock_module.acquire(tmp_path)[0].close()

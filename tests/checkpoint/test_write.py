@@ -154,7 +154,7 @@ def save_without_a_thread(config: RunConfig, folder: Path) -> str:
 
 
 def test_a_writer_that_fails_does_not_block_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "_share_out", raising)
+    monkeypatch.setattr(write, "_balanced", raising)
     behind = write.WriteBehind(write.HostCopies(), write.PlannedWrite(tmp_path, [], None))
     behind.wait_for_copy()
     assert "can't start new thread" in behind.result().error

@@ -42,7 +42,7 @@ def test_killed_at_random(
     training = Training(zygote, demo_data, tmp_path / "killed", world_size, flags)
     draw = random.Random(kills)
     for number in range(1, kills + 1):
-        # Of steps after the one that it goes on from; 0 is while starting.
+        # Steps after the one that it resumes from; 0 is during the start.
         further = draw.randrange(3)
         step = max(checkpoints.steps(training.run), default=0) + further if further else 0
         job = training.start()

@@ -1,4 +1,4 @@
-"""Two ranks of which one is told to stop, stopped, or killed, at any place: the run ends as documented and resumes."""
+"""One of two ranks gets a stop signal, is stopped or killed, at any place: the run ends as documented and resumes."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from genlip_megatron.checkpoint import paths
-from genlip_megatron.checkpoint.lock import own
+from genlip_megatron.checkpoint.lock import acquire
 from tests.checkpoint.test_retention import flip, write
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "checkpoints.py"
@@ -80,7 +80,7 @@ def test_prune_goes_by_the_rules_of_the_run_unless_told_otherwise(
 def test_nothing_is_changed_under_a_run(
     words: list[str], tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lock, _ = own(run)
+    lock, _ = acquire(run)
     assert tool.main([words[0], str(run), *words[1:]]) == 2
     assert f"process {os.getpid()} is saving to {run}. End it" in capsys.readouterr().err
     lock.close()

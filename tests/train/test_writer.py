@@ -89,7 +89,7 @@ def test_steps_after_a_crash_are_shown_once(apart: None, tmp_path: Path) -> None
     log(begun(tmp_path / "copy", 20), 20, 21)
     assert shown(tmp_path / "copy") == (first + [(21, 21.2)], texts[:3])
     assert shown(folder) == (scalars, texts)
-    # Before the first checkpoint all is done again, also what is logged before the first step.
+    # Without a checkpoint everything is repeated, also the validation before the first step.
     log(begun(folder, 0), 50, 0, 1)
     assert shown(folder) == ([(0, 0.5), (1, 1.5)], [(0, "0 after 50")])
 
@@ -98,7 +98,7 @@ def test_a_log_of_an_earlier_version_is_continued(apart: None, tmp_path: Path) -
     from torch.utils.tensorboard import SummaryWriter
 
     writer = begun(tmp_path / "other", 0)
-    writer._board = SummaryWriter(f"{tmp_path}/tensorboard")  # says nothing of when it started
+    writer._board = SummaryWriter(f"{tmp_path}/tensorboard")  # without a start event
     log(writer, 0, *range(12))
     log(begun(tmp_path, 5), 5, *range(6, 8))
     scalars, texts = shown(tmp_path)
