@@ -128,8 +128,8 @@ class Scene:
 
 
 def outcome(run: Path, closely: bool) -> tuple[Any, ...]:
-    """What a killed save left, so that the same need not be tried twice: which checkpoints and which of their files,
-    what ``latest`` says, whether something is unfinished, and if requested, how far it is."""
+    """A hashable summary of the remains of a killed save, so that equal remains are tried once: checkpoints and their
+    files, the pointer, and whether something is unfinished (with ``closely``, also its progress)."""
     names = {str(path.relative_to(run)): path.stat().st_size for path in run.rglob("*") if path.is_file()}
     unfinished = {name: size for name, size in names.items() if name.startswith(".")}
     state = "empty" if not unfinished else "unfinished"

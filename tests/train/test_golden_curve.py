@@ -1,7 +1,7 @@
 """A hundred steps give the committed losses; refactorings of model, loss, optimizer or schedule must keep them.
 
-The samples are drawn here, so the data engine and the fonts of rendered scenes do not matter. After a change that should
-move the curve, ``python -m tests.train.test_golden_curve`` rewrites it.
+The samples are drawn here, so the data engine and the fonts of rendered scenes do not matter. After a change that
+should move the curve, ``python -m tests.train.test_golden_curve`` rewrites it.
 """
 
 from __future__ import annotations
