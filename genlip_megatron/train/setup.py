@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from genlip_megatron.checkpoint.collectives import gather
 from genlip_megatron.checkpoint.saving import check_free_space
 from genlip_megatron.config import RunConfig
+from genlip_megatron.config.checks import check
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.presence import absent
 from genlip_megatron.data.quarantine import BadShare
@@ -55,6 +56,7 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
         ValueError: a setting or a file is wrong.
     """
     watchdog = watchdog or Watchdog(0)
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
     groups.initialize(config)
     watchdog.meet()
     watchdog.beat()
