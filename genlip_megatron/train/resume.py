@@ -113,7 +113,7 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
     if data:
         log("the data restarts: " + "; ".join(data))
     if changed := changes.accepted_changes(*_in_precision(saved, theirs, config)):
-        log("settings changed since the checkpoint: " + "; ".join(changed))
+        log("settings that differ from the checkpoint's: " + "; ".join(changed))
     log(f"resumed at step {run.iteration} from {place}")
 
 

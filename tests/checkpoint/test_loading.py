@@ -127,7 +127,7 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data
     (root / paths.SET_ASIDE).touch()
     error = start(config)
     assert (
-        f"checkpoint.save = {root}: " in error and "set_aside" in error and "later checkpoints must be moved" in error
+        f"checkpoint.save = {root}: " in error and "set_aside" in error and "Move later checkpoints" in error
     )
 
 
