@@ -126,9 +126,7 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data
     (root / "iter_0000002" / "common.pt").unlink()
     (root / paths.SET_ASIDE).touch()
     error = start(config)
-    assert (
-        f"checkpoint.save = {root}: " in error and "set_aside" in error and "Move later checkpoints" in error
-    )
+    assert f"checkpoint.save = {root}: " in error and "set_aside" in error and "Move later checkpoints" in error
 
 
 def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp_path: Path) -> None:

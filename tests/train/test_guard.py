@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -158,10 +159,10 @@ def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
                     if not param_is_not_tensor_parallel_duplicate(parameter):
                         parameter.grad.view(-1)[-1] = torch.nan
 
-    drills.spoil_gradients = spoil
     states = [state(run)]
     assert run.train_loader is not None
-    outcome = train_step(run, iter(run.train_loader))
+    with mock.patch.object(drills, "spoil_gradients", spoil):
+        outcome = train_step(run, iter(run.train_loader))
     run.train_loader.close()
     return outcome.verdict, outcome.updated, [*states, state(run)]
 
