@@ -94,13 +94,13 @@ def rerun(
         named = [(rank, old[kind], new[kind]) for rank, differs, old, new in reports if differs[kind]]
         if named:
             warn(
-                f"step {step}: TRANSIENT FAULT: the same micro-batches with the same weights gave another {name} the "
-                "second time; a device computes wrong; test or replace it: "
+                f"step {step}: TRANSIENT FAULT: a second pass over the same micro-batches with the same weights gave "
+                f"another {name}. A device computes wrong results; test or replace it: "
                 + "; ".join(f"{rank}: {old:.6g}, then {new:.6g}" for rank, old, new in named)
             )
             break
     else:
-        warn(f"step {step}: the second pass gave the same numbers: a fault of data or model, not of a device")
+        warn(f"step {step}: the second pass gave the same numbers: the data or the model is at fault, not a device")
     if second.finite:
         warn(f"step {step}: the second pass is finite and is used")
     return replace(second, stop=first.stop, unwritten=first.unwritten)
