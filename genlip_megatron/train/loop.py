@@ -87,53 +87,52 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     if run.iteration == 0:
         validate(run)
     batches: Iterator[Any] = iter(run.train_loader)
-    saved, safe, tally, status, leave = run.iteration, True, Tally(), 0, False
+    last_save, save_ok, tally, status, stopping = run.iteration, True, Tally(), 0, False
     while run.iteration < config.train.train_iters:
         outcome = train_step(run, batches, stop)
         run.watchdog.beat()
         run.iteration += 1
         tally.add(outcome)
-        leave = any(outcome.stop)
-        if outcome.roll_back and not leave:
+        stopping = any(outcome.stop)
+        if outcome.roll_back and not stopping:
             before = run.iteration
             batches = roll_back(run, batches, outcome.roll_back)
             run.watchdog.beat()
             if run.iteration < before:
-                saved, tally = run.iteration, Tally()
+                last_save, tally = run.iteration, Tally()
                 continue
         if run.saver is not None and run.saver.writing and not outcome.unwritten:
             finish_saves(run)
-        due = bool(config.train.exit_interval) and run.iteration % config.train.exit_interval == 0
+        exit_due = bool(config.train.exit_interval) and run.iteration % config.train.exit_interval == 0
         last = run.iteration == config.train.train_iters
-        at_end = due or last or leave
-        validation = last or (options.eval_interval and run.iteration % options.eval_interval == 0)
+        at_end = exit_due or last or stopping
+        validating = last or (options.eval_interval and run.iteration % options.eval_interval == 0)
         saving = at_end or run.iteration % config.checkpoint.save_interval == 0
         check_weights(run, saving and run.saver is not None)
-        if run.iteration % options.log_interval == 0 or at_end or validation or saving:
+        if run.iteration % options.log_interval == 0 or at_end or validating or saving:
             report(run, tally)
-            if validation and not leave:
+            if validating and not stopping:
                 validate(run)
-            if saving and run.iteration != saved:
+            if saving and run.iteration != last_save:
                 run.watchdog.beat()
-                safe = save(run, last=at_end)
+                save_ok = save(run, last=at_end)
                 run.watchdog.beat()
-                saved = run.iteration
+                last_save = run.iteration
             tally = Tally()
-        if leave:
-            unsaved = "; nothing is saved, because checkpoint.save is not set" if run.saver is None else ""
-            log(
-                text := f"stop requested by {describe_votes(outcome.stop)}: leaving after step {run.iteration}{unsaved}"
-            )
+        if stopping:
+            text = f"stop requested by {describe_votes(outcome.stop)}: leaving after step {run.iteration}"
+            text += "; nothing is saved, because checkpoint.save is not set" if run.saver is None else ""
+            log(text)
             tell_torchrun(text)
-            status = 0 if due or last else EXIT_PREEMPTED
+            status = 0 if exit_due or last else EXIT_PREEMPTED
         if at_end:
             break
-    safe = finish_saves(run) and safe
-    if leave and not safe:
-        # Otherwise torchrun would start the run again, though a stop was requested: the stop file is gone.
+    save_ok = finish_saves(run) and save_ok
+    if stopping and not save_ok:
+        # Without this torchrun would restart the run despite the stop request: the stop file is gone.
         mark_final(config.checkpoint.save, EXIT_NOT_SAVED, stop_requested=True)
     stop.obey()
-    return status if safe else EXIT_NOT_SAVED
+    return status if save_ok else EXIT_NOT_SAVED
 
 
 def _stop_before_the_first_step(stop: StopRequest) -> bool:
