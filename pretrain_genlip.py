@@ -4,17 +4,17 @@
 torchrun --nproc-per-node 2 pretrain_genlip.py --config demo --tp 2
 torchrun pretrain_genlip.py --help
 
-Ctrl-C, SIGTERM, SIGUSR1 or the file <save>/stop: the run finishes the step in flight, saves and leaves with status 17.
+Ctrl-C, SIGTERM, SIGUSR1 or the file <save>/stop: the run finishes the step in flight, saves and exits with status 17.
 A second signal, more than a second later, ends it at once.
 
 Exit status: 0 done, 2 a setting or a file is wrong, 17 stop requested (saved, if --save is given), 18 too many bad
-samples, 19 bad numbers that did not go away, 20 hung, 21 replicas' weights differ, 22 the last checkpoint could not be
-written, 128 + n ended at once by a second signal n. See docs/reliability.md.
+samples, 19 NaN, Inf or spikes after all rollbacks, 20 hung, 21 replicas' weights differ, 22 the last checkpoint could
+not be written, 128 + n ended at once by a second signal n. See docs/reliability.md.
 """
 
 from __future__ import annotations
 
-import genlip_megatron.command  # noqa: F401  first, for Ctrl-C while the others are imported
+import genlip_megatron.command  # noqa: F401  first: it handles Ctrl-C during the other imports
 
 # isort: split
 import os
@@ -39,7 +39,7 @@ def main() -> int:
     if print_config:
         print(config.to_yaml(), end="")
         return 0
-    # A validation says nothing about the training whose folder it may be given.
+    # The result of a validation says nothing about the run whose folder it is given.
     save = "" if config.log.eval_only else config.checkpoint.save
     status = final_exit(save)
     if status is not None:
@@ -50,19 +50,19 @@ def main() -> int:
     warn_of_shared_store()
     status = run(config)
     if status:
-        tell_torchrun(f"ended with status {status}, as the log says: see docs/reliability.md")
+        tell_torchrun(f"ended with status {status}; see the log and docs/reliability.md")
     mark_final(save, status)
     return status
 
 
 def warn_of_shared_store() -> None:
-    """torch 2.13's torchrun keeps one store over all restarts, with the addresses of dead workers in it, which those
-    started again may read first (pytorch issues 135712, 167288). It cannot be changed from inside a worker."""
+    """Warn that restarts may fail: torch 2.13's torchrun keeps one store for all restarts, and restarted workers may
+    read the addresses of dead ones from it (pytorch issues 135712, 167288). A worker cannot change this."""
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if restarts and shared and int(os.environ.get("RANK", "0")) == 0:
         print(
-            "warning: after a restart by --max-restarts the workers may fail to find each other; to prevent it, "
+            "warning: after a restart by --max-restarts workers may fail to connect to each other. To prevent it, "
             "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun",
             file=sys.stderr,
             flush=True,
@@ -70,7 +70,7 @@ def warn_of_shared_store() -> None:
 
 
 def describe(config: RunConfig) -> str:
-    """One line of what will run. All of it: ``--print-config``, and ``config.yaml`` in each checkpoint."""
+    """One line about the run. ``--print-config`` and ``config.yaml`` in checkpoints show the whole configuration."""
     parallel, data, train = config.parallel, config.data, config.train
     layout = {
         "tp": parallel.tensor_model_parallel_size,
@@ -98,10 +98,10 @@ def run(config: RunConfig) -> int:
 
     megatron_patches.install()
     from genlip_megatron.data.quarantine import DataFailure
-    from genlip_megatron.faults.exits import UserError
     from genlip_megatron.faults.watchdog import Watchdog
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import train
+    from genlip_megatron.user_error import UserError
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(config), flush=True)
@@ -112,15 +112,15 @@ def run(config: RunConfig) -> int:
         groups.finalize()
         return status
     except UserError as error:
-        # Most often every rank finds the same one, but a node may lack a file.
+        # Usually every rank finds the same error, but a single node may lack a file.
         say_error(str(error), groups.first_to_say(str(error)))
         return EXIT_USER_ERROR
     except DataFailure as error:
-        # Of samples in a row only the ranks that share them know; torchrun ends the others when these leave.
+        # Only the ranks that read the bad samples know; torchrun ends the others when these leave.
         say_error(str(error), groups.first_to_say(str(error)))
         return EXIT_DATA_FAILURE
     except ConnectionError as error:
-        # A store, or another process, may answer by the time that the workers are started again.
+        # A store or another process may answer after a restart.
         say_error(str(error), groups.first_to_say(str(error)))
         return 1
     finally:

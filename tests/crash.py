@@ -1,13 +1,13 @@
 """Crash points: a process is killed, or its disk fails, at the n-th file operation below a folder.
 
-What Python code does to files is counted where it reaches the operating system: opening for writing, each ``write``
-(a buffered file writes when its buffer is full, flushed or closed), closing, syncing, truncating, making, renaming,
-linking and removing; from any thread, and from processes forked later. Between two of these nothing on the disk
-changes, so that dying after each of them is dying in every state that a save passes through.
+Python's file operations are counted where they reach the operating system: opening for writing, each ``write`` (a
+buffered file writes when its buffer is full, flushed or closed), closing, syncing, truncating, creating, renaming,
+linking and removing; in any thread, and in processes forked later. The disk does not change between two operations, so
+killing after each of them covers every state that a save passes through.
 
-``torch.save`` to a path writes in C++; here it is given a Python file instead. Other code that writes without Python
-(safetensors' ``save_file``, libraries that call the C library) is not seen: ``unseen_files`` tells. Nor is who holds
-on to a function of ``os`` from before, as ``tempfile`` does for files that delete themselves.
+``torch.save`` to a path writes in C++; here it gets a Python file instead. Not counted: other code that writes without
+Python (safetensors' ``save_file``, C libraries), which ``unseen_files`` finds, and code that keeps an earlier reference
+to a function of ``os``, as ``tempfile`` does for files that delete themselves.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 
 VARIABLE = "TEST_CRASH_PLAN"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# A full disk refuses all that may need a block, and for delayed writes that is sync and close as well.
+# A full disk refuses operations that may need a block; with delayed writes also sync and close.
 _SPARED_BY_A_FULL_DISK = {"remove", "rmdir", "rename", "exchange", "chmod", "touch"}
 _FREES_SPACE = {"remove", "rmdir"}
 
@@ -43,12 +43,12 @@ class Plan:
     """What happens to file operations in or below ``folder``.
 
     Attributes:
-        log: a file that gets one line of JSON an operation.
+        log: a file that gets one line of JSON per operation.
         action: "count"; "kill": SIGKILL after operation ``at``; "tear": SIGKILL before it, but half of a write arrives;
-            "fail": it raises OSError, of a write after its first half.
+            "fail": it raises OSError; a write does so after its first half.
         at: the number of the operation, from 1.
         error: "ENOSPC" (only operations that may need space fail) or "EIO".
-        lasting: with fail, further operations fail as well; a full disk until something is removed.
+        lasting: with fail, later operations fail too; on a full disk until something is removed.
         rank: only on this rank.
     """
 
@@ -61,7 +61,7 @@ class Plan:
     rank: int = 0
 
     def env(self) -> dict[str, str]:
-        """The environment variable by which a process is given this plan."""
+        """The environment variable that gives a process this plan."""
         return {VARIABLE: json.dumps(asdict(self))}
 
     def operations(self) -> list[Operation]:
@@ -92,9 +92,9 @@ class Operation:
 
 
 def unseen_files(folder: Path, operations: list[Operation]) -> list[str]:
-    """Files now in or below ``folder`` whose size is not what the operations wrote: written past the hooks.
+    """Files now in or below ``folder`` whose size differs from what the operations wrote, so the hooks missed a write.
 
-    Renamed files and folders are followed; it is meant for folders that were empty when counting began.
+    Follows renames. The folder must have been empty when counting began.
     """
     written: dict[str, int] = {}
     for operation in operations:
@@ -111,7 +111,7 @@ def unseen_files(folder: Path, operations: list[Operation]) -> list[str]:
 
 
 def install_from_environment() -> None:
-    """Follow the plan of the environment, if there is one for this rank."""
+    """Install the plan of the environment, if it has one for this rank."""
     text = os.environ.get(VARIABLE)
     if text:
         plan = Plan(**json.loads(text))
@@ -132,7 +132,7 @@ class _Guard:
         self.write = os.write
 
     def inside(self, path: Any, dir_fd: int | None = None) -> str | None:
-        """The path relative to the plan's folder, or None when it lies elsewhere. Takes descriptors as well."""
+        """The path relative to the plan's folder, or None if it is outside. Also takes descriptors."""
         if getattr(self.local, "busy", False):
             return None
         if isinstance(path, int):
@@ -151,7 +151,7 @@ class _Guard:
         return os.path.relpath(full, self.folder)
 
     def do(self, operation: Operation, perform: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
-        """Perform an operation, or what the plan has for it; ``half`` does the first half of it."""
+        """Perform an operation, or the plan's action in its place; ``half`` performs its first half."""
         plan = self.plan
         with self.state.get_lock():
             self.local.busy = True
@@ -169,7 +169,7 @@ class _Guard:
                         perform()  # the descriptor is gone even when closing reports an error
                     code = getattr(errno, plan.error)
                     raise OSError(code, os.strerror(code), os.path.join(plan.folder, operation.path))
-                result = perform()  # what fails by itself changes nothing, and is not counted
+                result = perform()  # an operation that fails on its own changes nothing and is not counted
                 self.state[0] = number
                 line = {**asdict(operation), "thread": threading.current_thread().name}
                 if operation.kind == "write":
@@ -189,7 +189,7 @@ class _Guard:
         return number == self.plan.at or (self.plan.lasting and number > self.plan.at)
 
     def die(self) -> None:
-        """Kill this process; in a rank of its own session also what it has forked."""
+        """Kill this process, and in a rank with its own session also its forked processes."""
         if os.getpgrp() == self.leader:
             os.killpg(self.leader, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -202,7 +202,7 @@ def can_fail(error: str, kind: str) -> bool:
 
 
 def install(plan: Plan) -> None:
-    """Follow a plan in this process, for good."""
+    """Install a plan in this process permanently."""
     guard = _Guard(plan)
     _hook_paths(guard)
     _hook_descriptors(guard)
@@ -292,7 +292,7 @@ def _hook_open(guard: _Guard) -> None:
     real_open, os_open = io.open, os.open
 
     class File(io.FileIO):
-        """A raw file whose every operation is counted; buffers and text layers stand on top of it."""
+        """A raw file that counts every operation, under buffers and text layers."""
 
         def __init__(self, name: str, file: Any, mode: str, opener: Any = None, closefd: bool = True) -> None:
             super().__init__(file, mode, opener=opener, closefd=closefd)

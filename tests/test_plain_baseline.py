@@ -5,11 +5,9 @@ Float32 on CPU; tolerances are several times the worst difference seen (in brack
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import plain
 import pytest
 import torch
 from torch import Tensor
@@ -17,20 +15,6 @@ from torch import Tensor
 from genlip_megatron.testing.golden import load_golden
 
 ATOL_LOGITS = 4e-5
-FILE = Path(__file__).parent.parent / "tools" / "benchmarks" / "plain.py"
-
-
-def load_plain() -> ModuleType:
-    """tools/benchmarks/plain.py, which is a script folder and no package."""
-    spec = importlib.util.spec_from_file_location("plain", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plain"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-plain = load_plain()
 
 
 def padded(golden: dict[str, Tensor]) -> tuple[object, list[tuple[int, int, int]]]:

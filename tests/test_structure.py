@@ -17,30 +17,95 @@ from genlip_megatron import megatron_patches
 from genlip_megatron.convert.folder import SOURCES
 
 PACKAGE = Path(megatron_patches.__file__).parent
-FORBIDDEN = {
-    "data": {"model", "train", "checkpoint", "infer", "evaluate"},
-    "model": {"data", "train", "checkpoint", "infer", "evaluate"},
-    "parallel": {"train", "infer", "evaluate"},
-    "checkpoint": {"train", "infer", "evaluate", "convert"},
-    "faults": {"data", "model", "checkpoint", "train", "convert", "infer", "evaluate", "batch"},
-    "convert": {"train", "data", "infer", "evaluate"},
-    "config": {"data", "model", "train", "checkpoint", "parallel"},
-    "batch": {"data", "model", "train", "checkpoint", "parallel"},
+# Which room (a folder or a module of the package) may import which, lazily or not.
+ROOMS = {
+    "__init__": "",
+    "atomic_write": "",
+    "device": "",
+    "hf": "",
+    "log": "",
+    "optional": "",
+    "tokenizer": "",
+    "user_error": "",
+    "command": "",
+    "megatron_patches": "device",
+    "config": "faults",
+    "faults": "atomic_write config device log",
+    "batch": "config device",
+    "outputs": "data",
+    "parallel": "config convert faults model",
+    "model": "batch config convert device parallel",
+    "data": "__init__ atomic_write batch command config device outputs tokenizer",
+    "checkpoint": "atomic_write config device log megatron_patches model outputs parallel",
+    "convert": "batch checkpoint config hf megatron_patches model optional outputs parallel tokenizer",
+    "estimate": "config convert model train",
+    "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel",
+    "train": "batch checkpoint command config data device estimate faults infer log model parallel user_error",
+    "evaluate": "batch data model outputs",
+    "integrations": "hf",
+    "testing": "batch config device megatron_patches model parallel train",
 }
 # Files that are copied into exported folders: they need these libraries, Python's own and each other alone.
 SELF_CONTAINED, LIBRARIES = "hf", {"torch", "transformers", "numpy", "PIL"}
 
 
-def test_imports_go_one_way() -> None:
-    wrong = []
+def _modules() -> dict[str, Path]:
+    """File of each module of the package, by its name within the package; "__init__" is the package itself."""
+    modules = {}
     for file in PACKAGE.rglob("*.py"):
-        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("genlip_megatron."):
-                target = node.module.split(".")[1]
-                if target in FORBIDDEN.get(part, set()):
-                    wrong.append(f"{file.relative_to(PACKAGE)} imports {node.module}")
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)] = file
+    return modules
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def _imports(name: str, file: Path, modules: dict[str, Path]) -> set[str]:
+    """The package's modules that a module imports, at its top or within functions; not those only for types."""
+    found, waiting = set(), list[ast.AST]([ast.parse(file.read_text())])
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    while waiting:
+        node = waiting.pop()
+        if _is_for_types(node):
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([PACKAGE.name, *package[: len(package) - node.level + 1]]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            targets = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            parts = target.split(".")
+            if parts[0] == PACKAGE.name:
+                options = [".".join(parts[1:end]) or "__init__" for end in range(len(parts), 0, -1)]
+                found.add(next(option for option in options if option in modules))
+    return found - {name}
+
+
+def test_rooms_import_only_what_the_table_allows() -> None:
+    modules = _modules()
+    rooms = {name: name.split(".")[0] for name in modules}
+    wrong = [
+        f"{name} imports {target}"
+        for name, file in modules.items()
+        for target in _imports(name, file, modules)
+        if rooms[target] not in (rooms[name], *ROOMS[rooms[name]].split())
+    ]
     assert not wrong, wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = _modules()
+    left = {name: _imports(name, file, modules) for name, file in modules.items()}
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    circles = {name: sorted(targets & left.keys()) for name, targets in left.items()}
+    assert not circles, f"in a circle, or leading to one: {circles}"
 
 
 def test_exported_files_are_self_contained() -> None:
@@ -108,7 +173,8 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "evaluate.scenes",
         "train.breakdown",
         "config.checks",
-        "train.step",
+        "train.forward_backward",
+        "faults.stop",
     ],
 )
 def test_worked_examples_in_docstrings_hold(module: str) -> None:

@@ -18,16 +18,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from genlip_megatron.checkpoint import folder, manifest
-from genlip_megatron.checkpoint.folder import NotSaved
-from genlip_megatron.checkpoint.lock import own
+from genlip_megatron.checkpoint import manifest, paths
+from genlip_megatron.checkpoint.lock import acquire
 from genlip_megatron.checkpoint.manifest import CONFIG
+from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.retention import Keeper, deletable, kept
 from genlip_megatron.command import command
-from genlip_megatron.config import CheckpointConfig
+from genlip_megatron.config import CheckpointConfig, RunConfig
 from genlip_megatron.config.command_line import StrictParser
 
 _KINDS = ("fully_reshardable", "dp_reshardable")
@@ -72,9 +73,9 @@ def build_parser() -> StrictParser:
 
 def _places(path: Path) -> list[Path]:
     """The checkpoint that ``path`` is, or those in it, newest first; ValueError without any."""
-    if folder.step_of(path) is not None and path.is_dir():
+    if paths.step_of(path) is not None and path.is_dir():
         return [path]
-    if found := [folder.step_folder(path, step) for step in folder.steps(path)]:
+    if found := [paths.step_folder(path, step) for step in paths.steps(path)]:
         return found
     raise ValueError(f"{path}: neither a checkpoint (iter_NNNNNNN) nor a folder with one")
 
@@ -110,7 +111,7 @@ def list_checkpoints(options: argparse.Namespace) -> int:
     best = [step for step, why in kept(good, len(good) and 1, 0, defaults.keep_best).items() if why == "best"]
     print(f"{'step':>9}  {'saved (UTC)':19}  {'GB':>8}  {'optimizer state':17}  {'layout':12}  {'val. loss':>9}  state")
     for place, facts, wrong in looked:
-        step = folder.step_of(place)
+        step = paths.step_of(place)
         if facts is None:
             print(f"{step:>9}  {'':19}  {'':>8}  {'':17}  {'':12}  {'':>9}  damaged")
             continue
@@ -118,9 +119,9 @@ def list_checkpoints(options: argparse.Namespace) -> int:
         state = "damaged" if wrong else "good, best" if step in best else "good"
         size = f"{facts.size / 1e9:.3f}"
         print(f"{step:>9}  {facts.created[:19]:19}  {size:>8}  {facts.kind:17}  {_sizes(facts):12}  {loss:>9}  {state}")
-    pointer = folder.pointed(options.path)
-    if folder.step_of(options.path) is None and good and pointer != max(step for step, _ in good):
-        print(f"{folder.LATEST} names {pointer}; a run goes on from {max(step for step, _ in good)}")
+    pointer = paths.pointed(options.path)
+    if paths.step_of(options.path) is None and good and pointer != max(step for step, _ in good):
+        print(f"{paths.LATEST} names {pointer}; a run goes on from {max(step for step, _ in good)}")
     return 0
 
 
@@ -141,7 +142,7 @@ def prune(options: argparse.Namespace) -> int:
     """Delete what need not be kept."""
     rules, keeper = _rules(options), Keeper()
     _places(options.path)
-    lock, _ = own(options.path)
+    lock, _ = acquire(options.path)
     gone, wrong = keeper.prune(options.path, rules, options.dry_run)
     for problem in wrong:
         print(f"damaged, not counted: {problem}")
@@ -149,10 +150,10 @@ def prune(options: argparse.Namespace) -> int:
     print(f"{verb} steps: {', '.join(map(str, gone)) or 'none'}")
     if options.damaged:
         good, _ = keeper.good(options.path)
-        old = [step for step in folder.steps(options.path) if step not in good and good and step < max(good)]
+        old = [step for step in paths.steps(options.path) if step not in good and good and step < max(good)]
         damaged, left = deletable(options.path, old)
         for step in () if options.dry_run else damaged:
-            folder.remove(options.path, step)
+            paths.remove(options.path, step)
         print(f"{verb} damaged steps: {', '.join(map(str, damaged)) or 'none'}")
         keeper.left += left
     for line in keeper.left:
@@ -200,6 +201,12 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _build_run(config: RunConfig) -> Any:
+    from genlip_megatron.train.setup import build_run  # after megatron_patches.install in the new process
+
+    return build_run(config)
+
+
 def reshard(options: argparse.Namespace) -> int:
     """Write a checkpoint with the other kind of optimizer state."""
     from genlip_megatron.checkpoint.reshard import reshard as write
@@ -212,20 +219,20 @@ def reshard(options: argparse.Namespace) -> int:
         raise ValueError(f"--output {options.output}: it has a checkpoint {place.name} already; name another folder")
     if layout and options.to != "dp_reshardable":
         raise ValueError("--tp, --pp and --vpp belong to --to dp_reshardable; fully_reshardable state fits any layout")
-    print(f"wrote {write(place, options.to, options.output or place.parent, layout)}")
+    print(f"wrote {write(place, options.to, options.output or place.parent, _build_run, layout)}")
     return 0
 
 
 def rewind(options: argparse.Namespace) -> int:
     """Set later checkpoints aside."""
-    place = folder.step_folder(options.path, options.step)
+    place = paths.step_folder(options.path, options.step)
     if not place.is_dir():
-        steps = ", ".join(map(str, folder.steps(options.path))) or "none"
+        steps = ", ".join(map(str, paths.steps(options.path))) or "none"
         raise ValueError(f"--step {options.step}: {place} is missing; steps there: {steps}")
     if wrong := _look(place, True)[1]:
         raise ValueError("; ".join(wrong))
-    lock, _ = own(options.path)
-    for moved in folder.set_aside(options.path, options.step):
+    lock, _ = acquire(options.path)
+    for moved in paths.set_aside(options.path, options.step):
         print(f"set aside: {moved}")
     lock.close()
     print(f"a run with --save {options.path} goes on from step {options.step}")

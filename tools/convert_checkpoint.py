@@ -27,6 +27,7 @@ from typing import Any
 
 from genlip_megatron.command import command
 from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.log import to_stderr
 from genlip_megatron.optional import need_transformers
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -98,10 +99,6 @@ def _bar(total: int | None, what: str) -> Any:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr, leave=False)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def to_hf(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder."""
     import torch
@@ -118,7 +115,7 @@ def to_hf(options: argparse.Namespace) -> int:
         need_transformers()
     check_target(options.output, options.overwrite, foreign)
     with _bar(None, "checksums") as bar:
-        place, saved, source = conversion.open_checkpoint(options.source, _say, bar.update)
+        place, saved, source = conversion.open_checkpoint(options.source, to_stderr, bar.update)
     config = loading.read_config(place)
     tokenizer = options.tokenizer or Path(config.data.tokenizer)
     # An encoder alone reads no text: the file may be gone.
@@ -168,7 +165,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     if not tokenizer.is_file():
         raise ValueError(f"{tokenizer}: no such file; name the tokenizer that the weights belong to with --tokenizer")
     fingerprint = load_tokenizer(tokenizer, source.model.vocab_size).fingerprint
-    config = conversion.recorded_run(options.source, source.model, tokenizer, precision, _say)
+    config = conversion.recorded_run(options.source, source.model, tokenizer, precision, to_stderr)
     total = megatron_target.size_of(source, dtype)
     with (
         new_folder(options.output, total, options.overwrite, megatron_target.foreign) as partial,

@@ -97,7 +97,8 @@ def measured_peak(config: RunConfig, steps: int = 2) -> int:
     from megatron.core import parallel_state
 
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run, train_step
+    from genlip_megatron.train.setup import build_run
+    from genlip_megatron.train.step import train_step
 
     def train() -> None:
         run = build_run(config)

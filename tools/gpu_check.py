@@ -117,8 +117,9 @@ def train(config: Any, steps: int) -> dict[str, Any]:
     import torch
 
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     if reason := why_skipped(config):
         return {"skipped": reason}
@@ -130,14 +131,14 @@ def train(config: Any, steps: int) -> dict[str, Any]:
     begin = time.perf_counter()
     for step in range(steps):
         if step == steps // 2:
-            run.stepper.counts.zero_()
+            run.counts.zero_()
             torch.cuda.synchronize()
             begin = time.perf_counter()
         losses.append(train_step(run, batches).loss)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    counts = dict(zip(COUNTS, run.stepper.counts.tolist(), strict=True))
-    tflops = training_flops(run.stepper.counts, config.model) / seconds / 1e12
+    counts = dict(zip(COUNTS, run.counts.tolist(), strict=True))
+    tflops = training_flops(run.counts, config.model) / seconds / 1e12
     run.train_loader.close()
     groups.finalize()
     return {

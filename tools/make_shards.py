@@ -43,6 +43,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from genlip_megatron.atomic_write import atomic_path
 from genlip_megatron.command import WorkerPool, command
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.config.command_line import StrictParser
@@ -350,16 +351,9 @@ is_skipped_list = json_lines(lambda keys: "reason" in keys and keys <= {"row", "
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name only once it is complete."""
-    partial = target.with_name(f".{target.name}.partial")
-    with open(partial, "wb") as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+    """A file that takes its name when the block ends without an error."""
+    with atomic_path(target) as partial, open(partial, "wb") as file:
+        yield file
 
 
 def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[int, Counter[str]]:

@@ -11,19 +11,17 @@ are skipped (by size and time, else by checksum), so a killed run goes on where 
 
 from __future__ import annotations
 
-from genlip_megatron.command import WorkerPool, command
+from genlip_megatron.command import command
 
 # isort: split
 import argparse
 import collections
-import functools
 import itertools
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -33,46 +31,15 @@ from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import Totals, check_files, manifest_paths, open_dataset, other_shards, write_manifest
-from genlip_megatron.data.index import ShardIndex, UnreadableShard, refresh_index
+from genlip_megatron.data.index import ShardIndex
 from genlip_megatron.data.plan import Plan, Source
+from genlip_megatron.data.prepare import index_shards
 from genlip_megatron.data.text import Tokenizer, encode_prompt, load_tokenizer
 
 _ESTIMATE_SAMPLES = 50_000
 _LISTED = 20  # shards that are named one by one
 _SIDE_BINS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 16)
 _TOKEN_BINS = (0, 16, 32, 64, 128, 256, 512, 1024, 4096, 1 << 16)
-
-
-# Loaded once in each process: a large vocabulary takes longer to load than a small shard to index.
-_tokenizer = functools.cache(load_tokenizer)
-
-
-def prepare(shard: str, tokenizer_path: str, prompt: str) -> tuple[int, bool, str]:
-    """(good samples of a shard, whether its index was there already, what kept the shard from being indexed)."""
-    try:
-        index, unchanged = refresh_index(shard, _tokenizer(tokenizer_path), prompt)
-    except UnreadableShard as error:
-        return 0, False, str(error)
-    except Exception as error:  # whatever a shard holds, the others are indexed
-        return 0, False, f"{shard}: {type(error).__name__}: {error}"
-    return len(index.rows), unchanged, ""
-
-
-def index_shards(shards: Sequence[str], tokenizer: str, prompt: str, workers: int) -> tuple[int, dict[str, str]]:
-    """Index shards in processes; (how many were unchanged, what kept shards from being indexed, by shard)."""
-    unchanged, samples, problems = 0, 0, {}
-    # The workers are the parallelism; a tokenizer's own threads would only get in their way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with WorkerPool(max(1, workers)) as pool:
-        jobs = {pool.submit(prepare, shard, tokenizer, prompt): shard for shard in shards}
-        with tqdm(as_completed(jobs), total=len(jobs), desc="index", unit="shard", file=sys.stderr) as bar:
-            for job in bar:
-                count, old, problem = job.result()
-                unchanged, samples = unchanged + old, samples + count
-                if problem:
-                    problems[jobs[job]] = problem
-                bar.set_postfix(samples=samples, refresh=False)
-    return unchanged, problems
 
 
 def default_manifest(shards: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from genlip_megatron.atomic_write import atomic_path
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.evaluate import scenes
 
@@ -114,18 +115,12 @@ def is_own(file: Path) -> bool:
 def write_shard(folder: str, split: str, shard: int, first: int, count: int, seed: int) -> str:
     """Write one shard atomically; returns its name."""
     target = Path(folder) / f"{split}-{shard:05d}.tar"
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)  # what a killed process left
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for number in range(first, first + count):
-                for suffix, content in zip(("jpg", "json"), render(seed, split, number), strict=True):
-                    member = tarfile.TarInfo(f"{split}{number:06d}.{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(target) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for number in range(first, first + count):
+            for suffix, content in zip(("jpg", "json"), render(seed, split, number), strict=True):
+                member = tarfile.TarInfo(f"{split}{number:06d}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
     return target.name
 
 

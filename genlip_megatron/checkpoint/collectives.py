@@ -1,4 +1,4 @@
-"""Ranks that act as one: what rank 0 finds or does is known to all of them. One process needs no process group."""
+"""Collectives for saving and loading; errors reach every rank. A single process needs no process group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.device import current_device
 
 
@@ -30,14 +30,14 @@ def from_rank_0(value: Any) -> Any:
 
 
 def lowest(value: int) -> int:
-    """The lowest of all ranks' values."""
+    """The minimum of all ranks' values."""
     box = torch.tensor([value], device=current_device())
     torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MIN)
     return int(box.item())
 
 
 def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
-    """``value`` of every rank of a group, or of all, on each of them."""
+    """The values of all ranks of ``group`` (default: all ranks), on each of them."""
     if not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size(group)
@@ -46,17 +46,17 @@ def gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> l
 
 
 def gather_on_rank_0(value: Any) -> list[Any]:
-    """``value`` of every rank on rank 0; an empty list elsewhere."""
+    """The values of all ranks, on rank 0; an empty list elsewhere."""
     values: list[Any] = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else []
     torch.distributed.gather_object(value, values or None, dst=0)
     return values
 
 
 def on_rank_0(function: Callable[[], Any], only_there: bool = False) -> Any:
-    """What ``function`` returns on rank 0, on every rank; with ``only_there`` None elsewhere.
+    """Call ``function`` on rank 0; returns its result on every rank, or with ``only_there`` None elsewhere.
 
     Raises:
-        NotSaved: on every rank, when it failed on rank 0.
+        NotSaved: it failed on rank 0. Raised on every rank.
     """
     value, error = _tried(function) if rank() == 0 else (None, None)
     sent, error = from_rank_0((None if only_there else value, error))
@@ -66,10 +66,13 @@ def on_rank_0(function: Callable[[], Any], only_there: bool = False) -> Any:
 
 
 def everywhere(function: Callable[[], Any]) -> Any:
-    """What ``function``, which must not wait for other ranks once it has failed, returns on this rank. A collective.
+    """Call ``function`` on each rank; returns this rank's result. A collective.
+
+    Args:
+        function: must not wait for other ranks if it may fail on some.
 
     Raises:
-        NotSaved: on every rank, when it failed on any.
+        NotSaved: it failed on any rank. Raised on every rank.
     """
     value, error = _tried(function)
     if not lowest(error is None):
@@ -78,14 +81,14 @@ def everywhere(function: Callable[[], Any]) -> Any:
 
 
 def first_of(messages: Sequence[str | None]) -> str:
-    """The first few of the ranks' messages in a line, each with its rank; empty when there is none."""
+    """The first four of the ranks' messages in one line, each with its rank; empty without any."""
     named = [f"rank {i}: {message}" for i, message in enumerate(messages) if message]
     return "; ".join(named[:4]) + (f"; and on {len(named) - 4} more" if len(named) > 4 else "")
 
 
 def _tried(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(what ``function`` returned, None), or (None, why it failed)."""
+    """(result, None) of ``function``, or (None, error message)."""
     try:
         return function(), None
-    except Exception as error:  # whatever it is, the other ranks wait for the answer
+    except Exception as error:  # any error, because the other ranks wait for the answer
         return None, str(error) if isinstance(error, NotSaved) else f"{type(error).__name__}: {error}"

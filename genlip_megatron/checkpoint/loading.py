@@ -1,4 +1,4 @@
-"""Loading: find the newest good checkpoint, say what does not fit, and set a run's state from it."""
+"""Loading: find the newest good checkpoint, check that it fits, and set a run's state from it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from genlip_megatron.checkpoint import content, folder, manifest, metadata
+from genlip_megatron.checkpoint import manifest, parts, paths, torch_metadata
 from genlip_megatron.checkpoint.collectives import from_rank_0, gather, rank, world_size
-from genlip_megatron.checkpoint.content import SHARES, RandomStates, State
 from genlip_megatron.checkpoint.manifest import CONFIG, DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
+from genlip_megatron.checkpoint.parts import LAYOUT_OF_SHARDS, RandomStates, State
 from genlip_megatron.config import RunConfig, from_dict
 
 
@@ -23,7 +23,7 @@ def read_config(place: Path) -> RunConfig:
     """The configuration of the run that saved a checkpoint.
 
     Raises:
-        ValueError: the folder is not a checkpoint of this project.
+        ValueError: the folder is not a checkpoint.
     """
     file = place / CONFIG
     if not file.is_file():
@@ -34,31 +34,33 @@ def read_config(place: Path) -> RunConfig:
 def find(
     root: str | Path, checksums: bool, log: Callable[[str], None], progress: Callable[[int], Any] = lambda size: None
 ) -> tuple[Path, Manifest] | None:
-    """The newest good checkpoint under ``root``, or ``root`` itself when it is one; None where there is none at all.
+    """The newest good checkpoint in ``root``, or ``root`` itself if it is one; None without any checkpoint.
 
-    Damaged ones are passed over loudly. A collective over all ranks, which share the reading; ``progress`` is told the
-    bytes of each file that has been read.
+    Damaged checkpoints are skipped with a warning. A collective over all ranks, which divide the reading.
+
+    Args:
+        progress: called with the bytes of each file that has been read.
 
     Raises:
-        ValueError: there are checkpoints and none is good; ``root`` is a checkpoint and damaged.
+        ValueError: every checkpoint is damaged.
     """
     root = Path(root)
-    itself = folder.step_of(root) is not None
-    places = [root] if itself else [folder.step_folder(root, step) for step in folder.steps(root)]
+    itself = paths.step_of(root) is not None
+    places = [root] if itself else [paths.step_folder(root, step) for step in paths.steps(root)]
     places = from_rank_0(places)
     damage: list[str] = []
     for place in places:
-        found = _verified(place, checksums, folder.step_of(place), progress)
+        found = _verified(place, checksums, paths.step_of(place), progress)
         if isinstance(found, Manifest):
             if damage:
                 log(
-                    "WARNING: damaged checkpoints are passed over:\n  "
+                    "WARNING: skipping damaged checkpoints:\n  "
                     + "\n  ".join(damage)
-                    + f"\nWARNING: going on from step {found.iteration} instead"
+                    + f"\nWARNING: resuming from step {found.iteration} instead"
                 )
-            named = folder.pointed(root)
+            named = paths.pointed(root)
             if not itself and not damage and named != found.iteration:
-                log(f"WARNING: {root / folder.LATEST} names step {named}; the newest good one is {found.iteration}")
+                log(f"WARNING: {root / paths.LATEST} names step {named}; the newest good one is {found.iteration}")
             return place, found
         damage += found
     if not places:
@@ -66,9 +68,9 @@ def find(
     raise ValueError(f"no good checkpoint in {root}: " + "; ".join(damage))
 
 
-# Of an optimizer's parameter group, what training changes. "step" is where Transformer Engine's and Apex's count too.
+# Entries of an optimizer's parameter group that training changes; "step" counts updates.
 _STATE_OF_A_GROUP = ("params", "step")
-# What decides which rank a random state belongs to.
+# Settings that decide which rank a random state belongs to.
 _PLACES = (
     "world_size",
     "tensor_model_parallel_size",
@@ -78,13 +80,13 @@ _PLACES = (
 
 
 def _verified(place: Path, checksums: bool, step: int | None, progress: Callable[[int], Any]) -> Manifest | list[str]:
-    """A checkpoint's manifest when it is good, else what is wrong with it. A collective."""
+    """The manifest of a good checkpoint, else its damage. A collective."""
     found: Manifest | list[str] = []
     if rank() == 0:
         try:
             found = manifest.read(place)
             if step != found.iteration:
-                found = [f"{place}: of step {found.iteration} by its {manifest.MANIFEST}, not {step}"]
+                found = [f"{place}: its {manifest.MANIFEST} says step {found.iteration}, not {step}"]
         except manifest.Damaged as error:
             found = [str(error)]
     found = from_rank_0(found)
@@ -97,7 +99,7 @@ def _verified(place: Path, checksums: bool, step: int | None, progress: Callable
 
 def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
     """Why ``dp_reshardable`` state cannot be read on this layout."""
-    here = content.describe_layout(config, world_size())
+    here = parts.describe_layout(config, world_size())
     settings = {
         "precision": "train.precision",
         "fused_norms": "norms within the linears (train.transformer_impl = transformer_engine, unless "
@@ -106,42 +108,42 @@ def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
     }
     return [
         f"{settings.get(name, f'parallel.{name}')}: {saved.layout.get(name)!r} in the checkpoint, {here[name]!r} here"
-        for name in SHARES
+        for name in LAYOUT_OF_SHARDS
         if saved.kind == DP_RESHARDABLE and saved.layout.get(name) != here[name]
     ]
 
 
 def read_common(place: Path) -> dict[str, Any]:
-    """The part of a checkpoint that is the same on every rank: plain values and tensors, no code."""
+    """The common part of a checkpoint, the same for every rank: plain values and tensors, no code."""
     return load_common_state_dict(str(place))
 
 
 def _describe_weights(place: Path, model: list[Any], log: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """What is to be loaded into the model; says so when FP8 scales are not in the checkpoint."""
-    weights = content.weights_of(model)
-    if content.has_unsaved_fp8_state(model):
-        log(f"{place}: FP8 attention's scales are not saved with train.first_last_layers_bf16, and are found anew")
-    if missing := content.leave_out_fp8_state(weights, metadata.read(place)):
-        log(f"{place} lacks FP8 scales, which are found anew: {missing[0]} and {len(missing) - 1} more")
+    """The tensors to load into the model; logs FP8 scales that the checkpoint lacks."""
+    weights = parts.weights_of(model)
+    if parts.has_unsaved_fp8_state(model):
+        log(f"{place}: FP8 attention's scales are not saved with train.first_last_layers_bf16 and start new")
+    if missing := parts.leave_out_fp8_state(weights, torch_metadata.read(place)):
+        log(f"{place} lacks FP8 scales, which start new: {missing[0]} and {len(missing) - 1} more")
     return weights
 
 
 def load_weights(place: Path, model: list[Any], log: Callable[[str], None]) -> None:
-    """Set the model's weights, and FP8 scales where there are, from a checkpoint of any layout. A collective."""
+    """Set the model's weights and any FP8 scales from a checkpoint of any layout. A collective."""
     state = {"model": _describe_weights(place, model, log)}
     objects = read_common(place)["objects"]
-    content.put_objects(state, objects)
-    content.set_weights(model, dist_checkpointing.load(state, str(place))["model"])
+    parts.put_objects(state, objects)
+    parts.set_weights(model, dist_checkpointing.load(state, str(place))["model"])
 
 
 def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
-    """Raise ValueError when the optimizer's state cannot be read on this layout."""
+    """Raise ValueError if this layout cannot read the optimizer state."""
     if differing := _kind_differences(saved, config):
-        fused = saved.layout.get("fused_norms") or saved.layout.get("fp8_primary_weights")  # reshard refuses these
+        fused = saved.layout.get("fused_norms") or saved.layout.get("fp8_primary_weights")  # reshard refuses them
         other = (
-            f"whose last save, of kind {FULLY_RESHARDABLE}, any layout reads"
+            f"or load its last save, of kind {FULLY_RESHARDABLE}, which any layout reads"
             if fused
-            else f"or make it readable by any: tools/checkpoints.py reshard {place}"
+            else f"or make it readable by any layout: tools/checkpoints.py reshard {place}"
         )
         raise ValueError(
             f"{place} holds optimizer state of kind {saved.kind}, which needs the layout that saved it: "
@@ -153,8 +155,8 @@ def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
 def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
     """Set moments, master weights and the count of steps. All other settings of the groups stay this run's.
 
-    Optimizers restore those of the checkpoint, and Megatron-Core's schedule prefers a group's ``max_lr`` and ``min_lr``
-    to its own.
+    Without this, optimizers restore the checkpoint's settings, and Megatron-Core's schedule prefers a group's
+    ``max_lr`` and ``min_lr`` to its own.
     """
     configured = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
@@ -164,14 +166,14 @@ def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None
         group.update({name: value for name, value in settings.items() if name not in _STATE_OF_A_GROUP} | restored)
 
 
-@torch.no_grad()  # Megatron-Core 0.16.1 copies into float32 weights without it
+@torch.no_grad()  # Megatron-Core 0.16.1 copies into float32 weights and lacks it
 def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Callable[[str], None]) -> None:
     """Set weights, optimizer, schedule and random states from a checkpoint. A collective.
 
     Settings of the optimizer and the schedule stay those of ``config``.
 
     Raises:
-        ValueError: its optimizer state cannot be read on this layout.
+        ValueError: this layout cannot read its optimizer state.
     """
     check_layout(place, saved, config)
     weights = _describe_weights(place, state.model, log)
@@ -181,16 +183,16 @@ def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Cal
         "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=kind_of_state),
     }
     random = RandomStates.of_this_run()
-    here = content.describe_layout(config, world_size())
+    here = parts.describe_layout(config, world_size())
     same_place = all(saved.layout[name] == here[name] for name in _PLACES)
     if same_place and saved.random == random.sizes:
         request["random"] = random.parts
     common = read_common(place)
-    content.put_objects(request, common["objects"])
+    parts.put_objects(request, common["objects"])
     loaded = dist_checkpointing.load(request, str(place))
-    content.set_weights(state.model, loaded["model"])
+    parts.set_weights(state.model, loaded["model"])
     _load_optimizer(state.optimizer, loaded["optimizer"])
-    state.scheduler.num_steps = 0  # Megatron-Core adds the steps it loads to those it has done
+    state.scheduler.num_steps = 0  # Megatron-Core adds the loaded steps to it
     state.scheduler.load_state_dict(common["scheduler"])
     if "random" in request:
-        content.set_random_states({name: values.view(-1) for name, values in loaded["random"].items()})
+        parts.set_random_states({name: values.view(-1) for name, values in loaded["random"].items()})

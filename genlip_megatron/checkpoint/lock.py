@@ -1,4 +1,4 @@
-"""One process at a time saves to a folder of checkpoints, and every rank sees the same folder."""
+"""The lock of a folder of checkpoints: one run at a time saves to it, and all its ranks see the same folder."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from genlip_megatron.checkpoint.folder import NotSaved
+from genlip_megatron.checkpoint.paths import NotSaved
 
 LOCK = "run.lock"
 
 
-def own(root: str | Path, patience: float = 0.0, log: Callable[[str], None] = lambda text: None) -> tuple[IO[str], str]:
-    """(a file whose lock lasts until it is closed or the process ends, what it says) of a folder that is made.
+def acquire(
+    root: str | Path, patience: float = 0.0, log: Callable[[str], None] = lambda text: None
+) -> tuple[IO[str], str]:
+    """Create the folder and lock it; returns (lock file, its text). The lock ends when the file is closed.
 
-    Where the file system has no locks, nothing keeps others out.
+    On a file system without locks other processes are not kept out.
 
     Args:
-        patience: seconds to wait for another process to end.
+        patience: seconds to wait for another process to release the folder.
 
     Raises:
-        NotSaved: another process holds the folder.
-        OSError: it cannot be written to.
+        NotSaved: another process holds the lock.
+        OSError: the folder cannot be written to.
     """
     Path(root).mkdir(parents=True, exist_ok=True)
     file = open(Path(root) / LOCK, "a+", errors="replace")  # noqa: SIM115
@@ -35,7 +37,7 @@ def own(root: str | Path, patience: float = 0.0, log: Callable[[str], None] = la
         _lock(file, root, patience, log)
         file.seek(0)
         if (found := file.read()) and not re.match(r"\S+ process \d|\0", found):  # \0 after a power cut
-            raise NotSaved(f"{Path(root) / LOCK} is a file that no run has written; move it, or choose another folder")
+            raise NotSaved(f"{Path(root) / LOCK} was not written by a run. Move it, or choose another folder")
         text = f"{socket.gethostname()} process {os.getpid()} {secrets.token_hex(8)}\n"
         file.truncate(0)
         file.write(text)
@@ -48,7 +50,7 @@ def own(root: str | Path, patience: float = 0.0, log: Callable[[str], None] = la
 
 
 def _lock(file: IO[str], root: str | Path, patience: float, log: Callable[[str], None]) -> None:
-    end, told = time.monotonic() + patience, False
+    end, logged = time.monotonic() + patience, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,19 +59,19 @@ def _lock(file: IO[str], root: str | Path, patience: float, log: Callable[[str],
             file.seek(0)
             owner = file.read().rpartition(" ")[0] or "another process"
             if time.monotonic() >= end:
-                raise NotSaved(f"{owner} is saving to {root}; end it, or choose another folder") from None
-            if not told:
+                raise NotSaved(f"{owner} is saving to {root}. End it, or choose another folder") from None
+            if not logged:
                 log(f"waiting up to {patience:.0f} s for {owner}, which is saving to {root}")
-                told = True
+                logged = True
             time.sleep(0.2)
         except OSError:  # no locks here
             return
 
 
-def seen(root: str | Path, text: str) -> str | None:
-    """Why this process does not see the folder whose owner wrote ``text``, or None."""
+def why_not_shared(root: str | Path, text: str) -> str | None:
+    """Why this process does not see the folder whose lock file says ``text``, or None if it does."""
     try:
         found = (Path(root) / LOCK).read_text()
     except OSError as error:
         found = str(error)
-    return None if found == text else f"{socket.gethostname()} does not see rank 0's folder, and all ranks write to one"
+    return None if found == text else f"{socket.gethostname()} does not see rank 0's folder. All ranks must share it"

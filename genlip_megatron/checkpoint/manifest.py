@@ -1,7 +1,7 @@
-"""Manifest: what a checkpoint is and what its files must look like, so that a damaged one is known before it is used.
+"""Manifest of a checkpoint: finds damage before the checkpoint is used.
 
-``manifest.json`` stands in every checkpoint folder and holds the size and SHA-256 of every other file, facts about the
-run, and a SHA-256 of itself. It is written in one exact form, so that any flipped bit in it shows as well.
+``manifest.json`` in every checkpoint folder holds the size and SHA-256 of every other file, facts about the run, and a
+SHA-256 of itself. Its form is exact, so any flipped bit in it shows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from genlip_megatron.outputs import first_other
 MANIFEST, COMMON, CONFIG = "manifest.json", "common.pt", "config.yaml"
 # Kinds of optimizer state.
 DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
-WEIGHTS_ONLY = "weights"  # converted from elsewhere: there is no state of a run
-TENSORS = ".distcp"  # files of tensors, all but kilobytes of a checkpoint
+WEIGHTS_ONLY = "weights"  # converted from another format: no optimizer state
+TENSORS = ".distcp"  # files of tensors; the others have kilobytes
 _FORMAT = 1
 _BLOCK = 8 * 2**20
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "nvidia-dali-cuda130", "numpy")
@@ -46,14 +46,14 @@ class Manifest:
 
     Attributes:
         iteration: the step after which it was saved.
-        kind: of its optimizer state, ``dp_reshardable`` or ``fully_reshardable``; ``weights`` when there is none.
-        layout: parallel sizes and what else decides which rank holds what.
+        kind: of its optimizer state: ``dp_reshardable``, ``fully_reshardable`` or ``weights`` (none).
+        layout: settings that decide which rank holds what, see ``parts.describe_layout``.
         validation_loss: of that step, if it was validated.
         tokenizer, data: fingerprints.
-        random: bytes of each random state of a rank, by name.
+        random: name -> bytes of each random state of a rank.
         versions, revision: of the software that saved it.
         created: UTC, ISO 8601.
-        files: relative path -> facts, of every file but the manifest.
+        files: relative path -> facts of every file except the manifest.
     """
 
     iteration: int
@@ -74,13 +74,13 @@ class Manifest:
         return sum(facts.size for facts in self.files.values())
 
     def to_bytes(self) -> bytes:
-        """The file's one exact form."""
+        """The content of ``manifest.json``."""
         tree = {"format": _FORMAT, **asdict(self)}
         return _exact({**tree, "sha256": hashlib.sha256(_exact(tree)).hexdigest()})
 
 
 class Damaged(ValueError):
-    """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+    """A damaged checkpoint; the message names the file and the damage."""
 
 
 def _exact(tree: dict[str, Any]) -> bytes:
@@ -91,7 +91,7 @@ def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        Damaged: there is none, or it is not what was written.
+        Damaged: it is missing, or differs from what was written.
     """
     file = folder / MANIFEST
     try:
@@ -100,9 +100,9 @@ def read(folder: Path) -> Manifest:
         stated = tree.pop("sha256")
         whole = {**tree, "sha256": hashlib.sha256(_exact(tree)).hexdigest()}
         if whole["sha256"] != stated or content != _exact(whole):
-            raise Damaged(f"{file}: damaged, its own checksum does not match")
+            raise Damaged(f"{file}: damaged, its checksum does not match")
         if tree.pop("format") != _FORMAT:
-            raise Damaged(f"{file}: of another format than {_FORMAT}; load it with the version that wrote it")
+            raise Damaged(f"{file}: its format is not {_FORMAT}. Load it with the version that wrote it")
         tree["files"] = {name: FileFacts(**facts) for name, facts in tree["files"].items()}
         return Manifest(**tree)
     except FileNotFoundError:
@@ -113,12 +113,12 @@ def read(folder: Path) -> Manifest:
         raise Damaged(f"{file}: damaged, not the JSON that was written") from None
 
 
-# What a run's checkpoint consists of, with a damaged or missing manifest too.
+# Files of a run's checkpoint, also without a readable manifest.
 _OWN = re.compile(r"__\d+_\d+\.distcp|\.metadata|metadata\.json|common\.pt|config\.yaml|manifest\.json")
 
 
 def foreign(folder: Path) -> str:
-    """What a checkpoint's folder holds that no checkpoint has; "" where all of it may be deleted."""
+    """A file in a checkpoint's folder that no checkpoint has; "" if the whole folder may be deleted."""
     if folder.is_symlink() or not folder.is_dir():
         return "it is a link or a file"
     try:
@@ -131,7 +131,7 @@ def foreign(folder: Path) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
+    """SHA-256 of a file, hexadecimal."""
     digest, block = hashlib.sha256(), bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -140,7 +140,7 @@ def sha256_of(path: Path) -> str:
 
 
 def facts_of(path: Path) -> FileFacts:
-    """Size and checksum of a file, read anew."""
+    """Size and checksum of a file, read from disk."""
     return FileFacts(path.stat().st_size, sha256_of(path))
 
 
@@ -166,12 +166,12 @@ def problems(
     part: tuple[int, int] = (0, 1),
     progress: Callable[[int], Any] = lambda size: None,
 ) -> list[str]:
-    """What is wrong with a checkpoint's files, a line each; none of a good one.
+    """Damage of a checkpoint's files, one line each; empty for a good checkpoint.
 
     Args:
-        checksums: read every file; otherwise those of tensors are only looked at for their sizes.
-        part: (i, n) looks at the i-th of n shares of about equal size, so that ranks may share the work.
-        progress: is told the bytes of each file that has been looked at.
+        checksums: read every file; otherwise only the sizes of tensor files are checked.
+        part: (i, n) checks the i-th of n parts of about equal size, to divide the work over ranks.
+        progress: called with the bytes of each checked file.
     """
     shares = [0] * part[1]
     mine: list[tuple[str, FileFacts]] = []
@@ -191,7 +191,7 @@ def problems(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it is built on."""
+    """Versions of Python, this package and its main dependencies."""
     found = {"python": platform.python_version()}
     for name in ("genlip-megatron", *_PACKAGES):
         try:
@@ -202,7 +202,7 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """Revision of the source tree that is running, with "+changes" when files differ; empty outside of a checkout."""
+    """Git revision of this source tree, with "+changes" if files differ; empty outside of a checkout."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -215,5 +215,5 @@ def revision() -> str:
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """The current time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

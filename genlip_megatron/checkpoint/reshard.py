@@ -1,4 +1,7 @@
-"""Turning one kind of optimizer state into the other, offline: on CPU processes, without data."""
+"""Resharding: rewrite a checkpoint with the other kind of optimizer state, on CPU processes, without data.
+
+Imports within functions wait until ``megatron_patches.install`` has run in the new processes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from genlip_megatron.config import LOCAL_LAYERS, RunConfig, override
-from genlip_megatron.convert.table import FP8_STATE
+from genlip_megatron.log import log
 
-# A run's layout on as few ranks as hold its shards; what does not change how state is cut is left out.
-_ALONE = {
+# The run's layout on the fewest ranks that hold its shards. Settings that do not change how state is cut are off.
+_FEWEST_RANKS = {
     "parallel.context_parallel_size": 1,
     "parallel.overlap_param_gather": False,
     "parallel.offload_modules": (),
@@ -25,19 +28,23 @@ _ALONE = {
     "train.attention_backend": "auto",
     **LOCAL_LAYERS,
 }
-# Written anew by the save.
-_RENEWED = ("model", "optimizer", "scheduler", "objects", "iteration", "random")
+# Parts of the common state that the save writes itself.
+_REWRITTEN = ("model", "optimizer", "scheduler", "objects", "iteration", "random")
+
+BuildRun = Callable[[RunConfig], Any]
 
 
-def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None = None) -> Path:
-    """Write a checkpoint again with the other kind of optimizer state; everything else stays. Takes
-    tensor * pipeline parallel size processes.
+def reshard(place: Path, kind: str, output: Path, build_run: BuildRun, layout: dict[str, int] | None = None) -> Path:
+    """Rewrite a checkpoint with the other kind of optimizer state; everything else stays the same.
+
+    Starts tensor x pipeline parallel size processes.
 
     Args:
         place: the checkpoint.
         kind: of optimizer state to write.
         output: folder of checkpoints to write to; the source's own folder replaces it once the new one is complete.
-        layout: ``dp_reshardable`` only: the ``parallel`` settings that are to read it; by default the source's.
+        build_run: ``train.setup.build_run`` or a function that imports and calls it; each process calls it.
+        layout: ``parallel`` settings of the run that will read ``dp_reshardable`` state; by default the source's.
 
     Returns:
         The new checkpoint.
@@ -46,36 +53,39 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
         ValueError: the checkpoint is damaged, of that kind already, or does not fit the layout; or it could not be
             written.
     """
-    from genlip_megatron.checkpoint import folder, loading, manifest, metadata
+    from genlip_megatron.checkpoint import loading, manifest, paths, torch_metadata
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY
     from genlip_megatron.config.checks import check
+    from genlip_megatron.model.fp8_state import is_fp8_state
     from genlip_megatron.model.te_support import fp8_primary_weights, fused_norms
 
     saved = manifest.read(place)
     if saved.kind == WEIGHTS_ONLY:
-        raise ValueError(f"{place} holds weights only, which any layout reads: there is no optimizer state to turn")
+        raise ValueError(f"{place} holds weights only, which any layout reads: there is no optimizer state to reshard")
     if saved.kind == kind and not layout:
         raise ValueError(f"{place} holds {kind} optimizer state already")
     if saved.kind == DP_RESHARDABLE and layout:
-        raise ValueError(f"{place} is {saved.kind}, which its own layout alone reads: first make it fully_reshardable")
+        raise ValueError(
+            f"{place} is {saved.kind}: only its own layout reads it. First reshard it to {FULLY_RESHARDABLE}"
+        )
     if wrong := manifest.problems(place, saved, checksums=True):
         raise ValueError("; ".join(wrong))
     recorded = loading.read_config(place)
     if recorded.parallel.fsdp:
-        raise ValueError(f"{place} was saved with --fsdp, whose optimizer state is read by any layout")
+        raise ValueError(f"{place} was saved with --fsdp: any layout reads its optimizer state")
     if (fused_norms(recorded) or fp8_primary_weights(recorded)) and DP_RESHARDABLE in (saved.kind, kind):
         raise ValueError(
-            f"{place}: the {DP_RESHARDABLE} state of Transformer Engine's layers holds parameters in an order of its "
-            "own, which this tool does not know; resume it on its own layout: what a run saves last is "
+            f"{place}: {DP_RESHARDABLE} state of Transformer Engine's layers holds parameters in an order of its own, "
+            "which this tool does not know. Resume the run on its own layout: its last save is "
             f"{FULLY_RESHARDABLE}"
         )
-    if any(FP8_STATE in key for key in metadata.read(place).state_dict_metadata):
-        print(f"{place}: its FP8 scales are left out; a run that needs them finds them anew")
+    if any(is_fp8_state(key) for key in torch_metadata.read(place).state_dict_metadata):
+        log(f"{place}: its FP8 scales are left out; a run that needs them starts with new ones")
     changes: dict[str, Any] = {f"parallel.{name}": size for name, size in (layout or {}).items()}
     if layout:
         changes |= {f"parallel.num_layers_in_{end}_pipeline_stage": 0 for end in ("first", "last")}
     recorded = override(recorded, {**changes, "train.precision": saved.layout["precision"]})
-    config = override(recorded, {**_ALONE, "checkpoint.save": str(output), "checkpoint.keep_last": 0})
+    config = override(recorded, {**_FEWEST_RANKS, "checkpoint.save": str(output), "checkpoint.keep_last": 0})
     world_size = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     check(config, world_size)
     with socket.socket() as probe:
@@ -84,16 +94,16 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
     try:
         with _without_gpus():
             torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-                _work, (world_size, port, config, recorded, place, kind), nprocs=world_size
+                _work, (world_size, port, config, recorded, place, kind, build_run), nprocs=world_size
             )
     except ProcessException as error:
         raise ValueError(f"{place} could not be resharded: {str(error).strip().splitlines()[-1]}") from error
-    return folder.step_folder(output, saved.iteration)
+    return paths.step_folder(output, saved.iteration)
 
 
 @contextlib.contextmanager
 def _without_gpus() -> Iterator[None]:
-    """Processes started within see no GPU."""
+    """Processes that start inside this context see no GPU."""
     name = "CUDA_VISIBLE_DEVICES"
     before = os.environ.get(name)
     os.environ[name] = ""
@@ -106,7 +116,14 @@ def _without_gpus() -> Iterator[None]:
 
 
 def _work(
-    rank: int, world_size: int, port: int, config: RunConfig, recorded: RunConfig, place: Path, kind: str
+    rank: int,
+    world_size: int,
+    port: int,
+    config: RunConfig,
+    recorded: RunConfig,
+    place: Path,
+    kind: str,
+    build_run: BuildRun,
 ) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -118,11 +135,9 @@ def _work(
     from megatron.core import dist_checkpointing
 
     from genlip_megatron.checkpoint import loading, manifest
-    from genlip_megatron.checkpoint.content import RandomStates, State
+    from genlip_megatron.checkpoint.parts import RandomStates, State
     from genlip_megatron.checkpoint.saving import Facts, Saver
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run
-    from genlip_megatron.train.report import log
 
     groups.initialize(config)
     saved = manifest.read(place)
@@ -134,7 +149,7 @@ def _work(
     random = dataclasses.replace(
         random, parts={name: dataclasses.replace(part, data=rows[name]) for name, part in random.parts.items()}
     )
-    common = {name: value for name, value in loading.read_common(place).items() if name not in _RENEWED}
+    common = {name: value for name, value in loading.read_common(place).items() if name not in _REWRITTEN}
     facts = Facts(saved.tokenizer, saved.data, saved.validation_loss)
     saver = Saver(config, state, log, recorded=recorded)
     saver.save(saved.iteration, common, kind, facts, random=random)

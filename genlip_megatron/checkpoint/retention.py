@@ -1,4 +1,4 @@
-"""Retention: which checkpoints of a run are kept. Only good ones count, and only good ones are deleted."""
+"""Retention: which checkpoints of a run are kept. Only good checkpoints count, and only good ones are deleted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint.manifest import FULLY_RESHARDABLE
 from genlip_megatron.config import CheckpointConfig
 
@@ -18,14 +18,14 @@ def kept(
     keep_best: int,
     any_layout: Collection[int] = (),
 ) -> dict[int, str]:
-    """step -> why it is kept.
+    """step -> why its checkpoint is kept.
 
     Args:
         checkpoints: (step, validation loss or None) of every good checkpoint.
-        keep_last: so many of the newest; 0 keeps all.
-        keep_every: and those of steps that are a multiple of this; 0: none.
-        keep_best: and so many of the lowest finite validation loss; of equal ones the newest.
-        any_layout: steps that any layout can resume from, of which the newest is kept.
+        keep_last: number of newest checkpoints to keep; 0 keeps all.
+        keep_every: keep steps that are a multiple of this; 0: none.
+        keep_best: number of checkpoints with the lowest finite validation loss to keep; the newest of equal ones.
+        any_layout: steps that any layout can resume from; the newest is kept.
 
     >>> kept([(10, 3.5), (20, 3.1), (30, 3.3), (40, None)], keep_last=1, keep_every=30, keep_best=1)
     {20: 'best', 30: 'every 30', 40: 'last'}
@@ -44,11 +44,11 @@ def kept(
 
 
 class Keeper:
-    """Prunes the checkpoints of a run and remembers which it has found good, so that each is read once.
+    """Prunes the checkpoints of a run; remembers the good ones, so each is read once.
 
     Attributes:
-        reading: whether files are being read, which takes long where there are many of other processes.
-        left: why the last ``prune`` left checkpoints that need not be kept: they hold other files as well.
+        reading: whether files are being read, which may take long.
+        left: why the last ``prune`` did not delete some checkpoints: they hold other files as well.
     """
 
     def __init__(self) -> None:
@@ -57,14 +57,14 @@ class Keeper:
         self._good: set[tuple[str, tuple[tuple[str, int, int], ...]]] = set()
 
     def trust(self, place: Path, facts: manifest.Manifest) -> None:
-        """Take a checkpoint for good that this process has written and hashed."""
+        """Remember a checkpoint as good that this process has written and hashed."""
         self._good.add((str(place), _state(place, facts)))
 
     def good(self, root: str | Path, checksums: bool = True) -> tuple[dict[int, manifest.Manifest], list[str]]:
-        """(step -> manifest of the good checkpoints, what is wrong with the others)."""
+        """(step -> manifest of the good checkpoints, damage of the others)."""
         found, wrong = {}, []
-        for step in folder.steps(root):
-            place = folder.step_folder(root, step)
+        for step in paths.steps(root):
+            place = paths.step_folder(root, step)
             try:
                 facts = manifest.read(place)
                 state = (str(place), _state(place, facts))
@@ -84,27 +84,27 @@ class Keeper:
         return found, wrong
 
     def prune(self, root: str | Path, options: CheckpointConfig, dry_run: bool = False) -> tuple[list[int], list[str]]:
-        """(steps that were deleted, what is wrong with damaged ones, which stay where they are).
+        """(deleted steps, damage of damaged checkpoints, which are not deleted).
 
-        Nothing is deleted before every checkpoint that is kept has been read, or written, and found good.
+        Every kept checkpoint is verified, unless this process wrote it, before anything is deleted.
         """
         found, wrong = self.good(root)
         checkpoints = [(step, facts.validation_loss) for step, facts in found.items()]
         whole = [step for step, facts in found.items() if facts.kind == FULLY_RESHARDABLE]
-        whole = whole if options.fully_reshardable_every else []  # who makes none on the way does not rely on them
+        whole = whole if options.fully_reshardable_every else []  # 0 disables periodic reshardable saves
         stay = kept(checkpoints, options.keep_last, options.keep_every, options.keep_best, whole)
         gone, self.left = deletable(root, sorted(step for step in found if step not in stay))
         for step in () if dry_run else gone:
-            folder.remove(root, step)
+            paths.remove(root, step)
         return gone, wrong
 
 
 def deletable(root: str | Path, steps: Sequence[int]) -> tuple[list[int], list[str]]:
-    """(those of ``steps`` whose folders hold a checkpoint and nothing else, a line for each of the others)."""
-    others = {step: manifest.foreign(folder.step_folder(root, step)) for step in steps}
+    """(those of ``steps`` whose folders hold nothing but a checkpoint, a line for each of the others)."""
+    others = {step: manifest.foreign(paths.step_folder(root, step)) for step in steps}
     lines = [
-        f"{folder.step_folder(root, step)}: not deleted, since no checkpoint has what it holds ({other}); move that "
-        "away, or delete the folder by hand"
+        f"{paths.step_folder(root, step)}: not deleted, because it holds other files ({other}). Move them away, or "
+        "delete the folder by hand"
         for step, other in others.items()
         if other
     ]
@@ -112,7 +112,7 @@ def deletable(root: str | Path, steps: Sequence[int]) -> tuple[list[int], list[s
 
 
 def _state(place: Path, facts: manifest.Manifest) -> tuple[tuple[str, int, int], ...]:
-    """What changes when a file is written to: (name, size, time of change) of each; a missing one has size -1."""
+    """(name, size, time of change) of each file, to see whether one was written to; size -1 if missing."""
     states = []
     for name in [manifest.MANIFEST, *sorted(facts.files)]:
         try:

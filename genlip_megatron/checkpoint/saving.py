@@ -1,4 +1,4 @@
-"""Saving: a run's state into a new checkpoint, while training waits or behind it."""
+"""Saving a run's state to a new checkpoint, while training waits or in the background."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from genlip_megatron.checkpoint import content, folder, lock, manifest
+from genlip_megatron.checkpoint import lock, manifest, parts, paths
 from genlip_megatron.checkpoint.collectives import (
     everywhere,
     first_of,
@@ -29,9 +29,9 @@ from genlip_megatron.checkpoint.collectives import (
     on_rank_0,
     rank,
 )
-from genlip_megatron.checkpoint.content import RandomStates, State
-from genlip_megatron.checkpoint.folder import NotSaved
 from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, FULLY_RESHARDABLE, Manifest
+from genlip_megatron.checkpoint.parts import RandomStates, State
+from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.retention import Keeper
 from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Planner, WriteBehind, Written
 from genlip_megatron.config import RunConfig
@@ -42,7 +42,7 @@ _PATIENCE_FOR_DELETIONS = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Facts:
-    """What the manifest says of a run beside its configuration."""
+    """Facts about a run for the manifest, besides its configuration."""
 
     tokenizer: str = ""
     data: str = ""
@@ -50,33 +50,33 @@ class Facts:
 
 
 def bytes_of(config: RunConfig, parameters: int) -> int:
-    """Bytes of a checkpoint: weights, and in float32 master weights and two moments."""
+    """Bytes of a checkpoint: weights, and master weights and two moments in float32."""
     return parameters * (compute_dtype(config).itemsize + 12)
 
 
 def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> None:
-    """Raise ValueError when ``root`` cannot be made, or has no room for a checkpoint of ``parameters`` parameters."""
+    """Raise ValueError if ``root`` cannot be created or has no room for a checkpoint of ``parameters`` parameters."""
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         needed, free = bytes_of(config, parameters), shutil.disk_usage(root).free
     except OSError as error:
-        raise ValueError(f"checkpoint.save = {root}: {error}; give a folder that can be written to") from None
+        raise ValueError(f"checkpoint.save = {root}: {error}. Choose a folder that can be written to") from None
     if free < needed:
         raise ValueError(
-            f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, one checkpoint of {parameters} parameters takes "
-            f"{needed / 1e9:.2f} GB; free some space or choose another folder"
+            f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, but a checkpoint of {parameters} parameters "
+            f"takes {needed / 1e9:.2f} GB. Free some space or choose another folder"
         )
 
 
 @dataclass
 class _Plain:
-    """What is saved beside tensors.
+    """The parts of a save besides tensors.
 
     Attributes:
         common: values that are the same on every rank.
-        objects: values that this rank adds to them, by key.
-        random: states of all ranks' generators.
-        gathering: seconds that it took to describe and gather the tensors.
+        objects: values that this rank adds to the common part, by key.
+        random: states of all ranks' random generators.
+        gathering: seconds to describe and gather the tensors.
     """
 
     common: dict[str, Any]
@@ -95,24 +95,24 @@ class _Pending:
     written: WriteBehind | Written
     plain: _Plain
     facts: Facts
-    stopped: float  # seconds for which training has waited
+    stopped: float  # seconds that training has waited
 
 
 class Saver:
-    """Saves a run's state; one save at a time. Every method is a collective over all ranks unless it says otherwise.
+    """Saves a run's state, one save at a time. Every method is a collective over all ranks unless it says otherwise.
 
-    It owns the folder of checkpoints from its making, a collective too, until ``close``.
+    It holds the lock of the folder of checkpoints from its constructor, also a collective, until ``close``.
 
     Args:
         config: of the run; checkpoints go to ``checkpoint.save``.
-        state: what is saved.
-        log: prints a line, on rank 0.
-        before_writing: called on each rank with the step when it is to write; what it raises fails the save.
-        recorded: what the checkpoint says of the run, where that is not ``config``.
-        patience: seconds to wait for another process to leave the folder.
+        state: the objects to save.
+        log: prints a line on rank 0.
+        before_writing: called on each rank with the step before it writes; an error fails the save.
+        recorded: the configuration to record in checkpoints, if not ``config``.
+        patience: seconds to wait for another process to release the folder.
 
     Raises:
-        ValueError: the folder cannot be written to, is not the same on all ranks, or another process saves to it.
+        ValueError: the folder cannot be written to, is not the same for all ranks, or another process saves to it.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Saver:
         self._copies = HostCopies()
         self._keeper = Keeper()
         self._pruning: Background | None = None
-        self._prune_more = False  # a checkpoint has come since deletions began
+        self._prune_more = False  # a checkpoint was added since deletions began
         self._recorded = recorded or config
         self._versions = manifest.versions()
         self._revision = manifest.revision() if rank() == 0 else ""
@@ -142,26 +142,26 @@ class Saver:
             if not part.is_stub_optimizer
         ]
         try:
-            text = on_rank_0(lambda: self._own(patience))
-            strangers = first_of(gather(lock.seen(self.root, text)))
+            text = on_rank_0(lambda: self._acquire(patience))
+            strangers = first_of(gather(lock.why_not_shared(self.root, text)))
         except NotSaved as error:
             strangers = str(error)
         if strangers:
             raise ValueError(f"checkpoint.save = {self.root}: {strangers}")
 
-    def _own(self, patience: float) -> str:
-        self._lock, text = lock.own(self.root, patience, self._log)
-        folder.clean(self.root)
+    def _acquire(self, patience: float) -> str:
+        self._lock, text = lock.acquire(self.root, patience, self._log)
+        paths.clean(self.root)
         return text
 
     @property
     def writing(self) -> bool:
-        """Whether a save has begun and is not finished; the same on every rank."""
+        """Whether a save is in progress; the same on every rank."""
         return self._pending is not None
 
     @property
     def written(self) -> bool:
-        """Whether this rank's files are written, or nothing is being saved. Not a collective."""
+        """Whether this rank's files are written, or no save is in progress. Not a collective."""
         pending = self._pending
         return pending is None or isinstance(pending.written, Written) or pending.written.done
 
@@ -177,16 +177,16 @@ class Saver:
         """Save the run's state after a step.
 
         Args:
-            common: what is the same on every rank (counters, data cursor); only rank 0's is written.
+            common: values that are the same on every rank (counters, data cursor); only rank 0's are written.
             kind: of the optimizer's state, DP_RESHARDABLE or FULLY_RESHARDABLE.
             facts: for the manifest.
-            behind: copy the state and write it meanwhile, while the next update waits for the copy (no other change of
-                the state does); ``finish`` completes the save.
-            random: of all ranks; by default as they are now.
+            behind: copy and write in the background; only the next optimizer update waits for the copy, so nothing else
+                may change the state. ``finish`` completes the save.
+            random: of all ranks; by default the current states.
 
         Raises:
-            NotSaved: this save failed; nothing else is touched. Or one before did that was still being written, and
-                this one has not begun: call ``finish`` first to tell them apart.
+            NotSaved: this save failed, or an earlier one in progress did and this one has not begun. Call ``finish``
+                first to tell them apart.
         """
         self.finish()
         begin = time.monotonic()
@@ -195,12 +195,12 @@ class Saver:
         try:
             place = on_rank_0(lambda: self._prepare(iteration))
             if kind == FULLY_RESHARDABLE:
-                # Gathering waits for other ranks: what fails within it ends this process, and so the launch.
+                # Gathering waits for other ranks, so an error in it must end this process, and so the launch.
                 everywhere(self._check_host_memory)
                 sharded, plain = self._collect(iteration, common, kind, random)
             else:
                 sharded, plain = everywhere(lambda: self._collect(iteration, common, kind, random))
-            # Planning anew is a collective.
+            # A new plan is a collective.
             if not lowest(planner.knows(sharded)):
                 planner.prepare(sharded)
         except NotSaved as error:
@@ -209,44 +209,46 @@ class Saver:
         stopped = time.monotonic() - begin
         self._pending = _Pending(iteration, kind, planned, written, plain, facts, stopped)
         if behind:
-            self._log(f"step {iteration} is being saved; training waited {stopped:.2f} s so far")
+            self._log(f"saving step {iteration} in the background; training waited {stopped:.2f} s so far")
         else:
             self.finish()
 
     def _check_host_memory(self) -> None:
-        """Raise MemoryError when this machine has not the memory in which its ranks gather float32 weights and two
-        moments. Not a collective."""
+        """Raise MemoryError if this machine lacks memory for its ranks to gather float32 weights and two moments.
+
+        Not a collective.
+        """
         parameters = sum(p.numel() for chunk in self.state.model for p in chunk.parameters())
         needed = 12 * parameters * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if (free := psutil.virtual_memory().available) < needed:
             raise MemoryError(
-                f"gathering takes {needed / 1e9:.2f} GB of host memory here, {free / 1e9:.2f} GB are free"
+                f"gathering takes {needed / 1e9:.2f} GB of host memory here, and {free / 1e9:.2f} GB are free"
             )
 
     def _collect(
         self, iteration: int, common: dict[str, Any], kind: str, random: RandomStates | None
     ) -> tuple[dict[str, Any], _Plain]:
-        """(tensors, the rest) of the run's state. Some kinds are gathered from other ranks."""
+        """(tensors, the rest) of the run's state. FULLY_RESHARDABLE state is gathered from other ranks."""
         begin = time.monotonic()
-        # Moments are made by the first update, of which there may have been none.
+        # The first update creates moments; there may have been none.
         for each in getattr(self.state.optimizer, "chained_optimizers", ()):
             if not each.is_stub_optimizer:
                 each.init_state_fn(each.optimizer, each.config)
-        weights = content.weights_of(self.state.model)
+        weights = parts.weights_of(self.state.model)
         optimizer = self.state.optimizer.sharded_state_dict(weights, metadata={"distrib_optim_sharding_type": kind})
         gathering = time.monotonic() - begin
-        content.clear_padding(optimizer)
+        parts.clear_padding(optimizer)
         random = random or RandomStates.of_this_run()
-        state, objects = content.take_objects({"model": weights, "optimizer": optimizer, "random": random.parts})
+        state, objects = parts.take_objects({"model": weights, "optimizer": optimizer, "random": random.parts})
         sharded, plain = save_preprocess(state, validate_access_integrity=False)
         common = {**common, **plain, "iteration": iteration, "scheduler": self.state.scheduler.state_dict()}
-        # Plain values are copied, since the next step changes what they refer to.
+        # Copied because the next step changes these values.
         return sharded, _Plain(copy.deepcopy(common), copy.deepcopy(objects), random, gathering)
 
     def _write(
         self, planner: Planner, sharded: dict[str, Any], place: Path, behind: bool, iteration: int
     ) -> tuple[PlannedWrite | None, WriteBehind | Written]:
-        """Write this rank's files, or have them written; never raises, since the other ranks wait for the answer."""
+        """Write this rank's files, or start to; never raises, because the other ranks wait for the result."""
         try:
             planned = planner.plan(sharded, place)
             self._before_writing(iteration)
@@ -256,12 +258,12 @@ class Saver:
             return planned, planned.write()
         try:
             return planned, WriteBehind(self._copies, planned)
-        except Exception as error:  # no thread, or a device in trouble
+        except Exception as error:  # no thread, or a device error
             warning = f"training waited for the disk ({type(error).__name__}: {error})"
             return planned, replace(planned.write(), warning=warning)
 
     def wait_for_copy(self, *_: Any) -> None:
-        """Wait until the state may change, if it is being saved. Optimizers call it before each update of theirs.
+        """Wait until a save in progress allows the state to change. Optimizers call it before each update.
 
         Not a collective.
         """
@@ -272,10 +274,10 @@ class Saver:
             pending.stopped += time.monotonic() - begin
 
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, and let the checkpoint appear.
+        """Complete a save in progress and publish the checkpoint.
 
         Raises:
-            NotSaved: it could not be written; what was written of it is removed.
+            NotSaved: it could not be written; its files are removed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -290,22 +292,22 @@ class Saver:
         self._log(text)
 
     def _failed(self, iteration: int, why: str) -> str:
-        """Remove what was written of a checkpoint; returns the message."""
+        """Remove the files of a failed save; returns the message."""
         if rank() == 0:
-            shutil.rmtree(folder.partial_folder(self.root, iteration), ignore_errors=True)
+            shutil.rmtree(paths.partial_folder(self.root, iteration), ignore_errors=True)
         return (
-            f"the checkpoint of step {iteration} could not be written to {self.root}: {why}; earlier ones are untouched"
+            f"the checkpoint of step {iteration} could not be written to {self.root}: {why}. Earlier ones are untouched"
         )
 
     def settle(self, seconds: float | None = None) -> None:
-        """Wait for deletions under way, up to so many seconds, and say what became of them. Not a collective."""
+        """Wait up to ``seconds`` for deletions in progress, and log their result. Not a collective."""
         if self._pruning is not None and self._pruning.wait(seconds):
             pruning, self._pruning = self._pruning, None
             if text := pruning.result():
                 self._log(text)
 
     def close(self) -> None:
-        """Leave the folder to others; deletions that take long go on until the process ends. Not a collective."""
+        """Release the folder; long deletions continue until the process ends. Not a collective."""
         self.wait_for_copy()
         for hook in self._hooks:
             hook.remove()
@@ -313,15 +315,15 @@ class Saver:
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 if self._pruning is None and self._pending is None:
-                    folder.clean(self.root)  # of deletions that failed
+                    paths.clean(self.root)  # remains of failed deletions
                 self._lock.close()
 
     def _prepare(self, iteration: int) -> Path:
-        self.settle(0.0 if self._keeper.reading else None)  # a deletion makes room, and is short
-        place = folder.partial_folder(self.root, iteration)
+        self.settle(0.0 if self._keeper.reading else None)  # a deletion is short and frees space
+        place = paths.partial_folder(self.root, iteration)
         self.root.mkdir(parents=True, exist_ok=True)
         if self._pruning is None:
-            folder.clean(self.root)
+            paths.clean(self.root)
         place.mkdir()
         return place
 
@@ -330,28 +332,28 @@ class Saver:
             self._planners[kind] = Planner(parallel_state.get_data_parallel_group(with_context_parallel=True))
         return self._planners[kind]
 
-    def _commit(self, pending: _Pending, parts: Sequence[Written], objects: Sequence[dict[str, Any]]) -> str:
-        """On rank 0: write what is left, the manifest last, and publish; returns what there is to say."""
-        if errors := first_of([part.error for part in parts]):
+    def _commit(self, pending: _Pending, written: Sequence[Written], objects: Sequence[dict[str, Any]]) -> str:
+        """On rank 0: write the other files, the manifest last, and publish; returns the text to log."""
+        if errors := first_of([part.error for part in written]):
             raise NotSaved(errors)
         assert pending.planned is not None
         begin = time.monotonic()
-        place = folder.partial_folder(self.root, pending.iteration)
-        pending.planned.finish([part.results for part in parts])
+        place = paths.partial_folder(self.root, pending.iteration)
+        pending.planned.finish([part.results for part in written])
         save_config(CheckpointingConfig("torch_dist", 1), str(place))
-        folder.sync(place / "metadata.json")
+        paths.sync(place / "metadata.json")
         common = io.BytesIO()
         together = {key: value for some in objects for key, value in some.items()}
         torch.save({**pending.plain.common, "objects": together}, common)
-        folder.write_file(place / COMMON, common.getvalue())
-        folder.write_file(place / CONFIG, self._recorded.to_yaml().encode())
-        files = {name: facts for part in parts for name, facts in part.files.items()}
+        paths.write_file(place / COMMON, common.getvalue())
+        paths.write_file(place / CONFIG, self._recorded.to_yaml().encode())
+        files = {name: facts for part in written for name, facts in part.files.items()}
         for name in (".metadata", "metadata.json", COMMON, CONFIG):
             files[name] = manifest.facts_of(place / name)
         saved = Manifest(
             iteration=pending.iteration,
             kind=pending.kind,
-            layout=content.describe_layout(self._recorded, pending.plain.random.world_size),
+            layout=parts.describe_layout(self._recorded, pending.plain.random.world_size),
             validation_loss=pending.facts.validation_loss,
             tokenizer=pending.facts.tokenizer,
             data=pending.facts.data,
@@ -361,24 +363,24 @@ class Saver:
             created=manifest.now(),
             files=files,
         )
-        folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
-        warnings = [first_of([part.warning for part in parts])]
-        target = folder.step_folder(self.root, pending.iteration)
+        paths.write_file(place / manifest.MANIFEST, saved.to_bytes())
+        warnings = [first_of([part.warning for part in written])]
+        target = paths.step_folder(self.root, pending.iteration)
         if os.path.lexists(target) and (other := manifest.foreign(target)):
-            warnings.append(f"{target} was no checkpoint of a run ({other}), and is now {folder.move_aside(target)}")
-        folder.publish(self.root, pending.iteration)
+            warnings.append(f"{target} was no checkpoint of a run ({other}); it is now {paths.move_aside(target)}")
+        paths.publish(self.root, pending.iteration)
         try:
-            folder.confirm(self.root, pending.iteration)
-        except OSError as error:  # nothing that loads needs it
-            warnings.append(f"the checkpoint stands, but {folder.LATEST} may be an older one's: {error}")
+            paths.confirm(self.root, pending.iteration)
+        except OSError as error:  # loading does not need the pointer
+            warnings.append(f"the checkpoint is complete, but {paths.LATEST} may name an older one: {error}")
         self._keeper.trust(target, saved)
         self._prune_more = True
         self.settle(0.0)
         if self._pruning is None:
             self._pruning = Background(self._prune)
-        seconds = max(part.seconds for part in parts)
-        hashing, copying = max(part.hashing for part in parts), max(part.copying for part in parts)
-        stopped = max(part.stopped for part in parts)
+        seconds = max(part.seconds for part in written)
+        hashing, copying = max(part.hashing for part in written), max(part.copying for part in written)
+        stopped = max(part.stopped for part in written)
         return (
             f"saved {target}: {saved.size / 1e9:.3f} GB, {pending.kind}; training waited {stopped:.2f} s"
             + (f" ({pending.plain.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")
@@ -396,9 +398,9 @@ class Saver:
                 self._prune_more = False
                 deleted, wrong = self._keeper.prune(self.root, self.config.checkpoint)
                 gone += deleted
-        except Exception as error:  # it runs in a thread, where nobody would see it
+        except Exception as error:  # an exception in this thread would be lost
             return f"WARNING: old checkpoints in {self.root} could not be deleted: {error}"
-        lines = [f"WARNING: a damaged checkpoint is not counted: {problem}" for problem in wrong]
+        lines = [f"WARNING: damaged checkpoint, not counted: {problem}" for problem in wrong]
         lines += [f"WARNING: {line}" for line in self._keeper.left]
         if gone:
             lines.append(f"deleted the checkpoints of steps {', '.join(map(str, gone))}")

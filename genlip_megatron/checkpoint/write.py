@@ -1,9 +1,9 @@
 """Writing the sharded part of a checkpoint: planned by Megatron-Core's ``torch_dist`` strategy, written by threads of
 this process that compute checksums as they go.
 
-Megatron-Core 0.16.1 writes from processes that it forks, which is unsafe beside the decoder's threads, or spawns, which
-needs a guard in every entry script; and it computes no checksums. Writing, syncing and hashing leave the interpreter's
-lock, so threads do as well.
+Megatron-Core 0.16.1 writes from other processes and computes no checksums. It forks them, which is unsafe with the
+decoder's threads, or spawns them, which needs a guard in every entry script. Threads are as fast: writing, syncing and
+hashing release the GIL.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from torch.distributed.checkpoint.storage import WriteResult
 from genlip_megatron.checkpoint.collectives import everywhere, gather_on_rank_0, on_rank_0, rank
 from genlip_megatron.checkpoint.manifest import FileFacts
 
-# Files of a rank, written side by side; one thread hashes about as fast as one disk writes.
+# Files per rank, written in parallel; one thread hashes about as fast as one disk writes.
 FILES_PER_RANK = 2
 _BLOCK = 2**20
 
 
 @dataclass
 class Written:
-    """What a rank has written.
+    """The result of a rank's write.
 
     Attributes:
-        results: where each tensor is, for the checkpoint's own metadata.
+        results: where each tensor is, for torch's metadata.
         files: name -> facts.
-        stopped, copying, seconds, hashing: in which training waited, of copying to host memory, of writing, and of that
-            in checksums (the longest of the threads).
+        stopped, copying, seconds, hashing: seconds that training waited, of copying to host memory, of writing, and of
+            checksums within it (of the slowest thread).
         error: why it failed, or None.
-        warning: what did not go as it should, though it is written.
+        warning: a problem that did not prevent the write, or None.
     """
 
     results: list[WriteResult] = field(default_factory=list)
@@ -76,10 +76,10 @@ class Written:
 
 
 class HashingFile(io.RawIOBase):
-    """A new file whose SHA-256 is known when it has been closed; it is synced before that.
+    """A new file that computes its SHA-256 while it is written, and is synced when it is closed.
 
-    Small pieces are gathered to blocks, also over a ``flush``: around every tensor torch.save writes dozens of them and
-    then flushes.
+    Small writes are gathered into blocks, even across ``flush``: torch.save writes dozens of them around every tensor
+    and then flushes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +111,7 @@ class HashingFile(io.RawIOBase):
 
     def _put(self, view: memoryview) -> None:
         left = view
-        while len(left):  # the system may write less than it was given
+        while len(left):  # the system may write only a part
             left = left[self._file.write(left) :]
         begin = time.monotonic()
         self._digest.update(view)
@@ -132,26 +132,26 @@ class HashingFile(io.RawIOBase):
 
 
 class PlannedWrite:
-    """The tensors that this rank writes, and the checkpoint's metadata on rank 0."""
+    """The tensors that this rank writes; on rank 0 also the checkpoint's metadata."""
 
     def __init__(self, folder: Path, items: list[tuple[WriteItem, Tensor]], metadata: Metadata | None) -> None:
         self.folder, self.items, self._metadata = folder, items, metadata
 
     def write(self) -> Written:
-        """Write, hash and sync this rank's files; never raises, since the other ranks wait for the answer."""
+        """Write, hash and sync this rank's files; never raises, because the other ranks wait for the result."""
         begin = time.monotonic()
         written = Written()
         try:
-            shares = _share_out(self.items, FILES_PER_RANK)
-            names = [f"__{rank()}_{i}.distcp" for i in range(len(shares))]
+            groups = _balanced(self.items, FILES_PER_RANK)
+            names = [f"__{rank()}_{i}.distcp" for i in range(len(groups))]
             with ThreadPoolExecutor(FILES_PER_RANK, "checkpoint") as threads:
-                parts = list(threads.map(self._write_file, names, shares))
+                parts = list(threads.map(self._write_file, names, groups))
             written.results = [result for results, _, _ in parts for result in results]
             written.files = {name: facts for name, (_, facts, _) in zip(names, parts, strict=True)}
             written.hashing = max((hashing for _, _, hashing in parts), default=0.0)
-        except Exception as error:  # a full disk, a lost mount: whatever it is, the run goes on
+        except Exception as error:  # a full disk, a lost mount: training continues
             cause: BaseException = error
-            while cause.__context__ is not None:  # torch.save hides the file's error behind one of its own
+            while cause.__context__ is not None:  # torch.save hides the file's error behind its own
                 cause = cause.__context__
             written = Written(error=f"{type(cause).__name__}: {cause}")
         written.seconds = time.monotonic() - begin
@@ -163,22 +163,22 @@ class PlannedWrite:
         with HashingFile(self.folder / name) as file:
             results = []
             for item, tensor in items:
-                # torch.save writes the whole storage that a view looks into.
-                alone = tensor.detach().to("cpu")
-                if alone.untyped_storage().nbytes() != alone.nbytes:
-                    alone = alone.clone()
+                # torch.save writes the whole storage of a view.
+                own = tensor.detach().to("cpu")
+                if own.untyped_storage().nbytes() != own.nbytes:
+                    own = own.clone()
                 results.append(
-                    _write_item(_StorageWriterTransforms(), file, alone, item, name, SerializationFormat.TORCH_SAVE)
+                    _write_item(_StorageWriterTransforms(), file, own, item, name, SerializationFormat.TORCH_SAVE)
                 )
         return results, file.facts, file.hashing
 
     def finish(self, results: list[list[WriteResult]]) -> None:
-        """Write the metadata, on rank 0, from the results of all ranks."""
+        """On rank 0: write the metadata from the results of all ranks."""
         assert self._metadata is not None
         FileSystemWriter(self.folder).finish(self._metadata, results)
 
 
-def _share_out(items: Sequence[tuple[WriteItem, Tensor]], count: int) -> list[list[tuple[WriteItem, Tensor]]]:
+def _balanced(items: Sequence[tuple[WriteItem, Tensor]], count: int) -> list[list[tuple[WriteItem, Tensor]]]:
     """``items`` in up to ``count`` parts of about equal size."""
     parts: list[list[tuple[WriteItem, Tensor]]] = [[] for _ in range(count)]
     sizes = [0] * count
@@ -190,10 +190,10 @@ def _share_out(items: Sequence[tuple[WriteItem, Tensor]], count: int) -> list[li
 
 
 class Planner:
-    """Plans who writes what. A plan is kept as long as the structure of the state stays the same on every rank.
+    """Plans which rank writes what. A plan is valid while the structure of the state is the same on every rank.
 
     Args:
-        group: the ranks that share the writing of what they all hold.
+        group: ranks that divide the writing of replicated tensors.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
@@ -204,16 +204,16 @@ class Planner:
         self._metadata: Metadata | None = None
 
     def knows(self, state: ShardedStateDict) -> bool:
-        """Whether the plan is one for a state of this structure. Not a collective: ranks must agree on it."""
+        """Whether the plan fits a state of this structure. Not a collective; ranks must agree on the answer."""
         return self._structure is not None and self._structure == _structure(state)
 
     def prepare(self, state: ShardedStateDict) -> None:
-        """Plan anew: share out what replicas hold, and check that each element of each tensor is written once.
+        """Make a plan: divide replicated tensors, and check that each element of each tensor is written once.
 
         A collective.
 
         Raises:
-            NotSaved: on every rank, when it failed on any.
+            NotSaved: it failed on any rank. Raised on every rank.
         """
         self._structure = None
         structure = _structure(state)
@@ -226,9 +226,9 @@ class Planner:
         self._items, self._structure = planner.plan.items, structure
 
     def plan(self, state: ShardedStateDict, folder: Path) -> PlannedWrite:
-        """What this rank writes of a state that the planner ``knows``. Not a collective."""
+        """This rank's part of a state that the planner ``knows``. Not a collective."""
         planner = self._planner(state)
-        # A tensor that is left out would be missed by nothing until it is to be loaded.
+        # Without this check a missing tensor would be noticed only when it is loaded.
         held = [MetadataIndex(t.key, t.global_offset) for t in nested_values(state) if is_main_replica(t.replica_id)]
         planned = {item.index for item in self._items}
         assert len(planned) == len(self._items) == len(held), "the plan is not of this state"
@@ -240,7 +240,7 @@ class Planner:
         return PlannedWrite(folder, items, self._metadata)
 
     def _planner(self, state: ShardedStateDict) -> MCoreSavePlanner:
-        """Megatron-Core's planner of what this rank is to write."""
+        """Megatron-Core's planner of this rank's part."""
         distribute_main_replicas_with_precomputed_distribution(state, self._group, self._distribution)
         mine, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -249,7 +249,7 @@ class Planner:
 
 
 def _structure(state: ShardedStateDict) -> list[Any]:
-    """Everything that describes a state before its replicas are shared out, but its values."""
+    """The description of a state without its values, before replicas are divided."""
     return [tensor.without_data() for tensor in nested_values(state)]
 
 
@@ -259,18 +259,18 @@ def _check_coverage(state: ShardedStateDict) -> None:
 
 
 class HostCopies:
-    """Copies of tensors in host memory that stay allocated from one save to the next; pinned beside a GPU."""
+    """Copies of tensors in host memory, pinned with a GPU, that stay allocated from one save to the next."""
 
     def __init__(self) -> None:
         self._buffers: dict[Any, Tensor] = {}
-        # One for all saves, since torch hands out the same few to whoever asks; of a priority that others do not use.
+        # One stream for all saves. torch reuses a few streams per priority; no other code uses this priority.
         self.stream = torch.cuda.Stream(priority=-1) if torch.cuda.is_available() else None
 
     def copy(self, planned: PlannedWrite) -> None:
-        """Replace what is to be written by copies. What the device was given so far must be done.
+        """Replace the tensors of ``planned`` by copies. The device must have finished its earlier work.
 
         Raises:
-            RuntimeError, MemoryError: there is not enough memory; nothing is replaced and nothing stays allocated.
+            RuntimeError, MemoryError: too little memory; nothing is replaced and nothing stays allocated.
         """
         held, self._buffers = self._buffers, {}
         buffers: dict[Any, Tensor] = {}
@@ -290,7 +290,7 @@ class HostCopies:
 
 
 class Background:
-    """A function that runs in a thread, and its result."""
+    """A function in a thread, and its result."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._result: Any = None
@@ -306,23 +306,22 @@ class Background:
         return not self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait for the function's end, up to so many seconds; whether it has ended."""
+        """Wait up to ``seconds`` for the function; returns whether it has ended."""
         self._thread.join(seconds)
         return self.done
 
     def result(self) -> Any:
-        """What the function returned, once it has."""
+        """Wait for the function; returns its result."""
         self._thread.join()
         return self._result
 
 
 class WriteBehind(Background):
-    """A write behind training: in a thread, tensors are copied to host memory and then written from there.
+    """A write in the background: a thread copies tensors to host memory and writes them from there.
 
-    The copy as well goes on beside the next step's forward and backward pass, on a stream of its own where there is a
-    GPU: nothing that is saved changes before that step's update, which has to ``wait_for_copy``; FP8 state, which the
-    passes change, comes as a copy already. Without the memory for a copy the tensors themselves are written, and the
-    update waits for that.
+    The copy runs during the next step's forward and backward pass, with a GPU on its own stream. Nothing that is saved
+    changes before that step's update, which must ``wait_for_copy``; FP8 state, which the passes change, is already a
+    copy. If memory for the copy is missing, the tensors themselves are written and the update waits for that.
     """
 
     def __init__(self, copies: HostCopies, planned: PlannedWrite) -> None:
@@ -333,19 +332,19 @@ class WriteBehind(Background):
         super().__init__(self._copy_and_write)
 
     def wait_for_copy(self) -> None:
-        """Wait until what is written may change."""
+        """Wait until the tensors may change."""
         self._may_change.wait()
 
     def _copy_and_write(self) -> Written:
         begin = time.monotonic()
         try:
-            # A thread begins on device 0; a stream brings its own device along.
+            # A thread starts on device 0; the stream selects its own device.
             with contextlib.nullcontext() if self._copies.stream is None else torch.cuda.stream(self._copies.stream):
                 self._copies.copy(self._planned)
             copying, warning = time.monotonic() - begin, None
             self._may_change.set()
         except Exception as error:
-            copying, warning = 0.0, f"no copy in host memory, so that training waited for the disk ({error})"
+            copying, warning = 0.0, f"no copy in host memory, so training waited for the disk ({error})"
         try:
             return replace(self._planned.write(), copying=copying, warning=warning)
         finally:

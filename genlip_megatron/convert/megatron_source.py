@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
-from genlip_megatron.checkpoint import metadata
+from genlip_megatron.checkpoint import torch_metadata
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.source import DTYPES, compare, listed
@@ -70,7 +70,7 @@ class MegatronSource:
     """
 
     def __init__(self, place: Path, saved: Manifest, model: ModelConfig) -> None:
-        index = metadata.read(place)
+        index = torch_metadata.read(place)
         self.model, self._place = model, place
         self._stored: dict[str, TensorStorageMetadata] = {
             key: facts

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from genlip_megatron.checkpoint import content, folder, manifest
+from genlip_megatron.checkpoint import manifest, parts, paths
 from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, WEIGHTS_ONLY, Manifest
 from genlip_megatron.checkpoint.write import HashingFile
 from genlip_megatron.config import RunConfig
@@ -69,7 +69,7 @@ def size_of(source: Source, dtype: torch.dtype | None) -> int:
 
 def foreign(root: Path) -> str:
     """What a folder holds that is of no such checkpoint; "" when there is nothing such."""
-    place = folder.step_folder(root, ITERATION)
+    place = paths.step_folder(root, ITERATION)
     try:
         saved = manifest.read(place)
     except manifest.Damaged as error:
@@ -77,7 +77,7 @@ def foreign(root: Path) -> str:
     if saved.kind != WEIGHTS_ONLY:
         return f"{place.name}, a checkpoint of a run"
     names = {f"{place.name}/{name}" for name in (manifest.MANIFEST, *saved.files)}
-    return first_other(root, lambda path: path == folder.LATEST or path in names).removeprefix(f"{place.name}/")
+    return first_other(root, lambda path: path == paths.LATEST or path in names).removeprefix(f"{place.name}/")
 
 
 def write_checkpoint(
@@ -101,7 +101,7 @@ def write_checkpoint(
     Returns:
         The checkpoint, ``root/iter_0000000``.
     """
-    place = folder.step_folder(root, ITERATION)
+    place = paths.step_folder(root, ITERATION)
     place.mkdir()
     model, results = source.model, []
     tensors: dict[str, TensorStorageMetadata] = {}
@@ -121,20 +121,20 @@ def write_checkpoint(
     (place / CONFIG).write_text(config.to_yaml())
     files = {_WEIGHTS: file.facts}
     for name in (".metadata", "metadata.json", COMMON, CONFIG):
-        folder.sync(place / name)
+        paths.sync(place / name)
         files[name] = manifest.facts_of(place / name)
     saved = Manifest(
         iteration=ITERATION,
         kind=WEIGHTS_ONLY,
-        layout=content.describe_layout(config, 1),
+        layout=parts.describe_layout(config, 1),
         tokenizer=tokenizer,
         versions=manifest.versions(),
         revision=manifest.revision(),
         created=manifest.now(),
         files=files,
     )
-    folder.write_file(place / manifest.MANIFEST, saved.to_bytes())
-    folder.point_to(root, ITERATION)
+    paths.write_file(place / manifest.MANIFEST, saved.to_bytes())
+    paths.point_to(root, ITERATION)
     return place
 
 

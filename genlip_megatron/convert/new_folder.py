@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from genlip_megatron.checkpoint import folder
+from genlip_megatron.checkpoint import paths
 from genlip_megatron.outputs import Recognise, check_file
 
 _REST = re.compile(r"[0-9a-f]{8}")
@@ -107,10 +107,10 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
             try:
                 yield partial
                 for path in [*partial.rglob("*"), partial]:
-                    folder.sync(path)
+                    paths.sync(path)
                 check_target(target, overwrite, foreign)  # others may have come first
                 _put(partial, target)
-                folder.sync(target.parent)
+                paths.sync(target.parent)
             except BaseException:
                 if target.exists() and os.path.samestat(os.fstat(written), target.stat()):
                     _take_back(partial, target)  # it has its place already, and the disk did not confirm it
@@ -147,7 +147,7 @@ def _replaced(target: Path) -> Path:
 
 def _put(partial: Path, target: Path) -> None:
     """Let ``partial`` take the place of ``target``, which is then in its place, or ``_replaced``, if it was there."""
-    if target.exists() and folder.exchange(partial, target):
+    if target.exists() and paths.exchange(partial, target):
         return
     if target.exists():
         os.rename(target, _replaced(target))
@@ -162,7 +162,7 @@ def _put(partial: Path, target: Path) -> None:
 def _take_back(partial: Path, target: Path) -> None:
     """Undo ``_put``."""
     if partial.exists():
-        folder.exchange(partial, target)
+        paths.exchange(partial, target)
         return
     os.rename(target, partial)
     if _replaced(target).exists():

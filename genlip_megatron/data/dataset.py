@@ -19,7 +19,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from genlip_megatron import __version__
+from genlip_megatron.atomic_write import atomic_path
 from genlip_megatron.config import PATCH_SIZE, DataConfig
 from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, load_index, read_index
@@ -135,9 +136,7 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
     totals, entries, digest = Totals(), [], hashlib.sha256()
     origin: tuple[str, str] | None = None
     folder = storage.parent(manifest)
-    workplace = tempfile.gettempdir() if storage.is_remote(plan) else folder
-    partial = os.path.join(workplace, f".{os.path.basename(plan)}.{os.getpid()}.partial")
-    try:
+    with _new_plan(plan) as partial:
         with open(partial, "wb") as file:
             for shard in shards:
                 index = read_index(shard)
@@ -158,8 +157,6 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
                 entries.append({**entry, "size": index.header.shard_size})
                 totals.add(index)
                 on_shard(index)
-            file.flush()
-            os.fsync(file.fileno())
         assert origin is not None
         tree = {
             "format": MANIFEST_FORMAT,
@@ -176,14 +173,21 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
         # First the manifest, by which the next call knows the planning file as ours. Should this process be killed
         # between the two, readers see that they do not match.
         storage.write_bytes(manifest, json.dumps(tree, indent=1).encode())
-        if storage.is_remote(plan):
-            store = storage.filesystem(plan)
-            storage.with_retries(lambda: store.put_file(partial, plan), url=plan)
-        else:
-            os.replace(partial, plan)
-    finally:
-        Path(partial).unlink(missing_ok=True)
     return totals
+
+
+@contextlib.contextmanager
+def _new_plan(plan: str) -> Iterator[Path]:
+    """A local path to write the planning file to; it takes its place when the block ends without an error."""
+    if not storage.is_remote(plan):
+        with atomic_path(plan, str(os.getpid())) as partial:
+            yield partial
+        return
+    with tempfile.TemporaryDirectory(prefix="genlip-") as folder:
+        partial = Path(folder) / "plan"
+        yield partial
+        store = storage.filesystem(plan)
+        storage.with_retries(lambda: store.put_file(str(partial), plan), url=plan)
 
 
 @dataclass
@@ -236,20 +240,19 @@ def _download_plan(url: str, sha256: str, cache_dir: str) -> str:
     """A local copy of a remote planning file; kept for the next run."""
     target = Path(cache_dir).expanduser() / f"{sha256[:32]}.plan"
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of the ranks of a node downloads, the others find it here
         if target.is_file():
             return str(target)
         store = storage.filesystem(url)
-        storage.with_retries(lambda: store.get_file(url, str(partial)), url=url)
-        with open(partial, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 24):
-                digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise ValueError(f"{url} is damaged: its checksum is not the manifest's; run tools/prepare_data.py again")
-        os.replace(partial, target)
+        with atomic_path(target, sync=False) as partial:
+            storage.with_retries(lambda: store.get_file(url, str(partial)), url=url)
+            with open(partial, "rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(1 << 24):
+                    digest.update(block)
+            if digest.hexdigest() != sha256:
+                raise ValueError(f"{url}: checksum differs from the manifest's. Run tools/prepare_data.py again.")
     return str(target)
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from genlip_megatron import atomic_write
 from genlip_megatron.data import storage
 
 _OPEN_FILES = 256
@@ -72,13 +73,10 @@ class BlockCache:
     def write(self, name: str, content: bytes) -> None:
         """Keep a block. A full disk costs the cache its use, not the run its life."""
         path = self.path(name)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            atomic_write.write(path, content, uuid.uuid4().hex, sync=False)
         except OSError:
-            partial.unlink(missing_ok=True)
             return
         with self._lock:
             self._added += len(content)

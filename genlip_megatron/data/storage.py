@@ -25,6 +25,8 @@ import fsspec
 import fsspec.asyn
 from braceexpand import braceexpand
 
+from genlip_megatron import atomic_write
+
 T = TypeVar("T")
 
 # Errors that asking again does not mend.
@@ -183,16 +185,7 @@ def write_bytes(path: str, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             if process.isdecimal() and time.time() - leftover.lstat().st_mtime > _LEFTOVER_SECONDS:
                 leftover.unlink()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    atomic_write.write(target, content, str(os.getpid()))
 
 
 def exists(path: str) -> bool:

@@ -1,15 +1,15 @@
-"""Exit codes of ``pretrain_genlip.py``, and how a launch that restarts its workers learns of them.
+"""Exit codes of ``pretrain_genlip.py``, and how they reach torchrun.
 
-``torchrun --max-restarts`` takes every code but 0 for a failure and starts the workers again. That helps after a crash
-or a hang, but a run that was told to stop, or that meets the same mistake each time, must end. So a worker that leaves
-with such a code first writes it to ``<save>/final_exit``, and a worker that was started again after that leaves with
-the same code before it imports torch: torchrun ends within seconds. A run that saves nothing has no such folder; then
-the file is a temporary one of the machine, named after the launcher's process.
+``torchrun --max-restarts`` restarts the workers after every code but 0. That helps after a crash or a hang. It does
+not help after a requested stop or a wrong setting. So a worker that leaves with such a final code first writes it to
+``<save>/final_exit``. A restarted worker finds the file and leaves with the same code before it imports torch;
+torchrun then ends within seconds. Without ``--save`` the file is in the machine's temporary folder, named after the
+launcher's process.
 
-torchrun ends with a summary of its workers' ends. It shows what a worker has written to ``TORCHELASTIC_ERROR_FILE``,
-and advice on tracebacks where that is missing; ``tell_torchrun`` writes the one line that matters there.
+torchrun ends with a summary. It shows the text that a worker wrote to ``TORCHELASTIC_ERROR_FILE``, or advice on
+tracebacks if there is none. ``tell_torchrun`` writes one line there.
 
-This module imports nothing of the project and no torch.
+This module imports no torch.
 """
 
 from __future__ import annotations
@@ -19,36 +19,31 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-EXIT_USER_ERROR = 2  # a setting or a file is wrong; starting again changes nothing
-EXIT_PREEMPTED = 17  # told to stop, or out of time: saved, if it saves at all; start again to go on
+from genlip_megatron import atomic_write
+from genlip_megatron.log import log, to_stderr
+
+EXIT_USER_ERROR = 2  # a setting or a file is wrong; a restart changes nothing
+EXIT_PREEMPTED = 17  # a stop was requested or time ran out; saved if --save is set; a new start resumes
 EXIT_DATA_FAILURE = 18  # too many bad samples
-EXIT_BAD_NUMBERS = 19  # NaN, Inf or spikes that rolling back did not cure
+EXIT_BAD_NUMBERS = 19  # NaN, Inf or spikes remain after rollbacks
 EXIT_HUNG = 20  # no step finished within faults.step_timeout
 EXIT_REPLICAS_DIFFER = 21  # weights of data-parallel ranks differ
 EXIT_NOT_SAVED = 22  # the last checkpoint could not be written
-# Restarting the workers at once does not help after these. It does after the others: a hang, a flipped bit or a full
-# disk may be gone, and the run goes on from the last good checkpoint.
+# A restart does not help after these. It may after the others: the run resumes from the last good checkpoint, and a
+# hang, a flipped bit or a full disk may be gone.
 FINAL = (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_DATA_FAILURE, EXIT_BAD_NUMBERS)
 FINAL_EXIT = "final_exit"
 _MARK = re.compile(r"\d+ |$")
 _PROG = "pretrain_genlip.py"
-_reason = ""  # why this worker ends, as torchrun was told
-
-
-class UserError(ValueError):
-    """A setting or a file is wrong. Found while the run is set up or, of validation data, when they have been read.
-
-    Other ValueErrors are crashes: starting again may help, and their traceback must be seen.
-    """
+_reason = ""  # the reason that torchrun's summary gives for this worker's end
 
 
 class LeaveRun(Exception):
-    """All ranks leave together, and nothing is saved.
+    """All ranks leave together without saving.
 
     Attributes:
         status: the exit status, one of those above.
@@ -60,38 +55,37 @@ class LeaveRun(Exception):
 
 
 def tell_torchrun(reason: str, first: bool = True) -> None:
-    """Have torchrun's summary give ``reason`` for this worker's end; the first one given stands.
+    """Show ``reason`` for this worker's end in torchrun's summary; only the first call counts.
 
     Args:
         reason: one line.
-        first: False where another worker gives the same reason, whose end is then the root cause.
+        first: False if another worker gives the same reason; torchrun then names that worker as the root cause.
     """
     global _reason
     name = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if _reason or not name:
         return
     _reason, file = reason, Path(name)
-    # torchrun takes the earliest for the root cause, by the second.
+    # torchrun takes the earliest timestamp, in seconds, as the root cause.
     when = str(int(time.time()) + (not first))
     message = reason if first else "the same error as another worker"
-    partial = file.with_suffix(".partial")  # half a file would make torchrun itself crash
-    with contextlib.suppress(OSError):
-        partial.write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": when}}}))
-        os.replace(partial, file)
+    content = json.dumps({"message": {"message": message, "extraInfo": {"timestamp": when}}})
+    with contextlib.suppress(OSError):  # torchrun crashes on a partial file
+        atomic_write.write(file, content, sync=False)
 
 
 def say_error(text: str, first: bool) -> None:
-    """Say why the run ends: on stderr, if this process is the ``first`` to say so, and in torchrun's summary."""
+    """Print why the run ends to stderr if this process is the ``first`` to do so, and to torchrun's summary."""
     line = f"{_PROG}: error: {text}"
     if first:
-        print(line, file=sys.stderr, flush=True)
+        to_stderr(line)
     tell_torchrun(line, first)
 
 
 def first_of_machine(text: str) -> bool:
-    """Whether this worker is the first of its launch on this machine to ask this about ``text``.
+    """Whether this worker is the first of its launch on this machine to call this with ``text``.
 
-    Needs no process group: torchrun's folders of workers are side by side.
+    Needs no process group: it looks into torchrun's folder for the launch.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is None:
@@ -102,47 +96,44 @@ def first_of_machine(text: str) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        pass  # better said twice than not at all
+        pass  # printing twice is better than not at all
     return True
 
 
 def mark_of(save: str | Path, launcher: int) -> Path:
-    """The file that says how a launch ended: in the run's folder, or without one, of this machine and its launcher."""
+    """The file with a launch's final code: in the run's folder, or in the temporary folder without one."""
     if save:
         return Path(save) / FINAL_EXIT
     return Path(tempfile.gettempdir()) / f"genlip_{FINAL_EXIT}.{os.getuid()}.{launcher}"
 
 
-def mark_final(save: str | Path, code: int, told_to_stop: bool = False) -> None:
-    """Write that this launch is over with ``code``, if it is one of ``FINAL``.
+def mark_final(save: str | Path, code: int, stop_requested: bool = False) -> None:
+    """Record ``code`` as the final code of this launch if it is one of ``FINAL``.
 
-    Every worker calls it before it leaves: torchrun acts on the first that is gone, on each node. Without torchrun it
-    does nothing, since nobody restarts the worker.
+    Every worker calls it before it leaves, because torchrun acts on the first exit on each node. Without torchrun it
+    does nothing.
 
     Args:
-        save: the run's folder; empty when it saves nothing.
-        told_to_stop: it is over with any code: someone wanted it to end.
+        save: the run's folder; empty if the run saves nothing.
+        stop_requested: record any code.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id is None or not (told_to_stop or code in FINAL):
+    if run_id is None or not (stop_requested or code in FINAL):
         return
     file = mark_of(save, os.getppid())
-    partial = file.with_name(f".{file.name}.{os.environ.get('RANK', '0')}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and not _MARK.match(file.read_text(errors="replace")):
-            raise FileExistsError("another program's file is in its place")
-        partial.write_text(f"{code} {run_id}\n{_reason}\n")
-        os.replace(partial, file)
+            raise FileExistsError("it is another program's file")
+        atomic_write.write(file, f"{code} {run_id}\n{_reason}\n", os.environ.get("RANK", "0"), sync=False)
     except OSError as error:
-        # The code itself matters more; the price is that torchrun restarts the workers in vain.
-        print(f"{file} could not be written ({error}): torchrun may restart the workers", flush=True)
+        log(f"{file} could not be written: {error}. torchrun may restart the workers", every_rank=True)
 
 
 def final_exit(save: str | Path) -> int | None:
-    """The code that workers of this same launch left with for good, or None if this worker is to run.
+    """The final code of this launch, or None if this worker must run.
 
-    torchrun is told their reason. The first worker of a new launch removes what an earlier launch left.
+    Passes the recorded reason on to torchrun. Rank 0 of a new launch removes the file of an earlier launch.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
@@ -161,28 +152,34 @@ def final_exit(save: str | Path) -> int | None:
         if int(os.environ.get("RANK", "0")) == 0:
             file.unlink(missing_ok=True)
     except (OSError, ValueError):
-        pass  # no such file, as is usual; one that says nothing keeps no run from starting
+        pass  # usually there is no such file; an unreadable one must not keep a run from starting
     return None
 
 
-def age(pid: int) -> float:
-    """Seconds since a process started, exact to 0.01; 0 where that cannot be known (not Linux)."""
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 if unknown (no such process, or not Linux)."""
     try:
-        started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, IndexError):
-        return 0.0
+        # The command's name comes first, in parentheses, and may contain blanks.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return 0
+
+
+def age(pid: int) -> float:
+    """Seconds since a process started, exact to 0.01; 0 if unknown."""
+    ticks = start_ticks(pid)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
 
 
 def age_of_launch() -> float:
-    """Seconds since torchrun started, or without it this process: restarts of workers do not begin anew."""
+    """Seconds since torchrun started, also after restarts of workers; without torchrun, since this process started."""
     return age(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
 
 
 def _launcher_is_older_than(file: Path) -> bool:
-    """Whether the process that started this one was there before ``file`` was written.
+    """Whether the launcher of this process started before ``file`` was written.
 
-    On several nodes torchrun does not count a restart that another node asked for, so the restart count may be 0; and
-    by hand every launch may have the same run id. Ages are compared, not times of day.
+    With several nodes torchrun does not count a restart that another node requested, so the restart count may be 0.
+    Launches by hand may share a run id. Compares ages, not times of day.
     """
     return age(os.getppid()) > time.time() - file.stat().st_mtime

@@ -1,10 +1,10 @@
-"""Faults on request, to see a run survive them: ``--allow-fault-injection --inject-fault kill@7:0,nan-loss@9:1``.
+"""Fault injection, for drills: ``--allow-fault-injection --inject-fault kill@7:0,nan-loss@9:1``.
 
-A fault is ``kind@step:rank``: it happens while global rank ``rank`` works on step ``step`` (the first is 1). ``kill``,
-``stop``, ``term`` and ``usr1`` may name another place than the beginning of the step: ``kill.save@4:1`` happens when
-step 4 is saved, ``kill.validation@4:0`` in the validation after it.
+A fault is ``kind@step:rank``: it happens on global rank ``rank`` in step ``step`` (the first is 1). ``kill``, ``stop``,
+``term`` and ``usr1`` happen at the beginning of the step unless they name a place: ``kill.save@4:1`` happens in the
+save of step 4, ``kill.validation@4:0`` in the validation after it.
 
-A run that torchrun has started again, or that has rolled back, does not meet a fault again.
+A fault does not happen again after a restart by torchrun or a rollback.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from genlip_megatron.config import FaultsConfig, nearest
+from genlip_megatron.log import to_stderr
 
 PLACES = ("step", "validation", "save")
 _SENT = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
-_HERE = ("exit", "raise", "hang")  # in the step, by the rank itself
-_ASKED = (
-    "nan-loss",  # the rank's part of the model gives NaN, however often the step is computed
-    "transient-nan",  # the same, but for the first time only
+_HERE = ("exit", "raise", "hang")  # at the beginning of the step
+_DONE_BY_CALLER = (
+    "nan-loss",  # the rank's part of the model gives NaN, in every pass
+    "transient-nan",  # the same in the first pass only
     "nan-grad",
     "inf-grad",
     "spike",  # the rank's gradients are 10,000 times too large
-    "flip",  # one bit of a weight is another after the step
-    "full-disk",  # the save after the step finds no space
+    "flip",  # one bit of a weight flips after the step
+    "full-disk",  # the save of the step finds no space
 )
-KINDS = (*_SENT, *_HERE, *_ASKED)
+KINDS = (*_SENT, *_HERE, *_DONE_BY_CALLER)
 
 
 class InjectedError(RuntimeError):
@@ -40,7 +41,7 @@ class InjectedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that is to happen."""
+    """A fault to inject."""
 
     kind: str
     place: str
@@ -52,7 +53,7 @@ def parse_faults(options: FaultsConfig) -> list[Fault]:
     """The faults of ``faults.inject_fault``.
 
     Raises:
-        ValueError: not of the form kind@step:rank, an unknown kind or place, or faults.allow_fault_injection is off.
+        ValueError: a wrong form, an unknown kind or place, or faults.allow_fault_injection is off.
 
     >>> parse_faults(FaultsConfig(inject_fault=("kill.save@4:1",), allow_fault_injection=True))
     [Fault(kind='kill', place='save', step=4, rank=1)]
@@ -74,26 +75,26 @@ def parse_faults(options: FaultsConfig) -> list[Fault]:
         faults.append(Fault(kind, place or "step", int(step), int(rank)))
     if faults and not options.allow_fault_injection:
         raise ValueError(
-            f"faults.inject_fault = {','.join(options.inject_fault)!r} breaks a run on purpose and needs "
-            f"faults.allow_fault_injection: add --allow-fault-injection. Allowed kinds: {', '.join(KINDS)}."
+            f"faults.inject_fault = {','.join(options.inject_fault)!r} breaks the run on purpose and "
+            f"needs faults.allow_fault_injection. Add --allow-fault-injection. Allowed kinds: {', '.join(KINDS)}."
         )
     return faults
 
 
 def flip_bit(parameters: Iterable[Any]) -> None:
     """Flip the lowest bit of the first value of the first parameter."""
-    import torch  # the command line is checked without it
+    import torch  # not at the top: settings are checked without torch
 
     first = next(iter(parameters)).data.view(-1)[:1]
     first.copy_((first.view({2: torch.int16, 4: torch.int32}[first.element_size()]) ^ 1).view(first.dtype))
 
 
 class Injector:
-    """The faults of one rank. Without any, its methods cost nothing.
+    """The faults of one rank.
 
     Args:
-        options: the settings; only the first start under torchrun obeys them.
-        rank: this rank in the whole run.
+        options: the settings; ignored after a restart by torchrun.
+        rank: global rank.
     """
 
     def __init__(self, options: FaultsConfig, rank: int) -> None:
@@ -102,7 +103,7 @@ class Injector:
         self._reached = 0
 
     def at(self, place: str, step: int) -> None:
-        """Do to this process what is to happen at ``place`` of ``step``; call at the beginning of each step."""
+        """Inject the faults of ``place`` in ``step``; call at the beginning of each step."""
         assert place in PLACES
         if place == "step":
             if step <= self._reached:  # the run has rolled back
@@ -121,11 +122,11 @@ class Injector:
             time.sleep(1)
 
     def fires(self, kind: str, step: int) -> bool:
-        """Whether the caller is to do ``kind`` in ``step``; the answer is the same however often it asks."""
+        """Whether the caller must inject ``kind`` in ``step``."""
         return self._due(kind, "step", step)
 
     def _due(self, kind: str, place: str, step: int) -> bool:
         found = [f for f in self._faults if (f.kind, f.place, f.step) == (kind, place, step)]
         if found:
-            print(f"fault injected: {kind} in step {step}", file=sys.stderr, flush=True)
+            to_stderr(f"fault injected: {kind} in step {step}")
         return bool(found)

@@ -1,18 +1,17 @@
-"""Replicas: ranks that should hold the same weights compare their bytes.
+"""Replica check: ranks that should hold the same weights compare hashes of their bytes (xxh3, 128 bits).
 
-Hashes (xxh3, 128 bits, of each parameter) go round; bytes that differ mean a device or a link that computes or carries
-wrong, and the weights cannot be trusted. The majority is taken to be right. Compared are
+Different bytes mean that a device or a link is faulty, and the weights cannot be trusted. The majority is assumed to
+be right. The check compares
 
-* all parameters, over the data- and context-parallel ranks,
-* those marked ``sequence_parallel``, over the tensor-parallel ranks. Their gradients are summed over these, so that
-  the copies stay equal bit for bit. Of other copies each rank computes the gradient alone, and with kernels that add
-  in no fixed order they may differ in the last bit without a fault.
+* all parameters over the data- and context-parallel ranks,
+* parameters marked ``sequence_parallel`` over the tensor-parallel ranks. Their gradients are summed over these ranks,
+  so the copies stay equal bit for bit. For other copies each rank computes its own gradient; kernels that add in no
+  fixed order may change the last bit without a fault.
 
-What it finds is limited by the distributed optimizer: each step, every rank gets all weights anew from the ranks that
-own them. Seen is what went wrong since then, and what goes wrong at every step; a wrong weight of the owner reaches
-all replicas alike.
+Limit: in each step the distributed optimizer sends all weights from the ranks that own them. The check finds what went
+wrong since then, and what goes wrong in every step. A wrong weight of the owner reaches all replicas, and is not found.
 
-The cost is one copy of the weights to the CPU and their hash, about 10 GB/s.
+Cost: one copy of the weights to the CPU and their hash, about 10 GB/s.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ Hashes = dict[str, bytes]
 
 
 def hash_tensor(tensor: Tensor) -> bytes:
-    """16 bytes that tell tensors apart by their bits, NaN and signed zeros included."""
+    """16 bytes: a hash of a tensor's bits, including NaN and signed zeros."""
     values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return xxhash.xxh3_128_digest(values)
 
 
 def odd_ranks(hashes: dict[int, Hashes]) -> dict[int, str]:
-    """{rank whose parameters differ from the majority's: the first parameter that does}; of a tie, all of its ranks.
+    """{rank that differs from the majority: its first parameter that differs}; in a tie, all ranks.
 
     >>> good, bad = {"a": b"1", "b": b"2"}, {"a": b"1", "b": b"3"}
     >>> odd_ranks({0: good, 1: bad, 2: good})
@@ -64,14 +63,14 @@ def check_replicas(named_parameters: Iterable[tuple[str, Tensor]], step: int) ->
     """Compare this rank's parameters with those of its replicas. A collective over all ranks.
 
     Raises:
-        LeaveRun: they differ, on every rank alike; the message names the odd ranks, their hosts and parameters.
+        LeaveRun: they differ; the message names the ranks, their hosts and parameters. Raised on every rank.
     """
     groups = (
         parallel_state.get_data_parallel_group(with_context_parallel=True),
         parallel_state.get_tensor_model_parallel_group(),
     )
     if all(group.size() == 1 for group in groups):
-        return  # on every rank alike
+        return  # true on every rank
     parameters = list(named_parameters)
     hashes = {name: hash_tensor(parameter) for name, parameter in parameters}
     shared = {name: hashes[name] for name, parameter in parameters if getattr(parameter, "sequence_parallel", False)}
@@ -92,13 +91,13 @@ def check_replicas(named_parameters: Iterable[tuple[str, Tensor]], step: int) ->
     which = "; ".join(f"rank {rank} on {parts[rank][1]}, first in {name}" for rank, name in sorted(named.items()))
     raise LeaveRun(
         EXIT_REPLICAS_DIFFER,
-        f"step {step}: weights that should be equal differ: {which}. Where two disagree, either may be wrong. Nothing "
-        "was saved; take the machine out, and start again from the last checkpoint",
+        f"step {step}: weights that should be equal differ: {which}. Of two ranks that differ, either may be wrong. "
+        "Nothing was saved. Remove the machine and restart from the last checkpoint",
     )
 
 
 def _differ(mine: Hashes, group: torch.distributed.ProcessGroup) -> bool:
-    """Whether any rank of ``group`` has other ``mine`` than this one. A collective over it."""
+    """Whether the hashes of any rank of ``group`` differ from this rank's. A collective over the group."""
     if group.size() == 1:
         return False
     digest = torch.frombuffer(bytearray(xxhash.xxh3_128_digest(b"".join(mine.values()))), dtype=torch.int64)

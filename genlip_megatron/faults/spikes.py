@@ -1,6 +1,6 @@
-"""Spikes: steps whose loss or gradient norm stands far above those of the last steps.
+"""Spikes: steps whose loss or gradient norm is far above those of the last steps.
 
-A plain function of the numbers it is given, so that every rank, given the same ones, says the same.
+The judgement depends only on its inputs, so all ranks agree.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections import deque
 from statistics import median
 from typing import Any
 
-# Standard deviation of normal numbers over the median of their distances to the median.
+# Standard deviation of normal numbers divided by the median of their distances to the median.
 _MAD_TO_SD = 1.4826
-# The least spread that is believed. A history that hardly moves (one batch again and again, a loss near 0) has a
-# spread near 0, by which the next rounding error would be a spike. From step to step language-model losses move by a
-# percent or more and gradient norms by a tenth or more, so that these floors change nothing in an ordinary run; with
-# the default threshold of 10 they ask for a loss 10% higher, or a norm 65% higher, before anything is called a spike.
+# Floors of the spread. A history that hardly moves (one batch repeated, a loss near 0) has a spread near 0, and the
+# next rounding error would be a spike. In an ordinary run the floors change nothing: losses move by a percent or more
+# per step, gradient norms by a tenth or more. With the default threshold of 10, a spike is at least a 10% higher loss
+# or a 65% higher norm.
 _LEAST_SD_OF_LOSS = 0.01  # of the median
-_LEAST_LOSS = 0.1  # below it losses count as this much
+_LEAST_LOSS = 0.1  # smaller losses count as this much
 _LEAST_SD_OF_LOG_NORM = 0.05
 _LEAST_NORM = 1e-12
 
@@ -25,8 +25,8 @@ _LEAST_NORM = 1e-12
 def robust_limit(history: list[float], threshold: float, least_sd: float) -> float:
     """``threshold`` robust standard deviations above the median of ``history``.
 
-    A robust standard deviation is 1.4826 times the median distance to the median (Rousseeuw and Croux 1993): up to
-    half of the numbers may be wild without moving it far.
+    A robust standard deviation is 1.4826 times the median distance to the median (Rousseeuw and Croux 1993): outliers
+    among up to half of the numbers hardly change it.
 
     >>> round(robust_limit([2.0, 2.1, 1.9, 2.0, 50.0], 10, 0.01), 3)  # median 2.0, median distance 0.1
     3.483
@@ -39,14 +39,14 @@ def robust_limit(history: list[float], threshold: float, least_sd: float) -> flo
 
 
 class SpikeJudge:
-    """Judges each step by those before it whose update was made.
+    """Compares each step with the steps before it that were updated.
 
     Args:
-        window: steps that are remembered; half of them must be there before anything is a spike.
-        threshold: robust standard deviations above the median that make a spike.
+        window: number of steps to remember; no step is a spike before half of them are known.
+        threshold: robust standard deviations above the median from which a step is a spike.
 
     >>> judge = SpikeJudge(window=4, threshold=10)
-    >>> judge.spike(9.0, 9.0)  # too early to say
+    >>> judge.spike(9.0, 9.0)  # too few steps known
     ''
     >>> for loss in (2.0, 2.1):
     ...     judge.add(loss, 0.5)
@@ -64,20 +64,20 @@ class SpikeJudge:
         self._log_norms: deque[float] = deque(maxlen=window)
 
     def spike(self, loss: float, grad_norm: float) -> str:
-        """What stands out, in words; empty for an ordinary step. Both numbers are finite. O(window log window)."""
+        """Which number is too high, in words; empty for an ordinary step. Both must be finite. O(window log window)."""
         if len(self._losses) < self._needed:
             return ""
         losses, log_norms = list(self._losses), list(self._log_norms)
         least = _LEAST_SD_OF_LOSS * max(abs(median(losses)), _LEAST_LOSS)
         limits = (
             ("loss", loss, robust_limit(losses, self.threshold, least)),
-            # Norms are compared by their logarithm, since it is their ratio that means something.
+            # Logarithms, because ratios of norms are meaningful.
             ("gradient norm", grad_norm, _exp(robust_limit(log_norms, self.threshold, _LEAST_SD_OF_LOG_NORM))),
         )
         return ", ".join(f"{name} {value:.4g} above {limit:.4g}" for name, value, limit in limits if value > limit)
 
     def add(self, loss: float, grad_norm: float) -> None:
-        """Remember a step whose update was made."""
+        """Remember a step that was updated."""
         self._losses.append(loss)
         self._log_norms.append(math.log(max(grad_norm, _LEAST_NORM)))
 
@@ -86,11 +86,11 @@ class SpikeJudge:
         return {"losses": list(self._losses), "log_norms": list(self._log_norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``; of a longer window the newest steps are kept."""
+        """Continue from ``state``, with the newest steps that fit the window."""
         self._losses = deque(state["losses"], self._losses.maxlen)
         self._log_norms = deque(state["log_norms"], self._log_norms.maxlen)
 
 
 def _exp(value: float) -> float:
-    """e to the power of ``value``, which a wild history can make too large for a float."""
+    """e to the power of ``value``; infinity if that is too large for a float."""
     return math.exp(value) if value < 700 else math.inf

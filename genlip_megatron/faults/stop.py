@@ -1,16 +1,15 @@
-"""Requests to stop: a signal, a stop file, or the end of the time a run may take. A run that is told to stop saves.
+"""Stop requests: a signal, the stop file, or the time limit. The run then saves and exits with status 17.
 
-What this rank has seen goes into the one all-reduce of each step (``train/guard.py``), so that all ranks stop after the
-same step; they save and exit with status 17. From the request to the exit it takes at most the step in flight and a
-save (with the file, a second more); a validation that is under way is finished first. A request that is there before
-the first step ends the run without one.
+Each rank's votes go into the one all-reduce of each step (``train/statistics.py``), so all ranks stop after the same
+step. From the request to the exit takes at most the current step and a save, one second more for the file, and the
+rest of a running validation. A request before the first step ends the run without a step.
 
-Ctrl-C is SIGINT. A terminal sends it to plain ``python`` itself; torchrun, whose workers have sessions of their own,
-passes it on to them.
+Ctrl-C is SIGINT. A terminal sends it to plain ``python``; torchrun passes it on to its workers, which have their own
+sessions.
 
-A second signal ends its process at once, without saving, even where the main thread waits in a collective: the signal
-number comes through a pipe to a thread of its own. Launchers and schedulers both pass signals on, so that what comes
-within a second of the first is the same request.
+A second signal ends its process at once without saving, even if the main thread waits in a collective: signals are
+handled in their own thread. Launchers and schedulers may both pass a signal on, so one within a second of the first
+counts as the same request.
 """
 
 from __future__ import annotations
@@ -31,27 +30,28 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_REQUEST = 1.0  # seconds
 _FILE_INTERVAL = 1.0
 REASONS = ("a signal", "the stop file", "train.exit_duration_in_mins")
+NO_STOP_VOTES = (0.0,) * len(REASONS)  # of a rank that need not stop
 
 
-def told_by(wishes: Iterable[Any]) -> str:
-    """Those of ``REASONS`` that are wished for, in words; empty for none.
+def describe_votes(votes: Iterable[Any]) -> str:
+    """Those of ``REASONS`` that have a vote, in words; empty if none has.
 
-    >>> told_by([1.0, 0.0, 1.0])
+    >>> describe_votes([1.0, 0.0, 1.0])
     'a signal, train.exit_duration_in_mins'
     """
-    return ", ".join(reason for reason, wish in zip(REASONS, wishes, strict=True) if wish)
+    return ", ".join(reason for reason, vote in zip(REASONS, votes, strict=True) if vote)
 
 
 def stop_file(config: RunConfig) -> Path | None:
-    """The file whose appearance stops the run; None where there is neither a name nor a folder for it."""
+    """The file that stops the run when it appears; None without ``faults.stop_file`` and ``checkpoint.save``."""
     if config.faults.stop_file:
         return Path(config.faults.stop_file)
     return Path(config.checkpoint.save) / "stop" if config.checkpoint.save else None
 
 
 class SignalThread:
-    """Hands each of ``signals`` that this process gets to ``act``, on a thread of its own: the main one may wait in C,
-    where no handler of Python's runs. Until it is closed; made and closed in the main thread only."""
+    """Calls ``act`` in a separate thread for each of ``signals``: Python runs no handlers while the main thread waits
+    in C. Create and close it in the main thread."""
 
     def __init__(self, signals: Iterable[signal.Signals], act: Callable[[int], None]) -> None:
         self._act, self._seen, self._acted = act, 0, 0
@@ -64,7 +64,7 @@ class SignalThread:
         self._thread.start()
 
     def _wait(self, number: int, frame: Any) -> None:
-        """Python's own handler, in the main thread: it does not go on before the signal has been acted on."""
+        """Python's handler, in the main thread: waits until ``act`` has handled the signal."""
         self._seen += 1
         end = time.monotonic() + 1
         while self._acted < self._seen and time.monotonic() < end:
@@ -80,7 +80,7 @@ class SignalThread:
                     self._acted += 1
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -91,16 +91,17 @@ class SignalThread:
 
 
 def leave_on_signal(save: str) -> SignalThread:
-    """Until a ``StopRequest`` takes over, SIGUSR1 and Ctrl-C end this process as preempted: there is nothing to save
-    yet, and torchrun must not take it for a crash. Not so SIGTERM, by which torchrun itself ends the others after one
-    has crashed.
+    """Make SIGUSR1 and Ctrl-C end this process as preempted until a ``StopRequest`` takes over.
+
+    There is nothing to save yet, and torchrun must not take the exit for a crash. SIGTERM is not handled, because
+    torchrun sends it to the other workers after one has crashed.
 
     Args:
-        save: the run's folder; empty when it saves nothing.
+        save: the run's folder; empty if the run saves nothing.
     """
 
     def leave(number: int) -> None:
-        text = f"stop requested by {signal.Signals(number).name} while no step is made: leaving at once"
+        text = f"stop requested by {signal.Signals(number).name} outside of training: leaving at once"
         _say(text)
         tell_torchrun(text)
         mark_final(save, EXIT_PREEMPTED)
@@ -110,19 +111,18 @@ def leave_on_signal(save: str) -> SignalThread:
 
 
 def _say(text: str) -> None:
-    """Print on one process a machine: a signal may reach any. Not by ``print``, whose lock the main thread may hold."""
+    """Print on one process per machine. Not by ``print``, because the main thread may hold its lock."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         os.write(2, f"{text}\n".encode())
 
 
 class StopRequest:
-    """What this rank has been told; takes over SIGTERM, SIGUSR1 and SIGINT until it is closed. In the main thread
-    only."""
+    """This rank's stop requests. Handles SIGTERM, SIGUSR1 and SIGINT until it is closed, in the main thread only."""
 
     def __init__(self, config: RunConfig) -> None:
         minutes = config.train.exit_duration_in_mins
         self._deadline = time.monotonic() + 60 * minutes - age_of_launch() if minutes else float("inf")
-        # One process a machine looks; each machine looks, since the file may be on a disk of its own.
+        # One process per machine looks for the file, because it may be on a local disk.
         looks = int(os.environ.get("LOCAL_RANK", "0")) == 0
         self._file = stop_file(config) if looks else None
         self._file_seen, self._next_look = False, 0.0
@@ -134,12 +134,12 @@ class StopRequest:
         if not self._signalled:
             self._signalled = now
             _say(f"stop requested by {signal.Signals(number).name}: leaving after the step in flight and a save; a "
-                 "second signal ends the run at once, without saving")  # fmt: skip
+                 "second signal ends the run at once without saving")  # fmt: skip
         elif now - self._signalled > _SAME_REQUEST:
             os._exit(128 + number)
 
     def votes(self) -> list[float]:
-        """1 for each of ``REASONS`` that this rank has to stop, else 0."""
+        """1.0 for each of ``REASONS`` that applies to this rank, else 0.0."""
         now = time.monotonic()
         if self._file is not None and not self._file_seen and now >= self._next_look:
             self._next_look = now + _FILE_INTERVAL
@@ -147,12 +147,14 @@ class StopRequest:
         return [float(self._signalled > 0), float(self._file_seen), float(now >= self._deadline)]
 
     def obey(self) -> None:
-        """Rename the stop file, which would stop the next start too, to ``<name>.obeyed``, by which a launcher sees
-        that the end was wanted; call when the run has saved."""
+        """Rename the stop file to ``<name>.obeyed``, so it does not stop the next start. Call after the save.
+
+        A launcher sees from the new name that the end was requested.
+        """
         if self._file_seen and self._file is not None:
             with contextlib.suppress(FileNotFoundError):  # another machine's process was faster
                 os.replace(self._file, self._file.with_name(f"{self._file.name}.obeyed"))
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         self._signals.close()

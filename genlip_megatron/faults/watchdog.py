@@ -1,19 +1,20 @@
-"""Watchdog: a run that makes no step for too long says where each rank stands, and ends. A part of the start and a
-validated batch count as a step does.
+"""Watchdog: if no step finishes for too long, every rank writes its stacks and the run ends with status 20.
 
-A rank that waits in a collective for one that has gone astray waits in C, where no exception reaches it, so a thread
-of each rank watches the time since its last sign of life. When that is over it writes the stacks of all threads to
-stderr, waits until the other ranks have done so too, and ends the process with status 20.
+A part of the set-up and a validated batch count as a step does.
 
-Two things keep a rank from doing this itself:
+A rank that waits in a collective waits in C, where no exception reaches it. So a thread of each rank watches the time
+since the last ``beat``. After the limit it writes the stacks of all threads to stderr, waits until the other ranks have
+done the same, and ends the process.
 
-* A thread that never releases the interpreter's lock. Then a process beside this one (``faults/minder.py``), to which
-  the watching thread shows signs of life, has the stacks written and kills it.
-* SIGSTOP. The ranks of a machine know each other's processes; the lowest one that runs finds those that are stopped,
-  and wakes them with SIGUSR2 waiting for them, which makes them write their stacks.
+A rank cannot do this itself in two cases:
 
-Time in which this process did not run at all (the machine slept, a scheduler suspended the whole job) does not count.
-SIGUSR2 writes the stacks of a rank at any time, whether or not there is a limit.
+* A thread holds the GIL forever. Then the minder (``faults/minder.py``), a process next to the rank that expects
+  regular beats from the watching thread, makes the rank write its stacks and kills it.
+* SIGSTOP stopped the rank. The ranks of a machine know each other's processes. The lowest running rank finds the
+  stopped ones and wakes them with a pending SIGUSR2, which makes them write their stacks.
+
+Time in which this process did not run at all (the machine slept, a scheduler suspended the job) does not count.
+SIGUSR2 writes the stacks of a rank at any time, even without a limit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import faulthandler
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -32,16 +32,17 @@ from typing import Any
 
 import torch
 
-from genlip_megatron.faults.exits import EXIT_HUNG, tell_torchrun
+from genlip_megatron.faults.exits import EXIT_HUNG, start_ticks, tell_torchrun
 from genlip_megatron.faults.minder import Minder, stopped
+from genlip_megatron.log import to_stderr
 
-_STDERR = 2  # the descriptor, which a test or a library cannot have replaced
-_GRACE = 5.0  # seconds from the stacks to the end; ranks' last signs of life are no further apart than this
+_STDERR = 2  # the descriptor: tests and libraries may replace sys.stderr
+_GRACE = 5.0  # seconds from the stacks to the end; more than the ranks' last beats are apart
 
 
 @dataclass(frozen=True)
 class Sibling:
-    """A rank's process. ``started`` tells it from a later one with its number, or one of another container."""
+    """A rank's process. ``started`` tells it from a later process, or one of another container, with the same pid."""
 
     rank: int
     host: str
@@ -49,20 +50,10 @@ class Sibling:
     started: int
 
 
-def _started(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 where there is none or no /proc."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            # The command's name comes before, in parentheses, and may hold blanks.
-            return int(file.read().rpartition(")")[2].split()[19])
-    except OSError:
-        return 0
-
-
 def _signal_main_thread(pid: int, number: int) -> None:
-    """Send a signal that a process's main thread takes before anything else, where the C library can.
+    """Send a signal to a process's main thread, if the C library can.
 
-    One that is sent to the whole process is taken by any thread, while the main one may be gone from where it stood.
+    A signal to the whole process may reach another thread first, and the main thread may move on meanwhile.
     """
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30
     if tgkill is None or tgkill(pid, pid, number):
@@ -70,11 +61,11 @@ def _signal_main_thread(pid: int, number: int) -> None:
 
 
 def _this_process(rank: int) -> Sibling:
-    return Sibling(rank, socket.gethostname(), os.getpid(), _started(os.getpid()))
+    return Sibling(rank, socket.gethostname(), os.getpid(), start_ticks(os.getpid()))
 
 
 def stacks(title: str) -> bytes:
-    """The stacks of all threads of this process, each line marked with ``title``."""
+    """The stacks of all threads of this process, with ``title`` at the begin of each line."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -82,9 +73,9 @@ def stacks(title: str) -> bytes:
 
 
 class Watchdog:
-    """Ends this process when nothing calls ``beat`` for ``minutes``; 0 never ends it. Call ``listen`` before.
+    """Ends this process if nothing calls ``beat`` for ``minutes``; 0 disables it. Call ``listen`` first.
 
-    It knows this process alone until ``meet`` tells it of the others.
+    It knows only this process until ``meet``.
 
     Args:
         minutes: the limit.
@@ -105,7 +96,7 @@ class Watchdog:
 
     @staticmethod
     def listen() -> None:
-        """From now on SIGUSR2 writes this process's stacks to stderr."""
+        """Make SIGUSR2 write this process's stacks to stderr."""
         faulthandler.register(signal.SIGUSR2, file=_STDERR, all_threads=True)
 
     def meet(self) -> None:
@@ -116,8 +107,7 @@ class Watchdog:
         self._processes = everyone
 
     def beat(self) -> None:
-        """A sign of life: something that counts as progress has been finished. Too late, it never returns: what was
-        found hanging must not go on while it is being ended."""
+        """Report progress. After the limit it never returns: the process is being ended and must not continue."""
         if self._expired:
             self._ended.wait()
         self._quiet = 0.0
@@ -137,31 +127,29 @@ class Watchdog:
     def _expire(self) -> None:
         self._expired = True
         title = f"rank {self._mine.rank} {self._mine.host}:{self._mine.pid}"
-        head = f"[{title}] no step finished for {self._quiet:.0f} s (faults.step_timeout); where its threads are:\n"
+        head = f"[{title}] no step finished for {self._quiet:.0f} s (faults.step_timeout). Thread stacks:\n"
         os.write(_STDERR, head.encode() + stacks(title))
-        tell_torchrun(f"no step finished for {self._quiet:.0f} s (faults.step_timeout); the stacks are in the log")
+        tell_torchrun(f"no step finished for {self._quiet:.0f} s (faults.step_timeout); the log shows the stacks")
         self._wake_stopped()
         time.sleep(self._grace)
         os._exit(EXIT_HUNG)
 
     def _wake_stopped(self) -> None:
-        """Let the ranks of this machine that are stopped write their stacks, if no lower one runs to see to it."""
-        here = [p for p in self._processes if p.host == self._mine.host and _started(p.pid) == p.started]
+        """Make the stopped ranks of this machine write their stacks, if this is its lowest running rank."""
+        here = [p for p in self._processes if p.host == self._mine.host and start_ticks(p.pid) == p.started]
         asleep = [p for p in here if p.pid != self._mine.pid and stopped(p.pid)]
         running = [p.rank for p in here if p not in asleep]
         if self._mine.rank != min(running, default=self._mine.rank):
             return
         for process in asleep:
-            print(
-                f"rank {process.rank} {process.host}:{process.pid} is stopped (SIGSTOP): woken to show its stacks",
-                file=sys.stderr,
-                flush=True,
+            to_stderr(
+                f"rank {process.rank} {process.host}:{process.pid} is stopped (SIGSTOP); waking it to show its stacks"
             )
             _signal_main_thread(process.pid, signal.SIGUSR2)
             os.kill(process.pid, signal.SIGCONT)
 
     def close(self) -> None:
-        """Watch no longer."""
+        """End the watching thread."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(5)

@@ -1,1 +1,1 @@
-"""What depends on how a run is spread over ranks."""
+"""Process groups, and the part of the work of each rank."""

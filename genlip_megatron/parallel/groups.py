@@ -13,12 +13,11 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.config.checks import check
 from genlip_megatron.faults.exits import first_of_machine
 
 
 def timeout(config: RunConfig) -> timedelta:
-    """How long a collective may take: longer than the watchdog waits, which says more; a day where there is none.
+    """Time limit of a collective: longer than the watchdog's, whose error says more; a day without a watchdog.
 
     >>> str(timeout(RunConfig()))  # faults.step_timeout is 20 minutes
     '0:30:00'
@@ -27,21 +26,20 @@ def timeout(config: RunConfig) -> timedelta:
 
 
 def backend() -> str:
-    """The libraries that processes talk through: NCCL for what lies on GPUs, gloo for what lies in host memory."""
+    """The backend: NCCL for tensors on GPUs, gloo for tensors in host memory."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def initialize(config: RunConfig) -> None:
-    """Join the run's processes and make Megatron-Core's groups.
+    """Join the run's processes and create Megatron-Core's groups.
 
-    Started by torchrun, or by hand as one process, which needs no port.
+    Works under torchrun and for one process started by hand, which needs no port.
 
     Raises:
-        ValueError: the layout does not fit the number of processes, or the processes the number of GPUs.
-        ConnectionError: the processes cannot meet.
+        ValueError: there are more processes than GPUs.
+        ConnectionError: the processes cannot connect to each other.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check(config, world_size)
     if torch.cuda.is_available():
         grow_segments(config)
         torch.cuda.set_device(own_gpu())
@@ -49,7 +47,7 @@ def initialize(config: RunConfig) -> None:
         try:
             torch.distributed.init_process_group(
                 backend(),
-                # With a store of its own a process does not look for the others at MASTER_ADDR.
+                # With its own store a single process does not connect to MASTER_ADDR.
                 store=torch.distributed.HashStore() if world_size == 1 else None,
                 rank=rank,
                 world_size=world_size,
@@ -58,7 +56,9 @@ def initialize(config: RunConfig) -> None:
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
             reason = str(error).splitlines()[0]
-            raise ConnectionError(f"rank {rank} of {world_size} cannot meet the others at {place}: {reason}") from error
+            raise ConnectionError(
+                f"rank {rank} of {world_size} cannot connect to the others at {place}: {reason}"
+            ) from error
     parallel_state.destroy_model_parallel()
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -82,10 +82,10 @@ def initialize(config: RunConfig) -> None:
 
 
 def grow_segments(config: RunConfig) -> None:
-    """Have torch's allocator enlarge its segments of memory rather than add others, which leave holes of gigabytes.
+    """Make torch's allocator grow its memory segments instead of adding segments, which leaves gigabytes unused.
 
-    Not with CUDA graphs, beside which hangs and wrong accesses were reported of it, nor where the environment says how
-    memory is allocated. Takes effect for what is allocated from now on.
+    Off with CUDA graphs, because hangs and illegal accesses were reported for the combination. Does nothing if the
+    environment configures the allocator. Affects later allocations only.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{not config.train.cuda_graph}")
@@ -95,13 +95,13 @@ def own_gpu() -> int:
     """The number of this process's GPU.
 
     Raises:
-        ValueError: the machine has no GPU left for it.
+        ValueError: there are fewer GPUs than processes.
     """
     place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if place >= gpus:
         started = os.environ.get("LOCAL_WORLD_SIZE", str(place + 1))
         raise ValueError(
-            f"torchrun started {started} processes on a machine that shows {gpus} GPUs, one for each; use "
+            f"torchrun started {started} processes on a machine that shows {gpus} GPUs; each process needs one. Use "
             f"--nproc-per-node {gpus}, or let CUDA_VISIBLE_DEVICES show more"
         )
     return place
@@ -109,10 +109,10 @@ def own_gpu() -> int:
 
 @dataclass(frozen=True)
 class ModelParallelPlace:
-    """This rank among those that work on the same micro-batches.
+    """The place of this rank among the ranks that work on the same micro-batches.
 
     Attributes:
-        group: gloo group of them all, across pipeline stages; None for a rank alone.
+        group: gloo group of all of them, across pipeline stages; None for a single rank.
         index, count: place among the tensor- and context-parallel ranks of its pipeline stage.
         first_stage: global ranks of the ``count`` ranks of the first stage, in order.
     """
@@ -124,7 +124,7 @@ class ModelParallelPlace:
 
 
 def model_parallel_place() -> ModelParallelPlace:
-    """Where this rank stands, with a new process group. A collective over all ranks."""
+    """This rank's place, with a new process group. A collective over all ranks."""
     mine = (
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
@@ -139,7 +139,7 @@ def model_parallel_place() -> ModelParallelPlace:
     group = None
     for lanes, ranks in sorted(by_lanes.items()):
         if len(ranks) > 1:
-            # Loaders wait in it for as long as a validation or a save takes; what hangs is seen elsewhere.
+            # Loaders wait in it during a validation or a save; the watchdog notices hangs.
             made = torch.distributed.new_group(ranks, backend="gloo", timeout=timedelta(days=1))
             group = made if lanes == mine[0] else group
     together = sorted(by_lanes[mine[0]], key=lambda rank: places[rank][2:])
@@ -149,21 +149,21 @@ def model_parallel_place() -> ModelParallelPlace:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether this rank is the first of all to ask this about ``text``; where they are not joined, of its machine.
+    """Whether this rank is the first of all to call this with ``text``; without process groups, of its machine.
 
-    Not a collective: others may have another text, or be elsewhere.
+    Not a collective: other ranks may have another text or none.
     """
     if torch.distributed.is_initialized():
         store = torch.distributed.distributed_c10d._get_default_store()
         try:
             return bool(store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
-        except RuntimeError:  # the rank that keeps the store is gone; better said twice than not at all
+        except RuntimeError:  # the rank with the store is gone; printing twice is better than not at all
             return True
     return first_of_machine(text)
 
 
 def finalize() -> None:
-    """Leave the groups."""
+    """Destroy the process groups."""
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Which slots of a micro-batch a rank holds.
+"""The slots of a micro-batch that a rank holds.
 
-Context-parallel ranks hold equal shares of the S slots, in order; with sequence parallelism the tensor-parallel ranks
-share out each of these in turn. So a sample may begin on one rank and end on another.
+Context-parallel ranks hold equal parts of the S slots, in order. With sequence parallelism the tensor-parallel ranks
+divide each part again. So a sample may begin on one rank and end on another.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def slot_share(total: int, group: Any) -> slice:
-    """This rank's slots of ``total``, of which the ranks of ``group`` (None: this rank alone) hold equal shares."""
+    """This rank's slots of ``total``; the ranks of ``group`` hold equal parts (None: this rank holds all)."""
     if group is None:
         return slice(0, total)
     share = total // group.size()
@@ -18,8 +18,10 @@ def slot_share(total: int, group: Any) -> slice:
 
 
 def local_slots(total: int, context: Any, tensor: Any) -> slice:
-    """This rank's slots of ``total``, of which a context-parallel rank holds a share and a tensor-parallel rank a
-    share of that. A group of None does not share the sequence."""
+    """This rank's slots of ``total``: the context-parallel group divides them, then the tensor-parallel group.
+
+    A group of None does not divide the sequence.
+    """
     outer = slot_share(total, context)
     inner = slot_share(outer.stop - outer.start, tensor)
     return slice(outer.start + inner.start, outer.start + inner.stop)

@@ -1,4 +1,4 @@
-"""Transformer Engine's user buffers, by which tensor-parallel communication overlaps with matrix products."""
+"""Transformer Engine's user buffers, which overlap tensor-parallel communication with matrix products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def prepare_user_buffers(transformer: TransformerConfig, tokens: int) -> None:
-    """Allocate them, if ``tp_comm_overlap`` asks for them; before the first forward pass. A collective.
+    """Allocate the buffers if ``tp_comm_overlap`` is on; call before the first forward pass. A collective.
 
     Args:
         tokens: slots of a micro-batch on one context-parallel rank.

@@ -101,8 +101,10 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
     from megatron.core import parallel_state
 
     from genlip_megatron.testing.planted import planted
-    from genlip_megatron.train.loop import gather_weights, save, set_up, train_step
-    from genlip_megatron.train.step import evaluate
+    from genlip_megatron.train.resume import gather_weights, save
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
+    from genlip_megatron.train.validation import evaluate
 
     with planted(fault):
         run = set_up(config)
@@ -134,7 +136,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
             losses.append(outcome.loss)
             if run.iteration == 2:
                 # Between steps, where gathers and caches of the layout are under way.
-                validation = evaluate(run.stepper, run.valid_loader)
+                validation = evaluate(run)
         save(run, last=True)
         gather_weights(run)
         run.train_loader.close()

@@ -30,14 +30,14 @@ def _changed_batch(change: Any) -> Any:
     """Every rank works on ``change(batch, context-parallel rank)`` instead of the batch."""
     from megatron.core import parallel_state
 
-    from genlip_megatron.train.step import Stepper
+    from genlip_megatron.train import forward_backward
 
-    prepare = Stepper._prepare
+    prepare = forward_backward.prepare
 
-    def changed(self: Any, batch: Any) -> Any:
-        return prepare(self, change(batch, parallel_state.get_context_parallel_rank()))
+    def changed(run: Any, batch: Any) -> Any:
+        return prepare(run, change(batch, parallel_state.get_context_parallel_rank()))
 
-    return mock.patch.object(Stepper, "_prepare", changed)
+    return mock.patch.object(forward_backward, "prepare", changed)
 
 
 def _positions(batch: Any, rank: int) -> Any:
@@ -68,13 +68,13 @@ def _shifted_labels() -> Any:
 
 
 def _counted_by_every_rank() -> Any:
-    from genlip_megatron.train import step
+    from genlip_megatron.train import forward_backward
 
     def counting(batch: Any, total: Any) -> Any:
         count = (batch.loss_weights > 0).sum()
         return total, count.to(torch.int), {"loss": torch.stack((total.detach().double(), count.double()))}
 
-    return mock.patch.object(step, "loss_sum", counting)
+    return mock.patch.object(forward_backward, "loss_sum", counting)
 
 
 def _drop_path_per_rank(batch: Any, rank: int) -> Any:

@@ -79,6 +79,13 @@ def tiny_config(data: Path, **flags: Any) -> RunConfig:
     return override(from_dict(tree, "test"), {name.replace("__", "."): value for name, value in flags.items()})
 
 
+def build_run(config: RunConfig) -> Any:
+    """``train.setup.build_run``, imported when a new process calls it."""
+    from genlip_megatron.train import setup
+
+    return setup.build_run(config)
+
+
 def full_weights(run: Any) -> dict[str, torch.Tensor]:
     """Canonical weights of this rank's pipeline stage, gathered over tensor-parallel ranks, as they are computed with:
     FSDP keeps the float32 originals of bfloat16 weights."""
@@ -101,9 +108,10 @@ def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any
     """
     from megatron.core import parallel_state
 
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.resume import finish_saves, save
-    from genlip_megatron.train.step import evaluate
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
+    from genlip_megatron.train.validation import evaluate
 
     run = set_up(config)
     assert run.train_loader is not None and run.valid_loader is not None
@@ -123,7 +131,7 @@ def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any
         run.iteration += 1
         losses.append(outcome.loss)
         norms.append(outcome.grad_norm)
-    validation = evaluate(run.stepper, run.valid_loader)
+    validation = evaluate(run)
     save(run, last)
     finish_saves(run)
     run.train_loader.close()
@@ -139,7 +147,7 @@ def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any
 
 def failing_set_up(config: RunConfig) -> str:
     """What is wrong with the settings of a run."""
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     try:
         set_up(config)

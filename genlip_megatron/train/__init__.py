@@ -1,1 +1,1 @@
-"""Training: one step, the loop around it, and what it reports."""
+"""Training: the step, the loop and its parts."""

@@ -1,15 +1,15 @@
 """Where a step's time goes: waiting for data, to the device, forward, backward, reduction, optimizer, pipeline.
 
-One line of time, cut where a part begins or ends; each piece belongs to the innermost part that is open. So parts never
-overlap, add up over a step's micro-batches in whatever order a pipeline runs them, and sum to the whole step.
+The time of a step is cut where a part begins or ends; each piece belongs to the innermost open part. So parts never
+overlap, and they sum to the whole step in whatever order a pipeline runs its micro-batches.
 
-On a GPU a cut is a CUDA event on the compute stream, read when the device has passed it, steps later: nothing waits
-for it. A part so lasts until its kernels are done, idle time between them included: a forward pass that waits for its
-data is "data wait", one whose kernels the host launches too slowly is still "forward", and reduction that runs on
-another stream behind the backward pass shows only as far as the step waits for it. On a CPU a cut reads the clock.
+On a GPU a cut is a CUDA event on the compute stream. It is read steps later, when the device has passed it, so nothing
+waits for it. A part lasts until its kernels are done, and includes idle time between them. A forward pass that waits
+for its data is "data wait"; one whose kernels the host launches too slowly is still "forward". A reduction on another
+stream counts only while the step waits for it. On a CPU a cut reads the clock.
 
-Megatron-Core's schedules say where forward and backward passes, transfers between stages and reductions begin and end,
-through its timers; ``StepTimers`` listens there. ``tools/benchmarks/gpu.py`` tells what a cut costs.
+Megatron-Core's timers mark the begin and end of forward and backward passes, transfers between stages and reductions;
+``StepTimers`` listens to them. ``tools/benchmarks/gpu.py`` measures the cost of a cut.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REDUCTIONS = (
     "all-grads-sync", "conditional-embedder-grads-all-reduce", "non-tensor-parallel-grads-all-reduce",
     "embedding-grads-all-reduce",
 )  # fmt: skip
-# Parts by the names of Megatron-Core's timers.
+# Part of each of Megatron-Core's timers.
 _PART_OF = {
     "forward-compute": "forward",
     "backward-compute": "backward",
@@ -46,19 +46,19 @@ class Breakdown:
     """Seconds of each part of the steps, on this rank.
 
     Args:
-        device: where the steps run.
+        device: runs the steps.
 
     Attributes:
-        annotate: name the parts in traces, for the profiler and for Nsight (NVTX).
+        annotate: name the parts in traces of the profiler and of Nsight (NVTX).
     """
 
     def __init__(self, device: torch.device) -> None:
         self.annotate = False
         self._cuda = device.type == "cuda"
-        self._open: list[tuple[str, Any]] = []  # parts that have begun, outermost first, and their names in a trace
-        self._cuts: list[tuple[Any, str]] = []  # of this step: when, and the part from then on
+        self._open: list[tuple[str, Any]] = []  # open parts, outermost first, and their marks in a trace
+        self._cuts: list[tuple[Any, str]] = []  # of this step: the moment, and the part that follows
         self._unread: deque[list[tuple[Any, str]]] = deque()
-        self._spare: list[Any] = []  # events that have been read
+        self._spare: list[Any] = []  # events to use again
         self._steps, self._seconds = 0, dict.fromkeys(PARTS, 0.0)
 
     def _cut(self) -> None:
@@ -70,13 +70,13 @@ class Breakdown:
         self._cuts.append((moment, self._open[-1][0] if self._open else ""))
 
     def begin(self, part: str) -> None:
-        """``part`` (one of PARTS) begins; outside a step nothing happens."""
+        """Begin ``part`` (one of PARTS); does nothing outside a step."""
         if not self._open:
             return
         self._push(part)
 
     def end(self) -> None:
-        """The part that began last ends."""
+        """End the part that began last."""
         if len(self._open) > 1:
             self._pop()
 
@@ -97,7 +97,7 @@ class Breakdown:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """``name`` lasts as long as what is done within."""
+        """Measure the code inside as part ``name``."""
         self.begin(name)
         try:
             yield
@@ -106,7 +106,7 @@ class Breakdown:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """A step lasts as long as what is done within; what is in no other part of it is "other"."""
+        """Measure the code inside as one step; time in no other part is "other"."""
         self._push("other")
         try:
             yield
@@ -128,9 +128,9 @@ class Breakdown:
             self._steps += 1
 
     def take(self) -> list[float]:
-        """Mean seconds of a step in each of PARTS, of the steps read since this was last asked; 0 when there is none.
+        """Mean seconds per step of each of PARTS, over the steps read since the last call; 0 without any.
 
-        On a GPU the last step is usually not among them yet, and counts the next time.
+        On a GPU the last step is usually not read yet, and counts the next time.
         """
         self._read()
         steps = max(self._steps, 1)
@@ -140,11 +140,10 @@ class Breakdown:
 
 
 class StepTimers:
-    """Megatron-Core's timers, which also tell a breakdown what begins and ends.
+    """Megatron-Core's timers, which also mark the parts of a breakdown.
 
     Args:
         timers: ``megatron.core.timers.Timers``; they wait for the device, and do nothing below their log level.
-        breakdown: is told.
     """
 
     def __init__(self, timers: Any, breakdown: Breakdown) -> None:
@@ -169,7 +168,7 @@ class _Listening:
 
 
 def over_ranks(seconds: list[float], device: torch.device) -> tuple[list[float], list[float]]:
-    """(mean over ranks, longest of a rank) of each part, from this rank's ``take``. A collective over all ranks."""
+    """(mean over ranks, longest of any rank) of each part, from this rank's ``take``. A collective over all ranks."""
     mean = torch.tensor(seconds, dtype=torch.float64, device=device)
     longest = mean.clone()
     torch.distributed.all_reduce(mean)
@@ -178,7 +177,7 @@ def over_ranks(seconds: list[float], device: torch.device) -> tuple[list[float],
 
 
 def describe(mean: list[float], longest: list[float]) -> str:
-    """One line of the log, in milliseconds; the longest of a rank stands in brackets where it differs.
+    """A log line in milliseconds; the longest of any rank is in brackets if it differs from the mean.
 
     >>> describe([0, 0.001, 0.04, 0.08, 0, 0.002, 0.005, 0.001], [0, 0.001, 0.05, 0.08, 0, 0.002, 0.005, 0.001])
     'step parts, ms: data wait 0 | to device 1 | forward 40 [50] | backward 80 | reduce 2 | optimizer 5 | other 1'

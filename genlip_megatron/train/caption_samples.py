@@ -1,4 +1,4 @@
-"""Captions of a few validation images during training, for TensorBoard."""
+"""Generated captions of a few validation images, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_NEW_TOKENS = 64
 
 
 def write_caption_samples(config: RunConfig, model: list[Any], loader: Loader, writer: Any, step: int) -> None:
-    """Caption the first validation images on all ranks together and write them beside their truth."""
+    """Caption the first validation images and write them next to the true captions. A collective over all ranks."""
     requests, truths = loader.requests(range(min(config.log.caption_samples, len(loader))))
     tokens = generate(model, requests, loader.tokenizer.closing_ids[:1], _MAX_NEW_TOKENS)
     for number, (request, truth, ids) in enumerate(zip(requests, truths, tokens, strict=True)):

@@ -1,10 +1,8 @@
 """Fully sharded data parallelism: torch's ``fully_shard`` (FSDP2) inside Megatron-Core's training step.
 
 Weights, gradients and both Adam moments are float32 shards along dimension 0, over the data- and context-parallel
-ranks of a tensor-parallel rank. The full weights of a layer, in the compute dtype, exist only while it runs: they are
-gathered before its forward and its backward pass, and its gradients are reduced in float32 after each backward pass.
-
-Megatron-Core 0.16.1 has two wrappers of its own, which do not fit: see ``FullyShardedDataParallel``.
+ranks of a tensor-parallel rank. A layer's full weights exist only while it runs, in the compute dtype: they are
+gathered before its forward and its backward pass. Its gradients are reduced in float32 after each backward pass.
 """
 
 from __future__ import annotations
@@ -33,45 +31,47 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @torch.no_grad()
 def full_values(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on the CPU. A collective over the ranks that share it."""
+    """All values of a sharded tensor, on the CPU. A collective over the ranks that hold shards."""
     assert isinstance(tensor, DTensor)
     return tensor.full_tensor().cpu()
 
 
 @torch.no_grad()
 def set_values(tensor: Tensor, full: Tensor) -> None:
-    """Set this rank's shard of ``tensor`` from the ``full`` values, which every rank has."""
+    """Set this rank's shard of ``tensor`` from the ``full`` values."""
     assert isinstance(tensor, DTensor)
     shard = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.to_local().copy_(shard.to_local())
 
 
 class FullyShardedDataParallel(_BaseDataParallel):
-    """Stands in for Megatron-Core's ``DistributedDataParallel`` around a model without pipeline stages.
+    """Replaces Megatron-Core's ``DistributedDataParallel`` around a model without pipeline stages.
 
-    Megatron-Core's ``TorchFullyShardedDataParallel`` averages gradients over ranks, leaves out the division by the
-    number of tokens, computes in the dtype of the optimizer's weights and runs on CUDA alone.
+    Megatron-Core 0.16.1's ``TorchFullyShardedDataParallel`` does not fit: it averages gradients over ranks, does not
+    divide them by the number of tokens, computes in the dtype of the optimizer's weights, and needs CUDA.
     """
+
+    shards_parameters = True  # so that checkpoints ask this wrapper, not the model within
 
     def __init__(self, config: TransformerConfig, ddp_config: DistributedDataParallelConfig, module: GenLIP) -> None:
         assert module.embed is not None and module.head is not None, "one pipeline stage"
         super().__init__(config=config, module=module)
         self.ddp_config = ddp_config
-        # Taken now, since modules describe plain tensors only. The checkpoint does not show that the run was sharded.
+        # Taken before sharding: modules describe plain tensors only, and checkpoints do not depend on FSDP.
         entries, names = module.sharded_state_dict(), dict(module.named_parameters())
         self._entries = {name: entry.without_data() for name, entry in entries.items() if name in names}
         self._others = {name: entry for name, entry in entries.items() if name not in names}
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        # torch keeps plans for equal meshes; the group's name tells this one from those of groups that are gone.
+        # torch caches plans of equal meshes; the group's name separates this mesh from those of destroyed groups.
         mesh = DeviceMesh.from_group(group, current_device().type, mesh_dim_names=(f"dp_cp_{group.group_name}",))
-        # Inputs are in the right dtype already, and casting would round the weights of the loss.
+        # Inputs have the right dtype already; casting would round the loss weights.
         policy = MixedPrecisionPolicy(config.params_dtype, torch.float32, cast_forward_inputs=False)
         marks = {name: dict(vars(parameter)) for name, parameter in module.named_parameters()}
         module.float()
         for unit in (module.embed, *module.decoder.layers, module.head, module):
-            # Resharded even where backward follows at once: a validation would leave full weights behind.
+            # Reshard even if backward follows at once; after a validation full weights would remain.
             sharded = fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-            # Losses are sums over tokens, so gradients are too; ``scale_gradients`` divides them.
+            # The loss is a sum over tokens, so gradients are too; ``scale_gradients`` divides them.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(module.head, "logits")
@@ -80,7 +80,7 @@ class FullyShardedDataParallel(_BaseDataParallel):
                 setattr(parameter, mark, value)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        """Nothing: every backward pass has reduced its gradients."""
+        """Do nothing: every backward pass has reduced its gradients."""
 
     def scale_gradients(self, scaling_factor: float | Tensor) -> None:
         """Multiply all gradients."""
@@ -89,7 +89,7 @@ class FullyShardedDataParallel(_BaseDataParallel):
                 parameter.grad.to_local().mul_(scaling_factor)
 
     def entry(self, name: str, full: Tensor, prefix: str = "") -> ShardedTensor | ShardedTensorFactory:
-        """``full``, all values of the parameter ``name`` or of something like it, as a part of a checkpoint."""
+        """``full``, all values of parameter ``name`` or of one of its moments, as a part of a checkpoint."""
         entry = self._entries[name]
         new: dict[str, Any] = {"key": prefix + entry.key, "data": full}
         if isinstance(entry, ShardedTensor):
@@ -97,7 +97,7 @@ class FullyShardedDataParallel(_BaseDataParallel):
         return replace(entry, **new)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """As that of the model within. A collective."""
+        """The same as that of the model within. A collective."""
         dtype = self.config.params_dtype
         weights = {name: self.entry(name, full_values(p).to(dtype)) for name, p in self.module.named_parameters()}
         return weights | self._others
@@ -109,7 +109,7 @@ class FullyShardedDataParallel(_BaseDataParallel):
 
 
 class FullyShardedOptimizer(FP32Optimizer):
-    """Megatron-Core's step on shards, with checkpoints like the distributed optimizer's ``fully_reshardable`` ones."""
+    """Megatron-Core's optimizer on shards, with the distributed optimizer's ``fully_reshardable`` checkpoints."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, config: OptimizerConfig, model: FullyShardedDataParallel
@@ -118,7 +118,7 @@ class FullyShardedOptimizer(FP32Optimizer):
         self.model = model
 
     def _tensors(self) -> list[tuple[str, dict[str, Tensor]]]:
-        """(parameter name, its value and moments) of every parameter that is trained."""
+        """(name, {"param": value, moment: value}) of every trained parameter."""
         tensors = []
         for name, parameter in self.model.module.named_parameters():
             if not parameter.requires_grad:

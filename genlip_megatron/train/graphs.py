@@ -1,16 +1,16 @@
-"""CUDA graphs of a micro-batch: its forward pass and its backward pass, replayed without the host launching kernels.
+"""CUDA graphs of a micro-batch's forward and backward pass, replayed without launching kernels from the host.
 
-Micro-batches come ``with_fixed_shapes``, so that few shapes occur. The first ones of a shape run as usual, which lets
-libraries and compilers set themselves up; then a graph of each pass is captured, and later ones are copied to where it
-reads and replayed. Those of rarer shapes than there is room for go on running as usual, to the same result.
+Micro-batches come ``with_fixed_shapes``, so few shapes occur. The first micro-batches of a shape run without a graph,
+which warms up libraries and compilers. Then both passes are captured; later micro-batches are copied to the graph's
+inputs and replayed. Shapes beyond the limit of graphs keep running without one, with the same result.
 
-The backward graph adds weights' gradients to the buffers of Megatron-Core's DistributedDataParallel by itself, since
-its hooks on parameters are Python, which is not captured. Graphs share one pool of memory, which passes without a graph
-cannot use: where both do not fit, the graphs give theirs up and are captured again.
+The backward graph adds weight gradients to the buffers of Megatron-Core's DistributedDataParallel itself: DDP's hooks
+on parameters are Python, which a graph does not capture. Graphs share one memory pool that passes without a graph
+cannot use. If both do not fit, the graphs are released and captured again later.
 
-``torch.cuda.make_graphed_callables`` hands gradients of all weights to autograd, and takes flat tensors;
-Megatron-Core's ``FullCudaGraphWrapper`` captures the whole step with its reductions, and needs all micro-batches of a
-run in one shape.
+Not used: ``torch.cuda.make_graphed_callables`` hands the gradients of all weights to autograd and takes only flat
+tensors; Megatron-Core's ``FullCudaGraphWrapper`` captures the whole step with its reductions, and needs one shape for
+all micro-batches of a run.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from torch import Tensor
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.device import current_device
+from genlip_megatron.log import log
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.attention.backend import Backend
 from genlip_megatron.model.attention.varlen import KernelCall, Rows
 from genlip_megatron.model.embed import ImageSlots
 
-_WARM_UP = 2  # micro-batches of a shape that run as usual
+_WARM_UP = 2  # micro-batches of a shape that run without a graph
 _MOST_GRAPHS = 8
-_MOST_RELEASES = 8  # times that graphs give up their memory before none is captured any more
+_MOST_RELEASES = 8  # releases of all graphs after which none is captured again
 _PARTS = (PackedBatch, PackedAttention, ImageSlots, Backend, KernelCall, Rows)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``function`` of each tensor in it, in a fixed order."""
+    """``value`` with ``function`` applied to each tensor in it, in a fixed order."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
@@ -64,7 +65,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def shape_of(value: Any) -> Any:
-    """What a graph depends on: shapes and dtypes of the tensors, and everything else as it is; hashable."""
+    """A hashable key of what a graph depends on: shapes and dtypes of tensors, and all other values."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, tuple):
@@ -75,7 +76,7 @@ def shape_of(value: Any) -> Any:
 
 
 def memory_beside(taken: int) -> int:
-    """Bytes that a pass without a graph could use beside graphs that have ``taken`` so many."""
+    """Bytes that a pass without a graph could use next to graphs that hold ``taken`` bytes."""
     if not torch.cuda.is_available():
         return 0
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - taken
@@ -83,15 +84,15 @@ def memory_beside(taken: int) -> int:
 
 
 class Graph:
-    """Both passes over micro-batches of one shape.
+    """Graphs of both passes over micro-batches of one shape.
 
     Args:
         stage: the model, wrapped; its loss is a scalar.
-        batch, plan: one of the shape, on the device. Nothing is computed from it.
-        pool: of the memory that graphs share.
+        batch, plan: an example of the shape, on the device; its values do not matter.
+        pool: memory that all graphs share.
 
     Attributes:
-        taken: bytes that the pool has grown by.
+        taken: bytes that this graph added to the pool.
     """
 
     def __init__(self, stage: Any, batch: PackedBatch, plan: PackedAttention, pool: Any) -> None:
@@ -108,7 +109,7 @@ class Graph:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         for graph, function in zip(passes, (self._run_forward, self._run_backward), strict=True):
-            # Threads of the loader and of checkpoints may allocate meanwhile.
+            # Threads of the loader and of checkpoints may allocate during the capture.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 function()
         self.taken = max(torch.cuda.memory_reserved() - before, 0)
@@ -119,7 +120,7 @@ class Graph:
             self._loss = self._stage(*self._arguments)
 
     def _run_backward(self) -> None:
-        # Products that have added to the buffer themselves say so, and hand out a gradient of no meaning.
+        # A layer that has added its gradient to the buffer sets this mark, and returns a dummy gradient.
         for parameter in self._parameters:
             parameter.grad_added_to_main_grad = False
         gradients = torch.autograd.grad(self._loss, self._parameters, self._factor, allow_unused=True)
@@ -135,13 +136,13 @@ class Graph:
         return self._loss.detach().clone()
 
     def backward(self, factor: Tensor) -> None:
-        """Add the gradients of ``factor`` times that loss; once, before the next micro-batch."""
+        """Add the gradients of ``factor`` times that loss; call once, before the next micro-batch."""
         self._factor.copy_(factor)
         self._replays[1]()
 
 
 class _Replayed(torch.autograd.Function):
-    """The loss by a graph, as a function whose backward pass is the graph's."""
+    """A graph's loss as an autograd function, whose backward pass replays the graph's."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, graph: Graph, batch: PackedBatch, plan: PackedAttention) -> Tensor:
@@ -150,22 +151,22 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *factors: Tensor) -> tuple[None, ...]:
-        # Losses of a step are kept, and would keep the memory of graphs that have been let go.
+        # The losses of a step are kept; a reference from them would hold the memory of released graphs.
         graph, ctx.graph = ctx.graph, None
         graph.backward(factors[0])
         return None, None, None, None
 
 
 class GraphedStage:
-    """A model that replays graphs where it is trained, called as the model itself.
+    """A model that replays graphs in training; call it like the model.
 
     Args:
         stage: the model, wrapped by DistributedDataParallel, which reduces gradients after the last micro-batch.
-        kind: captures; another than ``Graph`` for tests.
+        kind: captures a graph; tests replace ``Graph``.
 
     Attributes:
-        replayed, run: micro-batches by a graph, and as usual.
-        released: times that the graphs have given up their memory.
+        replayed, run: number of micro-batches with and without a graph.
+        released: number of times that all graphs were released.
     """
 
     def __init__(self, stage: Any, kind: Callable[..., Graph] = Graph) -> None:
@@ -197,10 +198,10 @@ class GraphedStage:
         full = len(self._graphs) == _MOST_GRAPHS or self.released == _MOST_RELEASES
         if self._seen[shape] <= _WARM_UP or full:
             return None
-        with contextlib.suppress(torch.OutOfMemoryError):  # whose traceback holds what was captured until it is over
+        with contextlib.suppress(torch.OutOfMemoryError):  # its traceback holds the captured memory
             graph = self._kind(self._stage, batch, plan, self._pool)
         if graph is None:
-            self._let_go("a capture that found too little memory")
+            self._release("a capture that ran out of memory")
             return None
         self._graphs[shape] = graph
         self._tell(
@@ -210,26 +211,24 @@ class GraphedStage:
         return graph
 
     def _make_room(self) -> None:
-        """Let go of the graphs where a pass without one does not fit beside them; it needs as much as they do."""
+        """Release the graphs if a pass without one does not fit next to them; it needs as much memory as they do."""
         taken = sum(graph.taken for graph in self._graphs.values())
         if not taken or memory_beside(taken) >= taken:
             return
-        self._let_go("a micro-batch of a rare shape")
+        self._release("a micro-batch of a rare shape")
 
-    def _let_go(self, to: str) -> None:
+    def _release(self, reason: str) -> None:
         taken = sum(graph.taken for graph in self._graphs.values())
         self._graphs.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-            # cuBLAS's workspace stays in the old pool, and torch captures into no pool that has lost its graphs.
+            # cuBLAS's workspace stays in the old pool, and torch does not capture into a pool without graphs.
             self._pool = torch.cuda.graph_pool_handle()
         self.released += 1
-        last = "for good: a smaller train.micro_batch_size would leave room for both"
-        self._tell(
-            f"CUDA graphs have given up {taken / 2**30:.1f} GiB to {to}, "
-            + (last if self.released == _MOST_RELEASES else "and will be captured again")
-        )
+        then = "they will be captured again"
+        if self.released == _MOST_RELEASES:
+            then = "they are not captured again; a smaller train.micro_batch_size would leave room for both"
+        self._tell(f"CUDA graphs released {taken / 2**30:.1f} GiB for {reason}; {then}")
 
     def _tell(self, text: str) -> None:
-        if torch.distributed.get_rank() == 0:
-            print(f"{text}; {self.replayed} micro-batches replayed so far, {self.run} run as usual", flush=True)
+        log(f"{text} | micro-batches replayed {self.replayed} | without a graph {self.run}")

@@ -1,4 +1,4 @@
-"""What to say when a GPU's memory does not suffice in the first steps."""
+"""The error of a run that runs out of GPU memory in its first steps, with settings that would help."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from genlip_megatron.config import RunConfig, override
 from genlip_megatron.config.checks import check
 from genlip_megatron.estimate.sample import GIB
 
-# Steps within which every allocation of a run has happened once; later ones are a leak or another process's doing.
+# Every allocation of a run has happened once by then; later failures are a leak or another process.
 FIRST_STEPS = 3
 
 
 def out_of_memory(config: RunConfig, world_size: int, error: BaseException, device: str = "cuda") -> str:
-    """One line: what ran out, what the estimate had said, and what would help with the memory it would save.
+    """One line: the failed allocation, the estimate, and settings that would help with the memory they save.
 
     Args:
-        error: torch's, of which the first two sentences are told.
-        device: "cuda" or "cpu", whose kernels' buffers are estimated.
+        error: torch's; its first two sentences are quoted.
+        device: "cuda" or "cpu", for the estimate of its kernels' buffers.
     """
     need = estimate.memory(config, world_size, device).total
     helps: dict[str, str] = {}
@@ -35,7 +35,7 @@ def out_of_memory(config: RunConfig, world_size: int, error: BaseException, devi
 
 
 def _remedies(config: RunConfig, world_size: int) -> list[tuple[str, str, RunConfig]]:
-    """(kind, flags, configuration) of settings that may lower memory, the cheapest first; one of a kind is enough."""
+    """(kind, flags, configuration) of settings that may lower memory, cheapest first; one per kind is enough."""
     train, parallel = config.train, config.parallel
     tp = parallel.tensor_model_parallel_size
     wanted: list[tuple[str, str, dict[str, object]]] = []

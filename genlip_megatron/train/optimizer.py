@@ -1,4 +1,4 @@
-"""AdamW by Megatron-Core's distributed optimizer, and its learning-rate schedule."""
+"""AdamW in Megatron-Core's distributed optimizer, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from genlip_megatron.train.fsdp import FullyShardedOptimizer
 class GroupStepAdamW(torch.optim.Optimizer):
     """AdamW that counts steps per parameter group, as Transformer Engine's and Apex's do.
 
-    torch's own counts them per parameter, and Megatron-Core 0.16.1 restores one shared count for all of them, which
-    then advances once per parameter and step: bias correction goes wrong silently after a resume. With no count in
-    the per-parameter state its TE and Apex code path applies, which is right.
+    torch's AdamW counts steps per parameter. Megatron-Core 0.16.1 restores one count that all parameters share, so it
+    advances once per parameter in each step, and bias correction is silently wrong after a resume. Without a count per
+    parameter, Megatron-Core takes its code path for TE and Apex, which is right.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step over every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             done = group.get("step", 0)
@@ -52,7 +52,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             for p in parameters:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            # Torch wants a count for each; made on the device, since numbers copied there one by one are waited for.
+            # torch wants one count per parameter; filled on the device, because copies from the host would wait.
             steps = torch.full((len(parameters),), float(done), device=parameters[0].device)
             adamw(
                 parameters,
@@ -73,7 +73,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(config: RunConfig, model: list[Any], timers: Timers) -> MegatronOptimizer:
-    """The distributed optimizer over all trainable parameters, weight decay on every one."""
+    """The distributed optimizer over all trainable parameters, with weight decay on every one."""
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         megatron_optimizer.Adam = GroupStepAdamW  # type: ignore[misc, assignment]
         distrib_optimizer.Adam = GroupStepAdamW  # type: ignore[misc, assignment]
@@ -110,7 +110,7 @@ def build_optimizer(config: RunConfig, model: list[Any], timers: Timers) -> Mega
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Linear warmup, then cosine to ``min_lr`` at ``train_iters``.
 
-    Counted in steps, not in samples as Megatron-LM does, so that a run may go on with another global batch size.
+    Counts steps, not samples as Megatron-LM does, so a run may resume with another global batch size.
     """
     train = config.train
     return OptimizerParamScheduler(

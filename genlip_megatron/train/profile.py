@@ -1,14 +1,13 @@
 """Traces of chosen steps on chosen ranks: ``--profile --profile-steps 10:12 --profile-ranks 0``.
 
 A rank writes ``rank0.steps10-12.pt.trace.json.gz``, for chrome://tracing, Perfetto and TensorBoard's profiler, and on
-a GPU ``rank0.steps10-12.memory.pickle``, for https://pytorch.org/memory_viz. While it records, the parts of
-``breakdown.py`` and Megatron-Core's own are NVTX ranges, so that Nsight shows them as well.
+a GPU ``rank0.steps10-12.memory.pickle``, for https://pytorch.org/memory_viz. During recording the parts of
+``breakdown.py`` and Megatron-Core's own are NVTX ranges, which Nsight shows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,18 @@ import torch
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.config.checks import profile_folder, profiled_steps
+from genlip_megatron.log import to_stderr
 from genlip_megatron.train.breakdown import Breakdown
 
-# Allocations of a snapshot; more would drop the oldest.
+# Allocations in a snapshot; beyond this the oldest are dropped.
 _MEMORY_EVENTS = 1_000_000
 
 
 class Profiler:
-    """Records this rank's steps when they are to be recorded, and does nothing otherwise.
+    """Records the chosen steps on the chosen ranks.
 
     Args:
-        config: the run's configuration.
-        rank: this process's.
-        breakdown: is asked to name the parts of a step while it records.
+        breakdown: names the parts of a step in the trace.
     """
 
     def __init__(self, config: RunConfig, rank: int, breakdown: Breakdown) -> None:
@@ -41,14 +39,14 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Record what is done within when step ``number`` is one of those; after the last of them write the files."""
+        """Record the code inside if step ``number`` is chosen; write the files after the last chosen step."""
         if not (self._left and number >= self._first):
             yield
             return
         if self._trace is None:
-            if number > self._last:  # resumed behind them
+            if number > self._last:  # resumed after them
                 self._left = False
-                self._say(f"profiler: steps {self._first} to {self._last} are over, nothing is recorded")
+                self._say(f"profiler: steps {self._first} to {self._last} are over; nothing is recorded")
                 yield
                 return
             self._start()
@@ -71,7 +69,7 @@ class Profiler:
         self._trace.start()
 
     def close(self) -> None:
-        """Write what was recorded, also of a run that ends early. A disk that is full costs the files, not the run."""
+        """Write the files, also when the run ends early. If the disk is full, the run continues without them."""
         if self._trace is None:
             return
         from megatron.core.utils import configure_nvtx_profiling
@@ -89,9 +87,9 @@ class Profiler:
                 torch.cuda.memory._dump_snapshot(f"{file}.memory.pickle")
             self._say(f"profiler: {file}.pt.trace.json.gz written")
         except (OSError, RuntimeError) as error:
-            self._say(f"profiler: {file}.pt.trace.json.gz could not be written, the run goes on: {error}")
+            self._say(f"profiler: {file}.pt.trace.json.gz could not be written; the run continues: {error}")
         if torch.cuda.is_available():
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _say(self, text: str) -> None:
-        print(f"genlip: rank {self._rank}: {text}", file=sys.stderr, flush=True)
+        to_stderr(f"genlip: rank {self._rank}: {text}")

@@ -1,24 +1,23 @@
-"""What a run prints and writes of its steps."""
+"""The report of the last steps: to the log and the writers."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from megatron.core import parallel_state
 
+from genlip_megatron.device import current_device
+from genlip_megatron.log import log
 from genlip_megatron.train.breakdown import PARTS, describe, over_ranks
-from genlip_megatron.train.guard import Outcome
-from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, training_flops
+from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
+from genlip_megatron.train.state import Run
+from genlip_megatron.train.statistics import Statistics
 
-if TYPE_CHECKING:
-    from genlip_megatron.train.loop import Run
-
-# Names are given, since ranks must agree on them and stages have timers of their own.
+# Listed here because ranks must agree on the names, and each pipeline stage has other timers.
 _TIMERS = [
     "forward-backward",
     "all-grads-sync",
@@ -28,15 +27,9 @@ _TIMERS = [
 ]
 
 
-def log(text: str) -> None:
-    """Print on rank 0."""
-    if torch.distributed.get_rank() == 0:
-        print(text, flush=True)
-
-
 @dataclass
 class Tally:
-    """What the steps since the last report add up to; the same on all ranks."""
+    """Totals of the steps since the last report; the same on all ranks."""
 
     steps: int = 0
     loss_sum: float = 0.0
@@ -44,70 +37,66 @@ class Tally:
     grad_norm: float = math.nan  # of the last step
     begin: float = field(default_factory=time.monotonic)
 
-    def add(self, outcome: Outcome) -> None:
-        """Count a step. A loss that is not finite would hide those of the other steps, and is left out."""
+    def add(self, step: Statistics) -> None:
+        """Count a step; a loss that is not finite is left out, because it would hide the others."""
         self.steps += 1
-        self.grad_norm = outcome.grad_norm
-        if outcome.finite:
-            self.loss_sum += outcome.loss_sum
-            self.loss_count += outcome.loss_count
+        self.grad_norm = step.grad_norm
+        if step.finite:
+            self.loss_sum += step.loss_sum
+            self.loss_count += step.loss_count
 
 
 def report(run: Run, tally: Tally) -> None:
-    """The progress line of the last steps. A collective over all ranks.
+    """Log and write the totals of the last steps. A collective over all ranks.
 
     Raises:
-        DataFailure: too many of their samples were bad; on all ranks.
+        DataFailure: too many of their samples were bad. Raised on all ranks.
     """
-    seconds, steps = max(time.monotonic() - tally.begin, 1e-9), tally.steps
-    device = run.stepper.device
-    counts = run.stepper.counts.to(device, copy=True)
+    elapsed, device = max(time.monotonic() - tally.begin, 1e-9), current_device()
+    counts = run.counts.to(device, copy=True)
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     counts = counts.cpu()
-    run.stepper.counts.zero_()
+    run.counts.zero_()
     quarantined, truncated, waited = _loader_totals(run, device)
     by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
     run.consumed_samples += int(by_name["samples"])
     run.consumed_tokens += int(by_name["tokens"])
-    flops = training_flops(counts, run.config.model) / seconds / torch.distributed.get_world_size() / 1e12
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident_gib()
-    progress = Progress(
-        iteration=run.iteration,
-        train_iters=run.config.train.train_iters,
-        loss=tally.loss_sum / tally.loss_count if tally.loss_count else math.nan,
-        learning_rate=run.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0,
-        grad_norm=tally.grad_norm,
-        seconds=seconds / steps,
-        consumed_samples=run.consumed_samples,
-        consumed_tokens=run.consumed_tokens,
-        tokens_per_second=by_name["tokens"] / seconds,
-        tflops=flops,
-        mfu=flops / HOPPER_TFLOPS if torch.cuda.is_available() else None,
-        pack_fill=by_name["tokens"] / by_name["slots"],
-        memory_gib=memory,
-        data_wait=waited / steps,
-        quarantined=quarantined,
-        truncated=truncated,
-        skipped=run.guard.skipped,
-        spikes=run.guard.spikes,
-    )
-    parts, longest = over_ranks(run.stepper.breakdown.take(), device)
-    log(progress.line())
+    seconds = elapsed / tally.steps
+    tflops = training_flops(counts, run.config.model) / elapsed / torch.distributed.get_world_size() / 1e12
+    values = {  # by Megatron's TensorBoard tags
+        "lm loss": tally.loss_sum / tally.loss_count if tally.loss_count else math.nan,
+        "learning-rate": run.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0,
+        "grad-norm": tally.grad_norm,
+        "iteration-time": seconds,
+        "throughput": tflops,  # per rank
+        "tokens-per-second": by_name["tokens"] / elapsed,
+        "pack-fill": by_name["tokens"] / by_name["slots"],
+        "consumed-samples": float(run.consumed_samples),
+        "mem-allocated-gib": _memory() / 2**30,
+        "data-wait": waited / tally.steps,
+        "quarantined-samples": float(quarantined),
+        "truncated-captions": float(truncated),
+        "skipped-steps": float(run.verdicts.skipped),
+        "spikes": float(run.verdicts.spikes),
+    }
+    if torch.cuda.is_available():
+        values["mfu"] = tflops / HOPPER_TFLOPS
+    parts, longest = over_ranks(run.breakdown.take(), device)
+    log(_progress_line(run, values))
     log(describe(parts, longest))
     if run.config.log.timing_log_level:
-        log(run.timers.get_all_timers_string(_TIMERS, normalizer=steps))
+        log(run.timers.get_all_timers_string(_TIMERS, normalizer=tally.steps))
     if run.writer is not None:
-        by_part = {f"step-parts/{part.replace(' ', '-')}": seconds for part, seconds in zip(PARTS, parts, strict=True)}
-        run.writer.scalars({**progress.scalars(), **by_part}, run.iteration)
-    # What a rollback goes back to was counted before it.
+        by_part = {f"step-parts/{part.replace(' ', '-')}": mean for part, mean in zip(PARTS, parts, strict=True)}
+        run.writer.scalars({**values, **by_part}, run.iteration)
     run.quarantined, found = quarantined, quarantined - run.quarantined
     run.bad_share.add(int(by_name["samples"]), found)
 
 
 def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:
-    """(bad samples in the whole run, captions cut since it was resumed; longest wait since the last report, seconds).
+    """(bad samples of the run, captions cut since it was resumed, longest wait in seconds since the last report).
 
-    Of all ranks.
+    Over all ranks.
     """
     assert run.train_loader is not None
     before, mine = run.train_loader.quarantined
@@ -119,5 +108,23 @@ def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:
     return before + int(found[0].item()), int(found[1].item()), float(waited.item())
 
 
-def _resident_gib() -> float:
-    return psutil.Process().memory_info().rss / 2**30
+def _memory() -> int:
+    """Most bytes that were allocated on the GPU; without a GPU, this process's resident memory."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
+def _progress_line(run: Run, values: dict[str, float]) -> str:
+    train_iters = run.config.train.train_iters
+    left = int((train_iters - run.iteration) * values["iteration-time"])
+    mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
+    return (
+        f"iteration {run.iteration:>7}/{train_iters} | samples {run.consumed_samples} | "
+        f"tokens {run.consumed_tokens} | lm loss {values['lm loss']:.4f} | "
+        f"learning rate {values['learning-rate']:.3e} | grad norm {values['grad-norm']:.3f} | "
+        f"step {1000 * values['iteration-time']:.0f} ms | tokens/s {values['tokens-per-second']:.0f} | "
+        f"TFLOP/s {values['throughput']:.3f} | MFU {mfu} | pack fill {100 * values['pack-fill']:.1f}% | "
+        f"data wait {1000 * values['data-wait']:.0f} ms | quarantined {values['quarantined-samples']:.0f} | "
+        f"truncated {values['truncated-captions']:.0f} | skipped {values['skipped-steps']:.0f} | "
+        f"spikes {values['spikes']:.0f} | memory {values['mem-allocated-gib']:.1f} GiB | "
+        f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+    )

@@ -1,32 +1,28 @@
-"""A run and its checkpoints: where it begins, what it saves and when, how it goes back."""
+"""A run's checkpoints: loading, saving and going back to one."""
 
 from __future__ import annotations
 
-import errno
-import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from megatron.core import parallel_state
 
-from genlip_megatron.checkpoint import changes, content, folder, loading
+from genlip_megatron.checkpoint import changes, loading, parts, paths
 from genlip_megatron.checkpoint.collectives import gather, on_rank_0
-from genlip_megatron.checkpoint.content import State
-from genlip_megatron.checkpoint.folder import NotSaved
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY, Manifest
+from genlip_megatron.checkpoint.parts import State
+from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.saving import Facts, Saver
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.data.loader import merge_cursors
+from genlip_megatron.faults.replicas import check_replicas
+from genlip_megatron.log import log
 from genlip_megatron.model.fp8_state import share_largest_values
 from genlip_megatron.model.genlip import unwrap
-from genlip_megatron.train.report import log
+from genlip_megatron.train import drills
+from genlip_megatron.train.state import Run
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from genlip_megatron.train.loop import Run
-
-
-_PATIENCE = 120.0  # seconds in which the process before, which is told to end, leaves the folder
+_PATIENCE = 120.0  # seconds to wait until an earlier process leaves the folder
 
 
 def _state(run: Run) -> State:
@@ -34,41 +30,35 @@ def _state(run: Run) -> State:
 
 
 def make_saver(run: Run) -> Saver | None:
-    """What saves the run, if it saves at all."""
+    """The run's saver; None without ``checkpoint.save``."""
     if not run.config.checkpoint.save or run.train_loader is None:
         return None
-    return Saver(run.config, _state(run), log, lambda step: _inject(run, step), patience=_PATIENCE)
-
-
-def _inject(run: Run, step: int) -> None:
-    """The faults of a drill that happen within a save."""
-    run.injector.at("save", step)
-    if run.injector.fires("full-disk", step):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return Saver(run.config, _state(run), log, lambda step: drills.fail_save(run, step), patience=_PATIENCE)
 
 
 def load(run: Run) -> None:
-    """Go on from the newest good checkpoint of ``checkpoint.save``; else begin as ``checkpoint.load`` says, or anew.
+    """Resume from the newest good checkpoint of ``checkpoint.save``, else load ``checkpoint.load``, else start new.
 
-    So a run that is started again with the same command goes on where it stood, also when it had begun from the
-    weights of another. A collective.
+    So the same command resumes a run, even one that began from another run's weights. A collective.
 
     Raises:
-        ValueError: no good checkpoint where one is needed, or one that does not fit the configuration.
+        ValueError: no good checkpoint, or one that does not fit the configuration.
     """
     options, whole = run.config.checkpoint, run.config.checkpoint.verify == "full"
     if run.saver is not None and (found := loading.find(options.save, whole, log)):
         _resume(run, *found)
         if moved := _set_aside(run):
-            log("WARNING: later checkpoints, which this run does not go on from, are now " + ", ".join(map(str, moved)))
+            log("WARNING: later checkpoints, which this run does not continue, are now " + ", ".join(map(str, moved)))
         return
     if not options.load:
         return
     found = loading.find(options.load, whole, log)
     if found is None:
         if options.load != options.save:
-            raise ValueError(f"checkpoint.load = {options.load}: no checkpoint there (no folder iter_NNNNNNN)")
-        log(f"no checkpoint in {options.load} yet: starting anew")
+            raise ValueError(
+                f"checkpoint.load = {options.load}: no folder iter_NNNNNNN in it. Name a folder with a checkpoint"
+            )
+        log(f"no checkpoint in {options.load} yet: starting a new run")
     elif options.finetune or run.config.log.eval_only:
         _take_weights(run, *found)
     else:
@@ -78,10 +68,10 @@ def load(run: Run) -> None:
 def _set_aside(run: Run) -> list[Path]:
     root = run.config.checkpoint.save
     try:
-        moved: list[Path] = on_rank_0(lambda: folder.set_aside(root, run.iteration))
+        moved: list[Path] = on_rank_0(lambda: paths.set_aside(root, run.iteration))
         return moved
     except NotSaved as error:
-        raise ValueError(f"checkpoint.save = {root}: {error}; later checkpoints must be moved out of the way") from None
+        raise ValueError(f"checkpoint.save = {root}: {error}. Move later checkpoints out of the folder") from None
 
 
 def _take_weights(run: Run, place: Path, saved: Manifest) -> None:
@@ -92,7 +82,7 @@ def _take_weights(run: Run, place: Path, saved: Manifest) -> None:
     if run.config.log.eval_only:
         run.iteration = saved.iteration
     else:
-        log(f"weights of step {saved.iteration} from {place}; optimizer, schedule and data start anew")
+        log(f"weights of step {saved.iteration} from {place}; optimizer, schedule and data start new")
 
 
 def _resume(run: Run, place: Path, saved: Manifest) -> None:
@@ -100,18 +90,18 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
     assert run.train_loader is not None
     if saved.kind == WEIGHTS_ONLY:
         raise ValueError(
-            f"{place} holds weights only, no state of a run to go on from: begin a new run from it with "
+            f"{place} holds weights only and cannot be resumed. Start a new run from it with "
             f"--load {place.parent} --finetune, and --save another folder"
         )
     config, theirs = run.config, loading.read_config(place)
     common = loading.read_common(place)
     data = run.train_loader.plan.differences(common["data"]["plan"])
-    hint = " (--change-data begins with the data anew and keeps the rest)"
+    hint = " (--change-data restarts the data and keeps the rest)"
     differing = changes.model_differences(theirs, config, same_run=True) + _tokenizer_differences(run, saved)
     if not config.data.change_data:
         differing += changes.data_differences(theirs, config, bool(data)) + [line + hint for line in data]
     _refuse(place, differing)
-    # Before the weights, which take time: it refuses what does not fit as well.
+    # Before the weights, which take time: the data state may be refused too.
     if data:
         run.train_loader.restart()
     else:
@@ -119,17 +109,17 @@ def _resume(run: Run, place: Path, saved: Manifest) -> None:
     loading.load(place, saved, config, _state(run), log)
     run.iteration = saved.iteration
     run.consumed_samples, run.consumed_tokens = common["consumed_samples"], common["consumed_tokens"]
-    run.guard.load_state_dict(common["guard"])
+    run.verdicts.load_state_dict(common["guard"])
     if data:
-        log("the data begins anew: " + "; ".join(data))
+        log("the data restarts: " + "; ".join(data))
     if changed := changes.accepted_changes(*_in_precision(saved, theirs, config)):
         log("settings that differ from the checkpoint's: " + "; ".join(changed))
     log(f"resumed at step {run.iteration} from {place}")
 
 
 def _in_precision(saved: Manifest, theirs: RunConfig, config: RunConfig) -> list[RunConfig]:
-    """Both configurations with the precision that "auto" meant."""
-    here: dict[str, Any] = content.describe_layout(config, 1)
+    """Both configurations, with "auto" precision replaced by its meaning."""
+    here: dict[str, Any] = parts.describe_layout(config, 1)
     return [
         override(theirs, {"train.precision": saved.layout.get("precision", here["precision"])}),
         override(config, {"train.precision": here["precision"]}),
@@ -148,7 +138,7 @@ def _tokenizer_differences(run: Run, saved: Manifest) -> list[str]:
 
 
 def rewind(run: Run) -> int | None:
-    """Go back to the newest good checkpoint of ``checkpoint.save``; returns its step, or None when there is none.
+    """Load the newest good checkpoint of ``checkpoint.save``; returns its step, or None without one.
 
     The loader must not be iterating. A collective.
     """
@@ -161,23 +151,46 @@ def rewind(run: Run) -> int | None:
 
 
 def gather_weights(run: Run) -> None:
-    """Make every rank's weights whole; with ``overlap_param_gather`` the next forward pass would."""
+    """Complete every rank's weights; with ``overlap_param_gather`` the next forward pass would do it."""
     if run.config.parallel.overlap_param_gather:
         for chunk in run.model:
             chunk.start_param_sync(force_sync=True)
 
 
+def check_weights(run: Run, saving: bool) -> None:
+    """Compare the weights of replicas every ``faults.check_replicas_interval`` steps and before each save.
+
+    A collective over all ranks.
+
+    Raises:
+        LeaveRun: they differ.
+    """
+    interval = run.config.faults.check_replicas_interval
+    if not interval or not (saving or run.iteration % interval == 0) or run.config.parallel.fsdp:
+        return
+    gather_weights(run)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    check_replicas(
+        (
+            (f"stage {stage} chunk {i} {name}", parameter)
+            for i, chunk in enumerate(run.model)
+            for name, parameter in unwrap(chunk).named_parameters()
+        ),
+        run.iteration,
+    )
+
+
 def save(run: Run, last: bool = False) -> bool:
-    """Save the run's state, if it saves at all; returns False when it could not be, which is no reason to stop.
+    """Save the run's state if ``checkpoint.save`` is set; returns False if that failed. Training may go on.
 
     Args:
-        last: nothing follows: the state is stored for any layout, and written before this returns.
+        last: the last save of this start: in a form that any layout loads, written before this returns.
     """
     if run.saver is None:
         return True
     assert run.train_loader is not None
     options = run.config.checkpoint
-    finish_saves(run)  # if that fails, this save is no worse for it
+    finish_saves(run)  # its failure does not affect this save
     gather_weights(run)
     share_largest_values(map(unwrap, run.model))
     cursors = gather(run.train_loader.state_dict(), parallel_state.get_data_parallel_group())
@@ -185,7 +198,7 @@ def save(run: Run, last: bool = False) -> bool:
         "data": merge_cursors(cursors),
         "consumed_samples": run.consumed_samples,
         "consumed_tokens": run.consumed_tokens,
-        "guard": run.guard.state_dict(),
+        "guard": run.verdicts.state_dict(),
     }
     every = options.save_interval * options.fully_reshardable_every
     whole = last or (every > 0 and run.iteration % every == 0)
@@ -205,7 +218,7 @@ def save(run: Run, last: bool = False) -> bool:
 
 
 def finish_saves(run: Run) -> bool:
-    """Wait for a save under way and complete it; returns False when it failed. A collective."""
+    """Complete the save in progress; returns False if it failed. A collective."""
     try:
         if run.saver is not None:
             run.saver.finish()

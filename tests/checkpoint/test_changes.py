@@ -104,7 +104,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def resumed(config: RunConfig) -> tuple[str, list[str]]:
     """(why a run is refused, settings that are said to differ)."""
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -114,7 +114,7 @@ def resumed(config: RunConfig) -> tuple[str, list[str]]:
             return str(error), []
     assert run.iteration == STEPS and run.train_loader is not None
     run.train_loader.close()
-    judge = run.guard.judge  # it is restored, and its settings are not
+    judge = run.verdicts.spike_judge  # it is restored, and its settings are not
     assert (judge._losses.maxlen, judge.threshold) == (config.faults.spike_window, config.faults.spike_threshold)
     (line,) = [line for line in said.getvalue().splitlines() if line.startswith("settings that differ")] or [": "]
     return "", line.partition(": ")[2].split("; ")
@@ -186,8 +186,9 @@ def groups_of(config: RunConfig, begun: int) -> tuple[list[dict[str, Any]], list
     A run that goes on has done them; one that does not is moved there. With ``checkpoint.save``: after going back to
     the checkpoint.
     """
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.resume import rewind
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -246,8 +247,9 @@ def test_going_back_keeps_the_new_settings(world_size: int, fsdp: bool, demo_dat
 
 def back_to_the_start(config: RunConfig) -> tuple[int, list[Any], float]:
     """(step of the data, updates that the optimizer counts, largest moment) after going back past the first update."""
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.resume import rewind, save
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -272,8 +274,9 @@ def test_going_back_past_the_first_update(fsdp: bool, demo_data: Path, tmp_path:
 
 def first_data_after_going_back(config: RunConfig) -> tuple[int, bool]:
     """(step of the data after going back to a checkpoint of other data, whether it begins with the first again)."""
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.resume import rewind
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -300,7 +303,8 @@ def test_going_back_to_a_checkpoint_of_other_data_begins_them_again(
 
 def weights_after(configs: dict[str, RunConfig], steps: int) -> dict[str, dict[str, torch.Tensor]]:
     """Weights of each run that goes on, after more steps."""
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     found = {}
     for name, config in configs.items():

@@ -1,4 +1,4 @@
-"""A run goes on from the newest good checkpoint, and from one that fits, or says what does not."""
+"""A run resumes from the newest good checkpoint that fits, or names what does not fit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, loading, manifest, metadata
+from genlip_megatron.checkpoint import loading, manifest, paths, torch_metadata
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
-from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
+from genlip_megatron.testing.runs import build_run, layout, run_steps, tiny_config, weights
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begun(config: RunConfig) -> Any:
-    """(step, step of the data, learning rate) that a run begins with, or the error."""
-    from genlip_megatron.train.loop import set_up
+    """(step, step of the data, learning rate) at the start of a run, or the error."""
+    from genlip_megatron.train.setup import set_up
 
     try:
         run = set_up(config)
@@ -46,7 +46,7 @@ def begun(config: RunConfig) -> Any:
 
 
 def begun_saying(config: RunConfig) -> tuple[Any, str]:
-    """What ``begun`` gives, and what was printed."""
+    """(result of ``begun``, printed text)."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         return begun(config), said.getvalue()
@@ -56,7 +56,7 @@ def start(config: RunConfig, processes: int = 1) -> Any:
     return run_distributed(processes, begun, config)[0]
 
 
-@pytest.mark.parametrize("which", [0, 1])  # of two files, each of which another rank looks at
+@pytest.mark.parametrize("which", [0, 1])  # two files that different ranks check
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     which: int, saved: Path, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -69,10 +69,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     config = tiny_config(demo_data, checkpoint__save=str(root), data__num_workers=1)
     (where, said), _ = run_distributed(2, begun_saying, config)
     assert where[:2] == (1, 1)
-    assert f"WARNING: damaged checkpoints are passed over:\n  {file}: damaged, its SHA-256" in said
-    assert "WARNING: going on from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
-    assert folder.steps(root) == [1] and folder.pointed(root) == 1
-    # Alone it is refused, and so are sizes when it was cut.
+    assert f"WARNING: skipping damaged checkpoints:\n  {file}: damaged, its SHA-256" in said
+    assert "WARNING: resuming from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
+    assert paths.steps(root) == [1] and paths.pointed(root) == 1
+    # By itself it is refused; a truncated file is found by its size.
     error = start(tiny_config(demo_data, checkpoint__load=str(root / "set_aside" / "iter_0000002")))
     assert "no good checkpoint" in error and "its SHA-256 does not match" in error
 
@@ -90,7 +90,7 @@ def test_sizes_alone_do_not_show_a_flipped_bit(saved: Path, tmp_path: Path) -> N
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"{len(content) - 1} bytes, {len(content)} were written"):
         loading.find(place, False, print)
-    # All others are small, and read in any case.
+    # All other files are small and always read.
     file.write_bytes(content)
     common = place / "common.pt"
     common.write_bytes(bytes(common.stat().st_size))
@@ -103,14 +103,14 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(saved: Path, t
     shutil.copytree(saved, root)
     shutil.copytree(root / "iter_0000001", root / "iter_0000003")
     found = loading.find(root, True, said.append)
-    assert found is not None and found[1].iteration == 2 and "of step 1 by its manifest.json, not 3" in said[0]
+    assert found is not None and found[1].iteration == 2 and "its manifest.json says step 1, not 3" in said[0]
 
 
 def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
     root, said = tmp_path / "run", []
     shutil.copytree(saved, root)
     for text in ("1\n", "99\n", "zwei\n", ""):
-        (root / folder.LATEST).write_text(text)
+        (root / paths.LATEST).write_text(text)
         found = loading.find(root, True, said.append)
         assert found is not None and found[1].iteration == 2 and "the newest good one is 2" in said[-1]
     assert loading.find(tmp_path / "nowhere", True, said.append) is None
@@ -122,20 +122,18 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data
     (root / "iter_0000002").rename(root / ".iter_0000002.replaced")
     config = tiny_config(demo_data, checkpoint__save=str(root))
     assert start(config)[:2] == (2, 2)
-    # What cannot be moved out of the way stops the run at its start.
+    # A checkpoint that cannot be moved away stops the run at its start.
     (root / "iter_0000002" / "common.pt").unlink()
-    (root / folder.SET_ASIDE).touch()
+    (root / paths.SET_ASIDE).touch()
     error = start(config)
-    assert (
-        f"checkpoint.save = {root}: " in error and "set_aside" in error and "later checkpoints must be moved" in error
-    )
+    assert f"checkpoint.save = {root}: " in error and "set_aside" in error and "Move later checkpoints" in error
 
 
 def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(saved, root)
     for step in (1, 2):
-        (folder.step_folder(root, step) / "common.pt").unlink()
+        (paths.step_folder(root, step) / "common.pt").unlink()
     error = start(tiny_config(demo_data, checkpoint__save=str(root)))
     assert "no good checkpoint" in error
     assert "iter_0000001/common.pt: missing" in error and "iter_0000002/common.pt: missing" in error
@@ -149,7 +147,7 @@ def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp
             [
                 "model.num_layers: 4 in the checkpoint, 3 here",
                 "model.ffn_hidden_size: 48 in the checkpoint, 32 here",
-                "data seq_length: 512 in the checkpoint, 256 here (--change-data begins with the data anew",
+                "data seq_length: 512 in the checkpoint, 256 here (--change-data restarts the data",
             ],
         ),
         ({"model__drop_path_rate": 0.1}, ["model.drop_path_rate: 0.2 in the checkpoint, 0.1 here (--change-drop-path"]),
@@ -208,44 +206,44 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     assert "parallel.tensor_model_parallel_size: 2 in the checkpoint, 1 here" in error
     assert "parallel.pipeline_model_parallel_size: 2 in the checkpoint, 1 here" in error
     assert f"tools/checkpoints.py reshard {root}/iter_0000002" in error
-    # Its weights are of no layout.
+    # Any layout reads its weights.
     evaluated = tiny_config(demo_data, checkpoint__load=str(root), log__eval_only=True)
     assert run_distributed(1, loss_of, evaluated)[0] > 0
     unbroken = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__load=str(root)), 4)
     fully = tmp_path / "fully"
-    place = reshard(root / "iter_0000002", "fully_reshardable", fully)
+    place = reshard(root / "iter_0000002", "fully_reshardable", fully, build_run)
     assert manifest.read(place).kind == "fully_reshardable"
     assert (place / "config.yaml").read_text() == (root / "iter_0000002" / "config.yaml").read_text()
-    # Another layout: sums run in another order.
+    # On another layout sums have another order.
     config = tiny_config(demo_data, checkpoint__load=str(fully))
     assert run_distributed(1, run_steps, config, 4)[0]["losses"] == pytest.approx(unbroken[0]["losses"], rel=1e-5)
-    # There and back, on the first layout again: bit for bit, random states too.
-    shards = reshard(place, DP_RESHARDABLE, tmp_path / "shards", {"tensor_model_parallel_size": 2})
+    # Resharded back, on the first layout: equal bit for bit, also random states.
+    shards = reshard(place, DP_RESHARDABLE, tmp_path / "shards", build_run, {"tensor_model_parallel_size": 2})
     back = tiny_config(demo_data, **flags, checkpoint__load=str(shards.parent))
     again = run_distributed(world_size, run_steps, back, 4)
     assert again[0]["losses"] == unbroken[0]["losses"] and again[0]["keys"] == unbroken[0]["keys"]
     for name, weight in weights(unbroken).items():
         assert torch.equal(weights(again)[name], weight), name
-    rows = [random_rows(folder.step_folder(path, 2)) for path in (root, tmp_path / "shards")]
+    rows = [random_rows(paths.step_folder(path, 2)) for path in (root, tmp_path / "shards")]
     assert rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][name], rows[1][name]) for name in rows[0])
     with pytest.raises(ValueError, match="holds fully_reshardable optimizer state already"):
-        reshard(place, "fully_reshardable", fully)
+        reshard(place, "fully_reshardable", fully, build_run)
     fully.joinpath("file").touch()
-    with pytest.raises(ValueError, match="could not be resharded: ValueError: checkpoint.save = .*; give a folder"):
-        reshard(place, DP_RESHARDABLE, fully / "file")
+    with pytest.raises(ValueError, match="could not be resharded: ValueError: checkpoint.save = .*. Choose a folder"):
+        reshard(place, DP_RESHARDABLE, fully / "file", build_run)
     (place / "common.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"common.pt: 0 bytes, \d+ were written"):
-        reshard(place, DP_RESHARDABLE, tmp_path / "other")
+        reshard(place, DP_RESHARDABLE, tmp_path / "other", build_run)
     assert not (tmp_path / "other").exists()
 
 
 def loss_of(config: RunConfig) -> float:
     """The validation loss of an eval-only run."""
-    from genlip_megatron.train.loop import set_up
-    from genlip_megatron.train.step import evaluate
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.validation import evaluate
 
     run = set_up(config)
-    return evaluate(run.stepper, run.valid_loader)
+    return evaluate(run)
 
 
 def random_rows(place: Path) -> dict[str, torch.Tensor]:
@@ -262,12 +260,12 @@ def random_rows(place: Path) -> dict[str, torch.Tensor]:
 
 
 def drawn(config: RunConfig, save: bool) -> list[float]:
-    """What this rank's generators give after a save, or after a load."""
+    """Random numbers of this rank after a save, or after a load."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import finish_saves
     from genlip_megatron.train.resume import save as save_run
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     if save:
@@ -287,7 +285,7 @@ def test_random_states_of_every_rank_come_back(demo_data: Path, tmp_path: Path) 
     before = run_distributed(world_size, drawn, config, True)
     assert before[0] != before[1]
     assert run_distributed(world_size, drawn, config, False) == before
-    place = reshard(tmp_path / "run" / "iter_0000001", "fully_reshardable", tmp_path / "run")
+    place = reshard(tmp_path / "run" / "iter_0000001", "fully_reshardable", tmp_path / "run", build_run)
     assert manifest.read(place).kind == "fully_reshardable"
     assert run_distributed(world_size, drawn, config, False) == before
 
@@ -311,10 +309,10 @@ class _Runs:
 def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
     place = tmp_path / "iter_0000002"
     shutil.copytree(saved / "iter_0000002", place)
-    metadata.read(place)
+    torch_metadata.read(place)
     (place / ".metadata").write_bytes(pickle.dumps(_Runs()))
     with pytest.raises(ValueError, match=r"it would load posix\.system; do not use it"):
-        metadata.read(place)
+        torch_metadata.read(place)
     torch.save({"objects": _Runs()}, place / "common.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         loading.read_common(place)
@@ -323,8 +321,8 @@ def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fused", "advice"),
     [
-        (False, "or make it readable by any: tools/checkpoints.py reshard"),
-        (True, "whose last save, of kind"),
+        (False, "or make it readable by any layout: tools/checkpoints.py reshard"),
+        (True, "or load its last save, of kind"),
     ],
 )
 def test_another_layout_is_told_what_helps(fused: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:

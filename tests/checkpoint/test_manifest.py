@@ -1,4 +1,4 @@
-"""The manifest knows every file of a checkpoint, and itself, so that damage anywhere is seen and named."""
+"""The manifest covers every file of a checkpoint and itself, so any damage is found and named."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_damage_is_named_with_its_file(place: Path) -> None:
         f"{place}/c.bin: missing",
         f"{place}/empty: 1 bytes, 0 were written",
     ]
-    # A flipped bit does not show in a size.
+    # A flipped bit does not change the size.
     assert [problem.split(":")[0] for problem in manifest.problems(place, found, checksums=False)] == [
         f"{place}/c.bin",
         f"{place}/empty",
     ]
 
 
-def test_shares_together_look_at_every_file_once(place: Path) -> None:
+def test_all_parts_together_check_every_file_once(place: Path) -> None:
     found = manifest.read(place)
     for name in NAMES:
         (place / name).unlink()
@@ -78,5 +78,5 @@ def test_another_format_says_what_to_do(place: Path, monkeypatch: pytest.MonkeyP
     content = Manifest(7, "dp_reshardable", {}).to_bytes()
     monkeypatch.undo()
     (place / manifest.MANIFEST).write_bytes(content)
-    with pytest.raises(manifest.Damaged, match="of another format than 1; load it with the version that wrote it"):
+    with pytest.raises(manifest.Damaged, match="its format is not 1. Load it with the version that wrote it"):
         manifest.read(place)

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, every Kth and the best, of the good ones alone."""
+"""Kept checkpoints: the newest, every Kth and the best of the good ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.checkpoint.retention import Keeper, kept
 from genlip_megatron.config import CheckpointConfig
@@ -40,20 +40,20 @@ LAYOUT = {
 }
 
 
-def test_the_newest_for_any_layout_is_kept_and_no_loss_that_is_no_number_is_best() -> None:
+def test_the_newest_for_any_layout_is_kept_and_a_nan_loss_is_never_best() -> None:
     losses = [(10, 3.0), (20, float("nan")), (30, float("inf")), (40, float("nan"))]
     assert kept(losses, 1, 0, 1, any_layout=[20, 30]) == {10: "best", 30: "any layout", 40: "last"}
 
 
 def write(root: Path, step: int, loss: float | None = None, kind: str = "dp_reshardable") -> Path:
     """A checkpoint of one file."""
-    place = folder.partial_folder(root, step)
+    place = paths.partial_folder(root, step)
     place.mkdir(parents=True)
     (place / "weights.distcp").write_bytes(bytes([step]) * 100)
     files = {"weights.distcp": manifest.facts_of(place / "weights.distcp")}
     (place / manifest.MANIFEST).write_bytes(Manifest(step, kind, LAYOUT, validation_loss=loss, files=files).to_bytes())
-    target = folder.publish(root, step)
-    folder.confirm(root, step)
+    target = paths.publish(root, step)
+    paths.confirm(root, step)
     return target
 
 
@@ -70,18 +70,18 @@ def test_a_damaged_checkpoint_is_never_counted(tmp_path: Path) -> None:
     flip(tmp_path / "iter_0000040" / "weights.distcp")
     flip(tmp_path / "iter_0000010" / "weights.distcp")
     gone, wrong = Keeper().prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))
-    # Of the four the two newest good ones stay; the damaged ones are neither counted nor deleted.
-    assert gone == [] and folder.steps(tmp_path) == [40, 30, 20, 10]
+    # The two newest good ones of four stay; damaged ones are neither counted nor deleted.
+    assert gone == [] and paths.steps(tmp_path) == [40, 30, 20, 10]
     assert [problem.split(": ")[0] for problem in wrong] == [
         f"{tmp_path}/iter_0000040/weights.distcp",
         f"{tmp_path}/iter_0000010/weights.distcp",
     ]
     write(tmp_path, 50)
     assert Keeper().prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=0))[0] == [20]
-    assert folder.steps(tmp_path) == [50, 40, 30, 10]
+    assert paths.steps(tmp_path) == [50, 40, 30, 10]
 
 
-def test_damage_after_the_first_look_is_seen(tmp_path: Path) -> None:
+def test_damage_after_the_first_check_is_found(tmp_path: Path) -> None:
     keeper, options = Keeper(), CheckpointConfig(keep_last=1, keep_best=0)
     write(tmp_path, 10)
     write(tmp_path, 20)
@@ -91,7 +91,7 @@ def test_damage_after_the_first_look_is_seen(tmp_path: Path) -> None:
         [],
         [f"{tmp_path}/iter_0000020/weights.distcp: damaged, its SHA-256 does not match the manifest's"],
     )
-    assert 10 in folder.steps(tmp_path)
+    assert 10 in paths.steps(tmp_path)
 
 
 def test_a_dry_run_deletes_nothing(tmp_path: Path) -> None:
@@ -99,15 +99,17 @@ def test_a_dry_run_deletes_nothing(tmp_path: Path) -> None:
         write(tmp_path, step)
     options = CheckpointConfig(keep_last=1)
     assert Keeper().prune(tmp_path, options, dry_run=True) == ([10], [])
-    assert folder.steps(tmp_path) == [20, 10]
+    assert paths.steps(tmp_path) == [20, 10]
 
 
 @pytest.mark.parametrize(("every", "left"), [(10, [40, 20]), (0, [40])])
-def test_one_checkpoint_for_any_layout_outlives_newer_ones(every: int, left: list[int], tmp_path: Path) -> None:
+def test_one_checkpoint_for_any_layout_is_kept_longer_than_newer_ones(
+    every: int, left: list[int], tmp_path: Path
+) -> None:
     for step in (10, 20, 30, 40):
         write(tmp_path, step, kind="fully_reshardable" if step < 30 else "dp_reshardable")
     Keeper().prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=0, fully_reshardable_every=every))
-    assert folder.steps(tmp_path) == left
+    assert paths.steps(tmp_path) == left
 
 
 def test_a_checkpoint_that_holds_anything_else_is_not_deleted(tmp_path: Path) -> None:
@@ -119,13 +121,13 @@ def test_a_checkpoint_that_holds_anything_else_is_not_deleted(tmp_path: Path) ->
     (tmp_path / "iter_0000020").symlink_to(elsewhere)
     keeper, options = Keeper(), CheckpointConfig(keep_last=1, keep_best=0)
     assert keeper.prune(tmp_path, options) == ([30], [])
-    assert folder.steps(tmp_path) == [40, 20, 10] and len(list(elsewhere.iterdir())) == 2
+    assert paths.steps(tmp_path) == [40, 20, 10] and len(list(elsewhere.iterdir())) == 2
     first, second = keeper.left
     assert f"{tmp_path}/iter_0000010: not deleted" in first and "notes/thesis.txt" in first
     assert f"{tmp_path}/iter_0000020: not deleted" in second and "a link" in second
 
 
-def test_a_damaged_checkpoint_is_known_by_its_files(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_recognised_by_its_files(tmp_path: Path) -> None:
     place = tmp_path / "iter_0000010"
     place.mkdir()
     assert manifest.foreign(place) == "no file of a checkpoint"

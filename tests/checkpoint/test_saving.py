@@ -1,4 +1,4 @@
-"""A save holds the state of its step, whatever training does meanwhile; a failed one costs nothing but itself."""
+"""A save holds the state of its step while training continues; a failed save affects nothing else."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, manifest
 from genlip_megatron.checkpoint import lock as lock_module
+from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint.saving import check_free_space
 from genlip_megatron.checkpoint.write import PlannedWrite, Written
 from genlip_megatron.config import RunConfig
@@ -23,12 +23,12 @@ from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
 
 
 def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
-    """Begin a save, change everything before it is written, finish it, load it; what was there and what came back."""
-    from genlip_megatron.checkpoint.content import State
+    """Begin a save, change everything before it is written, finish and load it: (state before, loaded state)."""
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
+    from genlip_megatron.checkpoint.parts import State
     from genlip_megatron.checkpoint.saving import Facts
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import load
+    from genlip_megatron.train.setup import set_up
 
     write = PlannedWrite.write
     run = set_up(config)
@@ -48,7 +48,7 @@ def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
     PlannedWrite.write = late  # type: ignore[method-assign]
     try:
         common = {"data": run.train_loader.state_dict(), "consumed_samples": 3, "consumed_tokens": 4}
-        common["guard"] = run.guard.state_dict()
+        common["guard"] = run.verdicts.state_dict()
         run.saver.save(1, common, DP_RESHARDABLE, Facts(run.train_loader.tokenizer.fingerprint), behind=behind)
         run.saver.finish()
     finally:
@@ -65,7 +65,7 @@ def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_save_holds_its_step_although_training_goes_on(
+def test_a_save_holds_its_step_while_training_continues(
     behind: bool, precision: str, demo_data: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"), train__precision=precision)
@@ -74,9 +74,10 @@ def test_a_save_holds_its_step_although_training_goes_on(
 
 
 def failing_then_good(config: RunConfig, rank: int) -> list[Any]:
-    """Two saves of a run, the first of which fails on one rank; what each said and what stood there after it."""
-    from genlip_megatron.train.loop import set_up, train_step
+    """Two saves of a run; the first fails on one rank. Returns the log and the folder's content after each."""
     from genlip_megatron.train.resume import finish_saves, save
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     write, me = PlannedWrite._write_file, torch.distributed.get_rank()
 
@@ -104,7 +105,7 @@ def failing_then_good(config: RunConfig, rank: int) -> list[Any]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("behind", [False, True])
-def test_a_full_disk_of_one_rank_fails_the_save_on_all_and_no_more(
+def test_a_full_disk_on_one_rank_fails_only_that_save_on_all_ranks(
     rank: int, behind: bool, demo_data: Path, tmp_path: Path
 ) -> None:
     world_size, flags = layout("DP2")
@@ -116,9 +117,9 @@ def test_a_full_disk_of_one_rank_fails_the_save_on_all_and_no_more(
 
 
 def failing_behind_the_next(config: RunConfig) -> bool:
-    """Whether a save succeeds when the one before has failed and nobody has asked yet."""
-    from genlip_megatron.train.loop import set_up
+    """Whether a save succeeds after a failed one whose failure was not reported yet."""
     from genlip_megatron.train.resume import save
+    from genlip_megatron.train.setup import set_up
 
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -137,17 +138,17 @@ def failing_behind_the_next(config: RunConfig) -> bool:
     return good
 
 
-def test_a_save_is_made_although_the_one_before_fails_meanwhile(demo_data: Path, tmp_path: Path) -> None:
+def test_a_save_succeeds_after_a_failed_one(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     assert run_distributed(1, failing_behind_the_next, config) == [True]
-    assert folder.steps(tmp_path / "run") == [2]
+    assert paths.steps(tmp_path / "run") == [2]
 
 
 def test_replicas_share_the_writing(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     run_distributed(2, run_steps, tiny_config(demo_data, checkpoint__save=str(root)), 1)
     sizes: dict[str, int] = collections.Counter()
-    for name, facts in manifest.read(folder.step_folder(root, 1)).files.items():
+    for name, facts in manifest.read(paths.step_folder(root, 1)).files.items():
         if name.endswith(".distcp"):
             sizes[name.split("_")[2]] += facts.size
     assert sizes.keys() == {"0", "1"} and max(sizes.values()) < 1.2 * min(sizes.values())
@@ -158,20 +159,20 @@ def test_old_checkpoints_are_pruned_and_the_best_is_kept(demo_data: Path, tmp_pa
     config = tiny_config(demo_data, checkpoint__save=str(root), checkpoint__keep_last=2, checkpoint__keep_best=0)
     for steps in (1, 2, 3, 4):
         run_distributed(1, run_steps, config, steps)
-    # Pruning runs behind the save; the next one has waited for it.
-    assert folder.steps(root)[:2] == [4, 3] and len(folder.steps(root)) <= 3
+    # Pruning runs after the save; the next save has waited for it.
+    assert paths.steps(root)[:2] == [4, 3] and len(paths.steps(root)) <= 3
 
 
-def test_what_is_saved_is_written_down(demo_data: Path, tmp_path: Path) -> None:
+def test_the_manifest_records_the_save(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
     trained = run_distributed(1, run_steps, config, 1)
-    found = manifest.read(folder.step_folder(root, 1))
+    found = manifest.read(paths.step_folder(root, 1))
     assert found.versions["torch"] == torch.__version__ and found.versions["megatron-core"] == "0.16.1"
     assert {"cpu", "tracker.model-parallel-rng"} <= found.random.keys()
     assert found.layout["precision"] == "fp32" and found.layout["world_size"] == 1 and found.tokenizer and found.data
     assert set(found.files) == {
-        path.name for path in folder.step_folder(root, 1).iterdir() if path.name != manifest.MANIFEST
+        path.name for path in paths.step_folder(root, 1).iterdir() if path.name != manifest.MANIFEST
     }
     assert weights(trained)
 
@@ -179,14 +180,12 @@ def test_what_is_saved_is_written_down(demo_data: Path, tmp_path: Path) -> None:
 def test_too_little_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(ValueError, match=r"0\.00 GB free, one checkpoint of 1000000 parameters takes 0\.02 GB; free"):
+    with pytest.raises(ValueError, match=r"0\.00 GB free, but a checkpoint of 1000000 parameters takes 0\.02 GB. Free"):
         check_free_space(tmp_path / "new", RunConfig(), 10**6)
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_a_run_saved_before_its_first_update_begins_as_if_it_had_not_been(
-    last: bool, demo_data: Path, tmp_path: Path
-) -> None:
+def test_a_run_saved_before_its_first_update_starts_like_a_new_one(last: bool, demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     unbroken = run_distributed(1, run_steps, tiny_config(demo_data), 3)[0]
     run_distributed(1, run_steps, config, 0, last)
@@ -194,29 +193,29 @@ def test_a_run_saved_before_its_first_update_begins_as_if_it_had_not_been(
 
 
 def second_process(config: RunConfig, root: Path) -> str:
-    """The error of a run whose folder another process holds, or that its rank 1 does not see."""
+    """The error of a run whose folder another process holds, or rank 1 does not see."""
     from genlip_megatron.train import resume
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
-    patience, seen = resume._PATIENCE, lock_module.seen
+    patience, seen = resume._PATIENCE, lock_module.why_not_shared
     resume._PATIENCE = 0.5
     if torch.distributed.get_world_size() > 1 and torch.distributed.get_rank() == 1:
-        lock_module.seen = lambda folder, text: seen(root, text)
+        lock_module.why_not_shared = lambda folder, text: seen(root, text)
     try:
         set_up(config)
     except ValueError as error:
         return str(error)
     finally:
-        resume._PATIENCE, lock_module.seen = patience, seen
+        resume._PATIENCE, lock_module.why_not_shared = patience, seen
     return ""
 
 
 def test_a_folder_has_one_owner_and_is_the_same_on_all_ranks(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
-    lock, _ = lock_module.own(root)
+    lock, _ = lock_module.acquire(root)
     (error,) = run_distributed(1, second_process, config, root)
-    assert f"process {os.getpid()} is saving to {root}; end it, or choose another folder" in error
+    assert f"process {os.getpid()} is saving to {root}. End it, or choose another folder" in error
     lock.close()
     assert run_distributed(1, second_process, config, root) == [""]
     (tmp_path / "other").mkdir()
@@ -225,11 +224,11 @@ def test_a_folder_has_one_owner_and_is_the_same_on_all_ranks(demo_data: Path, tm
 
 
 def with_little_memory(config: RunConfig) -> list[Any]:
-    """What a save for any layout says on each rank when rank 1 has no memory for it, and the next one."""
+    """The log of two saves for any layout on each rank; for the first, rank 1 has too little memory."""
     import psutil
 
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import save
+    from genlip_megatron.train.setup import set_up
 
     run, plenty = set_up(config), psutil.virtual_memory
     little = collections.namedtuple("memory", "available")(1000)
@@ -241,16 +240,16 @@ def with_little_memory(config: RunConfig) -> list[Any]:
     return [first, save(run, last=True)]
 
 
-def test_too_little_memory_to_gather_in_is_known_before(demo_data: Path, tmp_path: Path) -> None:
+def test_too_little_memory_to_gather_is_found_before_gathering(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     assert run_distributed(2, with_little_memory, config) == [[False, True]] * 2
 
 
 def with_slow_pruning(config: RunConfig) -> list[Any]:
-    """Checkpoints after three saves during which old ones are read, and their steps once that has ended."""
+    """(number of checkpoints after three saves during a slow verification, steps after it)."""
     from genlip_megatron.checkpoint.retention import Keeper
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import save
+    from genlip_megatron.train.setup import set_up
 
     run, prune, entered = set_up(config), Keeper.prune, threading.Event()
 
@@ -264,28 +263,28 @@ def with_slow_pruning(config: RunConfig) -> list[Any]:
     for run.iteration in (1, 2, 3):
         assert save(run, last=True)
     Keeper.prune = prune  # type: ignore[method-assign]
-    before = len(folder.steps(config.checkpoint.save))
+    before = len(paths.steps(config.checkpoint.save))
     entered.set()
     run.saver.settle()
     run.iteration = 4
     assert save(run, last=True)
     run.saver.settle()
-    return [before, folder.steps(config.checkpoint.save)]
+    return [before, paths.steps(config.checkpoint.save)]
 
 
-def test_no_save_waits_until_old_checkpoints_are_read(demo_data: Path, tmp_path: Path) -> None:
+def test_no_save_waits_for_the_verification_of_old_checkpoints(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"), checkpoint__keep_last=1)
     assert run_distributed(1, with_slow_pruning, config) == [[3, [4]]]
 
 
 def onto_another_folder(config: RunConfig) -> bool:
-    """Save a step whose name a folder has that came while the run was under way."""
-    from genlip_megatron.train.loop import set_up
+    """Save a step whose folder name was created by something else during the run."""
     from genlip_megatron.train.resume import save
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     assert run.train_loader is not None
-    place = folder.step_folder(config.checkpoint.save, 1)
+    place = paths.step_folder(config.checkpoint.save, 1)
     place.mkdir()
     (place / "thesis.txt").write_text("five years of work")
     run.iteration = 1
@@ -298,15 +297,15 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_set_aside(demo_data: Path, tmp
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
     assert run_distributed(1, onto_another_folder, config) == [True]
-    assert (root / folder.SET_ASIDE / "iter_0000001" / "thesis.txt").read_text() == "five years of work"
-    assert manifest.read(folder.step_folder(root, 1)).iteration == 1
+    assert (root / paths.SET_ASIDE / "iter_0000001" / "thesis.txt").read_text() == "five years of work"
+    assert manifest.read(paths.step_folder(root, 1)).iteration == 1
 
 
-def test_a_lock_that_no_run_has_written_is_left(tmp_path: Path) -> None:
+def test_a_lock_file_of_another_program_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / lock_module.LOCK).write_text("a list of our locks\n")
-    with pytest.raises(folder.NotSaved, match=r"run\.lock is a file that no run has written"):
-        lock_module.own(tmp_path)
+    with pytest.raises(paths.NotSaved, match=r"run\.lock was not written by a run"):
+        lock_module.acquire(tmp_path)
     assert (tmp_path / lock_module.LOCK).read_text() == "a list of our locks\n"
     for content in ("", "host process 12 0123456789abcdef\n", "\0\0"):
         (tmp_path / lock_module.LOCK).write_text(content)
-        lock_module.own(tmp_path)[0].close()
+        lock_module.acquire(tmp_path)[0].close()

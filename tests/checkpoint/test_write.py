@@ -1,4 +1,4 @@
-"""What is written is the state at the moment of the save, whichever way it is written and whoever has trouble."""
+"""A save writes the state at its moment, in the background or not, and whichever rank has a problem."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 
-from genlip_megatron.checkpoint import content, manifest, saving, write
+from genlip_megatron.checkpoint import manifest, parts, saving, write
 from genlip_megatron.checkpoint.collectives import rank
-from genlip_megatron.checkpoint.folder import NotSaved, step_folder
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
+from genlip_megatron.checkpoint.paths import NotSaved, step_folder
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import layout, tiny_config
@@ -23,7 +23,7 @@ from genlip_megatron.testing.runs import layout, tiny_config
 
 def build(config: RunConfig) -> Any:
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run
+    from genlip_megatron.train.setup import build_run
 
     groups.initialize(config)
     return build_run(config)
@@ -31,11 +31,11 @@ def build(config: RunConfig) -> Any:
 
 def saver_of(run: Any, folder: Path, lines: list[str]) -> saving.Saver:
     config = tiny_config(Path("unused"), checkpoint__save=str(folder), checkpoint__keep_last=0)
-    return saving.Saver(config, content.State(run.model, run.optimizer, run.scheduler), lines.append)
+    return saving.Saver(config, parts.State(run.model, run.optimizer, run.scheduler), lines.append)
 
 
 def change(run: Any) -> None:
-    """A step with gradients out of nowhere."""
+    """An update with random gradients."""
     for chunk in run.model:
         for parameter in chunk.parameters():
             if parameter.requires_grad:
@@ -49,8 +49,8 @@ def tensor_files(folder: Path, step: int) -> dict[str, manifest.FileFacts]:
 
 
 def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, Any]:
-    """Four saves behind changes of the state, which come before anything has been copied; the last one again by another
-    saver that waits."""
+    """Four background saves; the state changes before anything is copied. Then the last save again by a saver that
+    waits."""
     run, planned = build(config), 0
     whole, copy = write.Planner.prepare, write.HostCopies.copy
 
@@ -82,7 +82,7 @@ def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, A
 
 @pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
 @pytest.mark.parametrize("name", ["DP2", "TP2xPP2"])
-def test_a_save_behind_training_is_the_one_that_waits(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_background_save_writes_the_same_as_one_that_waits(name: str, kind: str, tmp_path: Path) -> None:
     world_size, flags = layout(name)
     results = run_distributed(world_size, save_in_both_ways, tiny_config(Path("unused"), **flags), tmp_path, kind)
     assert results == [{"planned": 1}] * world_size
@@ -92,7 +92,7 @@ def test_a_save_behind_training_is_the_one_that_waits(name: str, kind: str, tmp_
 
 
 def train_and_save(config: RunConfig) -> int:
-    """A whole run whose copies begin late."""
+    """A run whose copies to host memory begin late."""
     from genlip_megatron.train.loop import train
 
     copy = write.HostCopies.copy
@@ -118,8 +118,10 @@ DRILL = {"faults__allow_fault_injection": True, "faults__check_replicas_interval
     ],
     ids=["overlap", "no update", "fsdp"],
 )
-def test_a_run_does_not_change_what_it_saves(name: str, flags: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
-    """The copy of step 2 is not made before step 3 has come to its update, or to a fault without one."""
+def test_training_does_not_change_the_saved_state(
+    name: str, flags: dict[str, Any], demo_data: Path, tmp_path: Path
+) -> None:
+    """The copy of step 2 is not done before step 3 reaches its update, or a fault without one."""
     world_size, sizes = layout(name)
     files = []
     for behind in (True, False):
@@ -151,58 +153,58 @@ def save_without_a_thread(config: RunConfig, folder: Path) -> str:
     return lines[-1]
 
 
-def test_a_writer_that_dies_lets_the_update_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "_share_out", raising)
+def test_a_writer_that_fails_does_not_block_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "_balanced", raising)
     behind = write.WriteBehind(write.HostCopies(), write.PlannedWrite(tmp_path, [], None))
     behind.wait_for_copy()
     assert "can't start new thread" in behind.result().error
 
 
 def save_with_another_tensor(config: RunConfig, folder: Path) -> bool:
-    """Two saves, one with a tensor more, one that would leave it out by the plan before."""
+    """Two saves: one with a new tensor, one whose old plan would leave it out."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    run, whole = build(config), content.weights_of
+    run, whole = build(config), parts.weights_of
     saver = saver_of(run, folder, [])
     new = ShardedTensor.from_rank_offsets("new", torch.arange(4.0), replica_id=rank())
     saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
     try:
-        content.weights_of = lambda model: whole(model) | {"new": {"new": new}}
+        parts.weights_of = lambda model: whole(model) | {"new": {"new": new}}
         saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
     finally:
-        content.weights_of = whole
+        parts.weights_of = whole
     saver.finish()
     saver.close()
-    try:  # what protects when ranks should ever be wrong about it
+    try:  # the safeguard if ranks disagree on the plan
         saver._planners[DP_RESHARDABLE].plan({"random": {}}, folder)
     except AssertionError as error:
         return "not of this state" in str(error)
     return False
 
 
-def test_a_tensor_that_is_new_is_planned_and_written(tmp_path: Path) -> None:
+def test_a_new_tensor_is_planned_and_written(tmp_path: Path) -> None:
     assert run_distributed(2, save_with_another_tensor, tiny_config(Path("unused")), tmp_path) == [True, True]
     sizes = [sum(facts.size for facts in tensor_files(tmp_path, step).values()) for step in (1, 2)]
     assert sizes[1] > sizes[0]
 
 
 def save_with_trouble_on_one_rank(config: RunConfig, folder: Path) -> list[str]:
-    """The lines of rank 0, and the errors of this rank: nothing to save on rank 1, then no memory for copies there."""
+    """(log of rank 0, errors of this rank): rank 1 fails to save, then has no memory for copies."""
     run, errors = build(config), []
     lines: list[str] = []
     saver = saver_of(run, folder, lines)
-    originals = content.random_states, write.HostCopies.copy
+    originals = parts.random_states, write.HostCopies.copy
 
     def failing(*args: Any) -> Any:
         raise MemoryError("no memory left")
 
     if rank() == 1:
-        content.random_states = failing
+        parts.random_states = failing
     try:
         saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
     except NotSaved as error:
         errors.append(str(error))
-    content.random_states = originals[0]
+    parts.random_states = originals[0]
     if rank() == 1:
         write.HostCopies.copy = failing  # type: ignore[method-assign]
     saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
@@ -213,16 +215,16 @@ def save_with_trouble_on_one_rank(config: RunConfig, folder: Path) -> list[str]:
     return errors + [line for line in lines if "WARNING" in line]
 
 
-def test_trouble_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
+def test_an_error_on_one_rank_reaches_all(tmp_path: Path) -> None:
     first, second = run_distributed(2, save_with_trouble_on_one_rank, tiny_config(Path("unused")), tmp_path)
     for errors in (first, second):
         assert "the checkpoint of step 1 could not be written" in errors[0]
         assert "rank 1: MemoryError: no memory left" in errors[0]
-    assert "rank 1: no copy in host memory, so that training waited for the disk (no memory left)" in first[1]
+    assert "rank 1: no copy in host memory, so training waited for the disk (no memory left)" in first[1]
     assert [path.name for path in sorted(tmp_path.glob("*iter_*"))] == ["iter_0000002"]
 
 
-def test_a_full_disk_is_named_though_torch_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_although_torch_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.zeros(3_000_000)
 
     def put(self: Any, view: memoryview) -> None:
@@ -234,7 +236,7 @@ def test_a_full_disk_is_named_though_torch_hides_it(tmp_path: Path, monkeypatch:
     assert write.PlannedWrite(tmp_path, items, None).write().error == "OSError: [Errno 28] No space left on device"
 
 
-def test_a_file_holds_what_was_written_in_pieces_of_any_size(tmp_path: Path) -> None:
+def test_a_file_written_in_pieces_of_any_size_is_complete(tmp_path: Path) -> None:
     pieces = [bytes([size % 251]) * size for size in (1, 700_000, 700_000, 0, 3_000_000, 5, 2**20, 1)]
     with write.HashingFile(tmp_path / "file") as file:
         for piece in pieces:

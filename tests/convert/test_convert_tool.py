@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from genlip_megatron.checkpoint import folder, manifest
+from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint.manifest import WEIGHTS_ONLY
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.convert.folder import hf_config
 from genlip_megatron.testing.distributed import run_distributed
-from genlip_megatron.testing.runs import tiny_config
+from genlip_megatron.testing.runs import build_run, tiny_config
 from tests.convert.weights import differing, random_weights, read_released
 from tools.checkpoints import main as checkpoints
 from tools.convert_checkpoint import main, size
@@ -152,7 +152,7 @@ def test_verify_without_transformers_writes_nothing(
 
 def begun(config: Any) -> Any:
     from genlip_megatron.testing.runs import full_weights
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     try:
         run = set_up(config)
@@ -175,13 +175,13 @@ def test_a_run_begins_from_weights_alone_with_finetune_only(
 
 
 def test_the_tools_know_weights_alone(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert manifest.read(started).kind == WEIGHTS_ONLY and folder.pointed(started.parent) == 0
+    assert manifest.read(started).kind == WEIGHTS_ONLY and paths.pointed(started.parent) == 0
     for command in ("list", "verify", "info"):
         assert checkpoints([command, str(started.parent)]) == 0
     said = capsys.readouterr().out
     assert "weights" in said and "good: " in said and "optimizer_state: weights" in said
     with pytest.raises(ValueError, match="holds weights only, which any layout reads"):
-        reshard(started, "fully_reshardable", started.parent)
+        reshard(started, "fully_reshardable", started.parent, build_run)
 
 
 def test_the_target_is_replaced_when_asked_alone(

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.folder import hf_config
 from genlip_megatron.testing.processes import Zygote

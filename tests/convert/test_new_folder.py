@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from genlip_megatron.checkpoint import folder
+from genlip_megatron.checkpoint import paths
 from genlip_megatron.convert.new_folder import new_folder
 
 
@@ -112,8 +112,8 @@ def test_a_folder_is_replaced_and_a_disk_that_fails_then_gives_it_back(
     able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not able:
-        monkeypatch.setattr(folder, "exchange", lambda first, second: False)
-    target, sync = tmp_path / "target", folder.sync
+        monkeypatch.setattr(paths, "exchange", lambda first, second: False)
+    target, sync = tmp_path / "target", paths.sync
     target.mkdir()
     (target / "file").write_text("old")
 
@@ -122,11 +122,11 @@ def test_a_folder_is_replaced_and_a_disk_that_fails_then_gives_it_back(
             raise OSError(5, "Input/output error")
         sync(path)
 
-    monkeypatch.setattr(folder, "sync", failing)
+    monkeypatch.setattr(paths, "sync", failing)
     with pytest.raises(ValueError, match="Input/output"), new_folder(target, 1, True, lambda _: "") as partial:
         (partial / "file").write_text("new")
     assert names(tmp_path) == ["target"] and (target / "file").read_text() == "old"
-    monkeypatch.setattr(folder, "sync", sync)
+    monkeypatch.setattr(paths, "sync", sync)
     with new_folder(target, 1, True, lambda _: "") as partial:
         (partial / "file").write_text("new")
     assert names(tmp_path) == ["target"] and (target / "file").read_text() == "new"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder, loading, manifest
+from genlip_megatron.checkpoint import loading, manifest, paths
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.convert.conversion import export_weights, open_checkpoint, planned
 from genlip_megatron.convert.megatron_source import MegatronSource
@@ -58,7 +58,7 @@ def loaded(config: RunConfig, place: Path) -> dict[str, Any]:
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run
+    from genlip_megatron.train.setup import build_run
 
     groups.initialize(config)
     if config.parallel.fsdp:
@@ -82,8 +82,8 @@ def test_converted_weights_load_on_any_layout(name: str, tmp_path: Path) -> None
 
 def saved(config: RunConfig, last: bool) -> dict[str, Any]:
     """Save a run that has not begun; returns this stage's weights."""
-    from genlip_megatron.train.loop import set_up
     from genlip_megatron.train.resume import finish_saves, save
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     assert save(run, last) and finish_saves(run)
@@ -128,7 +128,7 @@ def test_the_newest_good_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None
     given = random_weights(model)
     root = tmp_path / "run"
     place = to_megatron(write_released(tmp_path / "released", given), root, run_of(model))
-    damaged = folder.step_folder(root, 7)
+    damaged = paths.step_folder(root, 7)
     damaged.mkdir()
     for file in place.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
@@ -138,4 +138,4 @@ def test_the_newest_good_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None
     (damaged / "__0_0.distcp").write_bytes(content)
     said: list[str] = []
     found, _, _ = open_checkpoint(root, said.append, lambda size: None)
-    assert found == place and "iter_0000007" in said[0] and "damaged checkpoints are passed over" in said[0]
+    assert found == place and "iter_0000007" in said[0] and "skipping damaged checkpoints" in said[0]

@@ -44,7 +44,7 @@ def loaded(config: RunConfig) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import read_assignment
+    from genlip_megatron.train.setup import read_assignment
 
     groups.initialize(config)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -212,7 +212,7 @@ def test_ranks_agree_also_where_a_micro_batch_is_empty(demo_data: Path) -> None:
 def validated(config: RunConfig) -> list[tuple[str, ...]]:
     """The names of this rank's validation samples, micro-batch by micro-batch."""
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import read_assignment
+    from genlip_megatron.train.setup import read_assignment
 
     groups.initialize(config)
     loader = Loader(config, "valid", share=read_assignment(config))

@@ -1,4 +1,4 @@
-"""Faults come only when they are asked for, where they are asked for, and once."""
+"""Injected faults happen only on request, at the requested place, and once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def options(*faults: str) -> FaultsConfig:
         ("kill.lunch@7:0", True, "a place (step, validation, save)"),
     ],
 )
-def test_what_is_refused(fault: str, allowed: bool, message: str) -> None:
+def test_invalid_faults_are_refused(fault: str, allowed: bool, message: str) -> None:
     faults = FaultsConfig(inject_fault=(fault,), allow_fault_injection=allowed)
     with pytest.raises(ValueError) as error:
         check(RunConfig(faults=faults))
@@ -45,7 +45,9 @@ def test_what_is_refused(fault: str, allowed: bool, message: str) -> None:
         ("full-disk@7:0", {"checkpoint__save": ""}, "add --save"),
     ],
 )
-def test_what_can_never_happen_is_refused(fault: str, flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_fault_that_can_never_happen_is_refused(
+    fault: str, flags: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     drill = {"faults__inject_fault": fault, "faults__allow_fault_injection": True, "checkpoint__save": "run"}
     with pytest.raises(ValueError, match="can never happen") as error:
         check(tiny_config(tmp_path, **{"train__train_iters": 20} | drill | flags), world_size=4)
@@ -57,7 +59,7 @@ def test_rolling_back_needs_checkpoints(tmp_path: Path) -> None:
         check(tiny_config(tmp_path, faults__on_spike="rollback"))
 
 
-def test_a_fault_comes_in_its_step_on_its_rank() -> None:
+def test_a_fault_happens_in_its_step_on_its_rank() -> None:
     mine, other = (Injector(options("raise@2:1", "nan-loss@3:1"), rank) for rank in (1, 0))
     mine.at("step", 1)
     with pytest.raises(InjectedError):
@@ -69,7 +71,7 @@ def test_a_fault_comes_in_its_step_on_its_rank() -> None:
     assert not other.fires("nan-loss", 3)
 
 
-def test_a_fault_is_over_when_the_run_goes_back() -> None:
+def test_a_fault_does_not_happen_again_after_a_rollback() -> None:
     injector = Injector(options("spike@3:0", "spike@5:0"), 0)
     injector.at("step", 3)
     assert injector.fires("spike", 3)
@@ -78,13 +80,13 @@ def test_a_fault_is_over_when_the_run_goes_back() -> None:
     assert not injector.fires("spike", 3) and injector.fires("spike", 5)
 
 
-def test_a_restarted_run_meets_no_fault(monkeypatch: Any) -> None:
+def test_a_restarted_run_has_no_faults(monkeypatch: Any) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     Injector(options("raise@2:0"), 0).at("step", 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_bit_is_flipped(dtype: torch.dtype) -> None:
+def test_exactly_one_bit_is_flipped(dtype: torch.dtype) -> None:
     weight = torch.nn.Parameter(torch.ones(2, 3, dtype=dtype))
     flip_bit([weight])
     assert (weight != 1).sum() == 1 and weight[0, 0].item() == pytest.approx(1, abs=0.01)

@@ -17,7 +17,7 @@ from tests.fault_table import FaultRow
 
 
 def compare(config: RunConfig, odd: str) -> str:
-    """What the comparison says of two parameters, of which ``odd`` has another value on rank 1."""
+    """The result of comparing two parameters; ``odd`` has another value on rank 1."""
     from genlip_megatron.faults.exits import LeaveRun
     from genlip_megatron.faults.replicas import check_replicas
     from genlip_megatron.parallel import groups
@@ -45,7 +45,7 @@ def compare(config: RunConfig, odd: str) -> str:
         ("TP2", "first", []),  # each computes this gradient by itself
     ],
 )
-def test_what_differs_is_named_on_all_ranks(name: str, odd: str, named: list[int], tmp_path: Path) -> None:
+def test_different_weights_are_named_on_all_ranks(name: str, odd: str, named: list[int], tmp_path: Path) -> None:
     world_size, flags = layout(name)
     messages = set(run_distributed(world_size, compare, tiny_config(tmp_path, **flags), odd))
     assert len(messages) == 1

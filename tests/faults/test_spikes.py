@@ -1,4 +1,4 @@
-"""A spike is what stands far above the last steps, and ordinary training is not."""
+"""Steps far above the last steps are spikes; ordinary training has none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from genlip_megatron.faults.spikes import SpikeJudge
 
 
 def judged(losses: list[float], norms: list[float], window: int = 128) -> list[int]:
-    """Steps that are called spikes; they are left out of the history."""
+    """The steps judged as spikes; they do not enter the history."""
     judge, found = SpikeJudge(window, threshold=10), []
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
         if judge.spike(loss, norm):
@@ -46,7 +46,7 @@ def test_a_constant_history_does_not_make_rounding_a_spike() -> None:
     assert judged(losses, norms) == [170, 180]
 
 
-def test_half_a_window_comes_first() -> None:
+def test_no_spike_before_half_a_window() -> None:
     assert judged([2.0] * 63 + [9.0] + [2.0] * 10, [1.0] * 74) == []
     assert judged([2.0] * 64 + [9.0] + [2.0] * 10, [1.0] * 75) == [64]
 

@@ -1,4 +1,4 @@
-"""A run that is told to stop, however it is told, saves after the step in flight and says so by its status."""
+"""After any kind of stop request a run saves after the step in flight and exits with status 17."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from genlip_megatron.checkpoint.folder import pointed
+from genlip_megatron.checkpoint.paths import pointed
 from genlip_megatron.config import CheckpointConfig, FaultsConfig, RunConfig, TrainConfig
 from genlip_megatron.faults import exits
 from genlip_megatron.faults.exits import EXIT_PREEMPTED
@@ -49,7 +49,7 @@ def test_a_signal_on_one_rank_stops_all(
 
 
 def train_until(config: RunConfig, how: str) -> int:
-    """Train on and on; in the second step the stop file appears, or the time of the run is over."""
+    """Train without end; in the second step the stop file appears or the time limit is reached."""
     from genlip_megatron.train import loop
 
     step = loop.train_step
@@ -70,7 +70,7 @@ def train_until(config: RunConfig, how: str) -> int:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("how", ["file", "time"])
-def test_a_run_is_told_to_stop_while_it_trains(how: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
+def test_a_stop_request_during_training(how: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
     settings = config(demo_data, tmp_path, train__train_iters=100_000, log__eval_interval=0)
     assert run_distributed(2, train_until, settings, how) == [EXIT_PREEMPTED] * 2
     (saved,) = tmp_path.glob("iter_*")
@@ -94,8 +94,8 @@ def test_a_request_before_the_first_step_ends_the_run_without_one(
     fault_row(fault, "before the first step, 2 ranks", f"nothing trained, status {EXIT_PREEMPTED}")
 
 
-def test_the_time_of_a_run_begins_with_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that torchrun starts again do not have all of it once more."""
+def test_the_time_limit_counts_from_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart of workers by torchrun does not reset the clock."""
     ages = {os.getpid(): 5.0, os.getppid(): 600.0}
     monkeypatch.setattr(exits, "age", ages.get)
     for launched, over in ((False, 0), (True, 1)):
@@ -114,7 +114,7 @@ def test_each_multiple_of_exit_interval_ends_the_run(flags: dict[str, Any], demo
         assert pointed(tmp_path) == step
 
 
-def test_signals_are_given_back(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     stop = StopRequest(RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path))))
     try:
@@ -128,7 +128,7 @@ def test_signals_are_given_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
 
 
-def test_the_file_is_looked_for_once_a_second_by_one_process_a_machine(tmp_path: Path, monkeypatch: Any) -> None:
+def test_one_process_per_machine_looks_for_the_stop_file_once_a_second(tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "halt"
     options = RunConfig(faults=FaultsConfig(stop_file=str(file)))
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -151,7 +151,7 @@ def test_the_file_is_looked_for_once_a_second_by_one_process_a_machine(tmp_path:
 
 
 def stuck_in_c(listen: str) -> subprocess.Popen[str]:
-    """A process that is for minutes in C, deaf to signals, without the interpreter's lock; after ``listen``."""
+    """A process that spends minutes in C without the GIL, where Python handles no signals; after ``listen``."""
     code = (
         "import hashlib; from genlip_megatron.config import RunConfig; from genlip_megatron.faults import stop\n"
         f"{listen}; print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
@@ -186,13 +186,13 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c(first: str, second: s
 def test_before_training_the_first_signal_ends_a_process_that_is_stuck_in_c(
     number: signal.Signals, fault_row: FaultRow
 ) -> None:
-    """As in the rendezvous, where it waits for other processes."""
+    """For example during the rendezvous, where it waits for other processes."""
     process = stuck_in_c("stop.leave_on_signal('')")
     try:
         process.send_signal(number)
         _, errors = process.communicate(timeout=3)
         assert process.returncode == EXIT_PREEMPTED
-        assert errors == f"stop requested by {number.name} while no step is made: leaving at once\n"
+        assert errors == f"stop requested by {number.name} outside of training: leaving at once\n"
     finally:
         process.kill()
     fault_row(number.name, "before training, stuck in C", f"nothing trained, status {EXIT_PREEMPTED}")
@@ -200,7 +200,7 @@ def test_before_training_the_first_signal_ends_a_process_that_is_stuck_in_c(
 
 @pytest.mark.faults
 def test_ctrl_c_in_a_terminal_saves(zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
-    """The terminal sends SIGINT to the foreground process group: the run and all it has started."""
+    """The terminal sends SIGINT to the foreground process group: the run and its child processes."""
     training = Training(zygote, demo_data, tmp_path)
     job = training.start(train__train_iters=100_000)
     job.wait_for(" 2/100000")

@@ -42,15 +42,16 @@ def make_batch(pack: list[tuple[int, int, int, int]]) -> PackedBatch:
 
 def loss_and_gradients(config: RunConfig, pack: list[tuple[int, int, int, int]]) -> dict[str, Any]:
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run
-    from genlip_megatron.train.step import sum_over_run
+    from genlip_megatron.train.forward_backward import forward_backward
+    from genlip_megatron.train.setup import build_run
+    from genlip_megatron.train.validation import sum_over_ranks
 
     groups.initialize(config)
     run = build_run(config)
     # Two micro-batches: with the fixed one no pack is without a loss.
     batches = [make_batch(pack), make_batch(PACKS["samples cut in two"])]
-    total = run.stepper.run(iter(batches), forward_only=False)
-    return {"loss": sum_over_run(total).tolist(), "gradients": gradients(run)}
+    total = forward_backward(run, iter(batches), forward_only=False)
+    return {"loss": sum_over_ranks(total).tolist(), "gradients": gradients(run)}
 
 
 @functools.cache

@@ -10,13 +10,13 @@ from unittest import mock
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import content, folder, loading, manifest
+from genlip_megatron.checkpoint import loading, manifest, parts, paths
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.model.fp8_state import sharded_fp8_state
 from genlip_megatron.testing.distributed import run_distributed
-from genlip_megatron.testing.runs import layout, run_steps, tiny_config
+from genlip_megatron.testing.runs import build_run, layout, run_steps, tiny_config
 from tests import te_stand_ins as engine
 from tests.te_stand_ins import stand_ins
 
@@ -39,7 +39,8 @@ def state_of(run: Any) -> dict[str, torch.Tensor]:
 def trained(config: RunConfig, steps: int, history: int = 8) -> dict[str, Any]:
     """Train to a step and save: the losses, the FP8 state at the start and at the end, what was said of it."""
     from genlip_megatron.train import resume
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     said: list[str] = []
     with stand_ins(), mock.patch.object(engine, "HISTORY", history), mock.patch.object(resume, "log", said.append):
@@ -97,7 +98,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     results = run_distributed(
         2, trained, tiny_config(demo_data, **layout("TP2")[1], **DELAYED, checkpoint__save=str(root)), 2
     )
-    return folder.step_folder(root, 2), together(results, "ended")
+    return paths.step_folder(root, 2), together(results, "ended")
 
 
 @pytest.mark.parametrize("name", ["1", "PP2xVPP2", "CP2"])
@@ -118,7 +119,7 @@ def test_scales_that_do_not_fit_begin_anew_and_that_is_said(
     histories = {name for name in saved[1] if "amax_history" in name}
     assert all(not longer["begun"][name].any() for name in histories)
     assert all(torch.equal(longer["begun"][name], saved[1][name]) for name in saved[1].keys() - histories)
-    assert ["lacks FP8 scales, which are found anew: decoder.layers.mlp.linear_fc1.fp8.amax_history_bwd and 7 more"
+    assert ["lacks FP8 scales, which start new: decoder.layers.mlp.linear_fc1.fp8.amax_history_bwd and 7 more"
             in line for line in longer["said"]] == [True]  # fmt: skip
     root = str(tmp_path / "run")
     run_distributed(1, trained, tiny_config(demo_data, **BF16, checkpoint__save=root), 1)
@@ -140,7 +141,7 @@ def test_what_needs_no_scales_takes_none(
     names = set(MegatronSource(place, manifest.read(place), local.model).dtypes)
     assert names and not any("fp8" in name for name in names)
     with pytest.raises(ValueError, match="parameters in an order of its own"):
-        reshard(place, "dp_reshardable", tmp_path / "other")
+        reshard(place, "dp_reshardable", tmp_path / "other", build_run)
 
 
 def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -148,8 +149,9 @@ def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tens
     from genlip_megatron.checkpoint.write import HostCopies
     from genlip_megatron.model.fp8_state import fp8_state
     from genlip_megatron.model.genlip import unwrap
-    from genlip_megatron.train.loop import set_up, train_step
     from genlip_megatron.train.resume import finish_saves, load, save
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     copy = HostCopies.copy
 
@@ -189,7 +191,8 @@ def test_a_bad_step_leaves_no_trace(fault: str, demo_data: Path) -> None:
 
 def scales_after_each(config: RunConfig, steps: int) -> list[dict[str, torch.Tensor]]:
     """The state after each of some guarded steps."""
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     states = []
     with stand_ins():
@@ -211,8 +214,8 @@ def test_scales_that_are_not_saved_are_told(ends_in_bf16: bool, monkeypatch: pyt
     attention.fp8_meta = {"scaling_fwd": state}
     model = torch.nn.Sequential(attention)
     model.config = SimpleNamespace(first_last_layers_bf16=ends_in_bf16)
-    monkeypatch.setattr(content, "unwrap", lambda chunk: chunk)
-    monkeypatch.setattr(content, "weights_of", lambda model: {})
+    monkeypatch.setattr(parts, "unwrap", lambda chunk: chunk)
+    monkeypatch.setattr(parts, "weights_of", lambda model: {})
     monkeypatch.setattr(loading.metadata, "read", lambda place: None)
     said: list[str] = []
     loading._describe_weights(Path("run"), [model], said.append)

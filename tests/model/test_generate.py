@@ -50,7 +50,7 @@ def test_greedy_tokens_equal_the_authors(golden_file: Path, name: str) -> None:
 def captions_of_a_new_model(config: RunConfig) -> list[list[int]]:
     from genlip_megatron.infer.generate import generate
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run
+    from genlip_megatron.train.setup import build_run
 
     groups.initialize(config)
     run = build_run(config)

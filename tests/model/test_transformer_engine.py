@@ -24,7 +24,7 @@ from genlip_megatron.model.te_support import why_no_engine
 from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.parity import BFLOAT16, parity_config, parity_run, problems
-from genlip_megatron.testing.runs import failing_set_up, layout, run_steps, tiny_config, weights
+from genlip_megatron.testing.runs import build_run, failing_set_up, layout, run_steps, tiny_config, weights
 from tests.te_stand_ins import run_engine_steps, stand_ins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -124,7 +124,7 @@ def test_state_as_it_stands_is_not_read_in_another_order(demo_data: Path, tmp_pa
     message = run_distributed(1, failing_set_up, tiny_config(demo_data, checkpoint__save=folder))[0]
     assert re.search("norms within the linears .*: True in the checkpoint, False here", message)
     with pytest.raises(ValueError, match="in an order of its own, which this tool does not know"):
-        reshard(Path(folder) / "iter_0000001", "fully_reshardable", tmp_path / "other")
+        reshard(Path(folder) / "iter_0000001", "fully_reshardable", tmp_path / "other", build_run)
 
 
 def _layers_in_fp8(result: dict[str, Any]) -> list[bool]:

@@ -159,7 +159,7 @@ PARTS: dict[str, Part] = {
         {**_BF16, "train__cuda_graph": True},
         flags=(),
         against="",
-        says="CUDA graphs have given up .*CUDA graph 1",
+        says="CUDA graphs released .*CUDA graph 1",
         crowded=True,
     ),
     "dp2-graph": Part({**_BF16, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1", ranks=2),
@@ -233,14 +233,13 @@ def half(config: Any, steps: int) -> list[float]:
 
     megatron_patches.install()
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train import loop, resume
+    from genlip_megatron.train import resume, setup
+    from genlip_megatron.train.step import train_step
 
-    run = loop.set_up(config)
+    run = setup.set_up(config)
     assert run.train_loader is not None and run.saver is not None
     batches, first = iter(run.train_loader), run.iteration == 0
-    losses: list[float] = [
-        loop.train_step(run, batches).loss for _ in range(steps // 2 if first else steps - steps // 2)
-    ]
+    losses: list[float] = [train_step(run, batches).loss for _ in range(steps // 2 if first else steps - steps // 2)]
     if first:
         run.iteration = steps // 2
         assert resume.save(run) and resume.finish_saves(run)

@@ -27,7 +27,8 @@ from genlip_megatron.config.command_line import parse_args  # noqa: E402
 from genlip_megatron.estimate import GIB, memory  # noqa: E402
 from genlip_megatron.estimate.sample import data_parallel_size  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
-from genlip_megatron.train.loop import set_up, train_step  # noqa: E402
+from genlip_megatron.train.setup import set_up  # noqa: E402
+from genlip_megatron.train.step import train_step  # noqa: E402
 from tools import gpu_check  # noqa: E402
 
 STEPS = 2  # the optimizer's state is there from the second on

@@ -180,7 +180,6 @@ def environment(folder: Path, compute: bool, gib: float, devices: int) -> dict[s
 def run_script(command: list[str], compute: bool, interpret: bool) -> None:
     """Run a script and its arguments, in a process whose ``environment`` is ready."""
     sys.argv = command
-    sys.path[:1] = [str(Path(command[0]).resolve().parent), str(HERE.parents[1])]
     from tests.null_gpu import engine_kernels, kernels
 
     if importlib.util.find_spec("transformer_engine") is not None:
@@ -217,6 +216,9 @@ def main() -> None:
     if reason := why_not():
         raise SystemExit(f"null_gpu: {reason}")
     ready = environment(build(), options.compute, options.gib, options.devices)
+    # What Python itself would do for a script: its folder comes first.
+    folders = [str(Path(options.command[0]).resolve().parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    ready["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     os.execve(sys.executable, [sys.executable, "-m", "tests.null_gpu.run", *sys.argv[1:]], ready)
 
 

@@ -423,7 +423,7 @@ def test_a_part_fails_when_losses_differ_or_the_engine_was_not_called() -> None:
     assert check.judge("fusion-norms", plain)[0]
     assert check.judge("graph", {"graph": {**_result([1.0], "graph"), "output": "CUDA graph 1 of 8"}})[0]
     assert not check.judge("graph", {"graph": _result([1.0], "graph")})[0]
-    again = "CUDA graph 1 of 8\nCUDA graphs have given up 1 GiB\n"
+    again = "CUDA graph 1 of 8\nCUDA graphs released 1 GiB\n"
     assert not check.judge("graph-again", {"graph-again": {**_result([1.0], "graph-again"), "output": again}})[0]
     again += "CUDA graph 1 of 8"
     assert check.judge("graph-again", {"graph-again": {**_result([1.0], "graph-again"), "output": again}})[0]

@@ -1,4 +1,4 @@
-"""Crash points see every kind of file operation, and end or fail a process at the one that was asked for."""
+"""Crash points see every kind of file operation, and end or fail a process at the chosen one."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TARGET = "tests.reliability.test_crash_points:"
 
 
 def every_kind() -> None:
-    """File operations of every kind below a folder; reading is none."""
+    """File operations of every kind in a folder; reading does not count."""
     crash.install_from_environment()
     work = Path(os.environ["WORK"])
     os.makedirs(work / "a" / "b", exist_ok=True)
-    (work / "a" / "b").mkdir(exist_ok=True)  # none, since it is there
+    (work / "a" / "b").mkdir(exist_ok=True)  # no operation: the folder exists
     file = work / "a" / "file"
     with open(file, "wb") as stream:
         stream.write(b"x" * 10)
@@ -73,7 +73,7 @@ def every_kind() -> None:
     os.chdir(work)
     Path("relative").touch()
     os.unlink("relative")
-    # None of these is an operation.
+    # None of these counts as an operation.
     file.read_bytes()
     os.listdir(work)
     file.stat()
@@ -114,7 +114,7 @@ def torch_saves() -> None:
 
 
 def unseen() -> None:
-    """Bytes that come to a file without a write."""
+    """Bytes that reach a file without a write."""
     crash.install_from_environment()
     work = Path(os.environ["WORK"])
     work.mkdir()
@@ -123,7 +123,7 @@ def unseen() -> None:
 
 
 def full_disk() -> None:
-    """A writer that removes what it could not finish, and then tries again."""
+    """A writer that removes its unfinished file and tries again."""
     crash.install_from_environment()
     work = Path(os.environ["WORK"])
     work.mkdir()
@@ -138,7 +138,7 @@ def full_disk() -> None:
 
 
 def make_folders() -> None:
-    """A folder that is there and one that is not, which cannot be made at first."""
+    """An existing folder, and one whose creation fails at first."""
     work = Path(os.environ["WORK"])
     work.mkdir()
     crash.install_from_environment()
@@ -173,9 +173,7 @@ def test_every_kind_of_operation_is_counted(operations: list[str]) -> None:
     assert sorted(plain[-removals:]) == REMOVING_A_TREE
 
 
-def test_a_process_dies_after_the_operation_that_was_asked_for(
-    zygote: Zygote, operations: list[str], tmp_path: Path
-) -> None:
+def test_a_process_dies_after_the_chosen_operation(zygote: Zygote, operations: list[str], tmp_path: Path) -> None:
     for number in range(2, len(operations) + 1, 3):
         done, _ = run(zygote, "every_kind", tmp_path / "run", -signal.SIGKILL, action="kill", at=number)
         assert len(done) == number
@@ -195,7 +193,7 @@ def test_a_write_fails_once(zygote: Zygote, tmp_path: Path) -> None:
     assert done[-1] == "close second"
 
 
-def test_making_a_folder_that_is_there_does_not_use_up_the_failure(zygote: Zygote, tmp_path: Path) -> None:
+def test_creating_an_existing_folder_does_not_use_up_the_failure(zygote: Zygote, tmp_path: Path) -> None:
     done, output = run(zygote, "make_folders", tmp_path / "run", action="fail", at=1, error="EIO")
     assert (done, output) == (["mkdir new"], "Input/output error\n")
 
@@ -203,14 +201,14 @@ def test_making_a_folder_that_is_there_does_not_use_up_the_failure(zygote: Zygot
 def test_a_disk_is_full_until_something_is_removed(zygote: Zygote, tmp_path: Path) -> None:
     done, output = run(zygote, "full_disk", tmp_path / "run", action="fail", at=3, lasting=True)
     assert output == "first No space left on device 2\n"
-    # Closing fails as well, and is not done.
+    # Closing fails as well.
     assert done == [
         "mkdir .", "create first", "remove first",
         "create second", "write 4 bytes of second", "write 4 bytes of second", "close second",
     ]  # fmt: skip
 
 
-def test_what_torch_saves_is_seen(zygote: Zygote, tmp_path: Path) -> None:
+def test_writes_of_torch_save_are_seen(zygote: Zygote, tmp_path: Path) -> None:
     run(zygote, "torch_saves", tmp_path / "run")
     work = tmp_path / "run" / "work"
     assert torch.equal(torch.load(work / "by_path.pt", weights_only=True), torch.arange(100_000))

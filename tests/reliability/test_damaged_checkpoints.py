@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.checkpoint import loading
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.testing.processes import Zygote
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training, all_of
@@ -26,7 +26,7 @@ def looking(training: Training) -> dict[str, str]:
 
 
 def flip(seed: int) -> Callable[[Path], None]:
-    """Change one bit of a file, at a place drawn from the seed."""
+    """Change one bit of a file at a random place."""
 
     def damage(file: Path) -> None:
         content = bytearray(file.read_bytes())
@@ -68,7 +68,7 @@ def files(training: Training) -> list[str]:
 
 
 def faults_of(trained: Training, folder: Path, cases: list[tuple[str, str]]) -> list[str]:
-    """What is wrong with loading after each (file, damage), one at a time."""
+    """Errors of loading after each (file, damage), one at a time."""
 
     def start(case: tuple[str, str]) -> object:
         training = trained.copy(folder / hashlib.sha256(str(case).encode()).hexdigest()[:12])
@@ -133,7 +133,7 @@ def test_a_damaged_pointer_does_not_hide_good_checkpoints(
 
 
 def test_without_a_good_checkpoint_nothing_is_loaded(trained: Training, tmp_path: Path) -> None:
-    """A run that was to resume does not silently start anew over its damaged checkpoints."""
+    """A run does not silently start new over its damaged checkpoints."""
     training = trained.copy(tmp_path / "run")
     before = sorted(training.run.rglob("*"))
     for step in 2, 4:
@@ -145,7 +145,7 @@ def test_without_a_good_checkpoint_nothing_is_loaded(trained: Training, tmp_path
     assert sorted(training.run.rglob("*")) == before
 
 
-def test_a_damaged_checkpoint_is_kept_aside_and_its_step_saved_anew(
+def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(
     trained: Training, tmp_path: Path, fault_row: FaultRow
 ) -> None:
     training = trained.copy(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The page of tried faults says what was tried, and only when all of it went well."""
+"""The table of faults lists the tested faults, and is written only if all tests pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(folder: Path, suite: str, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "test_it.py").write_text(suite)
     monkeypatch.chdir(folder)
     arguments = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "--fault-table", str(page), "test_it.py"]
-    pytest.main([*arguments, "-p", "tests.fault_table"])  # there is no conftest that loads it
+    pytest.main([*arguments, "-p", "tests.fault_table"])  # no conftest loads it here
     return page.read_text()
 
 
@@ -46,7 +46,7 @@ def test_a_failed_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run(tmp_path, SUITE + FAILING, monkeypatch) == PAGE
 
 
-def test_markers_are_made_when_absent(tmp_path: Path) -> None:
+def test_missing_markers_are_added(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     for _ in range(2):
         fault_table.write_table(page, {("kill", "a step", "resumed"): 1})

@@ -1,4 +1,4 @@
-"""A disk that is really full costs checkpoints, not the run."""
+"""On a really full disk a run loses checkpoints, but continues."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.checkpoint.saving import bytes_of
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED
 from genlip_megatron.testing.processes import Zygote
@@ -24,7 +24,7 @@ FULL = "No space left on device"
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a tmpfs of 16 MiB, enough for those that are kept and one more."""
+    """A tmpfs of 16 MiB: enough for the kept checkpoints and one more."""
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, training: Training, output: str) -> Path:
-    """A file that leaves room for the estimate by which a start looks, and not for a whole checkpoint.
+    """A file that leaves room for the estimate at the start, but not for a whole checkpoint.
 
     The estimate counts no more than the numbers; a small model's checkpoint is a good part larger.
     """
@@ -53,7 +53,7 @@ def fill(disk: Path, training: Training, output: str) -> Path:
 
 
 def started(zygote: Zygote, data: Path, folder: Path, disk: Path) -> tuple[Training, str]:
-    """(two ranks' run on the small disk with a checkpoint of step 2, what it printed)."""
+    """(two ranks' run on the small disk with a checkpoint of step 2, its output)."""
     flags = {"checkpoint__save": str(disk / "run"), "train__train_iters": 24}
     training = Training(zygote, data, folder, 2, flags)
     first, second = training.go("--exit-interval", "2")

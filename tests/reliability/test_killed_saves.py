@@ -1,4 +1,4 @@
-"""A crash at any moment of a save leaves a complete checkpoint that the run goes on from as if nothing had happened.
+"""A crash at any moment of a save leaves a complete checkpoint, from which the run resumes bit for bit.
 
 A run with a good checkpoint of step 2 is killed at every file operation of its save at step 4. Whatever it leaves,
 loading finds the checkpoint of step 2 or 4, whole, and a run started again ends in the same bits as one that was
@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.checkpoint import loading
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED
 from genlip_megatron.testing.processes import Ended, Zygote
 from tests import crash
@@ -35,14 +35,14 @@ TINY = {
     "checkpoint__keep_last": 1,
     "checkpoint__fully_reshardable_every": 0,
 }
-# Command lines by which the save at step 4 is the last, which training waits for, and one behind further steps.
+# Command lines that make the save at step 4 the last one, which training waits for, or a background save.
 SAVES = {"last": ("--exit-interval", "4"), "behind": ()}
 # These name the folder or the moment of saving.
 VARYING = ("config.yaml", ".metadata", "manifest.json")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What the files of a checkpoint hold, by name, as far as two saves of the same step agree."""
+    """The contents of a checkpoint's files by name, limited to what two saves of the same step share."""
     return {
         str(path.relative_to(folder)): "empty"
         if not path.stat().st_size
@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 class Scene:
-    """An undisturbed run, and the state of one from which killed runs start."""
+    """An undisturbed run, and the state from which killed runs start."""
 
     def __init__(self, zygote: Zygote, data: Path, folder: Path, world_size: int) -> None:
         self.whole = Training(zygote, data, folder / "whole", world_size, TINY)
@@ -85,16 +85,16 @@ class Scene:
         return self._operations[rank, save]
 
     def whole_checkpoint(self, step: int, save: str) -> dict[str, str]:
-        """What the checkpoint of a step holds after a run that starts from step 2 and deletes nothing."""
+        """The contents of a step's checkpoint after a run that starts from step 2 and deletes nothing."""
         if (step, save) not in self._complete:
-            # Not the undisturbed run's: pickles hold equal values in other bytes when some of them were loaded.
+            # Not the undisturbed run's: pickles of loaded values have other bytes.
             training = self.start.copy(self.folder / f"complete-{save}")
             assert all(ended.code == 0 for ended in training.go(*SAVES[save], checkpoint__keep_last=0))
             self._complete[step, save] = contents(checkpoints.step_folder(training.run, 4))
         return self._complete[step, save]
 
     def fault_of(self, run: Path, save: str) -> str | None:
-        """What is wrong with a folder of checkpoints, or None: its newest one must be of step 2 or 4, and whole."""
+        """The problem of a folder of checkpoints, or None: its newest must be complete and of step 2 or 4."""
         said: list[str] = []
         try:
             found = loading.find(run, True, said.append)
@@ -112,7 +112,7 @@ class Scene:
         return f"the checkpoint of step {step} is not whole: {differing}" if differing else None
 
     def fault_of_resuming(self, training: Training) -> str | None:
-        """What goes wrong when a run is started again, or None."""
+        """The problem of a restarted run, or None."""
         ended = training.go()
         if any(one.code for one in ended):
             return f"starting again ends with {[one.code for one in ended]}: {ended[0].output[-1500:]}"
@@ -128,8 +128,8 @@ class Scene:
 
 
 def outcome(run: Path, closely: bool) -> tuple[Any, ...]:
-    """What a killed save left, so that the same need not be tried twice: which checkpoints and which of their files,
-    what ``latest`` says, whether something is unfinished, and when looking closely, how far it is."""
+    """A hashable summary of the remains of a killed save, so that equal remains are tried once: checkpoints and their
+    files, the pointer, and whether something is unfinished (with ``closely``, also its progress)."""
     names = {str(path.relative_to(run)): path.stat().st_size for path in run.rglob("*") if path.is_file()}
     unfinished = {name: size for name, size in names.items() if name.startswith(".")}
     state = "empty" if not unfinished else "unfinished"
@@ -142,7 +142,7 @@ def outcome(run: Path, closely: bool) -> tuple[Any, ...]:
 
 
 def deletes(operation: crash.Operation) -> bool:
-    """Whether it belongs to the deletion of the checkpoint of step 2, once that of step 4 is there."""
+    """Whether the operation belongs to the deletion of checkpoint 2, after checkpoint 4 is complete."""
     return "iter_0000002" in operation.path
 
 
@@ -174,7 +174,7 @@ def kill_at(scene: Scene, tmp_path: Path, action: str, rank: int, closely: bool,
             seen[state] = number
             fault = scene.fault_of_resuming(training)
         if fault:
-            # What the killed run itself noted: writers side by side come in any order.
+            # As recorded by the killed run: parallel writers come in any order.
             done = training.plan().operations()
             place = f"after {done[-1] if done else 'the start'}" if action == "kill" else f"in {operations[number - 1]}"
             faults.append(f"rank {rank} killed {place} (operation {number}): {fault}")
@@ -196,7 +196,7 @@ def two_ranks(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("save", SAVES)
 def test_killed_after_each_operation(scene: Scene, tmp_path: Path, save: str) -> None:
-    """Started again from states of the disk that differ in more than how far an unfinished folder is."""
+    """Restart from states of the disk that differ in more than the progress of an unfinished folder."""
     kill_at(scene, tmp_path, "kill", 0, closely=False, save=save)
 
 
@@ -224,30 +224,30 @@ def test_killed_at_every_operation(
 
 
 def fail_at(scene: Scene, folder: Path, number: int, error: str, lasting: bool) -> Any:
-    """Start a run whose disk fails at an operation of the save at step 4, and that goes on to save step 6."""
+    """Start a run whose disk fails at an operation of the save at step 4, and that later saves step 6."""
     plan = {"action": "fail", "at": number, "error": error, "lasting": lasting}
     return scene.start.copy(folder).start(plan=plan)
 
 
 NOT_SAVED = "WARNING: NOT SAVED: the checkpoint of step 4 could not be written to "
-NOT_POINTED = f"WARNING: the checkpoint stands, but {checkpoints.LATEST} may be an older one's: "
+NOT_POINTED = f"WARNING: the checkpoint is complete, but {checkpoints.LATEST} may name an older one: "
 NOT_DELETED = "WARNING: old checkpoints in "
 
 
 def said_of(operations: list[crash.Operation], number: int) -> str:
-    """What a run must say when an operation of its save at step 4 fails."""
+    """The line that a run must print if an operation of its save at step 4 fails."""
     if deletes(operations[number - 1]):
         return NOT_DELETED
     return NOT_POINTED if any(o.target == "iter_0000004" for o in operations[: number - 1]) else NOT_SAVED
 
 
 def begins(operations: list[crash.Operation]) -> int:
-    """The number of the operation by which the save at step 4 begins."""
+    """The number of the first operation of the save at step 4."""
     return next(n for n, operation in enumerate(operations, 1) if ".iter_0000004.partial" in operation.path)
 
 
 def fault_of_failed_save(training: Training, ended: list[Ended], error: str, expected: str, last: int) -> str | None:
-    """What is wrong with a run that went on after an operation of its save at step 4 failed, or None.
+    """The problem of a run that continued after a failed operation of its save at step 4, or None.
 
     Args:
         expected: what it must say, followed by the reason.
@@ -268,7 +268,7 @@ def fault_of_failed_save(training: Training, ended: list[Ended], error: str, exp
     return f"the checkpoints are not as they should be: {said}" if said and last == LAST else None
 
 
-# What comes of it, by what the run says and whether it can save again.
+# Outcomes by the printed line and whether the run can save again.
 OUTCOMES = {
     (NOT_SAVED, True): "save fails and says so, nothing is left over, training goes on, next save succeeds",
     (NOT_SAVED, False): f"nothing to remove, so it stays full: each save says so, training goes on, status "
@@ -289,7 +289,7 @@ OUTCOMES = {
 def test_a_disk_that_fails_costs_one_checkpoint(
     scene: Scene, tmp_path: Path, error: str, lasting: bool, fault_row: FaultRow
 ) -> None:
-    """The save fails and says why, what it wrote is removed, training goes on, the next save succeeds."""
+    """The save fails and says why, its files are removed, training continues, and the next save succeeds."""
     operations = scene.operations(0, "behind")
     first = begins(operations)
     numbers = [n for n, o in enumerate(operations, 1) if n >= first and crash.can_fail(error, o.kind)]
@@ -298,7 +298,7 @@ def test_a_disk_that_fails_costs_one_checkpoint(
     for number, ended in all_of(numbers, lambda n: fail_at(scene, tmp_path / str(n), n, error, lasting)):
         training = Training(scene.start.zygote, scene.start.data, tmp_path / str(number), 1, TINY)
         expected = said_of(operations, number)
-        # Only what the failed save wrote can be removed, and the checkpoint of step 2 when that of step 4 is there.
+        # Only files of the failed save can be removed, and checkpoint 2 once checkpoint 4 is complete.
         last = 2 if lasting and number == first else LAST
         fault = fault_of_failed_save(training, ended, error, expected, last)
         history = training.history()
@@ -314,7 +314,7 @@ def test_a_disk_that_fails_costs_one_checkpoint(
 
 
 def test_kinds_of_operations_of_a_save(scene: Scene) -> None:
-    """Crash points are where they are meant to be: a save makes, writes, syncs, and renames last."""
+    """Crash points cover a save: it creates, writes, syncs, and renames last."""
     operations = scene.operations(0, "last")
     operations = [operation for operation in operations[begins(operations) - 1 :] if not deletes(operation)]
     assert operations[0] == crash.Operation("mkdir", ".iter_0000004.partial", thread="MainThread")

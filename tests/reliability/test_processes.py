@@ -1,4 +1,4 @@
-"""The harness of the fault tests does what they rely on."""
+"""The process harness that the fault tests rely on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genlip_megatron.testing.processes import Zygote
 
 
 def describe() -> int:
-    """Print what a rank was given."""
+    """Print a rank's arguments and environment."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "EXTRA")
     print(*(os.environ[name] for name in names), *sys.argv[1:])
     print("threads", len(os.listdir("/proc/self/task")))
@@ -26,7 +26,7 @@ def describe() -> int:
 
 
 def leave_a_helper() -> str:
-    """End with a message as status, a helper process and a thread left behind; the thread is waited for."""
+    """Exit with a message as status; leave a helper process and a thread, which is waited for."""
     print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
     threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
     return "a message"
@@ -49,7 +49,7 @@ def place_in_group() -> tuple[int, int, float, int]:
     return os.getpid(), torch.distributed.get_world_size(), total.item(), hash("text")
 
 
-def test_processes_of_run_distributed_join_a_group_anew_for_every_job() -> None:
+def test_processes_of_run_distributed_join_a_new_group_for_every_job() -> None:
     first, alone, again = (run_distributed(size, place_in_group) for size in (2, 1, 2))
     assert first == again and alone[0][0] == first[0][0] and first[0][0] != first[1][0]
     assert [rank[1:3] for rank in (*first, *alone)] == [(2, 2.0), (2, 2.0), (1, 1.0)]
@@ -58,7 +58,7 @@ def test_processes_of_run_distributed_join_a_group_anew_for_every_job() -> None:
     assert run_distributed(2, place_in_group) == first
 
 
-def test_a_rank_is_a_process_of_its_own(zygote: Zygote) -> None:
+def test_each_rank_is_its_own_process(zygote: Zygote) -> None:
     first, second = zygote.run(
         2, ["--flag"], {"EXTRA": "more"}, target="tests.reliability.test_processes:describe", restart=3
     )
@@ -78,7 +78,7 @@ def test_a_rank_ends_like_a_script_and_leaves_nothing_running(zygote: Zygote) ->
 
 
 def test_ranks_left_alone_by_a_failed_one_are_ended(zygote: Zygote) -> None:
-    """As torchrun does: SIGTERM, and SIGKILL for who does not mind."""
+    """Like torchrun: SIGTERM, then SIGKILL for processes that ignore it."""
     job = zygote.start(2, [], target="tests.reliability.test_processes:linger")
     job.wait_for("waiting", rank=1)
     first, second = job.wait(end_others=1)
@@ -86,7 +86,7 @@ def test_ranks_left_alone_by_a_failed_one_are_ended(zygote: Zygote) -> None:
     assert second == (-signal.SIGKILL, "waiting\ntold to stop\n")
 
 
-def test_a_run_that_does_not_end_is_killed_and_shown(zygote: Zygote) -> None:
+def test_a_run_that_does_not_end_is_killed_and_its_output_shown(zygote: Zygote) -> None:
     job = zygote.start(2, [], target="tests.reliability.test_processes:linger")
     job.wait_for("waiting", rank=1)
     while 0 not in job.codes:

@@ -1,4 +1,4 @@
-"""However often a run is killed, it ends in the same bits, on the same samples."""
+"""A run that is killed any number of times ends with the same bits and the same samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.testing.processes import Job, Zygote
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training
@@ -42,7 +42,7 @@ def test_killed_at_random(
     training = Training(zygote, demo_data, tmp_path / "killed", world_size, flags)
     draw = random.Random(kills)
     for number in range(1, kills + 1):
-        # Of steps after the one that it goes on from; 0 is while starting.
+        # Steps after the one that it resumes from; 0 is during the start.
         further = draw.randrange(3)
         step = max(checkpoints.steps(training.run), default=0) + further if further else 0
         job = training.start()

@@ -1,4 +1,4 @@
-"""Two ranks of which one is told to stop, stopped, or killed, at any place: the run ends as documented and resumes."""
+"""One of two ranks gets a stop signal, is stopped or killed, at any place: the run ends as documented and resumes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_resumes(training: Training, whole: Training) -> None:
 
 
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 1), ("validation", 0)}))
-def test_told_to_stop(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
+def test_stop_requested(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
     """SIGTERM on one rank: all save and exit with status 17."""
     training, ended = disturbed(whole, tmp_path / "run", "term", place, rank)
     assert [one.code for one in ended] == [EXIT_PREEMPTED] * 2, ended[rank].output[-2000:]
@@ -106,23 +106,23 @@ def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row:
 
 def stopped_while_starting() -> int:
     """Training whose rank 1 is stopped while the run is built."""
-    from genlip_megatron.train import loop
+    from genlip_megatron.train import setup
 
-    build_run = loop.build_run
+    build_run = setup.build_run
 
     def stopping(config: Any) -> Any:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGSTOP)
         return build_run(config)
 
-    loop.build_run = stopping
+    setup.build_run = stopping
     import pretrain_genlip
 
     return pretrain_genlip.main()
 
 
 def test_hung_while_starting(zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
-    """As in a step: the others do not wait for ever in the first collective of the start."""
+    """As in a step: the other ranks do not wait forever in the first collective of the start."""
     training = Training(zygote, demo_data, tmp_path, 2, {"faults__step_timeout": TIMEOUT / 60})
     ended = training.start(target=f"{__name__}:stopped_while_starting").wait(end_others=0.5)
     assert ended[0].code == EXIT_HUNG, ended[0].output[-2000:]

@@ -1,8 +1,8 @@
-"""Training runs of the fault tests: how they are started, and what they leave for comparison.
+"""Training runs of the fault tests: start them and compare their results.
 
-A run is the real ``pretrain_genlip.py`` on a tiny model. A rank's step is watched from outside: after each, one line
-with its loss, the samples it trained on and a digest of its weights is added to a file, so that the steps of a run
-that was killed and started again can be laid beside those of one that never stopped.
+A run is the real ``pretrain_genlip.py`` on a tiny model. After each step of a rank, a line with its loss, its samples
+and a digest of its weights is added to a file. So the steps of a run that was killed and restarted can be compared
+with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 def train() -> int:
-    """``pretrain_genlip.py`` in a rank, watched and under the environment's crash plan."""
+    """``pretrain_genlip.py`` in a rank, with ``watch`` and the environment's crash plan."""
     crash.install_from_environment()
     watch(Path(os.environ[_HISTORY]))
     import pretrain_genlip
@@ -58,7 +58,7 @@ def watch(folder: Path) -> None:
         return batch
 
     def watched_step(run: Any, *args: Any, **kwargs: Any) -> Any:
-        taken.clear()  # of what validation took
+        taken.clear()  # drops the batches of validation
         outcome = step(run, *args, **kwargs)
         line = [outcome.loss.hex(), outcome.grad_norm.hex(), taken, digest(run.model)]
         with open(file, "ab", buffering=0) as stream:
@@ -70,7 +70,7 @@ def watch(folder: Path) -> None:
 
 
 def digest(model: Iterable[Any]) -> str:
-    """Of all bits of this rank's weights."""
+    """A digest of all bits of this rank's weights."""
     sha = hashlib.sha256()
     for chunk in model:
         for name, parameter in chunk.named_parameters():
@@ -87,7 +87,7 @@ def _bytes() -> Any:
 
 @dataclass
 class Training:
-    """A run that may be started again and again in the same folder.
+    """A run that can be started repeatedly in the same folder.
 
     Attributes:
         folder: holds ``run`` (its checkpoints), ``history`` and the configuration.
@@ -114,14 +114,14 @@ class Training:
         target: str = TARGET,
         **flags: Any,
     ) -> Job:
-        """Start the ranks: from the newest checkpoint, or anew.
+        """Start the ranks, from the newest checkpoint if there is one.
 
         Args:
             arguments: more of the command line.
             plan: of crash points, see ``crash.Plan``; for the folder of checkpoints.
             env: further environment variables.
             target: what the ranks run, see ``Zygote.start``.
-            flags: settings of this start alone.
+            flags: settings of this start only.
         """
         history = self.folder / "history"
         history.mkdir(parents=True, exist_ok=True)
@@ -155,12 +155,12 @@ class Training:
         return crash.Plan(str(self.run), str(self.folder / "operations.jsonl"), **plan)
 
     def copy(self, folder: Path) -> Training:
-        """The same run, as it is now, somewhere else."""
+        """A copy of the run in its current state."""
         shutil.copytree(self.folder, folder)
         return Training(self.zygote, self.data, folder, self.world_size, dict(self.flags), self.starts)
 
     def history(self) -> dict[tuple[int, int], Step]:
-        """The last time that each step was trained, by (rank, step). AssertionError: a step went two ways."""
+        """The steps by (rank, step). AssertionError if a repeated step differs."""
         steps: dict[tuple[int, int], Step] = {}
         for rank in range(self.world_size):
             file = self.folder / "history" / f"rank{rank}.jsonl"
@@ -173,7 +173,7 @@ class Training:
 
 
 def all_of(items: Iterable[T], start: Callable[[T], Job], at_once: int = 2) -> Iterator[tuple[T, list[Ended]]]:
-    """Each item with how the job started for it ended, ``at_once`` of them side by side."""
+    """Start a job per item, ``at_once`` in parallel; yields (item, how the job ended)."""
     running: list[tuple[T, Job]] = []
     for item in items:
         running.append((item, start(item)))

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from genlip_megatron.checkpoint import folder
-from genlip_megatron.checkpoint.lock import own
+from genlip_megatron.checkpoint import paths
+from genlip_megatron.checkpoint.lock import acquire
 from tests.checkpoint.test_retention import flip, write
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "checkpoints.py"
@@ -57,11 +57,11 @@ def test_verify_names_what_is_damaged(tool: ModuleType, run: Path, capsys: pytes
 def test_prune_counts_good_ones_alone(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["prune", str(run), "--keep-last", "2", "--keep-best", "1"]
     assert tool.main([*flags, "--dry-run"]) == 0
-    assert "would delete steps: 10\n" in capsys.readouterr().out and len(folder.steps(run)) == 5
+    assert "would delete steps: 10\n" in capsys.readouterr().out and len(paths.steps(run)) == 5
     assert tool.main(flags) == 0
-    assert "damaged, not counted" in capsys.readouterr().out and folder.steps(run) == [50, 40, 30, 20]
+    assert "damaged, not counted" in capsys.readouterr().out and paths.steps(run) == [50, 40, 30, 20]
     assert tool.main([*flags, "--damaged"]) == 0
-    assert "deleted damaged steps: 40" in capsys.readouterr().out and folder.steps(run) == [50, 30, 20]
+    assert "deleted damaged steps: 40" in capsys.readouterr().out and paths.steps(run) == [50, 30, 20]
 
 
 def test_prune_goes_by_the_rules_of_the_run_unless_told_otherwise(
@@ -80,9 +80,9 @@ def test_prune_goes_by_the_rules_of_the_run_unless_told_otherwise(
 def test_nothing_is_changed_under_a_run(
     words: list[str], tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lock, _ = own(run)
+    lock, _ = acquire(run)
     assert tool.main([words[0], str(run), *words[1:]]) == 2
-    assert f"process {os.getpid()} is saving to {run}; end it" in capsys.readouterr().err
+    assert f"process {os.getpid()} is saving to {run}. End it" in capsys.readouterr().err
     lock.close()
     assert tool.main([words[0], str(run), *words[1:]]) == 0
 
@@ -99,8 +99,8 @@ def test_rewind_sets_later_ones_aside(tool: ModuleType, run: Path, capsys: pytes
     assert tool.main(["rewind", str(run), "--step", "35"]) == 2
     assert "steps there: 50, 40, 30, 20, 10" in capsys.readouterr().err
     assert tool.main(["rewind", str(run), "--step", "30"]) == 0
-    assert folder.steps(run) == [30, 20, 10] and folder.pointed(run) == 30
-    assert sorted(path.name for path in (run / folder.SET_ASIDE).iterdir()) == ["iter_0000040", "iter_0000050"]
+    assert paths.steps(run) == [30, 20, 10] and paths.pointed(run) == 30
+    assert sorted(path.name for path in (run / paths.SET_ASIDE).iterdir()) == ["iter_0000040", "iter_0000050"]
 
 
 @pytest.mark.parametrize(

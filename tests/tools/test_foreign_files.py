@@ -23,7 +23,6 @@ from genlip_megatron.infer import features
 from tools import demo, export_encoder, patch_readout
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT / "tools" / "benchmarks")]
 THESIS = b"five years of work"
 Run = Callable[..., tuple[object, str]]
 

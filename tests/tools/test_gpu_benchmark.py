@@ -9,25 +9,21 @@ import xml.dom.minidom
 from pathlib import Path
 from typing import Any
 
+import gpu
+import gpu_baseline
+import gpu_report
+import gpu_sections
 import numpy as np
 import pytest
 import torch
+import train_step as cpu_benchmark
+from gpu_report import Figure
+from gpu_sections import Job
+from plain import PlainGenLIP
 
-FOLDER = Path(__file__).parent.parent.parent / "tools" / "benchmarks"
-sys.path.insert(0, str(FOLDER))
-
-import gpu  # noqa: E402
-import gpu_baseline  # noqa: E402
-import gpu_report  # noqa: E402
-import gpu_sections  # noqa: E402
-import train_step as cpu_benchmark  # noqa: E402
-from gpu_report import Figure  # noqa: E402
-from gpu_sections import Job  # noqa: E402
-from plain import PlainGenLIP  # noqa: E402
-
-from genlip_megatron.batch import pack_samples  # noqa: E402
-from genlip_megatron.config import ModelConfig  # noqa: E402
-from genlip_megatron.testing.distributed import run_distributed  # noqa: E402
+from genlip_megatron.batch import pack_samples
+from genlip_megatron.config import ModelConfig
+from genlip_megatron.testing.distributed import run_distributed
 
 HERE = {"device": "H", "date": "2030-01-01", "torch": "9"}
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -107,7 +103,7 @@ def test_without_a_gpu_everything_is_listed_as_not_measured(tmp_path: Path, monk
     assert all(figure["date"] and figure["torch"] == torch.__version__ for figure in figures)
     names = [figure["name"] for figure in figures]
     assert len(set(names)) == len(names) and {"so16 stage 1 TE", "so16 stage 1 FP8 current"} <= set(names)
-    page = FOLDER.parent.parent / "docs" / "performance.md"
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
     assert all(f"| {figure} |" in page.read_text() for job in gpu.all_jobs() for figure in job.figures)
 
 

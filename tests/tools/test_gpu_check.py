@@ -14,11 +14,9 @@ import torch
 from genlip_megatron.config.checks import check
 from genlip_megatron.estimate import check_fits
 from genlip_megatron.model import te_support
+from tools import gpu_check
 
-SCRIPT = Path(__file__).parent.parent.parent / "tools" / "gpu_check.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import gpu_check  # noqa: E402
+SCRIPT = Path(gpu_check.__file__)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -1,4 +1,4 @@
-"""A step's parts add up to the step, on a device they are read without waiting, and chosen steps leave traces."""
+"""The parts of a step sum to the step, a device's events are read without waiting, and chosen steps are traced."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_parts_within_parts_never_count_twice(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Moment:
-    """A CUDA event by a clock of ours. Whoever waits for it fails: it has no ``synchronize``."""
+    """A CUDA event with a fake clock; waiting for it fails, because it has no ``synchronize``."""
 
     done, recorded, made = 0, 0, 0
 
@@ -78,9 +78,10 @@ def test_on_a_device_steps_are_read_once_they_are_over(monkeypatch: pytest.Monke
 
 
 def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
-    """The parts of a run's steps on this rank, and seconds of a step by the clock."""
-    from genlip_megatron.train.loop import set_up, train_step
+    """(parts of a run's steps on this rank, measured seconds per step)."""
     from genlip_megatron.train.report import Tally, report
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -90,7 +91,7 @@ def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
         tally.add(train_step(run, batches))
         run.iteration += 1
     seconds = (time.perf_counter() - begin) / steps
-    found = parts_of(run.stepper.breakdown)
+    found = parts_of(run.breakdown)
     run.train_loader.close()
     report(run, tally)
     if run.writer is not None:
@@ -129,7 +130,7 @@ def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path: Path, capsys: pyt
     for number in range(1, 6):
         with profiler.step(number):
             pass
-    assert "rank0.steps3-4.pt.trace.json.gz could not be written, the run goes on" in capsys.readouterr().err
+    assert "rank0.steps3-4.pt.trace.json.gz could not be written; the run continues" in capsys.readouterr().err
     late = Profiler(config, 0, Breakdown(torch.device("cpu")))
     with late.step(5):
         pass

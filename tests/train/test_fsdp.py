@@ -1,4 +1,4 @@
-"""Sharding weights, gradients and optimizer state changes memory, not the run; its parity is in ``test_parity.py``."""
+"""FSDP changes memory, not the results; ``test_parity.py`` compares it with other layouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FSDP = {"parallel__fsdp": True}
 
 @pytest.fixture(scope="module")
 def whole(demo_data: Path) -> Callable[[str, str], list[dict[str, Any]]]:
-    """The run on a layout, in a precision, without an interruption."""
+    """An uninterrupted run on a layout in a precision."""
 
     @functools.cache
     def run(name: str, precision: str) -> list[dict[str, Any]]:
@@ -40,8 +40,9 @@ def laid_out(name: str, precision: str, data: Path, **more: Any) -> tuple[int, R
 
 
 def held_values(config: RunConfig) -> tuple[int, int]:
-    """(values of weights, gradients and optimizer state on this rank after a step, parameters of the model)."""
-    from genlip_megatron.train.loop import set_up, train_step
+    """(values of weights, gradients and optimizer state on this rank after a step, parameters), as numbers."""
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None

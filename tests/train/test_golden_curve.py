@@ -1,7 +1,7 @@
-"""A hundred steps give the committed losses: what a refactoring of model, loss, optimizer or schedule must keep.
+"""A hundred steps give the committed losses; refactorings of model, loss, optimizer or schedule must keep them.
 
-The samples are drawn here, so that neither the data engine nor the fonts of rendered scenes have a part in it. After a
-change that is meant to move the curve: ``python -m tests.train.test_golden_curve`` writes it anew.
+The samples are drawn here, so the data engine and the fonts of rendered scenes do not matter. After a change that
+should move the curve, ``python -m tests.train.test_golden_curve`` rewrites it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def curve_config(**flags: Any) -> RunConfig:
 
 
 def drawn_batches(config: RunConfig, lane: int, lanes: int) -> Iterator[PackedBatch]:
-    """Packs of twelve images with captions that never change, so that there is something to learn; their order and
-    DropPath are drawn."""
+    """Packs of twelve images with fixed captions, which the model can learn; their order and DropPath are random."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -64,7 +63,8 @@ def curve(config: RunConfig) -> list[float]:
     from megatron.core import parallel_state
 
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run, train_step
+    from genlip_megatron.train.setup import build_run
+    from genlip_megatron.train.step import train_step
 
     groups.initialize(config)
     run = build_run(config)

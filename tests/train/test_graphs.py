@@ -1,4 +1,4 @@
-"""Graphs of a micro-batch: what they read, and that a run with them computes what a run without them does.
+"""CUDA graphs of a micro-batch: their inputs, and that a run with graphs computes the same as one without.
 
 On a CPU a stand-in for a captured pass runs the same function again, on the tensors and numbers of the capture.
 """
@@ -28,7 +28,7 @@ SLOTS = 256
 
 
 def batch(seed: int, lengths: tuple[int, ...] = (9, 7, 10)) -> PackedBatch:
-    """Samples in one pack, the first and the third with an image; a branch is dropped here and there."""
+    """Samples in one pack, the first and the third with an image; DropPath drops some branches."""
     rng = np.random.default_rng(seed)
     samples = []
     for i, length in enumerate(lengths):
@@ -44,7 +44,7 @@ def batch(seed: int, lengths: tuple[int, ...] = (9, 7, 10)) -> PackedBatch:
 
 
 class Poisoned(torch.autograd.Function):
-    """``x`` with no numbers behind row ``used``, and such a gradient: what lies there in a kernel's memory."""
+    """``x`` with NaN after row ``used``, and the same for its gradient, as in a kernel's uninitialised memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, used: int) -> Tensor:
@@ -63,7 +63,7 @@ class Poisoned(torch.autograd.Function):
 def careless_kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> Tensor:
-    """The plain kernel, which leaves what is behind the last sequence as it was, as those of a GPU do."""
+    """The plain kernel, but it leaves rows after the last sequence uninitialised, as GPU kernels do."""
     from genlip_megatron.model.attention.varlen import reference_kernel
 
     assert max_q >= int(cu_q.diff().max()) and max_k >= int(cu_k.diff().max())
@@ -76,11 +76,11 @@ def careless_kernel(
 
 
 def streams_of_ddp(graphed: bool) -> tuple[bool, list[str]]:
-    """(whether DDP was made on another stream than the rest, who waited for whom before and after)."""
+    """(whether DDP was built on its own stream, which stream waited for which)."""
     from megatron.core.distributed import DistributedDataParallel
 
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train import loop
+    from genlip_megatron.train import setup
 
     waits, within, seen = [], ["default"], []
 
@@ -108,14 +108,14 @@ def streams_of_ddp(graphed: bool) -> tuple[bool, list[str]]:
         mock.patch.object(torch.cuda, "current_stream", lambda: Stream("default")),
         mock.patch.object(torch.cuda, "Stream", Stream),
         mock.patch.object(torch.cuda, "stream", use),
-        mock.patch.object(loop, "DistributedDataParallel", Watched),
+        mock.patch.object(setup, "DistributedDataParallel", Watched),
     ):
-        loop.build_run(config)
+        setup.build_run(config)
     return seen == ["side"], [wait for wait in waits if wait != "default for default"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a capture shows it")
-def test_nodes_of_weights_are_made_on_a_stream_that_can_be_captured() -> None:
+def test_ddp_is_built_on_a_stream_that_can_be_captured() -> None:
     assert run_distributed(1, streams_of_ddp, True) == [(True, ["side for default", "default for side"])]
     assert run_distributed(1, streams_of_ddp, False) == [(False, [])]
 
@@ -127,17 +127,18 @@ def trained(
     releases: int | None = None,
     fails: int = 0,
 ) -> dict[str, Any]:
-    """Losses and final weights of steps of three micro-batches each, and how many of these were replayed.
+    """Losses and final weights of steps of three micro-batches each, and the number of replayed micro-batches.
 
     Args:
         most: graphs at a time.
-        releases: with a number, no memory is free beside the graphs, and they may give theirs up so many times.
+        releases: if given, no memory is free beside the graphs, and this is the limit of releases.
         fails: the capture that runs out of memory.
     """
     from genlip_megatron.model.attention import BACKENDS, varlen
     from genlip_megatron.parallel import groups
     from genlip_megatron.train import graphs
-    from genlip_megatron.train.loop import build_run, train_step
+    from genlip_megatron.train.setup import build_run
+    from genlip_megatron.train.step import train_step
 
     class Careless(varlen.TwoCalls):
         kernel = staticmethod(careless_kernel)
@@ -150,7 +151,7 @@ def trained(
 
     def check_given_up(stage: Any, text: str) -> None:
         gc.collect()  # the stand-in holds itself
-        assert "given up" not in text or all(graph() is None for graph in captured), "something keeps a graph's memory"
+        assert "released" not in text or all(graph() is None for graph in captured), "something keeps a graph's memory"
 
     class Again(graphs.Graph):
         def _capture(self, pool: Any) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -169,8 +170,8 @@ def trained(
     run = build_run(config)
     if not torch.cuda.is_available():
         run.model[0].module.attention_backend = "careless"
-        if run.stepper._graphed:
-            run.stepper._graphed._kind = Again
+        if run.graphed_stage:
+            run.graphed_stage._kind = Again
     batches, losses = iter(micro_batches), []
     limits = {"_MOST_GRAPHS": most, "_MOST_RELEASES": releases or 8}
     with (
@@ -184,7 +185,7 @@ def trained(
             losses.append(outcome.loss)
             run.iteration += 1
     weights = {name: parameter.detach().cpu() for name, parameter in run.model[0].named_parameters()}
-    stage = run.stepper._graphed
+    stage = run.graphed_stage
     counts = {"replayed": stage.replayed, "released": stage.released} if stage else {}
     return {"losses": losses, "weights": weights, **counts}
 
@@ -193,7 +194,7 @@ def trained(
     ("most", "releases", "replayed", "released"), [(8, None, 11, 0), (1, None, 9, 0), (1, 8, 9, 3), (1, 1, 1, 1)]
 )
 def test_a_graphed_run_is_the_run_without(most: int, releases: int | None, replayed: int, released: int) -> None:
-    """Two shapes by turns, one of them rarely: more samples than a power of two has room for."""
+    """Two shapes; the rare one has more samples than the power of two of the other has room for."""
     many = (5,) * 33
     micro_batches = [batch(seed, many if seed % 3 == 1 and seed < 12 else (9, 7, 10)) for seed in range(15)]
     (plain,) = run_distributed(1, trained, False, micro_batches)
@@ -206,7 +207,7 @@ def test_a_graphed_run_is_the_run_without(most: int, releases: int | None, repla
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that memory runs out")
-def test_a_capture_that_runs_out_of_memory_costs_its_graphs_alone() -> None:
+def test_a_capture_that_runs_out_of_memory_releases_only_the_graphs() -> None:
     micro_batches = [batch(seed, (5,) * 33 if seed % 2 else (9, 7, 10)) for seed in range(12)]
     (plain,) = run_distributed(1, trained, False, micro_batches)
     (graphed,) = run_distributed(1, trained, True, micro_batches, 8, None, 2)  # the second shape's first
@@ -239,7 +240,7 @@ def test_fixed_shapes_are_fixed() -> None:
         ("train.attention_backend", "flex", "auto, varlen, te"),
     ],
 )
-def test_what_a_graph_cannot_hold_is_refused(setting: str, value: Any, allowed: str) -> None:
+def test_settings_that_graphs_do_not_support_are_refused(setting: str, value: Any, allowed: str) -> None:
     config = override(RunConfig(), {"train.cuda_graph": True})
     check(config)
     with pytest.raises(ValueError, match=rf"train\.cuda_graph with {setting} = .*allowed: {allowed}"):

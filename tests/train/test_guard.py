@@ -1,5 +1,4 @@
-"""Bad numbers do not spread: whatever rank they come from, all ranks leave the same update out, use a second result, or
-go back together."""
+"""Bad numbers do not spread: all ranks together skip the update, use a second result, or roll back."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import full_weights, layout, tiny_config, weights
-from genlip_megatron.train.guard import Replay
 from genlip_megatron.train.metrics import COUNTS
+from genlip_megatron.train.rerun import Replay
 from tests.fault_table import FaultRow
 
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
@@ -41,8 +41,8 @@ def settings(demo_data: Path, name: str, *faults: str, **flags: Any) -> tuple[in
 
 
 def state(run: Any) -> bytes:
-    """Of the bits of this rank's weights, moments, master weights and schedule."""
-    from genlip_megatron.train.loop import gather_weights
+    """A hash of the bits of this rank's weights, moments, master weights and schedule."""
+    from genlip_megatron.train.resume import gather_weights
 
     gather_weights(run)
     tensors = [p for chunk in run.model for p in chunk.parameters()]
@@ -55,21 +55,22 @@ def state(run: Any) -> bytes:
 
 
 def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
-    """Verdicts, updates, the state before the first step and after each, and what rank 0 said."""
-    from genlip_megatron.train import guard
-    from genlip_megatron.train.loop import set_up, train_step
+    """Verdicts, updates, the state before the first step and after each, and rank 0's warnings."""
+    from genlip_megatron.train import rerun, verdict
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     said: list[str] = []
-    guard._say = said.append  # type: ignore[assignment]
+    rerun.warn = verdict.warn = said.append  # type: ignore[assignment]
     run = set_up(config)
     assert run.train_loader is not None
     batches = iter(run.train_loader)
-    outcomes, states, held = [], [state(run)], run.stepper.counts.clone()
+    outcomes, states, held = [], [state(run)], run.counts.clone()
     for _ in range(steps):
         outcomes.append(train_step(run, batches))
         run.iteration += 1
         states.append(state(run))
-        held = run.stepper.counts.clone()
+        held = run.counts.clone()
     run.train_loader.close()
     return {
         "verdicts": [outcome.verdict for outcome in outcomes],
@@ -78,7 +79,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         "answer_tokens": sum(outcome.loss_count for outcome in outcomes),
         "states": states,
         "counts": held.tolist(),
-        "skipped": (run.guard.skipped, run.guard.spikes),
+        "skipped": (run.verdicts.skipped, run.verdicts.spikes),
         "said": said,
         "weights": full_weights(run),
     }
@@ -99,7 +100,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         ("CP2", "nan-grad@3:1"),
     ],
 )
-def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(
+def test_bad_numbers_on_one_rank_skip_the_update_on_all(
     name: str, fault: str, demo_data: Path, fault_row: FaultRow
 ) -> None:
     for result in run_distributed(*_with(guarded, settings(demo_data, name, fault)), 4):
@@ -121,9 +122,10 @@ def test_bad_numbers_on_one_rank_leave_the_update_out_on_all(
 
 
 def both_norms(config: RunConfig) -> tuple[float, float]:
-    """(gradient norm of the guard, Megatron-Core's) of the same gradients."""
-    from genlip_megatron.train.guard import global_norm
-    from genlip_megatron.train.loop import set_up, train_step
+    """(our gradient norm, Megatron-Core's) of the same gradients."""
+    from genlip_megatron.train.gradients import global_norm
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -141,24 +143,26 @@ def test_the_norm_on_the_device_is_megatron_cores(name: str, demo_data: Path) ->
 
 
 def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
-    """(verdict, updated, states) of a step in which rank 1's gradients of copied parameters are NaN."""
+    """(verdict, updated, states) of a step with NaN in rank 1's gradients of replicated parameters."""
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-    from genlip_megatron.train.loop import set_up, train_step
+    from genlip_megatron.train import drills
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
 
-    def spoil(number: int) -> None:
+    def spoil(run: Any, step: int) -> None:
         if torch.distributed.get_rank() == 1:
             for group in run.optimizer.param_groups:
                 for parameter in group["params"]:
                     if not param_is_not_tensor_parallel_duplicate(parameter):
                         parameter.grad.view(-1)[-1] = torch.nan
 
-    run.guard._spoil_gradients = spoil  # type: ignore[method-assign]
     states = [state(run)]
     assert run.train_loader is not None
-    outcome = train_step(run, iter(run.train_loader))
+    with mock.patch.object(drills, "spoil_gradients", spoil):
+        outcome = train_step(run, iter(run.train_loader))
     run.train_loader.close()
     return outcome.verdict, outcome.updated, [*states, state(run)]
 
@@ -166,7 +170,7 @@ def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
 @pytest.mark.faults
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path, fault_row: FaultRow) -> None:
-    """The norm leaves out copies on further tensor-parallel ranks; their weights would become NaN."""
+    """The gradient norm leaves out replicas on further tensor-parallel ranks, so it does not show NaN in them."""
     made = settings(demo_data, "TP2", train__precision=precision)
     for verdict, updated, (before, after) in run_distributed(*_with(spoiled_copies, made)):
         assert (verdict, updated) == ("bad", False) and before == after
@@ -174,7 +178,7 @@ def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path, fault
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU decodes to its own memory")
-def test_what_is_held_for_a_second_pass_takes_no_memory_of_the_device() -> None:
+def test_micro_batches_kept_for_a_rerun_take_no_device_memory() -> None:
     sample = Sample(torch.arange(768, dtype=torch.uint8)[None], 1, 1, [1])
     batch = pack_samples([[sample]], 8)
     source = Replay(iter([replace(batch, patches=batch.patches.cuda())]))  # type: ignore[union-attr]
@@ -214,7 +218,7 @@ def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path)
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("on_spike", "updated"), [("warn", True), ("skip", False)])
-def test_a_spike_is_counted_and_does_as_it_is_told(
+def test_a_spike_is_counted_and_handled_as_configured(
     on_spike: str, updated: bool, demo_data: Path, fault_row: FaultRow
 ) -> None:
     made = settings(demo_data, "DP2", "spike@4:1", faults__on_spike=on_spike)
@@ -248,15 +252,17 @@ def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
         "weights": full_weights(run),
         "skipped": run.train_loader.skipped,
         "steps": (run.iteration, run.train_loader.step, run.scheduler.num_steps),
-        "counts": (run.guard.skipped, run.guard.spikes, run.guard.rollbacks),
+        "counts": (run.verdicts.skipped, run.verdicts.spikes, run.verdicts.rollbacks),
         "samples": run.consumed_samples,
     }
     return status, found
 
 
 def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
-    """The run that resumes from a checkpoint and leaves the next ``skipped`` steps' data out."""
-    from genlip_megatron.train.loop import gather_weights, set_up, train_step
+    """A run that resumes from a checkpoint and skips the data of the next ``skipped`` steps."""
+    from genlip_megatron.train.resume import gather_weights
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -272,7 +278,7 @@ def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2"])
-def test_rolling_back_is_resuming_without_the_data_of_the_spike(
+def test_a_rollback_equals_resuming_without_the_data_of_the_spike(
     name: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
     folder = tmp_path / "run"
@@ -310,7 +316,7 @@ BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}
 @pytest.mark.parametrize(
     ("faults", "flags", "status"),
     [
-        # Without a checkpoint a spike's update is left out, and that is all.
+        # Without a checkpoint only a spike's update is skipped.
         (("spike@3:0",), {"faults__on_spike": "rollback"}, 0),
         (("nan-loss@2:1", "nan-loss@3:0"), {"faults__on_spike": "skip"}, EXIT_BAD_NUMBERS),
         (("nan-loss@2:1", "nan-loss@3:0"), {"faults__on_spike": "rollback"}, EXIT_BAD_NUMBERS),

@@ -1,4 +1,4 @@
-"""Rates are quoted for useful work alone: the formula, and what a batch counts as."""
+"""FLOPs count only useful work: the formula, and the counts of a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = {
 
 
 def stage1_sample() -> Sample:
-    """196 patches and 74 text tokens, of which the last 68 carry loss."""
+    """196 patches and 74 text tokens; the last 68 carry loss."""
     return Sample(torch.zeros(196, 768, dtype=torch.uint8), 14, 14, [1] * 74, [False] * 6 + [True] * 68)
 
 

@@ -1,4 +1,4 @@
-"""Validation of a checkpoint on its own, and stage 2's start from stage 1's weights."""
+"""Validation only (--eval-only), and the start of stage 2 from stage 1's weights (--finetune)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from genlip_megatron.testing.runs import run_steps, tiny_config
 
 @pytest.fixture(scope="module")
 def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """(folder with the checkpoint of two steps on one process, what they gave)."""
+    """(folder with the checkpoint of two steps on one process, their results)."""
     folder = str(tmp_path_factory.mktemp("trained"))
     return folder, run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 2)[0]
 
 
 def evaluated(config: RunConfig) -> float:
     """The validation loss of an eval-only run."""
-    from genlip_megatron.train.loop import set_up
-    from genlip_megatron.train.step import evaluate
+    from genlip_megatron.train.setup import set_up
+    from genlip_megatron.train.validation import evaluate
 
     run = set_up(config)
     assert run.train_loader is None
-    return evaluate(run.stepper, run.valid_loader)
+    return evaluate(run)
 
 
 def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(
@@ -47,10 +47,10 @@ def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(
 
 
 def started(config: RunConfig) -> dict[str, Any]:
-    """What a run starts from."""
+    """The state in which a run starts."""
     from genlip_megatron.model.genlip import unwrap
     from genlip_megatron.parallel.initial import gather_canonical
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     assert run.train_loader is not None

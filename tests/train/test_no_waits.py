@@ -1,4 +1,4 @@
-"""In a guarded step the host waits for the device once, for the numbers that all ranks agree on.
+"""In a training step the host waits for the device once, for the all-reduced statistics.
 
 On a CPU nothing waits, so operations are looked at instead: none may hand a tensor's values, or a shape that depends on
 them, to the host, nor copy numbers of the host to the device. On a GPU torch's own check of synchronisations runs.
@@ -54,7 +54,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Methods(TorchFunctionMode):
-    """Lets the first ``tolist`` through, which is ``agree``'s, and counts it in ``allowed``."""
+    """Allows the first ``tolist``, that of the all-reduced statistics, and counts it in ``allowed``."""
 
     def __init__(self, allowed: list[int]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Methods(TorchFunctionMode):
 
 @contextlib.contextmanager
 def no_waits(allowed: list[int]) -> Iterator[None]:
-    """Whatever waits for the device raises, but for as many calls of ``tolist`` as ``allowed`` holds."""
+    """Raise on every wait for the device, except for ``allowed`` calls of ``tolist``."""
 
     def synchronize(device: Any = None) -> None:  # torch's own check does not count it
         raise AssertionError("torch.cuda.synchronize waits for the device")
@@ -118,10 +118,13 @@ def batch(seed: int) -> PackedBatch:
 
 
 def steps(backend: str, flags: dict[str, Any]) -> None:
-    """Two steps of two micro-batches; the second, when all caches are filled, may wait once."""
+    """Two steps of two micro-batches; the second one, with all caches filled, may wait once."""
     from genlip_megatron.model.attention import BACKENDS, varlen
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.loop import build_run, train_step
+    from genlip_megatron.train import forward_backward
+    from genlip_megatron.train.setup import build_run
+    from genlip_megatron.train.state import Run
+    from genlip_megatron.train.step import train_step
 
     class Stub(varlen.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
         kernel = staticmethod(lambda q, *_, **__: q)
@@ -141,22 +144,25 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
     train_step(run, iter([batch(0), batch(1)]))
     if backend != "auto":
         run.model[0].module.attention_backend = backend
-    prepare, allowed, guard = run.stepper._prepare, [1], contextlib.ExitStack()
+    prepare, allowed, guard = forward_backward.prepare, [1], contextlib.ExitStack()
 
-    def prepare_on_host(micro_batch: PackedBatch) -> Any:
+    def prepare_on_host(run: Run, micro_batch: PackedBatch) -> Any:
         # Its arithmetic is the host's own; only its copies could wait, and those the GPU's check sees.
         if torch.cuda.is_available():
-            return prepare(micro_batch)
+            return prepare(run, micro_batch)
         guard.close()
         try:
-            return prepare(micro_batch)
+            return prepare(run, micro_batch)
         finally:
             guard.enter_context(no_waits(allowed))
 
-    run.stepper._prepare = prepare_on_host
     batches = iter([batch(2), batch(3)])
     guard.enter_context(no_waits(allowed))
-    with guard, mock.patch.dict(BACKENDS, {"two calls": Stub}):
+    with (
+        guard,
+        mock.patch.dict(BACKENDS, {"two calls": Stub}),
+        mock.patch.object(forward_backward, "prepare", prepare_on_host),
+    ):
         outcome = train_step(run, batches)
     assert outcome.updated
     if not torch.cuda.is_available():  # on the null GPU numbers mean nothing

@@ -1,18 +1,17 @@
-"""Too little memory in the first steps and too many processes for the GPUs end a run with one line that helps."""
+"""Running out of memory in the first steps, or more processes than GPUs, ends a run with one helpful line."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from genlip_megatron.config import RunConfig, from_dict, load_yaml, override
-from genlip_megatron.faults.exits import UserError
 from genlip_megatron.parallel import groups
 from genlip_megatron.train import loop
 from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
+from genlip_megatron.user_error import UserError
 
 ERROR = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is free."
@@ -33,7 +32,7 @@ def test_the_line_names_the_estimate_and_three_settings_that_save() -> None:
     assert "--micro-batch-size 2" in text and "--recompute" in text
 
 
-def test_settings_that_are_taken_or_impossible_are_not_advised() -> None:
+def test_settings_already_set_or_impossible_are_not_suggested() -> None:
     config = recipe(
         train__micro_batch_size=1, train__global_batch_size=8, parallel__recompute="full", parallel__fsdp=True
     )
@@ -44,16 +43,19 @@ def test_settings_that_are_taken_or_impossible_are_not_advised() -> None:
 
 
 class _Run:
-    """As much of a run as ``train`` handles around its steps."""
+    """The parts of a run that ``train`` uses around its steps."""
 
     def __init__(self, began: int) -> None:
         self.iteration = began
-        self.writer = self.saver = self.train_loader = self.valid_loader = None
-        self.profiler = SimpleNamespace(close=lambda: None)
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(("steps", "error"), [(0, UserError), (FIRST_STEPS - 1, UserError), (FIRST_STEPS, type(ERROR))])
-def test_later_steps_crash_as_they_are(steps: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_in_later_steps_is_a_crash(
+    steps: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(run: _Run, stop: Any) -> int:
         run.iteration += steps
         raise ERROR
@@ -84,7 +86,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         (False, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, []),
     ],
 )
-def test_segments_grow_unless_something_else_is_wanted(
+def test_segments_grow_unless_the_environment_configures_the_allocator(
     graphs: bool, environment: dict[str, str], wanted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -98,7 +100,7 @@ def test_segments_grow_unless_something_else_is_wanted(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_is_allocated_lies_in_segments_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocations_use_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     groups.grow_segments(recipe(train__cuda_graph=False))

@@ -1,5 +1,5 @@
-"""The same run on every layout. ``tools/parity_matrix.py`` (``make parity``) runs all of them; here are the essential
-ones, and the proof that the comparison sees what it is there for."""
+"""The same run on every layout. ``tools/parity_matrix.py`` (``make parity``) runs all layouts; these tests run the
+essential ones, and show that the comparison finds planted faults."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _references: dict[tuple, dict[str, Any]] = {}
 
 
 def reference(data: Path, steps: int = STEPS, **case: Any) -> dict[str, Any]:
-    """The run of a case on one process."""
+    """A case's run on one process."""
     key = (steps, *sorted(case.items()))
     if key not in _references:
         _references[key] = run_distributed(1, parity_run, parity_config(data, **case), steps)[0]
@@ -87,7 +87,7 @@ def test_recomputation_changes_no_bit(modules: str, precision: str, demo_data: P
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_fault_is_seen(fault: str, demo_data: Path) -> None:
+def test_a_planted_fault_is_found(fault: str, demo_data: Path) -> None:
     name, flags, _, sign = FAULTS[fault]
     world_size, sizes = layout(name)
     results = run_distributed(world_size, parity_run, parity_config(demo_data, **sizes, **flags), SOON, fault)
@@ -95,15 +95,15 @@ def test_planted_fault_is_seen(fault: str, demo_data: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["norm's gradient not summed", "DropPath drawn per rank"])
-def test_planted_fault_is_seen_in_bfloat16(fault: str, demo_data: Path) -> None:
+def test_a_planted_fault_is_found_in_bfloat16(fault: str, demo_data: Path) -> None:
     half: dict[str, Any] = {"train__precision": "bf16"}
     world_size, sizes = layout(FAULTS[fault][0])
     results = run_distributed(world_size, parity_run, parity_config(demo_data, **half, **sizes), SOON, fault)
     assert "gradient differs" in "; ".join(problems(results, reference(demo_data, SOON, **half), BFLOAT16))
 
 
-def test_checkpoint_goes_from_layout_to_layout(demo_data: Path, tmp_path: Path) -> None:
-    """A relay: each layout continues from the checkpoint of the one before, on the curve of one process."""
+def test_a_checkpoint_loads_on_each_layout(demo_data: Path, tmp_path: Path) -> None:
+    """Each layout continues from the checkpoint of the previous one, on the curve of one process."""
     folder = str(tmp_path / "relay")
     whole = reference(demo_data)
     losses: list[float] = []

@@ -1,4 +1,4 @@
-"""Under ``torchrun --max-restarts`` a crash is made good, and a run that is over for good stays over."""
+"""Under ``torchrun --max-restarts`` a run recovers from a crash, and a run with a final exit code is not restarted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from genlip_megatron.checkpoint import folder as checkpoints
+from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults import exits
 from genlip_megatron.testing.distributed import run_distributed
@@ -72,7 +72,7 @@ class Launch:
             raise AssertionError(f"still running after {seconds} s:\n{self.output[-4000:]}") from None
 
     def trainings(self) -> int:
-        """How often training began: rank 0 prints what it will run each time."""
+        """Number of starts of training: rank 0 prints a line about the run each time."""
         return len(re.findall(r"^train_data .* \| save ", self.output, re.MULTILINE))
 
 
@@ -94,7 +94,7 @@ def resuming(data: Path, save: Path, **flags: Any) -> RunConfig:
 
 
 def loaded_weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    from genlip_megatron.train.loop import set_up
+    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     assert run.train_loader is not None
@@ -125,7 +125,7 @@ def test_preempted_run_saves_and_is_not_started_again(
 
 @pytest.mark.faults
 def test_ctrl_c_at_torchrun_saves(demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
-    """A terminal's Ctrl-C reaches torchrun, which passes it on: its workers have sessions of their own."""
+    """A terminal's Ctrl-C reaches torchrun, which passes it on to its workers in their own sessions."""
     save = tmp_path / "run"
     with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "first") as launch:
         launch.wait_for_step(3)
@@ -162,7 +162,7 @@ def test_killed_worker_is_started_again_and_the_result_is_the_same(
     fault_row("SIGKILL", "a worker of torchrun --max-restarts", "started again, equals an undisturbed run bit for bit")
 
 
-def test_mistake_is_told_once(demo_data: Path, tmp_path: Path) -> None:
+def test_a_user_error_is_printed_once(demo_data: Path, tmp_path: Path) -> None:
     config = resuming(demo_data, tmp_path / "run", data__train_data="/nowhere/*.tar")
     with launched(config, tmp_path / "launch", shared_store=True) as launch:
         assert launch.ended(120)
@@ -175,7 +175,7 @@ def test_mistake_is_told_once(demo_data: Path, tmp_path: Path) -> None:
         assert f"traceback : {error}\n" in cause and cause.count("\n") < 10
 
 
-def test_a_mistake_in_the_command_line_is_told_once(demo_data: Path, tmp_path: Path) -> None:
+def test_a_command_line_error_is_printed_once(demo_data: Path, tmp_path: Path) -> None:
     config = resuming(demo_data, tmp_path / "run", train__global_batch_size=3)
     with launched(config, tmp_path / "launch", restarts=0) as launch:
         assert launch.ended(120)
@@ -185,7 +185,7 @@ def test_a_mistake_in_the_command_line_is_told_once(demo_data: Path, tmp_path: P
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_preempted_before_training_began(number: signal.Signals, demo_data: Path, tmp_path: Path) -> None:
-    """A signal while torch is imported: nothing to save, but torchrun must not start training after it."""
+    """After a signal during the import of torch there is nothing to save, and torchrun must not start training."""
 
     def listening() -> bool:
         return len(launch.workers()) == 2 and all(
@@ -216,7 +216,7 @@ def long_ago(file: Path) -> None:
     os.utime(file, (0, 0))
 
 
-def test_restarted_worker_leaves_as_its_launch_did(as_worker: Callable[..., None], tmp_path: Path) -> None:
+def test_a_restarted_worker_exits_with_its_launch_s_final_code(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("launch 1")
     exits.mark_final(tmp_path, exits.EXIT_BAD_NUMBERS)
     as_worker("launch 1", restart=1, rank=1)
@@ -226,7 +226,7 @@ def test_restarted_worker_leaves_as_its_launch_did(as_worker: Callable[..., None
     assert exits.final_exit(tmp_path) == exits.EXIT_BAD_NUMBERS
 
 
-def test_new_launch_removes_an_older_mark(as_worker: Callable[..., None], tmp_path: Path) -> None:
+def test_a_new_launch_removes_an_older_final_exit_file(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("none")
     exits.mark_final(tmp_path, exits.EXIT_PREEMPTED)
     long_ago(tmp_path / exits.FINAL_EXIT)
@@ -241,7 +241,7 @@ def test_new_launch_removes_an_older_mark(as_worker: Callable[..., None], tmp_pa
 
 
 @pytest.mark.parametrize("code", [0, 1, exits.EXIT_HUNG, exits.EXIT_REPLICAS_DIFFER, exits.EXIT_NOT_SAVED])
-def test_codes_that_a_restart_may_cure_are_not_marked(
+def test_codes_that_a_restart_may_cure_are_not_recorded(
     code: int, as_worker: Callable[..., None], tmp_path: Path
 ) -> None:
     as_worker("launch")
@@ -249,19 +249,19 @@ def test_codes_that_a_restart_may_cure_are_not_marked(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_torchrun_nothing_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_torchrun_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     exits.mark_final(tmp_path, exits.EXIT_PREEMPTED)
     assert exits.final_exit(tmp_path) is None and not list(tmp_path.iterdir())
 
 
-def test_damaged_or_unwritable_mark_stops_nothing(as_worker: Callable[..., None], tmp_path: Path) -> None:
+def test_a_damaged_or_unwritable_final_exit_file_stops_nothing(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("launch", restart=1)
     (tmp_path / exits.FINAL_EXIT).write_bytes(b"\xff\x00 launch")
     assert exits.final_exit(tmp_path) is None
     exits.mark_final(tmp_path / exits.FINAL_EXIT, exits.EXIT_PREEMPTED)  # a file where a folder is needed
 
 
-def test_a_restarted_worker_learns_it_without_importing_torch() -> None:
+def test_a_restarted_worker_reads_the_final_code_without_importing_torch() -> None:
     code = "import sys, pretrain_genlip; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

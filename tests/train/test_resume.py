@@ -1,4 +1,4 @@
-"""A run continues from a checkpoint as if it had never stopped, and its mistakes are found before it starts."""
+"""A run continues from a checkpoint as if it had never stopped, and wrong settings are found before it starts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from genlip_megatron.checkpoint import manifest
-from genlip_megatron.checkpoint.folder import step_folder
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
+from genlip_megatron.checkpoint.paths import step_folder
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import failing_set_up, layout, run_steps, tiny_config, weights
 
@@ -21,14 +21,14 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def reference(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run on one process, without an interruption."""
+    """An uninterrupted run on one process."""
     folder = tmp_path_factory.mktemp("reference")
     return run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=str(folder)), STEPS)[0]
 
 
 @pytest.fixture(scope="module")
 def whole(demo_data: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """The run on a layout, without an interruption."""
+    """An uninterrupted run on a layout."""
 
     @functools.cache
     def run(name: str) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def test_checkpoint_of_another_model_is_refused(demo_data: Path, tmp_path: Path)
         ({"model__vocab_size": 64}, "do not fit model.vocab_size = 64"),
         ({"data__seq_length": 40}, "data.seq_length = 40: an image of"),
         ({"data__prompt": "Describe."}, "was made with another prompt than data.prompt = 'Describe.'"),
-        ({"checkpoint__load": "/nowhere"}, "checkpoint.load = /nowhere: no checkpoint there"),
+        ({"checkpoint__load": "/nowhere"}, "checkpoint.load = /nowhere: no folder iter_NNNNNNN in it"),
         ({"data__seq_length": 2**26}, "no layout on 1 ranks fits: take more or larger ones"),
         ({"train__attention_backend": "varlen"}, "train.attention_backend = varlen: needs a CUDA device"),
         ({"parallel__offload_modules": "core_attn"}, "Megatron-Core offloads with Transformer Engine"),

@@ -1,4 +1,4 @@
-"""What a run's exit status says is so: a mistake is one line, told once; everything unforeseen is a crash."""
+"""Exit statuses: a user error is one line, printed once; an unexpected error is a crash."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ pytestmark = pytest.mark.faults
 UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "launch"}
 
 
-def mistaken() -> int:
-    """Training in whose set-up every rank finds a mistake, two of three the same."""
-    from genlip_megatron.train import loop
+def failing_in_set_up() -> int:
+    """Training whose set-up fails with a user error on every rank, the same one on two of three."""
+    from genlip_megatron.train import setup
 
     def build_run(config: object) -> None:
         raise ValueError("the disk of this node" if os.environ["RANK"] == "1" else "the same for all")
 
-    loop.build_run = build_run  # type: ignore[assignment]
+    setup.build_run = build_run  # type: ignore[assignment]
     return _main()
 
 
 def failing() -> int:
-    """Training whose first step raises an error that is a ValueError, but nobody's mistake."""
+    """Training whose first step raises a ValueError that is no user error."""
     from genlip_megatron.train import loop
 
     def train_step(*_: object) -> None:
@@ -48,9 +48,9 @@ def _main() -> int:
     return pretrain_genlip.main()
 
 
-def test_a_mistake_is_told_once_on_a_rank_that_found_it(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
+def test_a_user_error_is_printed_once_by_a_rank_that_found_it(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
     training = Training(zygote, demo_data, tmp_path, 3, {"train__global_batch_size": 3})
-    ended = training.start(env=UNDER_TORCHRUN, target=f"{__name__}:mistaken").wait()
+    ended = training.start(env=UNDER_TORCHRUN, target=f"{__name__}:failing_in_set_up").wait()
     assert [one.code for one in ended] == [exits.EXIT_USER_ERROR] * 3, ended[0].output[-2000:]
     assert "error: the disk of this node" in ended[1].output
     assert sum(one.output.count("error: the same for all") for one in ended) == 1
@@ -66,10 +66,10 @@ def test_a_value_error_of_training_is_a_crash(zygote: Zygote, demo_data: Path, t
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("saves", "status"), [("checkpoint__save", exits.EXIT_NOT_SAVED), ("", exits.EXIT_PREEMPTED)])
-def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
+def test_a_run_that_stopped_on_request_without_a_save_is_not_restarted(
     saves: str, status: int, zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
-    """The disk is full when it is told to stop, or it has no folder; then torchrun starts its worker again."""
+    """A stop is requested on a full disk, or without a folder; then torchrun restarts the worker."""
     training = Training(zygote, demo_data, tmp_path)
     flags = {} if saves else {"checkpoint__save": ""}
     drill = ("--allow-fault-injection", "--inject-fault", "usr1@3:0,full-disk@3:0" if saves else "usr1@3:0")
@@ -86,18 +86,18 @@ def test_a_run_that_was_told_to_stop_and_saved_nothing_is_not_restarted(
 
 
 def validating() -> int:
-    """A validation that is told to stop while it runs."""
-    from genlip_megatron.train import loop
+    """A validation that gets a stop request while it runs."""
+    from genlip_megatron.train import validation
 
     def evaluate(*_: object) -> float:
         os.kill(os.getpid(), signal.SIGUSR1)
         return 0.0
 
-    loop.evaluate = evaluate  # type: ignore[assignment]
+    validation.evaluate = evaluate  # type: ignore[assignment]
     return _main()
 
 
-def test_a_validation_alone_ends_at_the_first_request(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
+def test_eval_only_ends_at_the_first_signal(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
     training = Training(zygote, demo_data, tmp_path)
     assert training.go("--exit-interval", "2")[0].code == 0
     flags = ("--eval-only", "--load", str(training.run), "--valid-data", f"{demo_data}/val-*.tar")
@@ -106,12 +106,12 @@ def test_a_validation_alone_ends_at_the_first_request(zygote: Zygote, demo_data:
 
 
 def copied(demo_data: Path, folder: Path) -> Path:
-    """The demo's data, to be spoiled; the manifest's paths are relative."""
+    """A copy of the demo's data to damage; the manifest's paths are relative."""
     return Path(shutil.copytree(demo_data, folder / "data", copy_function=shutil.copy2))
 
 
 @pytest.mark.parametrize("kind", ["missing", "short", "no index"])
-def test_shards_that_are_gone_are_a_mistake_told_once(
+def test_missing_shards_are_a_user_error_printed_once(
     kind: str, zygote: Zygote, demo_data: Path, tmp_path: Path
 ) -> None:
     data = copied(demo_data, tmp_path)
@@ -131,7 +131,7 @@ def test_shards_that_are_gone_are_a_mistake_told_once(
 def test_too_large_a_share_of_bad_samples_ends_all_ranks_also_after_a_resume(
     zygote: Zygote, demo_data: Path, tmp_path: Path
 ) -> None:
-    """A shard of the same size holds other bytes; half of the samples are bad, but never many in a row."""
+    """A shard of the same size has other bytes; half of the samples are bad, but never many in a row."""
     data = copied(demo_data, tmp_path)
     flags = {"data__train_data": [str(data / "train.dataset.json")], "train__global_batch_size": 2}
     training = Training(zygote, data, tmp_path, 2, flags)

@@ -1,4 +1,4 @@
-"""What a run logs shows each step once, whatever it went through, and a log that cannot be written is a mistake."""
+"""Logs show each step once, also after crashes and rollbacks; a log that cannot be written is a user error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from genlip_megatron.faults.exits import EXIT_USER_ERROR
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.processes import Ended, Zygote
 from genlip_megatron.testing.runs import failing_set_up, tiny_config
-from genlip_megatron.train.metrics import WANDB_FILE, Writer
+from genlip_megatron.train.writer import WANDB_FILE, Writer
 from tests.train.test_guard import settings, trained
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
@@ -29,7 +29,7 @@ KEY = "0123456789" * 4
 
 
 def log(writer: Writer, after: int, *steps: int) -> None:
-    """Scalars of steps, and an image with its text every tenth; both tell which run they are of."""
+    """Write scalars of each step and an image with text every tenth; both name their run."""
     for step in steps:
         writer.scalars({"lm loss": step + after / 100}, step)
         if step % 10 == 0:
@@ -38,7 +38,7 @@ def log(writer: Writer, after: int, *steps: int) -> None:
 
 
 def begun(folder: Path, after: int, **flags: Any) -> Writer:
-    """The writer of a run that goes on after a step. It is never closed, as after a crash."""
+    """The writer of a run that continues after a step. It is never closed, as after a crash."""
     config = {"checkpoint.save": str(folder), **{name.replace("__", "."): value for name, value in flags.items()}}
     writer = Writer(override(RunConfig(), config), active=True)
     writer.begin(after)
@@ -63,7 +63,7 @@ def shown(folder: Path) -> tuple[list[tuple[int, float]], list[tuple[int, str]]]
 
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard orders a folder's files by the second in which they began: let a minute pass between starts."""
+    """Let a minute pass between starts, because TensorBoard orders a folder's files by their start in seconds."""
     begin, real, passed = Writer.begin, time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: real() + passed[0])
 
@@ -89,7 +89,7 @@ def test_steps_after_a_crash_are_shown_once(apart: None, tmp_path: Path) -> None
     log(begun(tmp_path / "copy", 20), 20, 21)
     assert shown(tmp_path / "copy") == (first + [(21, 21.2)], texts[:3])
     assert shown(folder) == (scalars, texts)
-    # Before the first checkpoint all is done again, also what is logged before the first step.
+    # Without a checkpoint everything is repeated, also the validation before the first step.
     log(begun(folder, 0), 50, 0, 1)
     assert shown(folder) == ([(0, 0.5), (1, 1.5)], [(0, "0 after 50")])
 
@@ -98,7 +98,7 @@ def test_a_log_of_an_earlier_version_is_continued(apart: None, tmp_path: Path) -
     from torch.utils.tensorboard import SummaryWriter
 
     writer = begun(tmp_path / "other", 0)
-    writer._board = SummaryWriter(f"{tmp_path}/tensorboard")  # says nothing of when it started
+    writer._board = SummaryWriter(f"{tmp_path}/tensorboard")  # without a start event
     log(writer, 0, *range(12))
     log(begun(tmp_path, 5), 5, *range(6, 8))
     scalars, texts = shown(tmp_path)
@@ -113,7 +113,7 @@ def test_validating_an_old_checkpoint_hides_nothing(apart: None, tmp_path: Path)
 
 
 def test_steps_of_a_real_run_are_shown_once(demo_data: Path, tmp_path: Path) -> None:
-    """It rolls back from step 4 to 2, and after step 7 it is lost back to 6."""
+    """The run rolls back from step 4 to 2, and crashes after step 7 with a checkpoint of step 6."""
     flags = {"faults__on_spike": "rollback", "checkpoint__save_interval": 2, "log__log_interval": 1}
     folder = tmp_path / "run"
     for last, faults in ((7, ["spike@4:0"]), (9, [])):
@@ -159,7 +159,7 @@ def history(folder: Path) -> list[tuple[str, str, list[int]]]:
 
 @pytest.fixture
 def wandb_env(tmp_path: Path) -> dict[str, str]:
-    """Of an account that nobody has logged in to, without a network."""
+    """The environment of W&B without a login and without a network."""
     (tmp_path / "wandb").mkdir()
     names = ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "HOME")
     return {**dict.fromkeys(names, f"{tmp_path}/wandb"), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -171,7 +171,7 @@ def launch(zygote: Zygote, config: RunConfig, folder: Path, env: dict[str, str],
 
 
 def log_to_wandb() -> int:
-    """A process that logs a step: of which folder, to which project, which step."""
+    """Log a step from a new process: (folder, project, step)."""
     folder, project, step = sys.argv[1:]
     config = override(RunConfig(), {"checkpoint.save": folder, "log.wandb_project": project})
     writer = Writer(config, active=True)
@@ -185,8 +185,7 @@ def log_to_wandb() -> int:
 def test_wandb_continues_the_same_run(
     zygote: Zygote, demo_data: Path, tmp_path: Path, wandb_env: dict[str, str]
 ) -> None:
-    """Steps that are done again, after a rollback from step 4 to 2 and a crash after 5, are logged though W&B has
-    them."""
+    """Repeated steps, after a rollback from step 4 to 2 and a crash after 5, are logged again."""
     folder = tmp_path / "run"
     flags = {"faults__on_spike": "rollback", "checkpoint__save_interval": 2, "log__log_interval": 1}
     flags |= {"checkpoint__save": str(folder), "log__wandb_project": "genlip", "data__valid_data": ""}
@@ -201,7 +200,9 @@ def test_wandb_continues_the_same_run(
 
 
 @needs_wandb
-def test_another_wandb_run_where_it_is_another(zygote: Zygote, tmp_path: Path, wandb_env: dict[str, str]) -> None:
+def test_a_copied_folder_or_another_project_is_another_wandb_run(
+    zygote: Zygote, tmp_path: Path, wandb_env: dict[str, str]
+) -> None:
     def logged(folder: Path, project: str, step: int) -> str:
         (ended,) = zygote.run(1, [str(folder), project, str(step)], wandb_env, target=f"{__name__}:log_to_wandb")
         assert ended.code == 0, ended.output[-3000:]
@@ -234,7 +235,7 @@ def test_another_wandb_run_where_it_is_another(zygote: Zygote, tmp_path: Path, w
         ({}, {"log__wandb_project": "my/project"}, "Invalid project name 'my/project'"),
     ],
 )
-def test_wandb_that_does_not_start_is_a_mistake_of_all_ranks(
+def test_wandb_that_does_not_start_is_a_user_error_on_all_ranks(
     env: dict[str, str],
     flags: dict[str, Any],
     message: str,
@@ -249,20 +250,22 @@ def test_wandb_that_does_not_start_is_a_mistake_of_all_ranks(
     text = "".join(one.output for one in ended)
     (line,) = [line for line in text.splitlines() if line.startswith("pretrain_genlip.py: error:")]
     assert f"log.wandb_project = {config.log.wandb_project}: Weights & Biases does not start: {message}" in line
-    assert line.endswith("Run wandb login, set WANDB_MODE=offline, or leave the setting out")
+    assert line.endswith("Run wandb login, set WANDB_MODE=offline, or remove the setting")
     assert "Traceback" not in text and "parameters " not in text  # no model was built
 
 
-def test_wandb_that_is_not_installed_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_is_not_installed_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="log.wandb_project = genlip: wandb is not installed; pip install"):
         Writer(override(RunConfig(), {"log.wandb_project": "genlip"}), active=True)
 
 
 @pytest.mark.parametrize("setting", ["log__tensorboard_dir", "checkpoint__save"])
-def test_a_log_that_cannot_be_written_is_a_mistake_of_all_ranks(setting: str, demo_data: Path, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_is_a_user_error_on_all_ranks(
+    setting: str, demo_data: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     config = tiny_config(demo_data, **{setting: str(tmp_path / "file" / "log")})
     for message in run_distributed(2, failing_set_up, config):
         assert message.startswith(f"{setting.replace('__', '.')} = {tmp_path}/file/log: ")
-        assert "Not a directory" in message and message.endswith("; give a folder that can be written to")
+        assert "Not a directory" in message and message.endswith(". Choose a folder that can be written to")

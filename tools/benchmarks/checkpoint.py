@@ -40,14 +40,15 @@ megatron_patches.install()
 
 from megatron.core import dist_checkpointing  # noqa: E402
 
-from genlip_megatron.checkpoint import content, folder, loading, manifest  # noqa: E402
-from genlip_megatron.checkpoint.content import State  # noqa: E402
+from genlip_megatron.checkpoint import loading, manifest, parts, paths  # noqa: E402
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE  # noqa: E402
+from genlip_megatron.checkpoint.parts import State  # noqa: E402
 from genlip_megatron.checkpoint.saving import Facts, Saver  # noqa: E402
 from genlip_megatron.config import CheckpointConfig, ModelConfig, RunConfig, from_dict, load_yaml, override  # noqa: E402
 from genlip_megatron.config.checks import check  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
-from genlip_megatron.train.loop import Run, build_run  # noqa: E402
+from genlip_megatron.train.setup import build_run  # noqa: E402
+from genlip_megatron.train.state import Run  # noqa: E402
 
 # l16's width, so that tensors have the sizes of a real run's; fewer layers and a smaller vocabulary.
 SMALL = ModelConfig(
@@ -105,7 +106,7 @@ def step(run: Run) -> None:
 
 def sharded(run: Run, kind: str, loading_it: bool = False) -> dict[str, Any]:
     """The state as Megatron-Core's functions take it."""
-    weights = content.weights_of(run.model)
+    weights = parts.weights_of(run.model)
     facts = {"distrib_optim_sharding_type": kind}
     return {"model": weights, "optimizer": run.optimizer.sharded_state_dict(weights, loading_it, metadata=facts)}
 
@@ -260,7 +261,7 @@ class Benchmark:
     def _load(self) -> None:
         """Each way of loading, from the disk where the page cache can be dropped."""
         run, times, kind = self.run, self.times, self.kinds[0]
-        ours = folder.step_folder(self.root / "run", self.iteration)
+        ours = paths.step_folder(self.root / "run", self.iteration)
         plain = self.root / f"megatron-{kind}"
 
         def forget(*places: Path) -> None:
@@ -278,7 +279,7 @@ class Benchmark:
         forget(plain)
         with times.timed(f"dist_checkpointing.load {kind}"), torch.no_grad():
             state = dist_checkpointing.load(sharded(run, kind, True), str(plain))
-            content.set_weights(run.model, state["model"])
+            parts.set_weights(run.model, state["model"])
             run.optimizer.load_state_dict(state["optimizer"])
         del state
         for verify in ("full", "sizes"):

@@ -45,23 +45,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data_contestants import Apart, Baseline, Contents, Ours, Turn, run_config
+from data_images import BenchData
 from PIL import Image, features
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from data_contestants import Apart, Baseline, Contents, Ours, Turn, run_config  # noqa: E402
-from data_images import BenchData  # noqa: E402
-from prepare_data import prepare  # noqa: E402
-
-from genlip_megatron.batch import PATCH_SIZE  # noqa: E402
-from genlip_megatron.config import DEFAULT_PROMPT, ModelConfig, RunConfig  # noqa: E402
-from genlip_megatron.config.command_line import StrictParser  # noqa: E402
-from genlip_megatron.data.dataset import Dataset, manifest_paths, open_dataset  # noqa: E402
-from genlip_megatron.data.image import check_image  # noqa: E402
-from genlip_megatron.data.index import index_path, read_index  # noqa: E402
-from genlip_megatron.data.loader import Loader, build_plan  # noqa: E402
-from genlip_megatron.data.plan import Phase, Plan, Source  # noqa: E402
-from genlip_megatron.data.text import load_tokenizer  # noqa: E402
+from genlip_megatron.batch import PATCH_SIZE
+from genlip_megatron.config import DEFAULT_PROMPT, ModelConfig, RunConfig
+from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.data.dataset import Dataset, manifest_paths, open_dataset
+from genlip_megatron.data.image import check_image
+from genlip_megatron.data.index import index_path, read_index
+from genlip_megatron.data.loader import Loader, build_plan
+from genlip_megatron.data.plan import Phase, Plan, Source
+from genlip_megatron.data.prepare import index_shard
+from genlip_megatron.data.text import load_tokenizer
 
 MODES = {"stage 1": "fixed", "stage 2": "native"}
 SO16 = ModelConfig()
@@ -210,7 +208,7 @@ def plan(data: BenchData) -> None:
 def index_one(shard: str, tokenizer: str) -> float:
     """CPU seconds of indexing a shard as ``prepare_data.py`` does."""
     begin = time.process_time()
-    _, _, problem = prepare(shard, tokenizer, DEFAULT_PROMPT)
+    _, _, problem = index_shard(shard, tokenizer, DEFAULT_PROMPT)
     if problem:
         raise OSError(problem)
     return time.process_time() - begin

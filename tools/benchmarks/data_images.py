@@ -21,13 +21,11 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from prepare_data import index_shards
-
 from genlip_megatron.command import WorkerPool
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data.dataset import MANIFEST_FORMAT, manifest_paths
 from genlip_megatron.data.index import PLAN_ROW
+from genlip_megatron.data.prepare import index_shards
 from genlip_megatron.data.storage import expand_shards
 from genlip_megatron.data.text import END_OF_TURN, load_tokenizer
 

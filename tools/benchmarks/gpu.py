@@ -36,11 +36,8 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-import torch  # noqa: E402
-from gpu_report import (  # noqa: E402
+import torch
+from gpu_report import (
     Figure,
     chart,
     derived,
@@ -52,10 +49,10 @@ from gpu_report import (  # noqa: E402
     write_json,
     write_page,
 )
-from gpu_sections import Bench, Job, all_jobs  # noqa: E402
+from gpu_sections import Bench, Job, all_jobs
 
-from genlip_megatron.config.command_line import StrictParser  # noqa: E402
-from genlip_megatron.outputs import check_file, write  # noqa: E402
+from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.outputs import check_file, write
 
 # Seconds of each section; together nine minutes.
 LIMITS = {"matmul": 25, "attention": 105, "head": 35, "step": 315, "data": 60}

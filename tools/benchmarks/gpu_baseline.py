@@ -12,19 +12,15 @@ Legend: S slots of a pack, P patches, D width, H heads, C head channels, V vocab
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from plain import IGNORE, PATCH_SIZE, Attention, PlainGenLIP, rotary, rotate_half
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from plain import IGNORE, PATCH_SIZE, Attention, PlainGenLIP, rotary, rotate_half
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from genlip_megatron.device import current_device
 
 megatron_patches.install()
 
-sys.path.insert(0, str(Path(__file__).parent))
 import gpu_baseline  # noqa: E402
 import train_step as cpu_benchmark  # noqa: E402
 from data_images import BenchData  # noqa: E402
@@ -48,8 +46,9 @@ from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin  # noqa: E40
 from genlip_megatron.model.specs import check_machine, compute_dtype, transformer_config  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.breakdown import PARTS, Breakdown  # noqa: E402
-from genlip_megatron.train.loop import build_run, train_step  # noqa: E402
 from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, count_batch, training_flops  # noqa: E402
+from genlip_megatron.train.setup import build_run  # noqa: E402
+from genlip_megatron.train.step import train_step  # noqa: E402
 
 MODELS, STAGES, HEAD_DIMS = ("l16", "so16", "g16"), (1, 2), (64, 72, 96)
 MATRIX_SIZES, HEAD_ROWS = (1024, 1152, 1536), (4100, 16500)
@@ -320,7 +319,7 @@ class Bench:
                 train_step(run, iter(batches))
         attention = genlip.unwrap(run.model[0]).attention_backend
         return self._timed_steps(
-            lambda: train_step(run, iter(batches)).loss, batches, config, micro_batch, attention, run.stepper.breakdown
+            lambda: train_step(run, iter(batches)).loss, batches, config, micro_batch, attention, run.breakdown
         )
 
     def _baseline_step(self, model: str, stage: int) -> tuple[float, str, Details]:

@@ -30,8 +30,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 from train_step import native_grids
 
 from genlip_megatron.config.command_line import StrictParser

@@ -47,7 +47,9 @@ from genlip_megatron.config import (  # noqa: E402
 )
 from genlip_megatron.config.checks import check  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
-from genlip_megatron.train.loop import Run, build_run, train_step  # noqa: E402
+from genlip_megatron.train.setup import build_run  # noqa: E402
+from genlip_megatron.train.state import Run  # noqa: E402
+from genlip_megatron.train.step import train_step  # noqa: E402
 
 SMALL = ModelConfig(
     num_layers=8,

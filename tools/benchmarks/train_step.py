@@ -34,7 +34,6 @@ from genlip_megatron.config.command_line import StrictParser
 
 megatron_patches.install()
 
-sys.path.insert(0, str(Path(__file__).parent))
 from plain import IGNORE, PaddedBatch, collate  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -45,7 +44,9 @@ from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.data.resize import native_size  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.parallel.initial import initial_tensor  # noqa: E402
-from genlip_megatron.train.loop import Run, build_run, train_step  # noqa: E402
+from genlip_megatron.train.setup import build_run  # noqa: E402
+from genlip_megatron.train.state import Run  # noqa: E402
+from genlip_megatron.train.step import train_step  # noqa: E402
 
 MODEL = ModelConfig(
     num_layers=6,

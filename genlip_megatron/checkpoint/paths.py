@@ -1,8 +1,8 @@
-"""The folder of a run's checkpoints: names, what is complete in it, and how a new one appears there all at once.
+"""Paths of a run's checkpoints, and how a new checkpoint appears at its path all at once.
 
-A checkpoint is written to a hidden sibling folder, every file synced, and renamed; only then
-``latest_checkpointed_iteration.txt`` is replaced. So whatever stands under a final name was complete once, and the
-newest of these that its manifest confirms is where a run goes on. The pointer is for people and scripts.
+A checkpoint is written to a hidden folder next to its final path; every file is synced, then the folder is renamed, and
+``latest_checkpointed_iteration.txt`` is replaced last. So every folder with a final name was complete once. A run
+resumes from the newest one that its manifest confirms. The pointer file is for people and scripts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import re
 import shutil
 from pathlib import Path
 
+from genlip_megatron import atomic_write
+
 LATEST = "latest_checkpointed_iteration.txt"
 SET_ASIDE = "set_aside"
 _HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
@@ -22,22 +24,22 @@ _HIDDEN = re.compile(r"\.(iter_\d{7,})\.(partial|replaced|removed)")
 
 
 class NotSaved(RuntimeError):
-    """A checkpoint could not be written; what was there before is untouched. Raised on every rank alike."""
+    """A checkpoint could not be written; earlier ones are untouched. Raised on every rank."""
 
 
 def step_folder(root: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """The folder of a step's checkpoint."""
     return Path(root) / f"iter_{iteration:07d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint folder by its name, or None for another folder."""
+    """The step in a checkpoint folder's name, or None for another folder."""
     match = _NAME.fullmatch(folder.name)
     return int(match.group(1)) if match else None
 
 
 def steps(root: str | Path) -> list[int]:
-    """Steps of which a folder stands under ``root``, newest first; whether they are good is not looked at."""
+    """Steps that have a folder in ``root``, newest first; the folders are not checked."""
     try:
         found = [step_of(entry) for entry in Path(root).iterdir() if entry.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -46,7 +48,7 @@ def steps(root: str | Path) -> list[int]:
 
 
 def pointed(root: str | Path) -> int | None:
-    """The step that the pointer names, or None when there is none or it cannot be read."""
+    """The step in the pointer file, or None if it is missing or unreadable."""
     try:
         return int((Path(root) / LATEST).read_text().split()[0])
     except (OSError, ValueError, IndexError):
@@ -54,7 +56,7 @@ def pointed(root: str | Path) -> int | None:
 
 
 def sync(path: Path) -> None:
-    """Have the file system write out a file, or the names in a folder."""
+    """Sync a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,12 +65,12 @@ def sync(path: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Let two folders of one file system take each other's place in one step; False where the system cannot.
+    """Swap two folders of one file system atomically; False if the system does not support it.
 
-    Linux's ``renameat2`` can, on local file systems; network file systems often cannot.
+    Uses Linux's ``renameat2``; network file systems often do not support it.
 
     Raises:
-        OSError: one of them is missing, or the disk cannot be written to.
+        OSError: a folder is missing, or the disk cannot be written to.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
@@ -90,7 +92,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def partial_folder(root: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of a step is written before it appears."""
+    """The hidden folder in which a step's checkpoint is written."""
     return Path(root) / f".{step_folder(root, iteration).name}.partial"
 
 
@@ -99,10 +101,10 @@ def _replaced_folder(root: str | Path, iteration: int) -> Path:
 
 
 def clean(root: str | Path) -> None:
-    """Remove what crashed saves and deletions left behind; a checkpoint that was about to be replaced is put back."""
+    """Remove the remains of crashed saves and deletions; restore a checkpoint that was being replaced."""
     for entry in list(Path(root).glob(".iter_*")):
         if not (match := _HIDDEN.fullmatch(entry.name)) or entry.is_symlink() or not entry.is_dir():
-            continue  # of another's making
+            continue  # not ours
         if entry.suffix == ".replaced" and not (Path(root) / match[1]).exists():
             os.rename(entry, Path(root) / match[1])
         else:
@@ -110,7 +112,7 @@ def clean(root: str | Path) -> None:
 
 
 def publish(root: str | Path, iteration: int) -> Path:
-    """Let the checkpoint of a step appear, whose files are written and synced; ``confirm`` follows."""
+    """Rename a step's finished and synced folder to its final path; ``confirm`` must follow."""
     target, partial = step_folder(root, iteration), partial_folder(root, iteration)
     for folder in {path.parent for path in partial.rglob("*")} | {partial}:
         sync(folder)
@@ -121,27 +123,21 @@ def publish(root: str | Path, iteration: int) -> Path:
 
 
 def confirm(root: str | Path, iteration: int) -> None:
-    """Have the name of a published checkpoint written out, and point to the newest one; what it replaced goes."""
+    """Sync a published checkpoint's name, remove the one it replaced, and point to the newest."""
     sync(Path(root))
     shutil.rmtree(_replaced_folder(root, iteration), ignore_errors=True)
     point_to(root, steps(root)[0])
 
 
 def point_to(root: str | Path, iteration: int) -> None:
-    """Replace the pointer."""
-    pointer = Path(root) / LATEST
-    partial = pointer.with_name(f".{LATEST}.partial")
-    write_file(partial, f"{iteration}\n".encode())
-    os.replace(partial, pointer)
+    """Write the pointer file."""
+    atomic_write.write(Path(root) / LATEST, f"{iteration}\n")
     sync(Path(root))
 
 
 def set_aside(root: str | Path, after: int) -> list[Path]:
-    """Move checkpoints of later steps than ``after`` out of the way; returns where they are now.
-
-    They are of a course that the run has left, or damaged; nothing is deleted.
-    """
-    clean(root)  # what is put back later would count again
+    """Move checkpoints of steps after ``after`` to ``set_aside/``; returns their new paths. Deletes nothing."""
+    clean(root)  # may restore a checkpoint, which must move too
     moved = []
     for step in steps(root):
         if step <= after:
@@ -155,7 +151,7 @@ def set_aside(root: str | Path, after: int) -> list[Path]:
 
 
 def move_aside(source: Path) -> Path:
-    """Move a checkpoint, or what stands in its place, out of the way; returns where it is now."""
+    """Move a folder or file to ``set_aside/``; returns its new path."""
     target, again = source.parent / SET_ASIDE / source.name, 1
     while os.path.lexists(target):
         again += 1
@@ -166,8 +162,7 @@ def move_aside(source: Path) -> Path:
 
 
 def remove(root: str | Path, iteration: int) -> None:
-    """Delete a checkpoint, nothing of which is ``manifest.foreign``; a crash meanwhile leaves a hidden rest that the
-    next ``clean`` removes."""
+    """Delete a checkpoint that has no ``manifest.foreign`` files. After a crash ``clean`` removes the rest."""
     source = step_folder(root, iteration)
     hidden = source.with_name(f".{source.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Torch pickles the metadata of a distributed checkpoint, and pickles may run code: it is looked through first."""
+"""Safe reading of torch's checkpoint metadata: it is a pickle, which could run code, so only known names load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-# What torch's metadata is made of, beside dtypes.
+# The classes in torch's metadata, besides dtypes.
 _NAMES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -37,11 +37,11 @@ class _Listed(pickle.Unpickler):
 
 
 def read(folder: Path) -> Metadata:
-    """The metadata of a checkpoint; raises ValueError when it names anything but what belongs in it."""
+    """The metadata of a checkpoint; ValueError if it names anything else than torch's metadata classes."""
     file = folder / ".metadata"
     try:
         with open(file, "rb") as stream:
             found: Metadata = _Listed(stream).load()
             return found
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file}: not the metadata of a checkpoint, it would load {error}; do not use it") from None
+        raise ValueError(f"{file}: not the metadata of a checkpoint: it would load {error}. Do not use it") from None

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of, beside the optimizer's state: weights, random states, small objects, descriptions."""
+"""Parts of a checkpoint besides the optimizer's state: weights, random states, small objects, the layout."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ from genlip_megatron.model.fp8_state import fp8_state, is_fp8_state
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.model.te_support import fp8_primary_weights, fused_norms
-from genlip_megatron.train.fsdp import FullyShardedDataParallel
 
-# These must be equal for ``dp_reshardable`` state to be read; by them a rank's share is named and cut.
-SHARES = (
+# ``dp_reshardable`` state can only be read with the same values: they decide how it is cut and named.
+LAYOUT_OF_SHARDS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
@@ -43,7 +42,7 @@ SHARES = (
 
 @dataclass
 class State:
-    """The objects that a checkpoint is made of and loaded into."""
+    """The objects that a checkpoint saves and loads."""
 
     model: list[Any]
     optimizer: MegatronOptimizer
@@ -51,7 +50,7 @@ class State:
 
 
 def describe_layout(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What decides which rank holds which part of the state."""
+    """The settings that decide which rank holds which part of the state."""
     parallel = config.to_dict()["parallel"]
     return {
         "world_size": world_size,
@@ -59,12 +58,12 @@ def describe_layout(config: RunConfig, world_size: int) -> dict[str, Any]:
         "precision": {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(config)],
         "fused_norms": fused_norms(config),
         "fp8_primary_weights": fp8_primary_weights(config),
-        **{name: parallel[name] for name in SHARES if name in parallel},
+        **{name: parallel[name] for name in LAYOUT_OF_SHARDS if name in parallel},
     }
 
 
 def random_states() -> dict[str, Tensor]:
-    """uint8 states of this rank's generators, by name."""
+    """States of this rank's random generators, uint8, by name."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -74,7 +73,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
-    """Set this rank's generators from ``random_states``."""
+    """Set this rank's random generators from ``random_states``."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -88,7 +87,7 @@ def set_random_states(states: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class RandomStates:
-    """Random states of all ranks as parts of a checkpoint.
+    """Random states of all ranks, as parts of a checkpoint.
 
     Attributes:
         parts: name -> this rank's part of a uint8 tensor [ranks, bytes].
@@ -102,7 +101,7 @@ class RandomStates:
 
     @staticmethod
     def of_this_run() -> RandomStates:
-        """A row of every rank."""
+        """This run's states: each rank has one row."""
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         states = random_states()
         parts = {
@@ -113,7 +112,7 @@ class RandomStates:
 
     @staticmethod
     def of_another_run(sizes: dict[str, int], world_size: int) -> RandomStates:
-        """All rows on every rank, to carry them from one checkpoint to another."""
+        """All rows on every rank, to copy them from one checkpoint to another."""
         replica = torch.distributed.get_rank()
         rows = {name: torch.zeros(world_size, size, dtype=torch.uint8) for name, size in sizes.items()}
         parts = {
@@ -124,24 +123,24 @@ class RandomStates:
 
 
 def _saved_part(chunk: Any) -> Any:
-    """The part of a wrapped model chunk whose ``sharded_state_dict`` a checkpoint holds, whatever the wrapper."""
-    return chunk if isinstance(chunk, FullyShardedDataParallel) else unwrap(chunk)
+    """The module that describes a chunk to a checkpoint: a wrapper that shards parameters, else the model within."""
+    return chunk if getattr(chunk, "shards_parameters", False) else unwrap(chunk)
 
 
 def weights_of(model: list[Any]) -> dict[str, dict[str, Any]]:
-    """Sharded tensors of this rank's chunks, with copies of their FP8 state; what they are called in a checkpoint does
-    not depend on the layout."""
+    """Sharded tensors of this rank's chunks, with copies of their FP8 state. Their names in a checkpoint do not depend
+    on the layout."""
     return {f"chunk{i}": _saved_part(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
 
 
 def has_unsaved_fp8_state(model: list[Any]) -> bool:
-    """Whether this rank's chunks have FP8 state that ``weights_of`` leaves out: with some layers in bfloat16."""
+    """Whether ``weights_of`` leaves out FP8 state of this rank's chunks, because some layers are in bfloat16."""
     parts = [unwrap(chunk) for chunk in model]
     return any(part.config.first_last_layers_bf16 and any(fp8_state(part)) for part in parts)
 
 
 def leave_out_fp8_state(weights: dict[str, dict[str, Any]], stored: Metadata) -> list[str]:
-    """Take out of what is to be loaded the FP8 state that a checkpoint lacks or has in another shape; returns its keys.
+    """Remove FP8 state that a checkpoint lacks or has in another shape from ``weights``; returns its keys.
 
     Args:
         weights: from ``weights_of``.
@@ -157,15 +156,15 @@ def leave_out_fp8_state(weights: dict[str, dict[str, Any]], stored: Metadata) ->
 
 
 def set_weights(model: list[Any], weights: dict[str, dict[str, Any]]) -> None:
-    """Set the weights and FP8 state of this rank's chunks from what ``weights_of`` described and a checkpoint gave."""
+    """Set the weights and FP8 state of this rank's chunks from the loaded tensors of ``weights_of``."""
     for i, chunk in enumerate(model):
         _saved_part(chunk).load_state_dict(weights[f"chunk{i}"])
 
 
 def clear_padding(state: Any) -> None:
-    """Set the padding between parameters in ``dp_reshardable`` optimizer state to zeros.
+    """Zero the padding between parameters in ``dp_reshardable`` optimizer state, so equal states give equal files.
 
-    Megatron-Core leaves what the memory held before; equal states are to be equal files.
+    Megatron-Core leaves it uninitialised.
     """
     for value in state.values() if isinstance(state, dict) else state if isinstance(state, list) else ():
         clear_padding(value)
@@ -176,9 +175,9 @@ def clear_padding(state: Any) -> None:
 
 
 def take_objects(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(``state`` without its sharded objects, those that this rank is to save, by key).
+    """(``state`` without its sharded objects, the objects that this rank saves, by key).
 
-    ``torch_dist`` would pickle each of them, and unpickling runs code. They are few and small, and go to the common
+    ``torch_dist`` would pickle the objects, and unpickling runs code. They are few and small, so they go to the common
     part, which is loaded as plain values.
     """
     objects, rest = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
@@ -187,9 +186,9 @@ def take_objects(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def put_objects(state: dict[str, Any], objects: dict[str, Any]) -> None:
-    """Replace the sharded objects of a ``state`` that is to be loaded by their values, by key.
+    """Replace the sharded objects of a ``state`` to load by their values, by key.
 
-    The extra state of a layer, which is that of its low-precision arithmetic, is None where there is none.
+    A layer's extra state (of its low-precision arithmetic) is None if the checkpoint has none.
     """
 
     def put(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints appear whole, crashed saves leave nothing that counts, and nothing is lost when a run goes back."""
+"""Checkpoints appear complete, crashed saves leave nothing that counts, and going back loses nothing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from genlip_megatron.checkpoint import folder
+from genlip_megatron import atomic_write
+from genlip_megatron.checkpoint import paths
 
 
 def publish(root: Path, step: int, content: str = "x") -> Path:
-    partial = folder.partial_folder(root, step)
+    partial = paths.partial_folder(root, step)
     partial.mkdir(parents=True)
     (partial / "file").write_text(content)
-    target = folder.publish(root, step)
-    folder.confirm(root, step)
+    target = paths.publish(root, step)
+    paths.confirm(root, step)
     return target
 
 
@@ -26,22 +27,22 @@ def names(root: Path) -> list[str]:
 
 
 def test_a_published_checkpoint_is_the_newest_and_pointed_to(tmp_path: Path) -> None:
-    assert folder.steps(tmp_path) == [] and folder.pointed(tmp_path) is None and folder.steps(tmp_path / "no") == []
+    assert paths.steps(tmp_path) == [] and paths.pointed(tmp_path) is None and paths.steps(tmp_path / "no") == []
     publish(tmp_path, 7)
     publish(tmp_path, 12_345_678)
-    assert folder.steps(tmp_path) == [12_345_678, 7] and folder.pointed(tmp_path) == 12_345_678
-    # Written again: the pointer stays at the newest.
+    assert paths.steps(tmp_path) == [12_345_678, 7] and paths.pointed(tmp_path) == 12_345_678
+    # Saved again: the pointer stays at the newest.
     publish(tmp_path, 7, "again")
-    assert (folder.step_folder(tmp_path, 7) / "file").read_text() == "again"
-    assert folder.pointed(tmp_path) == 12_345_678 and names(tmp_path) == ["iter_0000007", "iter_12345678"]
+    assert (paths.step_folder(tmp_path, 7) / "file").read_text() == "again"
+    assert paths.pointed(tmp_path) == 12_345_678 and names(tmp_path) == ["iter_0000007", "iter_12345678"]
 
 
-def test_names_are_written_out_before_the_next_thing_relies_on_them(
+def test_names_are_synced_before_the_next_operation_relies_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill cannot show a missing sync; a power cut would."""
+    """A kill does not show a missing sync, but a power cut would."""
     done: list[str] = []
-    rename, sync = os.rename, folder.sync
+    rename, sync = os.rename, paths.sync
 
     def noted_rename(source: Path, target: Path) -> None:
         done.append(f"rename {Path(source).name}")
@@ -53,7 +54,7 @@ def test_names_are_written_out_before_the_next_thing_relies_on_them(
 
     publish(tmp_path, 7)
     monkeypatch.setattr(os, "rename", noted_rename)
-    monkeypatch.setattr(folder, "sync", noted_sync)
+    monkeypatch.setattr(paths, "sync", noted_sync)
     publish(tmp_path, 7)
     root = tmp_path.name
     assert done == [
@@ -69,8 +70,8 @@ def test_only_step_folders_count(tmp_path: Path) -> None:
     for name in ("iter_7", "iter_0000008.bak", ".iter_0000009.partial", "tensorboard"):
         (tmp_path / name).mkdir()
     (tmp_path / "iter_0000010").write_text("a file")
-    (tmp_path / folder.LATEST).write_text("what\n")
-    assert folder.steps(tmp_path) == [] and folder.pointed(tmp_path) is None
+    (tmp_path / paths.LATEST).write_text("what\n")
+    assert paths.steps(tmp_path) == [] and paths.pointed(tmp_path) is None
 
 
 def test_clean_removes_what_crashed_saves_left(tmp_path: Path) -> None:
@@ -78,58 +79,58 @@ def test_clean_removes_what_crashed_saves_left(tmp_path: Path) -> None:
     for name in (".iter_0000008.partial", ".iter_0000007.replaced", ".iter_0000006.removed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("half")
-    folder.clean(tmp_path)
+    paths.clean(tmp_path)
     assert names(tmp_path) == ["iter_0000007"]
 
 
-def test_clean_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+def test_clean_leaves_other_files(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     for name in (".iter_notes.partial", ".iter_7.partial", ".iter_0000008.old"):
         (tmp_path / name).mkdir()
     (tmp_path / ".iter_0000009.partial").write_text("a file")
     (tmp_path / ".iter_0000009.removed").symlink_to(tmp_path / "kept")
     before = sorted(tmp_path.rglob("*"))
-    folder.clean(tmp_path)
+    paths.clean(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_clean_puts_back_a_checkpoint_whose_replacement_never_came(tmp_path: Path) -> None:
+def test_clean_restores_a_checkpoint_whose_replacement_never_appeared(tmp_path: Path) -> None:
     publish(tmp_path, 7).rename(tmp_path / ".iter_0000007.replaced")
-    folder.clean(tmp_path)
+    paths.clean(tmp_path)
     assert names(tmp_path) == ["iter_0000007"]
 
 
 def test_set_aside_moves_later_steps_and_deletes_nothing(tmp_path: Path) -> None:
     for step in (7, 8, 9):
         publish(tmp_path, step)
-    moved = folder.set_aside(tmp_path, 7)
+    moved = paths.set_aside(tmp_path, 7)
     assert [path.name for path in moved] == ["iter_0000009", "iter_0000008"]
-    assert folder.steps(tmp_path) == [7] and folder.pointed(tmp_path) == 7
+    assert paths.steps(tmp_path) == [7] and paths.pointed(tmp_path) == 7
     publish(tmp_path, 8, "other")
-    assert folder.set_aside(tmp_path, 7) == [tmp_path / folder.SET_ASIDE / "iter_0000008-2"]
-    assert (tmp_path / folder.SET_ASIDE / "iter_0000008" / "file").read_text() == "x"
+    assert paths.set_aside(tmp_path, 7) == [tmp_path / paths.SET_ASIDE / "iter_0000008-2"]
+    assert (tmp_path / paths.SET_ASIDE / "iter_0000008" / "file").read_text() == "x"
 
 
-def test_what_was_being_replaced_is_set_aside_too(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_being_replaced_is_set_aside_too(tmp_path: Path) -> None:
     for step in (7, 9):
         publish(tmp_path, step)
     (tmp_path / "iter_0000009").rename(tmp_path / ".iter_0000009.replaced")
-    assert folder.set_aside(tmp_path, 7) == [tmp_path / folder.SET_ASIDE / "iter_0000009"]
-    folder.clean(tmp_path)
-    assert folder.steps(tmp_path) == [7]
+    assert paths.set_aside(tmp_path, 7) == [tmp_path / paths.SET_ASIDE / "iter_0000009"]
+    paths.clean(tmp_path)
+    assert paths.steps(tmp_path) == [7]
 
 
 def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert folder.steps(tmp_path / "file") == []
+    assert paths.steps(tmp_path / "file") == []
 
 
 class Crash(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process."""
 
 
 def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """End before the ``at``-th operation that changes names or removes something."""
+    """Raise before the ``at``-th operation that renames or removes something."""
     left = [at]
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,20 +142,20 @@ def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
         return call
 
-    for module, name in ((os, "rename"), (os, "replace"), (folder, "sync"), (folder, "write_file"), (os, "unlink")):
+    for module, name in ((os, "rename"), (os, "replace"), (paths, "sync"), (atomic_write, "write"), (os, "unlink")):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     monkeypatch.setattr(os, "rmdir", watched(os.rmdir))
 
 
 CHANGES: dict[str, Callable[[Path], Any]] = {
     "replace": lambda root: publish(root, 9, "again"),
-    "remove": lambda root: folder.remove(root, 7),
-    "set aside": lambda root: folder.set_aside(root, 7),
+    "remove": lambda root: paths.remove(root, 7),
+    "set aside": lambda root: paths.set_aside(root, 7),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_crash_between_any_two_operations_leaves_whole_checkpoints(change: str, tmp_path: Path) -> None:
+def test_a_crash_between_any_two_operations_leaves_complete_checkpoints(change: str, tmp_path: Path) -> None:
     for at in range(1, 50):
         root = tmp_path / str(at)
         for step in (7, 9):
@@ -167,10 +168,10 @@ def test_a_crash_between_any_two_operations_leaves_whole_checkpoints(change: str
                 over = False
             else:
                 over = True
-        folder.clean(root)
-        steps = folder.steps(root)
+        paths.clean(root)
+        steps = paths.steps(root)
         assert steps in ({"replace": [[9, 7]], "remove": [[9], [9, 7]], "set aside": [[7], [9, 7]]}[change])
-        content = {step: (folder.step_folder(root, step) / "file").read_text() for step in steps}
+        content = {step: (paths.step_folder(root, step) / "file").read_text() for step in steps}
         assert set(content.values()) <= ({"x", "again"} if change == "replace" else {"x"})
         assert not list(root.glob(".iter*")) and (change != "replace" or content[7] == "x")
         if over:

@@ -1,0 +1,166 @@
+"""Writers of a run's metrics: TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from genlip_megatron.checkpoint.collectives import from_rank_0
+from genlip_megatron.config import RunConfig
+
+WANDB_FILE = "wandb.json"  # in the run's folder: which W&B run it is
+WANDB_STEP = "iteration"
+
+
+class Writer:
+    """TensorBoard and, if configured, Weights & Biases; does nothing on ranks that are not ``active``.
+
+    After a crash or a rollback TensorBoard hides the events of repeated steps. W&B only appends to a run's history and
+    drops values of steps before its last; so the step is logged as a value, "iteration", the x-axis of its charts.
+
+    The constructor checks early that the logs can be written; ``begin`` opens them. Both are collectives.
+
+    Raises:
+        ValueError: the logs cannot be written. Raised on every rank.
+    """
+
+    def __init__(self, config: RunConfig, active: bool) -> None:
+        self._config, self._active = config, active
+        self._save = "" if config.log.eval_only else config.checkpoint.save
+        self._folder = config.log.tensorboard_dir or (f"{self._save}/tensorboard" if self._save else "")
+        self._wandb_file = Path(self._save) / WANDB_FILE if self._save else None
+        self._board: Any = None
+        self._wandb: Any = None
+        self._where_it_writes(self._check)
+
+    def begin(self, step: int) -> None:
+        """Open the logs of a run that continues after ``step``; 0 for a new run.
+
+        Raises:
+            ValueError: the logs cannot be opened. Raised on every rank.
+        """
+        self._where_it_writes(lambda: self._open(step))
+
+    def _where_it_writes(self, function: Callable[[], None]) -> None:
+        problem = ""
+        if self._active:
+            try:
+                function()
+            except ValueError as error:
+                problem = str(error)
+        if problem := from_rank_0(problem):
+            raise ValueError(problem)
+
+    def _check(self) -> None:
+        log = self._config.log
+        if self._folder:
+            try:
+                Path(self._folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self._folder):
+                    pass
+            except OSError as error:
+                raise self._not_writable(error) from None
+        if log.wandb_project:
+            if importlib.util.find_spec("wandb") is None:
+                raise ValueError(
+                    f"log.wandb_project = {log.wandb_project}: wandb is not installed; "
+                    "pip install 'genlip-megatron[wandb]', or remove the setting"
+                )
+            wandb = importlib.import_module("wandb")
+            with self._wandb_errors():
+                wandb.Settings(project=log.wandb_project)
+                if wandb.setup().settings.mode == "online":
+                    wandb.login(verify=True)
+
+    def _open(self, step: int) -> None:
+        if self._folder:
+            from torch.utils.tensorboard import SummaryWriter
+
+            try:
+                self._board = SummaryWriter(self._folder)
+            except OSError as error:
+                raise self._not_writable(error) from None
+            if not self._config.log.eval_only:  # a validation only adds to the log of a run
+                self.rewind(step)
+        if self._config.log.wandb_project:
+            with self._wandb_errors():
+                self._wandb = self._open_wandb()
+
+    def _open_wandb(self) -> Any:
+        """The W&B run of ``checkpoint.save``, else a new one."""
+        wandb, project = importlib.import_module("wandb"), self._config.log.wandb_project
+        # A copied folder continues as another W&B run, because two runs must not write to one.
+        place = {"project": project, "folder": os.path.realpath(self._save)}
+        known = {}
+        if self._wandb_file is not None and self._wandb_file.is_file():
+            with contextlib.suppress(ValueError):  # cut off by a crash
+                known = json.loads(self._wandb_file.read_text())
+        own = known.get("id") if place.items() <= known.items() else None
+        run = wandb.init(
+            project=project, id=os.environ.get("WANDB_RUN_ID") or own, resume="allow", config=self._config.to_dict()
+        )
+        run.define_metric("*", step_metric=WANDB_STEP)
+        if self._wandb_file is not None:
+            self._wandb_file.write_text(json.dumps({**place, "id": run.id}) + "\n")
+        return run
+
+    def _not_writable(self, error: OSError) -> ValueError:
+        log, save = self._config.log.tensorboard_dir, self._save
+        setting = f"log.tensorboard_dir = {log}" if log else f"checkpoint.save = {save}"
+        return ValueError(f"{setting}: {error}. Choose a folder that can be written to")
+
+    @contextlib.contextmanager
+    def _wandb_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # W&B's own errors and those of its libraries
+            text = " ".join(str(error).split()).rstrip(".")
+            known = self._wandb_file is not None and self._wandb_file.is_file()
+            other = f"delete {self._wandb_file} to start another W&B run, " if known else ""
+            raise ValueError(
+                f"log.wandb_project = {self._config.log.wandb_project}: Weights & Biases does not start: {text}. Run "
+                f"wandb login, set WANDB_MODE=offline, {other}or remove the setting"
+            ) from None
+
+    def rewind(self, step: int) -> None:
+        """Make TensorBoard hide its events after ``step``, because these steps are repeated."""
+        if self._board is None:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        # Validation before the first step is step 0.
+        start = Event(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
+        # TensorBoard takes the first such event in a folder for the start of the run, not for a resume.
+        for _ in range(2):
+            self._board.file_writer.add_event(start)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write a step's values by name."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log({**values, WANDB_STEP: step})
+
+    def caption(self, number: int, image: Tensor, text: str, step: int) -> None:
+        """Write a validation image, uint8 [3, height, width], with its generated and true captions."""
+        if self._board is not None:
+            self._board.add_image(f"validation/{number}", image, step)
+            self._board.add_text(f"validation/{number}", text, step)
+
+    def close(self) -> None:
+        """Flush and close the logs."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
