@@ -169,12 +169,3 @@ def _by_name(table: dict[str, str]) -> dict[str, str]:
 
 INSTEAD = _by_name(_INSTEAD)
 EQUAL = _by_name({names: target for target, names in _EQUAL.items()})
-
-
-def plain(name: str) -> str:
-    """A flag, key or argument with its case, dashes and value taken off, as in the tables.
-
-    >>> plain("--Learning_Rate=3e-4"), plain("-lr"), plain("train_data")
-    ('learning-rate', 'lr', 'train-data')
-    """
-    return name.lstrip("-").partition("=")[0].lower().replace("_", "-")
