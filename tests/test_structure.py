@@ -107,7 +107,10 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "evaluate.attributes",
         "evaluate.scenes",
         "train.breakdown",
-        "config.checks",
+        "config.paths",
+        "config.refusal",
+        "config.schema",
+        "config.suggest",
         "train.step",
     ],
 )

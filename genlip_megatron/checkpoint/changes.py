@@ -1,4 +1,4 @@
-"""Which settings may differ from the checkpoint's when a run resumes. Each setting's rule is in ``config/schema.py``."""
+"""Which settings may differ from the checkpoint's when a run resumes. ``config/schema.py`` holds the rules."""
 
 from __future__ import annotations
 

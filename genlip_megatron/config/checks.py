@@ -1,4 +1,4 @@
-"""Settings that contradict each other, and layouts that do not fit. Checked before a file or process group is opened."""
+"""Settings that contradict each other, and layouts that do not fit; checked before any file is opened."""
 
 from __future__ import annotations
 

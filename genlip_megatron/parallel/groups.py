@@ -13,7 +13,6 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.config.checks import check
 from genlip_megatron.faults.exits import first_of_machine
 
 
@@ -37,11 +36,10 @@ def initialize(config: RunConfig) -> None:
     Started by torchrun, or by hand as one process, which needs no port.
 
     Raises:
-        ValueError: the layout does not fit the number of processes, or the processes the number of GPUs.
+        ValueError: there are more processes than GPUs.
         ConnectionError: the processes cannot meet.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check(config, world_size)
     if torch.cuda.is_available():
         grow_segments(config)
         torch.cuda.set_device(own_gpu())

@@ -18,6 +18,7 @@ from genlip_megatron.checkpoint.collectives import gather
 from genlip_megatron.checkpoint.saving import Saver, check_free_space
 from genlip_megatron.command import FILE_ERRORS, one_line
 from genlip_megatron.config import RunConfig
+from genlip_megatron.config.checks import check
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.presence import absent
 from genlip_megatron.data.quarantine import BadShare
@@ -94,6 +95,7 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
         ValueError: a setting or a file is wrong.
     """
     watchdog = watchdog or Watchdog(0)
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
     groups.initialize(config)
     watchdog.meet()
     watchdog.beat()
@@ -105,8 +107,6 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, read_assignment(config))
     valid_loader = Loader(config, "valid", *data_parallel, read_assignment(config)) if config.data.valid_data else None
-    if config.log.eval_only and valid_loader is None:
-        raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
     look_for_shards({"train": train_loader, "valid": valid_loader})
     watchdog.beat()
     run = build_run(config)

@@ -11,6 +11,7 @@ import pytest
 
 from genlip_megatron.config import SECTIONS, foreign_names, from_dict
 from genlip_megatron.config.command_line import build_parser, parse_args
+from genlip_megatron.config.suggest import plain
 from tools import caption, checkpoints
 
 FLAGS = {flag for action in build_parser()._actions for flag in action.option_strings}
@@ -122,7 +123,7 @@ def test_whatever_is_advised_is_there_and_whatever_is_foreign_is_not() -> None:
         assert set(re.findall(r"(?<!\S)--[a-z0-9-]+", text)) <= FLAGS | TORCHRUN, (name, text)
     both = set(foreign_names.EQUAL) | set(foreign_names.INSTEAD)
     assert len(both) == len(foreign_names.EQUAL) + len(foreign_names.INSTEAD), "a name has one answer"
-    assert all(name == foreign_names.plain(name) for name in both)
+    assert all(name == plain(name) for name in both)
     assert not {f"--{name}" for name in both} & FLAGS
     counted = [name for table in (foreign_names._EQUAL.values(), foreign_names._INSTEAD) for names in table
                for name in names.split()]  # fmt: skip
