@@ -87,9 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         usage="torchrun [...] %(prog)s [--config NAME|FILE] [--FLAG VALUE ...]",
         allow_abbrev=False,
         description="Train GenLIP. Settings come from the defaults below, then the recipe or YAML file, then flags.",
-        epilog="To stop: Ctrl-C, SIGTERM, SIGUSR1 or the file <save>/stop. The run finishes its step, saves, exits with "
-        "status 17; a second signal, more than a second later, kills it. Exit status: 0 done, 2 wrong setting or file, "
-        "17 stopped on request, others in docs/reliability.md.",
+        epilog="To stop: Ctrl-C, SIGTERM, SIGUSR1 or the file <save>/stop. The run finishes its step, saves and exits "
+        "with status 17; a second signal, more than a second later, kills it. Exit status: 0 done, 2 wrong setting or "
+        "file, 17 stopped on request, others in docs/reliability.md.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=118),
     )
     parser.add_argument(
