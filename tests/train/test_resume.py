@@ -97,7 +97,7 @@ def test_checkpoint_of_another_model_is_refused(demo_data: Path, tmp_path: Path)
     ("flags", "message"),
     [
         ({"data__train_data": "/nowhere/*.tar"}, "data.train_data: '/nowhere/*.tar' matches no .tar file"),
-        ({"data__tokenizer": "/nowhere.model"}, "no such file; give a tokenizer.json or a SentencePiece .model"),
+        ({"data__tokenizer": "/nowhere.model"}, "no such file. Give a tokenizer.json or a SentencePiece .model"),
         ({"model__vocab_size": 64}, "do not fit model.vocab_size = 64"),
         ({"data__seq_length": 40}, "data.seq_length = 40: an image of"),
         ({"data__prompt": "Describe."}, "was made with another prompt than data.prompt = 'Describe.'"),
