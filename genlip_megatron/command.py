@@ -118,8 +118,8 @@ _ending = False  # in a worker that has received SIGTERM
 class WorkerPool(ProcessPoolExecutor):
     """Worker processes that end with the ``with`` block; at once if it fails or is interrupted.
 
-    Workers are spawned, because clients of remote stores and locks of threads do not survive a fork. They ignore Ctrl-C,
-    which a terminal sends to every process; the parent ends them.
+    Workers are spawned, because clients of remote stores and locks of threads do not survive a fork. They ignore
+    Ctrl-C, which a terminal sends to every process; the parent ends them.
     """
 
     def __init__(self, workers: int) -> None:

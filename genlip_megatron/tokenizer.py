@@ -190,7 +190,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     """The tokenizer of a Hugging Face ``tokenizer.json`` or a SentencePiece ``.model`` file.
 
     Raises:
-        ValueError: no such file, another kind of file, one that loses letters, or a token id of ``vocab_size`` or above.
+        ValueError: no such file, not a tokenizer, one that loses letters, or a token id of ``vocab_size`` or above.
     """
     path = Path(path)
     if not path.is_file():

@@ -28,7 +28,9 @@ def load_yaml(name_or_path: str) -> dict[str, Any]:
             base.
     """
     setting = f"--config {name_or_path}"
-    path, files, trees = _find(name_or_path, Path(), setting), [], []
+    path = _find(name_or_path, Path(), setting)
+    files: list[Path] = []
+    trees: list[dict[str, Any]] = []
     while True:
         files.append(path.resolve())
         tree = _read(path, setting)
