@@ -1,4 +1,4 @@
-"""FP8 settings that contradict each other or do not fit the model are refused before anything is opened."""
+"""FP8 settings that contradict each other or do not fit the model are refused."""
 
 from __future__ import annotations
 
