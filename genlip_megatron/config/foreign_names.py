@@ -5,133 +5,84 @@ Only for error messages; no foreign name is accepted. Names are written with das
 
 from __future__ import annotations
 
-# A setting or YAML section, then its names elsewhere, with the same unit.
-_EQUAL = """
-train_data
-    data-path train-data-path training-data data train-shards dataset-path training.dataset-path training.dataset
-    image-folder
-valid_data
-    valid-data-path val-data eval-data validation-data test-data validation.dataset-path
-train_weights
-    train-data-upsampling-factors data-weights mixture-weights
-tokenizer
-    tokenizer-model tokenizer-path tokenizer-name tokenizer-name-or-path vocab-file model.tokenizer-path
-    model.hf-assets-path
-image_size
-    img-size img-h img-w force-image-size image-resolution resolution input-size crop-size
-fixed_resize
-    image-resize-mode image-aspect-ratio
-max_pixels
-    image-max-pixels
-min_pixels
-    image-min-pixels
-seq_length
-    sequence-length seq-len max-seq-len max-seq-length max-sequence-length model-max-length max-position-embeddings
-    context-length training.seq-len block-size
-num_workers
-    workers dataloader-num-workers data-workers num-data-workers training.num-workers
-prefetch
-    dataloader-prefetch-factor prefetch-factor
-cache_dir
-    data-cache-path
-lr
-    learning-rate base-lr max-lr peak-lr optimizer.lr optimizer.learning-rate
-min_lr
-    lr-min lr-end eta-min min-learning-rate lr-cooldown-end
-lr_warmup_iters
-    warmup warmup-steps warmup-iters num-warmup-steps lr-warmup-steps lr-scheduler.warmup-steps
-train_iters
-    max-steps steps num-steps total-steps train-steps num-train-steps max-iters num-iterations iterations
-    max-train-steps training.steps
-weight_decay
-    wd optimizer.weight-decay
-adam_beta1
-    beta1 optimizer.beta1
-adam_beta2
-    beta2 optimizer.beta2
-adam_eps
-    eps adam-epsilon epsilon optimizer.eps
-clip_grad
-    grad-clip-norm max-grad-norm grad-clip gradient-clipping gradient-clip-val clip-grad-norm max-norm
-    training.max-norm
-precision
-    dtype mixed-precision training.mixed-precision-param
-attention_backend
-    attn-implementation attn-impl attention-impl
-seed
-    random-seed data-seed training.seed debug.seed
-fp8
-    fp8-format
-cuda_graph
-    enable-cuda-graph cuda-graph-impl external-cuda-graph
-tensor_model_parallel_size
-    tensor-parallel-size tensor-parallel tp-size parallelism.tensor-parallel-degree tensor-parallel-degree
-    model-parallel-size
-pipeline_model_parallel_size
-    pipeline-parallel-size pipeline-parallel pp-size parallelism.pipeline-parallel-degree pipeline-parallel-degree
-virtual_pipeline_model_parallel_size
-    num-virtual-stages-per-pipeline-rank virtual-pipeline-size
-context_parallel_size
-    cp-size parallelism.context-parallel-degree context-parallel-degree
-num_layers_in_first_pipeline_stage
-    decoder-first-pipeline-num-layers
-num_layers_in_last_pipeline_stage
-    decoder-last-pipeline-num-layers
-fsdp
-    use-megatron-fsdp use-torch-fsdp2 use-custom-fsdp
-num_layers
-    n-layers n-layer depth num-hidden-layers encoder-num-layers
-hidden_size
-    d-model n-embd embed-dim dim model-dim width
-num_attention_heads
-    n-heads n-head num-heads
-ffn_hidden_size
-    intermediate-size mlp-dim ffn-dim
-rope_theta
-    rotary-base rope-base
-layernorm_epsilon
-    norm-epsilon layer-norm-eps rms-norm-eps norm-eps
-drop_path_rate
-    drop-path stochastic-depth
-layer_scale_init
-    ls-init-value layerscale layer-scale
-init_method_std
-    initializer-range init-std
-save
-    output-dir out-dir save-dir checkpoint-dir ckpt-dir save-path checkpoint-path default-root-dir job.dump-folder
-    checkpoint.folder checkpoint.save-folder logs
-load
-    resume resume-from-checkpoint resume-from load-dir checkpoint.initial-load-path pretrained pretrained-checkpoint
-    init-from load-checkpoint
-save_interval
-    save-steps save-every save-frequency checkpoint-interval checkpoint.interval save-freq checkpointing-steps
-keep_last
-    save-total-limit checkpoint.keep-latest-k keep-latest-k checkpoints-total-limit
-finetune
-    no-load-optim save-only-model checkpoint.initial-load-model-only load-weights-only
-async_save
-    checkpoint.async-mode use-persistent-ckpt-worker
-log_interval
-    log-every-n-steps logging-steps log-every log-freq print-freq metrics.log-freq
-eval_interval
-    eval-steps val-frequency eval-every val-check-interval eval-freq validation.freq
-eval_iters
-    max-eval-steps val-steps limit-val-batches validation.steps
-tensorboard_dir
-    logging-dir log-dir tensorboard-path metrics.save-tb-folder
-wandb_project
-    wandb-project-name wandb project
-profile
-    use-pytorch-profiler profiling.enable-profiling enable-profiling
-train
-    training trainer hyperparameters
-parallel
-    parallelism distributed
-log
-    logging metrics profiling validation
-checkpoint
-    checkpointing checkpoints
-"""
+# A setting or YAML section -> its names elsewhere, with the same unit.
+_EQUAL = {
+    # Data
+    "train_data": "data-path train-data-path training-data data train-shards dataset-path training.dataset-path "
+    "training.dataset image-folder",
+    "valid_data": "valid-data-path val-data eval-data validation-data test-data validation.dataset-path",
+    "train_weights": "train-data-upsampling-factors data-weights mixture-weights",
+    "tokenizer": "tokenizer-model tokenizer-path tokenizer-name tokenizer-name-or-path vocab-file "
+    "model.tokenizer-path model.hf-assets-path",
+    "image_size": "img-size img-h img-w force-image-size image-resolution resolution input-size crop-size",
+    "fixed_resize": "image-resize-mode image-aspect-ratio",
+    "max_pixels": "image-max-pixels",
+    "min_pixels": "image-min-pixels",
+    "seq_length": "sequence-length seq-len max-seq-len max-seq-length max-sequence-length model-max-length "
+    "max-position-embeddings context-length training.seq-len block-size",
+    "num_workers": "workers dataloader-num-workers data-workers num-data-workers training.num-workers",
+    "prefetch": "dataloader-prefetch-factor prefetch-factor",
+    "cache_dir": "data-cache-path",
+    # Training
+    "lr": "learning-rate base-lr max-lr peak-lr optimizer.lr optimizer.learning-rate",
+    "min_lr": "lr-min lr-end eta-min min-learning-rate lr-cooldown-end",
+    "lr_warmup_iters": "warmup warmup-steps warmup-iters num-warmup-steps lr-warmup-steps lr-scheduler.warmup-steps",
+    "train_iters": "max-steps steps num-steps total-steps train-steps num-train-steps max-iters num-iterations "
+    "iterations max-train-steps training.steps",
+    "weight_decay": "wd optimizer.weight-decay",
+    "adam_beta1": "beta1 optimizer.beta1",
+    "adam_beta2": "beta2 optimizer.beta2",
+    "adam_eps": "eps adam-epsilon epsilon optimizer.eps",
+    "clip_grad": "grad-clip-norm max-grad-norm grad-clip gradient-clipping gradient-clip-val clip-grad-norm max-norm "
+    "training.max-norm",
+    "precision": "dtype mixed-precision training.mixed-precision-param",
+    "attention_backend": "attn-implementation attn-impl attention-impl",
+    "seed": "random-seed data-seed training.seed debug.seed",
+    "fp8": "fp8-format",
+    "cuda_graph": "enable-cuda-graph cuda-graph-impl external-cuda-graph",
+    # Parallelism
+    "tensor_model_parallel_size": "tensor-parallel-size tensor-parallel tp-size "
+    "parallelism.tensor-parallel-degree tensor-parallel-degree model-parallel-size",
+    "pipeline_model_parallel_size": "pipeline-parallel-size pipeline-parallel pp-size "
+    "parallelism.pipeline-parallel-degree pipeline-parallel-degree",
+    "virtual_pipeline_model_parallel_size": "num-virtual-stages-per-pipeline-rank virtual-pipeline-size",
+    "context_parallel_size": "cp-size parallelism.context-parallel-degree context-parallel-degree",
+    "num_layers_in_first_pipeline_stage": "decoder-first-pipeline-num-layers",
+    "num_layers_in_last_pipeline_stage": "decoder-last-pipeline-num-layers",
+    "fsdp": "use-megatron-fsdp use-torch-fsdp2 use-custom-fsdp",
+    # Model
+    "num_layers": "n-layers n-layer depth num-hidden-layers encoder-num-layers",
+    "hidden_size": "d-model n-embd embed-dim dim model-dim width",
+    "num_attention_heads": "n-heads n-head num-heads",
+    "ffn_hidden_size": "intermediate-size mlp-dim ffn-dim",
+    "rope_theta": "rotary-base rope-base",
+    "layernorm_epsilon": "norm-epsilon layer-norm-eps rms-norm-eps norm-eps",
+    "drop_path_rate": "drop-path stochastic-depth",
+    "layer_scale_init": "ls-init-value layerscale layer-scale",
+    "init_method_std": "initializer-range init-std",
+    # Checkpoints
+    "save": "output-dir out-dir save-dir checkpoint-dir ckpt-dir save-path checkpoint-path default-root-dir "
+    "job.dump-folder checkpoint.folder checkpoint.save-folder logs",
+    "load": "resume resume-from-checkpoint resume-from load-dir checkpoint.initial-load-path pretrained "
+    "pretrained-checkpoint init-from load-checkpoint",
+    "save_interval": "save-steps save-every save-frequency checkpoint-interval checkpoint.interval save-freq "
+    "checkpointing-steps",
+    "keep_last": "save-total-limit checkpoint.keep-latest-k keep-latest-k checkpoints-total-limit",
+    "finetune": "no-load-optim save-only-model checkpoint.initial-load-model-only load-weights-only",
+    "async_save": "checkpoint.async-mode use-persistent-ckpt-worker",
+    # Logs and validation
+    "log_interval": "log-every-n-steps logging-steps log-every log-freq print-freq metrics.log-freq",
+    "eval_interval": "eval-steps val-frequency eval-every val-check-interval eval-freq validation.freq",
+    "eval_iters": "max-eval-steps val-steps limit-val-batches validation.steps",
+    "tensorboard_dir": "logging-dir log-dir tensorboard-path metrics.save-tb-folder",
+    "wandb_project": "wandb-project-name wandb project",
+    "profile": "use-pytorch-profiler profiling.enable-profiling enable-profiling",
+    # Sections of a YAML file
+    "train": "training trainer hyperparameters",
+    "parallel": "parallelism distributed",
+    "log": "logging metrics profiling validation",
+    "checkpoint": "checkpointing checkpoints",
+}
 
 # What to do instead, then the foreign names. Megatron-LM's switches for what is always on are among them.
 _INSTEAD = """
@@ -214,16 +165,15 @@ use --save-interval, --keep-last, --keep-every and --keep-best
 
 
 def _by_name(table: str) -> dict[str, str]:
-    """Answer by name; answers begin a line, names are indented."""
+    """Answer by name. An answer begins its line; the names below it are indented."""
     answers, answer = {}, ""
     for line in table.strip().splitlines():
-        if not line.startswith(" "):
+        if line.startswith(" "):
+            answers |= dict.fromkeys(line.split(), answer)
+        else:
             answer = line
-            continue
-        for name in line.split():
-            assert name not in answers, name
-            answers[name] = answer
     return answers
 
 
-EQUAL, INSTEAD = _by_name(_EQUAL), _by_name(_INSTEAD)
+EQUAL = {name: setting for setting, names in _EQUAL.items() for name in names.split()}
+INSTEAD = _by_name(_INSTEAD)

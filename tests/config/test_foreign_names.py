@@ -125,6 +125,8 @@ def test_advice_names_known_flags_and_foreign_names_are_not_flags() -> None:
     assert len(both) == len(foreign_names.EQUAL) + len(foreign_names.INSTEAD), "a name has two answers"
     assert all(name == plain(name) for name in both)
     assert not {f"--{name}" for name in both} & FLAGS
+    texts = (*foreign_names._EQUAL.values(), *(line for line in foreign_names._INSTEAD.splitlines() if line[:1] == " "))
+    assert sum(len(text.split()) for text in texts) == len(both), "a name is listed twice"
 
 
 def test_a_word_similar_to_no_flag_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
