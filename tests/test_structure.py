@@ -108,7 +108,7 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "evaluate.scenes",
         "train.breakdown",
         "config.paths",
-        "config.refusal",
+        "config.error_text",
         "config.schema",
         "config.suggest",
         "train.step",

@@ -2,230 +2,206 @@
 
 from __future__ import annotations
 
-from genlip_megatron.config.fp8_checks import check_fp8
+import itertools
+from collections.abc import Iterator
+
+from genlip_megatron.config.error_text import divisors, nearest_multiple, with_values
+from genlip_megatron.config.fp8_checks import fp8_problems
 from genlip_megatron.config.mixture import source_epochs, source_weights
-from genlip_megatron.config.refusal import divisors, nearest_multiple, wrong
 from genlip_megatron.config.schema import RunConfig
 from genlip_megatron.config.values import check_ranges
 from genlip_megatron.faults.inject import parse_faults
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
-    """Raise ValueError for settings that contradict each other.
+    """Check all settings.
 
     Args:
         world_size: number of processes; None does not check whether the layout fits it.
+
+    Raises:
+        ValueError: a setting is out of range, settings contradict each other, or the layout does not fit.
     """
     check_ranges(config)
-    _check_model(config)
-    _check_schedule(config)
-    _check_data(config)
-    _check_checkpoint(config)
-    _check_layout(config)
-    _check_stages(config)
-    _check_recompute(config)
-    _check_fsdp(config)
-    _check_cuda_graph(config)
-    check_fp8(config)
-    _check_faults(config)
-    _check_profile(config)
+    parts = [_model, _schedule, _data, _checkpoint, _layout, _stages, _recompute, _fsdp, _cuda_graph, fp8_problems]
+    problems = [part(config) for part in (*parts, _faults, _profile)]
     if world_size is not None:
-        _check_world_size(config, world_size)
+        problems.append(_world_size(config, world_size))
+    for problem in itertools.chain(*problems):
+        raise ValueError(with_values(config, problem))
 
 
-def _check_model(config: RunConfig) -> None:
+# Each function below yields problems as "settings: what is wrong. What to do."; the values are filled in later.
+
+
+def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     if model.hidden_size % model.num_attention_heads:
-        raise wrong(
-            config,
+        yield (
             f"model.num_attention_heads: must divide model.hidden_size = {model.hidden_size}. Use one of "
-            f"{divisors(model.hidden_size)}.",
+            f"{divisors(model.hidden_size)}."
         )
     if model.head_dim % 2:
-        raise wrong(
-            config,
+        yield (
             f"model.hidden_size, model.num_attention_heads: a head has {model.head_dim} channels, and the rotary "
-            "embedding needs an even number. Change one of them.",
+            "embedding needs an even number. Change one of them."
         )
 
 
-def _check_schedule(config: RunConfig) -> None:
+def _schedule(config: RunConfig) -> Iterator[str]:
     train = config.train
     if train.min_lr > train.lr:
-        raise wrong(config, f"train.min_lr: is above train.lr = {train.lr}. Lower --min-lr or raise --lr.")
+        yield f"train.min_lr: is above train.lr = {train.lr}. Lower --min-lr or raise --lr."
     if train.lr_warmup_iters >= train.train_iters:
-        raise wrong(
-            config,
-            f"train.lr_warmup_iters: must be below train.train_iters = {train.train_iters}. Lower --lr-warmup-iters.",
+        yield (
+            f"train.lr_warmup_iters: must be below train.train_iters = {train.train_iters}. Lower --lr-warmup-iters."
         )
 
 
-def _check_data(config: RunConfig) -> None:
+def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.max_pixels < data.min_pixels:
-        raise wrong(config, f"data.max_pixels: is below data.min_pixels = {data.min_pixels}. Raise --max-pixels.")
+        yield f"data.max_pixels: is below data.min_pixels = {data.min_pixels}. Raise --max-pixels."
     if data.train_weights and data.train_epochs:
-        raise wrong(
-            config,
-            "data.train_weights, data.train_epochs: only one of them can set the mixture. Leave one out.",
-        )
+        yield "data.train_weights, data.train_epochs: only one of them can set the mixture. Leave one out."
     source_weights(data)
     source_epochs(data)
 
 
-def _check_checkpoint(config: RunConfig) -> None:
+def _checkpoint(config: RunConfig) -> Iterator[str]:
     options, eval_only = config.checkpoint, config.log.eval_only
     if options.finetune and not options.load:
-        raise wrong(config, "checkpoint.finetune: there is no checkpoint to take weights from. Name one with --load.")
+        yield "checkpoint.finetune: there is no checkpoint to take weights from. Name one with --load."
     if options.finetune and options.load == options.save:
-        raise wrong(
-            config,
+        yield (
             "checkpoint.load, checkpoint.save: --finetune starts a new run, which needs its own folder. Name another "
-            "folder with --save.",
+            "folder with --save."
         )
     if eval_only and not options.load:
-        raise wrong(config, "log.eval_only: there is no checkpoint to validate. Name one with --load.")
+        yield "log.eval_only: there is no checkpoint to validate. Name one with --load."
     if eval_only and not config.data.valid_data:
-        raise wrong(config, "log.eval_only: there is no validation data. Name it with --valid-data.")
+        yield "log.eval_only: there is no validation data. Name it with --valid-data."
 
 
-def _check_layout(config: RunConfig) -> None:
+def _layout(config: RunConfig) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     for name in ("num_attention_heads", "ffn_hidden_size"):
         size = getattr(model, name)
         if size % tp:
-            raise wrong(
-                config,
+            yield (
                 f"parallel.tensor_model_parallel_size: must divide model.{name} = {size}. Use --tp with one of "
-                f"{divisors(size)}.",
+                f"{divisors(size)}."
             )
     heads = model.num_attention_heads // tp
     if cp > 1 and parallel.cp_comm_type == "a2a" and heads % cp:
-        raise wrong(
-            config,
+        yield (
             f"parallel.context_parallel_size: with a2a it must divide the {heads} attention heads of a "
             f"tensor-parallel rank ({model.num_attention_heads} / {tp}). Use --cp with one of {divisors(heads)}, or "
-            "--cp-comm-type all_gather, which takes any number.",
+            "--cp-comm-type all_gather, which takes any number."
         )
     parts, factors = cp, f"context_parallel_size = {cp}"
     if parallel.sequence_parallel:
         parts, factors = tp * cp, f"tensor_model_parallel_size * context_parallel_size = {tp * cp}"
     tokens = config.data.seq_length * config.train.micro_batch_size
     if tokens % parts:
-        raise wrong(
-            config,
+        yield (
             f"data.seq_length, train.micro_batch_size: their product {tokens} is not a multiple of {factors}. The "
-            f"nearest multiple is {nearest_multiple(tokens, parts)}.",
+            f"nearest multiple is {nearest_multiple(tokens, parts)}."
         )
     if config.train.fusion == "norms" and config.train.transformer_impl != "local":
-        raise wrong(
-            config,
+        yield (
             "train.fusion: Transformer Engine's linears contain the LayerNorms already. Use --fusion auto, compile "
-            "or none.",
+            "or none."
         )
 
 
-def _check_stages(config: RunConfig) -> None:
+def _stages(config: RunConfig) -> Iterator[str]:
     layers, parallel = config.model.num_layers, config.parallel
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     if vpp > 1 and pp == 1:
-        raise wrong(
-            config,
+        yield (
             "parallel.virtual_pipeline_model_parallel_size: interleaving needs more than one pipeline stage. Use "
-            "--vpp 1, or --pp 2 or more.",
+            "--vpp 1, or --pp 2 or more."
         )
     if pp * vpp > layers:
-        raise wrong(
-            config,
+        yield (
             f"parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size: {pp * vpp} stages "
-            f"or chunks are more than model.num_layers = {layers}. With --vpp {vpp} use --pp 1 to {layers // vpp}.",
+            f"or chunks are more than model.num_layers = {layers}. With --vpp {vpp} use --pp 1 to {layers // vpp}."
         )
     if not first and not last:
         return
     if pp == 1 or vpp > 1:
-        raise wrong(
-            config,
+        yield (
             "parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage: they need more "
-            f"than one pipeline stage (pp is {pp}) and no interleaving (vpp is {vpp}). Leave them out.",
+            f"than one pipeline stage (pp is {pp}) and no interleaving (vpp is {vpp}). Leave them out."
         )
     others, rest = pp - bool(first) - bool(last), layers - first - last
     if rest < others or (rest and not others):
-        raise wrong(
-            config,
+        yield (
             "parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage: they leave "
             f"{rest} of {layers} layers for the other {others} stages. Leave at least one layer for each other stage, "
-            "and none if there is no other stage.",
+            "and none if there is no other stage."
         )
 
 
-def _check_recompute(config: RunConfig) -> None:
+def _recompute(config: RunConfig) -> Iterator[str]:
     parallel, train = config.parallel, config.train
     names, recomputed, offloaded = parallel.recompute_modules, parallel.recomputed, parallel.offload_modules
     if parallel.recompute == "selective" and not names:
-        raise wrong(
-            config,
-            "parallel.recompute: parallel.recompute_modules names no module. Add --recompute-modules core_attn.",
-        )
+        yield ("parallel.recompute: parallel.recompute_modules names no module. Add --recompute-modules core_attn.")
     if len(set(names)) < len(names):
-        raise wrong(config, "parallel.recompute_modules: a module is named twice. Name it once.")
+        yield "parallel.recompute_modules: a module is named twice. Name it once."
     if "layernorm" in recomputed and train.fusion == "norms":
-        raise wrong(
-            config,
+        yield (
             "parallel.recompute_modules: train.fusion = norms computes the LayerNorms inside other kernels, where "
-            "layernorm cannot be recomputed. Use --fusion auto, compile or none.",
+            "layernorm cannot be recomputed. Use --fusion auto, compile or none."
         )
     if "output_gate" in recomputed and not config.model.attention_output_gate:
-        raise wrong(
-            config,
+        yield (
             "parallel.recompute_modules: the model has no output gate (model.attention_output_gate = false). Leave "
-            "output_gate out.",
+            "output_gate out."
         )
     if {"mlp", "mlp_act"} <= set(recomputed):
-        raise wrong(config, "parallel.recompute_modules: mlp recomputes mlp_act as well. Leave mlp_act out.")
+        yield "parallel.recompute_modules: mlp recomputes mlp_act as well. Leave mlp_act out."
     # Offloading would move what is recomputed, or what it is recomputed from.
     for name, moved in (("layernorm", {"attn_norm", "qkv_linear", "mlp_norm"}), ("output_gate", {"attn_proj"})):
         if name in recomputed and moved.intersection(offloaded):
-            raise wrong(
-                config,
+            yield (
                 f"parallel.recompute_modules, parallel.offload_modules: {name} cannot be recomputed while "
-                f"{', '.join(sorted(moved.intersection(offloaded)))} is offloaded. Leave one of them out.",
+                f"{', '.join(sorted(moved.intersection(offloaded)))} is offloaded. Leave one of them out."
             )
     if parallel.recompute_num_layers > config.model.num_layers:
-        raise wrong(
-            config,
+        yield (
             f"parallel.recompute_num_layers: is above model.num_layers = {config.model.num_layers}. Use 0 for all "
-            "layers.",
+            "layers."
         )
     if "attn_proj" in offloaded and "core_attn" not in offloaded:
-        raise wrong(
-            config,
+        yield (
             "parallel.offload_modules: the input of attn_proj is the output of core_attn, which must be offloaded "
-            "too. Add core_attn.",
+            "too. Add core_attn."
         )
 
 
-def _check_fsdp(config: RunConfig) -> None:
+def _fsdp(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if not parallel.fsdp:
         return
     if parallel.pipeline_model_parallel_size > 1:
-        raise wrong(
-            config,
+        yield (
             "parallel.fsdp, parallel.pipeline_model_parallel_size: every micro-batch would gather all weights again. "
-            "Use --pp 1 or --no-fsdp.",
+            "Use --pp 1 or --no-fsdp."
         )
     for name in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(parallel, name):
-            raise wrong(
-                config,
+            yield (
                 f"parallel.fsdp, parallel.{name}: FSDP always overlaps its communication. Add "
-                "--no-overlap-grad-reduce --no-overlap-param-gather.",
+                "--no-overlap-grad-reduce --no-overlap-param-gather."
             )
 
 
-def _check_cuda_graph(config: RunConfig) -> None:
+def _cuda_graph(config: RunConfig) -> Iterator[str]:
     train = config.train
     if not train.cuda_graph:
         return
@@ -240,97 +216,83 @@ def _check_cuda_graph(config: RunConfig) -> None:
         ("offload_modules", (), "--offload-modules ''"),
     ):
         if getattr(config.parallel, name) != allowed:
-            raise wrong(
-                config,
+            yield (
                 f"train.cuda_graph, parallel.{name}: a graph holds a whole model's passes, without communication, "
-                f"recomputation or offloading. Use {flag} or --no-cuda-graph.",
+                f"recomputation or offloading. Use {flag} or --no-cuda-graph."
             )
     if train.fp8 != "none" or train.fp8_attention:
-        raise wrong(
-            config,
+        yield (
             "train.cuda_graph, train.fp8: the host updates FP8 scales between passes, which a graph cannot hold. Use "
-            "--fp8 none or --no-cuda-graph.",
+            "--fp8 none or --no-cuda-graph."
         )
     if train.attention_backend not in ("auto", "varlen", "te"):
-        raise wrong(
-            config,
+        yield (
             "train.cuda_graph, train.attention_backend: the shapes of this backend differ between micro-batches. Use "
-            "--attention-backend auto, varlen or te.",
+            "--attention-backend auto, varlen or te."
         )
 
 
-def _check_faults(config: RunConfig) -> None:
+def _faults(config: RunConfig) -> Iterator[str]:
     save = config.checkpoint.save
     if config.faults.on_spike == "rollback" and not save and not config.log.eval_only:
-        raise wrong(
-            config,
-            "faults.on_spike: there are no checkpoints to roll back to. Add --save, or use --on-spike warn or skip.",
-        )
+        yield ("faults.on_spike: there are no checkpoints to roll back to. Add --save, or use --on-spike warn or skip.")
     for fault in parse_faults(config.faults):
         what = f"{fault.kind} in step {fault.step} on rank {fault.rank} can never happen"
         if fault.step > config.train.train_iters:
-            raise wrong(
-                config,
-                f"faults.inject_fault: {what}. Use steps 1 to train.train_iters = {config.train.train_iters}.",
-            )
+            yield (f"faults.inject_fault: {what}. Use steps 1 to train.train_iters = {config.train.train_iters}.")
         if not save and (fault.place == "save" or fault.kind == "full-disk"):
-            raise wrong(config, f"faults.inject_fault: {what} without checkpoint.save. Add --save.")
+            yield f"faults.inject_fault: {what} without checkpoint.save. Add --save."
 
 
-def _check_profile(config: RunConfig) -> None:
+def _profile(config: RunConfig) -> Iterator[str]:
     log, train_iters = config.log, config.train.train_iters
     if not log.profile:
         return
     if log.profiled_steps[1] > train_iters:
-        raise wrong(
-            config,
+        yield (
             f"log.profile_steps: the run has only {train_iters} steps (train.train_iters). Use steps 1 to "
-            f"{train_iters}.",
+            f"{train_iters}."
         )
     if min(log.profile_ranks, default=-1) < 0:
-        raise wrong(config, "log.profile_ranks: expected ranks from 0. Use for example --profile-ranks 0,7.")
+        yield "log.profile_ranks: expected ranks from 0. Use for example --profile-ranks 0,7."
     if log.eval_only:
-        raise wrong(config, "log.profile, log.eval_only: no step is trained. Leave one of them out.")
+        yield "log.profile, log.eval_only: no step is trained. Leave one of them out."
     if not config.profile_folder:
-        raise wrong(
-            config,
+        yield (
             "log.profile: neither checkpoint.save nor log.tensorboard_dir names a folder for traces. Add --save or "
-            "--tensorboard-dir.",
+            "--tensorboard-dir."
         )
 
 
-def _check_world_size(config: RunConfig, world_size: int) -> None:
+def _world_size(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, train, processes = config.parallel, config.train, f"0 to {world_size - 1} of {world_size} processes"
     for fault in parse_faults(config.faults):
         if fault.rank >= world_size:
-            raise wrong(
-                config,
+            yield (
                 f"faults.inject_fault: {fault.kind} in step {fault.step} on rank {fault.rank} can never happen. Use "
-                f"ranks {processes}.",
+                f"ranks {processes}."
             )
     if config.log.profile and max(config.log.profile_ranks) >= world_size:
-        raise wrong(config, f"log.profile_ranks: there is no such rank. Use ranks {processes}.")
+        yield f"log.profile_ranks: there is no such rank. Use ranks {processes}."
     pp = parallel.pipeline_model_parallel_size
     ranks = parallel.tensor_model_parallel_size * pp * parallel.context_parallel_size
     if world_size % ranks:
         lower, upper = world_size // ranks * ranks, -(-world_size // ranks) * ranks
-        raise ValueError(
+        yield (
             f"world size = {world_size}: not a multiple of tp * pp * cp = {ranks}. Start "
             f"{f'{lower} or ' if lower else ''}{upper} processes (torchrun --nproc-per-node), or change the layout."
         )
     data_parallel = world_size // ranks
     packs = train.micro_batch_size * data_parallel
     if train.global_batch_size % packs:
-        raise wrong(
-            config,
+        yield (
             "train.global_batch_size: not a multiple of micro_batch_size * data parallel size = "
             f"{train.micro_batch_size} * {data_parallel}. The nearest multiple is "
-            f"{nearest_multiple(train.global_batch_size, packs)}.",
+            f"{nearest_multiple(train.global_batch_size, packs)}."
         )
     if parallel.virtual_pipeline_model_parallel_size > 1 and train.global_batch_size // packs % pp:
-        raise wrong(
-            config,
+        yield (
             f"train.global_batch_size: gives a pipeline {train.global_batch_size // packs} micro-batches; with "
             f"interleaving they must be a multiple of pipeline_model_parallel_size = {pp}. The nearest allowed size "
-            f"is {nearest_multiple(train.global_batch_size, pp * packs)}.",
+            f"is {nearest_multiple(train.global_batch_size, pp * packs)}."
         )

@@ -166,7 +166,8 @@ use --save-interval, --keep-last, --keep-every and --keep-best
 
 def _by_name(table: str) -> dict[str, str]:
     """Answer by name. An answer begins its line; the names below it are indented."""
-    answers, answer = {}, ""
+    answers: dict[str, str] = {}
+    answer = ""
     for line in table.strip().splitlines():
         if line.startswith(" "):
             answers |= dict.fromkeys(line.split(), answer)

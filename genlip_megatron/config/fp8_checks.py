@@ -2,95 +2,86 @@
 
 from __future__ import annotations
 
-from genlip_megatron.config.refusal import nearest_multiple, wrong
+from collections.abc import Iterator
+
+from genlip_megatron.config.error_text import nearest_multiple
 from genlip_megatron.config.schema import LINEAR_INPUTS, RunConfig
 
 _ALIGNMENT = 16  # of every dimension of an FP8 matrix product
 
 
-def check_fp8(config: RunConfig) -> None:
-    """Raise ValueError for settings that contradict each other."""
+def fp8_problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong, as in ``checks.py``."""
     train, parallel = config.train, config.parallel
     local = train.transformer_impl != "transformer_engine"
     if parallel.tp_comm_overlap:
         if local or parallel.tensor_model_parallel_size == 1 or not parallel.sequence_parallel:
-            raise wrong(
-                config,
+            yield (
                 "parallel.tp_comm_overlap, train.transformer_impl, parallel.tensor_model_parallel_size, "
                 "parallel.sequence_parallel: overlap needs Transformer Engine, tensor parallelism and sequence "
-                "parallelism. Use --transformer-impl transformer_engine --tp 2 (or more) --sequence-parallel.",
+                "parallelism. Use --transformer-impl transformer_engine --tp 2 (or more) --sequence-parallel."
             )
         if config.log.caption_samples and config.data.valid_data:
-            raise wrong(
-                config,
+            yield (
                 "parallel.tp_comm_overlap, log.caption_samples: the overlap buffers have the size of a micro-batch, "
-                "and captions have other sizes. Add --caption-samples 0.",
+                "and captions have other sizes. Add --caption-samples 0."
             )
     if train.fp8 == "none":
         for name in ("fp8_primary_weights", "fp8_attention", "first_last_layers_bf16"):
             if getattr(train, name):
-                raise wrong(config, f"train.{name}: it needs FP8 linears. Add --fp8 hybrid.")
+                yield f"train.{name}: it needs FP8 linears. Add --fp8 hybrid."
         return
     if local:
-        raise wrong(
-            config,
+        yield (
             "train.fp8, train.transformer_impl: FP8 needs Transformer Engine. Use --transformer-impl "
-            "transformer_engine.",
+            "transformer_engine."
         )
     if train.precision == "fp32":
-        raise wrong(config, "train.fp8, train.precision: FP8 needs bf16. Use --precision bf16 or auto.")
+        yield "train.fp8, train.precision: FP8 needs bf16. Use --precision bf16 or auto."
     if parallel.fsdp:
-        raise wrong(
-            config,
+        yield (
             "train.fp8, parallel.fsdp: FSDP's float32 shards would be quantized again in every pass. Use --fp8 none "
-            "or --no-fsdp.",
+            "or --no-fsdp."
         )
     if train.fp8_attention:
         if train.attention_backend not in ("auto", "te"):
-            raise wrong(
-                config,
+            yield (
                 "train.fp8_attention, train.attention_backend: only Transformer Engine has FP8 attention. Use "
-                "--attention-backend auto or te.",
+                "--attention-backend auto or te."
             )
         if "core_attn" in parallel.recomputed:
-            raise wrong(
-                config,
+            yield (
                 "train.fp8_attention, parallel.recompute_modules: core_attn would be recomputed outside FP8. Use "
-                "--recompute-modules mlp or --recompute full.",
+                "--recompute-modules mlp or --recompute full."
             )
-    _check_layers(config)
-    _check_shapes(config)
+    yield from _layers(config)
+    yield from _shapes(config)
 
 
-def _check_layers(config: RunConfig) -> None:
+def _layers(config: RunConfig) -> Iterator[str]:
     train, parallel = config.train, config.parallel
     delayed = train.fp8_recipe == "delayed"
     # A linear whose input is recomputed keeps no FP8 copy of it. Only current scaling can make that copy again.
     inputs = [name for name in parallel.recomputed if name in LINEAR_INPUTS]
     if delayed and inputs:
-        raise wrong(
-            config,
+        yield (
             f"parallel.recompute_modules, train.fp8_recipe: delayed FP8 scaling cannot recompute {', '.join(inputs)}. "
-            f"Use --recompute-modules {'mlp' if train.fp8_attention else 'core_attn,mlp'} or --fp8-recipe current.",
+            f"Use --recompute-modules {'mlp' if train.fp8_attention else 'core_attn,mlp'} or --fp8-recipe current."
         )
     if not train.first_last_layers_bf16:
         return
     if delayed:
-        raise wrong(
-            config,
+        yield (
             "train.first_last_layers_bf16, train.fp8_recipe: delayed scaling needs all layers in FP8. Use "
-            "--fp8-recipe current.",
+            "--fp8-recipe current."
         )
     most = config.model.num_layers // parallel.pipeline_model_parallel_size
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if not 0 <= getattr(train, name) <= most:
-            raise wrong(
-                config,
-                f"train.{name}: must be from 0 to num_layers / pipeline_model_parallel_size = {most}.",
-            )
+            yield (f"train.{name}: must be from 0 to num_layers / pipeline_model_parallel_size = {most}.")
 
 
-def _check_shapes(config: RunConfig) -> None:
+def _shapes(config: RunConfig) -> Iterator[str]:
     """Every dimension of a layer's matrix products on one rank must be a multiple of 16."""
     model, parallel = config.model, config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -102,8 +93,7 @@ def _check_shapes(config: RunConfig) -> None:
         ("model.ffn_hidden_size", model.ffn_hidden_size, tp),
     ):
         if size % (ranks * _ALIGNMENT):
-            raise wrong(
-                config,
+            yield (
                 f"train.fp8, {settings}: FP8 needs a multiple of {_ALIGNMENT} on each rank, and {size} / {ranks} = "
-                f"{size / ranks:g}. The nearest allowed size is {nearest_multiple(size, ranks * _ALIGNMENT)}.",
+                f"{size / ranks:g}. The nearest allowed size is {nearest_multiple(size, ranks * _ALIGNMENT)}."
             )

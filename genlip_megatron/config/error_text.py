@@ -1,19 +1,19 @@
-"""The errors of ``checks.py``: ``setting = value: what is wrong. What to do.``"""
+"""The texts of errors about settings: ``setting = value: what is wrong. What to do.``"""
 
 from __future__ import annotations
 
-from genlip_megatron.config.schema import RunConfig
+from genlip_megatron.config.schema import SETTINGS, RunConfig
 
 
-def wrong(config: RunConfig, text: str) -> ValueError:
-    """The error of ``text``, which begins with the settings that it is about; their values are filled in.
+def with_values(config: RunConfig, problem: str) -> str:
+    """``problem`` with the values of the settings that it begins with.
 
-    >>> print(wrong(RunConfig(), "train.lr, parallel.fsdp: do not fit. Change one of them."))
-    train.lr = 0.001, parallel.fsdp = false: do not fit. Change one of them.
+    >>> with_values(RunConfig(), "train.lr, parallel.fsdp: do not fit. Change one of them.")
+    'train.lr = 0.001, parallel.fsdp = false: do not fit. Change one of them.'
     """
-    names, _, sentences = text.partition(": ")
-    shown = ", ".join(f"{name} = {_show(config, name)}" for name in names.split(", "))
-    return ValueError(f"{shown}: {sentences}")
+    names, _, sentences = problem.partition(": ")
+    shown = [f"{name} = {_show(config, name)}" if name in SETTINGS else name for name in names.split(", ")]
+    return f"{', '.join(shown)}: {sentences}"
 
 
 def _show(config: RunConfig, name: str) -> str:
