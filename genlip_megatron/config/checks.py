@@ -150,7 +150,7 @@ def _recompute(config: RunConfig) -> Iterator[str]:
     parallel, train = config.parallel, config.train
     names, recomputed, offloaded = parallel.recompute_modules, parallel.recomputed, parallel.offload_modules
     if parallel.recompute == "selective" and not names:
-        yield ("parallel.recompute: parallel.recompute_modules names no module. Add --recompute-modules core_attn.")
+        yield "parallel.recompute: parallel.recompute_modules names no module. Add --recompute-modules core_attn."
     if len(set(names)) < len(names):
         yield "parallel.recompute_modules: a module is named twice. Name it once."
     if "layernorm" in recomputed and train.fusion == "norms":
@@ -235,7 +235,7 @@ def _cuda_graph(config: RunConfig) -> Iterator[str]:
 def _faults(config: RunConfig) -> Iterator[str]:
     save = config.checkpoint.save
     if config.faults.on_spike == "rollback" and not save and not config.log.eval_only:
-        yield ("faults.on_spike: there are no checkpoints to roll back to. Add --save, or use --on-spike warn or skip.")
+        yield "faults.on_spike: there are no checkpoints to roll back to. Add --save, or use --on-spike warn or skip."
     for fault in parse_faults(config.faults):
         what = f"{fault.kind} in step {fault.step} on rank {fault.rank} can never happen"
         if fault.step > config.train.train_iters:

@@ -91,7 +91,7 @@ def test_a_base_is_a_recipe_or_a_file_relative_to_the_file(tmp_path: Path) -> No
         ({"run": "base: so16_stag1"}, "run.yaml: base = so16_stag1: no such recipe. Did you mean 'so16_stage1'"),
         ({"run": "base: gone.yaml"}, "run.yaml: base = gone.yaml: no such file"),
         ({"run": "base: [demo]"}, "run.yaml: base = ['demo']: expected the name of a recipe or the path"),
-        ({"run": "base: ./run.yaml"}, "the files are each other's base (run.yaml -> run.yaml). Remove one base."),
+        ({"run": "base: ./run.yaml"}, "the files are each other's base (run.yaml -> run.yaml). Remove one base"),
         ({"run": "base: a.yaml", "a": "base: b.yaml", "b": "base: a.yaml"}, "(run.yaml -> a.yaml -> b.yaml -> a.yaml)"),
         ({"run": "base: a.yaml", "a": "model: {hidden_sise: 4}"}, "a.yaml: unknown key model.hidden_sise. Did you"),
         ({"run": "mode: {}"}, "unknown section 'mode'. Did you mean 'model'?"),
