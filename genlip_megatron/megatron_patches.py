@@ -60,26 +60,10 @@ _CPU = torch.device("cpu")
 _installed = False
 
 
-class _Stream:
-    """Stands in for ``torch.cuda.Stream``. CPU work is synchronous, so nothing waits."""
+class _Idle:
+    """Stands in for ``torch.cuda.Stream`` and ``torch.cuda.Event``: CPU work is synchronous, so nothing waits."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.cuda_stream = 0
-
-    def _nothing(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-    wait_stream = wait_event = synchronize = _nothing
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
-
-    def query(self) -> bool:
-        return True
-
-
-class _Event:
-    """Stands in for ``torch.cuda.Event``."""
+    cuda_stream = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -87,7 +71,10 @@ class _Event:
     def _nothing(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    record = wait = synchronize = _nothing
+    record = wait = wait_stream = wait_event = synchronize = _nothing
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Idle()
 
     def query(self) -> bool:
         return True
@@ -234,11 +221,11 @@ def install() -> None:
         "synchronize": _nothing(),
         "empty_cache": _nothing(),
         "ipc_collect": _nothing(),
-        "Stream": _Stream,
-        "Event": _Event,
+        "Stream": _Idle,
+        "Event": _Idle,
         "stream": lambda stream: contextlib.nullcontext(),
-        "current_stream": lambda device=None: _Stream(),
-        "default_stream": lambda device=None: _Stream(),
+        "current_stream": lambda device=None: _Idle(),
+        "default_stream": lambda device=None: _Idle(),
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
