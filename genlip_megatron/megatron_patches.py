@@ -154,7 +154,7 @@ class _Work:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse freed memory instead of returning it to the system. Other C libraries are left alone."""
+    """Let glibc reuse freed memory instead of returning it to the system. Other C libraries keep their default."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3

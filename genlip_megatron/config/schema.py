@@ -285,7 +285,7 @@ class CheckpointConfig:
     load: str = _opt("", "a checkpoint or a folder of them to begin from while save is empty", START)
     save_interval: int = _opt(1000, "steps between checkpoints", FREE, min=1)
     finetune: bool = _opt(False, "load only the weights; optimizer, schedule and data start over", START)
-    async_save: bool = _opt(True, "write checkpoints while training goes on", FREE)
+    async_save: bool = _opt(True, "write checkpoints in the background of training", FREE)
     fully_reshardable_every: int = _opt(
         10,
         "every Nth checkpoint, and the last, loads on any tp and pp, at the cost of a pause; 0: only the last",
