@@ -27,31 +27,27 @@ def load_yaml(name_or_path: str) -> dict[str, Any]:
         ValueError: no such recipe or file, not YAML, a key given twice, not a mapping, or files that are each other's
             base.
     """
-    setting = f"--config {name_or_path}"
-    path = _find(name_or_path, Path(), setting)
-    files: list[Path] = []
-    trees: list[dict[str, Any]] = []
-    while True:
-        files.append(path.resolve())
-        tree = _read(path, setting)
-        base = tree.pop("base", None)
-        if trees:
-            from_dict(tree, str(path))  # an error in a base names the base
-        trees.append(tree)
-        if base is None:
-            break
-        setting = f"{path}: base = {base}"
-        if not isinstance(base, str):
-            raise ValueError(f"{setting}: expected the name of a recipe or the path of a YAML file.")
-        path = _find(base, path.parent, setting)
-        if path.resolve() in files:
-            chain = " -> ".join(file.name for file in [*files, path.resolve()])
-            raise ValueError(f"{setting}: the files are each other's base ({chain}). Remove one base.")
-    merged: dict[str, Any] = {}
-    for tree in reversed(trees):
-        for section, values in tree.items():
-            both = isinstance(values, dict) and isinstance(merged.get(section), dict)
-            merged[section] = {**merged[section], **values} if both else values
+    return _load(name_or_path, Path(), f"--config {name_or_path}", ())
+
+
+def _load(name: str, folder: Path, setting: str, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The settings of a file; ``above`` are the files that build on it, ``setting`` is how they name it."""
+    path = _find(name, folder, setting)
+    if path in above:
+        chain = " -> ".join(file.name for file in (*above, path))
+        raise ValueError(f"{setting}: the files are each other's base ({chain}). Remove one base.")
+    tree = _read(path, setting)
+    base = tree.pop("base", None)
+    if above:
+        from_dict(tree, str(path))  # an error in a base names the base
+    if base is None:
+        return tree
+    setting = f"{path}: base = {base}"
+    if not isinstance(base, str):
+        raise ValueError(f"{setting}: expected the name of a recipe or the path of a YAML file.")
+    merged = _load(base, path.parent, setting, (*above, path))
+    for section, values in tree.items():
+        merged[section] = {**merged.get(section, {}), **values} if isinstance(values, dict) else values
     return merged
 
 
@@ -60,14 +56,14 @@ def _find(name: str, folder: Path, setting: str) -> Path:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{setting}: no such file")
-        return path
+        return path.resolve()
     names = recipe_names()
     if name not in names:
         raise ValueError(
             f"{setting}: no such recipe{nearest(name, names)} Recipes: {', '.join(names)}; or give the path of a YAML "
             "file."
         )
-    return _FOLDER / f"{name}.yaml"
+    return (_FOLDER / f"{name}.yaml").resolve()
 
 
 def _read(path: Path, setting: str) -> dict[str, Any]:

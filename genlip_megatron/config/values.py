@@ -39,7 +39,7 @@ ONE_RANK = {
 }
 
 _SWITCH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
-_KINDS = {int: "a whole number", float: "a number", str: "a text"}
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 
 def from_dict(tree: Mapping[str, Any], source: str) -> RunConfig:
