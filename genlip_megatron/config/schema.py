@@ -38,7 +38,7 @@ MODEL, RUN, DATA, FREE, START = OnResume
 
 @dataclass(frozen=True)
 class Range:
-    """The allowed values of a number.
+    """The allowed values of a number, or the allowed length of a list.
 
     >>> print(Range(min=16, multiple_of=16)), print(Range(min=0, below=1)), 8 in Range(min=0)
     must be at least 16 and a multiple of 16
@@ -51,6 +51,7 @@ class Range:
     above: float | None = None
     below: float | None = None
     multiple_of: int | None = None
+    length: int | None = None
 
     def __contains__(self, value: float) -> bool:
         return (
@@ -59,18 +60,19 @@ class Range:
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
             and (self.multiple_of is None or value % self.multiple_of == 0)
+            and (self.length is None or value == self.length)
         )
 
     def __str__(self) -> str:
-        words = {
-            "min": "at least",
-            "max": "at most",
-            "above": "above",
-            "below": "below",
-            "multiple_of": "a multiple of",
+        limits = {
+            "at least": self.min,
+            "at most": self.max,
+            "above": self.above,
+            "below": self.below,
+            "a multiple of": self.multiple_of,
+            "a list of length": self.length,
         }
-        limits = [f"{text} {limit}" for name, text in words.items() if (limit := getattr(self, name)) is not None]
-        return f"must be {' and '.join(limits)}"
+        return f"must be {' and '.join(f'{text} {limit}' for text, limit in limits.items() if limit is not None)}"
 
 
 def _opt(
@@ -79,7 +81,6 @@ def _opt(
     on_resume: OnResume,
     *aliases: str,
     choices: tuple[str, ...] = (),
-    length: int | None = None,
     paths: bool = False,
     **limits: Any,
 ) -> Any:
@@ -90,12 +91,11 @@ def _opt(
         on_resume: what a value other than the checkpoint's means.
         aliases: short flags.
         choices: allowed values, of a list those of its entries.
-        length: number of entries of a list.
         paths: a list of files, which may have commas in their names.
-        limits: of a number, as in ``Range``.
+        limits: as in ``Range``.
     """
-    metadata = {"help": text, "on_resume": on_resume, "aliases": aliases, "choices": choices, "length": length}
-    return field(default=default, metadata={**metadata, "paths": paths, "range": Range(**limits)})
+    metadata = {"help": text, "on_resume": on_resume, "aliases": aliases, "choices": choices, "paths": paths}
+    return field(default=default, metadata={**metadata, "range": Range(**limits)})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from genlip_megatron.config import suggest
 from genlip_megatron.config.paths import split_paths
-from genlip_megatron.config.schema import SECTIONS, SETTINGS, RunConfig
+from genlip_megatron.config.schema import SECTIONS, SETTINGS, Range, RunConfig
 
 # Overrides that use no Transformer Engine.
 LOCAL_LAYERS = {
@@ -81,19 +81,21 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return from_dict(tree, "flags")
 
 
+# The search for layouts checks thousands of configurations, so settings without a range are left out.
+_RANGES = [(*name.split("."), f.metadata["range"]) for name, f in SETTINGS.items() if f.metadata["range"] != Range()]
+
+
 def check_ranges(config: RunConfig) -> None:
-    """Check every number against its range, and every list against its length.
+    """Check every number against its range, and the length of every list of fixed length.
 
     Raises:
         ValueError: names the first setting that is out of range.
     """
-    for name, setting in SETTINGS.items():
-        section, key = name.split(".")
-        value, length = getattr(getattr(config, section), key), setting.metadata["length"]
-        if length is not None and len(value) != length:
-            raise ValueError(f"{name} = {','.join(map(str, value))}: expected {length} values.")
-        if isinstance(value, (int, float)) and value not in setting.metadata["range"]:
-            raise ValueError(f"{name} = {value}: {setting.metadata['range']}.")
+    for section, key, allowed in _RANGES:
+        value = getattr(getattr(config, section), key)
+        if (len(value) if isinstance(value, tuple) else value) not in allowed:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"{section}.{key} = {shown}: {allowed}.")
 
 
 def _convert(value: Any, kind: Any, where: str, choices: tuple[str, ...]) -> Any:

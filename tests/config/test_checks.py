@@ -39,7 +39,7 @@ STAGE_ENDS = "parallel.num_layers_in_first_pipeline_stage = {}, parallel.num_lay
         (["--mbs", "0"], "train.micro_batch_size = 0: must be at least 1"),
         (["--rope-theta", "1"], "model.rope_theta = 1.0: must be above 1"),
         (["--timing-log-level", "3"], "log.timing_log_level = 3: must be at least 0 and at most 2"),
-        (["--rope-sections", "1,2"], "model.rope_sections = 1,2: expected 3 values"),
+        (["--rope-sections", "1,2"], "model.rope_sections = 1,2: must be a list of length 3"),
         (["--num-layers-in-last-pipeline-stage", "-1"], "last_pipeline_stage = -1: must be at least 0"),
         # Model, schedule and data
         (
