@@ -55,7 +55,7 @@ def _find(name: str, folder: Path, setting: str) -> Path:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{setting}: no such file")
+            raise ValueError(f"{setting}: no such file. Check the path; a recipe has no .yaml in its name.")
         return path.resolve()
     names = recipe_names()
     if name not in names:
