@@ -1,7 +1,7 @@
-"""How the project's tools end: a user's error and Ctrl-C are one line each, everything unforeseen is a traceback.
+"""How the project's tools end: one line for a user's error or Ctrl-C, a traceback for a bug.
 
-A program imports this module first: until its ``main`` runs there is nothing to clean up, and Ctrl-C ends it at once.
-As an exception it would be turned into an ImportError by NumPy, or swallowed, while they are imported.
+Programs import this module first. Until ``main`` runs, Ctrl-C ends the process at once: as an exception during imports,
+NumPy would turn it into an ImportError or swallow it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-# What a user's wrong path comes to; other OSErrors, of a full disk say, may be gone the next time.
+# OSErrors of a wrong path. Others, such as a full disk, may not come again.
 FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _ROOT = Path(__file__).parent.parent
 _PROGRAMS = (_ROOT, _ROOT / "tools", _ROOT / "tools" / "benchmarks")
 _USER_ERROR = 2
 _PACKAGE = str(Path(__file__).parent)
-_GRACE = 5.0  # seconds that a worker has to remove what it has half written
+_GRACE = 5.0  # seconds that a worker has to remove its partial files
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """A tool's ``main``, in which an OSError and a ValueError that this project raises are one line and status 2.
+    """Decorate a tool's ``main``: an OSError, or a ValueError that this project raises, is one line and status 2.
 
-    A ValueError of Python's or a library's own is a fault of the program, and keeps its traceback.
+    A ValueError that Python or a library raises is a bug and keeps its traceback.
 
-    SIGINT and SIGTERM are exceptions in it, so that what is half written is removed and workers are ended; a second one
-    ends the process at once. The exit status is then that of the signal: in a shell 130 and 143.
+    SIGINT and SIGTERM raise exceptions, so that partial files are removed and workers end. A second signal ends the
+    process at once. The exit status is the signal's, in a shell 130 or 143.
     """
     prog = Path(main.__code__.co_filename).name
 
@@ -46,7 +46,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             try:
                 return main(*args, **kwargs) or 0
             except BrokenPipeError:
-                # The reader of the output has left, as ``head`` does. Python would write the rest again at exit.
+                # The reader, such as ``head``, is gone. Without this, Python would try to write the rest at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 128 + signal.SIGPIPE
             except (ValueError, OSError) as error:
@@ -59,7 +59,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def _is_users(error: ValueError) -> bool:
-    """Whether a ``raise`` statement of this project or of a tool made the error, not a call that failed."""
+    """Whether a ``raise`` statement of this project or a tool raised the error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
     ours = frame.filename.startswith(_PACKAGE) or not frame.filename.startswith(libraries)
@@ -67,7 +67,7 @@ def _is_users(error: ValueError) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as a user reads it: a system's error as ``file: what is wrong``, others as they say."""
+    """An error's text on one line; a system error as ``file: what is wrong``."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
@@ -101,7 +101,7 @@ def _end_at_once(number: int, _: FrameType | None) -> None:
 
 
 def _on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python itself ends by SIGINT after a KeyboardInterrupt, so that a shell's loop ends as well."""
+    """Print one line for Ctrl-C. Python then ends itself by SIGINT, which also ends a loop in a shell."""
     if issubclass(kind, KeyboardInterrupt):
         _say_interrupted()
     else:
@@ -112,22 +112,22 @@ if Path(sys.argv[0]).resolve().parent in _PROGRAMS and signal.getsignal(signal.S
     signal.signal(signal.SIGINT, _end_at_once)
 sys.excepthook = _on_error
 
-_ending = False  # in a worker that is to end
+_ending = False  # in a worker that has received SIGTERM
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """Processes that end with the block, also when it fails or is interrupted: then at once.
+    """Worker processes that end with the ``with`` block; at once if it fails or is interrupted.
 
-    They are spawned, since clients of remote stores and the locks of threads do not survive a fork, and do not see
-    Ctrl-C, which a terminal sends to all: who uses them ends them.
+    Workers are spawned, because clients of remote stores and locks of threads do not survive a fork. They ignore
+    Ctrl-C, which a terminal sends to every process; the parent ends them.
     """
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, multiprocessing.get_context("spawn"), _end_on_sigterm)
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As of any executor; the first one starts the workers."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
+        """Submit a task; the first one starts the workers."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit the mask
         try:
             return super().submit(_ending_after, task, *args, **kwargs)
         finally:
@@ -158,7 +158,7 @@ def _end_on_sigterm() -> None:
 
 
 def _ending_after(task: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The executor would hand SIGTERM's exception to the parent and go on with the next task."""
+    """Run a task. After SIGTERM end the worker, which would otherwise take the next task."""
     try:
         return task(*args, **kwargs)
     finally:

@@ -1,18 +1,50 @@
-"""Megatron-Core on a machine without CUDA, and nothing else.
+"""Every patch of torch, Megatron-Core and the C library in this project.
 
-Megatron-Core 0.16.1 is written for CUDA devices, but its algorithms need none. Where there is no GPU,
-``install`` points its direct CUDA calls at their CPU meaning: the current device is the CPU, streams and events do
-nothing (CPU work is synchronous), CUDA random states are the CPU generator's. Call it before the first import of a
-``megatron.core`` module that touches devices; ``device_mode`` must also be entered in every further thread that
-runs Megatron-Core code, because torch keeps function modes per thread.
+Call ``install`` before the first import of a ``megatron.core`` module that touches devices. A further thread that runs
+Megatron-Core code must enter ``device_mode``, because torch keeps function modes per thread.
 
-With a GPU this module does nothing.
+Each entry says what is patched, why, and which Megatron-Core version does not need it. The pinned version is 0.16.1;
+0.20.0 was read for this table.
+
+With and without a GPU:
+
+* CUDA_DEVICE_MAX_CONNECTIONS=1. Megatron-Core overlaps tensor-parallel communication correctly only if the GPU starts
+  kernels in the order of their launch. Needed by every version on Hopper and older GPUs.
+* Warnings are hidden. Megatron-Core warns about missing Transformer Engine and Apex, which are optional here, and calls
+  deprecated torch functions. Needed until it stops.
+* "Unknown MLP type" is not logged. ``TransformerLayer`` hands the tensor-parallel group only to its own MLP classes and
+  warns about others. Our MLP takes the default group, which is the same. Not needed by 0.20.0.
+* ``count_steps_per_group`` replaces torch's AdamW. ``DistributedOptimizer`` restores one step tensor for all
+  parameters, which then advances once per parameter: after a resume the bias correction is wrong, without an error.
+  0.20.0 still needs it.
+
+Without a GPU only. Megatron-Core is written for CUDA devices, but its algorithms need none:
+
+* ``torch.cuda`` functions, streams, events, random states and tensor types mean the CPU's. Every version needs it.
+* ``_CudaMeansCpu`` replaces ``device="cuda"``, ``.cuda()`` and CUDA type names. Every version needs it.
+* ``torch.cuda._lazy_call`` runs at once. ``tensor_parallel/random.py`` queues changes of random states until CUDA
+  starts, which never happens. 0.20.0 still needs it.
+* ``transformer_engine`` and ``amp_C`` cannot be imported. Megatron-Core uses their kernels if it can import them, and
+  they run only on GPUs. Every version needs it.
+* ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` copy once in a group of one rank. gloo copies several times.
+  Needed until torch's gloo backend does not.
+* ``torch.compile`` is off while ``megatron.core.jit`` is imported. The module compiles at import, which takes a C++
+  compiler and seconds; its own switch comes too late. 0.20.0 still needs it.
+* glibc keeps freed memory. By default it returns the large buffers of each micro-batch to the system, and getting them
+  back costs a page fault per 4 KiB. Every version needs it.
+
+Workarounds inside a subclass or around a call stay there, each with its reason: ``model/attention/core.py`` (the output
+gate is copied when attention is offloaded), ``train/step.py`` (``finalize_model_grads`` waits for the device),
+``parallel/initial.py`` (marks of sharded parameters), ``checkpoint/loading.py`` (``no_grad``; optimizer settings),
+``checkpoint/content.py`` (padding in optimizer state).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
+import logging
 import os
 import sys
 import warnings
@@ -22,34 +54,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from genlip_megatron.device import keep_freed_memory
-
 SUPPORTED_MEGATRON_CORE = "0.16.1"
 
 _CPU = torch.device("cpu")
 _installed = False
 
 
-class _Stream:
-    """A stand-in for ``torch.cuda.Stream``: CPU work is synchronous, so there is nothing to wait for."""
+class _Idle:
+    """Stands in for ``torch.cuda.Stream`` and ``torch.cuda.Event``: CPU work is synchronous, so nothing waits."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.cuda_stream = 0
-
-    def _nothing(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-    wait_stream = wait_event = synchronize = _nothing
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
-
-    def query(self) -> bool:
-        return True
-
-
-class _Event:
-    """A stand-in for ``torch.cuda.Event``."""
+    cuda_stream = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -57,7 +71,10 @@ class _Event:
     def _nothing(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    record = wait = synchronize = _nothing
+    record = wait = wait_stream = wait_event = synchronize = _nothing
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Idle()
 
     def query(self) -> bool:
         return True
@@ -67,7 +84,7 @@ class _Event:
 
 
 class _Generators:
-    """``torch.cuda.default_generators`` indexed by anything: there is one generator, the CPU's."""
+    """``torch.cuda.default_generators``; every index gives the CPU's generator."""
 
     def __getitem__(self, device: Any) -> torch.Generator:
         return torch.default_generator
@@ -80,7 +97,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Turns ``device="cuda"``, ``.cuda()`` and CUDA type names into their CPU counterparts."""
+    """Replaces ``device="cuda"``, ``.cuda()`` and CUDA type names by their CPU counterparts."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -102,7 +119,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def device_mode() -> Iterator[None]:
-    """Within it, this thread's ``"cuda"`` means the CPU where there is no GPU."""
+    """Inside, ``"cuda"`` means the CPU in this thread if there is no GPU."""
     if torch.cuda.is_available():
         yield
     else:
@@ -111,12 +128,12 @@ def device_mode() -> Iterator[None]:
 
 
 def _nothing() -> Callable[..., None]:
-    """A new function that does nothing; torch's compiler refuses one object under two names."""
+    """A new function that does nothing. torch's compiler refuses the same object under two names."""
     return lambda *args, **kwargs: None
 
 
 def _within_one_rank(collective: Callable) -> Callable:
-    """``collective`` (output, input, ...), which gloo would carry out by several copies even in a group of one rank."""
+    """``collective`` (output, input, ...) with at most one copy in a group of one rank."""
 
     def call(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         group = kwargs.get("group")
@@ -130,25 +147,54 @@ def _within_one_rank(collective: Callable) -> Callable:
 
 
 class _Work:
-    """The handle of a collective that is already done."""
+    """The handle of a finished collective."""
 
     def wait(self, timeout: Any = None) -> bool:
         return True
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of returning it to the system. Other C libraries keep their default."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 32 * 2**20)  # glibc's maximum
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return "Unknown MLP type" not in record.getMessage()
+
+
+def count_steps_per_group(adam: type[torch.optim.Optimizer]) -> None:
+    """Make Megatron-Core use ``adam`` in place of torch's AdamW; with Transformer Engine or Apex do nothing.
+
+    Args:
+        adam: takes the arguments of Apex's FusedAdam and counts steps per parameter group.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer.Adam = distrib_optimizer.Adam = adam  # type: ignore[misc, assignment]
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def install() -> None:
     """Make Megatron-Core run in this process, with or without a GPU. Calling it again does nothing.
 
     Raises:
-        RuntimeError: no GPU, and a version of megatron-core whose CUDA calls have not been mapped.
+        RuntimeError: no GPU, and a megatron-core version whose CUDA calls are not mapped here.
     """
     global _installed
-    # Overlap of tensor-parallel communication with compute relies on one hardware queue; set before CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # What Megatron-Core falls back to without these optional packages is this project's tested default.
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|nvrx|flash).*not installed.*")
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*Falling back.*")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # read when CUDA starts
+    logger = logging.getLogger("megatron.core.transformer.transformer_layer")
+    logger.addFilter(_is_wanted)  # adding the same filter again does nothing
     for message in (
+        ".*(Transformer Engine|Apex|nvrx|flash).*not installed.*",
+        ".*(Transformer Engine|Apex).*Falling back.*",
         "full scope is deprecated",
         r"The \.grad attribute of a Tensor that is not a leaf",
         r"`torch\.distributed\.\w+_tensor` is deprecated",
@@ -161,11 +207,10 @@ def install() -> None:
     found = importlib.metadata.version("megatron-core")
     if found != SUPPORTED_MEGATRON_CORE:
         raise RuntimeError(
-            f"megatron-core {found} without CUDA: only {SUPPORTED_MEGATRON_CORE} is mapped to the CPU; "
-            f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}, or run on a machine with a GPU"
+            f"megatron-core {found} without CUDA: only {SUPPORTED_MEGATRON_CORE} runs on CPUs. Run "
+            f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}, or use a machine with a GPU."
         )
 
-    # Megatron-Core takes the kernels of these wherever they can be imported, and they run on GPUs alone.
     for name in ("transformer_engine", "amp_C"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
@@ -176,11 +221,11 @@ def install() -> None:
         "synchronize": _nothing(),
         "empty_cache": _nothing(),
         "ipc_collect": _nothing(),
-        "Stream": _Stream,
-        "Event": _Event,
+        "Stream": _Idle,
+        "Event": _Idle,
         "stream": lambda stream: contextlib.nullcontext(),
-        "current_stream": lambda device=None: _Stream(),
-        "default_stream": lambda device=None: _Stream(),
+        "current_stream": lambda device=None: _Idle(),
+        "default_stream": lambda device=None: _Idle(),
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
@@ -189,7 +234,6 @@ def install() -> None:
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "default_generators": _Generators(),
-        # Megatron-Core's random tracker sets its states through lazy calls, which would queue for ever.
         "_lazy_call": lambda call, **kwargs: call(),
     }
     for name, value in replacements.items():
@@ -203,8 +247,7 @@ def install() -> None:
     for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "IntTensor", "LongTensor"):
         setattr(torch.cuda, name, getattr(torch, name))
 
-    # Megatron-Core compiles small functions at import, which needs a C++ compiler and seconds of start-up. Its own
-    # switch sits behind that import.
+    # The switch is in the module that compiles at import.
     compile_function = torch.compile
     torch.compile = lambda function=None, **kwargs: function  # type: ignore[assignment, misc]
     try:
@@ -213,6 +256,6 @@ def install() -> None:
         jit.disable_jit_fuser()
     finally:
         torch.compile = compile_function  # type: ignore[misc]
-    keep_freed_memory()
+    _keep_freed_memory()
     _CudaMeansCpu().__enter__()
     _installed = True

@@ -6,14 +6,14 @@ import importlib.util
 
 
 def need_transformers() -> None:
-    """Check, without importing it, that transformers is installed.
+    """Check that transformers is installed, without importing it.
 
     Raises:
-        ValueError: it is not; says what to install.
+        ValueError: it is not.
     """
     try:
         found = importlib.util.find_spec("transformers") is not None
-    except ValueError:  # imported, and nothing that can be found again
+    except ValueError:  # a stand-in in sys.modules without a spec
         found = False
     if not found:
-        raise ValueError("transformers is not installed: pip install 'genlip-megatron[hf]'")
+        raise ValueError("transformers is not installed. Run pip install 'genlip-megatron[hf]'.")

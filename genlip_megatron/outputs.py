@@ -1,6 +1,6 @@
-"""What a command may replace: only what it recognises by its content, or a folder's by its names, as its own.
+"""Commands replace only their own outputs, which they recognize by content, or in a folder by file names.
 
-A file that is missing or empty may always be written. A link is replaced by the file; what it leads to stays as it is.
+A missing or empty file may always be written. Writing to a link replaces the link and keeps its target.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from genlip_megatron.data import storage
 
-# Whether the content of a file is what the command writes.
+# Whether a file's content looks like the command's output.
 Recognise = Callable[[bytes], bool]
 
 
 def begins_with(start: bytes, *parts: bytes) -> Recognise:
-    """Files that begin with ``start`` and hold all of ``parts``.
+    """Files that begin with ``start`` and contain all of ``parts``.
 
     >>> begins_with(b"<svg", b"MFU")(b"<svg><text>MFU</text></svg>")
     True
@@ -26,7 +26,7 @@ def begins_with(start: bytes, *parts: bytes) -> Recognise:
 
 
 def json_object(*keys: str) -> Recognise:
-    """JSON objects that have all of ``keys``.
+    """JSON objects with all of ``keys``.
 
     >>> json_object("a", "b")(b'{"a": 1, "b": 2, "c": 3}'), json_object("a")(b'["a"]'), json_object("a")(b"a")
     (True, False, False)
@@ -43,7 +43,7 @@ def json_object(*keys: str) -> Recognise:
 
 
 def json_lines(is_row: Callable[[set[str]], bool]) -> Recognise:
-    """JSON Lines files in which the keys of every row satisfy ``is_row``.
+    """JSON Lines files where the keys of each row satisfy ``is_row``.
 
     >>> rows = json_lines(lambda keys: keys == {"key", "reason"})
     >>> rows(b'{"key": "1", "reason": "x"}'), rows(b'{"key": "1"}'), rows(b"key reason")
@@ -70,34 +70,37 @@ captions = json_lines(
 
 
 def check_file(target: str | Path, recognise: Recognise, setting: str = "--output") -> None:
-    """Raise ValueError where a file could not be written, or would replace one that the command has not written.
+    """Check that a file can be written and would not replace a file of another origin.
 
     Args:
         target: a path, or a URL of a remote store.
-        recognise: see above.
-        setting: the name of the target in messages.
+        recognise: whether an existing file's content is the command's own.
+        setting: the name of the target in errors.
+
+    Raises:
+        ValueError: it cannot, or it would.
     """
     where = f"{setting} {target}"
-    foreign = ValueError(f"{where}: it exists, and this command did not write it; name another file, or remove it")
+    foreign = ValueError(f"{where}: it exists, and this command did not write it. Name another file, or remove it.")
     if storage.is_remote(str(target)):
         if storage.exists(str(target)) and not _recognised(storage.read_bytes(str(target)), recognise):
             raise foreign
         return
     target = Path(target)
     if target.is_dir():
-        raise ValueError(f"{where}: it is a folder; name a file")
+        raise ValueError(f"{where}: it is a folder. Name a file.")
     if not target.parent.is_dir():
-        raise ValueError(f"{where}: its folder does not exist; make it first")
+        raise ValueError(f"{where}: its folder does not exist. Make it first.")
     if not os.access(target.parent, os.W_OK):
-        raise ValueError(f"{where}: {target.parent} cannot be written to")
+        raise ValueError(f"{where}: {target.parent} is not writable. Name another folder.")
     if not os.path.lexists(target):
         return
     if not target.is_file():
-        raise ValueError(f"{where}: it is no regular file, or a link that leads nowhere; name another")
+        raise ValueError(f"{where}: it is not a regular file, or a broken link. Name another file.")
     try:
         content = target.read_bytes()
     except OSError as error:
-        raise ValueError(f"{where}: it exists and cannot be read ({error.strerror}); name another file") from None
+        raise ValueError(f"{where}: it exists and cannot be read ({error.strerror}). Name another file.") from None
     if not _recognised(content, recognise):
         raise foreign
 
@@ -107,10 +110,10 @@ def _recognised(content: bytes, recognise: Recognise) -> bool:
 
 
 def write(target: str | Path, content: bytes | str, recognise: Recognise, setting: str = "--output") -> None:
-    """Write a whole file, which appears when it is complete.
+    """Write a file, which appears only when it is complete.
 
     Raises:
-        ValueError: as ``check_file``, or the disk cannot be written to.
+        ValueError: as ``check_file``, or the write fails.
     """
     check_file(target, recognise, setting)
     try:
@@ -120,15 +123,15 @@ def write(target: str | Path, content: bytes | str, recognise: Recognise, settin
 
 
 def first_other(folder: Path, known: Callable[[str], bool]) -> str:
-    """The first file, link or empty folder below a folder that is not ``known``; "" when all are.
+    """The first file, link or empty folder below ``folder`` that is not ``known``; "" if all are.
 
     Args:
-        known: is asked about a path relative to the folder, with forward slashes. Links are not followed.
+        known: takes a path relative to ``folder``. Links are not followed.
     """
     for place, folders, files in os.walk(folder):
         folders.sort()
-        whole = [name for name in folders if os.path.islink(path := os.path.join(place, name)) or not os.listdir(path)]
-        for name in sorted(files + whole):
+        leaves = [name for name in folders if os.path.islink(path := os.path.join(place, name)) or not os.listdir(path)]
+        for name in sorted(files + leaves):
             path = os.path.relpath(os.path.join(place, name), folder)
             if not known(path):
                 return path

@@ -1,8 +1,7 @@
-"""Tokenizers: a file -> token ids that depend on the text only, and back.
+"""Tokenizers: text to token ids that depend only on the text, and back.
 
-A tokenizer file may carry settings that make encoding depend on something else: truncation and padding that some
-library left on when it saved the file, or BPE dropout. They are switched off here. A file that changes letters
-on the way in is refused: the model could never write them.
+A tokenizer file may contain truncation, padding or BPE dropout. They are switched off here. A file whose normalization
+loses letters is refused, because the model could never write them.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from typing import Any, Protocol
 
 END_OF_TURN = "<|im_end|>"
 _LETTERS = string.digits + string.ascii_letters + string.punctuation + "éÉñ"
-# A character that no vocabulary has: bytes write it, or nothing does.
+# A character that no vocabulary has as a token of its own.
 _UNHEARD_OF = "\U0010fffd"
-# How tokenizers spell markup that is no text, whether or not their files mark it as special.
+# The spelling of control tokens, also of those that a file does not mark as special.
 _MARKUP = re.compile(r"<\|.+\|>", re.DOTALL)
 
 
 class Tokenizer(Protocol):
-    """What the project needs of a tokenizer.
+    """The interface of a tokenizer.
 
     Attributes:
-        fingerprint: SHA-256 of the file, in hexadecimal; of what it should be where settings were switched off.
-        vocab_size: rows that embedding and head need: the largest id + 1, also where ids have holes.
-        closing_ids: of the end token and of a line break, which close every sample.
-        control_tokens: tokens that are markup, not text. Text that spells one must be refused.
+        fingerprint: hexadecimal SHA-256 of the file, without settings that were switched off.
+        vocab_size: rows of embedding and head: the largest id + 1, even if some ids are unused.
+        closing_ids: ids of the end token and a line break, which close every sample.
+        control_tokens: tokens that are not text. Text that contains one must be refused.
     """
 
     fingerprint: str
@@ -39,19 +38,19 @@ class Tokenizer(Protocol):
     control_tokens: tuple[str, ...]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; nothing is added. A control token that it spells becomes that token."""
+        """Token ids of ``text``, with nothing added. The text of a control token becomes that token."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of many texts, without holding the interpreter lock."""
+        """``encode`` for many texts; releases the GIL."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, control tokens included; the model's rows without a token have none."""
+        """Text of ``ids`` with control tokens. Ids that the tokenizer lacks are left out."""
         ...
 
     def lost(self, text: str) -> str:
-        """Letters of ``text`` that no token stands for; empty where the tokenizer can write all of it."""
+        """Letters of ``text`` that no token can write; empty if there are none."""
         ...
 
 
@@ -64,7 +63,7 @@ class _HuggingFace:
         self.fingerprint = hashlib.sha256(content).hexdigest()
         end = backend.token_to_id(END_OF_TURN)
         if end is None:
-            raise ValueError(f"it has no token {END_OF_TURN!r}, which closes every sample")
+            raise ValueError(f"it has no token {END_OF_TURN!r}, which closes every sample. Add it to the tokenizer.")
         self._unknown = _unknown_token(backend)
         _check_spaces(self.encode, backend.token_to_id(self._unknown) if self._unknown else None)
         self.closing_ids = [end, *self.encode("\n")]
@@ -90,7 +89,7 @@ class _HuggingFace:
             number = self._backend.token_to_id(self._unknown)
             unknown = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == number]
             return "".join(text[first:last] for first, last in unknown)
-        # Without a token for the unknown, the backend drops it without a word.
+        # Without an unknown token the backend silently drops such letters.
         normalizer = self._backend.normalizer
         wanted = collections.Counter("".join((normalizer.normalize_str(text) if normalizer else text).split()))
         return "".join((wanted - collections.Counter(self.decode(encoding.ids))).elements())
@@ -106,8 +105,8 @@ class _SentencePiece:
         self.closing_ids = [backend.piece_to_id(piece) for piece in (END_OF_TURN, "\n")]
         if backend.unk_id() in self.closing_ids:
             raise ValueError(
-                f"it lacks the pieces {END_OF_TURN!r} and '\\n', which close every sample; train it with them as "
-                "user-defined symbols (tools/train_tokenizer.py does)"
+                f"it lacks the pieces {END_OF_TURN!r} and '\\n', which close every sample. Train it with both as "
+                "user-defined symbols, as tools/train_tokenizer.py does."
             )
         _check_letters(backend.normalize)
         ids = range(self.vocab_size)
@@ -137,19 +136,19 @@ class _SentencePiece:
 
 
 def read_tokenizer_json(path: str | Path) -> tuple[Any, bytes]:
-    """(tokenizer of the library ``tokenizers``, what the file should hold) of a ``tokenizer.json``.
+    """(tokenizer of the library ``tokenizers``, file content) of a ``tokenizer.json``.
 
-    The bytes are the file's own, unless it carried truncation, padding or dropout, which are switched off.
+    Truncation, padding and dropout are switched off, also in the content. Without them the content is the file's bytes.
 
     Raises:
-        ValueError: it cannot be read, or changes or drops letters.
+        ValueError: it cannot be read, or loses letters.
     """
     from tokenizers import Tokenizer as Backend
 
     content = Path(path).read_bytes()
     try:
         backend = Backend.from_buffer(content)
-    except Exception as error:  # the library has no class of its own for them
+    except Exception as error:  # the library raises plain Exceptions
         raise ValueError(f"cannot be read as a tokenizer: {error}") from error
     dropout = getattr(backend.model, "dropout", None)
     if backend.truncation is not None or backend.padding is not None or dropout is not None:
@@ -164,44 +163,44 @@ def read_tokenizer_json(path: str | Path) -> tuple[Any, bytes]:
         spans = [span for _, span in backend.pre_tokenizer.pre_tokenize_str(_LETTERS)]
         kept = "".join(_LETTERS[first:last] for first, last in spans)
         if missing := [letter for letter in _LETTERS if letter not in kept]:
-            raise ValueError(f"its pre_tokenizer drops {''.join(missing)!r}: take one that keeps all text")
+            raise ValueError(f"its pre_tokenizer drops {''.join(missing)!r}. Use one that keeps all text.")
     return backend, content
 
 
 def _check_letters(normalize: Callable[[str], str]) -> None:
-    """Raise ValueError when a normalizer drops letters, or makes different ones the same."""
+    """Raise ValueError if a normalizer drops letters or maps two letters to the same text."""
     results: dict[str, str] = {}
     for letter in _LETTERS:
         result = normalize(letter)
         if not result.strip() or result in results:
             what = f"makes {results[result]!r} and {letter!r} the same" if result in results else f"drops {letter!r}"
             raise ValueError(
-                f"its normalizer {what}: the model could never tell or write them; take one that keeps them"
+                f"its normalizer {what}, so the model could never tell or write them. Use one that keeps them."
             )
         results[result] = letter
 
 
 def _check_spaces(encode: Callable[[str], list[int]], unknown: int | None) -> None:
-    """Raise ValueError when words run together, or a line break has no token but that for the ``unknown``."""
+    """Raise ValueError if words run together, or if a line break has no token other than ``unknown``."""
     without, space, line = (encode(text) for text in ("~^", "~ ^", "~\n^"))
     if space == without:
-        raise ValueError("it drops spaces: the model could never write them; take one that keeps them")
+        raise ValueError("it drops spaces, so the model could never write them. Use one that keeps them.")
     if line in (without, space) or not encode("\n") or unknown in encode("\n"):
-        raise ValueError("it has no token for a line break, which closes every sample; take one that keeps them")
+        raise ValueError("it has no token for a line break, which closes every sample. Use one that keeps line breaks.")
 
 
 def _unknown_token(backend: Any) -> str | None:
-    """The token that stands for text which has none."""
+    """The token of text that has no other token."""
     if name := getattr(backend.model, "unk_token", None):
         return name
-    # Unigram only knows its number, and keeps the text as what the token says.
+    # Unigram knows only its id, and reports the text in place of the token's name.
     encoding = backend.encode(_UNHEARD_OF, add_special_tokens=False)
     names = [(backend.id_to_token(i), token) for i, token in zip(encoding.ids, encoding.tokens, strict=True)]
     return next((name for name, token in names if name != token), None)
 
 
 def _writes_all_bytes(backend: Any, vocabulary: dict[str, int]) -> bool:
-    """Whether every byte of a text has a token, which is used: byte-level BPE, or fallback to bytes."""
+    """Whether every byte has a token and the tokenizer uses it: byte-level BPE or byte fallback."""
     from tokenizers import pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -213,29 +212,28 @@ def _writes_all_bytes(backend: Any, vocabulary: dict[str, int]) -> bool:
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """A Hugging Face ``tokenizer.json`` or a SentencePiece ``.model`` file.
+    """The tokenizer of a Hugging Face ``tokenizer.json`` or a SentencePiece ``.model`` file.
 
     Raises:
-        ValueError: no such file, another kind of file, one that changes text, or a token id without one of
-            ``vocab_size`` rows.
+        ValueError: no such file, not a tokenizer, one that loses letters, or a token id of ``vocab_size`` or above.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"data.tokenizer = {str(path)!r}: no such file; give a tokenizer.json or a SentencePiece .model"
+            f"data.tokenizer = {str(path)!r}: no such file. Give a tokenizer.json or a SentencePiece .model."
         )
     if path.suffix not in (".json", ".model"):
-        raise ValueError(f"data.tokenizer = {path}: expected a Hugging Face .json or a SentencePiece .model file")
+        raise ValueError(f"data.tokenizer = {path}: expected a Hugging Face .json or a SentencePiece .model file.")
     kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
     try:
         tokenizer = kind(path)
     except ValueError as error:
         raise ValueError(f"data.tokenizer = {path}: {error}") from error
-    except Exception as error:  # of SentencePiece, which has errors of its own
+    except Exception as error:  # SentencePiece raises its own types
         raise ValueError(f"data.tokenizer = {path}: cannot be read as a tokenizer: {error}") from error
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"data.tokenizer = {path}: its tokens do not fit model.vocab_size = {vocab_size}; set --vocab-size to at "
-            f"least {tokenizer.vocab_size}, its largest id + 1"
+            f"data.tokenizer = {path}: its tokens do not fit model.vocab_size = {vocab_size}. Set --vocab-size to at "
+            f"least {tokenizer.vocab_size}, its largest id + 1."
         )
     return tokenizer

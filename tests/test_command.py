@@ -1,4 +1,4 @@
-"""A tool ends with one line for a user's error and for Ctrl-C, and takes its workers and half-written files along."""
+"""A tool prints one line for a user's error or Ctrl-C, ends its workers and removes its partial files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ if __name__ == "__main__":
 
 
 def in_terminal(*words: str) -> tuple[int, int]:
-    """(pid, terminal) of a command as the foreground job of a terminal of its own."""
+    """(pid, terminal) of a command that runs in the foreground of a new terminal."""
     pid, terminal = pty.fork()
     if not pid:
         os.environ["PYTHONPATH"] = str(ROOT)
@@ -109,8 +109,8 @@ def ended(pid: int, terminal: int, seconds: float = 60) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_tool_that_is_interrupted_ends_its_workers_and_leaves_nothing(number: int, tmp_path: Path) -> None:
-    """Ctrl-C of a terminal reaches all processes of the tool, SIGTERM only the tool."""
+def test_an_interrupted_tool_ends_its_workers_and_leaves_no_files(number: int, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C reaches all processes of the tool; SIGTERM reaches only the tool."""
     tool = tmp_path / "tool.py"
     tool.write_text(TOOL)
     pid, terminal = in_terminal(str(tool), str(tmp_path))
@@ -123,7 +123,7 @@ def test_a_tool_that_is_interrupted_ends_its_workers_and_leaves_nothing(number: 
     else:
         os.kill(pid, number)
     status, output = ended(pid, terminal)
-    # By the signal itself, so that a shell's loop ends too; the shell says 130.
+    # Ended by SIGINT itself, which also ends a loop in a shell.
     assert status == (-signal.SIGINT if number == signal.SIGINT else 128 + number), output
     assert output.split() == (["^C", "tool.py:", "interrupted"] if number == signal.SIGINT else [])
     assert not list(tmp_path.glob("*.partial"))
@@ -154,7 +154,7 @@ def test_what_does_not_end_after_ctrl_c_is_ended(place: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["estimate.py", "export_encoder.py", "inspect_data.py", "prepare_data.py"])
 def test_ctrl_c_while_a_tool_imports_is_one_line(name: str) -> None:
     pid, terminal = in_terminal(str(ROOT / "tools" / name), "--help")
-    # NumPy's library comes after the project's first module.
+    # NumPy is imported after the project's first module.
     while not any("numpy" in part.path for part in psutil.Process(pid).memory_maps()):
         time.sleep(0.01)
     os.write(terminal, b"\x03")
@@ -182,7 +182,7 @@ def test_a_users_error_is_one_line(error: Exception, line: str, capsys: pytest.C
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_programming_error_keeps_its_traceback() -> None:
+def test_another_error_keeps_its_traceback() -> None:
     @command
     def main() -> None:
         raise TypeError
@@ -191,7 +191,7 @@ def test_a_programming_error_keeps_its_traceback() -> None:
         main()
 
 
-def test_a_reader_that_has_enough_ends_a_tool_quietly() -> None:
+def test_a_reader_that_closes_the_pipe_ends_a_tool_quietly() -> None:
     code = (
         "import sys; from genlip_megatron.command import command\n"
         "@command\ndef main():\n    for number in range(10**6): print(number)\n"
@@ -212,7 +212,7 @@ TOOLS = {
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_a_path_that_leads_nowhere_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_missing_path_is_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "broken.tar").symlink_to("/nowhere")
     places = {"INPUT": "broken.tar", "OUT": "out", "FILE/OUT": "file/out"}
@@ -229,6 +229,6 @@ def unpacks_nothing() -> None:
 
 
 @pytest.mark.parametrize("fails", [unpacks_nothing, lambda: int("x"), lambda: json.loads("{")])
-def test_a_fault_of_the_program_keeps_its_traceback(fails: Callable[[], Any]) -> None:
+def test_a_value_error_of_a_bug_keeps_its_traceback(fails: Callable[[], Any]) -> None:
     with pytest.raises(ValueError):
         command(lambda: fails())()

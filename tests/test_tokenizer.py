@@ -1,4 +1,4 @@
-"""A tokenizer gives ids that depend on the text only, and every id has a row in the model."""
+"""Token ids depend only on the text, and each has a row in the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = "Two red crosses at the top left, a green square below."
 
 
 def byte_level(letters: str = "", **model: object) -> Tokenizer:
-    """A tokenizer of single bytes (or of some letters), with a few merges, whose end token is the last."""
+    """A tokenizer of single bytes (or some letters) with a few merges. The end token is last."""
     alphabet = sorted(letters or pre_tokenizers.ByteLevel.alphabet())
     merges = [("e", "d"), ("r", "ed"), ("t", "h"), ("th", "e")] if not letters else []
     vocabulary = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
@@ -49,7 +49,7 @@ def test_state_in_the_file_is_switched_off(kind: str, tmp_path: Path) -> None:
     for _ in range(5):
         assert loaded.encode(TEXT) == plain.encode(TEXT)
         assert loaded.encode_batch([TEXT, "red"]) == [plain.encode(TEXT), plain.encode("red")]
-    # An index that was made with the state counts fewer tokens: it must not pass for one of this tokenizer.
+    # An index made with the state counts fewer tokens, so its fingerprint must differ.
     assert loaded.fingerprint != plain.fingerprint and loaded.closing_ids == plain.closing_ids
     export_tokenizer(path, tmp_path / "exported")
     exported = load_tokenizer(tmp_path / "exported" / "tokenizer.json")
@@ -75,7 +75,7 @@ def test_a_file_without_state_keeps_its_bytes(tmp_path: Path) -> None:
         ("pre_tokenizer", pre_tokenizers.Split(Pattern("[0-9]"), "removed"), "its pre_tokenizer drops '0123456789'"),
     ],
 )
-def test_a_file_that_changes_letters_is_refused(part: str, value: object, message: str, tmp_path: Path) -> None:
+def test_a_file_that_loses_letters_is_refused(part: str, value: object, message: str, tmp_path: Path) -> None:
     tokenizer = byte_level()
     setattr(tokenizer, part, value)
     path = saved(tokenizer, tmp_path / "tokenizer.json")
@@ -109,15 +109,15 @@ def test_a_file_that_loses_spaces_or_line_breaks_is_refused(
 
 
 @pytest.mark.parametrize("value", [normalizers.NFC(), normalizers.NFKC(), normalizers.Replace(" ", "_"), None])
-def test_a_normalizer_that_keeps_letters_is_taken(value: object, tmp_path: Path) -> None:
+def test_a_normalizer_that_keeps_letters_is_accepted(value: object, tmp_path: Path) -> None:
     tokenizer = byte_level()
     if value is not None:
         tokenizer.normalizer = value
     assert load_tokenizer(saved(tokenizer, tmp_path / "tokenizer.json")).lost("any text, 猫") == ""
 
 
-def holes(path: Path) -> Path:
-    """A file of 36 tokens, the largest of id 700."""
+def with_unused_ids(path: Path) -> Path:
+    """A file of 36 tokens whose largest id is 700."""
     fields = json.loads(byte_level("abcdefghijklmnopqrstuvwxyz ĊĠ,.<|>_").to_str())
     tokens = {END_OF_TURN: 500, "<|other|>": 700}
     fields["added_tokens"] = [fields["added_tokens"][0] | {"id": i, "content": t} for t, i in tokens.items()]
@@ -126,11 +126,11 @@ def holes(path: Path) -> Path:
     return path
 
 
-def test_the_largest_id_must_fit_not_the_number_of_tokens(tmp_path: Path) -> None:
-    path = holes(tmp_path / "tokenizer.json")
+def test_the_largest_id_must_fit(tmp_path: Path) -> None:
+    path = with_unused_ids(tmp_path / "tokenizer.json")
     for size in (40, 512, 700):
         with pytest.raises(
-            ValueError, match=rf"do not fit model.vocab_size = {size}; set --vocab-size to at least 701"
+            ValueError, match=rf"do not fit model.vocab_size = {size}. Set --vocab-size to at least 701"
         ):
             load_tokenizer(path, size)
     tokenizer = load_tokenizer(path, 701)
@@ -140,15 +140,15 @@ def test_the_largest_id_must_fit_not_the_number_of_tokens(tmp_path: Path) -> Non
     assert tokenizer.decode([650, *ids[:5], 703]) == "a cat"
 
 
-def test_an_export_keeps_ids_behind_holes(tmp_path: Path) -> None:
+def test_an_export_keeps_ids_after_unused_ones(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    export_tokenizer(holes(tmp_path / "tokenizer.json"), tmp_path / "exported")
+    export_tokenizer(with_unused_ids(tmp_path / "tokenizer.json"), tmp_path / "exported")
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert exported.decode([0, 700]) == load_tokenizer(tmp_path / "tokenizer.json", 701).decode([0, 700])
     assert exported.eos_token_id == 500
 
 
-def test_text_without_a_token_is_named(tmp_path: Path) -> None:
+def test_letters_without_a_token_are_listed(tmp_path: Path) -> None:
     silent = load_tokenizer(saved(byte_level("abcdeghijklmnopqrstuvwxyz ĠĊ"), tmp_path / "silent.json"))
     assert silent.lost("a cat") == "" and silent.lost("a Calf") == "Cf"
     unknown = byte_level("abcdeghijklmnopqrstuvwxyz ĠĊ", unk_token=None)
@@ -185,7 +185,7 @@ def test_tokens_for_bytes_must_be_used(fallback: bool, tmp_path: Path) -> None:
     assert loaded.lost("a 猫") == ("" if fallback else "猫")
 
 
-def test_markup_is_control_whatever_the_file_calls_it(tmp_path: Path) -> None:
+def test_markup_is_a_control_token_even_if_not_marked_special(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens(["<|fim|>", "<b>", "cat", "\n\n"])
     assert load_tokenizer(saved(tokenizer, tmp_path / "t.json")).control_tokens == (END_OF_TURN, "<|fim|>")

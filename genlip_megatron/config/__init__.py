@@ -1,30 +1,26 @@
-"""The settings of a run: what they are, how they are read, and which cannot go together."""
+"""The settings of a run: what they are, how they are read, and which combinations are refused."""
 
+from genlip_megatron.config.mixture import source_epochs, source_weights
+from genlip_megatron.config.recipes import load_yaml, recipe_names
 from genlip_megatron.config.schema import (
     DEFAULT_PROMPT,
     LINEAR_INPUTS,
-    LOCAL_LAYERS,
-    ONE_RANK,
     PATCH_SIZE,
     PATCH_VALUES,
     SECTIONS,
+    SETTINGS,
     CheckpointConfig,
     DataConfig,
     FaultsConfig,
     LogConfig,
     ModelConfig,
+    OnResume,
     ParallelConfig,
     RunConfig,
     TrainConfig,
-    from_dict,
-    load_yaml,
-    nearest,
-    override,
-    recipe_names,
-    source_epochs,
-    source_weights,
-    split_paths,
 )
+from genlip_megatron.config.suggest import nearest
+from genlip_megatron.config.values import LOCAL_LAYERS, ONE_RANK, from_dict, override
 
 __all__ = [
     "DEFAULT_PROMPT",
@@ -34,11 +30,13 @@ __all__ = [
     "PATCH_SIZE",
     "PATCH_VALUES",
     "SECTIONS",
+    "SETTINGS",
     "CheckpointConfig",
     "DataConfig",
     "FaultsConfig",
     "LogConfig",
     "ModelConfig",
+    "OnResume",
     "ParallelConfig",
     "RunConfig",
     "TrainConfig",
@@ -49,5 +47,4 @@ __all__ = [
     "recipe_names",
     "source_epochs",
     "source_weights",
-    "split_paths",
 ]

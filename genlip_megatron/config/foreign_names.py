@@ -1,12 +1,11 @@
-"""Names of settings in Megatron-LM, torchtitan, OpenCLIP, Hugging Face's Trainer, LLaVA and nanochat, and what they are
-here.
+"""Names of settings in Megatron-LM, torchtitan, OpenCLIP, Hugging Face's Trainer, LLaVA and nanochat.
 
-Only for error messages: no foreign name is accepted. Names are written with dashes, as flags without the leading ones.
+Only for error messages; no foreign name is accepted. Names are written with dashes and without the leading ones.
 """
 
 from __future__ import annotations
 
-# Setting here -> names of the same thing elsewhere, in the same unit.
+# A setting or YAML section -> its names elsewhere, with the same unit.
 _EQUAL = {
     # Data
     "train_data": "data-path train-data-path training-data data train-shards dataset-path training.dataset-path "
@@ -85,96 +84,98 @@ _EQUAL = {
     "checkpoint": "checkpointing checkpoints",
 }
 
-_BATCH = (
-    "batches are counted in packs of seq_length tokens: --micro-batch-size packs a rank and pass, --global-batch-size "
-    "packs a step"
-)
-_EPOCHS = (
-    "a run is --train-iters steps of --global-batch-size packs; tools/prepare_data.py says how many packs an epoch has"
-)
-_ACCUMULATION = "it follows from --global-batch-size / (--micro-batch-size * data parallel size)"
-_WARMUP = "warmup is given in steps: --lr-warmup-iters"
-_PRECISION = "use --precision bf16 or fp32; there is no fp16 training"
-_RECOMPUTE = "use --recompute selective or full, with --recompute-modules or --recompute-num-layers"
-_ATTENTION = "use --attention-backend; auto takes a fused kernel where one runs"
-_WORLD = "torchrun sets it: --nnodes and --nproc-per-node, before pretrain_genlip.py"
-_ALWAYS = "it is always so here; leave it out"
-_COSINE = "the schedule is linear warmup (--lr-warmup-iters), then cosine to --min-lr at --train-iters"
-_OPTIMIZER = "the optimizer is AdamW, always distributed over the data-parallel ranks; leave it out"
-_MODEL = "a model is a recipe or a YAML file: --config, as --config so16_stage1"
-_NAME = "a run is known by its folder: --save"
-_TRACKER = "TensorBoard is always written; --wandb-project NAME logs to Weights & Biases as well"
-_DATASET = "--train-data takes .tar shards and manifests; tools/make_shards.py packs tables and folders"
+# What to do instead, then the foreign names. Megatron-LM's switches for what is always on are among them.
+_INSTEAD = """
+batch sizes count packs of seq_length tokens: use --micro-batch-size packs per rank and pass, --global-batch-size \
+packs per step
+    batch-size per-device-train-batch-size per-device-eval-batch-size per-device-batch-size batch-size-per-gpu
+    per-gpu-train-batch-size local-batch-size training.local-batch-size device-batch-size total-batch-size
+    train-batch-size bs bsz training.global-batch-size parallelism.pipeline-parallel-microbatch-size
+a run has --train-iters steps of --global-batch-size packs; tools/prepare_data.py prints the packs of an epoch
+    epochs num-train-epochs num-epochs n-epochs nepochs max-epochs train-samples train-num-samples val-num-samples
+    iter-per-epoch total-samples train-tokens max-tokens
+it follows from --global-batch-size / (--micro-batch-size * data parallel size)
+    gradient-accumulation-steps accum-freq grad-accum-steps accumulate-grad-batches grad-accumulation-steps
+    grad-accum accum-steps accumulation-steps gas
+    num-microbatches
+give the warmup in steps: --lr-warmup-iters
+    lr-warmup-fraction lr-warmup-samples lr-warmup-init warmup-ratio warmup-fraction warmup-epochs
+use --precision bf16 or fp32; there is no fp16 training
+    bf16 fp16 fp32 amp half bf16-full-eval fp16-full-eval tf32 loss-scale initial-loss-scale
+    accumulate-allreduce-grads-in-fp32 grad-reduce-in-bf16 training.mixed-precision-reduce
+use --recompute selective or full, with --recompute-modules or --recompute-num-layers
+    gradient-checkpointing grad-checkpointing activation-checkpointing recompute-granularity recompute-method
+    recompute-activations checkpoint-activations activation-checkpoint.mode activation-checkpoint.selective-ac-option
+use --attention-backend; auto takes a fused kernel if one runs here
+    use-flash-attn flash-attention use-flash-attention flash-attn use-xformers
+torchrun sets it: use --nnodes and --nproc-per-node before pretrain_genlip.py
+    world-size nproc-per-node nnodes node-rank rank local-rank master-addr master-port num-gpus gpus devices num-nodes
+    data-parallel-size dp distributed-backend dist-url
+data parallel size is world size / (tp * pp * cp); --fsdp also shards weights and gradients
+    parallelism.data-parallel-replicate-degree parallelism.data-parallel-shard-degree data-parallel-shard-degree
+    data-parallel-replicate-degree data-parallel-sharding-strategy
+it is always so; leave it out
+    use-distributed-optimizer use-mcore-models swiglu use-rotary-position-embeddings no-position-embedding
+    untie-embeddings-and-output-weights disable-bias-linear use-dist-ckpt normalization position-embedding-type
+    attention-softmax-in-fp32 dataloader-type ckpt-format auto-detect-ckpt-format group-query-attention
+    add-bias-linear do-train ddp-backend data-impl split checkpoint.enable checkpoint.enable-checkpoint
+    dataset-resampled remove-unused-columns lazy-preprocess bidirectional-attention
+the schedule is linear warmup (--lr-warmup-iters), then cosine to --min-lr at --train-iters
+    lr-decay lr-decay-style lr-decay-iters lr-decay-samples lr-decay-steps lr-scheduler lr-scheduler-type lr-schedule
+    lr-wsd-decay-style lr-wsd-decay-iters lr-scheduler.decay-ratio lr-scheduler.decay-type lr-scheduler.min-lr-factor
+    lr-scheduler.lr-min warmdown-ratio final-lr-frac skip-scheduler
+the optimizer is always AdamW, distributed over the data-parallel ranks; leave it out
+    optimizer optim opt opt-kwargs optimizer.name optimizer.implementation momentum use-zero zero-stage deepspeed
+a model is a recipe or a YAML file: use --config, as --config so16_stage1
+    model model-name model-type arch model-name-or-path vision-tower model.name model.flavor job.config-file yaml-cfg
+    config-file model-config
+the folder of a run identifies it: use --save
+    name run-name exp-name experiment-name wandb-exp-name wandb-run-name wandb-name job.description
+TensorBoard logs are always written; --wandb-project NAME also logs to Weights & Biases
+    report-to tensorboard metrics.enable-tensorboard metrics.enable-wandb enable-wandb use-wandb logger log-with
+--train-data takes .tar shards and manifests; tools/make_shards.py packs tables and folders
+    dataset-type dataset dataset-name data-format csv-img-key csv-caption-key csv-separator image-key text-key
+    json-text-key train-data-file
+the file of --tokenizer decides: tokenizer.json or SentencePiece .model
+    tokenizer-type
+patches are always 16 x 16 pixels; leave it out
+    patch-size patch-dim
+use --vocab-size, a multiple of the tensor parallel size
+    padded-vocab-size make-vocab-size-divisible-by
+use --vpp, the number of model chunks per stage
+    num-layers-per-virtual-pipeline-stage
+models have no experts; leave it out
+    expert-model-parallel-size num-experts parallelism.expert-parallel-degree ep
+every head has its own keys and values of hidden_size / num_attention_heads channels; leave it out
+    num-query-groups n-kv-heads num-key-value-heads kv-channels head-dim
+the only dropout is DropPath: --drop-path-rate
+    hidden-dropout attention-dropout dropout
+use --fusion compile
+    compile torch-compile torchcompile training.compile compile.enable
+only --freeze-embeddings and --freeze-head freeze weights
+    lock-image freeze-vision freeze-backbone freeze-lm freeze-llm tune-mm-mlp-adapter
+checkpoints always hold the whole run; load only the weights with --load DIR --finetune
+    no-save-optim no-save-rng no-load-rng checkpoint.last-save-model-only
+a run resumes from the checkpoints in --save; name a new folder to start over
+    overwrite-output-dir
+use --eval-interval and --eval-iters, or --eval-only
+    do-eval eval-strategy evaluation-strategy
+use --save-interval, --keep-last, --keep-every and --keep-best
+    save-strategy save-most-recent
+"""
 
-# Names -> what does it here instead. A Megatron-LM switch that is the rule here is among them.
-_INSTEAD = {
-    "batch-size per-device-train-batch-size per-device-eval-batch-size per-device-batch-size batch-size-per-gpu "
-    "per-gpu-train-batch-size local-batch-size training.local-batch-size device-batch-size total-batch-size "
-    "train-batch-size bs bsz training.global-batch-size parallelism.pipeline-parallel-microbatch-size": _BATCH,
-    "epochs num-train-epochs num-epochs n-epochs nepochs max-epochs train-samples train-num-samples val-num-samples "
-    "iter-per-epoch total-samples train-tokens max-tokens": _EPOCHS,
-    "gradient-accumulation-steps accum-freq grad-accum-steps accumulate-grad-batches grad-accumulation-steps "
-    "grad-accum accum-steps accumulation-steps gas num-microbatches": _ACCUMULATION,
-    "lr-warmup-fraction lr-warmup-samples lr-warmup-init warmup-ratio warmup-fraction warmup-epochs": _WARMUP,
-    "bf16 fp16 fp32 amp half bf16-full-eval fp16-full-eval tf32 loss-scale initial-loss-scale "
-    "accumulate-allreduce-grads-in-fp32 grad-reduce-in-bf16 training.mixed-precision-reduce": _PRECISION,
-    "gradient-checkpointing grad-checkpointing activation-checkpointing recompute-granularity recompute-method "
-    "recompute-activations checkpoint-activations activation-checkpoint.mode "
-    "activation-checkpoint.selective-ac-option": _RECOMPUTE,
-    "use-flash-attn flash-attention use-flash-attention flash-attn use-xformers": _ATTENTION,
-    "world-size nproc-per-node nnodes node-rank rank local-rank master-addr master-port num-gpus gpus devices "
-    "num-nodes data-parallel-size dp distributed-backend dist-url": _WORLD,
-    "parallelism.data-parallel-replicate-degree parallelism.data-parallel-shard-degree data-parallel-shard-degree "
-    "data-parallel-replicate-degree data-parallel-sharding-strategy": "data parallel size is world size / (tp * pp * "
-    "cp); --fsdp shards weights and gradients too",
-    "use-distributed-optimizer use-mcore-models swiglu use-rotary-position-embeddings no-position-embedding "
-    "untie-embeddings-and-output-weights disable-bias-linear use-dist-ckpt normalization position-embedding-type "
-    "attention-softmax-in-fp32 dataloader-type ckpt-format auto-detect-ckpt-format group-query-attention "
-    "add-bias-linear do-train ddp-backend data-impl split checkpoint.enable checkpoint.enable-checkpoint "
-    "dataset-resampled remove-unused-columns lazy-preprocess bidirectional-attention": _ALWAYS,
-    "lr-decay lr-decay-style lr-decay-iters lr-decay-samples lr-decay-steps lr-scheduler lr-scheduler-type "
-    "lr-schedule lr-wsd-decay-style lr-wsd-decay-iters lr-scheduler.decay-ratio lr-scheduler.decay-type "
-    "lr-scheduler.min-lr-factor lr-scheduler.lr-min warmdown-ratio final-lr-frac skip-scheduler": _COSINE,
-    "optimizer optim opt opt-kwargs optimizer.name optimizer.implementation momentum use-zero zero-stage "
-    "deepspeed": _OPTIMIZER,
-    "model model-name model-type arch model-name-or-path vision-tower model.name model.flavor job.config-file "
-    "yaml-cfg config-file model-config": _MODEL,
-    "name run-name exp-name experiment-name wandb-exp-name wandb-run-name wandb-name job.description": _NAME,
-    "report-to tensorboard metrics.enable-tensorboard metrics.enable-wandb enable-wandb use-wandb logger "
-    "log-with": _TRACKER,
-    "dataset-type dataset dataset-name data-format csv-img-key csv-caption-key csv-separator image-key text-key "
-    "json-text-key train-data-file": _DATASET,
-    "tokenizer-type": "--tokenizer tells the kind of a tokenizer by its file: tokenizer.json or SentencePiece .model",
-    "patch-size patch-dim": "patches are 16 x 16 pixels in every model; leave it out",
-    "padded-vocab-size make-vocab-size-divisible-by": "use --vocab-size, a multiple of the tensor parallel size",
-    "num-layers-per-virtual-pipeline-stage": "use --vpp, the number of model chunks per stage",
-    "expert-model-parallel-size num-experts parallelism.expert-parallel-degree ep": "there are no experts here",
-    "num-query-groups n-kv-heads num-key-value-heads kv-channels head-dim": "every head has keys and values of its "
-    "own, of hidden_size / num_attention_heads channels; leave it out",
-    "hidden-dropout attention-dropout dropout": "the only dropout is DropPath: --drop-path-rate",
-    "compile torch-compile torchcompile training.compile compile.enable": "use --fusion compile",
-    "lock-image freeze-vision freeze-backbone freeze-lm freeze-llm tune-mm-mlp-adapter": "only --freeze-embeddings and "
-    "--freeze-head freeze weights",
-    "no-save-optim no-save-rng no-load-rng checkpoint.last-save-model-only": "checkpoints are of the whole run; take "
-    "only the weights with --load DIR --finetune",
-    "overwrite-output-dir": "a run goes on from the checkpoints in --save; name a new folder to begin one",
-    "do-eval eval-strategy evaluation-strategy": "use --eval-interval and --eval-iters, or --eval-only",
-    "save-strategy save-most-recent": "use --save-interval, --keep-last, --keep-every and --keep-best",
-}
+
+def _by_name(table: str) -> dict[str, str]:
+    """Answer by name. An answer begins its line; the names below it are indented."""
+    answers: dict[str, str] = {}
+    answer = ""
+    for line in table.strip().splitlines():
+        if line.startswith(" "):
+            answers |= dict.fromkeys(line.split(), answer)
+        else:
+            answer = line
+    return answers
 
 
-def _by_name(table: dict[str, str]) -> dict[str, str]:
-    return {name: target for names, target in table.items() for name in names.split()}
-
-
+EQUAL = {name: setting for setting, names in _EQUAL.items() for name in names.split()}
 INSTEAD = _by_name(_INSTEAD)
-EQUAL = _by_name({names: target for target, names in _EQUAL.items()})
-
-
-def plain(name: str) -> str:
-    """A flag, key or argument with its case, dashes and value taken off, as in the tables.
-
-    >>> plain("--Learning_Rate=3e-4"), plain("-lr"), plain("train_data")
-    ('learning-rate', 'lr', 'train-data')
-    """
-    return name.lstrip("-").partition("=")[0].lower().replace("_", "-")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -12,12 +11,6 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from genlip_megatron.model.recompute import discard, recomputable
-
-# Megatron-Core's layer hands the tensor-parallel group to its own MLP class alone, and warns at any other that it does
-# not; the default group is the right one here.
-logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-    lambda record: "Unknown MLP type" not in record.getMessage()
-)
 
 
 class _SwiGLU(torch.autograd.Function):

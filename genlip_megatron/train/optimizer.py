@@ -7,12 +7,13 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.timers import Timers
 from torch.optim.adamw import adamw
 
+from genlip_megatron import megatron_patches
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.specs import compute_dtype
 from genlip_megatron.model.te_support import RECIPES, choose_fp8
@@ -22,9 +23,7 @@ from genlip_megatron.train.fsdp import FullyShardedOptimizer
 class GroupStepAdamW(torch.optim.Optimizer):
     """AdamW that counts steps per parameter group, as Transformer Engine's and Apex's do.
 
-    torch's AdamW counts steps per parameter. Megatron-Core 0.16.1 restores one count that all parameters share, so it
-    advances once per parameter in each step, and bias correction is silently wrong after a resume. Without a count per
-    parameter, Megatron-Core takes its code path for TE and Apex, which is right.
+    ``megatron_patches.py`` says why Megatron-Core needs it.
     """
 
     def __init__(
@@ -73,13 +72,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(config: RunConfig, model: list[Any], timers: Timers) -> MegatronOptimizer:
-    """The distributed optimizer over all trainable parameters, with weight decay on every one."""
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        megatron_optimizer.Adam = GroupStepAdamW  # type: ignore[misc, assignment]
-        distrib_optimizer.Adam = GroupStepAdamW  # type: ignore[misc, assignment]
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.HAVE_APEX_OR_TE = True
-        distrib_optimizer.USING_APEX_OPTIMIZER = True
+    """The distributed optimizer over all trainable parameters, weight decay on every one."""
+    megatron_patches.count_steps_per_group(GroupStepAdamW)
     train = config.train
     options = OptimizerConfig(
         optimizer="adam",

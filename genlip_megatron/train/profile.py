@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.config.checks import profile_folder, profiled_steps
 from genlip_megatron.log import to_stderr
 from genlip_megatron.train.breakdown import Breakdown
 
@@ -32,8 +31,8 @@ class Profiler:
 
     def __init__(self, config: RunConfig, rank: int, breakdown: Breakdown) -> None:
         self._left = config.log.profile and rank in config.log.profile_ranks
-        self._first, self._last = profiled_steps(config.log.profile_steps) if self._left else (0, 0)
-        self._folder, self._rank, self._breakdown = Path(profile_folder(config)), rank, breakdown
+        self._first, self._last = config.log.profiled_steps if self._left else (0, 0)
+        self._folder, self._rank, self._breakdown = Path(config.profile_folder), rank, breakdown
         self._trace: Any = None
         self._recorded: list[int] = []
 

@@ -68,8 +68,6 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, read_assignment(config))
     valid_loader = Loader(config, "valid", *data_parallel, read_assignment(config)) if config.data.valid_data else None
-    if config.log.eval_only and valid_loader is None:
-        raise ValueError("log.eval_only needs data.valid_data: name the validation shards with --valid-data")
     check_shards({"train": train_loader, "valid": valid_loader})
     watchdog.beat()
     run = build_run(config)

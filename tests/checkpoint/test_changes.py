@@ -1,9 +1,8 @@
-"""A resumed run uses each setting it was given, or refuses it: tried for every field of the configuration."""
+"""A resumed run uses every setting that it is given, or refuses it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import shutil
 import typing
@@ -13,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.checkpoint.changes import RULES, Rule, accepted_changes, data_differences, model_differences
-from genlip_megatron.config import SECTIONS, RunConfig, override
+from genlip_megatron.checkpoint.changes import RULES, accepted_changes, data_differences, model_differences
+from genlip_megatron.config import SECTIONS, SETTINGS, OnResume, RunConfig, override
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import full_weights, layout, run_steps, tiny_config
 
 STEPS = 2
-# Values that are allowed where the types' own are not.
+# Allowed values, where ``other_value`` would give one that is not.
 OTHERS = {
     "model.num_attention_heads": 2,
     "model.rope_sections": (1, 2, 1),
@@ -28,7 +27,7 @@ OTHERS = {
     "train.global_batch_size": 2,
     "log.profile_steps": "1:2",
 }
-# Free, but one process on a CPU does not start with another value, or it would leave files behind.
+# Free settings that one process on a CPU cannot change, or whose change leaves files behind.
 NOT_HERE = {name for name in RULES if name.startswith("parallel.")} | {
     "data.valid_data",
     "data.cache_dir",
@@ -44,21 +43,20 @@ NOT_HERE = {name for name in RULES if name.startswith("parallel.")} | {
     "log.tensorboard_dir",
     "log.wandb_project",
 }
-CONTENT = {"data.tokenizer", "data.train_data"}  # compared by what is in the files
-# The plan compares these; ``test_loading.py`` has its messages.
+CONTENT = {"data.tokenizer", "data.train_data"}  # compared by file content
+# Compared by the data plan; ``test_loading.py`` tests its messages.
 BY_THE_PLAN = {"data.seq_length", "data.pack_buffer", "data.shuffle_window", "data.chunk_size", "train.seed"} | {
     "train.global_batch_size"
 }
 
 
 def other_value(name: str, config: RunConfig) -> Any:
-    """A value of a field that is not the configured one."""
+    """A value of a setting that differs from the configured one."""
     section, key = name.split(".")
-    (field,) = (f for f in dataclasses.fields(SECTIONS[section]) if f.name == key)
     value, kind = getattr(getattr(config, section), key), typing.get_type_hints(SECTIONS[section])[key]
     if name in OTHERS:
         return OTHERS[name]
-    if choices := [choice for choice in field.metadata["choices"] if choice not in (value, "auto", "dali")]:
+    if choices := [choice for choice in SETTINGS[name].metadata["choices"] if choice not in (value, "auto", "dali")]:
         return choices[0]
     if kind is bool:
         return not value
@@ -67,33 +65,34 @@ def other_value(name: str, config: RunConfig) -> Any:
     return "other" if kind is str else (*value, 1 if "int" in str(kind) else "other")
 
 
-def changed(config: RunConfig, *rules: Rule) -> dict[str, Any]:
-    """Another value of every field under the rules that can be tried here."""
+def changed(config: RunConfig, *rules: OnResume) -> dict[str, Any]:
+    """Another value of every setting under ``rules`` that can change here."""
     names = [name for name, rule in RULES.items() if rule in rules and name not in NOT_HERE | CONTENT]
     return {name: other_value(name, config) for name in names}
 
 
-def test_every_field_has_a_rule() -> None:
-    fields = {f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-    assert set(RULES) == fields, "give each field of the configuration a rule in checkpoint/changes.py"
-
-
 @pytest.mark.parametrize("name", RULES)
-def test_a_change_is_refused_or_announced(name: str) -> None:
+def test_a_change_is_refused_or_printed(name: str) -> None:
     saved = RunConfig()
     config = override(saved, {name: other_value(name, saved)})
     rule = RULES[name]
     models = {same_run: model_differences(saved, config, same_run) for same_run in (True, False)}
     data = data_differences(saved, config, other_data=True)
-    for lines, rules in ((models[True], (Rule.MODEL, Rule.RUN)), (models[False], (Rule.MODEL,)), (data, (Rule.DATA,))):
+    for lines, rules in (
+        (models[True], (OnResume.MODEL, OnResume.RUN)),
+        (models[False], (OnResume.MODEL,)),
+        (data, (OnResume.DATA,)),
+    ):
         expected = rule in rules and name not in {"data.tokenizer"} | BY_THE_PLAN
         assert len(lines) == expected and all(line.startswith(f"{name}: ") for line in lines)
-    assert [line.split(" was ")[0] for line in accepted_changes(saved, config)] == ([name] * (rule is not Rule.START))
+    assert [line.split(" was ")[0] for line in accepted_changes(saved, config)] == (
+        [name] * (rule is not OnResume.START)
+    )
 
 
 @pytest.fixture(scope="module")
 def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Runs by layout with a checkpoint of two steps that any layout reads."""
+    """Folders of runs by layout, each with a checkpoint of two steps that any layout can load."""
     roots = {}
     for name in ("1", "TP2"):
         world_size, flags = layout(name)
@@ -103,7 +102,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def resumed(config: RunConfig) -> tuple[str, list[str]]:
-    """(why a run is refused, settings that are said to differ)."""
+    """(why a run is refused, settings that are printed as different)."""
     from genlip_megatron.train.setup import set_up
 
     said = io.StringIO()
@@ -120,43 +119,45 @@ def resumed(config: RunConfig) -> tuple[str, list[str]]:
     return "", line.partition(": ")[2].split("; ")
 
 
-def test_every_free_field_is_taken_and_named(saved: dict[str, str], demo_data: Path) -> None:
+def test_every_free_setting_is_used_and_printed(saved: dict[str, str], demo_data: Path) -> None:
     base = tiny_config(demo_data, checkpoint__load=saved["1"])
-    values = changed(base, Rule.FREE)
+    values = changed(base, OnResume.FREE)
     config = override(base, values)
     error, said = run_distributed(1, resumed, config)[0]
     assert not error and {line.split(" was ")[0] for line in said} == values.keys()
-    # What "auto" means is compared: nothing has changed here.
+    # "auto" is resolved before the comparison, so nothing differs here.
     same = override(base, {"train.precision": "auto"})
     assert run_distributed(1, resumed, same)[0] == ("", [""])
 
 
-@pytest.mark.parametrize(("rules", "finetune"), [((Rule.MODEL, Rule.RUN), False), ((Rule.MODEL,), True)])
-def test_every_field_of_the_model_is_refused(
-    rules: tuple[Rule, ...], finetune: bool, saved: dict[str, str], demo_data: Path
+@pytest.mark.parametrize(("rules", "finetune"), [((OnResume.MODEL, OnResume.RUN), False), ((OnResume.MODEL,), True)])
+def test_every_model_setting_is_refused(
+    rules: tuple[OnResume, ...], finetune: bool, saved: dict[str, str], demo_data: Path
 ) -> None:
     base = tiny_config(demo_data, checkpoint__load=saved["1"], checkpoint__finetune=finetune)
-    error, _ = run_distributed(1, resumed, override(base, changed(base, Rule.MODEL, Rule.RUN)))[0]
+    error, _ = run_distributed(1, resumed, override(base, changed(base, OnResume.MODEL, OnResume.RUN)))[0]
     named = {name for name in RULES if f"{name}: " in error}
     assert named == changed(base, *rules).keys() - BY_THE_PLAN
 
 
-def test_every_field_of_the_data_is_refused(saved: dict[str, str], demo_data: Path) -> None:
+def test_every_data_setting_is_refused(saved: dict[str, str], demo_data: Path) -> None:
     base = tiny_config(demo_data, checkpoint__load=saved["1"])
-    values = changed(base, Rule.DATA)
-    at_once = {"train_weights", "train_epochs", "prompt"}  # need data of their own, or only concern steps to come
+    values = changed(base, OnResume.DATA)
+    elsewhere = {"train_weights", "train_epochs", "prompt"}  # need other data, or affect only later steps
     error, _ = run_distributed(
-        1, resumed, override(base, {name: value for name, value in values.items() if name.split(".")[1] not in at_once})
+        1,
+        resumed,
+        override(base, {name: value for name, value in values.items() if name.split(".")[1] not in elsewhere}),
     )[0]
-    for name in values.keys() - {f"data.{key}" for key in at_once} - {"data.fixed_resize"}:
+    for name in values.keys() - {f"data.{key}" for key in elsewhere} - {"data.fixed_resize"}:
         assert f"{name}: " in error or f"data {name.split('.')[1]}: " in error, name
     for name in ("data.train_weights", "data.train_epochs"):
         error, _ = run_distributed(1, resumed, override(base, {name: "2"}))[0]
         assert f"the weights of the {STEPS} steps already taken were" in error
 
 
-def test_a_resize_that_does_not_show_in_the_plan_is_refused_where_it_is_used() -> None:
-    saved = RunConfig()  # of fixed images
+def test_another_resize_is_refused_only_for_fixed_images() -> None:
+    saved = RunConfig()  # fixed images
     config = override(saved, {"data.fixed_resize": "resize-center-crop", "data.prompt": "Describe."})
     assert [line.split(":")[0] for line in data_differences(saved, config, other_data=False)] == [
         "data.prompt",
@@ -181,10 +182,9 @@ NEW = {
 
 
 def groups_of(config: RunConfig, begun: int) -> tuple[list[dict[str, Any]], list[list[float]]]:
-    """Settings of the optimizer's groups after ``begun`` steps, and the learning rates of the steps from there on.
+    """(settings of the optimizer's groups after ``begun`` steps, learning rates of the later steps).
 
-    A run that goes on has done them; one that does not is moved there. With ``checkpoint.save``: after going back to
-    the checkpoint.
+    A new run is moved forward by ``begun`` steps. With ``checkpoint.save`` the run first rolls back to its checkpoint.
     """
     from genlip_megatron.train.resume import rewind
     from genlip_megatron.train.setup import set_up
@@ -219,7 +219,7 @@ def groups_of(config: RunConfig, begun: int) -> tuple[list[dict[str, Any]], list
         ("1", "DP2", {"parallel__fsdp": True}),
     ],
 )
-def test_the_optimizer_and_its_schedule_are_those_of_a_fresh_run(
+def test_optimizer_and_schedule_use_the_new_settings(
     saving: str, on: str, flags: dict[str, Any], saved: dict[str, str], demo_data: Path
 ) -> None:
     world_size, sizes = layout(on)
@@ -237,7 +237,7 @@ def test_the_optimizer_and_its_schedule_are_those_of_a_fresh_run(
 
 
 @pytest.mark.parametrize(("world_size", "fsdp"), [(1, False), (2, True)])
-def test_going_back_keeps_the_new_settings(world_size: int, fsdp: bool, demo_data: Path, tmp_path: Path) -> None:
+def test_a_rollback_keeps_the_new_settings(world_size: int, fsdp: bool, demo_data: Path, tmp_path: Path) -> None:
     flags = {"parallel__fsdp": fsdp, "checkpoint__save": str(tmp_path / "run")}
     run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS, False)
     back = run_distributed(world_size, groups_of, tiny_config(demo_data, **flags, **NEW), STEPS)
@@ -246,14 +246,14 @@ def test_going_back_keeps_the_new_settings(world_size: int, fsdp: bool, demo_dat
 
 
 def back_to_the_start(config: RunConfig) -> tuple[int, list[Any], float]:
-    """(step of the data, updates that the optimizer counts, largest moment) after going back past the first update."""
+    """(step of the data, optimizer steps, largest moment) after a rollback to before the first update."""
     from genlip_megatron.train.resume import rewind, save
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
 
     run = set_up(config)
     assert run.train_loader is not None
-    run.iteration += 1  # it made no update
+    run.iteration += 1  # a step without an update
     assert save(run, last=True)
     batches = iter(run.train_loader)
     for _ in range(2):
@@ -267,13 +267,13 @@ def back_to_the_start(config: RunConfig) -> tuple[int, list[Any], float]:
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_going_back_past_the_first_update(fsdp: bool, demo_data: Path, tmp_path: Path) -> None:
+def test_a_rollback_to_before_the_first_update(fsdp: bool, demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, parallel__fsdp=fsdp, checkpoint__save=str(tmp_path / "run"))
     assert run_distributed(1, back_to_the_start, config)[0] == (0, [0], 0.0)
 
 
-def first_data_after_going_back(config: RunConfig) -> tuple[int, bool]:
-    """(step of the data after going back to a checkpoint of other data, whether it begins with the first again)."""
+def first_data_after_a_rollback(config: RunConfig) -> tuple[int, bool]:
+    """(step of the data after a rollback to a checkpoint of other data, whether it restarts at the first batch)."""
     from genlip_megatron.train.resume import rewind
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
@@ -293,16 +293,16 @@ def first_data_after_going_back(config: RunConfig) -> tuple[int, bool]:
     return step, first == again
 
 
-def test_going_back_to_a_checkpoint_of_other_data_begins_them_again(
+def test_a_rollback_to_a_checkpoint_of_other_data_restarts_the_data(
     saved: dict[str, str], demo_data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(saved["1"], tmp_path / "run")
     flags = {"data__seq_length": 256, "data__change_data": True, "checkpoint__save": str(tmp_path / "run")}
-    assert run_distributed(1, first_data_after_going_back, tiny_config(demo_data, **flags))[0] == (0, True)
+    assert run_distributed(1, first_data_after_a_rollback, tiny_config(demo_data, **flags))[0] == (0, True)
 
 
 def weights_after(configs: dict[str, RunConfig], steps: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights of each run that goes on, after more steps."""
+    """Weights of each resumed run after ``steps`` steps."""
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
 

@@ -1,4 +1,4 @@
-"""Names that people bring from other trainers are answered with what they are here; only near names are suggested."""
+"""Names from other trainers are answered with this project's; otherwise only similar names are suggested."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 
 from genlip_megatron.config import SECTIONS, foreign_names, from_dict
 from genlip_megatron.config.command_line import build_parser, parse_args
+from genlip_megatron.config.suggest import plain
 from tools import caption, checkpoints
 
 FLAGS = {flag for action in build_parser()._actions for flag in action.option_strings}
 TORCHRUN = {"--nnodes", "--nproc-per-node"}
 
-# Asked for by name -> a part of the answer.
+# Flag -> part of the answer.
 ASKED = {
     "--learning-rate": "Use --lr",
     "--batch-size": "packs",
@@ -83,7 +84,7 @@ ASKED = {
     "--model.flavor": "--config",
     "--parallelism.tensor_parallel_degree": "Use --tensor-model-parallel-size",
     "--activation_checkpoint.mode": "--recompute",
-    # Other forms of names here.
+    # Other spellings of this project's names.
     "--Learning_Rate=1": "Use --lr",
     "--train_data": "Did you mean '--train-data'",
     "--trainiters": "Did you mean '--train-iters'",
@@ -109,7 +110,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.parametrize("word", ASKED)
-def test_a_name_of_another_trainer_is_answered(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_other_trainers_are_answered(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = error_of(capsys, word, *([] if "=" in word else ["1"]))
     assert ASKED[word] in line and (word.split("=")[0] in line)
     assert "change-data" not in line
@@ -120,25 +121,24 @@ def test_a_switch_takes_no_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--sequence-parallel false: a switch takes no value; write --sequence-parallel or --no-seq" in line
 
 
-def test_whatever_is_advised_is_there_and_whatever_is_foreign_is_not() -> None:
+def test_advice_names_known_flags_and_foreign_names_are_not_flags() -> None:
     for name, target in foreign_names.EQUAL.items():
         assert f"--{target.replace('_', '-')}" in FLAGS or target in SECTIONS, (name, target)
     for name, text in foreign_names.INSTEAD.items():
         assert set(re.findall(r"(?<!\S)--[a-z0-9-]+", text)) <= FLAGS | TORCHRUN, (name, text)
     both = set(foreign_names.EQUAL) | set(foreign_names.INSTEAD)
-    assert len(both) == len(foreign_names.EQUAL) + len(foreign_names.INSTEAD), "a name has one answer"
-    assert all(name == foreign_names.plain(name) for name in both)
+    assert len(both) == len(foreign_names.EQUAL) + len(foreign_names.INSTEAD), "a name has two answers"
+    assert all(name == plain(name) for name in both)
     assert not {f"--{name}" for name in both} & FLAGS
-    counted = [name for table in (foreign_names._EQUAL.values(), foreign_names._INSTEAD) for names in table
-               for name in names.split()]  # fmt: skip
-    assert len(counted) == len(set(counted))
+    texts = (*foreign_names._EQUAL.values(), *(line for line in foreign_names._INSTEAD.splitlines() if line[:1] == " "))
+    assert sum(len(text.split()) for text in texts) == len(both), "a name is listed twice"
 
 
-def test_a_word_that_is_near_to_nothing_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_similar_to_no_flag_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(0)
     parts = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 8))) for _ in range(400)]
     words = ["-".join(draw.choices(parts, k=draw.randint(1, 3))) for _ in range(200)]
-    # Near by letters, but of another meaning.
+    # Similar letters, other meaning.
     words += ["test-interval", "load-interval", "keep-first", "adam-beta3", "fp4", "tq", "lr-decayed", "train-delta"]
     for word in words:
         assert error_of(capsys, f"--{word}", "1").endswith(f"unknown flag --{word} (see --help)"), word
@@ -162,7 +162,7 @@ def test_a_word_that_is_near_to_nothing_gets_no_suggestion(capsys: pytest.Captur
         ({"zebra": 1}, "unknown section 'zebra'. Sections: "),
     ],
 )
-def test_keys_of_a_file_are_answered_alike(tree: dict, message: str) -> None:
+def test_keys_in_yaml_get_the_same_answers(tree: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
         from_dict(tree, "run.yaml")
     assert str(error.value).startswith(f"run.yaml: {message}")

@@ -1,4 +1,4 @@
-"""FP8 settings that contradict each other or do not fit the model are refused before anything is opened."""
+"""FP8 settings that contradict each other or do not fit the model are refused."""
 
 from __future__ import annotations
 
@@ -16,13 +16,25 @@ TP2 = {"parallel.tensor_model_parallel_size": 2}
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"train.fp8": "hybrid"}, "train.fp8 = hybrid: needs --transformer-impl transformer_engine, here is local"),
-        ({"train.fp8_attention": True}, "train.fp8_attention: needs --fp8 hybrid"),
-        ({"train.fp8_primary_weights": True}, "train.fp8_primary_weights: needs --fp8 hybrid"),
-        ({**ENGINE, "train.precision": "fp32"}, "needs train.precision = bf16, here is fp32"),
-        ({**ENGINE, "parallel.fsdp": True}, "not with parallel.fsdp"),
-        ({**ENGINE, "train.fp8_attention": True, "train.attention_backend": "flex"}, "= auto or te, here is flex"),
-        ({**ENGINE, "train.first_last_layers_bf16": True}, "not with delayed scaling.*--fp8-recipe current"),
+        (
+            {"train.fp8": "hybrid"},
+            "train.fp8 = hybrid, train.transformer_impl = local: FP8 needs Transformer Engine. Use",
+        ),
+        ({"train.fp8_attention": True}, "train.fp8_attention = true: it needs FP8 linears. Add --fp8 hybrid"),
+        (
+            {"train.fp8_primary_weights": True},
+            "train.fp8_primary_weights = true: it needs FP8 linears. Add --fp8 hybrid",
+        ),
+        ({**ENGINE, "train.precision": "fp32"}, "train.fp8 = hybrid, train.precision = fp32: FP8 needs bf16"),
+        ({**ENGINE, "parallel.fsdp": True}, "train.fp8 = hybrid, parallel.fsdp = true: FSDP's float32 shards"),
+        (
+            {**ENGINE, "train.fp8_attention": True, "train.attention_backend": "flex"},
+            "train.attention_backend = flex: only Transformer Engine has FP8 attention. Use --attention-backend auto",
+        ),
+        (
+            {**ENGINE, "train.first_last_layers_bf16": True},
+            "train.fp8_recipe = delayed: delayed scaling needs all layers in FP8. Use --fp8-recipe current",
+        ),
         (
             {
                 **ENGINE,
@@ -34,7 +46,7 @@ TP2 = {"parallel.tensor_model_parallel_size": 2}
         ),
         (
             {**ENGINE, "parallel.recompute": "selective", "parallel.recompute_modules": ["layernorm"]},
-            "not layernorm with delayed FP8 scaling; take --recompute-modules core_attn,mlp",
+            "cannot recompute layernorm. Use --recompute-modules core_attn,mlp or --fp8-recipe current",
         ),
         (
             {
@@ -43,20 +55,32 @@ TP2 = {"parallel.tensor_model_parallel_size": 2}
                 "parallel.recompute": "selective",
                 "parallel.recompute_modules": ["mlp_act"],
             },
-            "not mlp_act with delayed FP8 scaling; take --recompute-modules mlp, or",
+            "cannot recompute mlp_act. Use --recompute-modules mlp or --fp8-recipe current",
         ),
-        ({**ENGINE, "data.seq_length": 1000}, r"share of data\.seq_length .* = 1000 .*is 1000; nearest allowed: 992"),
-        ({**ENGINE, **TP2, "data.seq_length": 1008}, r"= 1008 over .* = 2\) .* 16, is 504; nearest allowed: 1024"),
-        ({**ENGINE, **TP2, "model.ffn_hidden_size": 3088}, "ffn_hidden_size = 3088 .* is 1544; nearest allowed: 3072"),
-        ({"parallel.tp_comm_overlap": True}, "tp_comm_overlap: needs --transformer-impl transformer_engine, --tp 2"),
-        ({**ENGINE, "parallel.tp_comm_overlap": True}, "here are transformer_engine, 1 and True"),
+        (
+            {**ENGINE, "data.seq_length": 1000},
+            r"data.seq_length = 1000, .*multiple of 16 on each rank, and 1000 / 1 = 1000. The nearest .* size is 992",
+        ),
+        ({**ENGINE, **TP2, "data.seq_length": 1008}, r"and 1008 / 2 = 504. The nearest allowed size is 1024"),
+        (
+            {**ENGINE, **TP2, "model.ffn_hidden_size": 3088},
+            r"ffn_hidden_size = 3088: .* 3088 / 2 = 1544. The nearest allowed size is 3072",
+        ),
+        (
+            {"parallel.tp_comm_overlap": True},
+            "train.transformer_impl = local, .*overlap needs Transformer Engine, .* Use --transformer-impl .* --tp 2",
+        ),
+        (
+            {**ENGINE, "parallel.tp_comm_overlap": True},
+            "parallel.tensor_model_parallel_size = 1, parallel.sequence_parallel = true: overlap needs",
+        ),
         (
             {**ENGINE, **TP2, "parallel.tp_comm_overlap": True, "data.valid_data": ["a.tar"]},
-            "tp_comm_overlap: not with log.caption_samples = 4 .*--caption-samples 0",
+            "log.caption_samples = 4: the overlap buffers .* Add --caption-samples 0",
         ),
         (
             {**ENGINE, "train.fp8_attention": True, "parallel.recompute": "selective"},
-            "fp8_attention: not with core_attn in parallel.recompute_modules",
+            "parallel.recompute_modules = core_attn: core_attn would be recomputed outside FP8",
         ),
     ],
 )
@@ -81,5 +105,5 @@ def test_accepted() -> None:
             RunConfig(), {**cheap, "parallel.recompute_modules": ["mlp_act"], "parallel.offload_modules": ["attn_norm"]}
         )
     )
-    # Without sequence parallelism a rank has all rows.
+    # Without sequence parallelism each rank has all tokens.
     check(override(RunConfig(), {**ENGINE, **TP2, "parallel.sequence_parallel": False, "data.seq_length": 1008}))

@@ -39,10 +39,10 @@ def test_invalid_faults_are_refused(fault: str, allowed: bool, message: str) -> 
 @pytest.mark.parametrize(
     ("fault", "flags", "message"),
     [
-        ("kill@7:4", {}, "allowed are ranks 0 to 3 of 4 processes"),
-        ("kill@10:3", {"train__train_iters": 9}, "allowed are steps 1 to train.train_iters = 9"),
-        ("kill.save@7:0", {"checkpoint__save": ""}, "add --save"),
-        ("full-disk@7:0", {"checkpoint__save": ""}, "add --save"),
+        ("kill@7:4", {}, "Use ranks 0 to 3 of 4 processes"),
+        ("kill@10:3", {"train__train_iters": 9}, "Use steps 1 to train.train_iters = 9"),
+        ("kill.save@7:0", {"checkpoint__save": ""}, "Add --save"),
+        ("full-disk@7:0", {"checkpoint__save": ""}, "Add --save"),
     ],
 )
 def test_a_fault_that_can_never_happen_is_refused(

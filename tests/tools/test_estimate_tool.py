@@ -69,8 +69,11 @@ def test_a_cpu_has_no_rate_to_quote(capsys: pytest.CaptureFixture[str]) -> None:
         (["--top", "0"], "--top = 0: must be at least 1"),
         (["--image-tokens", "20000"], "--image-tokens = 20000: must be from 0 to 16383"),
         (["--answer-tokens", "75"], "--answer-tokens = 75: must be from 1 to 74"),
-        (["--gpus", "64", "--tp", "3"], "is not a multiple of tensor_model_parallel_size = 3"),
-        (["--gpus", "6", "--tp", "4"], "world size 6 is not a multiple of tp * pp * cp = 4"),
+        (
+            ["--gpus", "64", "--tp", "3"],
+            "parallel.tensor_model_parallel_size = 3: must divide model.num_attention_heads = 16",
+        ),
+        (["--gpus", "6", "--tp", "4"], "world size = 6: not a multiple of tp * pp * cp = 4"),
         (["--image-token", "6"], "unknown flag --image-token. Did you mean '--image-tokens'?"),
         (["--config", "so17_stage1"], "no such recipe"),
     ],

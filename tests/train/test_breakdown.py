@@ -143,11 +143,17 @@ def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path: Path, capsys: pyt
         ({"log.profile_steps": "12"}, "log.profile_steps = '12': expected FIRST:LAST"),
         ({"log.profile_steps": "0:3"}, "log.profile_steps = '0:3': expected FIRST:LAST"),
         ({"log.profile_steps": "9:5"}, "log.profile_steps = '9:5': expected FIRST:LAST"),
-        ({"log.profile_steps": "5:257493"}, "log.profile_steps = 5:257493: allowed are steps 1 to train.train_iters"),
-        ({"log.profile_ranks": ""}, "log.profile_ranks = '': expected ranks"),
-        ({"log.profile_ranks": "0,8"}, "log.profile_ranks = 0,8: allowed are ranks 0 to 7 of 8 processes"),
-        ({"checkpoint.save": ""}, "log.profile: checkpoint.save and log.tensorboard_dir name no folder"),
-        ({"log.eval_only": True, "checkpoint.load": "x"}, "log.profile with log.eval_only"),
+        ({"log.profile_steps": "5:257493"}, "log.profile_steps = 5:257493: the run has only 257492 steps"),
+        ({"log.profile_ranks": ""}, "log.profile_ranks = none: expected ranks"),
+        (
+            {"log.profile_ranks": "0,8"},
+            "log.profile_ranks = 0,8: there is no such rank. Use ranks 0 to 7 of 8 processes",
+        ),
+        ({"checkpoint.save": ""}, "log.profile = true: neither checkpoint.save nor log.tensorboard_dir names a folder"),
+        (
+            {"log.eval_only": True, "checkpoint.load": "x", "data.valid_data": "v.tar"},
+            "log.profile = true, log.eval_only = true",
+        ),
     ],
 )
 def test_a_trace_that_cannot_be_had_is_refused(settings: dict[str, Any], message: str) -> None:

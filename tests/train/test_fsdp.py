@@ -95,8 +95,14 @@ def test_resume_is_bit_for_bit(whole: Callable, demo_data: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"parallel__pipeline_model_parallel_size": 2}, "parallel.fsdp with pipeline_model_parallel_size = 2"),
-        ({"parallel__overlap_grad_reduce": True}, "parallel.overlap_grad_reduce with parallel.fsdp"),
+        (
+            {"parallel__pipeline_model_parallel_size": 2},
+            "parallel.fsdp = true, parallel.pipeline_model_parallel_size = 2: every micro-batch",
+        ),
+        (
+            {"parallel__overlap_grad_reduce": True},
+            "parallel.fsdp = true, parallel.overlap_grad_reduce = true: FSDP always overlaps",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(flags: dict[str, Any], message: str, demo_data: Path) -> None:

@@ -237,13 +237,13 @@ def test_fixed_shapes_are_fixed() -> None:
         ("parallel.overlap_grad_reduce", True, "--no-overlap-grad-reduce"),
         ("parallel.overlap_param_gather", True, "--no-overlap-param-gather"),
         ("parallel.recompute", "full", "--recompute none"),
-        ("train.attention_backend", "flex", "auto, varlen, te"),
+        ("train.attention_backend", "flex", "--attention-backend auto, varlen or te"),
     ],
 )
 def test_settings_that_graphs_do_not_support_are_refused(setting: str, value: Any, allowed: str) -> None:
     config = override(RunConfig(), {"train.cuda_graph": True})
     check(config)
-    with pytest.raises(ValueError, match=rf"train\.cuda_graph with {setting} = .*allowed: {allowed}"):
+    with pytest.raises(ValueError, match=rf"train\.cuda_graph = true, {setting} = .* Use {allowed}"):
         check(override(config, {setting: value}))
 
 

@@ -97,7 +97,7 @@ def test_checkpoint_of_another_model_is_refused(demo_data: Path, tmp_path: Path)
     ("flags", "message"),
     [
         ({"data__train_data": "/nowhere/*.tar"}, "data.train_data: '/nowhere/*.tar' matches no .tar file"),
-        ({"data__tokenizer": "/nowhere.model"}, "no such file; give a tokenizer.json or a SentencePiece .model"),
+        ({"data__tokenizer": "/nowhere.model"}, "no such file. Give a tokenizer.json or a SentencePiece .model"),
         ({"model__vocab_size": 64}, "do not fit model.vocab_size = 64"),
         ({"data__seq_length": 40}, "data.seq_length = 40: an image of"),
         ({"data__prompt": "Describe."}, "was made with another prompt than data.prompt = 'Describe.'"),
@@ -105,8 +105,8 @@ def test_checkpoint_of_another_model_is_refused(demo_data: Path, tmp_path: Path)
         ({"data__seq_length": 2**26}, "no layout on 1 ranks fits: take more or larger ones"),
         ({"train__attention_backend": "varlen"}, "train.attention_backend = varlen: needs a CUDA device"),
         ({"parallel__offload_modules": "core_attn"}, "Megatron-Core offloads with Transformer Engine"),
-        ({"train__global_batch_size": 3, "train__micro_batch_size": 2}, "nearest allowed: 4"),
-        ({"parallel__tensor_model_parallel_size": 2}, "world size 1 is not a multiple of tp * pp * cp = 2"),
+        ({"train__global_batch_size": 3, "train__micro_batch_size": 2}, "The nearest multiple is 4"),
+        ({"parallel__tensor_model_parallel_size": 2}, "world size = 1: not a multiple of tp * pp * cp = 2"),
     ],
 )
 def test_bad_input_gets_one_clear_error(flags: dict[str, Any], message: str, demo_data: Path) -> None:
