@@ -150,7 +150,7 @@ def test_a_word_similar_to_no_flag_gets_no_suggestion(capsys: pytest.CaptureFixt
         ({"train": {"learning_rate": 1}}, "unknown key train.learning_rate. Use train.lr."),
         ({"model": {"lr": 1}}, "unknown key model.lr. Use train.lr."),
         ({"train": {"hidden-size": 1}}, "unknown key train.hidden-size. Use model.hidden_size."),
-        ({"train": {"num_train_epochs": 1}}, "unknown key train.num_train_epochs: a run is --train-iters steps of"),
+        ({"train": {"num_train_epochs": 1}}, "unknown key train.num_train_epochs: a run has --train-iters steps of"),
         ({"checkpoint": {"folder": "x"}}, "unknown key checkpoint.folder. Use checkpoint.save."),
         ({"model": {"flavor": "x"}}, "unknown key model.flavor: a model is a recipe or a YAML file"),
         ({"model": {"name": "x"}}, "unknown key model.name: a model is a recipe or a YAML file"),
