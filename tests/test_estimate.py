@@ -23,8 +23,8 @@ from genlip_megatron.config import (
     recipe_names,
 )
 from genlip_megatron.config.checks import check
-from genlip_megatron.convert.table import canonical_shapes
 from genlip_megatron.estimate.sample import data_parallel_size
+from genlip_megatron.model.state_dict import canonical_shapes
 from genlip_megatron.testing.distributed import run_distributed
 
 FILE = Path(__file__).parent.parent / "tools" / "estimate.py"

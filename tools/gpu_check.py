@@ -116,9 +116,9 @@ def train(config: Any, steps: int) -> dict[str, Any]:
     megatron_patches.install()
     import torch
 
+    from genlip_megatron.model.flops import COUNTS, HOPPER_TFLOPS, training_flops
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import set_up, train_step
-    from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
 
     if reason := why_skipped(config):
         return {"skipped": reason}

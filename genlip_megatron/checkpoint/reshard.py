@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from genlip_megatron.config import LOCAL_LAYERS, RunConfig, override
-from genlip_megatron.convert.table import FP8_STATE
+from genlip_megatron.model.state_dict import is_fp8_state
 
 # A run's layout on as few ranks as hold its shards; what does not change how state is cut is left out.
 _ALONE = {
@@ -69,7 +69,7 @@ def reshard(place: Path, kind: str, output: Path, layout: dict[str, int] | None 
             "own, which this tool does not know; resume it on its own layout: what a run saves last is "
             f"{FULLY_RESHARDABLE}"
         )
-    if any(FP8_STATE in key for key in metadata.read(place).state_dict_metadata):
+    if any(is_fp8_state(key) for key in metadata.read(place).state_dict_metadata):
         print(f"{place}: its FP8 scales are left out; a run that needs them finds them anew")
     changes: dict[str, Any] = {f"parallel.{name}": size for name, size in (layout or {}).items()}
     if layout:

@@ -16,7 +16,7 @@ from genlip_megatron.convert.folder import model_config
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
 from genlip_megatron.convert.source import Source
-from genlip_megatron.convert.table import TEXT_ONLY, groups
+from genlip_megatron.model.state_dict import in_encoder, model_parameters
 
 
 def open_checkpoint(
@@ -38,11 +38,6 @@ def open_checkpoint(
     return place, saved, MegatronSource(place, saved, loading.read_config(place).model)
 
 
-def in_encoder(name: str) -> bool:
-    """Whether a canonical tensor belongs to the vision encoder alone."""
-    return not name.startswith(TEXT_ONLY)
-
-
 def planned(source: Source, dtype: torch.dtype | None, encoder_only: bool) -> dict[str, Planned]:
     """What an export writes: canonical name -> shape and dtype, in the order in which it is read.
 
@@ -52,8 +47,8 @@ def planned(source: Source, dtype: torch.dtype | None, encoder_only: bool) -> di
     """
     return {
         name: Planned(shape, dtype or source.dtypes[name])
-        for group in groups(source.model)
-        for name, shape in zip(group.canonical, group.shapes, strict=True)
+        for parameter in model_parameters(source.model)
+        for name, shape in parameter.shapes.items()
         if in_encoder(name) or not encoder_only
     }
 
@@ -71,9 +66,9 @@ def export_weights(
         ValueError: a value does not fit its new dtype.
     """
     writer = SafetensorsWriter(folder, tensors, max_shard_size)
-    for group in groups(source.model):
-        wanted = [name for name in group.canonical if name in tensors]
-        for name, tensor in zip(wanted, source.read(group) if wanted else (), strict=True):
+    for parameter in model_parameters(source.model):
+        wanted = [name for name in parameter.shapes if name in tensors]
+        for name, tensor in zip(wanted, source.read(parameter) if wanted else (), strict=True):
             writer.write(name, tensor)
             progress(tensors[name].nbytes)
     writer.close()

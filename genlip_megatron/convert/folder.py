@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
+from genlip_megatron.model.state_dict import sizes_of
 from genlip_megatron.outputs import first_other
 
 SOURCES = ("configuration_genlip.py", "image_processing_genlip.py", "modeling_genlip.py", "processing_genlip.py")
@@ -100,7 +101,7 @@ def model_config(
     for name, allowed in _FIXED.items():
         if fields.get(name, allowed) != allowed:
             raise ValueError(f"config.json: {name} = {fields[name]!r}; this project computes {allowed!r} alone")
-    values = _sizes(shapes)
+    values = sizes_of(shapes)
     for name, ours in _NAMES.items():
         value = fields.get(name)
         if name == "ls_init_value" and name in fields:
@@ -200,34 +201,6 @@ def _check(values: Mapping[str, Any]) -> None:
             f"num_attention_heads = {heads}: each head needs an even number of channels, so the width of {width} must "
             "be a multiple of twice the heads"
         )
-
-
-def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the weights tell of a ``ModelConfig``."""
-    needed = (
-        "embeddings.weight",
-        "visual.layers.0.self_attn.k_proj.weight",
-        "visual.layers.0.self_attn.q_proj.weight",
-        "visual.layers.0.mlp.fc1.weight",
-    )
-    for name in needed:
-        if name not in shapes:
-            raise ValueError(f"the weights have no {name}: they are no whole GenLIP model in the released format")
-        if len(shapes[name]) != 2:
-            raise ValueError(f"{name} is {list(shapes[name])}; a matrix is expected")
-    embeddings, key, query, inner = (shapes[name] for name in needed)
-    # Other names are told as unexpected when all tensors are compared.
-    numbers = [name.split(".")[2] for name in shapes if name.startswith("visual.layers.")]
-    layers = {int(number) for number in numbers if number.isascii() and number.isdigit()}
-    return {
-        "vocab_size": embeddings[0],
-        "text_hidden_size": embeddings[1],
-        "hidden_size": key[1],
-        "num_layers": max(layers) + 1,
-        "ffn_hidden_size": inner[0],
-        "attention_output_gate": query[0] == 2 * key[0],
-        "layer_scale_init": 0.1 if "visual.layers.0.layer_scale1.lambda1" in shapes else 0.0,
-    }
 
 
 def _release(values: Mapping[str, Any]) -> ModelConfig | None:

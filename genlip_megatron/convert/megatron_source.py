@@ -23,7 +23,7 @@ from genlip_megatron.checkpoint import metadata
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.source import DTYPES, compare, listed
-from genlip_megatron.convert.table import FP8_STATE, VOCABULARY, Group, groups
+from genlip_megatron.model.state_dict import VOCABULARY, ModelParameter, is_fp8_state, model_parameters
 
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -75,46 +75,47 @@ class MegatronSource:
         self._stored: dict[str, TensorStorageMetadata] = {
             key: facts
             for key, facts in index.state_dict_metadata.items()
-            if isinstance(facts, TensorStorageMetadata) and not (key.startswith(_BESIDE_WEIGHTS) or FP8_STATE in key)
+            if isinstance(facts, TensorStorageMetadata) and not (key.startswith(_BESIDE_WEIGHTS) or is_fp8_state(key))
         }
         self._pieces = {(key.fqn, tuple(key.offset or ())): info for key, info in index.storage_data.items()}
         if strange := {info.relative_path for info in self._pieces.values()} - set(saved.files):
             raise ValueError(f"{place}: its metadata names files that are not in its manifest: {listed(strange)}")
         self.dtypes: dict[str, torch.dtype] = {}
         needed, found = {}, {}
-        for group in groups(model):
-            layers = () if group.layer is None else (model.num_layers,)
-            needed[group.key] = (*layers, *group.stored)
-            if (facts := self._stored.get(group.key)) is not None:
+        for parameter in model_parameters(model):
+            layers = () if parameter.layer is None else (model.num_layers,)
+            needed[parameter.key] = (*layers, *parameter.stored)
+            if (facts := self._stored.get(parameter.key)) is not None:
                 rows = facts.size[:1]
-                if group.layout is VOCABULARY and rows[0] > model.vocab_size:
+                if parameter.layout is VOCABULARY and rows[0] > model.vocab_size:
                     rows = torch.Size([model.vocab_size])  # the rest is padding, which tensor parallelism adds
-                found[group.key] = (*rows, *facts.size[1:])
-                self.dtypes |= dict.fromkeys(group.canonical, facts.properties.dtype)
+                found[parameter.key] = (*rows, *facts.size[1:])
+                self.dtypes |= dict.fromkeys(parameter.shapes, facts.properties.dtype)
         found |= {key: tuple(facts.size) for key, facts in self._stored.items() if key not in found}
         compare(str(place), found, needed, "Is its config.yaml that of these weights?")
         if wrong := [name for name, dtype in self.dtypes.items() if dtype not in DTYPES.values()]:
             raise ValueError(f"{place}: {listed(wrong)}: expected one of {', '.join(DTYPES)}")
         self._maps: dict[str, mmap.mmap] = {}
 
-    def read(self, group: Group) -> list[Tensor]:
-        """The group's canonical tensors; where one piece holds them all, views into the mapped file."""
-        return group.layout.join([self._whole(group)], self.model)
+    def read(self, parameter: ModelParameter) -> list[Tensor]:
+        """The canonical tensors of a parameter; views into the mapped file where one piece holds all of it."""
+        return parameter.layout.join([self._whole(parameter)], self.model)
 
-    def _whole(self, group: Group) -> Tensor:
-        """The parameter as one process has it."""
-        facts = self._stored[group.key]
-        shape, layer = facts.size, group.layer
+    def _whole(self, parameter: ModelParameter) -> Tensor:
+        """The parameter without tensor parallelism."""
+        key, layer = parameter.key, parameter.layer
+        facts = self._stored[key]
+        shape = facts.size
         pieces = facts.chunks
         if layer is not None:
             shape = shape[1:]
             pieces = [piece for piece in pieces if piece.offsets[0] <= layer < piece.offsets[0] + piece.sizes[0]]
         if sum(_numel(piece, layer) for piece in pieces) != shape.numel():
-            raise ValueError(f"{self._place}: {group.key} is not covered by its pieces; the checkpoint cannot be used")
+            raise ValueError(f"{self._place}: {key} is not covered by its pieces; the checkpoint cannot be used")
         dtype = facts.properties.dtype
         whole = None
         for piece in pieces:
-            values, offsets = self._piece(group.key, piece, dtype), piece.offsets
+            values, offsets = self._piece(key, piece, dtype), piece.offsets
             if layer is not None:
                 values, offsets = values[layer - offsets[0]], offsets[1:]
             if values.shape == shape and values.flags.aligned:

@@ -30,7 +30,7 @@ from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, WEIGHTS_ONLY, Ma
 from genlip_megatron.checkpoint.write import HashingFile
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.source import Source, listed, to_dtype
-from genlip_megatron.convert.table import Group, groups
+from genlip_megatron.model.state_dict import ModelParameter, model_parameters
 from genlip_megatron.outputs import first_other
 
 # It has been trained for no step of a run here.
@@ -49,9 +49,8 @@ def precision_of(source: Source, dtype: torch.dtype | None) -> str:
     if strange := dtypes - set(_TRAINED):
         raise ValueError(f"the weights would be {strange.pop()}, which is not trained in; give --dtype fp32 or bf16")
     if dtype is None:
-        mixed = [
-            group.canonical for group in groups(source.model) if len({source.dtypes[n] for n in group.canonical}) > 1
-        ]
+        names = [list(parameter.shapes) for parameter in model_parameters(source.model)]
+        mixed = [group for group in names if len({source.dtypes[name] for name in group}) > 1]
         if mixed:
             raise ValueError(f"{listed(mixed[0])} are of different dtypes and become one; give --dtype fp32 or bf16")
     return "bf16" if dtypes == {torch.bfloat16} else "fp32"
@@ -61,8 +60,8 @@ def size_of(source: Source, dtype: torch.dtype | None) -> int:
     """About the bytes of the checkpoint."""
     values = sum(
         torch.Size(shape).numel() * (dtype or source.dtypes[name]).itemsize
-        for group in groups(source.model)
-        for name, shape in zip(group.canonical, group.shapes, strict=True)
+        for parameter in model_parameters(source.model)
+        for name, shape in parameter.shapes.items()
     )
     return values + 2**20
 
@@ -106,11 +105,11 @@ def write_checkpoint(
     model, results = source.model, []
     tensors: dict[str, TensorStorageMetadata] = {}
     with HashingFile(place / _WEIGHTS) as file:
-        for group in groups(model):
-            (whole,) = group.layout.split(source.read(group), model, 1)
-            whole = _alone(to_dtype(", ".join(group.canonical), whole, dtype or whole.dtype))
-            described, result = _describe(tensors.get(group.key), group, model.num_layers, whole, file)
-            tensors[group.key] = described
+        for parameter in model_parameters(model):
+            (whole,) = parameter.layout.split(source.read(parameter), model, 1)
+            whole = _in_own_storage(to_dtype(", ".join(parameter.shapes), whole, dtype or whole.dtype))
+            described, result = _write(tensors.get(parameter.key), parameter, model.num_layers, whole, file)
+            tensors[parameter.key] = described
             results.append(result)
             progress(whole.nbytes)
     FileSystemWriter(place).finish(Metadata(state_dict_metadata={**tensors}), [results])
@@ -138,19 +137,19 @@ def write_checkpoint(
     return place
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def _in_own_storage(tensor: Tensor) -> Tensor:
     """The values in a storage of their own, since torch.save writes the whole storage that a view looks into."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _describe(
-    so_far: TensorStorageMetadata | None, group: Group, num_layers: int, whole: Tensor, file: HashingFile
+def _write(
+    so_far: TensorStorageMetadata | None, parameter: ModelParameter, num_layers: int, whole: Tensor, file: HashingFile
 ) -> tuple[TensorStorageMetadata, WriteResult]:
     """Write a parameter; returns what is known of its tensor, this piece included, and where the piece is."""
-    layers = group.layer is not None
+    layers = parameter.layer is not None
     values = whole[None] if layers else whole
-    offsets = torch.Size([group.layer or 0] * layers + [0] * whole.dim())
+    offsets = torch.Size([parameter.layer or 0] * layers + [0] * whole.dim())
     if so_far is None:
         size = torch.Size((num_layers,) * layers + tuple(whole.shape))
         so_far = TensorStorageMetadata(TensorProperties.create_from_tensor(values), size, [])
@@ -158,5 +157,5 @@ def _describe(
     begin = file.tell()
     torch.save(values, cast(IO[bytes], file))
     length = file.tell() - begin
-    index = MetadataIndex(group.key, offsets, len(so_far.chunks) - 1)
+    index = MetadataIndex(parameter.key, offsets, len(so_far.chunks) - 1)
     return so_far, WriteResult(index, length, _StorageInfo(_WEIGHTS, begin, length))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.source import compare, listed, to_dtype
-from genlip_megatron.convert.table import Group, canonical_shapes
+from genlip_megatron.model.state_dict import ModelParameter, canonical_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -141,10 +141,10 @@ class SafetensorsSource:
         self.dtypes = {name: _BY_NAME[fact.dtype] for name, fact in facts.items()}
         self._files = {name: fact.file for name, fact in facts.items()}
 
-    def read(self, group: Group) -> list[Tensor]:
-        """The group's tensors, views into the mapped files."""
+    def read(self, parameter: ModelParameter) -> list[Tensor]:
+        """The canonical tensors of a parameter, views into the mapped files."""
         tensors = []
-        for name in group.canonical:
+        for name in parameter.shapes:
             with _opened(self._files[name]) as file:
                 tensors.append(file.get_tensor(name))
         return tensors

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.table import Group
+from genlip_megatron.model.state_dict import ModelParameter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LISTED = 20
 
 
 class Source(Protocol):
-    """Weights that are read a group at a time.
+    """Weights that are read one parameter at a time.
 
     Attributes:
         model: what they are the weights of.
@@ -29,8 +29,8 @@ class Source(Protocol):
         """Canonical name -> dtype, of every tensor."""
         ...
 
-    def read(self, group: Group) -> list[Tensor]:
-        """The full canonical tensors of a group, in its order, on the CPU. They may be views into a mapped file."""
+    def read(self, parameter: ModelParameter) -> list[Tensor]:
+        """The full canonical tensors of a parameter, in its order, on the CPU; perhaps views into a mapped file."""
         ...
 
 

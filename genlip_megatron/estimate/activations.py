@@ -172,12 +172,6 @@ class Sizes:
         scatter = self.gathered + staged + without_bias - self.hidden if self.shards_sequence else 0.0
         return again + max(swiglu, linear, accumulate, query, scatter)
 
-    def layer_parameters(self) -> float:
-        """Parameters of the matrices of one layer on this rank."""
-        model = self.config.model
-        projections = 5 if model.attention_output_gate else 4
-        return (projections * model.hidden_size + 3 * model.ffn_hidden_size) * model.hidden_size / self.tp
-
     def unit(self, numel: float) -> float:
         """What FSDP holds of a unit while it runs: its weights gathered, and beside them the next unit's."""
         return 2 * numel * self.e

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.convert.table import canonical_shapes
 from genlip_megatron.estimate.activations import Sizes
 from genlip_megatron.estimate.memory import Memory, memory, stage_parameters
 from genlip_megatron.estimate.sample import (
@@ -19,6 +18,7 @@ from genlip_megatron.estimate.sample import (
     sample_flops,
 )
 from genlip_megatron.model.pipeline import chunk_costs, layers_per_chunk
+from genlip_megatron.model.state_dict import canonical_shapes
 
 
 @dataclass(frozen=True)

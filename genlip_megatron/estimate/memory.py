@@ -8,15 +8,13 @@ those for a GPU against what torch's allocator hands out where kernels do nothin
 from __future__ import annotations
 
 import functools
-import math
-import re
 from dataclasses import dataclass, fields
 
 from genlip_megatron.config import ModelConfig, ParallelConfig, RunConfig
-from genlip_megatron.convert.table import TABLE, canonical_shapes
 from genlip_megatron.estimate.activations import Sizes
 from genlip_megatron.estimate.sample import GIB, SampleMix, data_parallel_size, default_mix, micro_batches
 from genlip_megatron.model.pipeline import layers_per_chunk
+from genlip_megatron.model.state_dict import LAYER, find, layer_matrix_size, rank_sizes
 
 # CUDA context, cuBLAS and NCCL buffers, and what the caching allocator cannot use. Assumed, not measured.
 _OVERHEAD = {"cuda": 2 * GIB, "cpu": 0}
@@ -56,30 +54,21 @@ class Memory:
         return sum(self.parts().values())
 
 
+@functools.cache  # a search asks for the same few layouts many times
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[int, int]]:
-    """(trained, frozen) parameters of one rank of each pipeline stage; the vocabulary is padded to a multiple of T."""
-    size, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    return _stage_parameters(model, size, stages, tuple(layers_per_chunk(model, parallel)))
-
-
-@functools.cache  # a search asks for the same few again and again
-def _stage_parameters(model: ModelConfig, size: int, stages: int, counts: tuple[int, ...]) -> list[tuple[int, int]]:
-    split = {name.replace("{i}", "*"): e.layout.dim is not None for e in TABLE for name in e.canonical}
-    stage_of_layer = [i % stages for i, count in enumerate(counts) for _ in range(count)]
-    frozen_names = {
-        **{name: model.freeze_embeddings for name in ("embeddings.weight", "in_proj.weight", "in_proj.bias")},
-        **{name: model.freeze_head for name in ("lm_head.weight", "proj.weight", "proj.bias")},
-    }
+    """(trained, frozen) parameters of one rank of each pipeline stage."""
+    stages, counts = parallel.pipeline_model_parallel_size, layers_per_chunk(model, parallel)
     totals = [[0, 0] for _ in range(stages)]
-    for name, shape in canonical_shapes(model).items():
-        rows = -(-shape[0] // size) * size if name in ("embeddings.weight", "lm_head.weight") else shape[0]
-        numel = rows * math.prod(shape[1:])
-        layer = re.match(r"visual\.layers\.(\d+)\.", name)
-        if split[re.sub(r"layers\.\d+", "layers.*", name)]:
-            numel //= size
-        first = name.startswith(("vision_embeddings", "embeddings", "in_proj"))
-        stage = stage_of_layer[int(layer[1])] if layer else 0 if first else stages - 1
-        totals[stage][frozen_names.get(name, False)] += numel
+    for name, size in rank_sizes(model, parallel.tensor_model_parallel_size).items():
+        setting = find(name.format(i=0))[1].frozen_by
+        frozen = bool(setting) and getattr(model, setting)
+        for stage in range(stages):
+            copies = (
+                sum(counts[stage::stages])
+                if name.startswith(LAYER)
+                else stage == (0 if name.startswith("embed.") else stages - 1)
+            )
+            totals[stage][frozen] += copies * size
     return [(trained, frozen) for trained, frozen in totals]
 
 
@@ -128,7 +117,7 @@ def memory(config: RunConfig, world_size: int, device: str = "cuda", mix: Sample
             pixels = 0.0
         alive = in_flight(parallel, stage, number, kept) + batches
         # (activations, head, temporaries) at the moments that can be the peak.
-        unit = sizes.unit(sizes.layer_parameters()) if parallel.fsdp else 0.0
+        unit = sizes.unit(layer_matrix_size(model, sizes.tp)) if parallel.fsdp else 0.0
         table = sizes.unit(sizes.vocabulary) if parallel.fsdp else 0.0
         moments = [(alive, 0.0, max(sizes.passing(counts[i]) for i in mine) + unit)]
         if stage == stages - 1:
@@ -147,7 +136,7 @@ def memory(config: RunConfig, world_size: int, device: str = "cuda", mix: Sample
         # A linear keeps its weight in FP8 as it is and transposed; beside the one in bf16, or instead of it.
         copies = 0.0
         if config.train.fp8 != "none" and not config.train.fp8_primary_weights:
-            copies = 2.0 * sizes.layer_parameters() * sum(counts[i] for i in mine)
+            copies = 2.0 * layer_matrix_size(model, sizes.tp) * sum(counts[i] for i in mine)
         found.append(
             Memory(
                 # Shards are float32, so that they need no master copy.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from genlip_megatron.config import PATCH_SIZE, ModelConfig, RunConfig
-from genlip_megatron.train.metrics import HOPPER_TFLOPS, training_flops
+from genlip_megatron.model.flops import HOPPER_TFLOPS, training_flops
 
 GIB = 2**30
 GPUS_PER_NODE = 8

@@ -16,12 +16,8 @@ from torch import Tensor
 from genlip_megatron.batch import PATCH_VALUES, PackedBatch
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.device import to_device
+from genlip_megatron.model.state_dict import has_projections, padded_vocab_size
 from genlip_megatron.parallel.sequence import local_slots, slot_share
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of embedding and head, so that every tensor-parallel rank holds equally many."""
-    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -80,15 +76,11 @@ class Embedding(MegatronModule):
             tp_group=tp_group,
         )
         self.in_proj: torch.nn.Linear | None = None
-        if model.text_hidden_size != model.hidden_size:
+        if has_projections(model):
             self.in_proj = torch.nn.Linear(model.text_hidden_size, model.hidden_size, **options)
         shared = [self.patch_weight, self.patch_bias, *(self.in_proj.parameters() if self.in_proj else ())]
         for parameter in shared:
             parameter.sequence_parallel = config.sequence_parallel
-        if model.freeze_embeddings:
-            self.tokens.weight.requires_grad_(False)
-            if self.in_proj is not None:
-                self.in_proj.requires_grad_(False)
 
     def forward(self, batch: PackedBatch, images: ImageSlots | None = None) -> Tensor:
         """Hidden states [S_local, 1, D] of the slots that this rank holds.

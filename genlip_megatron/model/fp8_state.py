@@ -23,18 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from genlip_megatron.convert.table import FP8_STATE
+from genlip_megatron.model.state_dict import FP8_STATE
 
 _TENSORS = ("scale", "amax_history")
-
-
-def is_fp8_state(name: str) -> bool:
-    """Whether a tensor of a checkpoint is such state.
-
-    >>> is_fp8_state("decoder.layers.mlp.linear_fc1.fp8.scale_fwd"), is_fp8_state("head.weight")
-    (True, False)
-    """
-    return FP8_STATE in name
 
 
 @torch.no_grad()  # with gradients, leaving the context would update the scales of models that there are already

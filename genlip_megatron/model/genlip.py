@@ -25,13 +25,14 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.device import current_device, to_device
 from genlip_megatron.model.attention import PackedAttention, plan_attention
 from genlip_megatron.model.embed import Embedding, ImageSlots
-from genlip_megatron.model.fp8_state import is_fp8_state, prepare_fp8_state, set_fp8_state
+from genlip_megatron.model.fp8_state import prepare_fp8_state, set_fp8_state
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.head import Head
 from genlip_megatron.model.recompute import keep_no_copies
 from genlip_megatron.model.regularize import fuse_norms
 from genlip_megatron.model.specs import attention_choice, layer_spec
-from genlip_megatron.parallel.initial import fill_initial_weights
+from genlip_megatron.model.state_dict import freeze, is_fp8_state
+from genlip_megatron.model.weights import fill_initial_weights
 from genlip_megatron.parallel.sequence import local_slots
 
 
@@ -82,6 +83,7 @@ class GenLIP(MegatronModule):
         if config.train.fusion == "norms":
             fuse_norms(self.decoder.layers, across=config.parallel.recompute != "full" and not config.parallel.fsdp)
         self.head = Head(*edges) if self.post_process else None
+        freeze(self, config.model)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """The hidden states [S_local, 1, D] that came from the chunk before (None on the first)."""

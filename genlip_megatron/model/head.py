@@ -26,8 +26,8 @@ from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.cross_entropy import add_product_, chunk_rows, cross_entropy_
-from genlip_megatron.model.embed import padded_vocab_size
 from genlip_megatron.model.norm import LayerNorm
+from genlip_megatron.model.state_dict import has_projections, padded_vocab_size
 from genlip_megatron.parallel.sequence import slot_share
 
 
@@ -115,7 +115,7 @@ class Head(MegatronModule):
         options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.ln_post = LayerNorm(config, model.hidden_size, model.layernorm_epsilon, sequence_parallel=False)
         self.proj: torch.nn.Linear | None = None
-        if model.text_hidden_size != model.hidden_size:
+        if has_projections(model):
             self.proj = torch.nn.Linear(model.hidden_size, model.text_hidden_size, **options)
         rows = padded_vocab_size(model.vocab_size, tp_group.size()) // tp_group.size()
         self.weight = torch.nn.Parameter(torch.empty(rows, model.text_hidden_size, **options))
@@ -123,10 +123,6 @@ class Head(MegatronModule):
         self.vocab_size = model.vocab_size
         self.first_token = rows * tp_group.rank()
         self.columns = min(max(model.vocab_size - self.first_token, 0), rows)
-        if model.freeze_head:
-            self.weight.requires_grad_(False)
-            if self.proj is not None:
-                self.proj.requires_grad_(False)
 
     def _rows(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
         """Hidden states [R / C, D] of this context-parallel rank's share of ``rows`` (of all slots when None), from

@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import math
 
-from genlip_megatron.config import PATCH_VALUES, ModelConfig, ParallelConfig
+from genlip_megatron.config import ModelConfig, ParallelConfig
+from genlip_megatron.model.state_dict import layer_matrix_size, rank_sizes
 
 # Shares of a stage-1 sample's tokens that are image patches and answer rows: 196 and 68 of 270.
 _IMAGE_SHARE, _ANSWER_SHARE = 0.73, 0.25
 
 
-def _layer_cost(model: ModelConfig) -> float:
-    return (5 if model.attention_output_gate else 4) * model.hidden_size**2 + (
-        3 * model.hidden_size * model.ffn_hidden_size
-    )
-
-
 def embedding_cost_in_layers(model: ModelConfig) -> float:
     """Arithmetic of the patch embedding (no gradient of its input: two products of three), in layers."""
-    return _IMAGE_SHARE * PATCH_VALUES * model.hidden_size * (2 / 3) / _layer_cost(model)
+    return _IMAGE_SHARE * rank_sizes(model)["embed.patch_weight"] * (2 / 3) / layer_matrix_size(model)
 
 
 def head_cost_in_layers(model: ModelConfig) -> float:
     """Arithmetic of the LM head, in layers: 2 E V per answer row against 2 (5 D^2 + 3 D F) per token."""
-    return _ANSWER_SHARE * model.text_hidden_size * model.vocab_size / _layer_cost(model)
+    return _ANSWER_SHARE * rank_sizes(model)["head.weight"] / layer_matrix_size(model)
 
 
 def chunk_costs(model: ModelConfig, counts: list[int]) -> list[float]:

@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from genlip_megatron.config import LINEAR_INPUTS, RunConfig
-from genlip_megatron.convert.table import FUSED_NORMS
 from genlip_megatron.device import current_device
 from genlip_megatron.model.attention import FP8_BACKEND, GenLIPSelfAttention, PrefixLMAttention, choose_backend
 from genlip_megatron.model.attention.backend import Place
@@ -31,6 +30,7 @@ from genlip_megatron.model.mlp import SwiGLU
 from genlip_megatron.model.norm import LayerNorm
 from genlip_megatron.model.pipeline import pipeline_layout
 from genlip_megatron.model.regularize import GenLIPLayer, ScaledResidual
+from genlip_megatron.model.state_dict import FUSED_NORMS
 from genlip_megatron.model.te_support import RECIPES, choose_fp8, fused_norms, why_no_engine
 
 

@@ -11,9 +11,10 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
+from genlip_megatron.model.flops import COUNTS, HOPPER_TFLOPS, training_flops
 from genlip_megatron.train.breakdown import PARTS, describe, over_ranks
 from genlip_megatron.train.guard import Outcome
-from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, Progress, training_flops
+from genlip_megatron.train.metrics import Progress
 
 if TYPE_CHECKING:
     from genlip_megatron.train.loop import Run

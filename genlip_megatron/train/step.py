@@ -21,10 +21,10 @@ from genlip_megatron.config import RunConfig
 from genlip_megatron.device import current_device
 from genlip_megatron.faults.exits import UserError
 from genlip_megatron.model.attention import PackedAttention
+from genlip_megatron.model.flops import COUNTS, count_batch
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.train.breakdown import Breakdown
 from genlip_megatron.train.graphs import GraphedStage
-from genlip_megatron.train.metrics import COUNTS, count_batch
 
 
 def loss_sum(batch: PackedBatch, total: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

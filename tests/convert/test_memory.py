@@ -12,7 +12,7 @@ import torch
 
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsWriter
-from genlip_megatron.convert.table import canonical_shapes
+from genlip_megatron.model.state_dict import canonical_shapes
 
 # The embedding and the head are 156 MB each in float32, seven times all layers.
 MODEL = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=4, ffn_hidden_size=512, text_hidden_size=256)

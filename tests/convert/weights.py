@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from genlip_megatron.convert.source import Source
-from genlip_megatron.convert.table import canonical_shapes, groups
+from genlip_megatron.model.state_dict import canonical_shapes, model_parameters
 
 # The structures that presets and ablations differ in, scaled down.
 VARIANTS = {
@@ -74,8 +74,8 @@ def read_source(source: Source) -> dict[str, Tensor]:
     """All tensors of a source."""
     return {
         name: tensor.clone()
-        for group in groups(source.model)
-        for name, tensor in zip(group.canonical, source.read(group), strict=True)
+        for parameter in model_parameters(source.model)
+        for name, tensor in zip(parameter.shapes, source.read(parameter), strict=True)
     }
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from genlip_megatron.config import DataConfig, ModelConfig
 from genlip_megatron.convert.folder import hf_config, write_side_files
-from genlip_megatron.convert.table import canonical_shapes
 from genlip_megatron.convert.tokenizer import export_tokenizer
+from genlip_megatron.model.state_dict import canonical_shapes
 
 SIZES: dict[str, Any] = {
     "num_layers": 2,

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from genlip_megatron.config import DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
 from genlip_megatron.convert.folder import hf_config, model_card, model_config, preprocessor_config
-from genlip_megatron.convert.table import canonical_shapes
 from genlip_megatron.convert.tokenizer import END_OF_TURN, export_tokenizer
 from genlip_megatron.data import text
+from genlip_megatron.model.state_dict import canonical_shapes
 from tests.hf.models import export, tiny
 
 transformers = pytest.importorskip("transformers")

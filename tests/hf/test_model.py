@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.table import canonical_shapes
+from genlip_megatron.model.state_dict import canonical_shapes
 from tests.hf.models import golden_inputs, golden_model, hf_model, images, random_weights, tiny
 
 transformers = pytest.importorskip("transformers")

@@ -20,8 +20,8 @@ def run_generate(path: str, flags: dict[str, Any]) -> list[int]:
     from genlip_megatron.infer.generate import generate
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.model.weights import fill_weights
     from genlip_megatron.parallel import groups
-    from genlip_megatron.parallel.initial import fill_weights
 
     model, golden = load_golden(Path(path))
     run = override(golden_run(model, 96), {name.replace("__", "."): value for name, value in flags.items()})

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.table import TABLE, canonical_shapes, find
-from genlip_megatron.parallel.initial import initial_tensor
+from genlip_megatron.model.state_dict import TABLE, canonical_shapes, find
+from genlip_megatron.model.weights import initial_tensor
 from genlip_megatron.testing.distributed import run_distributed
 
 MODEL = ModelConfig(
@@ -47,7 +47,7 @@ def initial_weights(model: ModelConfig, tp: int, pp: int) -> dict[str, torch.Ten
 
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.parallel.initial import gather_canonical
+    from genlip_megatron.model.weights import gather_canonical
     from genlip_megatron.testing.golden import golden_run
 
     parallel_state.destroy_model_parallel()
@@ -88,7 +88,8 @@ def test_table_round_trips_every_tensor(size: int, gate: bool) -> None:
     full = {name: torch.randn(shape) for name, shape in canonical_shapes(model).items()}
     seen = set()
     for entry in TABLE:
-        names, layout = find(entry.local.format(i=1), 0)
+        names, _ = find(entry.local.format(i=1))
+        layout = entry.layout
         tensors = [full[name] for name in names]
         for name, back in zip(names, layout.join(layout.split(tensors, model, size), model), strict=True):
             assert torch.equal(back, full[name]), name

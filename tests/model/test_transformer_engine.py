@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
-from genlip_megatron.convert.table import find
+from genlip_megatron.model.state_dict import find
 from genlip_megatron.model.te_support import why_no_engine
 from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.testing.distributed import run_distributed
@@ -204,15 +204,15 @@ def test_a_norm_that_is_recomputed_stands_alone(demo_data: Path) -> None:
 def test_names_of_fused_norms() -> None:
     for fused, alone in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
         for kind in ("weight", "bias"):
-            names, layout = find(f"decoder.layers.1.{fused}.layer_norm_{kind}", 2)
-            assert names == (f"visual.layers.3.{alone}.{kind}",) and layout.dim is None
+            names, entry = find(f"decoder.layers.1.{fused}.layer_norm_{kind}", 2)
+            assert names == (f"visual.layers.3.{alone}.{kind}",) and entry.layout.dim is None
 
 
 def _exact_values(config: RunConfig) -> bool:
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.model.weights import fill_initial_weights
     from genlip_megatron.parallel import groups
-    from genlip_megatron.parallel.initial import fill_initial_weights
 
     groups.initialize(config)
     (model,) = build_model(config, transformer_config(config))

@@ -15,10 +15,10 @@ import xxhash
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
+from genlip_megatron.model.flops import COUNTS
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import full_weights, layout, tiny_config, weights
 from genlip_megatron.train.guard import Replay
-from genlip_megatron.train.metrics import COUNTS
 from tests.fault_table import FaultRow
 
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}

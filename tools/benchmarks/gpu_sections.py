@@ -42,6 +42,7 @@ from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.model import genlip  # noqa: E402
 from genlip_megatron.model.attention import BACKENDS, plan_attention  # noqa: E402
 from genlip_megatron.model.attention.backend import Place  # noqa: E402
+from genlip_megatron.model.flops import COUNTS, HOPPER_TFLOPS, count_batch, training_flops  # noqa: E402
 from genlip_megatron.model.fusion import compiled  # noqa: E402
 from genlip_megatron.model.head import Head  # noqa: E402
 from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin  # noqa: E402
@@ -49,7 +50,6 @@ from genlip_megatron.model.specs import check_machine, compute_dtype, transforme
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.breakdown import PARTS, Breakdown  # noqa: E402
 from genlip_megatron.train.loop import build_run, train_step  # noqa: E402
-from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, count_batch, training_flops  # noqa: E402
 
 MODELS, STAGES, HEAD_DIMS = ("l16", "so16", "g16"), (1, 2), (64, 72, 96)
 MATRIX_SIZES, HEAD_ROWS = (1024, 1152, 1536), (4100, 16500)
