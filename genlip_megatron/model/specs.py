@@ -22,7 +22,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from genlip_megatron.config import LINEAR_INPUTS, RunConfig
 from genlip_megatron.device import current_device
-from genlip_megatron.model.attention import FP8_BACKEND, GenLIPSelfAttention, PrefixLMAttention, choose_backend
+from genlip_megatron.model.attention import (
+    BACKENDS,
+    FP8_BACKEND,
+    GenLIPSelfAttention,
+    PrefixLMAttention,
+    choose_backend,
+)
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.linear import ColumnLinear, RowLinear
@@ -62,10 +68,11 @@ def check_machine(config: RunConfig) -> str:
     backend, reason = attention_choice(config)
     if config.train.cuda_graph and not torch.cuda.is_available():
         raise ValueError("train.cuda_graph: needs a CUDA device, here is none; leave out --cuda-graph")
-    if config.train.cuda_graph and backend not in ("varlen", "te"):
+    if config.train.cuda_graph and not (backend in BACKENDS and BACKENDS[backend].has_fixed_shapes):
+        fixed = " or ".join(name for name, kind in BACKENDS.items() if kind.has_fixed_shapes)
         raise ValueError(
-            f"train.cuda_graph: needs the attention backend varlen or te, and here runs {backend} ({reason}); leave "
-            "out --cuda-graph"
+            f"train.cuda_graph = True: needs the attention backend {fixed}, here it is {backend} ({reason}). Remove "
+            "--cuda-graph"
         )
     fp8 = choose_fp8(config)
     warnings = [f"WARNING: {note}" for note in fp8.notes]

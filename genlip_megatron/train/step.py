@@ -104,7 +104,7 @@ class Stepper:
         """The micro-batch on the device and the plan of its attention, for all model chunks of this rank."""
         self.counts += count_batch(batch)
         batch = batch.with_fixed_shapes() if self._graphed else batch
-        plan = unwrap(self.model[0]).plan(batch, fixed_shapes=self._graphed is not None)
+        plan = unwrap(self.model[0]).prepare(batch, fixed_shapes=self._graphed is not None)
         return batch.to(self.device), plan
 
     def _next(self, batches: Iterator[PackedBatch], count: int) -> Iterator[tuple[PackedBatch, PackedAttention]]:

@@ -15,10 +15,10 @@ from megatron.core.transformer.attention import SelfAttention
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.model.attention import BACKENDS, GenLIPSelfAttention, choose_backend, context, plan_attention
+from genlip_megatron.model.attention import BACKENDS, GenLIPSelfAttention, choose_backend, context, prepare_attention
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.attention.grouped import Grouped
-from genlip_megatron.model.attention.varlen import TwoCalls, reference_kernel
+from genlip_megatron.model.attention.two_calls import TwoCalls, reference_kernel
 
 Samples = list[tuple[int, int]]
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def attend(batch: PackedBatch, backend: str, head_dim: int = 16, heads: int = 2,
     inputs = [torch.randn(batch.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in inputs[:3])
     plans = [
-        plan_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True)
+        prepare_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True)
         for rank in range(ranks)
     ]
     parts = [plan.backend(part, k, v, head_dim**-0.5) for plan, part in zip(plans, q.chunk(ranks), strict=True)]
@@ -162,7 +162,7 @@ def test_flex_follows_the_rule(ranks: int) -> None:
     q, k, v = (torch.randn(batch.num_tokens, 2, 16) for _ in range(3))
     for rank in range(ranks):
         ours, oracle = (
-            plan_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True).backend
+            prepare_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True).backend
             for backend in ("flex", "dense")
         )
         part = q.chunk(ranks)[rank]
@@ -181,7 +181,7 @@ def test_cost_grows_with_the_samples_not_with_the_pack() -> None:
     """Ten times the samples means ten times the query-key pairs, where a dense pack would mean a hundred times."""
 
     def pairs(count: int) -> int:
-        backend = plan_attention(pack([(20, 10)] * count, 0), ModelConfig(), torch.float32, "grouped", CPU).backend
+        backend = prepare_attention(pack([(20, 10)] * count, 0), ModelConfig(), torch.float32, "grouped", CPU).backend
         assert isinstance(backend, Grouped)
         return sum(size * queries * keys for size, queries, keys in backend.shapes)
 
@@ -202,10 +202,13 @@ def test_choice_on_a_cpu_says_why() -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("varlen", "train.attention_backend = varlen: needs a CUDA device, here is cpu; those that run here: dense, "),
+        (
+            "varlen",
+            "train.attention_backend = varlen: needs a CUDA device, here is cpu. Backends that run here: dense, ",
+        ),
         ("flex", "it has no backward pass on a CPU"),
         ("te", "Transformer Engine is not installed"),
-        ("fast", "'fast': allowed are auto, dense, grouped, varlen, flex, te"),
+        ("fast", "'fast': unknown. Use auto, dense, grouped, varlen, flex, te"),
     ],
 )
 def test_a_forced_backend_that_cannot_run_is_refused(wanted: str, message: str) -> None:
@@ -254,7 +257,8 @@ def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_d
         tensors = [torch.randn(shape, device="cuda", dtype=HALF, generator=generator) for _ in range(4)]
         q, k, v = (x.requires_grad_() for x in tensors[:3])
         plans = [
-            plan_attention(batch, model, HALF, name, gpu, Cut(rank, ranks), gather_keys=True) for rank in range(ranks)
+            prepare_attention(batch, model, HALF, name, gpu, Cut(rank, ranks), gather_keys=True)
+            for rank in range(ranks)
         ]
         parts = [plan.backend(part, k, v, head_dim**-0.5) for plan, part in zip(plans, q.chunk(ranks), strict=True)]
         out = torch.cat(parts)

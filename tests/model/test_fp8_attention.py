@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from genlip_megatron.config import ModelConfig, RunConfig, override
-from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, plan_attention, varlen
-from genlip_megatron.model.attention.varlen import reference_kernel
+from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, prepare_attention, te
+from genlip_megatron.model.attention.two_calls import reference_kernel
 from genlip_megatron.model.te_support import Fp8, Gpu, choose_fp8, fp8_head_dim
 from tests.model.test_attention import CPU, Cut, Samples, attend, pack
 
@@ -37,7 +37,7 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8.Fp8Images, "kernel", staticmethod(reference_kernel))
-    monkeypatch.setattr(varlen, "in_bf16", contextlib.nullcontext)
+    monkeypatch.setattr(te, "in_bf16", contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
@@ -60,13 +60,13 @@ def test_images_side_by_side_attend_as_the_rule_says(
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(batch.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in inputs[:3])
-    plan = plan_attention(batch, model, torch.float32, FP8_BACKEND, CPU)
-    out = plan.backend(q, k, v, head_dim**-0.5, image_kernel=kernel)
+    packed = prepare_attention(batch, model, torch.float32, FP8_BACKEND, CPU)
+    out = packed.backend(q, k, v, head_dim**-0.5, image_kernel=kernel)
     out.backward(inputs[3])
     for ours, oracle in zip((out, q.grad, k.grad, v.grad), attend(batch, "dense", head_dim), strict=True):
         torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
     # One call a micro-batch, of few shapes, whatever it holds; its images take no other.
-    assert len(plan.backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
+    assert len(packed.backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
     assert kernel.shapes == [(images, length, heads, 80 if capability == (10, 0) else 128)]
 
 
@@ -76,7 +76,7 @@ def test_images_cut_by_context_parallelism_take_the_other_call() -> None:
     model = ModelConfig(hidden_size=32, num_attention_heads=2, rope_sections=(2, 2, 2))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(batch.num_tokens, 2, head_dim, generator=generator) for _ in range(3))
-    plans = [plan_attention(batch, model, torch.float32, FP8_BACKEND, CPU, Cut(i, 4), True) for i in range(4)]
+    plans = [prepare_attention(batch, model, torch.float32, FP8_BACKEND, CPU, Cut(i, 4), True) for i in range(4)]
     parts = zip(plans, q.chunk(4), strict=True)
     out = torch.cat([plan.backend(part, k, v, 0.25, image_kernel=Kernel((9, 0))) for plan, part in parts])
     torch.testing.assert_close(out, attend(batch, "dense", head_dim)[0], atol=2e-5, rtol=0)
@@ -148,7 +148,7 @@ def test_fp8_kernel_is_near_the_rule() -> None:
         choose_fp8(config(fp8_recipe=recipe))
     except ValueError as error:
         pytest.skip(str(error))
-    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch as te_pytorch
     from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
 
     scaling = (Float8CurrentScaling if recipe == "current" else DelayedScaling)(fp8_dpa=True)
@@ -161,7 +161,7 @@ def test_fp8_kernel_is_near_the_rule() -> None:
         for _ in range(3):  # delayed scaling takes the scales of the pass before
             for x in inputs:
                 x.grad = None
-            with te.fp8_autocast(enabled=attention is kernel, fp8_recipe=scaling):
+            with te_pytorch.fp8_autocast(enabled=attention is kernel, fp8_recipe=scaling):
                 padded = [torch.nn.functional.pad(x, (0, padding)) for x in inputs]
                 out = attention(*padded, head_dim**-0.5)[..., :head_dim]
             out.backward(grad)

@@ -15,7 +15,7 @@ from genlip_megatron import megatron_patches
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import ModelConfig, RunConfig, override
 from genlip_megatron.device import current_device
-from genlip_megatron.model.attention import plan_attention
+from genlip_megatron.model.attention import prepare_attention
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.norm import LayerNorm
 from genlip_megatron.testing.distributed import run_distributed
@@ -77,13 +77,13 @@ def test_attention_turns_by_the_compiled_function(monkeypatch: pytest.MonkeyPatc
     def turn(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return 0 * x
 
-    monkeypatch.setattr("genlip_megatron.model.attention.plan.compiled", lambda _: turn)
+    monkeypatch.setattr("genlip_megatron.model.attention.packed.compiled", lambda _: turn)
     batch = pack_samples([[Sample(None, 0, 0, [1, 2, 3])]], 4)
     model, q = ModelConfig(rope_sections=(1, 0, 0), hidden_size=4, num_attention_heads=2), torch.randn(4, 2, 2)
     for fusion in (False, True):
-        plan = plan_attention(batch, model, torch.float32, "dense", torch.device("cpu"), fusion=fusion)
+        packed = prepare_attention(batch, model, torch.float32, "dense", torch.device("cpu"), fusion=fusion)
         # Scores of nothing: every token sees the mean of what lies before it.
-        mean = torch.allclose(plan.backend(q, q, q, 1.0)[2], q[:3].mean(0), atol=1e-6)
+        mean = torch.allclose(packed.backend(q, q, q, 1.0)[2], q[:3].mean(0), atol=1e-6)
         assert mean == fusion
 
 

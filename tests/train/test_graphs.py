@@ -64,7 +64,7 @@ def careless_kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> Tensor:
     """The plain kernel, which leaves what is behind the last sequence as it was, as those of a GPU do."""
-    from genlip_megatron.model.attention.varlen import reference_kernel
+    from genlip_megatron.model.attention.two_calls import reference_kernel
 
     assert max_q >= int(cu_q.diff().max()) and max_k >= int(cu_k.diff().max())
     queries, keys = int(cu_q[-1]), int(cu_k[-1])
@@ -134,12 +134,12 @@ def trained(
         releases: with a number, no memory is free beside the graphs, and they may give theirs up so many times.
         fails: the capture that runs out of memory.
     """
-    from genlip_megatron.model.attention import BACKENDS, varlen
+    from genlip_megatron.model.attention import BACKENDS, two_calls
     from genlip_megatron.parallel import groups
     from genlip_megatron.train import graphs
     from genlip_megatron.train.loop import build_run, train_step
 
-    class Careless(varlen.TwoCalls):
+    class Careless(two_calls.TwoCalls):
         kernel = staticmethod(careless_kernel)
 
         @staticmethod

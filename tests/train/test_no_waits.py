@@ -119,11 +119,11 @@ def batch(seed: int) -> PackedBatch:
 
 def steps(backend: str, flags: dict[str, Any]) -> None:
     """Two steps of two micro-batches; the second, when all caches are filled, may wait once."""
-    from genlip_megatron.model.attention import BACKENDS, varlen
+    from genlip_megatron.model.attention import BACKENDS, two_calls
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import build_run, train_step
 
-    class Stub(varlen.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
+    class Stub(two_calls.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
         kernel = staticmethod(lambda q, *_, **__: q)
 
         @staticmethod

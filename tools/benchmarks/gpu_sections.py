@@ -40,7 +40,7 @@ from genlip_megatron.config import (  # noqa: E402
 from genlip_megatron.data.loader import Loader, drop_path_factors  # noqa: E402
 from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.model import genlip  # noqa: E402
-from genlip_megatron.model.attention import BACKENDS, plan_attention  # noqa: E402
+from genlip_megatron.model.attention import BACKENDS, prepare_attention  # noqa: E402
 from genlip_megatron.model.attention.backend import Place  # noqa: E402
 from genlip_megatron.model.flops import COUNTS, HOPPER_TFLOPS, count_batch, training_flops  # noqa: E402
 from genlip_megatron.model.fusion import compiled  # noqa: E402
@@ -244,7 +244,7 @@ class Bench:
         else:
             if reason := BACKENDS[kernel].why_not(Place(self.device, dtype, head_dim)):
                 raise ValueError(reason)
-            plan = plan_attention(batch, model, dtype, kernel, self.device, fusion=self.device.type == "cuda")
+            plan = prepare_attention(batch, model, dtype, kernel, self.device, fusion=self.device.type == "cuda")
 
             def forward() -> torch.Tensor:
                 return plan.backend(q, k, v, head_dim**-0.5)
