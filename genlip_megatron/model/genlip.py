@@ -94,7 +94,7 @@ class GenLIP(MegatronModule):
         """As torch's, with the FP8 state of ``sharded_state_dict``; missing FP8 state is reset."""
         scales = {name: value for name, value in state_dict.items() if is_fp8_state(name)}
         weights = {name: value for name, value in state_dict.items() if name not in scales}
-        # Loading FP8 weights quantises them by the scales and adds their amax to the history: set the state before and after.
+        # Loading FP8 weights quantises them by the scales and changes the amax history: set the state before and after.
         set_fp8_state(self, scales)
         result = super().load_state_dict(weights, False, assign)
         if scales:
@@ -117,8 +117,8 @@ class GenLIP(MegatronModule):
         # Megatron-Core's sharded embedding returns zeros for an id that no rank holds.
         if (largest := int(batch.token_ids.max())) >= self.model_config.vocab_size:
             raise ValueError(
-                f"model.vocab_size = {self.model_config.vocab_size}: token id {largest} has no row in the embedding. Use "
-                "the tokenizer that the model was trained with, or raise --vocab-size"
+                f"model.vocab_size = {self.model_config.vocab_size}: token id {largest} has no row in the embedding. "
+                "Use the tokenizer that the model was trained with, or raise --vocab-size"
             )
         device = current_device()
         packed = prepare_attention(

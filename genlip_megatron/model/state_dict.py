@@ -361,13 +361,15 @@ def rank_sizes(model: ModelConfig, tensor_parallel_size: int = 1) -> dict[str, i
     }
 
 
-def layer_matrix_size(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Elements of one layer's matrices on one rank: the multiply-adds of one token in its linears."""
+def layer_matrix_size(model: ModelConfig, tensor_parallel_size: int = 1, part: str = "") -> int:
+    """Elements of one layer's matrices on one rank: the multiply-adds of one token in its linears.
+
+    Args:
+        part: only names that begin with this, for example "mlp.".
+    """
     sizes = rank_sizes(model, tensor_parallel_size)
-    return sum(size for name, size in sizes.items() if name.startswith(LAYER) and _BY_LOCAL[name].init in _MATRICES)
-
-
-_MATRICES = (NORMAL, XAVIER)
+    matrices = [name for name in sizes if _BY_LOCAL[name].init in (NORMAL, XAVIER)]
+    return sum(sizes[name] for name in matrices if name.startswith(LAYER + part))
 
 
 def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def commonest_length(lengths: np.ndarray) -> int:
 
 
 class Fp8Images(TransformerEngine):
-    """As ``TransformerEngine``, with image queries by a kernel that each layer passes, since it holds the layer's scales.
+    """As ``TransformerEngine``, with image queries by a kernel that each layer passes: it holds the layer's scales.
 
     Images of another length, and images cut by context parallelism, take the bfloat16 call. The FP8 call runs even for
     a micro-batch without images: data-parallel ranks reduce the amax values of their FP8 tensors together.
