@@ -108,9 +108,9 @@ def to_hf(options: argparse.Namespace) -> int:
 
     from genlip_megatron.checkpoint import loading
     from genlip_megatron.convert import conversion
-    from genlip_megatron.convert.folder import foreign, write_side_files
-    from genlip_megatron.convert.new_folder import check_target, new_folder
+    from genlip_megatron.convert.hf_folder import foreign, write_side_files
     from genlip_megatron.convert.source import DTYPES
+    from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.convert.tokenizer import export_tokenizer
     from genlip_megatron.data.text import load_tokenizer
 
@@ -153,9 +153,9 @@ def to_hf(options: argparse.Namespace) -> int:
 def to_megatron(options: argparse.Namespace) -> int:
     """Write a Megatron checkpoint of weights alone."""
     from genlip_megatron.convert import conversion, megatron_target
-    from genlip_megatron.convert.folder import hf_config
-    from genlip_megatron.convert.new_folder import check_target, new_folder
+    from genlip_megatron.convert.hf_folder import hf_config
     from genlip_megatron.convert.source import DTYPES
+    from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.data.text import load_tokenizer
 
     if options.verify:

@@ -12,7 +12,7 @@ import torch
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.config import DEFAULT_PROMPT, PATCH_SIZE, DataConfig, ModelConfig, RunConfig, override
-from genlip_megatron.convert.folder import model_config
+from genlip_megatron.convert.hf_folder import model_config
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
 from genlip_megatron.convert.source import Source

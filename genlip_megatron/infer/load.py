@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlip_megatron.convert.folder import hf_config, preprocessor_config
+from genlip_megatron.convert.hf_folder import hf_config, preprocessor_config
 from genlip_megatron.convert.source import DTYPES, to_dtype
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
 from genlip_megatron.hf.configuration_genlip import GenLIPConfig

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor
 from genlip_megatron.checkpoint import folder, manifest
 from genlip_megatron.checkpoint.manifest import WEIGHTS_ONLY
 from genlip_megatron.checkpoint.reshard import reshard
-from genlip_megatron.convert.folder import hf_config
+from genlip_megatron.convert.hf_folder import hf_config
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
 from tests.convert.weights import differing, random_weights, read_released
@@ -104,9 +104,8 @@ def test_verify_ends_with_status_1_when_the_models_differ(
 def test_verify_reads_the_configuration_as_transformers_does(
     released: Path, convert: Convert, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genlip_megatron.convert import folder
 
-    monkeypatch.setattr(folder, "_rope", lambda fields: {"mrope_section": [4, 0, 0]})
+    monkeypatch.setattr(hf_folder, "_rope", lambda fields: {"mrope_section": [4, 0, 0]})
     words = ("--tokenizer", demo_data / "tokenizer.model", "--verify")
     said = convert("to-megatron", released, "--output", tmp_path / "start", *words, status=1)
     assert "ABOVE the tolerance" in said

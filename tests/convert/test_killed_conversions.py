@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genlip_megatron.checkpoint import folder as checkpoints
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.folder import hf_config
+from genlip_megatron.convert.hf_folder import hf_config
 from genlip_megatron.testing.processes import Zygote
 from tests import crash
 from tests.convert.weights import differing, random_weights, read_released

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genlip_megatron.config import DataConfig, ModelConfig
-from genlip_megatron.convert.folder import hf_config, write_side_files
+from genlip_megatron.convert.hf_folder import hf_config, write_side_files
 from genlip_megatron.convert.tokenizer import export_tokenizer
 from genlip_megatron.model.state_dict import canonical_shapes
 

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from genlip_megatron.config import DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
-from genlip_megatron.convert.folder import hf_config, model_card, model_config, preprocessor_config
+from genlip_megatron.convert.hf_folder import hf_config, model_card, model_config, preprocessor_config
 from genlip_megatron.convert.tokenizer import END_OF_TURN, export_tokenizer
 from genlip_megatron.data import text
 from genlip_megatron.model.state_dict import canonical_shapes

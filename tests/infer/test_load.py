@@ -25,7 +25,7 @@ from tools.extract_features import main as extract_features
 def encoder(tmp_path: Path) -> Path:
     """A folder of a vision encoder alone, of two layers."""
     from genlip_megatron.config import DataConfig
-    from genlip_megatron.convert.folder import write_side_files
+    from genlip_megatron.convert.hf_folder import write_side_files
     from genlip_megatron.model.state_dict import in_encoder
 
     folder = tmp_path / "encoder"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.convert import folder as exported
+from genlip_megatron.convert import hf_folder as exported
 from genlip_megatron.data.dataset import manifest_paths
 from genlip_megatron.data.index import index_path
 from genlip_megatron.faults import exits

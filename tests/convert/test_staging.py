@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from genlip_megatron.checkpoint import folder
-from genlip_megatron.convert.new_folder import new_folder
+from genlip_megatron.convert.staging import new_folder
 
 
 def names(folder: Path) -> list[str]:

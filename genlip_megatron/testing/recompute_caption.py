@@ -10,7 +10,7 @@ import torch
 from genlip_megatron import megatron_patches
 from genlip_megatron.batch import Sample
 from genlip_megatron.config import ONE_RANK, override
-from genlip_megatron.convert.folder import preprocessor_config
+from genlip_megatron.convert.hf_folder import preprocessor_config
 from genlip_megatron.data.text import load_tokenizer
 from genlip_megatron.device import current_device
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
