@@ -104,6 +104,7 @@ def test_verify_ends_with_status_1_when_the_models_differ(
 def test_verify_reads_the_configuration_as_transformers_does(
     released: Path, convert: Convert, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from genlip_megatron.convert import hf_folder
 
     monkeypatch.setattr(hf_folder, "_rope", lambda fields: {"mrope_section": [4, 0, 0]})
     words = ("--tokenizer", demo_data / "tokenizer.model", "--verify")

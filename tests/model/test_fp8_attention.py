@@ -1,4 +1,4 @@
-"""FP8 attention: what may run where and why not; images laid side by side attend as the dense rule says."""
+"""FP8 attention: where it can run and why not; stacked images attend by the dense rule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOPPER, BLACKWELL, AMPERE = Gpu((9, 0), 91300), Gpu((10, 0), 91500), Gpu((8, 0),
 
 
 class Kernel:
-    """Plain attention over images of one length; notes the shapes that it was given."""
+    """Plain attention over images of one length; records the shapes of its inputs."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability, self.shapes = capability, []  # type: ignore[var-annotated]
@@ -51,7 +51,7 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["fixed", "mixed", "text-only", "nothing"],
 )
-def test_images_side_by_side_attend_as_the_rule_says(
+def test_stacked_images_attend_by_the_rule(
     samples: Samples, images: int, length: int, capability: tuple[int, int]
 ) -> None:
     batch, heads, head_dim = pack(samples, 3), 2, 72
@@ -65,12 +65,12 @@ def test_images_side_by_side_attend_as_the_rule_says(
     out.backward(inputs[3])
     for ours, oracle in zip((out, q.grad, k.grad, v.grad), attend(batch, "dense", head_dim), strict=True):
         torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
-    # One call a micro-batch, of few shapes, whatever it holds; its images take no other.
+    # One FP8 call for each micro-batch, of few shapes; stacked images take no other call.
     assert len(packed.backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
     assert kernel.shapes == [(images, length, heads, 80 if capability == (10, 0) else 128)]
 
 
-def test_images_cut_by_context_parallelism_take_the_other_call() -> None:
+def test_images_cut_by_context_parallelism_take_the_bf16_call() -> None:
     samples = [(9, 5), (9, 1), (9, 4), (9, 6)]
     batch, head_dim = pack(samples, 0), 16
     model = ModelConfig(hidden_size=32, num_attention_heads=2, rope_sections=(2, 2, 2))
@@ -92,31 +92,31 @@ def config(**flags: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("flags", "gpu", "message"),
     [
-        ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*here is 8\.0"),
-        ({}, Gpu(), "needs compute capability 8.9 or above .*here is no GPU"),
-        ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, here is 8\.9"),
+        ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*here it is 8\.0"),
+        ({}, Gpu(), "needs compute capability 8.9 or above .*here it is no GPU"),
+        ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, here it is 8\.9"),
         (
             {"fp8_recipe": "current"},
             HOPPER,
-            "current scaling .* 10.0 .*here is 9.0; on Hopper take --fp8-recipe d",
+            "current scaling .* 10.0 .*here it is 9.0; on Hopper use --fp8-recipe d",
         ),
         ({"image_mode": "native"}, HOPPER, "images of data.image_mode = native differ in length"),
-        ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*here is 9\.6\.0"),
-        ({}, Gpu((9, 0), 91000), "which is faulty"),
+        ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*here it is 9\.6\.0"),
+        ({}, Gpu((9, 0), 91000), "which has a bug"),
         ({"fp8_recipe": "current"}, Gpu((12, 0), 91500), "no kernel for compute capability 12.0"),
     ],
 )
-def test_what_cannot_run_is_refused_with_the_reason_or_runs_in_bf16(
+def test_parts_that_cannot_run_are_refused_with_the_reason_or_run_in_bf16(
     flags: dict[str, Any], gpu: Gpu, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         choose_fp8(config(**flags), gpu)
     chosen = choose_fp8(config(**flags, fp8_fallback=True), gpu)
     assert (chosen.linears, chosen.images) == (gpu.capability >= (8, 9), False)
-    assert len(chosen.notes) == 1 and chosen.notes[0].endswith(": in BF16")
+    assert len(chosen.notes) == 1 and chosen.notes[0].endswith("; it runs in BF16")
 
 
-def test_what_can_run_does() -> None:
+def test_parts_that_can_run_do() -> None:
     assert choose_fp8(config(fp8="none", fp8_attention=False), AMPERE) == Fp8()
     assert choose_fp8(config(fp8_attention=False), HOPPER) == Fp8(True, False)
     for flags, gpu in (({}, HOPPER), ({}, BLACKWELL), ({"fp8_recipe": "current"}, BLACKWELL)):
@@ -127,7 +127,7 @@ def test_what_can_run_does() -> None:
 
 @pytest.mark.parametrize(("tp", "cp", "exchange", "heads"), [(1, 1, None, 16), (2, 1, None, 8), (2, 4, "a2a", 2),
                                                           (2, 4, "all_gather", 8)])  # fmt: skip
-def test_a_layers_kernel_takes_the_heads_that_a_rank_attends_with(
+def test_a_layers_kernel_takes_the_heads_that_a_rank_attends(
     tp: int, cp: int, exchange: str | None, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core, "TransformerEngineImages", lambda *made: made)
@@ -158,7 +158,7 @@ def test_fp8_kernel_is_near_the_rule() -> None:
     results = []
     for attention in (kernel, Kernel((9, 0))):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        for _ in range(3):  # delayed scaling takes the scales of the pass before
+        for _ in range(3):  # delayed scaling uses the scales of the previous pass
             for x in inputs:
                 x.grad = None
             with te_pytorch.fp8_autocast(enabled=attention is kernel, fp8_recipe=scaling):
@@ -167,5 +167,5 @@ def test_fp8_kernel_is_near_the_rule() -> None:
             out.backward(grad)
         results.append((out, *(x.grad for x in inputs)))
     for ours, oracle in zip(*results, strict=True):
-        # E4M3 carries 4 bits, E5M2 3: an eighth of a value, which sums over 196 keys average out.
+        # E4M3 carries 4 bits, E5M2 3: an error of an eighth of a value, which averages out over 196 keys.
         assert (ours - oracle).norm() < 0.1 * oracle.norm()

@@ -1,4 +1,4 @@
-"""Greedy generation repeats the authors' tokens, on one process and on any layout."""
+"""Greedy generation gives the authors' tokens, on one process and on any layout."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def captions_of_a_new_model(config: RunConfig) -> list[list[int]]:
 
 @pytest.mark.parametrize(("name", "flags"), [("TP2xPP2", {}), ("PP2xVPP2", {}), ("CP2xDP2", {"parallel__fsdp": True})])
 def test_several_requests_on_wrapped_models(name: str, flags: dict[str, Any]) -> None:
-    alone = run_distributed(1, captions_of_a_new_model, tiny_config(Path("unused")))[0]
+    expected = run_distributed(1, captions_of_a_new_model, tiny_config(Path("unused")))[0]
     world_size, sizes = layout(name)
     for captions in run_distributed(world_size, captions_of_a_new_model, tiny_config(Path("unused"), **sizes, **flags)):
-        assert captions == alone
+        assert captions == expected

@@ -1,4 +1,4 @@
-"""Weights and their layouts: what a rank holds depends on the layout, what the model is does not."""
+"""The table of parameters and the weights: the layout decides which part a rank holds, not the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXT_PARTS = ("embeddings.", "lm_head.", "in_proj.", "proj.")
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_parameter_counts_of_the_presets(name: str) -> None:
+def test_parameter_counts_of_the_named_sizes(name: str) -> None:
     model, vision, total = SIZES[name]
     sizes = {key: torch.Size(shape).numel() for key, shape in canonical_shapes(model).items()}
     assert sum(size for key, size in sizes.items() if not key.startswith(TEXT_PARTS)) == vision

@@ -1,4 +1,4 @@
-"""A token id without a row in the embedding stops the run, also where the rows are sharded."""
+"""A token id without a row in the embedding is an error, with sharded rows too."""
 
 from __future__ import annotations
 
