@@ -83,8 +83,11 @@ def why_no_fp8(gpu: Gpu) -> str | None:
     """Why FP8 linears cannot run; None when they can."""
     if gpu.capability >= (8, 9):
         return None
-    found = ".".join(map(str, gpu.capability)) if any(gpu.capability) else "no GPU"
-    return f"needs compute capability 8.9 or above (Ada, Hopper, Blackwell), here it is {found}"
+    return f"needs compute capability 8.9 or above (Ada, Hopper, Blackwell), {_found(gpu)}"
+
+
+def _found(gpu: Gpu) -> str:
+    return f"here it is {gpu.capability[0]}.{gpu.capability[1]}" if any(gpu.capability) else "and there is no GPU here"
 
 
 def fp8_head_dim(head_dim: int, capability: tuple[int, int]) -> int:
@@ -111,9 +114,8 @@ def why_no_fp8_images(config: RunConfig, gpu: Gpu) -> str | None:
     if gpu.capability[0] == 12:
         return "has no kernel for compute capability 12.0"
     if gpu.capability < capability:
-        found = ".".join(map(str, gpu.capability)) if any(gpu.capability) else "no GPU"
         hint = "; on Hopper use --fp8-recipe delayed" if current else ""
-        return f"with {name} scaling needs compute capability {capability[0]}.0 or above, here it is {found}{hint}"
+        return f"with {name} scaling needs compute capability {capability[0]}.0 or above, {_found(gpu)}{hint}"
     if gpu.cudnn < cudnn or gpu.cudnn == 91000:
         return (
             f"with {name} scaling needs cuDNN {cudnn // 10000}.{cudnn // 100 % 100} or above, but not 9.10.0, which "

@@ -40,7 +40,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
     assert names(tmp_path) == ["old"] and (target / "file").read_text() == "old"
     with (
-        pytest.raises(ValueError, match="could not be written: .*No space left"),
+        pytest.raises(ValueError, match="cannot be written: .*No space left"),
         new_folder(target, 1, True, lambda _: ""),
     ):
         raise OSError(28, "No space left on device")
@@ -70,7 +70,7 @@ def test_what_only_looks_like_a_rest_is_left(tmp_path: Path) -> None:
         (partial / "file").write_text("new")
     assert len(names(tmp_path)) == 5 and names(kept) == ["thesis"]
     (tmp_path / ".target.replaced").mkdir()
-    refused = pytest.raises(ValueError, match="target.replaced: it is in the way .*thesis.*; move it")
+    refused = pytest.raises(ValueError, match="target.replaced: in the way, .*thesis.*. Move it")
     with refused, new_folder(target, 1, True, lambda place: "thesis" if place.name != "target" else ""):
         raise AssertionError
     assert (tmp_path / ".target.replaced").is_dir() and names(target) == ["file"]
@@ -140,12 +140,12 @@ def test_an_empty_folder_is_taken_and_another_refused(tmp_path: Path) -> None:
     for overwrite, why in ((False, "is not empty.*--overwrite"), (True, "holds something else .thesis")):
         with pytest.raises(ValueError, match=why), new_folder(target, 1, overwrite, lambda _: "thesis"):
             raise AssertionError
-    with pytest.raises(ValueError, match="it is a file"), new_folder(target / "file", 1, True, lambda _: ""):
+    with pytest.raises(ValueError, match="is a file"), new_folder(target / "file", 1, True, lambda _: ""):
         raise AssertionError
     with pytest.raises(ValueError, match="GB free"), new_folder(tmp_path / "big", 10**18, True, lambda _: ""):
         raise AssertionError
     with (
-        pytest.raises(ValueError, match="could not be written"),
+        pytest.raises(ValueError, match="cannot be written"),
         new_folder(target / "file" / "x", 1, True, lambda _: ""),
     ):
         raise AssertionError

@@ -159,7 +159,7 @@ def test_every_recipe_comes_back(name: str) -> None:
     if "release" in name:
         assert model_config({}, shapes) == model
     else:
-        with pytest.raises(ValueError, match="give num_attention_heads|mrope_section"):
+        with pytest.raises(ValueError, match="Give num_attention_heads|mrope_section"):
             model_config({}, shapes)
 
 
@@ -179,12 +179,12 @@ def test_what_weights_tell_is_read_from_them(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 96}, "hidden_size = 96, but the weights have 48"),
-        ({"gated_attention": False}, "gated_attention = False, but the weights have True"),
-        ({"ls_init_value": None}, "ls_init_value = 0.0, but the weights have 0.1"),
+        ({"hidden_size": 96}, "hidden_size = 96: the weights have 48"),
+        ({"gated_attention": False}, "gated_attention = False: the weights have True"),
+        ({"ls_init_value": None}, "ls_init_value = 0.0: the weights have 0.1"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
-        ({}, "give num_attention_heads"),
+        ({}, "Give num_attention_heads"),
         ({"num_attention_heads": 4}, "mrope_section"),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_configuration_that_does_not_fit_is_refused(fields: dict[str, Any], me
         model_config(fields, canonical_shapes(tiny()))
     with pytest.raises(ValueError, match="no embeddings.weight"):
         model_config({}, {"ln_post.weight": (48,)})
-    with pytest.raises(ValueError, match="num_attention_heads = 3, but config.json has 4"):
+    with pytest.raises(ValueError, match="num_attention_heads = 3: config.json has 4"):
         model_config(hf_config(tiny()), canonical_shapes(tiny()), num_attention_heads=3)
 
 
@@ -289,7 +289,7 @@ def test_a_tokenizer_that_has_no_equal_is_refused(tmp_path: Path, demo_data: Pat
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
         export_tokenizer(tmp_path / "no.json", tmp_path)
-    with pytest.raises(ValueError, match="expected the file of"):
+    with pytest.raises(ValueError, match="expected an existing Hugging Face .json"):
         export_tokenizer(tmp_path / "missing.json", tmp_path)
     whole = json.loads((export(tmp_path / "folder", demo_data / "tokenizer.model") / "tokenizer.json").read_text())
     whole["added_tokens"] = []

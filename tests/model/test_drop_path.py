@@ -24,7 +24,7 @@ def two_samples() -> PackedBatch:
 
 
 def outputs() -> dict[str, torch.Tensor]:
-    """Hidden states of both samples: embedded, with nothing dropped, and with the first sample dropped in all layers."""
+    """Hidden states of both samples: embedded, nothing dropped, and the first sample dropped in all layers."""
     from megatron.core import parallel_state
 
     from genlip_megatron.model.genlip import build_model

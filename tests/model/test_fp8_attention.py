@@ -93,7 +93,7 @@ def config(**flags: Any) -> RunConfig:
     ("flags", "gpu", "message"),
     [
         ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*here it is 8\.0"),
-        ({}, Gpu(), "needs compute capability 8.9 or above .*here it is no GPU"),
+        ({}, Gpu(), "needs compute capability 8.9 or above .*there is no GPU here"),
         ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, here it is 8\.9"),
         (
             {"fp8_recipe": "current"},

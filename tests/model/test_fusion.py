@@ -130,8 +130,8 @@ def norms_and_gradients(fusion: str, recompute: str) -> tuple[int, torch.Tensor,
 
 @pytest.mark.parametrize(("recompute", "norms"), [("none", (5, 2)), ("full", (9, 5))])
 def test_norms_are_computed_with_the_branches_they_follow(recompute: str, norms: tuple[int, int]) -> None:
-    """Of two norms in each of two layers and the head's norm, the first layer's first norm and the head's stay separate;
-    with recomputation each layer's first norm too, and they run twice."""
+    """Two layers have two norms each, the head has one. The first layer's first norm and the head's stay separate. With
+    recomputation each layer's first norm does too, and runs twice."""
     (plain,) = run_distributed(1, norms_and_gradients, "none", recompute)
     (fused,) = run_distributed(1, norms_and_gradients, "norms", recompute)
     assert (plain[0], fused[0]) == norms

@@ -248,5 +248,5 @@ def test_what_a_graph_cannot_hold_is_refused(setting: str, value: Any, allowed: 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_graphs_need_a_gpu() -> None:
-    with pytest.raises(ValueError, match="train.cuda_graph: needs a CUDA device"):
+    with pytest.raises(ValueError, match="train.cuda_graph = True: needs a CUDA device"):
         check_machine(override(RunConfig(), {"train.cuda_graph": True}))
