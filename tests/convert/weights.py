@@ -1,4 +1,4 @@
-"""Small models' weights in the released format, and what it takes to compare them."""
+"""Weights of small models in the released format, and helpers to compare them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConf
 from genlip_megatron.convert.source import Source
 from genlip_megatron.model.state_dict import canonical_shapes, model_parameters
 
-# The structures that presets and ablations differ in, scaled down.
+# The structures of named sizes and ablations, scaled down.
 VARIANTS = {
     "l16": ModelConfig(
         num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=88, text_hidden_size=32, vocab_size=53
@@ -80,7 +80,7 @@ def read_source(source: Source) -> dict[str, Tensor]:
 
 
 def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not the same bit for bit, in dtype and shape too, or that only one has."""
+    """Names of tensors that differ in any bit, in dtype or shape, or that only one side has."""
 
     def same(one: Any, other: Any) -> bool:
         return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)

@@ -223,12 +223,12 @@ def test_text_ends_at_the_end_token(exported: Path, demo_data: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "neither images nor text"),
+        ({}, "images = None, text = None: give at least one"),
         ({"images": [GOOD, GOOD], "text": ["a"]}, "1 texts for 2 images"),
         ({"images": [GOOD], "text": " "}, "text 0 of 1 is empty"),
         ({"images": [GOOD], "text": "<image>"}, "text 0 of 1 is empty"),
         ({"images": [GOOD], "text": "<image> or <image>?"}, "text has 2 <image> markers: the model reads one image"),
-        ({"images": [GOOD], "text": "a <|im_end|>"}, r"text spells the control token '<\|im_end\|>'"),
+        ({"images": [GOOD], "text": "a <|im_end|>"}, r"text contains the control token '<\|im_end\|>'"),
         ({"text": []}, "text is empty: expected at least one"),
         ({"images": [GOOD, 3]}, "image 1 of 2: a int"),
     ],
