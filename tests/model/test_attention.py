@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.attention import SelfAttention
 
 from genlip_megatron.batch import PackedBatch
-from genlip_megatron.config import ModelConfig
+from genlip_megatron.config import ModelConfig, RunConfig, override
 from genlip_megatron.model.attention import BACKENDS, GenLIPSelfAttention, choose_backend, context, prepare_attention
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.attention.grouped import Grouped
@@ -215,6 +215,11 @@ def test_a_forced_backend_that_cannot_run_is_refused(wanted: str, message: str) 
     with pytest.raises(ValueError) as error:
         choose_backend(wanted, Place(CPU, HALF, 72))
     assert message in str(error.value)
+
+
+def test_every_backend_can_be_configured() -> None:
+    for name in set(BACKENDS) - {"two calls"}:
+        assert override(RunConfig(), {"train.attention_backend": name}).train.attention_backend == name
 
 
 def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""tools/estimate.py prints what it promises, and answers bad input with one line."""
+"""tools/estimate.py prints its report, and one line for bad input."""
 
 from __future__ import annotations
 
