@@ -82,7 +82,7 @@ def test_estimated_peak_of_one_process(case: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("modules", ["layernorm", "mlp_act", "output_gate", "layernorm,mlp,output_gate"])
 def test_estimated_peak_with_each_recomputed_module(modules: str, precision: str, ranks: int) -> None:
-    """Within a hundredth, since one of these alone moves a few."""
+    """Within 1%, since a single module saves a few percent."""
     # Without sequence parallelism: gloo's threads free their buffers at random times.
     parallel = {"tensor_model_parallel_size": ranks, "sequence_parallel": False}
     parallel |= {"recompute_modules": modules.split(",")}
@@ -280,8 +280,8 @@ def test_traffic_of_a_step() -> None:
 def test_time_of_recomputed_linear_inputs() -> None:
     config = override(recipe("so16_stage1"), {**_INPUTS, "train.micro_batch_size": 2, "train.global_batch_size": 64})
     found = es.estimate(config, 8, es.MACHINES["h100"], 0.45)
-    # For each of 8 packs of a GPU, in 27 layers: two norms read, write and copy [S, D], the gate reads two such tensors,
-    # SwiGLU reads [S, 2F]; two bytes per value.
+    # For each of 8 packs of a GPU, in 27 layers: two norms read, write and copy [S, D], the gate reads two such
+    # tensors, SwiGLU reads [S, 2F]; two bytes per value.
     tensors = 2 * 4 * 1152 + 5 * 1152 + 5 * 3072
     assert found.recompute_seconds == pytest.approx(8 * 27 * 16384 * 2 * tensors / 3.35e12)
     assert found.recomputed == 0

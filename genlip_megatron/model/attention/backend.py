@@ -3,7 +3,7 @@
 A rank usually has queries for all slots of the micro-batch. Under context parallelism with gathered keys and values it
 has queries for its own slots only, which may begin and end anywhere in a sample.
 
-Legend: S slots of the micro-batch, Q slots with queries, N samples, H heads at hand, D channels of a head.
+Legend: S slots of the micro-batch, Q slots with queries, N samples, H local heads, D channels of a head.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ micro-batch's most common length are stacked. Zeros pad each head's channels, an
 few shapes occur: cuDNN plans each new shape. Zeros change nothing: they add zero to the scores, and padded channels and
 images are cut off the output.
 
-Legend: B images, P patches of an image, H heads at hand, D channels of a head.
+Legend: B images, P patches of an image, H local heads, D channels of a head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Samples of similar length share one dense call of torch's scaled-dot-product attention. Runs on any device.
 
-Legend: S slots of the micro-batch, Q slots with queries, G samples of a group, H heads at hand, D channels of a head.
+Legend: S slots of the micro-batch, Q slots with queries, G samples of a group, H local heads, D channels of a head.
 """
 
 from __future__ import annotations

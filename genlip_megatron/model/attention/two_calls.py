@@ -8,7 +8,7 @@ and values in place, since samples lie end to end.
 ``varlen.py`` and ``te.py`` are backends of this form: each is a kernel and a check. ``fixed_shapes.py`` pads the calls
 for CUDA graphs.
 
-Legend: S slots of the micro-batch, Q slots with queries, N samples, H heads at hand, D channels of a head.
+Legend: S slots of the micro-batch, Q slots with queries, N samples, H local heads, D channels of a head.
 """
 
 from __future__ import annotations
