@@ -97,7 +97,7 @@ class Activations:
         kept -= sum(offloaded.get(name, 0.0) for name in self.config.parallel.offload_modules)
         return max(self.hidden, kept)
 
-    def chunk(self, layers: int, first: bool, last: bool) -> float:
+    def chunk(self, layers: int, first: bool) -> float:
         """What a model chunk keeps of one micro-batch between its forward and its backward pass."""
         model, parallel = self.config.model, self.config.parallel
         whole = min(parallel.recompute_num_layers or layers, layers) if parallel.recompute == "full" else 0
@@ -106,8 +106,7 @@ class Activations:
             patches = self.mix.image_tokens / self.mix.tokens * self.hidden / model.hidden_size
             kept += patches * (PATCH_VALUES + model.hidden_size)
             kept += self.hidden / model.hidden_size * model.text_hidden_size * has_projections(model)
-        # A stage keeps the output that it has sent.
-        return kept if last else kept + self.hidden
+        return kept
 
     def shared(self) -> float:
         """What a stage keeps of a micro-batch beside its layers: indices, rotary angles, masks, DropPath factors."""
@@ -129,15 +128,8 @@ class Activations:
         if parallel.recompute == "full" and (parallel.recompute_num_layers or layers) >= layers:
             recomputed = self.layer()
         freed = (self.hidden if has_layer_scale(model) else 0) + (0 if "mlp_act" in self.recomputed else self.inner)
-        # SwiGLU's gradients, or those of the linear before it with its weight's; attention's when it runs again.
-        swiglu = (4 if self.device == "cpu" else 3) * self.inner + self.hidden - freed
-        weight = rank_sizes(model, self.tp)["decoder.layers.{i}.mlp.linear_fc1.weight"] * self.e
-        linear = self.gathered + self.hidden - freed + weight
-        moments = [recomputed + swiglu, recomputed + linear]
-        if "core_attn" in self.recomputed:
-            again = self.attention(False) - self.attention(True)
-            moments.append(10 * self.heads + again - (freed + 2 * self.inner + self.hidden))
-        return max(moments)
+        # The largest are SwiGLU's gradients; on a CPU with a product of two of them.
+        return recomputed + (4 if self.device == "cpu" else 3) * self.inner + self.hidden - freed
 
     def head_rows(self) -> float:
         """Answer rows of a micro-batch, shared by the context-parallel ranks."""

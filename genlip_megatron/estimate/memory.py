@@ -105,29 +105,19 @@ def memory(config: RunConfig, world_size: int, device: str = "cuda", mix: Sample
     found = []
     for stage, (trained, frozen) in enumerate(stage_parameters(model, parallel)):
         own = range(stage, len(counts), stages)
-        kept = [sizes.chunk(counts[i], i == 0, i == len(counts) - 1) for i in own]
+        kept = [sizes.chunk(counts[i], i == 0) for i in own]
         passes = in_flight(parallel, stage, number, [1.0, *[0.0] * (len(kept) - 1)])
         alive = in_flight(parallel, stage, number, kept) + passes * sizes.shared()
         if stage == 0:
-            # Chunks of a stage wait for each other with the pixels; a CPU keeps the whole step's, to rerun it.
-            rerun = device == "cpu" and config.faults.rerun_bad_steps
-            alive += sizes.pixels() * (number if rerun else passes if len(kept) > 1 else 0)
-        # FSDP gathers a unit's weights while it runs, and prefetches the next unit's.
-        unit = 2 * layer * sizes.e if parallel.fsdp else 0
-        # (activations, head, temporaries) at the moments that can be the peak: a layer, the head, the embedding.
-        moments = [(alive, 0.0, max(sizes.temporaries(counts[i]) for i in own) + unit)]
+            # A CPU keeps the pixels of the whole step, to rerun it.
+            alive += sizes.pixels() * (number if device == "cpu" and config.faults.rerun_bad_steps else passes)
+        # (activations, head, temporaries) at the moments that can be the peak: a layer, the head, the gradients.
+        moments = [(alive, 0.0, max(sizes.temporaries(counts[i]) for i in own))]
         if stage == stages - 1:
-            before = sizes.shared() * (number > 1)  # of the previous micro-batch, not yet freed
-            moments.append((alive + before, sizes.head(), vocabulary * sizes.e if parallel.fsdp else 0))
-        if stage == 0 and not model.freeze_embeddings:
-            gradient = vocabulary * sizes.e * (3 if parallel.fsdp or (device == "cpu" and sizes.e == 2) else 1)
-            moments.append((alive - sizes.chunk(counts[0], False, True), 0.0, gradient + sizes.hidden))
+            moments.append((alive, sizes.head(), vocabulary * sizes.e if parallel.fsdp else 0.0))
         if device == "cpu" and shards > 1 and not parallel.fsdp:
             moments.append((passes * sizes.shared(), 0.0, 4.0 * trained))  # gloo reduces a copy of the gradients
         activations, head, temporaries = max(moments, key=sum)
-        # Megatron-Core never frees the buffer into which a column-parallel linear gathers its input; a pipeline stage
-        # holds what it last received from both sides.
-        buffers = (sizes.gathered if sizes.shards_sequence else 0) + (2 * sizes.hidden if stages > 1 else 0)
         # An FP8 linear holds its weight in FP8 and transposed, in place of the bf16 weight or beside it.
         copies = 0.0
         if config.train.fp8 != "none" and not config.train.fp8_primary_weights:
@@ -141,7 +131,7 @@ def memory(config: RunConfig, world_size: int, device: str = "cuda", mix: Sample
                 optimizer=trained * (12 if sizes.e == 2 and not parallel.fsdp else 8) / shards,
                 activations=activations,
                 head=head,
-                temporaries=temporaries + buffers,
+                temporaries=temporaries,
                 overhead=_OVERHEAD[device],
                 stage=stage,
             )
