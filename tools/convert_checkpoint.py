@@ -171,9 +171,9 @@ def to_megatron(options: argparse.Namespace) -> int:
         raise ValueError(f"{tokenizer}: no such file. Name the tokenizer of the weights with --tokenizer")
     fingerprint = load_tokenizer(tokenizer, source.model.vocab_size).fingerprint
     config = conversion.recorded_run(options.source, source.model, tokenizer, precision, _say)
-    total = megatron_target.size_of(source, dtype)
+    total = sum(planned.nbytes for planned in conversion.planned(source, dtype, False).values())
     with (
-        new_folder(options.output, total, options.overwrite, megatron_target.foreign) as partial,
+        new_folder(options.output, total + 2**20, options.overwrite, megatron_target.foreign) as partial,
         _bar(total, "weights") as bar,
     ):
         name = megatron_target.write_checkpoint(partial, source, config, dtype, fingerprint, bar.update).name

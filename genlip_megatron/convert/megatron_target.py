@@ -63,16 +63,6 @@ def precision_of(source: Source, dtype: torch.dtype | None) -> str:
     return "bf16" if dtypes == {torch.bfloat16} else "fp32"
 
 
-def size_of(source: Source, dtype: torch.dtype | None) -> int:
-    """Approximate bytes of the checkpoint."""
-    values = sum(
-        torch.Size(shape).numel() * (dtype or source.dtypes[name]).itemsize
-        for parameter in model_parameters(source.model)
-        for name, shape in parameter.shapes.items()
-    )
-    return values + 2**20
-
-
 def foreign(root: Path) -> str:
     """A file of the folder that ``write_checkpoint`` does not write, or why it is not its output; "" for its output."""
     place = folder.step_folder(root, ITERATION)

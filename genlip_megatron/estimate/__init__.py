@@ -10,7 +10,6 @@ from genlip_megatron.estimate.cost import (
     bubble_fraction,
     estimate,
     recomputed_fraction,
-    split_imbalance,
     traffic,
 )
 from genlip_megatron.estimate.layouts import (
@@ -58,7 +57,6 @@ __all__ = [
     "recompute_sets",
     "recomputed_fraction",
     "sample_flops",
-    "split_imbalance",
     "stage_parameters",
     "traffic",
 ]

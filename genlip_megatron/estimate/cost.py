@@ -17,7 +17,7 @@ from genlip_megatron.estimate.sample import (
     micro_batches,
     sample_flops,
 )
-from genlip_megatron.model.pipeline import chunk_costs, layers_per_chunk
+from genlip_megatron.model.pipeline import imbalance, layers_per_chunk
 from genlip_megatron.model.state_dict import canonical_shapes, layer_matrix_size
 
 
@@ -92,14 +92,6 @@ def bubble_fraction(config: RunConfig, world_size: int) -> float:
     return waits / (parallel.virtual_pipeline_model_parallel_size * micro_batches(config, world_size) + waits)
 
 
-def split_imbalance(config: RunConfig) -> float:
-    """How much longer the slowest pipeline stage takes than the mean, as a fraction."""
-    stages = config.parallel.pipeline_model_parallel_size
-    costs = chunk_costs(config.model, layers_per_chunk(config.model, config.parallel))
-    totals = [sum(costs[stage::stages]) for stage in range(stages)]
-    return max(totals) / (sum(totals) / stages) - 1
-
-
 def recomputed_fraction(config: RunConfig, mix: SampleMix) -> float:
     """Forward arithmetic that recomputation repeats, over the useful arithmetic of training."""
     model, parallel = config.model, config.parallel
@@ -150,14 +142,14 @@ def estimate(
     model, data, train = config.model, config.data, config.train
     per_sample = sample_flops(model, mix)
     samples = train.global_batch_size * data.seq_length / mix.tokens
-    bubble, imbalance = bubble_fraction(config, world_size), split_imbalance(config)
+    bubble, uneven = bubble_fraction(config, world_size), imbalance(config.model, config.parallel)
     recomputed = recomputed_fraction(config, mix)
     moved = traffic(config, world_size, device, mix)
     ideal = per_sample * samples / (world_size * machine.peak_tflops * 1e12)
     waiting = _communication_seconds(config, moved, world_size, machine)
     layers = micro_batches(config, world_size) * model.num_layers / config.parallel.pipeline_model_parallel_size
     recomputing = layers * Activations(config, device, mix).recomputed_bytes() / (machine.memory_gbs * 1e9)
-    seconds = (ideal / mfu * (1 + recomputed) + recomputing) * (1 + imbalance) / (1 - bubble) + waiting
+    seconds = (ideal / mfu * (1 + recomputed) + recomputing) * (1 + uneven) / (1 - bubble) + waiting
     return Estimate(
         config=config,
         world_size=world_size,
@@ -169,7 +161,7 @@ def estimate(
         samples_per_step=samples,
         micro_batches=micro_batches(config, world_size),
         bubble=bubble,
-        imbalance=imbalance,
+        imbalance=uneven,
         recomputed=recomputed,
         recompute_seconds=recomputing,
         traffic=moved,

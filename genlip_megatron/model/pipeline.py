@@ -34,6 +34,18 @@ def chunk_costs(model: ModelConfig, counts: list[int]) -> list[float]:
     return costs
 
 
+def stage_costs(model: ModelConfig, parallel: ParallelConfig, counts: list[int]) -> list[float]:
+    """Cost of each stage, in layers, for chunks of ``counts`` layers."""
+    costs, stages = chunk_costs(model, counts), parallel.pipeline_model_parallel_size
+    return [sum(costs[stage::stages]) for stage in range(stages)]
+
+
+def imbalance(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """How much longer the slowest pipeline stage takes than the mean, as a fraction."""
+    totals = stage_costs(model, parallel, layers_per_chunk(model, parallel))
+    return max(totals) / (sum(totals) / len(totals)) - 1
+
+
 def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
     """Layers of each of the ``pp * vpp`` chunks, in the order of the forward pass; each holds at least one.
 
@@ -51,11 +63,10 @@ def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
         if sum(counts) >= model.num_layers:
             break
     while sum(counts) > model.num_layers:
-        costs = chunk_costs(model, counts)
-        stage_costs = [sum(costs[stage::stages]) for stage in range(stages)]
+        costs, totals = chunk_costs(model, counts), stage_costs(model, parallel, counts)
         # Take a layer from the fullest stage that has one to give; the earlier stage of a tie, which also embeds.
         givers = [i for i in range(chunks) if counts[i] > 1]
-        counts[max(givers, key=lambda i: (stage_costs[i % stages], costs[i], -i))] -= 1
+        counts[max(givers, key=lambda i: (totals[i % stages], costs[i], -i))] -= 1
     return counts
 
 
@@ -83,15 +94,12 @@ def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[s
 def describe_split(model: ModelConfig, parallel: ParallelConfig) -> str:
     """One line: layers of every stage (chunks joined by +), and how far the slowest stage is above the mean."""
     counts, stages = layers_per_chunk(model, parallel), parallel.pipeline_model_parallel_size
-    costs = chunk_costs(model, counts)
     by_stage = ["+".join(str(count) for count in counts[stage::stages]) for stage in range(stages)]
-    totals = [sum(costs[stage::stages]) for stage in range(stages)]
     text = f"layers per stage {', '.join(by_stage)}"
     if stages == 1:
         return text
-    over = max(totals) / (sum(totals) / stages) - 1
     head, embedding = head_cost_in_layers(model), embedding_cost_in_layers(model)
     return (
         f"{text} | head counts as {head:.2f} layers, embedding as {embedding:.2f} | "
-        f"slowest stage {100 * over:.1f}% above the mean"
+        f"slowest stage {100 * imbalance(model, parallel):.1f}% above the mean"
     )

@@ -361,6 +361,7 @@ def rank_sizes(model: ModelConfig, tensor_parallel_size: int = 1) -> dict[str, i
     }
 
 
+@functools.cache
 def layer_matrix_size(model: ModelConfig, tensor_parallel_size: int = 1, part: str = "") -> int:
     """Elements of one layer's matrices on one rank: the multiply-adds of one token in its linears.
 
