@@ -25,7 +25,7 @@ from genlip_megatron.config import (
 from genlip_megatron.config.checks import check
 from genlip_megatron.estimate.sample import data_parallel_size
 from genlip_megatron.model.pipeline import imbalance
-from genlip_megatron.model.state_dict import canonical_shapes
+from genlip_megatron.model.state_dict import canonical_shapes, parameter_count
 from genlip_megatron.testing.distributed import run_distributed
 
 FILE = Path(__file__).parent.parent / "tools" / "estimate.py"
@@ -202,6 +202,7 @@ def test_estimated_peak_of_the_fullest_rank(case: str, precision: str, parallel:
 def test_stages_hold_every_parameter_once() -> None:
     model = recipe("so16_stage1").model
     total = sum(math.prod(shape) for shape in canonical_shapes(model).values())
+    assert parameter_count(model) == total
     for stages, chunks in ((1, 1), (4, 1), (4, 2)):
         parallel = ParallelConfig(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks)
         assert sum(trained for trained, _ in es.stage_parameters(model, parallel)) == total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from genlip_megatron.config import RunConfig
@@ -18,7 +17,7 @@ from genlip_megatron.estimate.sample import (
     sample_flops,
 )
 from genlip_megatron.model.pipeline import imbalance, layers_per_chunk
-from genlip_megatron.model.state_dict import canonical_shapes, layer_matrix_size
+from genlip_megatron.model.state_dict import layer_matrix_size, parameter_count
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def estimate(
     return Estimate(
         config=config,
         world_size=world_size,
-        parameters=sum(math.prod(shape) for shape in canonical_shapes(model).values()),
+        parameters=parameter_count(model),
         rank_parameters=max(sum(counts) for counts in stage_parameters(model, config.parallel)),
         memory=memory(config, world_size, device, mix),
         flops_per_sample=per_sample,

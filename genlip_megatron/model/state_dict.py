@@ -361,6 +361,11 @@ def rank_sizes(model: ModelConfig, tensor_parallel_size: int = 1) -> dict[str, i
     }
 
 
+def parameter_count(model: ModelConfig) -> int:
+    """Parameters of the whole model."""
+    return sum(size * (model.num_layers if name.startswith(LAYER) else 1) for name, size in rank_sizes(model).items())
+
+
 @functools.cache
 def layer_matrix_size(model: ModelConfig, tensor_parallel_size: int = 1, part: str = "") -> int:
     """Elements of one layer's matrices on one rank: the multiply-adds of one token in its linears.
