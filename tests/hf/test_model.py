@@ -171,7 +171,7 @@ def test_attention_weights_cannot_be_requested() -> None:
         )
 
 
-def test_forms_of_images_generate_the_same() -> None:
+def test_every_form_of_images_generates_the_same() -> None:
     from genlip_megatron.hf.modeling_genlip import pack_images
 
     model, batch = causal(), prompts()
@@ -216,7 +216,7 @@ def test_a_cache_continues_with_several_tokens_and_with_text_only() -> None:
 
 
 def test_a_cache_that_lacks_tokens_is_refused() -> None:
-    """As when it was cropped to the length of the text."""
+    """For example a cache cropped to the length of the text."""
     model, ids, grid = causal(), prompts((6, 6))["input_ids"], torch.tensor([[2, 3], [3, 1]])
     first = model(ids[:, :5], pixel_values=images((2, 3), (3, 1)), use_cache=True)
     cache = first["cache" if "cache" in first else "past_key_values"]
@@ -276,7 +276,7 @@ def test_every_variant_has_the_released_names_and_learns(changes: dict[str, Any]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in made.parameters())
 
 
-def test_forms_of_images_have_the_same_features() -> None:
+def test_every_form_of_images_gives_the_same_features() -> None:
     from genlip_megatron.hf.modeling_genlip import pack_images
 
     model = hf_model("GenLIPVisionModel", tiny(), random_weights(tiny()))
@@ -318,7 +318,7 @@ def test_drop_path_drops_whole_samples() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_and_is_near(dtype: torch.dtype) -> None:
+def test_half_precision_is_close(dtype: torch.dtype) -> None:
     model, batch = causal(), prompts()
     half = copy.deepcopy(model).to(dtype)
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_checkpointed_layers_have_the_same_gradients() -> None:
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_initial_weights_are_the_authors() -> None:
+def test_initial_weights_follow_the_authors() -> None:
     from genlip_megatron.hf.configuration_genlip import GenLIPConfig
     from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM
 
@@ -392,7 +392,7 @@ IDS = torch.tensor([[5, 6]])
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "at least one token"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_inputs_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         causal()(**{"input_ids": IDS, **arguments})
 
