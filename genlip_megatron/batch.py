@@ -1,8 +1,8 @@
-"""PackedBatch: the contract between the data side and the model side, and how samples are laid out in it.
+"""PackedBatch: the interface between data and model, and the layout of samples in it.
 
-A micro-batch is one or more packs laid end to end on one axis of S tokens. Each sample lies in one piece: its
-image patches first, then its text tokens. Padding stands at the end of each pack. S is fixed by the configuration;
-N and R are rounded up, so that few distinct shapes occur. What is not used is zero.
+A micro-batch is one or more packs end to end on one axis of S tokens. Each sample is contiguous: first its image
+patches, then its text tokens. Padding is at the end of each pack. The configuration fixes S; N and R are rounded up, so
+that few distinct shapes occur. Unused entries are zero.
 
 Legend: S tokens, N samples, P patches, R rows with loss, L layers.
 """
@@ -36,20 +36,19 @@ class PackedBatch:
         token_ids: int64 [S]; 0 at image slots and at padding.
         is_image: bool [S]; True where the slot holds an image patch.
         position_ids: int64 [3, S]; the T, H, W rotary positions, restarting with every sample.
-        sample_ids: int64 [S]; which of the N samples the slot belongs to, -1 at padding. Ascending along S
-            but for padding.
+        sample_ids: int64 [S]; index of the slot's sample, -1 at padding. Ascending along S, except for padding.
         sample_starts: int64 [N]; the slot of the sample's first token; 0 for unused entries.
         image_lengths: int64 [N]; patches of the sample; 0 for text-only samples and unused entries.
         text_lengths: int64 [N]; text tokens of the sample, prompt and closing tokens included.
-        patches: uint8 [P, 768] pixels, or float32 [P, 768] already normalised, each row a patch flattened as
-            (channel, row, column) like a Conv2d weight; in the order of the image slots. Where ranks share a sequence,
-            at least those of the rank's own slots. None on pipeline stages that hold no embedding.
-        first_patch: image slots before the first of ``patches``.
+        patches: uint8 [P, 768] pixels, or float32 [P, 768] normalised; each row is a patch flattened as (channel, row,
+            column) like a Conv2d weight, in the order of the image slots. If ranks share a sequence, at least the
+            patches of the rank's own slots. None on pipeline stages without the embedding.
+        first_patch: number of image slots before the first of ``patches``.
         loss_rows: int64 [R]; slots whose output predicts an answer token; 0 for unused entries.
         labels: int64 [R]; the token that the row predicts.
         loss_weights: float32 [R]; 1 for an answer token, 0 for unused or masked rows.
-        drop_path: float32 [L, 2, N]; factor of each residual branch, 0 or 1 / (1 - p). None: keep everything.
-        keys: names of the real samples in order, for logs and error messages.
+        drop_path: float32 [L, 2, N]; factor of each residual branch, 0 or 1 / (1 - p). None keeps all branches.
+        keys: names of the samples in order, for logs and error messages.
     """
 
     token_ids: Tensor
@@ -73,16 +72,16 @@ class PackedBatch:
         return self.token_ids.shape[0]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on ``device``; the host waits for no copy to a GPU."""
+        """The same batch with every tensor on ``device``; the host does not wait for copies to a GPU."""
         return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch with what lies in host memory page-locked, as ``to`` needs it for a GPU."""
+        """The same batch with its host tensors page-locked, for asynchronous copies by ``to``."""
         return self._map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
     def with_fixed_shapes(self) -> PackedBatch:
-        """The same batch with room for S patches, and with N and R rounded up further, so that most micro-batches of a
-        run are of one shape: N to a power of two, R to a multiple of S / 64. What is added is not used, and zero."""
+        """The same batch padded with zeros so that most micro-batches of a run have one shape: S patches, N rounded up
+        to a power of two, R to a multiple of S / 64."""
         samples, rows = len(self.sample_starts), len(self.loss_rows)
         coarse = max(_ROW_MULTIPLE, self.num_tokens // 64)
         more = dict.fromkeys(("sample_starts", "image_lengths", "text_lengths"), power_of_two(samples) - samples)
@@ -105,13 +104,13 @@ class Sample:
     """One image and its text, ready to be packed.
 
     Attributes:
-        patches: uint8 [rows * columns, 768], row major; None where another rank holds them. Those held are of
-            neighbouring samples.
-        rows, columns: the patch grid; 0 for text alone.
+        patches: uint8 [rows * columns, 768], row major; None if another rank holds them. The samples with patches are
+            consecutive.
+        rows, columns: the patch grid; 0 without an image.
         token_ids: the text, prompt and closing tokens included.
-        loss_mask: whether each text token is predicted; empty for none (a prompt to be continued).
-        weight: of its answer tokens in the loss; 0 for a sample that keeps its place but must not be learned.
-        key: its name, for logs and error messages.
+        loss_mask: whether each text token is predicted; empty for a prompt without an answer.
+        weight: of the answer tokens in the loss; 0 for a sample that stays in the pack but must not be learned.
+        key: name, for logs and error messages.
     """
 
     patches: Tensor | None
@@ -124,7 +123,7 @@ class Sample:
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below ``number``.
+    """``number`` rounded up to a power of two.
 
     >>> power_of_two(0), power_of_two(32), power_of_two(33)
     (1, 32, 64)
@@ -157,8 +156,11 @@ def sample_positions(rows: int, columns: int, text_length: int) -> np.ndarray:
 def pack_samples(packs: Sequence[Sequence[Sample]], seq_length: int) -> PackedBatch:
     """One micro-batch of ``len(packs)`` packs of ``seq_length`` tokens each; the samples of a pack must fit in it.
 
-    The slot before an answer token predicts it: the last prompt token the first answer token, or with an empty
-    prompt the last image token.
+    The slot before an answer token predicts it. The last prompt token predicts the first answer token; with an empty
+    prompt the last image token does.
+
+    Raises:
+        ValueError: a sample does not fit its pack.
     """
     samples = [sample for pack in packs for sample in pack]
     slots = seq_length * len(packs)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from genlip_megatron import megatron_patches
-from genlip_megatron.convert.folder import SOURCES
+from genlip_megatron.convert.hf_folder import SOURCES
 
 PACKAGE = Path(megatron_patches.__file__).parent
 # Which room (a folder or a module of the package) may import which, lazily or not.

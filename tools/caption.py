@@ -79,7 +79,7 @@ def _captioner(options: argparse.Namespace) -> tuple[Any, Any, str]:
         options.seed,
     )
     if options.recompute:
-        from genlip_megatron.infer.recompute import RecomputingCaptioner
+        from genlip_megatron.testing.recompute_caption import RecomputingCaptioner
 
         plain = RecomputingCaptioner(
             options.load, _say, options.prompt, decoding, options.dtype, options.device, options.tokenizer
@@ -100,7 +100,7 @@ def caption(options: argparse.Namespace) -> int:
     need_transformers()
     from tqdm import tqdm
 
-    from genlip_megatron.convert.new_folder import new_file
+    from genlip_megatron.convert.staging import new_file
     from genlip_megatron.infer.inputs import Inputs, check_not_input
     from genlip_megatron.infer.prepare import batches, prepared
     from genlip_megatron.outputs import captions, check_file

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Convert weights: a Megatron checkpoint of any layout to a Hugging Face folder, and such a folder to a checkpoint.
+"""Convert weights: a Megatron checkpoint of any layout to a Hugging Face folder, or the reverse.
 
     python tools/convert_checkpoint.py to-hf runs/so16 --output exports/so16 --dtype bf16 --verify
     python tools/convert_checkpoint.py to-hf runs/so16/iter_0002000 --output exports/encoder --encoder-only
     python tools/convert_checkpoint.py to-megatron exports/so16 --output runs/so16-weights
     python pretrain_genlip.py --config so16_stage2 --load runs/so16-weights --finetune --save runs/stage2 ...
 
-Runs on a CPU in one process, and holds one parameter in memory at a time. The model's weights are taken, in the dtype
-in which the run computed; float32 master weights, which are optimizer state, are not. Values are kept bit for bit
-unless --dtype rounds them. The authors' released folders are read like those that this tool writes.
+Runs on a CPU in one process, with one parameter in memory at a time. It converts the model's weights in the dtype of
+the run, not the float32 master weights of the optimizer. Values stay the same bit for bit unless --dtype rounds them.
+It reads the authors' released folders like its own.
 
-The output appears when it is complete: a failure leaves nothing, and what is killed leaves a hidden folder that the
-next run removes. Ends with status 2 and one line when the input cannot be converted, and with status 1 when --verify
-finds that the models differ.
+The output appears when it is complete. A failure leaves nothing; a killed process leaves a hidden folder that the next
+run removes. The exit status is 2, with one line of error, if the input cannot be converted, and 1 if --verify finds
+that the models differ.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def size(text: str) -> int:
 
 
 def build_parser() -> StrictParser:
-    """The command line, one sub-command for each direction."""
+    """The command line, with one sub-command for each direction."""
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = StrictParser(
         prog="convert_checkpoint.py",
@@ -61,35 +61,37 @@ def build_parser() -> StrictParser:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         added.add_argument("source", type=Path, help=source)
         added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=output)
-        added.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote there")
-        added.add_argument("--verify", action="store_true", help="then run a batch through both models and compare")
+        added.add_argument("--overwrite", action="store_true", help="replace the output of an earlier conversion")
+        added.add_argument("--verify", action="store_true", help="then run one batch through both models and compare")
         return added
 
     def dtype(added: argparse.ArgumentParser, choices: Sequence[str]) -> None:
-        text = "dtype of the written weights; keep: as they are (default)"
+        text = "dtype of the written weights; keep: unchanged (default)"
         added.add_argument("--dtype", choices=choices, default="keep", help=text)
 
     to_hf = command(
         "to-hf",
         "Megatron checkpoint to Hugging Face folder",
-        "a checkpoint, iter_NNNNNNN, or the folder of a run for its newest good one",
+        "a checkpoint iter_NNNNNNN, or a run folder for its newest good checkpoint",
         "folder to write: weights, configuration, tokenizer and the model's code",
     )
     dtype(to_hf, ("keep", "fp32", "bf16", "fp16"))
-    to_hf.add_argument("--encoder-only", action="store_true", help="leave out the text's embedding, projections, head")
-    to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="weights in one file (default: 5GB)")
-    to_hf.add_argument("--tokenizer", type=Path, help="file of the run's tokenizer, if it is not where the run had it")
-    to_hf.add_argument("--license", default="unknown", help="of the weights, for the model card (default: unknown)")
+    to_hf.add_argument("--encoder-only", action="store_true", help="without the text's embedding, projections and head")
+    to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="largest weight file (default: 5GB)")
+    to_hf.add_argument("--tokenizer", type=Path, help="file of the run's tokenizer, if it has moved")
+    to_hf.add_argument(
+        "--license", default="unknown", help="licence of the weights, for the model card (default: unknown)"
+    )
     to_megatron = command(
         "to-megatron",
-        "Hugging Face folder to Megatron checkpoint of weights alone",
+        "Hugging Face folder to Megatron checkpoint of weights only",
         "a folder with config.json and safetensors, exported or released by the authors",
-        "folder of checkpoints to write, for --load with --finetune",
+        "folder of checkpoints to write; load with --load --finetune",
     )
     dtype(to_megatron, ("keep", "fp32", "bf16"))
-    text = "tokenizer.json or SentencePiece .model that the weights belong to (default: the folder's tokenizer.json)"
+    text = "tokenizer.json or SentencePiece .model of the weights (default: the folder's tokenizer.json)"
     to_megatron.add_argument("--tokenizer", type=Path, help=text)
-    to_megatron.add_argument("--num-attention-heads", type=int, help="where config.json does not say")
+    to_megatron.add_argument("--num-attention-heads", type=int, help="needed if config.json does not give it")
     return parser
 
 
@@ -105,9 +107,9 @@ def to_hf(options: argparse.Namespace) -> int:
 
     from genlip_megatron.checkpoint import loading
     from genlip_megatron.convert import conversion
-    from genlip_megatron.convert.folder import foreign, write_side_files
-    from genlip_megatron.convert.new_folder import check_target, new_folder
+    from genlip_megatron.convert.hf_folder import foreign, write_side_files
     from genlip_megatron.convert.source import DTYPES
+    from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.convert.tokenizer import export_tokenizer
     from genlip_megatron.data.text import load_tokenizer
 
@@ -118,14 +120,14 @@ def to_hf(options: argparse.Namespace) -> int:
         place, saved, source = conversion.open_checkpoint(options.source, to_stderr, bar.update)
     config = loading.read_config(place)
     tokenizer = options.tokenizer or Path(config.data.tokenizer)
-    # An encoder alone reads no text: the file may be gone.
+    # An encoder reads no text: its tokenizer file may be gone.
     has_tokenizer = not options.encoder_only or options.tokenizer is not None
     if has_tokenizer and not tokenizer.is_file():
-        raise ValueError(f"{tokenizer}: no such file, where the run had its tokenizer; name it with --tokenizer")
+        raise ValueError(f"{tokenizer}: no such file, and the run had its tokenizer there. Name it with --tokenizer")
     if has_tokenizer and (found := load_tokenizer(tokenizer, config.model.vocab_size).fingerprint) != saved.tokenizer:
         raise ValueError(
-            f"{tokenizer}: not the tokenizer of {place}: its fingerprint is {found}, the checkpoint's "
-            f"{saved.tokenizer}; name the right file with --tokenizer"
+            f"{tokenizer}: not the tokenizer of {place}: its fingerprint is {found}, the checkpoint's is "
+            f"{saved.tokenizer}. Name the right file with --tokenizer"
         )
     dtype = DTYPES.get(options.dtype)
     tensors = conversion.planned(source, dtype, options.encoder_only)
@@ -148,11 +150,11 @@ def to_hf(options: argparse.Namespace) -> int:
 
 
 def to_megatron(options: argparse.Namespace) -> int:
-    """Write a Megatron checkpoint of weights alone."""
+    """Write a Megatron checkpoint of weights only."""
     from genlip_megatron.convert import conversion, megatron_target
-    from genlip_megatron.convert.folder import hf_config
-    from genlip_megatron.convert.new_folder import check_target, new_folder
+    from genlip_megatron.convert.hf_folder import hf_config
     from genlip_megatron.convert.source import DTYPES
+    from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.data.text import load_tokenizer
 
     if options.verify:
@@ -163,19 +165,21 @@ def to_megatron(options: argparse.Namespace) -> int:
     precision = megatron_target.precision_of(source, dtype)
     tokenizer = options.tokenizer or options.source / "tokenizer.json"
     if not tokenizer.is_file():
-        raise ValueError(f"{tokenizer}: no such file; name the tokenizer that the weights belong to with --tokenizer")
+        raise ValueError(f"{tokenizer}: no such file. Name the tokenizer of the weights with --tokenizer")
     fingerprint = load_tokenizer(tokenizer, source.model.vocab_size).fingerprint
     config = conversion.recorded_run(options.source, source.model, tokenizer, precision, to_stderr)
-    total = megatron_target.size_of(source, dtype)
+    total = sum(planned.nbytes for planned in conversion.planned(source, dtype, False).values())
     with (
-        new_folder(options.output, total, options.overwrite, megatron_target.foreign) as partial,
+        new_folder(options.output, total + 2**20, options.overwrite, megatron_target.foreign) as partial,
         _bar(total, "weights") as bar,
     ):
         name = megatron_target.write_checkpoint(partial, source, config, dtype, fingerprint, bar.update).name
-    print(f"wrote {options.output / name}: {len(source.dtypes)} tensors of {options.source}; --load it with --finetune")
+    print(
+        f"wrote {options.output / name}: {len(source.dtypes)} tensors of {options.source}; load with --load --finetune"
+    )
     if not options.verify:
         return 0
-    # The folder's own fields count, so that one which was misread is seen; those that it leaves out are in the weights.
+    # The folder's own fields take precedence, so that a misread field shows up in the comparison.
     own = conversion.read_json(options.source / "config.json")
     not_sizes = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
     given = {name: value for name, value in own.items() if value is not None and name not in not_sizes}
@@ -184,7 +188,7 @@ def to_megatron(options: argparse.Namespace) -> int:
 
 
 def _compared(*models: Any, **how: Any) -> int:
-    """Compare the models, as ``compare_models`` does; 1 when they differ."""
+    """Compare the models by ``compare_models``; 1 if they differ."""
     from genlip_megatron.convert.verify import compare_models
 
     found = compare_models(*models, **how)
@@ -195,7 +199,7 @@ def _compared(*models: Any, **how: Any) -> int:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; user errors end with status 2 and one line."""
+    """Run a command; user errors exit with status 2 and one line."""
     parser = build_parser()
     options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[argparse.Namespace], int]] = {"to-hf": to_hf, "to-megatron": to_megatron}

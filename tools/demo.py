@@ -28,8 +28,8 @@ from typing import Any
 from genlip_megatron.checkpoint import manifest
 from genlip_megatron.command import command
 from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.convert.folder import foreign
-from genlip_megatron.convert.new_folder import check_target
+from genlip_megatron.convert.hf_folder import foreign
+from genlip_megatron.convert.staging import check_target
 from genlip_megatron.outputs import first_other
 
 ROOT = Path(__file__).resolve().parent.parent

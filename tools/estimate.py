@@ -5,8 +5,8 @@
     tools/estimate.py --config g16_stage1 --gpus 8 --gpu h200 --tp 2 --mbs 1  one layout in detail
     tools/estimate.py --measure                                               estimated against measured peaks
 
-Takes every flag of ``pretrain_genlip.py``. Step time is an estimate at the given MFU, not a measurement. Ends with
-status 1 if no layout fits, or the one that was asked for does not.
+Takes every flag of ``pretrain_genlip.py``. Step time is an estimate at the given MFU, not a measurement. The exit
+status is 1 if no layout fits, or the given one does not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WIDE = {"num_layers": 3, "hidden_size": 384, "num_attention_heads": 6, "ffn_hidd
 VOCABULARY = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128,
               "text_hidden_size": 256, "vocab_size": 8000, "rope_sections": [2, 3, 3]}
 # fmt: on
-# What most of the memory is for: (model, tokens of a pack, parallel settings).
+# Name of what takes most of the memory -> (model, tokens of a pack, parallel settings).
 CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "activations": (SMALL, 1080, {}),
     "weights": (WIDE, 270, {}),
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
 
 
 def small_run(name: str, precision: str, parallel: dict[str, Any] | None = None, packs: int = 1) -> RunConfig:
-    """The configuration of one of CASES, with further ``parallel`` settings and ``packs`` of one step."""
+    """The configuration of one of CASES, with more ``parallel`` settings and ``packs`` packs in a step."""
     model, tokens, settings = CASES[name]
     train = {"precision": precision, "global_batch_size": packs, "lr_warmup_iters": 0, "train_iters": 100}
     tree = {"model": model, "data": {"seq_length": tokens}, "parallel": settings | (parallel or {}), "train": train}
@@ -62,7 +62,7 @@ def small_run(name: str, precision: str, parallel: dict[str, Any] | None = None,
 
 
 def synthetic_batch(config: RunConfig, with_patches: bool) -> PackedBatch:
-    """A micro-batch full of random samples of the default mix, with DropPath draws."""
+    """A micro-batch of random samples of the default mix, with DropPath factors."""
     mix, model = es.default_mix(config), config.model
     side = config.data.image_size // 16
     generator = torch.Generator().manual_seed(0)
@@ -81,15 +81,15 @@ def synthetic_batch(config: RunConfig, with_patches: bool) -> PackedBatch:
 
 
 def _count_every_thread() -> None:
-    """Let torch's CPU allocator keep count in every thread: gloo frees tensors in threads of its own."""
+    """Make torch's CPU allocator count in every thread: gloo frees tensors in its own threads."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
 
 
 def measured_peak(config: RunConfig, steps: int = 2) -> int:
-    """Most bytes that torch's allocator had handed out at once in ``steps`` training steps, the model included.
+    """Peak bytes of torch's allocator in ``steps`` training steps, the model included.
 
-    On a CPU from the profiler's account of every allocation, on a GPU from the caching allocator's own.
+    On a CPU from the profiler's record of every allocation, on a GPU from the caching allocator.
     """
     from genlip_megatron import megatron_patches
 
@@ -111,7 +111,7 @@ def measured_peak(config: RunConfig, steps: int = 2) -> int:
         for _ in range(steps):
             train_step(run, batches())
 
-    gc.collect()  # an earlier model would be freed meanwhile, and count against this one
+    gc.collect()  # an earlier model freed later would be subtracted from this one's peak
     groups.initialize(config)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -133,7 +133,7 @@ def measured_peak(config: RunConfig, steps: int = 2) -> int:
 
 
 def measure() -> int:
-    """Print estimated and measured peaks of every case in both precisions; 1 if one is off by more than 10%."""
+    """Print estimated and measured peaks of every case in both precisions; returns 1 if one is off by more than 10%."""
     warnings.filterwarnings("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, worst = [["case", "precision", "measured MB", "estimated MB", "error"]], 0.0
@@ -151,7 +151,7 @@ def measure() -> int:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """``rows`` in columns; the first ``left`` flush left, the others flush right."""
+    """``rows`` as aligned columns; the first ``left`` columns flush left, the others flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -165,7 +165,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
 def describe_run(
     config: RunConfig, name: str, count: int, machine: es.Machine, mix: es.SampleMix, e: es.Estimate
 ) -> str:
-    """What does not depend on the layout."""
+    """The part that does not depend on the layout."""
     samples = e.samples_per_step * config.train.train_iters
     rows = [
         ["run", f"{name or 'defaults'} on {count} x {machine.name}, {machine.memory / es.GIB:.1f} GiB each"],
@@ -194,7 +194,7 @@ def describe_layout(e: es.Estimate, machine: es.Machine, timed: bool, mfu: float
         ["micro-batches", str(e.micro_batches)],
         ["pipeline bubble", f"{100 * e.bubble:.1f}%"],
         ["slowest stage", f"{100 * e.imbalance:.1f}% above the mean"],
-        ["recomputed", f"{100 * e.recomputed:.1f}% of the arithmetic, {e.remaking_seconds:.3f} s of memory passes"],
+        ["recomputed", f"{100 * e.recomputed:.1f}% of the arithmetic, {e.recompute_seconds:.3f} s of memory traffic"],
     ]
     total = [["  peak", f"{e.memory.total / es.GIB:.2f} GiB of {machine.memory / es.GIB:.1f}"]]
     rows = [*counts, ["memory of the fullest rank", f"(stage {e.memory.stage})"], *parts, *total]
@@ -205,18 +205,18 @@ def describe_layout(e: es.Estimate, machine: es.Machine, timed: bool, mfu: float
             ["throughput", f"{e.samples_per_step / e.step_seconds:.0f} samples/s, MFU {100 * e.mfu:.1f}%"],
             ["run", f"{e.days:.2f} days"],
         ]
-    note = "No step time: give --peak-tflops, the rate that MFU is quoted against."
+    note = "No step time: give --peak-tflops, the rate that MFU refers to."
     if timed:
         note = (
-            f"Step time is an estimate, not a measurement: {100 * mfu:.0f}% MFU while a GPU works, transfers at "
+            f"Step time is an estimate, not a measurement: {100 * mfu:.0f}% MFU while a GPU computes, transfers at "
             "data-sheet rates."
         )
     return f"layout {es.layout_flags(e.config)}\n{aligned(rows, left=2)}\n{note}"
 
 
 def table(found: Sequence[es.Estimate], timed: bool) -> str:
-    """Layouts, one a line."""
-    rows = [["layout", "GiB a rank", "bubble", "sent GB", "step s", "samples/s", "MFU", "days"]]
+    """One line for each layout."""
+    rows = [["layout", "GiB per rank", "bubble", "sent GB", "step s", "samples/s", "MFU", "days"]]
     for e in found:
         times = [
             f"{e.step_seconds:.3f}",
@@ -233,7 +233,7 @@ def table(found: Sequence[es.Estimate], timed: bool) -> str:
 
 
 def as_json(e: es.Estimate, timed: bool, fits: bool) -> dict[str, Any]:
-    """An estimate as plain values; times are null without a rate to quote MFU against."""
+    """An estimate as plain values; times are null without a peak rate."""
     plain = asdict(e)
     plain |= {"config": None, "layout": es.layout_flags(e.config), "fits": fits}
     plain["memory"] |= {"total": e.memory.total}
@@ -244,7 +244,7 @@ def as_json(e: es.Estimate, timed: bool, fits: bool) -> dict[str, Any]:
 
 
 def build() -> Any:
-    """The flags of training, and those of the estimate."""
+    """The parser: the flags of training and those of the estimate."""
     parser = cast(Any, build_parser())
     parser.prog = "estimate.py"
     parser.usage = "%(prog)s --config NAME|FILE --gpus N --gpu KIND [--FLAG VALUE ...]"
@@ -252,14 +252,16 @@ def build() -> Any:
     group = parser.add_argument_group("estimate")
     group.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the run (default: 1)")
     group.add_argument("--gpu", choices=(*es.MACHINES, "cpu"), default="h100", help="their kind (default: h100)")
-    group.add_argument("--gpu-memory-gb", type=float, metavar="GIB", help="GiB of a rank instead of the kind's")
-    group.add_argument("--peak-tflops", type=float, metavar="RATE", help="dense rate instead of the kind's")
-    group.add_argument("--mfu", type=float, default=0.45, help="share of the peak while a GPU works (default: 0.45)")
-    group.add_argument("--top", type=int, default=5, metavar="K", help="layouts listed (default: 5)")
+    group.add_argument("--gpu-memory-gb", type=float, metavar="GIB", help="GiB of each rank (default: of the kind)")
+    group.add_argument("--peak-tflops", type=float, metavar="RATE", help="dense peak rate (default: of the kind)")
+    group.add_argument(
+        "--mfu", type=float, default=0.45, help="fraction of the peak while a GPU computes (default: 0.45)"
+    )
+    group.add_argument("--top", type=int, default=5, metavar="K", help="number of layouts to list (default: 5)")
     for name, what in (("image", "patches"), ("text", "text tokens"), ("answer", "text tokens with loss")):
         group.add_argument(f"--{name}-tokens", type=int, metavar="N", help=f"{what} of the average sample")
     group.add_argument("--json", action="store_true", help="print JSON")
-    group.add_argument("--measure", action="store_true", help="measure small runs here and compare, then exit")
+    group.add_argument("--measure", action="store_true", help="measure small runs on this machine, compare, and exit")
     return parser
 
 
@@ -281,7 +283,7 @@ def sample_mix(config: RunConfig, options: dict[str, Any]) -> es.SampleMix:
 
 
 def chosen_machine(options: dict[str, Any]) -> tuple[es.Machine, bool]:
-    """(the kind of rank, whether a rate is known that MFU can be quoted against)."""
+    """(the machine, whether its peak rate is known)."""
     for name in ("gpus", "top"):
         if options[name] < 1:
             raise ValueError(f"--{name} = {options[name]}: must be at least 1")
@@ -317,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = override(from_dict(load_yaml(name) if name else {}, f"--config {name}"), settings)
         machine, timed = chosen_machine(options)
         mix = sample_mix(config, options)
-        # A recipe's layout may not suit this number of ranks; then others are still found.
+        # A recipe's own layout may not suit this number of ranks; the search then finds others.
         check(config, count if given else None)
         own = es.estimate(config, count, machine, options["mfu"], mix, device) if given else None
     except ValueError as error:
@@ -348,10 +350,10 @@ def report(
     found: Sequence[es.Estimate],
     timed: bool,
 ) -> None:
-    """Print the run, the layout in detail, and the list where there is a choice."""
+    """Print the run, the list of layouts if there is a choice, and one layout in detail."""
     shown = own or (found[0] if found else None)
     if shown is None:
-        print(f"no layout on {options['gpus']} x {machine.name} fits {machine.memory / es.GIB:.1f} GiB a rank")
+        print(f"no layout on {options['gpus']} x {machine.name} fits {machine.memory / es.GIB:.1f} GiB per rank")
         return
     print(describe_run(config, options["config"], options["gpus"], machine, mix, shown), end="\n\n")
     if own is None:

@@ -172,7 +172,7 @@ def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     """
     from safetensors import SafetensorError
 
-    from genlip_megatron.convert.new_folder import hidden_folder
+    from genlip_megatron.convert.staging import hidden_folder
     from genlip_megatron.optional import need_transformers
 
     check_ending(output)

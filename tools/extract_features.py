@@ -74,8 +74,8 @@ def extract(options: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from genlip_megatron.convert.new_folder import check_target, new_folder
     from genlip_megatron.convert.source import DTYPES
+    from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.infer.features import FeatureWriter, foreign
     from genlip_megatron.infer.features import extract as run
     from genlip_megatron.infer.inputs import Inputs

@@ -116,8 +116,8 @@ def train(config: Any, steps: int) -> dict[str, Any]:
     megatron_patches.install()
     import torch
 
+    from genlip_megatron.model.flops import COUNTS, HOPPER_TFLOPS, training_flops
     from genlip_megatron.parallel import groups
-    from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
 

@@ -87,7 +87,7 @@ def write_readouts(options: argparse.Namespace) -> int:
     need_transformers()
     from tqdm import tqdm
 
-    from genlip_megatron.convert.new_folder import check_target, new_folder
+    from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.infer.features import NOT_FINITE
     from genlip_megatron.infer.inputs import Inputs
     from genlip_megatron.infer.load import load, override_images, pick_device

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.model.fp8_state import fp8_state, is_fp8_state
+from genlip_megatron.model.fp8_state import fp8_state
 from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.model.specs import compute_dtype
+from genlip_megatron.model.state_dict import is_fp8_state
 from genlip_megatron.model.te_support import fp8_primary_weights, fused_norms
 
 # ``dp_reshardable`` state can only be read with the same values: they decide how it is cut and named.

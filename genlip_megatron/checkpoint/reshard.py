@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import ProcessException
 
 from genlip_megatron.config import LOCAL_LAYERS, RunConfig, override
 from genlip_megatron.log import log
+from genlip_megatron.model.state_dict import is_fp8_state
 
 # The run's layout on the fewest ranks that hold its shards. Settings that do not change how state is cut are off.
 _FEWEST_RANKS = {
@@ -56,7 +57,6 @@ def reshard(place: Path, kind: str, output: Path, build_run: BuildRun, layout: d
     from genlip_megatron.checkpoint import loading, manifest, paths, torch_metadata
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, WEIGHTS_ONLY
     from genlip_megatron.config.checks import check
-    from genlip_megatron.model.fp8_state import is_fp8_state
     from genlip_megatron.model.te_support import fp8_primary_weights, fused_norms
 
     saved = manifest.read(place)

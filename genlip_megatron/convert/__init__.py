@@ -1,1 +1,1 @@
-"""Weights under other names and layouts."""
+"""Convert weights between Megatron checkpoints and Hugging Face folders."""

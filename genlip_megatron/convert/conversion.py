@@ -1,4 +1,4 @@
-"""Both directions: which tensors are written, in what dtype, and the loop that moves them a parameter at a time."""
+"""Both directions of conversion: which tensors are written, in which dtype, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -12,48 +12,43 @@ import torch
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.config import DEFAULT_PROMPT, PATCH_SIZE, DataConfig, ModelConfig, RunConfig, override
-from genlip_megatron.convert.folder import model_config
+from genlip_megatron.convert.hf_folder import model_config
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
 from genlip_megatron.convert.source import Source
-from genlip_megatron.convert.table import TEXT_ONLY, groups
+from genlip_megatron.model.state_dict import in_encoder, model_parameters
 
 
 def open_checkpoint(
     path: Path, log: Callable[[str], None], progress: Callable[[int], Any]
 ) -> tuple[Path, Manifest, MegatronSource]:
-    """(checkpoint, its manifest, its weights) of the newest good checkpoint in a run's folder, or of ``path`` itself.
+    """(folder, manifest, weights) of the checkpoint ``path``, or of the newest good checkpoint of a run's folder.
 
-    Every file is read and compared with the manifest first; ``progress`` is told the bytes of each.
+    Every file is first compared with the manifest; ``progress`` gets the bytes of each.
 
     Raises:
-        ValueError: no checkpoint there, none that is good, or one whose tensors are not its model's.
+        ValueError: no checkpoint, no good one, or one whose tensors do not match its model.
     """
     found = loading.find(path, True, log, progress)
     if found is None:
         raise ValueError(
-            f"{path}: no checkpoint there; expected a folder iter_NNNNNNN, or the folder of a run with some"
+            f"{path}: no checkpoint found. Give a folder iter_NNNNNNN, or the folder of a run with checkpoints"
         )
     place, saved = found
     return place, saved, MegatronSource(place, saved, loading.read_config(place).model)
 
 
-def in_encoder(name: str) -> bool:
-    """Whether a canonical tensor belongs to the vision encoder alone."""
-    return not name.startswith(TEXT_ONLY)
-
-
 def planned(source: Source, dtype: torch.dtype | None, encoder_only: bool) -> dict[str, Planned]:
-    """What an export writes: canonical name -> shape and dtype, in the order in which it is read.
+    """What an export writes: canonical name -> shape and dtype, in reading order.
 
     Args:
-        dtype: of all tensors; None keeps that of each.
-        encoder_only: leave out the text's embedding, projections and head.
+        dtype: of all tensors; None keeps each tensor's dtype.
+        encoder_only: without the text's embedding, projections and head.
     """
     return {
         name: Planned(shape, dtype or source.dtypes[name])
-        for group in groups(source.model)
-        for name, shape in zip(group.canonical, group.shapes, strict=True)
+        for parameter in model_parameters(source.model)
+        for name, shape in parameter.shapes.items()
         if in_encoder(name) or not encoder_only
     }
 
@@ -65,22 +60,22 @@ def export_weights(
     max_shard_size: int,
     progress: Callable[[int], Any] = lambda size: None,
 ) -> None:
-    """Write ``tensors``, which ``planned`` chose, as safetensors files into a folder.
+    """Write ``tensors``, from ``planned``, as safetensors files into a folder.
 
     Raises:
-        ValueError: a value does not fit its new dtype.
+        ValueError: a value overflows its new dtype.
     """
     writer = SafetensorsWriter(folder, tensors, max_shard_size)
-    for group in groups(source.model):
-        wanted = [name for name in group.canonical if name in tensors]
-        for name, tensor in zip(wanted, source.read(group) if wanted else (), strict=True):
+    for parameter in model_parameters(source.model):
+        wanted = [name for name in parameter.shapes if name in tensors]
+        for name, tensor in zip(wanted, source.read(parameter) if wanted else (), strict=True):
             writer.write(name, tensor)
             progress(tensors[name].nbytes)
     writer.close()
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file.
+    """The object in a JSON file; empty if the file does not exist.
 
     Raises:
         ValueError: it is not JSON, or not an object.
@@ -90,7 +85,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error})") from None
+        raise ValueError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
     return fields
@@ -101,11 +96,11 @@ def open_released(folder: Path, num_attention_heads: int | None = None, heads_hi
 
     Args:
         folder: with ``config.json`` and safetensors.
-        num_attention_heads: where neither the configuration nor the sizes of a released model tell.
-        heads_hint: how the caller's user gives it, for messages.
+        num_attention_heads: needed if neither the configuration nor the sizes of a released model give it.
+        heads_hint: the caller's flag for it, for error messages.
 
     Raises:
-        ValueError: what is there is no whole model, or contradicts itself; the folder or file is named.
+        ValueError: not a whole model, or contradictory; names the folder or file.
     """
     shapes = {name: facts.shape for name, facts in contents(folder).items()}
     try:
@@ -117,12 +112,12 @@ def open_released(folder: Path, num_attention_heads: int | None = None, heads_hi
 
 
 def folder_images(folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Fields of the image processor of a folder; empty, which is logged, when it has none of this project.
+    """Fields of a folder's image processor; empty, with a log line, if the folder has none of this project.
 
-    transformers 5 saves a processor with its image processor inside ``processor_config.json``.
+    transformers 5 saves the image processor inside ``processor_config.json``.
 
     Raises:
-        ValueError: a field is not what it must be; the file is named.
+        ValueError: a field has an invalid value; names the file.
     """
     file = folder / "preprocessor_config.json"
     fields: Any = read_json(file)
@@ -130,23 +125,23 @@ def folder_images(folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
         file = folder / "processor_config.json"
         fields = read_json(file).get("image_processor", {})
     if not isinstance(fields, dict):
-        raise ValueError(f"{file}: image_processor is a {type(fields).__name__}, an object is expected")
+        raise ValueError(f"{file}: image_processor = {fields!r}: expected an object")
     if "image_mode" not in fields:
         side = DataConfig.image_size
-        log(f"no image settings in {folder}: taking images of {side} x {side} pixels (fixed, squash)")
+        log(f"no image settings in {folder}: using images of {side} x {side} pixels (fixed, squash)")
         return {}
     size = fields.get("size", {"height": DataConfig.image_size, "width": DataConfig.image_size})
     if isinstance(size, int):
         size = {"height": size, "width": size}
     sides: list[Any] = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else []
     if len(sides) != 2 or any(not _whole(side) or side % PATCH_SIZE for side in sides):
-        raise ValueError(f"{file}: size = {size!r}; expected height and width, multiples of {PATCH_SIZE}")
+        raise ValueError(f"{file}: size = {size!r}: expected height and width, multiples of {PATCH_SIZE}")
     for name in ("min_pixels", "max_pixels"):
         if name in fields and not _whole(fields[name]):
-            raise ValueError(f"{file}: {name} = {fields[name]!r}; expected a whole number above 0")
+            raise ValueError(f"{file}: {name} = {fields[name]!r}: expected a whole number above 0")
     for name, allowed in (("image_mode", ("fixed", "native")), ("fixed_resize", ("squash", "resize-center-crop"))):
         if name in fields and fields[name] not in allowed:
-            raise ValueError(f"{file}: {name} = {fields[name]!r}; allowed are {' and '.join(allowed)}")
+            raise ValueError(f"{file}: {name} = {fields[name]!r}: use {' or '.join(allowed)}")
     return {**fields, "size": size}
 
 
@@ -158,20 +153,20 @@ def folder_prompt(folder: Path) -> str:
     """The prompt of a folder's captions, by default the paper's.
 
     Raises:
-        ValueError: it is no text; the file is named.
+        ValueError: the prompt is not a string; names the file.
     """
     file = folder / "processor_config.json"
     prompt = read_json(file).get("prompt", DEFAULT_PROMPT)
     if not isinstance(prompt, str):
-        raise ValueError(f"{file}: prompt = {prompt!r}; a text is expected")
+        raise ValueError(f"{file}: prompt = {prompt!r}: expected a string")
     return prompt
 
 
 def recorded_run(
     folder: Path, model: ModelConfig, tokenizer: Path, precision: str, log: Callable[[str], None]
 ) -> RunConfig:
-    """What a checkpoint of a folder's weights says of the run that made them: the model, its images and prompt as far
-    as the folder tells, the tokenizer. ``log`` is told what it does not tell of images."""
+    """The run configuration to record in a checkpoint of a folder's weights: model, tokenizer, and the folder's image
+    settings and prompt. ``log`` gets a line if image settings are missing."""
     images = folder_images(folder, log)
     data: dict[str, Any] = {
         "data.tokenizer": str(tokenizer.resolve()),
@@ -183,6 +178,6 @@ def recorded_run(
         data |= {f"data.{name}": images[name] for name in names if name in images}
         size = images["size"]
         if images["image_mode"] == "fixed" and size["height"] != size["width"]:
-            raise ValueError(f"{folder}: images of size {size!r}; training takes squares alone")
+            raise ValueError(f"{folder}: size = {size!r}: training supports only square images")
         data["data.image_size"] = size["height"]
     return override(RunConfig(model=model), data)

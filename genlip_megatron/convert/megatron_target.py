@@ -1,7 +1,7 @@
-"""A new Megatron checkpoint that holds weights only, written a parameter at a time by one process.
+"""Write a Megatron checkpoint of weights only, one parameter at a time, in one process.
 
-It has the form that a run's own checkpoints have, so that whatever reads those reads it, on any layout. What is
-missing is the state of a run: optimizer, schedule, data, random states.
+It has the format of a run's own checkpoints, so every reader loads it on any layout. It lacks a run's state: optimizer,
+schedule, data, random states.
 """
 
 from __future__ import annotations
@@ -30,45 +30,41 @@ from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, WEIGHTS_ONLY, Ma
 from genlip_megatron.checkpoint.write import HashingFile
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.source import Source, listed, to_dtype
-from genlip_megatron.convert.table import Group, groups
+from genlip_megatron.model.state_dict import ModelParameter, model_parameters
 from genlip_megatron.outputs import first_other
 
-# It has been trained for no step of a run here.
+# No run here has trained it.
 ITERATION = 0
 _WEIGHTS = "__0_0.distcp"
 _TRAINED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def precision_of(source: Source, dtype: torch.dtype | None) -> str:
-    """``train.precision`` of weights that are converted to ``dtype``, or kept when it is None: fp32 or bf16.
+    """``train.precision`` of the written weights: fp32 or bf16.
+
+    Args:
+        dtype: of the written weights; None keeps each tensor's dtype.
 
     Raises:
-        ValueError: another dtype, which nothing is trained in, or different ones within one parameter.
+        ValueError: another dtype, or different dtypes within one parameter.
     """
     dtypes = {dtype} if dtype is not None else set(source.dtypes.values())
     if strange := dtypes - set(_TRAINED):
-        raise ValueError(f"the weights would be {strange.pop()}, which is not trained in; give --dtype fp32 or bf16")
+        raise ValueError(
+            f"--dtype keep: the weights are {strange.pop()}, and training supports fp32 and bf16. Give one as --dtype"
+        )
     if dtype is None:
-        mixed = [
-            group.canonical for group in groups(source.model) if len({source.dtypes[n] for n in group.canonical}) > 1
-        ]
+        names = [list(parameter.shapes) for parameter in model_parameters(source.model)]
+        mixed = [group for group in names if len({source.dtypes[name] for name in group}) > 1]
         if mixed:
-            raise ValueError(f"{listed(mixed[0])} are of different dtypes and become one; give --dtype fp32 or bf16")
+            raise ValueError(
+                f"--dtype keep: {listed(mixed[0])} become one parameter and differ in dtype. Give --dtype fp32 or bf16"
+            )
     return "bf16" if dtypes == {torch.bfloat16} else "fp32"
 
 
-def size_of(source: Source, dtype: torch.dtype | None) -> int:
-    """About the bytes of the checkpoint."""
-    values = sum(
-        torch.Size(shape).numel() * (dtype or source.dtypes[name]).itemsize
-        for group in groups(source.model)
-        for name, shape in zip(group.canonical, group.shapes, strict=True)
-    )
-    return values + 2**20
-
-
 def foreign(root: Path) -> str:
-    """What a folder holds that is of no such checkpoint; "" when there is nothing such."""
+    """A file of the folder that ``write_checkpoint`` does not write, or why it is not its output; "" for its output."""
     place = paths.step_folder(root, ITERATION)
     try:
         saved = manifest.read(place)
@@ -91,12 +87,12 @@ def write_checkpoint(
     """Write the weights as the one checkpoint of an empty folder.
 
     Args:
-        root: the folder, which nobody else looks into yet.
+        root: the folder; no other process reads it yet.
         source: of the weights.
-        config: recorded as that of the run; ``train.precision`` is that of the weights.
-        dtype: of the new weights; None keeps that of each.
+        config: recorded as the run's; ``train.precision`` is that of the weights.
+        dtype: of the new weights; None keeps each tensor's dtype.
         tokenizer: fingerprint.
-        progress: is told the bytes of each parameter that has been written.
+        progress: gets the bytes of each written parameter.
 
     Returns:
         The checkpoint, ``root/iter_0000000``.
@@ -106,11 +102,11 @@ def write_checkpoint(
     model, results = source.model, []
     tensors: dict[str, TensorStorageMetadata] = {}
     with HashingFile(place / _WEIGHTS) as file:
-        for group in groups(model):
-            (whole,) = group.layout.split(source.read(group), model, 1)
-            whole = _alone(to_dtype(", ".join(group.canonical), whole, dtype or whole.dtype))
-            described, result = _describe(tensors.get(group.key), group, model.num_layers, whole, file)
-            tensors[group.key] = described
+        for parameter in model_parameters(model):
+            (whole,) = parameter.layout.split(source.read(parameter), model, 1)
+            whole = _in_own_storage(to_dtype(", ".join(parameter.shapes), whole, dtype or whole.dtype))
+            described, result = _write(tensors.get(parameter.key), parameter, model.num_layers, whole, file)
+            tensors[parameter.key] = described
             results.append(result)
             progress(whole.nbytes)
     FileSystemWriter(place).finish(Metadata(state_dict_metadata={**tensors}), [results])
@@ -138,19 +134,19 @@ def write_checkpoint(
     return place
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The values in a storage of their own, since torch.save writes the whole storage that a view looks into."""
+def _in_own_storage(tensor: Tensor) -> Tensor:
+    """The values in a storage of their own: torch.save writes the whole storage of a view."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _describe(
-    so_far: TensorStorageMetadata | None, group: Group, num_layers: int, whole: Tensor, file: HashingFile
+def _write(
+    so_far: TensorStorageMetadata | None, parameter: ModelParameter, num_layers: int, whole: Tensor, file: HashingFile
 ) -> tuple[TensorStorageMetadata, WriteResult]:
-    """Write a parameter; returns what is known of its tensor, this piece included, and where the piece is."""
-    layers = group.layer is not None
+    """Write a parameter; returns the metadata of its tensor, this piece included, and the piece's place in the file."""
+    layers = parameter.layer is not None
     values = whole[None] if layers else whole
-    offsets = torch.Size([group.layer or 0] * layers + [0] * whole.dim())
+    offsets = torch.Size([parameter.layer or 0] * layers + [0] * whole.dim())
     if so_far is None:
         size = torch.Size((num_layers,) * layers + tuple(whole.shape))
         so_far = TensorStorageMetadata(TensorProperties.create_from_tensor(values), size, [])
@@ -158,5 +154,5 @@ def _describe(
     begin = file.tell()
     torch.save(values, cast(IO[bytes], file))
     length = file.tell() - begin
-    index = MetadataIndex(group.key, offsets, len(so_far.chunks) - 1)
+    index = MetadataIndex(parameter.key, offsets, len(so_far.chunks) - 1)
     return so_far, WriteResult(index, length, _StorageInfo(_WEIGHTS, begin, length))

@@ -1,7 +1,7 @@
-"""Safetensors: read through a mapping of the file, and written a tensor at a time.
+"""Safetensors files: read through a memory map, written one tensor at a time.
 
 The format: 8 bytes with the length of a JSON header (little endian), the header, the tensors' bytes. The header gives
-each tensor's dtype, shape and place after the header. The library's own writer wants every tensor in memory.
+each tensor's dtype, shape and offset after the header. The library's own writer needs all tensors in memory at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.source import compare, listed, to_dtype
-from genlip_megatron.convert.table import Group, canonical_shapes
+from genlip_megatron.model.state_dict import ModelParameter, canonical_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -37,57 +37,57 @@ class Facts:
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """(weight files of a folder, tensor -> file name as its index says, if it has one)."""
+    """(weight files of a folder, tensor -> file name from its index, or None without an index)."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected one with config.json and {SINGLE}")
+        raise ValueError(f"{folder}: no such folder. Give a folder with config.json and {SINGLE}")
     index, single = folder / INDEX, (folder / SINGLE).is_file()
     if single and index.is_file():
-        raise ValueError(f"{folder}: {SINGLE} and {INDEX} are both there, and hold one model each; keep one of them")
+        raise ValueError(f"{folder}: both {SINGLE} and {INDEX} exist, one model each. Keep one of them")
     if single:
         _check_unnamed(folder, [SINGLE])
         return [folder / SINGLE], None
     if not index.is_file():
         if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")):
             raise ValueError(
-                f"{folder}: its weights are in {listed(pickles)}, pickles, which may run code when they are read; "
-                "have them saved as safetensors"
+                f"{folder}: its weights are pickles ({listed(pickles)}), which can run code when loaded. Save them as "
+                "safetensors"
             )
-        raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there; is it a Hugging Face folder?")
+        raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} exists. Is it a Hugging Face folder?")
     try:
         placed = dict(json.loads(index.read_text())["weight_map"])
         names = sorted(set(placed.values()))
     except (OSError, ValueError, KeyError, TypeError):
         names = []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"{index}: damaged, expected JSON with a weight_map of tensors to file names")
+        raise ValueError(f"{index}: damaged. Expected JSON with a weight_map from tensors to file names")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{index}: names files that are missing: {listed(missing)}; download them")
+        raise ValueError(f"{index}: files are missing: {listed(missing)}. Download them")
     _check_unnamed(folder, names)
     return [folder / name for name in names], placed
 
 
 def _check_unnamed(folder: Path, names: Sequence[str]) -> None:
-    """Raise ValueError when there are weights of a model beside the files that are read."""
+    """Raise ValueError if the folder has more weight files than those that are read."""
     if others := sorted({path.name for path in folder.glob("model*.safetensors")} - set(names)):
         raise ValueError(
-            f"{folder}: {listed(others)} would not be read beside {listed(names)}; are they of another model? Move or "
-            "remove what is not this one's"
+            f"{folder}: {listed(others)} would be ignored beside {listed(names)}. Move or remove the files of another "
+            "model"
         )
 
 
 def contents(folder: Path) -> dict[str, Facts]:
-    """Every tensor in the safetensors files of a folder, by name; nothing but headers is read.
+    """Every tensor in the safetensors files of a folder, by name. Reads only the headers.
 
     Raises:
-        ValueError: no weights there, a damaged file, or an index that does not agree with the files.
+        ValueError: no weights, a damaged file, or an index that disagrees with the files.
     """
     files, placed = _files(folder)
     found: dict[str, Facts] = {}
     for file in files:
         with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
                 if name in found:
-                    raise ValueError(f"{name} is in {found[name].file} and in {file}; keep one of them")
+                    raise ValueError(f"{name} is in both {found[name].file} and {file}. Keep one of them")
                 part = tensors.get_slice(name)
                 found[name] = Facts(tuple(part.get_shape()), part.get_dtype(), file)
     if placed is not None:
@@ -97,7 +97,7 @@ def contents(folder: Path) -> dict[str, Facts]:
             if name not in found or name not in placed or found[name].file.name != placed[name]
         ]
         if wrong:
-            raise ValueError(f"{folder / INDEX}: does not agree with the files on {listed(wrong)}; download them again")
+            raise ValueError(f"{folder / INDEX}: disagrees with the files on {listed(wrong)}. Download them again")
     return found
 
 
@@ -105,18 +105,18 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or cut off ({error}); download or export it again") from None
+        raise ValueError(f"{file}: damaged or cut off ({error}). Download or export it again") from None
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise ValueError(f"{file}: not readable ({error.strerror or error})") from None
 
 
 def check_dtype(folder: Path, dtype: torch.dtype, wanted: Callable[[str], bool]) -> None:
-    """Check that every ``wanted`` tensor of a folder fits a dtype; those are read of which it is not certain.
+    """Check that every ``wanted`` tensor of a folder fits a dtype; reads only tensors that might not.
 
     Raises:
-        ValueError: a value does not fit.
+        ValueError: a value overflows the dtype.
     """
-    if dtype != torch.float16:  # the others reach as far as float32
+    if dtype != torch.float16:  # the other dtypes have float32's range
         return
     for name, fact in contents(folder).items():
         if wanted(name) and fact.dtype != _NAMES[dtype]:
@@ -128,23 +128,23 @@ class SafetensorsSource:
     """The weights of a folder in the released format, mapped into memory; see ``Source``.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, or of another shape or dtype than the model's; a damaged file.
+        ValueError: a tensor is missing, unexpected, or has the wrong shape or dtype; or a file is damaged.
     """
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.model = model
         facts = contents(folder)
         if wrong := [f"{name} is {fact.dtype}" for name, fact in facts.items() if fact.dtype not in _BY_NAME]:
-            raise ValueError(f"{folder}: {listed(wrong)}; expected {', '.join(_BY_NAME)}")
+            raise ValueError(f"{folder}: {listed(wrong)}: expected {', '.join(_BY_NAME)}")
         shapes = {name: fact.shape for name, fact in facts.items()}
-        compare(str(folder), shapes, canonical_shapes(model), "Is config.json that of these weights?")
+        compare(str(folder), shapes, canonical_shapes(model), "Does config.json belong to these weights?")
         self.dtypes = {name: _BY_NAME[fact.dtype] for name, fact in facts.items()}
         self._files = {name: fact.file for name, fact in facts.items()}
 
-    def read(self, group: Group) -> list[Tensor]:
-        """The group's tensors, views into the mapped files."""
+    def read(self, parameter: ModelParameter) -> list[Tensor]:
+        """The canonical tensors of a parameter, views into the mapped files."""
         tensors = []
-        for name in group.canonical:
+        for name in parameter.shapes:
             with _opened(self._files[name]) as file:
                 tensors.append(file.get_tensor(name))
         return tensors
@@ -152,7 +152,7 @@ class SafetensorsSource:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: shape, dtype."""
+    """Shape and dtype of a tensor to write."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -164,13 +164,12 @@ class Planned:
 
 
 class SafetensorsWriter:
-    """New safetensors files in a folder, whose headers are written first and whose tensors come in any order.
+    """Writes safetensors files: first all headers, then the tensors in any order.
 
     Args:
-        folder: where to; it exists.
-        tensors: name -> what is to be written; files take them in this order.
-        max_shard_size: bytes of tensors in one file; a larger tensor has one of its own. More than one file get an
-            index.
+        folder: an existing folder.
+        tensors: name -> shape and dtype, in the order of the files.
+        max_shard_size: bytes of tensors in one file; a larger tensor gets its own file. Several files get an index.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, Planned], max_shard_size: int) -> None:
@@ -189,7 +188,7 @@ class SafetensorsWriter:
             self._begin(folder / file, shard)
 
     def _begin(self, file: Path, names: Sequence[str]) -> None:
-        """Write a file's header and take the room for its tensors, the widest dtypes first so that all are aligned."""
+        """Write a file's header and reserve space for its tensors, widest dtype first so that all are aligned."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end, places = 0, {}
         for name in sorted(names, key=lambda name: -self._tensors[name].dtype.itemsize):
@@ -212,7 +211,7 @@ class SafetensorsWriter:
         """Write a tensor of the planned shape, cast to the planned dtype a block at a time.
 
         Raises:
-            ValueError: a value does not fit the dtype.
+            ValueError: a value overflows the dtype.
         """
         planned = self._tensors[name]
         assert tuple(tensor.shape) == planned.shape, name
@@ -221,12 +220,12 @@ class SafetensorsWriter:
             out.seek(offset)
             for block in tensor.reshape(-1).split(_BLOCK):
                 left = to_dtype(name, block, planned.dtype).contiguous().view(torch.uint8).numpy().data
-                while len(left):  # the system may write less than it was given
+                while len(left):  # the system may write less
                     left = left[out.write(left) :]
 
     def close(self) -> None:
-        """Say that every tensor has been written."""
-        assert not self._places, "tensors that were not written"
+        """Check that every tensor has been written."""
+        assert not self._places, "some tensors were not written"
 
 
 def _shards(tensors: Mapping[str, Planned], limit: int) -> Iterator[list[str]]:

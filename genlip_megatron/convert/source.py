@@ -1,4 +1,4 @@
-"""Where weights come from: what every format offers, and how what it holds is compared with what a model needs."""
+"""The interface of a source of weights, and the check that it holds exactly the tensors of a model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.table import Group
+from genlip_megatron.model.state_dict import ModelParameter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LISTED = 20
 
 
 class Source(Protocol):
-    """Weights that are read a group at a time.
+    """Weights that are read one parameter at a time.
 
     Attributes:
-        model: what they are the weights of.
+        model: the model of the weights.
     """
 
     model: ModelConfig
@@ -29,13 +29,13 @@ class Source(Protocol):
         """Canonical name -> dtype, of every tensor."""
         ...
 
-    def read(self, group: Group) -> list[Tensor]:
-        """The full canonical tensors of a group, in its order, on the CPU. They may be views into a mapped file."""
+    def read(self, parameter: ModelParameter) -> list[Tensor]:
+        """The full canonical tensors of a parameter, in its order, on the CPU; perhaps views into a mapped file."""
         ...
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in a line, the first twenty of them.
+    """The first twenty names, in one line.
 
     >>> listed(["b", "a"])
     'b, a'
@@ -46,13 +46,13 @@ def listed(names: Iterable[str]) -> str:
 
 
 def compare(where: str, found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]], hint: str) -> None:
-    """Raise ValueError unless exactly the ``needed`` tensors were ``found``, in their shapes; the line names each that
-    is missing, unexpected or of another shape.
+    """Raise ValueError unless ``found`` equals ``needed``; the error names each missing, unexpected and misshapen
+    tensor.
 
     Args:
         where: folder or file.
         found, needed: name -> shape.
-        hint: what to do, the end of the message.
+        hint: what to do; ends the error.
     """
     wrong = []
     if missing := [name for name in needed if name not in found]:
@@ -60,26 +60,28 @@ def compare(where: str, found: Mapping[str, tuple[int, ...]], needed: Mapping[st
     if unexpected := [name for name in found if name not in needed]:
         wrong.append(f"unexpected: {listed(unexpected)}")
     shapes = [
-        f"{name} is {list(found[name])}, {list(shape)} expected"
+        f"{name} is {list(found[name])}, expected {list(shape)}"
         for name, shape in needed.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     if shapes:
-        wrong.append(f"of another shape: {listed(shapes)}")
+        wrong.append(f"wrong shape: {listed(shapes)}")
     if wrong:
-        raise ValueError(f"{where}: its tensors are not the model's; {'; '.join(wrong)}. {hint}")
+        raise ValueError(f"{where}: its tensors do not match the model: {'; '.join(wrong)}. {hint}")
 
 
 def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``; itself when it is so already.
+    """``tensor`` in ``dtype``; not copied if it has that dtype.
 
     Raises:
-        ValueError: a finite value of it is none in ``dtype``.
+        ValueError: a finite value overflows ``dtype``.
     """
     if tensor.dtype == dtype:
         return tensor
     converted = tensor.to(dtype)
     if dtype == torch.float16 and (converted.isinf() & tensor.isfinite()).any():
         largest = tensor[tensor.isfinite()].abs().max().item()
-        raise ValueError(f"{name}: a value of {largest:.3g} is beyond float16, which ends at 65504; use --dtype bf16")
+        raise ValueError(
+            f"{name}: a value of {largest:.3g} overflows float16, whose largest is 65504. Use --dtype bf16"
+        )
     return converted

@@ -1,4 +1,4 @@
-"""A tokenizer as files that ``AutoTokenizer`` reads without this package."""
+"""Export a tokenizer as files that ``AutoTokenizer`` loads without this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from genlip_megatron.tokenizer import END_OF_TURN as END_OF_TURN
 from genlip_megatron.tokenizer import read_tokenizer_json
 
-# Pieces of these types are no plain text (sentencepiece_model.proto, ModelProto.SentencePiece.Type).
+# Pieces of these types are not plain text (sentencepiece_model.proto, ModelProto.SentencePiece.Type).
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -20,20 +20,20 @@ _SPACE = "\u2581"  # how SentencePiece writes a space
 def export_tokenizer(path: str | Path, folder: str | Path) -> int:
     """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``; return the end token's id.
 
-    The end token closes every caption and pads batches too.
+    The end token closes every caption and is also the padding token.
 
     Args:
-        path: a Hugging Face ``tokenizer.json``, which is copied as ``read_tokenizer_json`` reads it, or a SentencePiece
-            unigram ``.model``.
+        path: a Hugging Face ``tokenizer.json``, copied as ``read_tokenizer_json`` reads it, or a SentencePiece unigram
+            ``.model``.
         folder: where to write.
 
     Raises:
-        ValueError: not such a tokenizer, or a SentencePiece model with settings that tokenizers do not reproduce.
+        ValueError: another kind of file, or a SentencePiece model that the tokenizers library cannot reproduce.
     """
     path, folder = Path(path), Path(folder)
     if not path.is_file() or path.suffix not in (".json", ".model"):
         raise ValueError(
-            f"data.tokenizer = {path}: expected the file of a Hugging Face .json or a SentencePiece .model"
+            f"data.tokenizer = {path}: expected an existing Hugging Face .json or SentencePiece .model file"
         )
     if path.suffix == ".model":
         content = sentencepiece_to_json(path).encode()
@@ -45,7 +45,7 @@ def export_tokenizer(path: str | Path, folder: str | Path) -> int:
             raise ValueError(f"data.tokenizer = {path}: {error}") from error
     end = backend.token_to_id(END_OF_TURN)
     if end is None:
-        raise ValueError(f"data.tokenizer = {path}: it has no token {END_OF_TURN!r}, which closes every sample")
+        raise ValueError(f"data.tokenizer = {path}: has no token {END_OF_TURN!r}, which closes every sample")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_bytes(content)
     special = {"eos_token": END_OF_TURN, "pad_token": END_OF_TURN}
@@ -62,12 +62,12 @@ def export_tokenizer(path: str | Path, folder: str | Path) -> int:
 
 
 def sentencepiece_to_json(path: Path) -> str:
-    """The text of a ``tokenizer.json`` that encodes and decodes as a SentencePiece unigram model does.
+    """The text of a ``tokenizer.json`` that encodes and decodes like a SentencePiece unigram model.
 
     Raises:
-        ValueError: another kind of model, or one that changes text before it is cut into pieces.
+        ValueError: another kind of model, or one that changes text before splitting it into pieces.
     """
-    # Its types are made when it is imported, where no type checker sees them.
+    # Its types are created on import; type checkers do not see them.
     messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     proto = messages.ModelProto()
     proto.ParseFromString(path.read_bytes())
@@ -82,8 +82,8 @@ def sentencepiece_to_json(path: Path) -> str:
     ):
         if value != allowed:
             raise ValueError(
-                f"data.tokenizer = {path}: {name} = {value!r} has no equal among Hugging Face tokenizers here; allowed "
-                f"is {allowed!r}, as tools/train_tokenizer.py sets it"
+                f"data.tokenizer = {path}: {name} = {value!r} has no Hugging Face equivalent here. Train the tokenizer "
+                f"with {allowed!r}, as tools/train_tokenizer.py does"
             )
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))

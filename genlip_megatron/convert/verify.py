@@ -1,7 +1,7 @@
-"""The same batch through the Megatron model and the Hugging Face model, and how far apart they are.
+"""Run the same batch through the Megatron model and the Hugging Face model, and compare.
 
-Both compute in float32 on the CPU, with weights rounded alike where a conversion rounds them, so that what is left is
-the order of additions. It takes the memory of both models in float32.
+Both compute in float32 on the CPU, with the rounding of the conversion applied to both, so they differ only in the
+order of additions. Needs the memory of both models in float32.
 
 Legend: N tokens of all samples, T text tokens, D hidden size, V vocabulary.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 from genlip_megatron.config import ONE_RANK, PATCH_VALUES, RunConfig, override
 from genlip_megatron.optional import need_transformers
 
-# Of the largest absolute value. Sums over thousands of channels in another order differ by some 1e-6 of it; a
-# misplaced tensor by about 1.
+# Relative to the largest absolute value. Another order of sums over thousands of channels gives about 1e-6; a misplaced
+# tensor about 1.
 TOLERANCE = 1e-4
-# (rows, columns, text tokens) of each sample: images of different shapes, one text padded beside the other.
+# (rows, columns, text tokens) of each sample: images of different shapes, texts of different lengths.
 _SAMPLES = ((3, 4, 7), (4, 2, 5))
 
 
@@ -36,13 +36,13 @@ class Difference:
 
     @property
     def small(self) -> bool:
-        """Whether it is within the tolerance; a difference that is no number is not."""
+        """Whether it is within the tolerance; False for NaN."""
         return self.absolute <= TOLERANCE * self.largest
 
     def __str__(self) -> str:
         return (
-            f"{self.what}: largest difference {self.absolute:.3g}, of values up to {self.largest:.3g} "
-            f"({'within' if self.small else 'ABOVE'} the tolerance of {TOLERANCE:.0e} of the largest)"
+            f"{self.what}: largest difference {self.absolute:.3g}, values up to {self.largest:.3g} "
+            f"({'within' if self.small else 'ABOVE'} the tolerance of {TOLERANCE:.0e} of the largest value)"
         )
 
 
@@ -54,19 +54,19 @@ def compare_models(
     dtype: torch.dtype | None = None,
     fields: dict[str, Any] | None = None,
 ) -> list[Difference]:
-    """Differences of hidden states (the embedding's, each layer's) and of logits; an encoder alone has none of these.
+    """Differences of hidden states (of the embedding and each layer) and of logits; an encoder has no logits.
 
     Args:
         checkpoint: a Megatron checkpoint.
         config: of the run that saved it.
         released: a Hugging Face folder.
-        encoder_only: whether that holds the vision encoder alone.
-        dtype: to which the conversion rounded the weights; None: it did not.
-        fields: of the Hugging Face configuration; by default those of the folder's ``config.json``, which may leave
-            some out in a release.
+        encoder_only: the folder holds only the vision encoder.
+        dtype: to which the conversion rounded the weights; None: no rounding.
+        fields: of the Hugging Face configuration; None: those of the folder's ``config.json``, which is incomplete in
+            a release.
 
     Raises:
-        ValueError: transformers is not installed, or refuses the folder.
+        ValueError: transformers is not installed, or rejects the folder.
     """
     need_transformers()
     generator = torch.Generator().manual_seed(1)
@@ -102,8 +102,8 @@ def _megatron_outputs(
     texts: Sequence[Sequence[int]],
     dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(the embedding's and each layer's output [N, D], logits [T, V] of the text, bool [N] which token is of an image)
-    of a model on this one process."""
+    """(the embedding's and each layer's output [N, D], logits [T, V] of the text, bool [N] of image tokens) of the
+    Megatron model in this process."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()

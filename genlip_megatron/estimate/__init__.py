@@ -1,7 +1,7 @@
-"""What a layout costs: parameters, memory of the fullest rank, traffic, time of a step. Pure: nothing is allocated.
+"""What a layout costs: parameters, memory of the fullest rank, traffic, step time. Pure: nothing is allocated.
 
-``sample.py`` says what a sample and a machine are; ``activations.py`` and ``memory.py`` count bytes, ``cost.py``
-arithmetic, traffic and time; ``layouts.py`` searches and refuses.
+``sample.py`` defines samples and machines; ``activations.py`` and ``memory.py`` count bytes; ``cost.py`` counts
+arithmetic, traffic and time; ``layouts.py`` searches for layouts that fit and refuses those that do not.
 """
 
 from genlip_megatron.estimate.cost import (
@@ -10,7 +10,6 @@ from genlip_megatron.estimate.cost import (
     bubble_fraction,
     estimate,
     recomputed_fraction,
-    split_imbalance,
     traffic,
 )
 from genlip_megatron.estimate.layouts import (
@@ -58,7 +57,6 @@ __all__ = [
     "recompute_sets",
     "recomputed_fraction",
     "sample_flops",
-    "split_imbalance",
     "stage_parameters",
     "traffic",
 ]

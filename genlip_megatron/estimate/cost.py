@@ -1,13 +1,11 @@
-"""Arithmetic, traffic and time of a step. Time is a formula at a given MFU, never a measurement."""
+"""Arithmetic, traffic and time of a step. Time is computed from a given MFU, never measured."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.convert.table import canonical_shapes
-from genlip_megatron.estimate.activations import Sizes
+from genlip_megatron.estimate.activations import Activations
 from genlip_megatron.estimate.memory import Memory, memory, stage_parameters
 from genlip_megatron.estimate.sample import (
     GPUS_PER_NODE,
@@ -18,7 +16,8 @@ from genlip_megatron.estimate.sample import (
     micro_batches,
     sample_flops,
 )
-from genlip_megatron.model.pipeline import chunk_costs, layers_per_chunk
+from genlip_megatron.model.pipeline import imbalance, layers_per_chunk
+from genlip_megatron.model.state_dict import layer_matrix_size, parameter_count
 
 
 @dataclass(frozen=True)
@@ -33,23 +32,23 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that the tool prints of one layout; times in seconds."""
+    """Everything that the tool prints about one layout; times in seconds."""
 
     config: RunConfig
     world_size: int
     parameters: int
-    rank_parameters: int  # of the stage with most
+    rank_parameters: int  # of the largest stage
     memory: Memory
     flops_per_sample: float
-    flops_per_step: float  # useful ones, of the whole run
+    flops_per_step: float  # useful FLOPs of all ranks
     samples_per_step: float
     micro_batches: int
-    bubble: float  # share of a step that a stage waits for others
-    imbalance: float  # slowest stage over the mean, less 1
-    recomputed: float  # forward arithmetic done twice, over the useful arithmetic
-    remaking_seconds: float  # passes over memory that make the outputs of LINEAR_INPUTS again
+    bubble: float  # fraction of a step that a stage waits for others
+    imbalance: float  # slowest stage over the mean, minus 1
+    recomputed: float  # recomputed arithmetic over useful arithmetic
+    recompute_seconds: float  # memory traffic of recomputing LINEAR_INPUTS
     traffic: Traffic
-    communication_seconds: float  # not hidden behind arithmetic
+    communication_seconds: float  # not overlapped with arithmetic
     step_seconds: float
     days: float
     mfu: float  # of the whole step
@@ -58,12 +57,13 @@ class Estimate:
 def traffic(config: RunConfig, world_size: int, device: str = "cuda", mix: SampleMix | None = None) -> Traffic:
     """Bytes that the busiest rank sends in a step; a ring over n ranks sends (n - 1) / n of a tensor.
 
-    Data: float32 gradients scattered, weights gathered; under FSDP anew for every micro-batch. Tensor: with sequence
+    Data: float32 gradients are scattered and weights gathered; under FSDP for every micro-batch. Tensor: with sequence
     parallelism a layer gathers or scatters [S, D] four times forward and six times backward (two inputs are gathered
-    again for the weight gradient); without, it reduces it four times. Context: a2a sends queries, keys, values and
-    output, all_gather keys and values, and their gradients. Pipeline: hidden states forward, their gradient back.
+    again for the weight gradient); without it, a layer reduces [S, D] four times. Context: a2a sends queries, keys,
+    values and output; all_gather sends keys and values; both send the gradients too. Pipeline: hidden states forward,
+    their gradients back.
     """
-    sizes, parallel = Sizes(config, device, mix or default_mix(config)), config.parallel
+    sizes, parallel = Activations(config, device, mix or default_mix(config)), config.parallel
     stages, tp, cp = parallel.pipeline_model_parallel_size, sizes.tp, sizes.cp
     counts, number = layers_per_chunk(config.model, parallel), micro_batches(config, world_size)
     trained = max(trained for trained, _ in stage_parameters(config.model, parallel))
@@ -71,7 +71,7 @@ def traffic(config: RunConfig, world_size: int, device: str = "cuda", mix: Sampl
     ranks = data_parallel_size(config, world_size) * cp
     data = trained * (4 + sizes.e) * (ranks - 1) / ranks
     if parallel.fsdp:
-        # For every micro-batch: weights gathered for the forward and for the backward pass, gradients scattered.
+        # Every micro-batch gathers the weights for each pass and scatters the gradients.
         data = number * trained * (4 + 2 * sizes.e) * (ranks - 1) / ranks
     passes = 10 if sizes.shards_sequence else 8
     tensor = number * (passes * layers + 3) * sizes.gathered * (tp - 1) / tp
@@ -85,47 +85,37 @@ def traffic(config: RunConfig, world_size: int, device: str = "cuda", mix: Sampl
 
 
 def bubble_fraction(config: RunConfig, world_size: int) -> float:
-    """Share of a step that a stage waits: (P - 1) / (vpp M + P - 1) for M micro-batches (Narayanan et al. 2021)."""
+    """Fraction of a step that a stage waits: (P - 1) / (vpp M + P - 1) for M micro-batches (Narayanan et al. 2021)."""
     parallel = config.parallel
     waits = parallel.pipeline_model_parallel_size - 1
     return waits / (parallel.virtual_pipeline_model_parallel_size * micro_batches(config, world_size) + waits)
 
 
-def split_imbalance(config: RunConfig) -> float:
-    """How much longer the slowest pipeline stage takes than the mean, as a share."""
-    stages = config.parallel.pipeline_model_parallel_size
-    costs = chunk_costs(config.model, layers_per_chunk(config.model, config.parallel))
-    totals = [sum(costs[stage::stages]) for stage in range(stages)]
-    return max(totals) / (sum(totals) / stages) - 1
-
-
 def recomputed_fraction(config: RunConfig, mix: SampleMix) -> float:
     """Forward arithmetic that recomputation repeats, over the useful arithmetic of training."""
     model, parallel = config.model, config.parallel
-    width, layers = model.hidden_size, model.num_layers
-    image, text = mix.image_tokens, mix.text_tokens
-    pairs = 4 * width * layers * (image**2 + image * text + text * (text + 1) / 2)
-    mlp = 2 * mix.tokens * layers * 3 * width * model.ffn_hidden_size
-    linears = 2 * mix.tokens * layers * (5 if model.attention_output_gate else 4) * width**2
-    again = 0.0
+    image, text, layers = mix.image_tokens, mix.text_tokens, model.num_layers
+    pairs = 4 * model.hidden_size * layers * (image**2 + image * text + text * (text + 1) / 2)
+    linears = 2 * mix.tokens * layers * layer_matrix_size(model)
+    mlp = 2 * mix.tokens * layers * layer_matrix_size(model, part="mlp.")
     if parallel.recompute == "full":
         counts = layers_per_chunk(model, parallel)
-        done = sum(min(parallel.recompute_num_layers or count, count) for count in counts)
-        again = (pairs + mlp + linears) * done / layers
+        recomputed = sum(min(parallel.recompute_num_layers or count, count) for count in counts)
+        repeated = (pairs + linears) * recomputed / layers
     else:
-        again = (pairs if "core_attn" in parallel.recomputed else 0) + (mlp if "mlp" in parallel.recomputed else 0)
-    return again / sample_flops(model, mix)
+        repeated = pairs * ("core_attn" in parallel.recomputed) + mlp * ("mlp" in parallel.recomputed)
+    return repeated / sample_flops(model, mix)
 
 
 def _communication_seconds(config: RunConfig, moved: Traffic, world_size: int, machine: Machine) -> float:
-    """Seconds of a step's traffic that nothing hides, at data-sheet rates; data-parallel traffic may be overlapped."""
+    """Seconds of a step's traffic that is not overlapped, at data-sheet rates."""
     parallel = config.parallel
 
     def rate(inner: int, ranks: int) -> float:
-        """GB/s of a rank in a group of ``ranks`` whose members are ``inner`` ranks apart."""
+        """GB/s of one rank in a group of ``ranks`` ranks that are ``inner`` ranks apart."""
         if inner * ranks <= min(GPUS_PER_NODE, world_size):
             return machine.link_gbs
-        # A ring leaves a node once, over the network cards of all its members there.
+        # A ring leaves a node once, over the network cards of all its members in that node.
         return min(machine.link_gbs, machine.network_gbs * max(1, GPUS_PER_NODE // inner))
 
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -145,25 +135,24 @@ def estimate(
     """Memory, traffic and time of a layout.
 
     Args:
-        mfu: share of the machine's peak at which a GPU works while it neither waits for another stage or a transfer nor
-            repeats arithmetic.
+        mfu: fraction of the machine's peak while a GPU computes, without waiting, transfers or recomputation.
     """
     mix = mix or default_mix(config)
     model, data, train = config.model, config.data, config.train
     per_sample = sample_flops(model, mix)
     samples = train.global_batch_size * data.seq_length / mix.tokens
-    bubble, imbalance = bubble_fraction(config, world_size), split_imbalance(config)
+    bubble, uneven = bubble_fraction(config, world_size), imbalance(config.model, config.parallel)
     recomputed = recomputed_fraction(config, mix)
     moved = traffic(config, world_size, device, mix)
     ideal = per_sample * samples / (world_size * machine.peak_tflops * 1e12)
     waiting = _communication_seconds(config, moved, world_size, machine)
     layers = micro_batches(config, world_size) * model.num_layers / config.parallel.pipeline_model_parallel_size
-    remaking = layers * Sizes(config, device, mix).recomputed_bytes() / (machine.memory_gbs * 1e9)
-    seconds = (ideal / mfu * (1 + recomputed) + remaking) * (1 + imbalance) / (1 - bubble) + waiting
+    recomputing = layers * Activations(config, device, mix).recomputed_bytes() / (machine.memory_gbs * 1e9)
+    seconds = (ideal / mfu * (1 + recomputed) + recomputing) * (1 + uneven) / (1 - bubble) + waiting
     return Estimate(
         config=config,
         world_size=world_size,
-        parameters=sum(math.prod(shape) for shape in canonical_shapes(model).values()),
+        parameters=parameter_count(model),
         rank_parameters=max(sum(counts) for counts in stage_parameters(model, config.parallel)),
         memory=memory(config, world_size, device, mix),
         flops_per_sample=per_sample,
@@ -171,9 +160,9 @@ def estimate(
         samples_per_step=samples,
         micro_batches=micro_batches(config, world_size),
         bubble=bubble,
-        imbalance=imbalance,
+        imbalance=uneven,
         recomputed=recomputed,
-        remaking_seconds=remaking,
+        recompute_seconds=recomputing,
         traffic=moved,
         communication_seconds=waiting,
         step_seconds=seconds,

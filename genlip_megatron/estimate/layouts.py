@@ -1,4 +1,4 @@
-"""Which layouts fit, which is the fastest, and the refusal of one that cannot run."""
+"""Search for layouts that fit, fastest first, and refuse a layout that does not fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genlip_megatron.estimate.sample import GIB, GPUS_PER_NODE, MACHINES, Machin
 
 
 def recompute_sets(config: RunConfig) -> list[tuple[str, ...]]:
-    """Modules that are worth recomputing together, the cheapest set first; settings may refuse some."""
+    """Sets of modules worth recomputing together, the cheapest set first."""
     sets = (
         ("core_attn",),
         ("core_attn", *LINEAR_INPUTS),
@@ -30,8 +30,8 @@ def recompute_sets(config: RunConfig) -> list[tuple[str, ...]]:
 def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     """``config`` on every valid layout worth trying.
 
-    T, P and C in powers of two, T within a node; 1, 2 or 4 model chunks; up to 16 packs at once; with FSDP or as in
-    ``config``; recomputation as in ``config``, none, full, or of one of ``recompute_sets``.
+    Tried are T, P and C in powers of two, T within a node; 1, 2 or 4 model chunks; up to 16 packs in a micro-batch;
+    FSDP as in ``config`` and on; recomputation as in ``config``, none, full, and each of ``recompute_sets``.
     """
     powers = [2**i for i in range(world_size.bit_length())]
     micro = sorted({config.train.micro_batch_size, *(size for size in powers if size <= 16)})
@@ -51,7 +51,7 @@ def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
                 context_parallel_size=cp,
                 virtual_pipeline_model_parallel_size=vpp,
                 fsdp=fsdp,
-                # Sharding overlaps by itself, and is refused with these.
+                # FSDP overlaps communication itself and is refused with these.
                 overlap_grad_reduce=config.parallel.overlap_grad_reduce and not fsdp,
                 overlap_param_gather=config.parallel.overlap_param_gather and not fsdp,
                 recompute=recompute,
@@ -61,7 +61,7 @@ def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
             if pp != config.parallel.pipeline_model_parallel_size:
                 parallel = replace(parallel, num_layers_in_first_pipeline_stage=0, num_layers_in_last_pipeline_stage=0)
             changed = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=size))
-            # Interleaving works in rounds of P micro-batches.
+            # Interleaving needs a multiple of P micro-batches.
             if vpp > 1 and micro_batches(changed, world_size) % pp:
                 continue
             try:
@@ -86,12 +86,12 @@ LAYOUT_FLAGS = (
     ("parallel", "num_layers_in_first_pipeline_stage", "--num-layers-in-first-pipeline-stage"),
     ("parallel", "num_layers_in_last_pipeline_stage", "--num-layers-in-last-pipeline-stage"),
 )
-# Always shown; the others where they are not the default, or not the user's.
+# Always shown; other flags only where they differ.
 _CORE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "recompute")
 
 
 def layout_flags(config: RunConfig, given: RunConfig | None = None) -> str:
-    """The layout as flags of ``pretrain_genlip.py``, which put over ``given`` (None: the defaults) make ``config``."""
+    """The flags of ``pretrain_genlip.py`` that change ``given`` (None: the defaults) into the layout of ``config``."""
     given, words = given or RunConfig(), []
     for section, name, flag in LAYOUT_FLAGS:
         value = getattr(getattr(config, section), name)
@@ -107,7 +107,7 @@ def layout_flags(config: RunConfig, given: RunConfig | None = None) -> str:
 
 
 def changes(config: RunConfig, other: RunConfig) -> int:
-    """Settings of the layout that differ; overlap, which only follows ``fsdp`` here, is none of them."""
+    """Number of layout settings that differ. Overlap follows ``fsdp`` and does not count."""
     both = config.parallel.recompute == other.parallel.recompute == "selective"
     return sum(
         getattr(getattr(config, section), name) != getattr(getattr(other, section), name)
@@ -117,7 +117,7 @@ def changes(config: RunConfig, other: RunConfig) -> int:
 
 
 def _rank(found: Estimate) -> tuple[float, float, float]:
-    """Fastest first; among equals the most tokens at once up to 128 thousand, then the least memory."""
+    """Sort key: fastest, then most tokens in a micro-batch up to 128 thousand, then least memory."""
     tokens = found.config.train.micro_batch_size * found.config.data.seq_length
     return (round(found.step_seconds, 6), -tokens if tokens <= 2**17 else tokens, found.memory.total)
 
@@ -125,7 +125,7 @@ def _rank(found: Estimate) -> tuple[float, float, float]:
 def best_layouts(
     config: RunConfig, world_size: int, machine: Machine, mfu: float, mix: SampleMix | None = None, device: str = "cuda"
 ) -> list[Estimate]:
-    """Every layout that fits ``machine``, the fastest first."""
+    """Every layout that fits ``machine``, fastest first."""
     mix = mix or default_mix(config)
     found = (estimate(layout, world_size, machine, mfu, mix, device) for layout in layouts(config, world_size))
     return sorted((e for e in found if e.memory.total <= machine.memory), key=_rank)
@@ -134,7 +134,7 @@ def best_layouts(
 def nearest_fit(
     config: RunConfig, world_size: int, capacity_bytes: float, device: str = "cuda", mix: SampleMix | None = None
 ) -> list[RunConfig]:
-    """The layouts that fit ``capacity_bytes`` a rank: fewest changed settings first, then the fastest expected."""
+    """The layouts that fit ``capacity_bytes`` on each rank: fewest changed settings first, then fastest."""
     machine = replace(MACHINES["h100"], memory=capacity_bytes)
     found = best_layouts(config, world_size, machine, 0.45, mix, device)
     return [e.config for e in sorted(found, key=lambda e: (changes(config, e.config), _rank(e)))]
@@ -147,10 +147,10 @@ def check_fits(
     device: str | None = None,
     mix: SampleMix | None = None,
 ) -> None:
-    """Refuse a layout whose fullest rank needs more than ``capacity_bytes``; ``device`` None means this machine's.
+    """Refuse a layout whose fullest rank needs more than ``capacity_bytes``; ``device`` None: this machine's.
 
     Raises:
-        ValueError: names the need, the capacity, the parts, and the nearest layout that fits as flags.
+        ValueError: states the need, its parts, the capacity, and the flags of the nearest layout that fits.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     need = memory(config, world_size, device, mix)
@@ -159,15 +159,12 @@ def check_fits(
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.parts().items() if size)
     nearest = nearest_fit(config, world_size, capacity_bytes, device, mix)
     advice = (
-        f"the nearest layout that fits: {layout_flags(nearest[0], config)}"
-        if nearest
-        else (
-            f"no layout on {world_size} ranks fits: take more or larger ones, a shorter data.seq_length or a smaller "
-            "model"
-        )
+        f"no layout on {world_size} ranks fits; use more or larger GPUs, a shorter data.seq_length or a smaller model"
     )
+    if nearest:
+        advice = f"the nearest layout that fits: {layout_flags(nearest[0], config)}"
     raise ValueError(
         f"{layout_flags(config)}: the fullest rank (pipeline stage {need.stage}) needs an estimated "
         f"{need.total / GIB:.2f} GiB of {capacity_bytes / GIB:.2f} GiB ({parts}); {advice}. "
-        "--no-check-memory starts it all the same."
+        "--no-check-memory starts the run anyway."
     )

@@ -1,24 +1,22 @@
 """Memory of the fullest rank at its peak.
 
-Counted are what micro-batches in flight keep under Megatron-Core's 1F1B and interleaved schedules, and the largest
-temporaries beside them. The figures for a CPU are checked against the measured peak (``tools/estimate.py --measure``),
-those for a GPU against what torch's allocator hands out where kernels do nothing (``tests/null_gpu/memory.py``).
+The peak is what the micro-batches in flight keep under Megatron-Core's 1F1B and interleaved schedules, and the largest
+temporaries beside them. Tests compare it with measured peaks, on a CPU (``tools/estimate.py --measure``) and for a GPU
+(``tests/null_gpu/memory.py``).
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import re
 from dataclasses import dataclass, fields
 
 from genlip_megatron.config import ModelConfig, ParallelConfig, RunConfig
-from genlip_megatron.convert.table import TABLE, canonical_shapes
-from genlip_megatron.estimate.activations import Sizes
+from genlip_megatron.estimate.activations import Activations
 from genlip_megatron.estimate.sample import GIB, SampleMix, data_parallel_size, default_mix, micro_batches
 from genlip_megatron.model.pipeline import layers_per_chunk
+from genlip_megatron.model.state_dict import LAYER, find, layer_matrix_size, rank_sizes
 
-# CUDA context, cuBLAS and NCCL buffers, and what the caching allocator cannot use. Assumed, not measured.
+# CUDA context, cuBLAS and NCCL buffers, fragmentation of the caching allocator. Assumed, not measured.
 _OVERHEAD = {"cuda": 2 * GIB, "cpu": 0}
 
 
@@ -29,8 +27,8 @@ class Memory:
     Attributes:
         weights: parameters in the compute dtype, and with FP8 the linears' copies; FSDP's shards are float32.
         gradients: the float32 gradient buffer, or FSDP's shard of it.
-        optimizer: two moments and, in bf16, the float32 master weights; shared out over data and context parallelism.
-        activations: what in-flight micro-batches keep for their backward pass, batch and attention plan included.
+        optimizer: two moments and, in bf16, float32 master weights; sharded over data and context parallelism.
+        activations: what micro-batches in flight keep for their backward pass, the batch included.
         head: logits and gradients of the LM head, if the peak falls there.
         temporaries: gradients of activations and of one weight, if the peak falls in the backward pass.
         overhead: context, communication buffers and fragmentation; assumed.
@@ -56,38 +54,29 @@ class Memory:
         return sum(self.parts().values())
 
 
+@functools.cache  # a search asks for the same few layouts many times
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[int, int]]:
-    """(trained, frozen) parameters of one rank of each pipeline stage; the vocabulary is padded to a multiple of T."""
-    size, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    return _stage_parameters(model, size, stages, tuple(layers_per_chunk(model, parallel)))
-
-
-@functools.cache  # a search asks for the same few again and again
-def _stage_parameters(model: ModelConfig, size: int, stages: int, counts: tuple[int, ...]) -> list[tuple[int, int]]:
-    split = {name.replace("{i}", "*"): e.layout.dim is not None for e in TABLE for name in e.canonical}
-    stage_of_layer = [i % stages for i, count in enumerate(counts) for _ in range(count)]
-    frozen_names = {
-        **{name: model.freeze_embeddings for name in ("embeddings.weight", "in_proj.weight", "in_proj.bias")},
-        **{name: model.freeze_head for name in ("lm_head.weight", "proj.weight", "proj.bias")},
-    }
+    """(trained, frozen) parameters of one rank of each pipeline stage."""
+    stages, counts = parallel.pipeline_model_parallel_size, layers_per_chunk(model, parallel)
     totals = [[0, 0] for _ in range(stages)]
-    for name, shape in canonical_shapes(model).items():
-        rows = -(-shape[0] // size) * size if name in ("embeddings.weight", "lm_head.weight") else shape[0]
-        numel = rows * math.prod(shape[1:])
-        layer = re.match(r"visual\.layers\.(\d+)\.", name)
-        if split[re.sub(r"layers\.\d+", "layers.*", name)]:
-            numel //= size
-        first = name.startswith(("vision_embeddings", "embeddings", "in_proj"))
-        stage = stage_of_layer[int(layer[1])] if layer else 0 if first else stages - 1
-        totals[stage][frozen_names.get(name, False)] += numel
+    for name, size in rank_sizes(model, parallel.tensor_model_parallel_size).items():
+        setting = find(name.format(i=0))[1].frozen_by
+        frozen = bool(setting) and getattr(model, setting)
+        for stage in range(stages):
+            copies = (
+                sum(counts[stage::stages])
+                if name.startswith(LAYER)
+                else stage == (0 if name.startswith("embed.") else stages - 1)
+            )
+            totals[stage][frozen] += copies * size
     return [(trained, frozen) for trained, frozen in totals]
 
 
 def in_flight(parallel: ParallelConfig, stage: int, count: int, kept: list[float]) -> float:
-    """The most bytes that a stage keeps at once over Megatron-Core's schedule of ``count`` micro-batches.
+    """The most bytes that a stage keeps at once in Megatron-Core's schedule of ``count`` micro-batches.
 
     A stage runs ahead by P - 1 - stage micro-batches (1F1B), with ``vpp`` chunks by 2 (P - 1 - stage) + (vpp - 1) P
-    chunk passes, and then frees one for each that it adds (Narayanan et al. 2021, section 2.2).
+    chunk passes; then it frees one for each that it adds (Narayanan et al. 2021, section 2.2).
 
     Args:
         kept: bytes of a micro-batch in each of the stage's chunks.
@@ -109,54 +98,40 @@ def memory(config: RunConfig, world_size: int, device: str = "cuda", mix: Sample
     """The fullest rank's peak in steady state, by part. ``device`` is "cuda" or "cpu"."""
     mix = mix or default_mix(config)
     model, parallel = config.model, config.parallel
-    sizes = Sizes(config, device, mix)
+    sizes = Activations(config, device, mix)
     stages, counts = parallel.pipeline_model_parallel_size, layers_per_chunk(model, parallel)
-    shards = data_parallel_size(config, world_size) * sizes.cp
-    number = micro_batches(config, world_size)
-    sharded = shards if parallel.fsdp else 1
+    shards, number = data_parallel_size(config, world_size) * sizes.cp, micro_batches(config, world_size)
+    layer, vocabulary = layer_matrix_size(model, sizes.tp), rank_sizes(model, sizes.tp)["embed.tokens.weight"]
     found = []
     for stage, (trained, frozen) in enumerate(stage_parameters(model, parallel)):
-        mine = range(stage, len(counts), stages)
-        kept = [sizes.chunk(counts[i], i == 0, i == len(counts) - 1) for i in mine]
+        own = range(stage, len(counts), stages)
+        kept = [sizes.chunk(counts[i], i == 0) for i in own]
         passes = in_flight(parallel, stage, number, [1.0, *[0.0] * (len(kept) - 1)])
-        # A batch waits for the stage's last chunk; an attention plan for the backward pass.
-        pixels = sizes.pixels() * (stage == 0)
-        batches = passes * sizes.shared() + (passes * pixels if len(kept) > 1 else 0)
-        if device == "cpu" and config.faults.rerun_bad_steps:
-            # The step's batches stay in host memory, to be computed again, which here is the only one.
-            batches += number * pixels - (passes * pixels if len(kept) > 1 else 0)
-            pixels = 0.0
-        alive = in_flight(parallel, stage, number, kept) + batches
-        # (activations, head, temporaries) at the moments that can be the peak.
-        unit = sizes.unit(sizes.layer_parameters()) if parallel.fsdp else 0.0
-        table = sizes.unit(sizes.vocabulary) if parallel.fsdp else 0.0
-        moments = [(alive, 0.0, max(sizes.passing(counts[i]) for i in mine) + unit)]
+        alive = in_flight(parallel, stage, number, kept) + passes * sizes.shared()
+        if stage == 0:
+            # A CPU keeps the pixels of the whole step, to rerun it.
+            alive += sizes.pixels() * (number if device == "cpu" and config.faults.rerun_bad_steps else passes)
+        # (activations, head, temporaries) at the moments that can be the peak: a layer, the head, the gradients.
+        moments = [(alive, 0.0, max(sizes.temporaries(counts[i]) for i in own))]
         if stage == stages - 1:
-            # In the forward pass the batch is at hand, and the plan of the micro-batch before is not yet freed.
-            before = pixels + sizes.shared() * (number > 1)
-            moments += [(alive + before, sizes.head(), table / 2), (alive, sizes.head_backward(), table)]
-        if stage == 0 and not model.freeze_embeddings:
-            layers = sizes.chunk(counts[0], False, True)
-            moments.append((alive - layers, 0.0, sizes.accumulated(sizes.vocabulary) + sizes.hidden + table))
+            moments.append((alive, sizes.head(), vocabulary * sizes.e if parallel.fsdp else 0.0))
         if device == "cpu" and shards > 1 and not parallel.fsdp:
-            moments.append((batches, 0.0, 4.0 * trained))  # gloo's copy of the gradients that it scatters
+            moments.append((passes * sizes.shared(), 0.0, 4.0 * trained))  # gloo reduces a copy of the gradients
         activations, head, temporaries = max(moments, key=sum)
-        # Megatron-Core gathers a column-parallel linear's input into a buffer that it never gives back; a pipeline
-        # stage holds what it has received last from both sides.
-        buffer = (sizes.gathered if sizes.shards_sequence else 0) + (2 * sizes.hidden if stages > 1 else 0)
-        # A linear keeps its weight in FP8 as it is and transposed; beside the one in bf16, or instead of it.
+        # An FP8 linear holds its weight in FP8 and transposed, in place of the bf16 weight or beside it.
         copies = 0.0
         if config.train.fp8 != "none" and not config.train.fp8_primary_weights:
-            copies = 2.0 * sizes.layer_parameters() * sum(counts[i] for i in mine)
+            copies = 2.0 * layer * sum(counts[i] for i in own)
+        sharded = shards if parallel.fsdp else 1
         found.append(
             Memory(
-                # Shards are float32, so that they need no master copy.
+                # FSDP's shards are float32 and need no master copy.
                 weights=(trained + frozen) * (4 if parallel.fsdp else sizes.e) / sharded + copies,
                 gradients=4.0 * trained / sharded,
                 optimizer=trained * (12 if sizes.e == 2 and not parallel.fsdp else 8) / shards,
                 activations=activations,
                 head=head,
-                temporaries=temporaries + buffer,
+                temporaries=temporaries,
                 overhead=_OVERHEAD[device],
                 stage=stage,
             )

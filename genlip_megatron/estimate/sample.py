@@ -1,4 +1,4 @@
-"""What is estimated: the average sample, its arithmetic, the machine, and how often a rank works."""
+"""The average sample and its arithmetic, the machine, and the micro-batches of a rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from genlip_megatron.config import PATCH_SIZE, ModelConfig, RunConfig
-from genlip_megatron.train.metrics import HOPPER_TFLOPS, training_flops
+from genlip_megatron.model.flops import HOPPER_TFLOPS, training_flops
 
 GIB = 2**30
 GPUS_PER_NODE = 8
@@ -18,10 +18,10 @@ class Machine:
     """One kind of accelerator, by its data sheet.
 
     Attributes:
-        memory: bytes that a process can allocate.
+        memory: bytes that one process can allocate.
         peak_tflops: dense bfloat16 rate; MFU is quoted against it.
         memory_gbs: GB/s between a GPU and its memory.
-        link_gbs, network_gbs: GB/s that one GPU sends to its node (NVLink, one direction) and to other nodes.
+        link_gbs, network_gbs: GB/s that one GPU sends within its node (NVLink, one direction) and to other nodes.
     """
 
     name: str
@@ -45,7 +45,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class SampleMix:
-    """The average sample: image tokens, text tokens, and how many of these carry loss."""
+    """The average sample: image tokens, text tokens, and the text tokens that carry loss."""
 
     image_tokens: int
     text_tokens: int
@@ -60,7 +60,7 @@ class SampleMix:
 def default_mix(config: RunConfig) -> SampleMix:
     """74 text tokens beside a fixed-size image, 200 beside a native one of 1000/1024 of ``max_pixels``.
 
-    All but the 6 of the prompt carry loss; text is cut to what the pack leaves.
+    All but 6 prompt tokens carry loss; text is cut to the rest of the pack.
     """
     data = config.data
     if data.image_mode == "fixed":
@@ -72,7 +72,7 @@ def default_mix(config: RunConfig) -> SampleMix:
 
 
 def sample_flops(model: ModelConfig, mix: SampleMix) -> float:
-    """Useful floating-point operations of training on one sample, as ``metrics.training_flops`` counts them."""
+    """Useful floating-point operations of training on one sample, as ``flops.training_flops`` counts them."""
     image, text = mix.image_tokens, mix.text_tokens
     pairs = image * text + text * (text + 1) / 2
     counts = [image + text, 1, image, image**2, pairs, mix.answer_tokens, image + text]
@@ -80,7 +80,7 @@ def sample_flops(model: ModelConfig, mix: SampleMix) -> float:
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Ranks that hold the same part of the model and work on other samples."""
+    """Ranks that hold the same part of the model and work on different samples."""
     parallel = config.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     return world_size // ranks

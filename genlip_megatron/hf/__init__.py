@@ -1,1 +1,1 @@
-"""The Hugging Face side: files that are copied into exported folders, and so import nothing of this package."""
+"""Files that are copied into exported folders. They import nothing of this package."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Fields of which the model knows one value alone: another would mean another computation.
+# Fields of which the model supports one value: another would mean another computation.
 _FIXED = {
     "patch_size": 16,
     "num_channels": 3,
@@ -30,23 +30,23 @@ class GenLIPConfig(PretrainedConfig):
         num_hidden_layers: Transformer layers.
         num_attention_heads: attention heads; D must be a multiple of twice their number.
         intermediate_size: inner width of the SwiGLU.
-        text_embed_dim: width E of the token embedding and LM head; None: D. Projections are there when E != D.
-        gated_attention: whether attention's output is multiplied by a sigmoid gate (``q_proj`` is then [2D, D]).
-        ls_init_value: initial value of LayerScale; 0 or None: the model has none.
-        drop_path_rate: share of residual branches dropped in training, drawn for each sample.
+        text_embed_dim: width E of the token embedding and LM head; None: D. E != D adds projections.
+        gated_attention: multiply attention's output by a sigmoid gate (``q_proj`` is then [2D, D]).
+        ls_init_value: initial value of LayerScale; 0 or None: no LayerScale.
+        drop_path_rate: fraction of residual branches dropped in training, drawn for each sample.
         rope_theta: base of the rotary frequencies.
         rope_scaling: ``{"rope_type": "default", "mrope_section": [T, H, W]}``; T is not read.
-        rope_parameters: the same with ``rope_theta`` in it, as newer versions of transformers write it; where both are
-            given they agree.
+        rope_parameters: the same with ``rope_theta``, as newer versions of transformers write it; if both are given,
+            they must agree.
         layer_norm_eps: epsilon of every LayerNorm.
         initializer_range: standard deviation of normally initialised weights.
 
     ``patch_size``, ``num_channels``, ``hidden_act``, ``use_swiglu_ffn``, ``attention_dropout``,
-    ``spatial_merge_size``, ``mrope_interleaved``, ``use_llm_head``, ``llm_decoder`` and ``tie_word_embeddings`` may be
-    given with their one value.
+    ``spatial_merge_size``, ``mrope_interleaved``, ``use_llm_head``, ``llm_decoder`` and ``tie_word_embeddings`` accept
+    only the value of this model.
 
     Raises:
-        ValueError: a value that this model does not compute; the field, the value and what is allowed are named.
+        ValueError: an unsupported value; names the field, the value and the allowed value.
     """
 
     model_type = "genlip"
@@ -72,7 +72,7 @@ class GenLIPConfig(PretrainedConfig):
         for name, allowed in _FIXED.items():
             value = kwargs.pop(name, allowed)
             if value != allowed:
-                raise ValueError(f"{name} = {value!r}: this model computes {allowed!r} alone")
+                raise ValueError(f"{name} = {value!r}: only {allowed!r} is supported")
             if name != "tie_word_embeddings":
                 setattr(self, name, allowed)
         sizes = {
@@ -98,8 +98,8 @@ class GenLIPConfig(PretrainedConfig):
         for name in ("mrope_section", "rope_theta"):
             if name in older and name in newer and older[name] != newer[name]:
                 raise ValueError(
-                    f"rope_scaling.{name} = {older[name]!r}, but rope_parameters.{name} = {newer[name]!r}: they are "
-                    "two names of one setting; remove the wrong one"
+                    f"rope_scaling.{name} = {older[name]!r}: rope_parameters.{name} = {newer[name]!r} is another "
+                    "name of this setting. Remove the wrong one"
                 )
         rope = older | newer
         theta = rope.pop("rope_theta", None)
@@ -123,7 +123,7 @@ class GenLIPConfig(PretrainedConfig):
                 f"rope_scaling.{unknown[0]} = {rope[unknown[0]]!r}: allowed are rope_type and mrope_section"
             )
         if not rope.get("mrope_interleaved", True):
-            raise ValueError("rope_scaling.mrope_interleaved = False: this model computes True alone")
+            raise ValueError("rope_scaling.mrope_interleaved = False: only True is supported")
         section = rope.get("mrope_section", [12, 12, 12])
         if len(section) != 3 or any(not isinstance(part, int) or part < 0 for part in section):
             raise ValueError(f"rope_scaling.mrope_section = {section!r}: must be three whole numbers, for T, H and W")
@@ -134,8 +134,8 @@ class GenLIPConfig(PretrainedConfig):
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
-    # Newer versions of transformers turn an attribute of this name into another and rename it in config.json, where
-    # older versions and the authors' code would not find the sections.
+    # A property, since newer versions of transformers rename an attribute of this name in config.json, where older
+    # versions and the authors' code would not find the sections.
     @property
     def rope_scaling(self) -> dict[str, Any]:
         """The rotary sections, as the authors' configuration holds them."""

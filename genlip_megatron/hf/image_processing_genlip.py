@@ -1,7 +1,7 @@
-"""Images to normalised patches, with the very pixels that the model was trained on.
+"""Resize and normalise images to exactly the pixels of training.
 
-EXIF orientation is applied, transparency is composited on white, CMYK, palette and grey images become RGB, 16-bit greys
-keep their high byte; Pillow's antialiased bilinear filter resizes.
+EXIF orientation is applied; transparency is composited on white; CMYK, palette and grey images become RGB; 16-bit greys
+keep their high byte. Pillow's antialiased bilinear filter resizes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What every stock processor does in steps of their own names, so that one of them can stand in for this class.
+# The steps of a stock processor, by its names, so that a stock processor can replace this class.
 _STEPS = {
     "do_resize": True,
     "resample": 2,
@@ -42,7 +42,7 @@ _STEPS = {
 
 
 def native_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in pixels, multiples of 16, that keep the aspect ratio and stay within the two areas."""
+    """(height, width) in pixels, multiples of 16, that keep the aspect ratio and an area within the limits."""
     new_height, new_width = (max(1, round(side / PATCH_SIZE)) * PATCH_SIZE for side in (height, width))
     if new_height * new_width > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -59,16 +59,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The image upright in RGB, transparency over white.
 
     Raises:
-        ValueError: values that are no 8-bit or 16-bit levels.
+        ValueError: values that are not 8-bit or 16-bit levels.
     """
     image.load()
     try:
         upright = _UPRIGHT.get(int(image.getexif().get(_EXIF_ORIENTATION, 1)))
-    except Exception:  # broken metadata does not make the picture bad
+    except Exception:  # broken metadata does not make the image bad
         upright = None
     pixels = image if upright is None else image.transpose(upright)
     if pixels.mode == "F":
-        raise ValueError("an image of mode F, whose range is not known: convert it to 8-bit grey, mode L")
+        raise ValueError("an image of mode F has no known range. Convert it to 8-bit grey, mode L")
     if pixels.mode.startswith("I"):
         # Pillow's own conversion would clip 16-bit greys to white instead of scaling them.
         levels = np.asarray(pixels)
@@ -87,10 +87,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def open_array(image: Any) -> Image.Image:
     """A PIL image from one, from uint8 NumPy [height, width, channels] or from torch uint8 [channels, height, width].
 
-    Grey has 1 channel, or no dimension for it, colour 3, colour with transparency 4.
+    Grey has 1 channel or no channel dimension, colour 3 channels, colour with transparency 4.
 
     Raises:
-        ValueError: anything else.
+        ValueError: another type, shape or dtype.
     """
     if isinstance(image, Image.Image):
         return image
@@ -121,10 +121,10 @@ class GenLIPImageProcessor(BaseImageProcessor):
         fixed_resize: "squash" ignores the aspect ratio, "resize-center-crop" covers the size and crops the middle.
         min_pixels, max_pixels: native mode, smallest and largest area.
 
-    The steps that stock processors name (``resample``, ``image_mean`` and so on) may be given with their one value.
+    The steps of stock processors (``resample``, ``image_mean`` and so on) accept only the value of this model.
 
     Raises:
-        ValueError: another value of a field; the field, the value and what is allowed are named.
+        ValueError: an unsupported value; names the field, the value and the allowed values.
     """
 
     model_input_names = ["pixel_values", "image_grid_hw"]  # noqa: RUF012
@@ -158,8 +158,10 @@ class GenLIPImageProcessor(BaseImageProcessor):
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of ``preprocessor_config.json``. Where a stock processor gives the same pixels, it names that one,
-        which callers get who do not allow this file to run."""
+        """The fields of ``preprocessor_config.json``.
+
+        If a stock processor gives the same pixels, they name it, for callers that do not allow this file to run.
+        """
         fields = {**super().to_dict(), **_STEPS}
         if self.image_mode == "fixed" and self.fixed_resize == "squash":
             fields["image_processor_type"] = "ViTImageProcessor"
@@ -179,12 +181,10 @@ class GenLIPImageProcessor(BaseImageProcessor):
             ``image_grid_hw`` int64 [N, 2], rows and columns of each image.
 
         Raises:
-            ValueError: an image that cannot be taken: which, counted from 0, and why.
+            ValueError: an invalid image; names its index, from 0, and the reason.
         """
         if kwargs:
-            raise ValueError(
-                f"{', '.join(sorted(kwargs))}: not an option of a call; give it when the processor is made"
-            )
+            raise ValueError(f"{', '.join(sorted(kwargs))}: not an option of a call. Give it to the constructor")
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
             images = list(images)
         if not isinstance(images, Sequence):
@@ -195,7 +195,7 @@ class GenLIPImageProcessor(BaseImageProcessor):
         for index, image in enumerate(images):
             try:
                 pixels.append(self._normalised(image))
-            except Exception as error:  # codecs have errors of their own
+            except Exception as error:  # codecs raise their own errors
                 raise ValueError(f"image {index} of {len(images)}: {error}") from error
         if self.image_mode == "fixed":
             return BatchFeature({"pixel_values": np.stack(pixels)}, tensor_type=return_tensors or "pt")

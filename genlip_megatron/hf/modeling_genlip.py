@@ -1,8 +1,8 @@
 """GenLIP: one Transformer over image patches and, for captions, text tokens.
 
 Image tokens attend to each other in both directions; text tokens attend to the image and causally to text. Batches
-run *packed*: every linear sees the tokens of all images and texts end to end, and attention runs over groups of equal
-lengths, so that no padding is computed and nothing is seen across samples.
+run *packed*: linears process the tokens of all images and texts end to end, and attention runs over groups of samples
+of equal lengths. So no padding is computed, and no sample sees another.
 
 Legend: B rows of a batch, L text tokens of a row (padded), N tokens of all rows (packed), S slots of a row in the
 key-value cache, H heads, C channels of a head, D hidden size, E text width, V vocabulary, P patches of all images.
@@ -25,7 +25,7 @@ from .configuration_genlip import GenLIPConfig
 PATCH_SIZE = 16
 PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 IGNORED_LABEL = -100
-# Versions of transformers call the key-value cache by one of two names, in arguments and in outputs.
+# The name of the key-value cache in arguments and outputs depends on the version of transformers.
 _CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -47,10 +47,10 @@ def pack_images(pixel_values: Tensor | Sequence[Tensor], image_grid_hw: Tensor |
     Args:
         pixel_values: normalised floats: images of one size [B, 3, height, width], a list of images
             [3, height, width] of any sizes, or packed patches [P, 768] with their ``image_grid_hw``.
-        image_grid_hw: int64 [images, 2], with packed patches alone; an image of (0, 0) has no patches.
+        image_grid_hw: int64 [images, 2], only with packed patches; an image of (0, 0) has no patches.
 
     Raises:
-        ValueError: another shape or dtype, or a grid that does not belong to the patches.
+        ValueError: another shape or dtype, or a grid that does not match the patches.
     """
     images = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
     for image in images:
@@ -81,7 +81,7 @@ def pack_images(pixel_values: Tensor | Sequence[Tensor], image_grid_hw: Tensor |
 
 def _check_packed(patches: Tensor, grid: Tensor | None) -> tuple[Tensor, Tensor]:
     if grid is None:
-        raise ValueError("packed pixel_values need image_grid_hw, rows and columns of each image's patches")
+        raise ValueError("image_grid_hw = None: packed pixel_values need it, rows and columns of each image's patches")
     if grid.dim() != 2 or grid.shape[1] != 2 or grid.is_floating_point() or bool((grid < 0).any()):
         raise ValueError(f"image_grid_hw of shape {list(grid.shape)}, {grid.dtype}: expected whole numbers [images, 2]")
     count = int(grid.prod(dim=1).sum())
@@ -131,7 +131,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PrefixAttention:
-    """Exact attention over packed rows, each of them an image and then text.
+    """Exact attention over packed rows, each an image followed by text.
 
     An image token sees the whole image; a text token sees the image and the text up to itself.
 
@@ -139,7 +139,7 @@ class PrefixAttention:
         image_lengths: image tokens of each row.
         text_lengths: text tokens of each row.
         device: of the queries.
-        cache: takes keys and values, with rows padded at their front to the longest.
+        cache: stores keys and values, rows padded at the front to the longest.
     """
 
     def __init__(
@@ -154,12 +154,12 @@ class PrefixAttention:
         for row, sizes in enumerate(zip(image_lengths, text_lengths, strict=True)):
             if sum(sizes):
                 groups.setdefault(sizes, []).append(starts[row])
-        # Each group: (image tokens, text tokens, int64 [rows, tokens] their places in the packed order).
+        # Each group: (image tokens, text tokens, int64 [rows, tokens] positions in the packed order).
         self.groups = [
             (image, text, torch.tensor(rows, device=device)[:, None] + torch.arange(image + text, device=device))
             for (image, text), rows in groups.items()
         ]
-        self.order = None  # of the packed tokens within the groups laid end to end; None: the same
+        self.order = None  # index of each packed token among the groups' tokens end to end; None: the same order
         if len(self.groups) > 1:
             self.order = torch.cat([places.flatten() for _, _, places in self.groups]).argsort()
         if cache is not None:
@@ -201,8 +201,8 @@ class CachedAttention:
     """Attention of new text tokens over the cache and themselves.
 
     Args:
-        cache: keys and values of S slots a row, to which the new ones are added.
-        lengths: int64 [B], tokens of each row including the new ones; they are the last of its slots.
+        cache: keys and values, S slots for each row; the new ones are appended.
+        lengths: int64 [B], tokens of each row, the new ones included; they fill its last slots.
         count: new tokens of each row, L.
     """
 
@@ -224,11 +224,11 @@ Attention = PrefixAttention | CachedAttention
 
 
 class AttentionLinear(nn.Linear):
-    """A linear of attention, which differs from others in its initial weights."""
+    """A linear of attention; only its initial weights differ from ``nn.Linear``."""
 
 
 class GenLIPAttention(nn.Module):
-    """Multi-head attention with rotary positions and, by configuration, a sigmoid gate on its output."""
+    """Multi-head attention with rotary positions and, if configured, a sigmoid gate on its output."""
 
     def __init__(self, config: GenLIPConfig, layer: int) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class GenLIPLayer(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention, drop: Tensor | None = None
     ) -> Tensor:
-        """[N, D] from [N, D]; ``drop`` [2, N] are DropPath's factors of both branches."""
+        """[N, D] from [N, D]; ``drop`` [2, N] are the DropPath factors of both branches."""
         branch = self.self_attn(self.layer_norm1(x), rotary, attention)
         branch = self.layer_scale1(branch) if self.scaled else branch
         x = x + (branch if drop is None else branch * drop[0, :, None])
@@ -302,7 +302,9 @@ class GenLIPLayer(nn.Module):
 class GenLIPTransformer(nn.Module):
     """The layers."""
 
-    _gradient_checkpointing_func: Callable[..., Any]  # set by gradient_checkpointing_enable, with the next
+    _gradient_checkpointing_func: Callable[
+        ..., Any
+    ]  # set by gradient_checkpointing_enable, as is gradient_checkpointing
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__()
@@ -318,23 +320,23 @@ class GenLIPTransformer(nn.Module):
         Args:
             x: [N, D].
             positions: int64 [3, N].
-            attention: who sees whom.
-            row_lengths: int64 [rows], tokens of each sample, for which DropPath draws.
+            attention: which tokens see which.
+            row_lengths: int64 [rows], tokens of each sample; DropPath draws for samples.
         """
         rotary = rotary_cos_sin(positions, self.config, x.dtype)
         drops = self._drop_path(row_lengths, x.dtype) if row_lengths is not None else [None] * len(self.layers)
         states = [x]
-        # A layer that is computed again must not write into the cache again.
-        again = self.gradient_checkpointing and self.training and attention.cache is None
+        # A recomputed layer must not write into the cache twice.
+        checkpointed = self.gradient_checkpointing and self.training and attention.cache is None
         for layer, drop in zip(self.layers, drops, strict=True):
-            run = partial(self._gradient_checkpointing_func, layer.__call__) if again else layer
+            run = partial(self._gradient_checkpointing_func, layer.__call__) if checkpointed else layer
             states.append(run(states[-1], rotary, attention, drop))
         return states
 
     def _drop_path(self, row_lengths: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """[layers, 2, N]: 0 or 1 / (1 - rate), one draw for each layer, branch and sample."""
         rate = self.config.drop_path_rate
-        # A frozen encoder inside a model in training is in training mode too; its features must not be noisy.
+        # A frozen encoder can be in training mode inside another model; its features must not be noisy.
         if not self.training or not rate or not any(weight.requires_grad for weight in self.parameters()):
             return [None] * len(self.layers)
         draws = torch.rand(len(self.layers), 2, len(row_lengths), device=row_lengths.device)
@@ -349,18 +351,18 @@ class GenLIPVisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[P, D] from [P, 768]: the convolution of single patches, as one product."""
+        """[P, D] from [P, 768]: the convolution of single patches as one matrix product."""
         weight = self.patch_embedding.weight
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first four names, and the number of the others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 class GenLIPPreTrainedModel(PreTrainedModel):
-    """What both models share: the vision parts, initial weights, and loading that tolerates no missing tensor."""
+    """The base of both models: the vision parts, initial weights, and loading that allows no missing tensor."""
 
     config_class = GenLIPConfig
     base_model_prefix = ""
@@ -376,7 +378,7 @@ class GenLIPPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Attention: Xavier uniform (q and gate as one matrix). Other weights: normal. Biases 0, norms 1 and 0."""
-        # For modules with parameters of their own alone: transformers calls it for no others.
+        # transformers calls it only for modules with parameters of their own.
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             if isinstance(module, AttentionLinear):
                 nn.init.xavier_uniform_(module.weight)
@@ -393,18 +395,17 @@ class GenLIPPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As of ``PreTrainedModel``, but for weights that are not the model's.
+        """As ``PreTrainedModel.from_pretrained``, but weights that do not match the model are an error.
 
         Raises:
-            ValueError: the weights lack a tensor of the model, which would else start at random; have one that the
-                model would not compute with, but for the text parts that an encoder leaves out; or have one of another
-                shape, unless ``ignore_mismatched_sizes`` is given.
+            ValueError: a tensor is missing, which would otherwise start at random; is unexpected, except the text parts
+                that an encoder ignores; or has another shape, unless ``ignore_mismatched_sizes`` is given.
         """
         # Shapes are compared here, by name and in one line.
         ignored = bool(kwargs.pop("ignore_mismatched_sizes", False))
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         model, info = loaded
-        # Version 4 names them alone, version 5 with both shapes.
+        # Version 4 gives only names, version 5 also both shapes.
         misshapen = dict((key, ()) if isinstance(key, str) else (key[0], key[1:]) for key in info["mismatched_keys"])
         wrong = []
         if missing := sorted(set(info["missing_keys"]) - set(misshapen)):
@@ -425,45 +426,44 @@ def _misshapen(name: str, stored: Sequence[int] = (), expected: Sequence[int] = 
 
 
 class PatchStates(Tensor):
-    """Hidden states of patches [B, patches, D]: leaving out the first, as if it were a class token, is an error.
+    """Hidden states of patches [B, patches, D]. Removing the first one, as if it were a class token, is an error.
 
-    Whatever else is computed from them is a plain tensor, concatenation aside: towers join layers before they cut.
+    Results computed from them are plain tensors, except concatenations: towers join layers before they cut.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """``func`` on plain tensors, unless it cuts as ``[:, 1:]`` does."""
+        """``func`` on plain tensors, unless it is ``[:, 1:]``."""
         if func is Tensor.__getitem__ and isinstance(args[1], tuple) and args[1][1:2] == (slice(1, None),):
             raise ValueError(
-                "[:, 1:] of GenLIP's hidden states would leave out the image's first patch: there is no class token. "
-                "Take all of them; for LLaVA-NeXT: mm_vision_select_feature = 'cls_patch', mm_vision_select_layer = -1"
+                "[:, 1:] of GenLIP's hidden states would drop the image's first patch: there is no class token. "
+                "Use all of them; for LLaVA-NeXT: mm_vision_select_feature = 'cls_patch', mm_vision_select_layer = -1"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         return result.as_subclass(cls) if func in (torch.cat, torch.concat, torch.concatenate) else result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As a plain tensor, so that saved ones load where this class is not known."""
+        """Pickle as a plain tensor, so that it loads without this class."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
-class _FeaturesAlone(tuple[Tensor, ...]):
-    """Hidden states of which callers that pick a layer get the last or an error."""
+class _OnlyFeatures(tuple[Tensor, ...]):
+    """A tuple with one entry at index -1; any other index is an error."""
 
     def __getitem__(self, index: Any) -> Any:
         if index != -1:
             raise IndexError(
-                f"hidden state {index}: this tower gives the features alone, the output of ln_post, as the last one; "
-                "mm_vision_select_layer = -1 takes them"
+                f"hidden state {index}: this tower has only one, the output of ln_post. Use mm_vision_select_layer = -1"
             )
         return super().__getitem__(index)
 
 
 class GenLIPVisionTower(nn.Module):
-    """The vision model for callers that read features from ``hidden_states``, as towers of LLaVA-NeXT do.
+    """The vision model for callers that read features from ``hidden_states``, like the towers of LLaVA-NeXT.
 
-    Such a caller, set for a class token, another layer or another model's pixels, gets an error and not features that
-    are nearly right.
+    A caller configured for a class token, another layer or another model's pixels gets an error instead of almost right
+    features.
     """
 
     def __init__(self, model: GenLIPVisionModel) -> None:
@@ -478,32 +478,31 @@ class GenLIPVisionTower(nn.Module):
             output_hidden_states: taken as True.
 
         Returns:
-            As of ``GenLIPVisionModel``, but ``hidden_states`` have one entry, the features [B, patches, D] after
-            ``ln_post``, at index -1 alone.
+            As ``GenLIPVisionModel``, but ``hidden_states`` has one entry, at index -1: the features [B, patches, D]
+            after ``ln_post``.
 
         Raises:
-            ValueError: pixels beyond [-1, 1], which another model's image processor has normalised, or of another
-                shape.
+            ValueError: another shape, or pixels beyond [-1, 1], which another model's image processor normalised.
         """
         if pixel_values.dim() != 4:
             raise ValueError(f"pixel_values of shape {list(pixel_values.shape)}: expected [B, 3, height, width]")
         largest = float(pixel_values.detach().abs().amax())
         if not largest <= 1.0:
             raise ValueError(
-                f"pixel_values up to {largest:.3f}: GenLIP's are in [-1, 1], so another model's image processor made "
-                "these; load the folder's own with AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)"
+                f"pixel_values up to {largest:.3f}: GenLIP's are in [-1, 1], these are from another image processor. "
+                "Load the folder's with AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)"
             )
         output = self.model(pixel_values)
         features = output.last_hidden_state
         return BaseModelOutputWithPooling(
             last_hidden_state=features,
             pooler_output=output.pooler_output,
-            hidden_states=_FeaturesAlone([features.as_subclass(PatchStates)]),
+            hidden_states=_OnlyFeatures([features.as_subclass(PatchStates)]),
         )
 
 
 class GenLIPVisionModel(GenLIPPreTrainedModel):
-    """The vision encoder. Text parts of a checkpoint are left out."""
+    """The vision encoder. It ignores the text parts of a checkpoint."""
 
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^embeddings\.",
@@ -523,7 +522,7 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
 
     @property
     def vision_model(self) -> GenLIPVisionTower:
-        """This model for callers that read ``hidden_states``; LLaVA-NeXT looks for it under this name."""
+        """This model for callers that read ``hidden_states``; LLaVA-NeXT looks for this name."""
         return GenLIPVisionTower(self)
 
     def forward(
@@ -546,10 +545,10 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
 
         Returns:
             ``last_hidden_state``: ``ln_post`` of every patch, [B, patches, D] for images of one size, else [P, D] with
-            the images end to end, row by row (``split_images`` takes them apart).
-            ``pooler_output``: [images, D], the mean over each image's patches. Nothing was trained on it.
-            ``hidden_states``: layers + 1 tensors of that shape, before ``ln_post``. Those of images of one size are
-            ``PatchStates``.
+            the images end to end, row by row (``split_images`` separates them).
+            ``pooler_output``: [images, D], the mean over each image's patches. It was not trained.
+            ``hidden_states``: layers + 1 tensors of the same shape, before ``ln_post``; ``PatchStates`` for images of
+            one size.
         """
         one_size = isinstance(pixel_values, Tensor) and pixel_values.dim() == 4
         patches, grid = pack_images(pixel_values, image_grid_hw)
@@ -578,11 +577,11 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
 
 
 class _Rows:
-    """Where the tokens of a batch lie when its rows are packed, each as its image and then its text.
+    """The place of each token of a batch when its rows are packed, each as its image followed by its text.
 
     Args:
         grid: int64 [B, 2], rows and columns of each row's image, (0, 0) without one.
-        mask: bool [B, L], which text tokens are there.
+        mask: bool [B, L], False at padding.
     """
 
     def __init__(self, grid: Tensor, mask: Tensor) -> None:
@@ -591,7 +590,7 @@ class _Rows:
         self.lengths = images + texts  # [B]
         starts = self.lengths.cumsum(0) - self.lengths
         order = mask.cumsum(dim=1) - 1  # [B, L] of a token within its text
-        self.text_slots = (starts + images)[:, None] + order  # [B, L]; of no meaning outside of the mask
+        self.text_slots = (starts + images)[:, None] + order  # [B, L]; undefined at padding
         self.has_previous = mask & ((order > 0) | (images > 0)[:, None])  # [B, L]
         is_text = torch.zeros(sum(self.image_lengths) + sum(self.text_lengths), dtype=torch.bool, device=mask.device)
         is_text[self.text_slots[mask]] = True
@@ -605,8 +604,8 @@ class _Rows:
 class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
     """The whole model: captions and answers from an image and a prompt.
 
-    ``input_ids`` hold text alone; a row's image comes by ``pixel_values`` and goes before its text. Without images, or
-    with a grid of (0, 0), a row is text alone.
+    ``input_ids`` hold only text; a row's image is in ``pixel_values`` and comes before its text. Without images, or
+    with a grid of (0, 0), a row is only text.
     """
 
     main_input_name = "input_ids"
@@ -630,7 +629,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         self.embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """The LM head, which has weights of its own."""
+        """The LM head; its weights are not tied."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
@@ -638,7 +637,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def read_out(self, features: Tensor) -> Tensor:
-        """Logits [..., V] of features after ``ln_post`` [..., D]; of patches as well."""
+        """Logits [..., V] of features after ``ln_post`` [..., D], of text or patches."""
         return self.lm_head(features if self.proj is None else self.proj(features))
 
     def forward(
@@ -658,17 +657,17 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         """Logits of every text token, and the loss.
 
         Args:
-            input_ids: int64 [B, L], text without any image token. With a filled cache only the new tokens.
+            input_ids: int64 [B, L], text without image tokens; with a filled cache only the new tokens.
             pixel_values: an image for each row, in one of the forms of ``GenLIPVisionModel``; not with a filled cache.
-            image_grid_hw: int64 [B, 2], rows and columns of each row's patches, with packed patches and a filled cache.
-            attention_mask: [B, L], 1 at tokens and 0 at padding (on either side); with a filled cache that of all
-                text so far. None: no padding.
+            image_grid_hw: int64 [B, 2], rows and columns of each row's patches; with packed patches or a filled cache.
+            attention_mask: [B, L], 1 at tokens and 0 at padding (on either side); with a filled cache, of all text so
+                far. None: no padding.
             past_key_values, cache: two names of the key-value cache, a ``DynamicCache``. It holds image and text,
                 padded at the front.
             use_cache: return a cache, a new one if none is given.
             labels: int64 [B, L], the tokens of ``input_ids`` to predict and -100 elsewhere, unshifted: token k is
-                predicted from the one before it, the first of a row from its image.
-            logits_to_keep: logits of so many last tokens alone, or of these columns; 0: of all.
+                predicted from the one before it, a row's first token from its image.
+            logits_to_keep: number of last tokens, or columns, to compute logits for; 0: all.
             output_hidden_states: also return the embedding's and each layer's output.
             return_dict: False: a tuple.
 
@@ -677,17 +676,17 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             layers + 1 tensors [N, D], before ``ln_post``, rows end to end without padding, each image then text.
 
         Raises:
-            ValueError: images that do not fit the rows, or a cache that is not dynamic or lacks tokens.
+            ValueError: images that do not match the rows, or a cache that is not dynamic or lacks tokens.
         """
         if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids of shape {list(input_ids.shape)}: expected [B, L] with at least one token")
         cache = past_key_values if cache is None else cache
         if cache is not None and getattr(cache, "is_compileable", False):
-            raise ValueError(f"a cache of {type(cache).__name__}: images need one that grows, DynamicCache")
+            raise ValueError(f"a cache of {type(cache).__name__}: images need a DynamicCache")
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if cache is not None and cache.get_seq_length():
             if labels is not None or pixel_values is not None:
-                raise ValueError("a filled cache takes neither pixel_values nor labels: it holds the images already")
+                raise ValueError("pixel_values or labels with a filled cache: it already holds the images. Remove them")
             states = self._extend(input_ids, image_grid_hw, attention_mask, cache)
             columns = _columns(input_ids.shape[1], logits_to_keep)
             logits = self.read_out(self.ln_post(states[-1].unflatten(0, input_ids.shape)[:, columns]))
@@ -711,21 +710,21 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         cache: Any,
     ) -> tuple[_Rows, list[Tensor]]:
-        """(where the tokens lie, the input and output of every layer [N, D]) of images and text."""
+        """(places of the tokens, input and output of every layer [N, D]) of images and text."""
         batch = input_ids.shape[0]
         mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask of shape {list(mask.shape)}: input_ids have {list(input_ids.shape)}")
         if pixel_values is None:
             if image_grid_hw is not None and bool(image_grid_hw.any()):
-                raise ValueError("image_grid_hw without pixel_values")
+                raise ValueError("image_grid_hw without pixel_values: give both or neither")
             patches, grid = None, torch.zeros(batch, 2, dtype=torch.int64, device=input_ids.device)
         else:
             patches, grid = pack_images(pixel_values, image_grid_hw)
         if len(grid) != batch:
             raise ValueError(
-                f"{len(grid)} images for {batch} rows of input_ids: expected one a row; a row without an image has "
-                "(0, 0) in image_grid_hw"
+                f"{len(grid)} images for {batch} rows of input_ids: expected one for each row; a row without an image "
+                "has (0, 0) in image_grid_hw"
             )
         rows = _Rows(grid.to(input_ids.device), mask)
         text = self._embed_text(input_ids[mask])
@@ -738,7 +737,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
     def _extend(
         self, input_ids: Tensor, image_grid_hw: Tensor | None, attention_mask: Tensor | None, cache: Any
     ) -> list[Tensor]:
-        """The input and output of every layer [B * L, D], of tokens that follow those in the cache."""
+        """The input and output of every layer [B * L, D], of tokens after those in the cache."""
         batch, count = input_ids.shape
         grid = image_grid_hw
         if grid is None:
@@ -748,16 +747,16 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             texts = (cache.get_seq_length() + count - images.amax()).expand(batch)
         elif attention_mask.shape[1] < count or not bool(attention_mask[:, -count:].all()):
             raise ValueError(
-                f"attention_mask of shape {list(attention_mask.shape)}: with a filled cache it covers the text so far "
-                f"and the {count} new tokens, none of which may be padding"
+                f"attention_mask of shape {list(attention_mask.shape)}: with a filled cache it must cover the text so "
+                f"far and the {count} new tokens, without padding among the new ones"
             )
         else:
             texts = attention_mask.sum(dim=1)
         if (needed := int((images + texts).max())) != cache.get_seq_length() + count:
             raise ValueError(
-                f"a cache of {cache.get_seq_length()} tokens and {count} new ones, where images and text are {needed}: "
-                "give image_grid_hw with a cache that holds images, and leave out prompt_lookup_num_tokens and "
-                "assistant_model, which some versions of transformers crop a cache for as if it held text alone"
+                f"a cache of {cache.get_seq_length()} tokens and {count} new ones, but images and text have {needed}. "
+                "Give image_grid_hw with a cache that holds images. Remove prompt_lookup_num_tokens and "
+                "assistant_model: for them some versions of transformers crop the cache as if it held only text"
             )
         order = texts[:, None] - count + torch.arange(count, device=input_ids.device)
         positions = (grid.amax(dim=1)[:, None] + order).flatten().expand(3, -1)
@@ -772,7 +771,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
     def _outputs(
         self, hidden: Tensor, rows: _Rows, mask: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits [B, kept, V], loss) of the last layer's output [N, D]; the head sees no slot twice, nor images."""
+        """(logits [B, kept, V], loss) from the last layer's output [N, D]; the head computes each text slot once."""
         columns = _columns(mask.shape[1], logits_to_keep)
         kept, kept_slots = mask[:, columns], rows.text_slots[:, columns]
         slots = kept_slots[kept]
@@ -795,7 +794,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         input_ids: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Each row ``expand_size`` times; packed patches are many to a row, so images are repeated as wholes."""
+        """Each row ``expand_size`` times. A row has many packed patches, so images are repeated as a whole."""
         pixels = model_kwargs.pop("pixel_values", None)
         if pixels is not None:
             patches, grid = pack_images(pixels, model_kwargs.pop("image_grid_hw", None))
@@ -824,18 +823,18 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Arguments of the next forward pass: all text and the images at first, then what the cache lacks.
+        """Arguments of the next forward pass: first all text and images, then the tokens that the cache lacks.
 
         Raises:
-            ValueError: a prompt ends in padding, after which new tokens would go; or attention weights are asked for.
+            ValueError: a prompt ends in padding, or attention weights are requested.
         """
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions: the packed attention makes no matrix of weights; leave it out")
+            raise ValueError("output_attentions = True: packed attention has no matrix of weights. Remove it")
         cache = past_key_values if cache is None else cache
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cached = 0 if cache is None else cache.get_seq_length()
         if not cached and not bool(mask[:, -1].all()):
-            raise ValueError("the prompts end in padding: new tokens go after it, so pad on the left for generation")
+            raise ValueError("the prompts end in padding: new tokens would follow it. Pad on the left for generation")
         if cached:
             lengths = mask.sum(dim=1)
             if image_grid_hw is not None:
@@ -854,7 +853,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
 
 
 def _columns(length: int, logits_to_keep: int | Tensor) -> slice | Tensor:
-    """Which of ``length`` columns are kept."""
+    """The columns to keep, of ``length``."""
     if isinstance(logits_to_keep, Tensor):
         return logits_to_keep
     return slice(max(length - logits_to_keep, 0) if logits_to_keep else 0, None)

@@ -1,4 +1,4 @@
-"""Images and prompts to the model's input, and generated tokens to text."""
+"""Turn images and prompts into the model's input, and generated tokens into text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class GenLIPProcessor(ProcessorMixin):
     Args:
         image_processor: of the model's images.
         tokenizer: its end token closes captions.
-        prompt: what goes before a caption when no text is given.
+        prompt: of captions, used if no text is given.
     """
 
     if not hasattr(ProcessorMixin, "get_attributes"):
-        # Before version 5 of transformers, which reads the arguments of __init__ instead.
+        # Before version 5 of transformers; version 5 reads the arguments of __init__ instead.
         attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
@@ -43,9 +43,9 @@ class GenLIPProcessor(ProcessorMixin):
         """The arguments of ``GenLIPForCausalLM``'s ``forward`` and ``generate``.
 
         Args:
-            images: one image or a list, as ``GenLIPImageProcessor`` takes them; None: text alone.
-            text: one prompt for all images, or one for each; None: the model's own. An ``<image>`` marker is removed,
-                since the image always comes first, and no special token is added.
+            images: one image or a list, as for ``GenLIPImageProcessor``; None: only text.
+            text: one prompt for all images, or one for each; None: the model's prompt. An ``<image>`` marker is
+                removed, since the image always comes first. No special token is added.
             return_tensors: "pt" or "np".
 
         Returns:
@@ -53,11 +53,11 @@ class GenLIPProcessor(ProcessorMixin):
             for native sizes, ``image_grid_hw``.
 
         Raises:
-            ValueError: an image that cannot be taken, an empty prompt, one with several image markers or a control
-                token, or not one text for each image.
+            ValueError: an invalid image, an empty prompt, a prompt with several image markers or a control token, or a
+                number of texts that does not match the images.
         """
         if images is None and text is None:
-            raise ValueError("neither images nor text")
+            raise ValueError("images = None, text = None: give at least one of them")
         data: dict[str, Any] = {}
         count = None
         if images is not None:
@@ -79,19 +79,19 @@ class GenLIPProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def _clean(self, text: str) -> str:
-        """A prompt as training reads it."""
+        """A prompt as training cleans it."""
         if (markers := len(_IMAGE_MARKER.findall(text))) > 1:
             raise ValueError(f"text has {markers} <image> markers: the model reads one image")
         for token in self.tokenizer.added_tokens_decoder.values():
             if (token.special or _MARKUP.fullmatch(token.content)) and token.content in text:
-                raise ValueError(f"text spells the control token {token.content!r}: leave it out")
+                raise ValueError(f"text contains the control token {token.content!r}. Remove it")
         return _IMAGE_MARKER.sub("", text).strip()
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Texts of generated tokens, each up to its first end token.
 
         Args:
-            sequences: token ids [B, T]. ``generate`` returns the prompt as well: cut it off with
+            sequences: token ids [B, T]. ``generate`` returns the prompt too; remove it with
                 ``sequences[:, input_ids.shape[1]:]``.
         """
         return [self.decode(sequence, **kwargs) for sequence in sequences]
@@ -106,5 +106,5 @@ class GenLIPProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the model's arguments that a call makes."""
+        """Names of the model's arguments that a call returns."""
         return ["input_ids", "attention_mask", "pixel_values", "image_grid_hw"]

@@ -1,7 +1,7 @@
 """Greedy or sampled captions from a GenLIP model on any layout.
 
-Every step runs the whole packed batch again: plain, exact, and the same code path as training. All ranks call
-``generate`` together with the same samples; logits come from the last pipeline stage.
+Every step runs the whole packed batch, without a cache: the same code path as training. All ranks call ``generate``
+with the same samples; logits come from the last pipeline stage.
 
 Legend: S slots, N samples, V vocabulary.
 """
@@ -22,7 +22,7 @@ from genlip_megatron.model.genlip import GenLIP, unwrap
 
 
 def _pack(samples: Sequence[Sample], multiple: int) -> tuple[PackedBatch, Tensor]:
-    """(micro-batch of the samples in one pack, int64 [N] the slot of each sample's last token)."""
+    """(micro-batch of the samples in one pack, int64 [N]: the slot of each sample's last token)."""
     lengths = [sample.rows * sample.columns + len(sample.token_ids) for sample in samples]
     batch = pack_samples([samples], -(-sum(lengths) // multiple) * multiple)
     if batch.patches is None:
@@ -47,7 +47,7 @@ def _next_logits(model: list[torch.nn.Module], batch: PackedBatch, rows: Tensor,
         forward_step_func=forward_step,
         data_iterator=[None] * len(model),
         model=model,
-        # Interleaved stages take no fewer micro-batches than there are stages: the same one then runs several times.
+        # Interleaved stages need at least as many micro-batches as stages, so the same one runs several times.
         num_microbatches=config.pipeline_model_parallel_size if len(model) > 1 else 1,
         seq_length=batch.num_tokens,
         micro_batch_size=1,
@@ -76,10 +76,10 @@ def generate(
 
     Args:
         model: this rank's model chunks, as from ``build_model`` (wrapped or not).
-        requests: images with the text to continue; the same on all ranks.
+        requests: images with the text to continue, the same on all ranks.
         stop_ids: tokens that end a caption.
-        max_new_tokens: at most so many tokens a caption.
-        temperature: 0 takes the likeliest token; above it samples, by a CPU generator keyed by ``seed``.
+        max_new_tokens: limit of each caption.
+        temperature: 0 takes the most likely token; above 0 samples with a CPU generator seeded with ``seed``.
     """
     if not requests:
         return []
@@ -89,7 +89,7 @@ def generate(
     training = model[0].training
     multiple = genlip.config.tensor_model_parallel_size * genlip.config.context_parallel_size
     if genlip.config.fp8:
-        multiple *= 16  # a rank's rows in FP8 products
+        multiple *= 16  # alignment of FP8 products
     for chunk in model:
         chunk.eval()
     texts = [list(request.token_ids) for request in requests]

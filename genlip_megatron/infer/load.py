@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlip_megatron.convert.folder import hf_config, preprocessor_config
+from genlip_megatron.convert.hf_folder import hf_config, preprocessor_config
 from genlip_megatron.convert.source import DTYPES, to_dtype
-from genlip_megatron.convert.table import groups
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
 from genlip_megatron.hf.configuration_genlip import GenLIPConfig
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
+from genlip_megatron.model.state_dict import in_encoder, model_parameters
 
 _PIXEL_FIELDS = ("image_mode", "size", "fixed_resize", "min_pixels", "max_pixels")
 
@@ -121,7 +121,7 @@ def _from_checkpoint(
 
     megatron_patches.install()
     from genlip_megatron.checkpoint import loading
-    from genlip_megatron.convert.conversion import in_encoder, open_checkpoint
+    from genlip_megatron.convert.conversion import open_checkpoint
 
     try:
         place, saved, source = open_checkpoint(place, log, progress)
@@ -138,9 +138,9 @@ def _from_checkpoint(
     with torch.device("meta"):
         model = kind(GenLIPConfig(**_model_fields(hf_config(config.model))))
     weights: dict[str, Tensor] = {}
-    for group in groups(source.model):
-        if whole or any(map(in_encoder, group.canonical)):
-            for name, tensor in zip(group.canonical, source.read(group), strict=True):
+    for parameter in model_parameters(source.model):
+        if whole or any(map(in_encoder, parameter.shapes)):
+            for name, tensor in zip(parameter.shapes, source.read(parameter), strict=True):
                 # A copy: what is read may be a view into the mapped file.
                 weights[name] = to_dtype(name, tensor, dtype or tensor.dtype).clone()
     model.load_state_dict(weights, assign=True)
@@ -158,7 +158,7 @@ def _from_released(
     progress: Callable[[int], Any],
 ) -> Loaded:
     """From a folder in the authors' format."""
-    from genlip_megatron.convert.conversion import folder_images, folder_prompt, in_encoder, open_released, read_json
+    from genlip_megatron.convert.conversion import folder_images, folder_prompt, open_released, read_json
     from genlip_megatron.convert.safetensors_file import check_dtype, contents
 
     stored = contents(place)

@@ -1,1 +1,1 @@
-"""The model: what it is, stated on Megatron-Core's building blocks."""
+"""The model, built from Megatron-Core's modules; ``state_dict.py`` is the table of its parameters."""

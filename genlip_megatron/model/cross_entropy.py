@@ -1,7 +1,7 @@
-"""Cross entropy of a chunk of logits whose columns tensor-parallel ranks share out, and its gradient in their place.
+"""Cross entropy of a chunk of logits, sharded over tensor-parallel ranks by columns; the gradient replaces the logits.
 
-On a GPU two Triton kernels read and write the logits as they are, in bfloat16, with statistics in float32; elsewhere
-torch does the same, and a chunk in bfloat16 has a copy in float32. Rows talk through two all-reduces of a few numbers.
+On a GPU two Triton kernels read and write the logits in bfloat16, with statistics in float32. Elsewhere torch does the
+same, with a float32 copy of a bfloat16 chunk. Ranks exchange three numbers for each row, in two all-reduces.
 
 Legend: R rows of the chunk, V vocabulary columns of this rank.
 """
@@ -16,32 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bytes of a chunk's logits on a GPU: thousands of rows of the real vocabulary, which fill its matrix units.
+# Bytes of a chunk's logits on a GPU: thousands of rows of the real vocabulary, enough to fill its matrix units.
 _LOGITS_BUDGET = 640 * 2**20
 _MOST_ROWS, _ROW_MULTIPLE = 8192, 128
-# On a CPU, short enough that the logits stay near its caches.
+# On a CPU, few enough that the logits stay in its caches.
 _CPU_ROWS = 512
-# Vocabulary rows of the weight's gradient that are made at once where a product cannot be added in float32.
+# Vocabulary rows of the weight's gradient in one product, where a bfloat16 product cannot be added in float32.
 PIECE = 4096
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether the kernels can be compiled; torch's builds for CUDA bring Triton along."""
+    """Whether the kernels can be compiled; torch's CUDA builds include Triton."""
     return importlib.util.find_spec("triton") is not None
 
 
 def logit_bytes(device_type: str, element_size: int) -> int:
-    """Bytes that a logit takes while its gradient is made, for logits of ``element_size`` bytes.
+    """Bytes that a logit of ``element_size`` bytes takes while its gradient is computed.
 
-    A build of torch without CUDA plans for another machine's, which has Triton.
+    A torch build without CUDA estimates for another machine, which has Triton.
     """
     in_place = element_size == 4 or (device_type != "cpu" and (has_triton() or torch.version.cuda is None))
     return element_size if in_place else element_size + 4
 
 
 def chunk_rows(rows: int, columns: int, device_type: str, element_size: int) -> int:
-    """Rows of a chunk, so that ``rows`` come in few chunks of about equal length within the budget.
+    """Rows of a chunk, so that ``rows`` split into few chunks of about equal length within the budget.
 
     At the real vocabulary in bfloat16 on one tensor-parallel rank:
 
@@ -62,9 +62,9 @@ def cross_entropy_(
     """float32 [R], the cross entropy of each row; ``logits`` becomes the gradient of their weighted sum.
 
     Args:
-        logits: [R, V], float32 or bfloat16; what lies in columns past ``columns`` is no token and is not read. Without
-            ``with_gradient`` it is left with no meaning.
-        labels: int64 [R], as columns of this rank; those outside 0 to ``columns`` are another rank's.
+        logits: [R, V], float32 or bfloat16; columns past ``columns`` are padding and are not read. Without
+            ``with_gradient`` their values are undefined afterwards.
+        labels: int64 [R], as columns of this rank; labels outside 0 to ``columns`` belong to another rank.
         row_weights: float32 [R].
         columns: real columns of this rank, at most V; may be 0.
         group: tensor-parallel ranks.
@@ -87,19 +87,19 @@ def add_product_(total: Tensor, grad: Tensor, x: Tensor) -> None:
 def _plain(
     logits: Tensor, labels: Tensor, row_weights: Tensor, columns: int, group: Any, with_gradient: bool
 ) -> Tensor:
-    """``cross_entropy_`` by torch, anywhere."""
+    """``cross_entropy_`` by torch, on any device."""
     if columns < logits.shape[1]:
         logits[:, columns:] = float("-inf")
-    scores = logits.float()  # the logits themselves, if they are float32
-    mine = (labels >= 0) & (labels < columns)
+    scores = logits.float()  # no copy if they are float32
+    own = (labels >= 0) & (labels < columns)
     at = labels.clamp(0, max(columns - 1, 0))[:, None]
-    target = scores.gather(1, at).squeeze(1).masked_fill(~mine, 0.0)
+    target = scores.gather(1, at).squeeze(1).masked_fill(~own, 0.0)
     top = _reduce(scores.amax(dim=-1), torch.distributed.ReduceOp.MAX, group)
     scores.sub_(top[:, None]).exp_()
     normaliser, target = _reduce(torch.stack((scores.sum(dim=-1), target)), torch.distributed.ReduceOp.SUM, group)
     if with_gradient:
         scores.mul_((row_weights / normaliser)[:, None])
-        scores.scatter_add_(1, at, -(mine * row_weights)[:, None])
+        scores.scatter_add_(1, at, -(own * row_weights)[:, None])
         if scores is not logits:
             logits.copy_(scores)
     return top + normaliser.log() - target

@@ -1,8 +1,8 @@
-"""Triton kernels of ``cross_entropy.py``: one program a row, which goes along the row in blocks of columns.
+"""Triton kernels of ``cross_entropy.py``: one program for each row, which reads the row in blocks of columns.
 
-Imported where there is a GPU only. ``TRITON_INTERPRET=1`` runs them on a CPU, slowly, for tests.
+Imported only on a machine with a GPU. ``TRITON_INTERPRET=1`` runs them on a CPU, slowly, for tests.
 
-Legend: R rows, V columns of the logits in memory, of which the first ``columns`` are tokens.
+Legend: R rows, V columns of the logits in memory; the first ``columns`` of them are tokens, the rest padding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _BLOCK, _WARPS = 4096, 8
 @triton.jit
 def _statistics(logits, labels, top, total, target, stride, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
-    # Rows times columns may pass 2**31.
+    # Rows times columns can exceed 2**31.
     logits += row.to(tl.int64) * stride
     lane = tl.arange(0, BLOCK)
-    # Each lane has a maximum and a sum of its own until the end. The start is finite, so that no difference of two
-    # infinities occurs; a row of a rank without tokens stays at it, and its sum at 0.
+    # Each lane keeps its own maximum and sum until the end. The initial maximum is finite, to avoid inf - inf; a rank
+    # without tokens keeps it, with a sum of 0.
     lane_top = tl.full((BLOCK,), -1e30, tl.float32)
     lane_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
@@ -53,7 +53,7 @@ def _gradient(  # type: ignore[no-untyped-def]
         column = start + lane
         x = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32)
         x = tl.exp(x - row_top) * row_scale - tl.where(column == label, row_weight, 0.0)
-        # Columns that are no tokens get the gradient 0.
+        # Padding gets the gradient 0.
         tl.store(logits + column, x.to(logits.dtype.element_ty), mask=column < width)
 
 
@@ -61,8 +61,8 @@ def row_statistics(logits: Tensor, labels: Tensor, columns: int) -> tuple[Tensor
     """float32 [R] each: the largest logit, the sum of ``exp(logit - largest)``, and the label's logit.
 
     Args:
-        logits: [R, V] with neighbouring columns; of no token the largest is -1e30, the sum 0.
-        labels: int64 [R]; the logit of one outside 0 to ``columns`` is 0.
+        logits: [R, V], columns contiguous; without tokens the largest is -1e30 and the sum 0.
+        labels: int64 [R]; a label outside 0 to ``columns`` has the logit 0.
     """
     top, total, target = logits.new_empty((3, logits.shape[0]), dtype=torch.float32).unbind()
     if len(logits):
@@ -73,10 +73,10 @@ def row_statistics(logits: Tensor, labels: Tensor, columns: int) -> tuple[Tensor
 
 
 def to_gradient_(logits: Tensor, labels: Tensor, columns: int, top: Tensor, scale: Tensor, row_weights: Tensor) -> None:
-    """``logits`` [R, V] become ``exp(logits - top) * scale``, less ``row_weights`` in the label's column.
+    """``logits`` [R, V] become ``exp(logits - top) * scale``, minus ``row_weights`` in the label's column.
 
     Args:
-        labels: int64 [R]; one outside 0 to ``columns`` has no column.
+        labels: int64 [R]; a label outside 0 to ``columns`` has no column.
         top, scale, row_weights: float32 [R].
     """
     if len(logits):

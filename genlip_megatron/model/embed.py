@@ -1,4 +1,4 @@
-"""Image patches and text tokens become one stream of hidden states."""
+"""Embed image patches and text tokens into one stream of hidden states."""
 
 from __future__ import annotations
 
@@ -16,22 +16,18 @@ from torch import Tensor
 from genlip_megatron.batch import PATCH_VALUES, PackedBatch
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.device import to_device
+from genlip_megatron.model.state_dict import has_projections, padded_vocab_size
 from genlip_megatron.parallel.sequence import local_slots, slot_share
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of embedding and head, so that every tensor-parallel rank holds equally many."""
-    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
 @dataclass(frozen=True)
 class ImageSlots:
-    """Where the patches of a micro-batch go, as far as a rank holds them.
+    """The slots of a rank that hold image patches.
 
     Attributes:
         slots: int64 [P_local], on the device: image slots, counted from the rank's first slot.
-        first_patch: row of ``PackedBatch.patches`` that goes into the first of them; the others follow.
-        spare: behind the rank's last slot stands one more, for patches that are not used.
+        first_patch: row of ``PackedBatch.patches`` that goes into the first image slot; the others follow.
+        spare: the index one past the rank's last slot collects padding patches.
     """
 
     slots: Tensor
@@ -40,10 +36,10 @@ class ImageSlots:
 
     @classmethod
     def of(cls, batch: PackedBatch, slots: slice, device: torch.device, fixed_shapes: bool = False) -> ImageSlots:
-        """Those of a rank that holds ``slots``. Best of a batch on the CPU: from another device it is waited for.
+        """For a rank that holds ``slots``. The host waits for a batch that is not on the CPU.
 
         Args:
-            fixed_shapes: for a batch with as many patches as slots.
+            fixed_shapes: the batch has one patch for each slot, the last ones padding.
         """
         is_image = batch.is_image.cpu().numpy()
         found = torch.from_numpy(np.flatnonzero(is_image[slots]))
@@ -57,8 +53,8 @@ class ImageSlots:
 class Embedding(MegatronModule):
     """Patch and token embedding.
 
-    Every rank embeds only the slots it holds. Under sequence parallelism the replicated parameters here so see a shard
-    of the tensor-parallel group's tokens, and are marked for the gradient sum over it.
+    Every rank embeds only its own slots. Under sequence parallelism each rank's replicated parameters see only its
+    shard of the tokens, so they are marked ``sequence_parallel``: their gradients are summed over the group.
 
     Args:
         tp_group: tensor-parallel ranks.
@@ -80,21 +76,17 @@ class Embedding(MegatronModule):
             tp_group=tp_group,
         )
         self.in_proj: torch.nn.Linear | None = None
-        if model.text_hidden_size != model.hidden_size:
+        if has_projections(model):
             self.in_proj = torch.nn.Linear(model.text_hidden_size, model.hidden_size, **options)
         shared = [self.patch_weight, self.patch_bias, *(self.in_proj.parameters() if self.in_proj else ())]
         for parameter in shared:
             parameter.sequence_parallel = config.sequence_parallel
-        if model.freeze_embeddings:
-            self.tokens.weight.requires_grad_(False)
-            if self.in_proj is not None:
-                self.in_proj.requires_grad_(False)
 
     def forward(self, batch: PackedBatch, images: ImageSlots | None = None) -> Tensor:
         """Hidden states [S_local, 1, D] of the slots that this rank holds.
 
         Args:
-            images: where patches go, from a batch on the CPU; without it the device is waited for.
+            images: from a batch on the CPU; None: computed here, and the host waits for the device.
         """
         assert batch.patches is not None
         sequence = self.tp_group if self.config.sequence_parallel else None
@@ -111,9 +103,9 @@ class Embedding(MegatronModule):
         text = text.reshape(slots.stop - slots.start, -1)
         if self.in_proj is not None:
             text = self.in_proj(text)
-        # A batch without images carries one blank patch, whose weight must still get its gradient (of zero).
+        # A batch without images carries one blank patch, so that the weight still gets a gradient (of zero).
         image = F.linear(pixels.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias)[: len(images.slots)]
         if images.spare:
             return F.pad(text, (0, 0, 0, 1))[:, None].index_copy(0, images.slots, image[:, None])[:-1]
-        # Not a view of what was computed: FSDP hangs its backward hook on the result.
+        # A new tensor, not a view: FSDP attaches its backward hook to the result.
         return text[:, None].index_copy(0, images.slots, image[:, None])

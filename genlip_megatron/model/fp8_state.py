@@ -1,14 +1,13 @@
-"""What delayed FP8 scaling remembers: a scale of each tensor that is quantised, and a history of its largest values.
+"""The state of delayed FP8 scaling: a scale and an amax history for each quantised tensor.
 
-Transformer Engine keeps both in its modules and would pickle them. Here they are plain tensors by name, which stand in
-a checkpoint beside the weights, as ``decoder.layers.mlp.linear_fc1.fp8.scale_fwd``. Forward and backward passes change
-them.
+Transformer Engine keeps both in its modules and would pickle them. Here they are plain named tensors that a checkpoint
+holds beside the weights, for example ``decoder.layers.mlp.linear_fc1.fp8.scale_fwd``. Every pass changes them.
 
-Every update takes the largest values of all ranks that hold parts of a layer, or copies of it. So these have the same
-state, which is stored once, and any layout reads it. In the history's first row alone each gathers its own until the
-next update; ``share_largest_values`` makes that the same as well.
+Every update reduces amax over all ranks that hold parts or copies of a layer. So these ranks have the same state; it is
+stored once, and any layout loads it. Only the first row of a history is local until the next update;
+``share_largest_values`` makes it equal too.
 
-Legend: T tensors of a module that are quantised, L passes.
+Legend: T quantised tensors of a module, L passes in a history.
 """
 
 from __future__ import annotations
@@ -23,23 +22,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from genlip_megatron.convert.table import FP8_STATE
+from genlip_megatron.model.state_dict import FP8_STATE
 
 _TENSORS = ("scale", "amax_history")
 
 
-def is_fp8_state(name: str) -> bool:
-    """Whether a tensor of a checkpoint is such state.
-
-    >>> is_fp8_state("decoder.layers.mlp.linear_fc1.fp8.scale_fwd"), is_fp8_state("head.weight")
-    (True, False)
-    """
-    return FP8_STATE in name
-
-
-@torch.no_grad()  # with gradients, leaving the context would update the scales of models that there are already
+@torch.no_grad()  # with gradients enabled, leaving the context would update the scales of existing models
 def prepare_fp8_state(layers: Iterable[Any], transformer: TransformerConfig) -> None:
-    """Make the state of FP8 layers, which their first forward pass would: scales of 1, empty histories."""
+    """Create the state of FP8 layers before their first forward pass: scales of 1, empty histories."""
     for layer in layers if transformer.fp8 else ():
         with get_fp8_context(transformer, layer.layer_number - 1):
             for module in layer.modules():
@@ -48,20 +38,20 @@ def prepare_fp8_state(layers: Iterable[Any], transformer: TransformerConfig) -> 
 
 
 def fp8_state(part: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a model or a layer: float32 scales [T] and histories [L, T], the tensors that are in use."""
+    """(name, tensor) of a model or a layer: float32 scales [T] and amax histories [L, T], not copied."""
     for name, module in part.named_modules():
         for direction in ("fwd", "bwd"):
             state = getattr(module, "fp8_meta", {}).get(f"scaling_{direction}")
             for kind in _TENSORS:
-                if hasattr(state, kind):  # with current scaling in FP8 attention alone
+                if hasattr(state, kind):  # with current scaling only FP8 attention has it
                     yield f"{name}{FP8_STATE}{kind}_{direction}", getattr(state, kind)
 
 
 def sharded_fp8_state(layer: Any, prefix: str, sharded_offsets: Any) -> dict[str, Any]:
-    """Copies of a layer's state as parts of a checkpoint: training changes it while a save is written.
+    """Copies of a layer's state for a checkpoint; copies, because training changes the state while a save is written.
 
-    None where some layers are in bfloat16, since a checkpoint's tensors are those of all layers. Delayed scaling takes
-    all layers or none, so that this concerns FP8 attention beside current scaling alone.
+    Empty where some layers run in bfloat16, since a checkpoint's tensor covers all layers. Delayed scaling takes all
+    layers or none, so only FP8 attention with current scaling is affected.
     """
     if layer.config.first_last_layers_bf16:
         return {}
@@ -71,7 +61,7 @@ def sharded_fp8_state(layer: Any, prefix: str, sharded_offsets: Any) -> dict[str
 
 
 def set_fp8_state(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Set a model's state; what ``state`` lacks begins anew."""
+    """Set a model's state; entries that ``state`` lacks are reset to scale 1 and an empty history."""
     for name, tensor in fp8_state(model):
         if name in state:
             tensor.copy_(state[name])
@@ -80,7 +70,7 @@ def set_fp8_state(model: Any, state: Mapping[str, Tensor]) -> None:
 
 
 class FP8Snapshot:
-    """The state of models at one moment, to go back to; empty without delayed scaling. Few launches on a device."""
+    """A snapshot of the state of models; empty without delayed scaling. Takes few kernel launches."""
 
     def __init__(self, models: Iterable[Any]) -> None:
         self._live = [tensor for model in models for _, tensor in fp8_state(model)]
@@ -88,20 +78,19 @@ class FP8Snapshot:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Keep what is now."""
+        """Store the current state."""
         if self._live:
             torch._foreach_copy_(self._kept, self._live)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to what was kept."""
+        """Restore the stored state."""
         if self._live:
             torch._foreach_copy_(self._live, self._kept)
 
 
 def share_largest_values(models: Iterable[Any]) -> None:
-    """Give every rank the largest values that any has seen since the last update of scales. The next update would take
-    these, so nothing else changes. A collective."""
+    """Reduce the amax values since the last update over all ranks, as the next update would. A collective."""
     rows = [tensor[0] for model in models for name, tensor in fp8_state(model) if "amax_history" in name]
     if rows:
         largest = torch.cat(rows)

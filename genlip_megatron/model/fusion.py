@@ -1,9 +1,8 @@
-"""Chains of element-wise operations that ``train.fusion`` compiles into one kernel each way, for GPUs.
+"""Element-wise operations that ``train.fusion`` compiles into one kernel for each pass, on GPUs.
 
-Fused are the residual branch (bias, LayerScale, DropPath, addition) and, for attention backends that turn queries and
-keys by themselves, rotary positions. With ``norms`` the LayerNorm that reads the branch's result is made in the same
-kernel, which saves reading it; else it is one kernel of torch's. SwiGLU and the attention gate are compiled by
-Megatron-Core wherever there is a GPU. Without compiling the same functions run, so there is no twin to keep equal.
+Fused are the residual branch (bias, LayerScale, DropPath, addition) and rotary positions, for the attention backends
+that apply them separately. With ``norms`` the LayerNorm that reads the branch's result joins its kernel, which saves
+one read. Megatron-Core compiles SwiGLU and the attention gate on every GPU. Uncompiled, the same functions run.
 """
 
 from __future__ import annotations
@@ -21,20 +20,19 @@ def fusion_choice(setting: str) -> bool:
     """Whether ``train.fusion`` = ``setting`` compiles on this machine.
 
     Raises:
-        ValueError: compile or norms without a GPU, where the plain operations are the tested ones and no compiler is
-            needed.
+        ValueError: compile or norms without a GPU.
     """
     if setting in ("compile", "norms") and not torch.cuda.is_available():
-        raise ValueError(f"train.fusion = {setting}: needs a CUDA device, here is none; allowed: auto, none")
+        raise ValueError(f"train.fusion = {setting}: needs a CUDA device, and this machine has none. Use auto or none")
     return setting != "none" and torch.cuda.is_available()
 
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` compiled, once in this process.
+    """``function`` compiled, once for this process.
 
-    Beyond so many kinds of shapes and modes (``torch._dynamo.config.recompile_limit``) it runs as it is, and torch
-    warns. With ``fullgraph`` torch would end the run there.
+    After ``torch._dynamo.config.recompile_limit`` variants of shapes and modes torch warns and runs it uncompiled. With
+    ``fullgraph`` torch would raise an error there.
     """
     return torch.compile(function)
 
@@ -42,7 +40,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def scaled_residual(
     branch: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, drop_path: Tensor | None
 ) -> Tensor:
-    """``residual + drop_path * scale * (branch + bias)``, what is None left out.
+    """``residual + drop_path * scale * (branch + bias)``, without the arguments that are None.
 
     Args:
         branch, residual: [S_local, 1, D].

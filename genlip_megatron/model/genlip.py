@@ -1,4 +1,4 @@
-"""GenLIP as a Megatron-Core module: all of it, one pipeline stage, or one chunk of an interleaved stage."""
+"""GenLIP as a Megatron-Core module: the whole model, a pipeline stage, or one chunk of an interleaved stage."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from torch import Tensor
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig
 from genlip_megatron.device import current_device, to_device
-from genlip_megatron.model.attention import PackedAttention, plan_attention
+from genlip_megatron.model.attention import PackedAttention, prepare_attention
 from genlip_megatron.model.embed import Embedding, ImageSlots
-from genlip_megatron.model.fp8_state import is_fp8_state, prepare_fp8_state, set_fp8_state
+from genlip_megatron.model.fp8_state import prepare_fp8_state, set_fp8_state
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.head import Head
 from genlip_megatron.model.recompute import keep_no_copies
 from genlip_megatron.model.regularize import fuse_norms
 from genlip_megatron.model.specs import attention_choice, layer_spec
-from genlip_megatron.parallel.initial import fill_initial_weights
+from genlip_megatron.model.state_dict import freeze, is_fp8_state
+from genlip_megatron.model.weights import fill_initial_weights
 from genlip_megatron.parallel.sequence import local_slots
 
 
 class GenLIP(MegatronModule):
-    """One pipeline stage of GenLIP, or with interleaving one of the chunks of a stage.
+    """One pipeline stage of GenLIP, or one chunk of a stage with interleaving.
 
     Args:
         config: the run's configuration.
         transformer: Megatron-Core's configuration, from ``specs.transformer_config``.
-        vp_stage: which chunk of this pipeline stage; None without interleaving.
-        attention_backend: a backend of ``attention/``; None takes the configuration's.
+        vp_stage: index of the chunk in this pipeline stage; None without interleaving.
+        attention_backend: name of a backend of ``attention/``; None: the configuration's.
     """
 
     def __init__(
@@ -82,17 +83,18 @@ class GenLIP(MegatronModule):
         if config.train.fusion == "norms":
             fuse_norms(self.decoder.layers, across=config.parallel.recompute != "full" and not config.parallel.fsdp)
         self.head = Head(*edges) if self.post_process else None
+        freeze(self, config.model)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """The hidden states [S_local, 1, D] that came from the chunk before (None on the first)."""
+        """Take the hidden states [S_local, 1, D] of the previous chunk; None on the first chunk."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, with the FP8 state that ``sharded_state_dict`` describes; what is missing of it begins anew."""
+        """As torch's, with the FP8 state of ``sharded_state_dict``; missing FP8 state is reset."""
         scales = {name: value for name, value in state_dict.items() if is_fp8_state(name)}
         weights = {name: value for name, value in state_dict.items() if name not in scales}
-        # Weights in FP8 are quantised by the scales, and their largest values become part of the history.
+        # Loading FP8 weights quantises them by the scales and changes the amax history: set the state before and after.
         set_fp8_state(self, scales)
         result = super().load_state_dict(weights, False, assign)
         if scales:
@@ -102,53 +104,60 @@ class GenLIP(MegatronModule):
             raise RuntimeError(f"the model and its state differ in {', '.join(wrong)}")
         return result
 
-    def plan(self, batch: PackedBatch, fixed_shapes: bool = False) -> PackedAttention:
-        """What the attention of ``batch`` needs on this rank: the same for all its chunks. Waits for the device
-        when ``batch`` is not on the CPU.
+    def prepare(self, batch: PackedBatch, fixed_shapes: bool = False) -> PackedAttention:
+        """What this rank's layers share for ``batch``, the same for all chunks. The host waits for a batch that is not
+        on the CPU.
 
         Args:
-            fixed_shapes: the batch is one ``with_fixed_shapes``, and the plan's tensors have such as well.
+            fixed_shapes: for a batch ``with_fixed_shapes``; the result has fixed shapes too, for CUDA graphs.
 
         Raises:
             ValueError: a token id has no row in the embedding.
         """
-        # Megatron-Core's sharded embedding gives zeros for an id that no rank holds.
+        # Megatron-Core's sharded embedding returns zeros for an id that no rank holds.
         if (largest := int(batch.token_ids.max())) >= self.model_config.vocab_size:
             raise ValueError(
-                f"token id {largest} has no row: model.vocab_size = {self.model_config.vocab_size}; take the tokenizer "
-                "that the model was made for, or raise --vocab-size"
+                f"model.vocab_size = {self.model_config.vocab_size}: token id {largest} has no row in the embedding. "
+                "Use the tokenizer that the model was trained with, or raise --vocab-size"
             )
         device = current_device()
-        dtype = self.config.params_dtype
-        cut = (self.context, self.gather_keys)
-        how = (self.fusion, fixed_shapes)
-        plan = plan_attention(batch, self.model_config, dtype, self.attention_backend, device, *cut, *how)
+        packed = prepare_attention(
+            batch,
+            self.model_config,
+            self.config.params_dtype,
+            self.attention_backend,
+            device,
+            self.context,
+            self.gather_keys,
+            self.fusion,
+            fixed_shapes,
+        )
         slots = local_slots(batch.num_tokens, self.context, self.tp_group if self.config.sequence_parallel else None)
-        plan = replace(plan, images=ImageSlots.of(batch, slots, device, fixed_shapes))
+        packed = replace(packed, images=ImageSlots.of(batch, slots, device, fixed_shapes))
         if batch.drop_path is None:
-            return plan
-        # Padding has no sample; it keeps the branches of sample 0 and nobody sees it.
+            return packed
+        # Padding has no sample; it takes the factors of sample 0, and no token sees it.
         samples = batch.sample_ids[slots].clamp(min=0)
         factors, samples = (to_device(x, device) for x in (batch.drop_path, samples))
-        return replace(plan, drop_path=factors[:, :, samples][..., None, None])
+        return replace(packed, drop_path=factors[:, :, samples][..., None, None])
 
-    def hidden_states(self, batch: PackedBatch, plan: PackedAttention | None = None) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, packed: PackedAttention | None = None) -> Tensor:
         """Output of this chunk's layers, [S_local, 1, D], for the slots that this rank holds.
 
         Args:
             batch: the micro-batch, on the device.
-            plan: from ``plan``, when there is one already.
+            packed: from ``prepare``; None prepares it here.
         """
-        plan = plan or self.plan(batch)
+        packed = packed or self.prepare(batch)
         if self.config.fine_grained_activation_offloading:
             self._begin_offloading()
         if not self.training:
-            plan = replace(plan, drop_path=None)
-        hidden = self.embed(batch, plan.images) if self.embed is not None else None
-        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=plan)
+            packed = replace(packed, drop_path=None)
+        hidden = self.embed(batch, packed.images) if self.embed is not None else None
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
 
     def _begin_offloading(self) -> None:
-        """Tell Megatron-Core's offloading that a micro-batch of this chunk begins; weights stay where they are."""
+        """Tell Megatron-Core's offloading that a micro-batch of this chunk begins, and not to offload weights."""
         offloader = offloading.FineGrainedActivationOffloadingInterface
         offloader.init_chunk_handler(
             vp_size=self.config.virtual_pipeline_model_parallel_size,
@@ -158,10 +167,10 @@ class GenLIP(MegatronModule):
         for parameter in self.parameters():
             offloader.mark_not_offloadable(parameter)
 
-    def forward(self, batch: PackedBatch, plan: PackedAttention | None = None) -> Tensor:
-        """The summed loss of this rank's answer rows (float32 scalar) on the last chunk, hidden states
-        [S_local, 1, D] before it."""
-        hidden = self.hidden_states(batch, plan)
+    def forward(self, batch: PackedBatch, packed: PackedAttention | None = None) -> Tensor:
+        """On the last chunk the summed loss of this rank's answer rows (float32 scalar), else hidden states
+        [S_local, 1, D]."""
+        hidden = self.hidden_states(batch, packed)
         if self.head is None:
             return hidden
         return self.head(hidden, batch.loss_rows, batch.labels, batch.loss_weights)

@@ -1,14 +1,14 @@
 """Final LayerNorm, projection and language-model head on answer rows, with a vocabulary-parallel loss.
 
-Logits are made in chunks of rows, and each chunk's gradient right beside its loss, while the logits are at hand: for
-16 thousand rows of the real vocabulary they would take 5 GB in bfloat16 if kept, and a quarter of the head's
-arithmetic if made again. One buffer serves all chunks: first logits, then their gradient.
+Logits are computed in chunks of rows, each chunk's gradient together with its loss. Keeping the logits of 16 thousand
+rows of the real vocabulary would take 5 GB in bfloat16; recomputing them, a quarter of the head's arithmetic. One
+buffer serves all chunks: first logits, then their gradient.
 
-So the weight's gradient is made in the forward pass too. It is added at once to the float32 buffer that Megatron-Core's
-DistributedDataParallel keeps for it (``main_grad``): a matrix of its own would take as much again, 0.9 GB at E = 1536.
-That is right for the one factor with which the loss enters the backward pass, 1: ``calculate_per_token_loss`` divides
-by the tokens after the last micro-batch, and no loss scale is used. Any other factor turns the gradient into NaN, which
-the guarded step refuses. Without such a buffer (FSDP, a bare module) the gradient waits for its factor.
+So the forward pass computes the weight's gradient too. It adds it to the float32 buffer of Megatron-Core's
+DistributedDataParallel (``main_grad``) at once, which saves a matrix of 0.9 GB at E = 1536. This assumes that the
+backward pass multiplies the loss by 1, which holds: ``calculate_per_token_loss`` divides by the tokens after the last
+micro-batch, and there is no loss scale. Any other factor turns the gradient into NaN, and the guarded step skips the
+update. Without such a buffer (FSDP, a bare module) the gradient waits for its factor.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.cross_entropy import add_product_, chunk_rows, cross_entropy_
-from genlip_megatron.model.embed import padded_vocab_size
 from genlip_megatron.model.norm import LayerNorm
+from genlip_megatron.model.state_dict import has_projections, padded_vocab_size
 from genlip_megatron.parallel.sequence import slot_share
 
 
 class _HeadLoss(torch.autograd.Function):
     """Weighted sum of the cross entropies of ``softmax(x @ weight.T)``, with ``weight`` split by vocabulary rows.
 
-    A sum has the same gradient factor for every row, so that the gradients can be made in the forward pass and only
-    scaled in the backward pass.
+    The rows of a sum share one gradient factor, so the forward pass computes the gradients and the backward pass only
+    scales them.
     """
 
     @staticmethod
@@ -54,7 +54,7 @@ class _HeadLoss(torch.autograd.Function):
 
         Args:
             x: [R, E].
-            weight: [V_local, E]; the rank holds the tokens first .. first + columns.
+            weight: [V_local, E]; the rank holds the tokens from ``first`` to ``first + columns``.
             labels: int64 [R].
             row_weights: float32 [R], each row's weight in the sum.
         """
@@ -91,7 +91,7 @@ class _HeadLoss(torch.autograd.Function):
         elif ctx.main_grad is not None:
             wrong = torch.where(grads[0] == 1, 0.0, float("nan"))
             ctx.main_grad.view(-1)[:1].add_(wrong)
-            # As Megatron-Core's linears do with fused accumulation: DDP's hook wants some gradient, which it drops.
+            # As Megatron-Core's linears with fused accumulation: DDP's hook needs any gradient and drops it.
             ctx.weight.grad_added_to_main_grad = True
             grad_weight = ctx.weight.detach()
         return grad_x, grad_weight, *[None] * 6
@@ -100,9 +100,9 @@ class _HeadLoss(torch.autograd.Function):
 class Head(MegatronModule):
     """``lm_head(proj(ln_post(x)))``: the loss of answer rows in training, logits of any rows otherwise.
 
-    All ranks of the tensor-parallel group work on the same rows, so the replicated parameters here have full
-    gradients on every rank and are not marked sequence parallel. Context-parallel ranks share the rows out equally,
-    wherever in the sequence they lie: else the head would sit on the few ranks whose slots are text.
+    All tensor-parallel ranks work on the same rows, so replicated parameters have full gradients on every rank and are
+    not marked ``sequence_parallel``. Context-parallel ranks share the rows equally, wherever they are in the sequence:
+    otherwise only the few ranks with text slots would compute the head.
 
     Args:
         tp_group: tensor-parallel ranks.
@@ -115,7 +115,7 @@ class Head(MegatronModule):
         options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.ln_post = LayerNorm(config, model.hidden_size, model.layernorm_epsilon, sequence_parallel=False)
         self.proj: torch.nn.Linear | None = None
-        if model.text_hidden_size != model.hidden_size:
+        if has_projections(model):
             self.proj = torch.nn.Linear(model.hidden_size, model.text_hidden_size, **options)
         rows = padded_vocab_size(model.vocab_size, tp_group.size()) // tp_group.size()
         self.weight = torch.nn.Parameter(torch.empty(rows, model.text_hidden_size, **options))
@@ -123,14 +123,10 @@ class Head(MegatronModule):
         self.vocab_size = model.vocab_size
         self.first_token = rows * tp_group.rank()
         self.columns = min(max(model.vocab_size - self.first_token, 0), rows)
-        if model.freeze_head:
-            self.weight.requires_grad_(False)
-            if self.proj is not None:
-                self.proj.requires_grad_(False)
 
     def _rows(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        """Hidden states [R / C, D] of this context-parallel rank's share of ``rows`` (of all slots when None), from
-        those of the slots that this rank holds, [S_local, 1, D]."""
+        """Hidden states [R / C, D] of this context-parallel rank's share of ``rows`` (None: all slots), from the hidden
+        states [S_local, 1, D] of this rank's slots."""
         if self.config.sequence_parallel:
             # The head's backward pass already sums its input gradient over the group.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
@@ -141,7 +137,7 @@ class Head(MegatronModule):
             return hidden if rows is None else hidden.index_select(0, rows)
         if rows is None:
             return hidden
-        # Each rank puts in the rows it holds and zeros for the others, and gets its share of the sum.
+        # Each rank contributes the rows it holds and zeros for the others, and receives its share of the sum.
         rows = self._padded(rows)
         local = rows - self.context.rank() * hidden.shape[0]
         elsewhere = (local < 0) | (local >= hidden.shape[0])
@@ -149,7 +145,7 @@ class Head(MegatronModule):
         return tensor_parallel.reduce_scatter_to_sequence_parallel_region(held, group=self.context)
 
     def _padded(self, x: Tensor) -> Tensor:
-        """``x`` [R, ...] with zeros at its end, so that context-parallel ranks can share it out equally."""
+        """``x`` [R, ...] padded with zeros to a multiple of the context-parallel size."""
         return F.pad(x, (0, -x.shape[0] % self.context.size()))
 
     def _share(self, x: Tensor) -> Tensor:
@@ -160,19 +156,18 @@ class Head(MegatronModule):
         return x[slot_share(x.shape[0], self.context)]
 
     def features(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-        """``ln_post`` of the given slots [R, D] (of all when None), the same on every rank. Inference only."""
+        """``ln_post`` of the given slots (None: all), [R, D], the same on every rank. For inference only."""
         x = self.ln_post(self._rows(hidden, rows))
         if self.context is not None:
             x = tensor_parallel.gather_from_sequence_parallel_region(x, group=self.context)
         return x if rows is None else x[: len(rows)]
 
     def forward(self, hidden: Tensor, rows: Tensor, labels: Tensor, row_weights: Tensor) -> Tensor:
-        """float32 scalar: the sum of this context-parallel rank's share of the answer rows' losses, each times its
-        weight.
+        """float32 scalar: the weighted sum of the losses of this context-parallel rank's share of the answer rows.
 
         Args:
-            hidden: [S_local, 1, D] of the slots that this rank holds.
-            rows, labels: int64 [R], slots of the micro-batch and the tokens they predict.
+            hidden: [S_local, 1, D] of this rank's slots.
+            rows, labels: int64 [R], slots of the micro-batch and the tokens that they predict.
             row_weights: float32 [R].
         """
         x = self.ln_post(self._rows(hidden, rows))
@@ -184,14 +179,13 @@ class Head(MegatronModule):
         )
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-        """float32 [R, V]: full logits of the given slots (of all when None), the same on every rank. Inference
-        only."""
+        """float32 [R, V]: full logits of the given slots (None: all), the same on every rank. For inference only."""
         x = self.features(hidden, rows)
         if self.proj is not None:
             x = self.proj(x)
         local = F.linear(x, self.weight).float()
         gathered = tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
-        # Contiguous, since it may go through a collective.
+        # Contiguous, since a collective may follow.
         return gathered[:, : self.vocab_size].contiguous()
 
     def sharded_state_dict(

@@ -1,7 +1,7 @@
-"""Megatron-Core's column- and row-parallel linears, short-cut where there is nothing to communicate.
+"""Megatron-Core's column- and row-parallel linears, with a shortcut on one tensor-parallel rank.
 
-On one tensor-parallel rank torch's own linear adds the bias inside the matrix product; Megatron-Core's takes another
-pass over the output for it. With Apex's fused gradient accumulation Megatron-Core's path is kept.
+There torch's linear adds the bias inside the matrix product, where Megatron-Core needs another pass over the output.
+With Apex's fused gradient accumulation Megatron-Core's path stays.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """As ``ColumnParallelLinear``; returns no separate bias where it has added it."""
+    """As ``ColumnParallelLinear``; returns no bias if it has added it already."""
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(output [S, 1, out / T], bias or None) from [S_local, 1, in]."""
@@ -24,7 +24,7 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """As ``RowParallelLinear``; returns no separate bias where it has added it."""
+    """As ``RowParallelLinear``; returns no bias if it has added it already."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """(output [S_local, 1, out], bias or None) from [S, 1, in / T]."""

@@ -1,8 +1,8 @@
-"""The attention rule, stated once.
+"""The attention rule.
 
-A query may see a key if and only if both belong to the same sample and the key is an image token, or the query is
-a text token and the key does not lie after it. Image queries never see text. Padding sees nothing and is seen by
-nothing. Every attention backend is tested against this function.
+A query sees a key of its own sample if the key is an image token, or if the query is a text token and the key is not
+after it. Image queries never see text. Padding sees nothing, and nothing sees padding. Every attention backend is
+tested against this function.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def prefix_lm_mask(sample_ids: Tensor, is_image: Tensor) -> Tensor:
-    """bool [S, S], True where query (row) may see key (column).
+    """bool [S, S], True where the query (row) sees the key (column).
 
     Args:
         sample_ids: int64 [S], -1 at padding.

@@ -14,7 +14,7 @@ from genlip_megatron.model.recompute import discard, recomputable
 
 
 class _SwiGLU(torch.autograd.Function):
-    """``silu(gate) * value`` for ``x = [gate, value]``; keeps ``x`` alone and works in few buffers."""
+    """``silu(gate) * value`` for ``x = [gate, value]``; saves only ``x`` and needs few buffers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -34,15 +34,15 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _swiglu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """[S, 1, F] from [S, 1, 2F] and, on a GPU, a bias [2F] that is still to be added."""
+    """[S, 1, F] from [S, 1, 2F] and, on a GPU, a bias [2F] that has not been added yet."""
     return bias_swiglu_impl(x, bias) if x.is_cuda else _SwiGLU.apply(x)
 
 
 class SwiGLU(MLP):
-    """Megatron-Core's MLP with a fused activation: by its own kernel on a GPU, by ours on a CPU.
+    """Megatron-Core's MLP with a fused activation: Megatron-Core's kernel on a GPU, ``_SwiGLU`` on a CPU.
 
     Args:
-        recompute_act: keep no output of the activation for the backward pass, which makes it again.
+        recompute_act: free the activation's output after its use; the backward pass recomputes it.
     """
 
     def __init__(self, *args: Any, recompute_act: bool = False, **kwargs: Any) -> None:
@@ -54,14 +54,14 @@ class SwiGLU(MLP):
     ) -> tuple[Tensor, Tensor | None]:
         """(output [S_local, 1, D], None) from [S_local, 1, D].
 
-        A bias handed on to be added later would make recomputation of this module hang, since it is no leaf there.
+        The bias is added here: as a second output it would make recomputation of this module hang.
         """
         assert per_token_scale is None
         x, bias = self.linear_fc1(hidden_states)
         discard(hidden_states, x)
         if bias is not None and not x.is_cuda:
             x, bias = x + bias, None
-        # One name, so that no input lives on beside the next product.
+        # One name, so that each input is freed before the next product.
         x = recomputable(_swiglu, x, bias) if self._recompute_act else _swiglu(x, bias)
         output, bias = self.linear_fc2(x)
         discard(x, output)

@@ -11,15 +11,15 @@ from genlip_megatron.model.recompute import recomputable
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's LayerNorm whose parameters say whether they see a tensor-parallel shard of the tokens.
+    """torch's LayerNorm whose parameters are marked ``sequence_parallel`` where they see a shard of the tokens.
 
-    Megatron-Core sums the gradients of parameters marked ``sequence_parallel`` over the tensor-parallel group. A
-    norm that ran on gathered rows must not be marked, or its gradient is multiplied.
+    Megatron-Core sums the gradients of marked parameters over the tensor-parallel group. A norm of gathered rows must
+    not be marked, or its gradient is multiplied.
 
-    Whoever makes the tensor that is normed next may ``hand`` over its norm as well.
+    A fused kernel that computes the norm of its own output passes it with ``hand``; the next call returns it.
 
     Args:
-        recompute: whoever reads the norm may free it until the backward pass (``recompute.discard``).
+        recompute: the reader of the norm may free it until the backward pass (``recompute.discard``).
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LayerNorm(torch.nn.LayerNorm):
             parameter.sequence_parallel = sharded  # type: ignore[attr-defined]
 
     def hand(self, x: Tensor, normed: Tensor) -> None:
-        """What the next call is to give, when it is of ``x`` itself."""
+        """Make the next call return ``normed``, if its input is the tensor ``x``."""
         self._handed = x, normed
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,48 +1,56 @@
-"""Which layers stand on which pipeline stage (pure).
+"""Which layers each pipeline stage holds (pure).
 
-With interleaving each of the ``pp`` stages holds ``vpp`` model chunks; chunk i of the ``pp * vpp`` stands on stage
-``i % pp``. The first chunk also embeds and the last holds the head, which weighs two to three layers.
+With interleaving each of the ``pp`` stages holds ``vpp`` model chunks: chunk i of the ``pp * vpp`` is on stage
+``i % pp``. The first chunk also embeds; the last one also computes the head, which costs as much as two to three
+layers.
 """
 
 from __future__ import annotations
 
 import math
 
-from genlip_megatron.config import PATCH_VALUES, ModelConfig, ParallelConfig
+from genlip_megatron.config import ModelConfig, ParallelConfig
+from genlip_megatron.model.state_dict import layer_matrix_size, rank_sizes
 
-# Shares of a stage-1 sample's tokens that are image patches and answer rows: 196 and 68 of 270.
+# Fractions of a stage-1 sample's tokens that are image patches and answer rows: 196 and 68 of 270.
 _IMAGE_SHARE, _ANSWER_SHARE = 0.73, 0.25
 
 
-def _layer_cost(model: ModelConfig) -> float:
-    return (5 if model.attention_output_gate else 4) * model.hidden_size**2 + (
-        3 * model.hidden_size * model.ffn_hidden_size
-    )
-
-
 def embedding_cost_in_layers(model: ModelConfig) -> float:
-    """Arithmetic of the patch embedding (no gradient of its input: two products of three), in layers."""
-    return _IMAGE_SHARE * PATCH_VALUES * model.hidden_size * (2 / 3) / _layer_cost(model)
+    """Arithmetic of the patch embedding, in layers; 2/3 since its input needs no gradient."""
+    return _IMAGE_SHARE * rank_sizes(model)["embed.patch_weight"] * (2 / 3) / layer_matrix_size(model)
 
 
 def head_cost_in_layers(model: ModelConfig) -> float:
-    """Arithmetic of the LM head, in layers: 2 E V per answer row against 2 (5 D^2 + 3 D F) per token."""
-    return _ANSWER_SHARE * model.text_hidden_size * model.vocab_size / _layer_cost(model)
+    """Arithmetic of the LM head on answer rows, in layers."""
+    return _ANSWER_SHARE * rank_sizes(model)["head.weight"] / layer_matrix_size(model)
 
 
 def chunk_costs(model: ModelConfig, counts: list[int]) -> list[float]:
-    """Cost of each chunk of ``counts`` layers, in layers: embedding and head included."""
+    """Cost of each chunk of ``counts`` layers, in layers, embedding and head included."""
     costs = [float(count) for count in counts]
     costs[0] += embedding_cost_in_layers(model)
     costs[-1] += head_cost_in_layers(model)
     return costs
 
 
+def stage_costs(model: ModelConfig, parallel: ParallelConfig, counts: list[int]) -> list[float]:
+    """Cost of each stage, in layers, for chunks of ``counts`` layers."""
+    costs, stages = chunk_costs(model, counts), parallel.pipeline_model_parallel_size
+    return [sum(costs[stage::stages]) for stage in range(stages)]
+
+
+def imbalance(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """How much longer the slowest pipeline stage takes than the mean, as a fraction."""
+    totals = stage_costs(model, parallel, layers_per_chunk(model, parallel))
+    return max(totals) / (sum(totals) / len(totals)) - 1
+
+
 def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
     """Layers of each of the ``pp * vpp`` chunks, in the order of the forward pass; each holds at least one.
 
-    The smallest possible largest chunk, and then stages as equal as can be, unless the numbers of the first and last
-    stage are set. Any number of layers works, so ``--pp 4`` splits the 27 layers of so16.
+    The largest chunk is as small as possible, then the stages as equal as possible, unless the layers of the first or
+    last stage are set. Any number of layers works: ``--pp 4`` splits the 27 layers of so16.
     """
     stages = parallel.pipeline_model_parallel_size
     chunks = stages * parallel.virtual_pipeline_model_parallel_size
@@ -55,16 +63,15 @@ def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
         if sum(counts) >= model.num_layers:
             break
     while sum(counts) > model.num_layers:
-        costs = chunk_costs(model, counts)
-        stage_costs = [sum(costs[stage::stages]) for stage in range(stages)]
-        # From the fullest stage, of those that have a layer to give; the earlier one, which also embeds.
+        costs, totals = chunk_costs(model, counts), stage_costs(model, parallel, counts)
+        # Take a layer from the fullest stage that has one to give; the earlier stage of a tie, which also embeds.
         givers = [i for i in range(chunks) if counts[i] > 1]
-        counts[max(givers, key=lambda i: (stage_costs[i % stages], costs[i], -i))] -= 1
+        counts[max(givers, key=lambda i: (totals[i % stages], costs[i], -i))] -= 1
     return counts
 
 
 def _split_as_set(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
-    """The split with the numbers of layers that the user set for the first and the last stage."""
+    """The split for numbers of layers that the user set for the first or last stage."""
     stages = parallel.pipeline_model_parallel_size
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     fixed = {0: first} if first else {}
@@ -85,17 +92,14 @@ def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[s
 
 
 def describe_split(model: ModelConfig, parallel: ParallelConfig) -> str:
-    """One line: layers of every stage (its chunks joined by +), and how much longer the slowest takes than the mean."""
+    """One line: layers of every stage (chunks joined by +), and how far the slowest stage is above the mean."""
     counts, stages = layers_per_chunk(model, parallel), parallel.pipeline_model_parallel_size
-    costs = chunk_costs(model, counts)
     by_stage = ["+".join(str(count) for count in counts[stage::stages]) for stage in range(stages)]
-    totals = [sum(costs[stage::stages]) for stage in range(stages)]
     text = f"layers per stage {', '.join(by_stage)}"
     if stages == 1:
         return text
-    over = max(totals) / (sum(totals) / stages) - 1
     head, embedding = head_cost_in_layers(model), embedding_cost_in_layers(model)
     return (
         f"{text} | head counts as {head:.2f} layers, embedding as {embedding:.2f} | "
-        f"slowest stage {100 * over:.1f}% above the mean"
+        f"slowest stage {100 * imbalance(model, parallel):.1f}% above the mean"
     )

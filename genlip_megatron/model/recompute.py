@@ -1,9 +1,8 @@
-"""Values that are made a second time rather than kept: the inputs of a layer's linears, which take nearly no arithmetic
-to make from what is kept anyway.
+"""Recompute inputs of a layer's linears in the backward pass instead of keeping them: they need almost no arithmetic.
 
-Megatron-Core has the same for its own modules (``CheckpointWithoutOutput``), but asks Transformer Engine for FP8 state
-even where there is none, and runs what it repeats under a second autograd graph, with random states put back. Nothing
-here draws random numbers, and the first graph serves.
+Megatron-Core has the same for its own modules (``CheckpointWithoutOutput``), but it asks Transformer Engine for FP8
+state even without FP8, and recomputes under a second autograd graph with restored random states. Nothing here draws
+random numbers, so the first graph suffices.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_AGAIN = "_made_again_by"
-# Which linears of a layer read what the modules of ``parallel.recompute_modules`` make.
+_RECOMPUTE = "_recompute"
+# A name of ``parallel.recompute_modules`` -> the linears that read its output.
 _READERS = {
     "layernorm": ("self_attention.linear_qkv", "mlp.linear_fc1"),
     "output_gate": ("self_attention.linear_proj",),
@@ -25,37 +24,37 @@ _READERS = {
 
 
 def recomputable(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """``function(*inputs)``, a new tensor, which ``discard`` may then free.
+    """``function(*inputs)``, a new tensor that ``discard`` can free.
 
     Args:
-        function: gives the same bits each time; its backward pass needs ``inputs`` and not the result.
+        function: deterministic; its backward pass needs ``inputs`` and not the result.
     """
-    made = function(*inputs)
+    result = function(*inputs)
     if torch.is_grad_enabled():
-        setattr(made, _AGAIN, functools.partial(function, *inputs))
-    return made
+        setattr(result, _RECOMPUTE, functools.partial(function, *inputs))
+    return result
 
 
 def discard(x: Tensor, used: Tensor) -> None:
-    """Free ``x`` until the backward pass has come to ``used``, if ``recomputable`` has made it; else do nothing.
+    """Free ``x`` until the backward pass reaches ``used``, if ``x`` is ``recomputable``; else do nothing.
 
-    Whoever else holds ``x``, a hook on a module say, must not read it in between. One backward pass finds it there.
+    Do not read ``x`` before the backward pass restores it. It supports one backward pass.
 
     Args:
-        x: whose last use in the forward pass was to make ``used``.
-        used: what was made of it; its gradient is there before anything asks for ``x`` again.
+        x: a tensor whose last use in the forward pass was to compute ``used``.
+        used: the result; the backward pass has its gradient before anything reads ``x``.
     """
-    again = getattr(x, _AGAIN, None)
+    again = getattr(x, _RECOMPUTE, None)
     if again is None or not used.requires_grad:
         return
     size = x.untyped_storage().size()
     x.untyped_storage().resize_(0)
-    # Emptied when used, since the graph holds its hooks until the whole backward pass is over.
+    # Emptied on use, since the graph keeps its hooks until the whole backward pass is over.
     held = [(x.untyped_storage(), again)]
 
     def restore(_: Tensor) -> None:
         if not held:
-            raise RuntimeError("a second backward pass over a layer with --recompute-modules, which lets go after one")
+            raise RuntimeError("--recompute-modules supports one backward pass; its activations are already freed")
         storage, again = held.pop()
         storage.resize_(size)
         with torch.no_grad():
@@ -65,8 +64,8 @@ def discard(x: Tensor, used: Tensor) -> None:
 
 
 def keep_no_copies(layers: Iterable[torch.nn.Module], modules: Iterable[str]) -> None:
-    """Have Transformer Engine's linears, in FP8, keep the very input that is made again by ``modules``, and no FP8 copy
-    of it, which nothing would make again."""
+    """Make Transformer Engine's FP8 linears save the input that ``modules`` recompute, not an FP8 copy of it, which
+    would stay in memory."""
     for layer in layers:
         for name in modules:
             for reader in _READERS.get(name, ()):

@@ -1,8 +1,8 @@
-"""LayerScale and DropPath as Megatron-Core bias-dropout-add modules, and the layer that feeds them.
+"""LayerScale and DropPath as a Megatron-Core bias-dropout-add module, and the layer that contains it.
 
 A branch's output becomes ``residual + drop * scale * (output + bias)``: ``scale`` is the learned vector of
 LayerScale, ``drop`` the DropPath factor of the token's sample, 0 or 1 / (1 - rate). The factors travel with the
-batch (``PackedBatch.drop_path``), so that recomputation and every layout see the same draws.
+batch (``PackedBatch.drop_path``), so that recomputation and every layout use the same draws.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class ScaledResidual(torch.nn.Module):
 
     Args:
         hidden_size: width D.
-        init: initial value of LayerScale; 0 leaves LayerScale out.
-        sequence_parallel: whether the module sees a tensor-parallel shard of the tokens, so that its gradient must
-            be summed over the tensor-parallel group.
-        fusion: compile the branch into one kernel each way.
+        init: initial value of LayerScale; 0: no LayerScale.
+        sequence_parallel: the module sees a tensor-parallel shard of the tokens, so its gradient is summed over the
+            group.
+        fusion: compile the branch into one kernel for each pass.
     """
 
     def __init__(
         self, hidden_size: int, init: float, sequence_parallel: bool, dtype: torch.dtype, fusion: bool = False
     ) -> None:
         super().__init__()
-        self._alone = compiled(scaled_residual) if fusion else scaled_residual
+        self._plain = compiled(scaled_residual) if fusion else scaled_residual
         self._with_norm = compiled(scaled_residual_and_norm) if fusion else scaled_residual_and_norm
-        self._following: list[LayerNorm] = []  # in a list, since its parameters are the layer's and not this module's
+        self._following: list[LayerNorm] = []  # in a list, to keep its parameters out of this module
         self.drop_path: Tensor | None = None  # [S_local, 1, 1], set by GenLIPLayer before each call
         self.scale: torch.nn.Parameter | None = None
         if init:
@@ -48,13 +48,13 @@ class ScaledResidual(torch.nn.Module):
         return self._add
 
     def follow_with(self, norm: LayerNorm) -> None:
-        """Make the norm of the result as well, and hand it to ``norm``."""
+        """Compute the norm of the result too, and hand it to ``norm``."""
         self._following = [norm]
 
     def _add(self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
         branch, bias = output_with_bias
         if not self._following:
-            return self._alone(branch, bias, residual, self.scale, self.drop_path)
+            return self._plain(branch, bias, residual, self.scale, self.drop_path)
         norm = self._following[0]
         own = (norm.weight, norm.bias, norm.eps)
         out, normed = self._with_norm(branch, bias, residual, self.scale, self.drop_path, *own)
@@ -63,11 +63,12 @@ class ScaledResidual(torch.nn.Module):
 
 
 def fuse_norms(layers: Iterable[TransformerLayer], across: bool) -> None:
-    """Have each residual branch make the LayerNorm that reads its result.
+    """Make each residual branch compute the LayerNorm that reads its result.
 
     Args:
-        layers: neighbours, in order.
-        across: a layer makes the next one's first norm as well. Not where layers are computed or gathered one by one.
+        layers: consecutive layers, in order.
+        across: a layer also computes the first norm of the next one. Not where layers are recomputed or gathered one by
+            one.
     """
     before: TransformerLayer | None = None
     for layer in layers:
@@ -78,7 +79,7 @@ def fuse_norms(layers: Iterable[TransformerLayer], across: bool) -> None:
 
 
 class GenLIPLayer(TransformerLayer):
-    """Megatron-Core's layer, which hands each residual branch the DropPath factors of the micro-batch at hand."""
+    """Megatron-Core's layer, which gives each residual branch the DropPath factors of the micro-batch."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As ``TransformerLayer.forward``; ``packed_seq_params`` must be a ``PackedAttention``."""
@@ -91,7 +92,7 @@ class GenLIPLayer(TransformerLayer):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As ``TransformerLayer``'s, with FP8 state as tensors where Transformer Engine's modules would pickle it."""
+        """As ``TransformerLayer``'s, with FP8 state as tensors instead of Transformer Engine's pickles."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = {name: value for name, value in state.items() if not name.endswith("._extra_state")}
         return state | sharded_fp8_state(self, prefix, sharded_offsets)

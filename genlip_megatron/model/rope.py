@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def axis_of_channel(head_dim: int, sections: tuple[int, ...]) -> Tensor:
-    """int64 [head_dim / 2]: the axis (0 T, 1 H, 2 W) that each rotary channel turns by.
+    """int64 [head_dim / 2]: the axis (0 T, 1 H, 2 W) whose position turns each rotary channel.
 
     Channel i turns by H when ``i % 3 == 1 and i < 3 * sections[1]``, by W when ``i % 3 == 2 and
-    i < 3 * sections[2]``, else by T. ``sections[0]`` follows from the others and is not read.
+    i < 3 * sections[2]``, else by T. ``sections[0]`` follows from the other two and is not read.
 
         >>> axis_of_channel(16, (2, 2, 1)).tolist()
         [0, 1, 2, 0, 1, 0, 0, 0]
@@ -40,7 +40,7 @@ def rotary_cos_sin(
         head_dim: channels of one head, even.
         sections: see ``axis_of_channel``.
         theta: base; channel i turns by ``position * theta ** (-2 i / head_dim)``.
-        dtype: of the result, the activations' dtype.
+        dtype: of the result; the activations' dtype.
     """
     device = position_ids.device
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)

@@ -1,7 +1,7 @@
 """The Transformer layer as Megatron-Core specs, and the TransformerConfig that goes with them.
 
-``local`` is complete without Transformer Engine and is what runs on a CPU; ``transformer_engine`` takes its linears,
-with the norms before them fused in (imported only when asked for).
+``local`` layers need no Transformer Engine and run on a CPU; ``transformer_engine`` layers use its linears, with the
+norms before them fused in. Transformer Engine is imported only for them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from genlip_megatron.config import LINEAR_INPUTS, RunConfig
-from genlip_megatron.convert.table import FUSED_NORMS
 from genlip_megatron.device import current_device
-from genlip_megatron.model.attention import FP8_BACKEND, GenLIPSelfAttention, PrefixLMAttention, choose_backend
+from genlip_megatron.model.attention import (
+    BACKENDS,
+    FP8_BACKEND,
+    GenLIPSelfAttention,
+    PrefixLMAttention,
+    choose_backend,
+)
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.linear import ColumnLinear, RowLinear
@@ -31,11 +36,12 @@ from genlip_megatron.model.mlp import SwiGLU
 from genlip_megatron.model.norm import LayerNorm
 from genlip_megatron.model.pipeline import pipeline_layout
 from genlip_megatron.model.regularize import GenLIPLayer, ScaledResidual
+from genlip_megatron.model.state_dict import FUSED_NORMS
 from genlip_megatron.model.te_support import RECIPES, choose_fp8, fused_norms, why_no_engine
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
-    """bfloat16 or float32, as ``train.precision`` and the device say."""
+    """bfloat16 or float32, by ``train.precision``; auto is bfloat16 on a GPU."""
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
@@ -43,29 +49,30 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def check_machine(config: RunConfig) -> str:
-    """What a run takes on this machine and why: a line on the attention backend, after warnings of what stays in BF16.
+    """Check that this machine can run ``config``; returns log lines: the attention backend and why, after warnings.
 
     Raises:
-        ValueError: the run asks for what this machine does not have.
+        ValueError: the run needs something that this machine does not have.
     """
     if config.train.transformer_impl == "transformer_engine" and (reason := why_no_engine()):
         raise ValueError(
-            f"train.transformer_impl = transformer_engine: {reason}; install it, or use --transformer-impl local"
+            f"train.transformer_impl = transformer_engine: {reason}. Install it, or use --transformer-impl local"
         )
     if config.parallel.offload_modules and not HAVE_TE:
         raise ValueError(
             f"parallel.offload_modules = {','.join(config.parallel.offload_modules)}: Megatron-Core offloads with "
-            "Transformer Engine, which is not installed; pip install 'genlip-megatron[te]' on a CUDA machine, or "
+            "Transformer Engine, which is not installed. Run pip install 'genlip-megatron[te]' on a CUDA machine, or "
             "recompute instead (--recompute selective --recompute-modules core_attn,mlp)"
         )
     fusion_choice(config.train.fusion)
     backend, reason = attention_choice(config)
     if config.train.cuda_graph and not torch.cuda.is_available():
-        raise ValueError("train.cuda_graph: needs a CUDA device, here is none; leave out --cuda-graph")
-    if config.train.cuda_graph and backend not in ("varlen", "te"):
+        raise ValueError("train.cuda_graph = True: needs a CUDA device, and this machine has none. Remove --cuda-graph")
+    if config.train.cuda_graph and not (backend in BACKENDS and BACKENDS[backend].has_fixed_shapes):
+        fixed = " or ".join(name for name, kind in BACKENDS.items() if kind.has_fixed_shapes)
         raise ValueError(
-            f"train.cuda_graph: needs the attention backend varlen or te, and here runs {backend} ({reason}); leave "
-            "out --cuda-graph"
+            f"train.cuda_graph = True: needs the attention backend {fixed}, here it is {backend} ({reason}). Remove "
+            "--cuda-graph"
         )
     fp8 = choose_fp8(config)
     warnings = [f"WARNING: {note}" for note in fp8.notes]
@@ -76,7 +83,7 @@ def attention_choice(config: RunConfig) -> tuple[str, str]:
     """(attention backend of a run on this machine, why).
 
     Raises:
-        ValueError: the one that is set cannot run here.
+        ValueError: the configured backend cannot run here.
     """
     place = Place(current_device(), compute_dtype(config), config.model.head_dim)
     if choose_fp8(config).images:
@@ -92,9 +99,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
     fp8 = choose_fp8(config)
-    # LINEAR_INPUTS recompute themselves, told by ``layer_spec``.
+    # ``layer_spec`` tells the modules of LINEAR_INPUTS to recompute themselves.
     recomputed = [name for name in parallel.recomputed if name not in LINEAR_INPUTS]
-    # Weight gradients added to DDP's buffer by the product itself: Transformer Engine's linears can, others by Apex.
+    # The product adds weight gradients to DDP's buffer itself: Transformer Engine's linears, or others with Apex.
     adds_gradients = (
         train.transformer_impl == "transformer_engine"
         or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
@@ -118,7 +125,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Weights are filled after construction, from draws that do not depend on the layout.
+        # Weights are filled after construction (weights.py), the same on every layout.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         tensor_model_parallel_size=tp,
@@ -128,15 +135,15 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel and tp > 1,
-        # Stages of several chunks send while they compute; batched sends cannot overlap, and gloo has none.
+        # Interleaved stages send while they compute. Batched sends cannot overlap, and gloo does not support them.
         overlap_p2p_comm=vpp > 1,
         batch_p2p_comm=torch.cuda.is_available() and vpp == 1,
-        # The streams wait for each other; Megatron-Core would have the host wait as well, for a fault of old torch.
+        # Streams wait for each other; Megatron-Core also makes the host wait, to work around a bug of old torch.
         batch_p2p_sync=False,
         calculate_per_token_loss=True,
         fp8=train.fp8 if fp8.linears else None,
         fp8_recipe=RECIPES[train.fp8_recipe],
-        # Delayed scaling takes the largest value of so many passes, as Transformer Engine does by default.
+        # Delayed scaling takes the maximum over this many passes, Transformer Engine's default.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
         fp8_param=fp8.linears and train.fp8_primary_weights,
@@ -160,7 +167,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
-    """The spec of every layer, of what ``check_machine`` found to be there."""
+    """The spec of every layer; ``check_machine`` has checked that its modules are available."""
     column, row, norm, fused = ColumnLinear, RowLinear, LayerNorm, fused_norms(config)
     if config.train.transformer_impl == "transformer_engine":
         extension = importlib.import_module("megatron.core.extensions.transformer_engine")

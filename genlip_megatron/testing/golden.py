@@ -116,7 +116,7 @@ def compare(
 
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.parallel.initial import fill_weights, gather_canonical
+    from genlip_megatron.model.weights import fill_weights, gather_canonical
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)

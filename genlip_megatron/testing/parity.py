@@ -57,7 +57,7 @@ def gradients(run: Any) -> dict[str, Tensor]:
     from megatron.core import parallel_state
 
     from genlip_megatron.model.genlip import unwrap
-    from genlip_megatron.parallel.initial import gather_canonical
+    from genlip_megatron.model.weights import gather_canonical
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     kind = "grad" if run.config.parallel.fsdp else "main_grad"

@@ -13,9 +13,9 @@ import torch
 
 def _unmarked(*names: str) -> Any:
     """The parameters are not marked for the gradient sum over the tensor-parallel group."""
-    from genlip_megatron.parallel import initial
+    from genlip_megatron.model import weights
 
-    fill = initial.fill_weights
+    fill = weights.fill_weights
 
     def unmarking(model: Any, get: Any) -> None:
         fill(model, get)
@@ -23,7 +23,7 @@ def _unmarked(*names: str) -> Any:
             if name.endswith(names):
                 parameter.sequence_parallel = False
 
-    return mock.patch.object(initial, "fill_weights", unmarking)
+    return mock.patch.object(weights, "fill_weights", unmarking)
 
 
 def _changed_batch(change: Any) -> Any:

@@ -91,7 +91,7 @@ def full_weights(run: Any) -> dict[str, torch.Tensor]:
     FSDP keeps the float32 originals of bfloat16 weights."""
     from genlip_megatron.model.genlip import unwrap
     from genlip_megatron.model.specs import compute_dtype
-    from genlip_megatron.parallel.initial import gather_canonical
+    from genlip_megatron.model.weights import gather_canonical
 
     chunks = [unwrap(chunk) for chunk in run.model]
     return {

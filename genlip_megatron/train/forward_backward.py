@@ -19,8 +19,8 @@ from torch import Tensor
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.device import current_device
 from genlip_megatron.model.attention import PackedAttention
+from genlip_megatron.model.flops import count_batch
 from genlip_megatron.model.genlip import unwrap
-from genlip_megatron.train.metrics import count_batch
 from genlip_megatron.train.state import Run
 
 
@@ -86,7 +86,7 @@ def prepare(run: Run, batch: PackedBatch) -> tuple[PackedBatch, PackedAttention]
     run.counts += count_batch(batch)
     graphed = run.graphed_stage is not None
     batch = batch.with_fixed_shapes() if graphed else batch
-    plan = unwrap(run.model[0]).plan(batch, fixed_shapes=graphed)
+    plan = unwrap(run.model[0]).prepare(batch, fixed_shapes=graphed)
     return batch.to(current_device()), plan
 
 

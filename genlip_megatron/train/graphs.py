@@ -30,7 +30,8 @@ from genlip_megatron.device import current_device
 from genlip_megatron.log import log
 from genlip_megatron.model.attention import PackedAttention
 from genlip_megatron.model.attention.backend import Backend
-from genlip_megatron.model.attention.varlen import KernelCall, Rows
+from genlip_megatron.model.attention.rows import Rows
+from genlip_megatron.model.attention.two_calls import KernelCall
 from genlip_megatron.model.embed import ImageSlots
 
 _WARM_UP = 2  # micro-batches of a shape that run without a graph

@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 
 from genlip_megatron.device import current_device
 from genlip_megatron.log import log
+from genlip_megatron.model.flops import COUNTS, HOPPER_TFLOPS, training_flops
 from genlip_megatron.train.breakdown import PARTS, describe, over_ranks
-from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, training_flops
 from genlip_megatron.train.state import Run
 from genlip_megatron.train.statistics import Statistics
 

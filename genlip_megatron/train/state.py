@@ -15,10 +15,10 @@ from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.quarantine import BadShare
 from genlip_megatron.faults.inject import Injector
 from genlip_megatron.faults.watchdog import Watchdog
+from genlip_megatron.model.flops import COUNTS
 from genlip_megatron.model.fp8_state import FP8Snapshot
 from genlip_megatron.train.breakdown import Breakdown
 from genlip_megatron.train.graphs import GraphedStage
-from genlip_megatron.train.metrics import COUNTS
 from genlip_megatron.train.profile import Profiler
 from genlip_megatron.train.verdict import Verdicts
 from genlip_megatron.train.writer import Writer

@@ -1,4 +1,4 @@
-"""The command line: from a run to a Hugging Face folder and back into a run, and one line about what cannot be."""
+"""The command line: from a run to a Hugging Face folder and back; bad input gets one line of error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor
 from genlip_megatron.checkpoint import manifest, paths
 from genlip_megatron.checkpoint.manifest import WEIGHTS_ONLY
 from genlip_megatron.checkpoint.reshard import reshard
-from genlip_megatron.convert.folder import hf_config
+from genlip_megatron.convert.hf_folder import hf_config
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import build_run, tiny_config
 from tests.convert.weights import differing, random_weights, read_released
@@ -46,7 +46,7 @@ def released(weights: dict[str, Tensor], demo_data: Path, tmp_path: Path) -> Pat
 
 @pytest.fixture
 def convert(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
-    """Runs the tool, checks its status and what it leaves, and returns what it says: all of it, or the one error."""
+    """Runs the tool, checks its status and that a failure leaves nothing, and returns its output or its one error."""
 
     def run(*words: Any, status: int = 0) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -68,7 +68,7 @@ def convert(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def started(released: Path, convert: Convert, demo_data: Path, tmp_path: Path) -> Path:
-    """A checkpoint of weights alone."""
+    """A checkpoint of weights only."""
     convert("to-megatron", released, "--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
     return tmp_path / "start" / "iter_0000000"
 
@@ -104,15 +104,17 @@ def test_verify_ends_with_status_1_when_the_models_differ(
 def test_verify_reads_the_configuration_as_transformers_does(
     released: Path, convert: Convert, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genlip_megatron.convert import folder
+    from genlip_megatron.convert import hf_folder
 
-    monkeypatch.setattr(folder, "_rope", lambda fields: {"mrope_section": [4, 0, 0]})
+    monkeypatch.setattr(hf_folder, "_rope", lambda fields: {"mrope_section": [4, 0, 0]})
     words = ("--tokenizer", demo_data / "tokenizer.model", "--verify")
     said = convert("to-megatron", released, "--output", tmp_path / "start", *words, status=1)
     assert "ABOVE the tolerance" in said
 
 
-def test_the_encoder_alone(started: Path, weights: dict[str, Tensor], convert: Convert, tmp_path: Path) -> None:
+def test_export_of_the_encoder_only(
+    started: Path, weights: dict[str, Tensor], convert: Convert, tmp_path: Path
+) -> None:
     said = convert("to-hf", started, "--output", tmp_path / "encoder", "--encoder-only", "--verify")
     assert "hidden states" in said and "logits" not in said and "within" in said
     text = ("embeddings.", "in_proj.", "proj.", "lm_head.")
@@ -122,7 +124,7 @@ def test_the_encoder_alone(started: Path, weights: dict[str, Tensor], convert: C
     assert "embeddings.weight" in line
 
 
-def test_the_encoder_alone_needs_no_tokenizer(
+def test_export_of_the_encoder_needs_no_tokenizer(
     released: Path, convert: Convert, demo_data: Path, tmp_path: Path
 ) -> None:
     tokenizer = shutil.copy(demo_data / "tokenizer.model", tmp_path / "tokenizer.model")
@@ -132,7 +134,7 @@ def test_the_encoder_alone_needs_no_tokenizer(
     assert "no such file" in convert(*words, status=2)
     convert(*words, "--encoder-only")
     assert not list((tmp_path / "encoder").glob("tokenizer*"))
-    # Nor anything that would look for one; images alone are processed.
+    # No text processor either, only the image processor.
     assert not list((tmp_path / "encoder").glob("process*"))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder", trust_remote_code=True)
     assert type(processor).__name__ == "GenLIPImageProcessor"
@@ -161,7 +163,7 @@ def begun(config: Any) -> Any:
     return run.iteration, full_weights(run)
 
 
-def test_a_run_begins_from_weights_alone_with_finetune_only(
+def test_a_run_begins_from_weights_only_with_finetune(
     started: Path, weights: dict[str, Tensor], demo_data: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(demo_data, checkpoint__load=str(started.parent), checkpoint__finetune=True)
@@ -174,7 +176,7 @@ def test_a_run_begins_from_weights_alone_with_finetune_only(
     assert differing(run_distributed(1, begun, evaluated)[0][1], weights) == []
 
 
-def test_the_tools_know_weights_alone(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tools_read_a_checkpoint_of_weights_only(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert manifest.read(started).kind == WEIGHTS_ONLY and paths.pointed(started.parent) == 0
     for command in ("list", "verify", "info"):
         assert checkpoints([command, str(started.parent)]) == 0
@@ -184,7 +186,7 @@ def test_the_tools_know_weights_alone(started: Path, capsys: pytest.CaptureFixtu
         reshard(started, "fully_reshardable", started.parent, build_run)
 
 
-def test_the_target_is_replaced_when_asked_alone(
+def test_the_target_is_replaced_only_with_overwrite(
     released: Path, started: Path, convert: Convert, demo_data: Path, tmp_path: Path
 ) -> None:
     tokenizer = ("--tokenizer", demo_data / "tokenizer.model")
@@ -197,7 +199,7 @@ def test_the_target_is_replaced_when_asked_alone(
     assert "not empty" in convert("to-hf", started, "--output", exported, status=2)
     convert("to-hf", started, "--output", exported, "--overwrite", "--dtype", "fp32")
     assert read_released(exported)["ln_post.bias"].dtype == torch.float32
-    # Neither takes the place of the other, or of what it has not written.
+    # Neither direction replaces the other's output, or files that it has not written.
     for words in (("to-hf", started, "--output", started.parent), ("to-megatron", exported, "--output", exported)):
         assert "holds something else" in convert(*words, "--overwrite", status=2)
     (exported / "mine").mkdir()
@@ -223,10 +225,10 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
     rewrite(released, weights, **changes)
     line = convert("to-megatron", released, "--output", tmp_path / "no", status=2)
     assert f"{released}: " in line and "missing: ln_post.bias; unexpected: extra.0, " in line
-    assert "and 3 more" in line and "proj.bias is [25], [24] expected" in line
+    assert "and 3 more" in line and "proj.bias is [25], expected [24]" in line
     rewrite(released, weights, **{"ln_post.bias": torch.zeros(32, dtype=torch.int32)})
     line = convert("to-megatron", released, "--output", tmp_path / "no", status=2)
-    assert "ln_post.bias is I32; expected F32, BF16, F16" in line
+    assert "ln_post.bias is I32: expected F32, BF16, F16" in line
 
 
 def set_field(name: str, value: Any, place: Path) -> None:
@@ -247,51 +249,55 @@ def set_tensor(name: str, place: Path) -> None:
         (lambda place: (place / "model.safetensors").unlink(), ["neither model.safetensors nor"]),
         (
             lambda place: (place / "model.safetensors").rename(place / "pytorch_model.bin"),
-            ["pytorch_model.bin, pickles, which may run code", "saved as safetensors"],
+            ["its weights are pickles (pytorch_model.bin), which can run code", "Save them as safetensors"],
         ),
-        (lambda place: (place / "config.json").write_text("{"), ["config.json: cannot be read as JSON"]),
+        (lambda place: (place / "config.json").write_text("{"), ["config.json: not readable as JSON"]),
         (lambda place: heads(place, None), ["num_attention_heads", "--num-attention-heads"]),
         (lambda place: heads(place, 4), ["tokenizer.json: no such file", "--tokenizer"]),
-        (lambda place: split(place, "missing"), ["index.json: names files that are missing: b.safetensors"]),
-        (lambda place: split(place, "wrong"), ["index.json: does not agree with the files on ln_post.bias"]),
-        (lambda place: split(place, "outside"), ["index.json: damaged, expected JSON with a weight_map"]),
+        (lambda place: split(place, "missing"), ["index.json: files are missing: b.safetensors"]),
+        (lambda place: split(place, "wrong"), ["index.json: disagrees with the files on ln_post.bias"]),
+        (lambda place: split(place, "outside"), ["index.json: damaged. Expected JSON with a weight_map"]),
         (
             lambda place: (place / "model.safetensors.index.json").write_text("{}"),
-            ["model.safetensors and model.safetensors.index.json are both there", "keep one of them"],
+            ["both model.safetensors and model.safetensors.index.json exist", "Keep one of them"],
         ),
         (
             lambda place: shutil.copy(place / "model.safetensors", place / "model-00001-of-00002.safetensors"),
-            ["model-00001-of-00002.safetensors would not be read beside model.safetensors"],
+            ["model-00001-of-00002.safetensors would be ignored beside model.safetensors"],
         ),
-        (lambda place: split(place, "more"), ["model-00003.safetensors would not be read beside a.safe", "b.safe"]),
+        (lambda place: split(place, "more"), ["model-00003.safetensors would be ignored beside a.safe", "b.safe"]),
         (lambda place: shutil.rmtree(place), ["no such folder"]),
         *(
             (partial(set_field, name, value), [f"config.json: {text}"])
             for name, value, text in (
-                ("num_attention_heads", -4, "num_attention_heads = -4; it must be a whole number"),
-                ("num_attention_heads", 0, "num_attention_heads = 0; it must be"),
-                ("num_attention_heads", "4", "num_attention_heads = '4'; it must be"),
-                ("rope_theta", "big", "rope_theta = 'big'; it must be a number"),
-                ("rope_scaling", "x", "rope_scaling = 'x'; an object is expected"),
+                ("num_attention_heads", -4, "num_attention_heads = -4: must be a whole number"),
+                ("num_attention_heads", 0, "num_attention_heads = 0: must be"),
+                ("num_attention_heads", "4", "num_attention_heads = '4': must be"),
+                ("rope_theta", "big", "rope_theta = 'big': must be a number"),
+                ("rope_scaling", "x", "rope_scaling = 'x': expected an object"),
                 (
                     "rope_scaling",
                     {"mrope_section": ["a", 1, 2]},
-                    "rope_scaling.mrope_section = ['a', 1, 2]; it must be",
+                    "rope_scaling.mrope_section = ['a', 1, 2]: must be",
                 ),
-                ("rope_scaling", {"mrope_interleaved": False}, "rope_scaling.mrope_interleaved = False; this project"),
-                ("rope_scaling", {"factor": 2.0}, "rope_scaling.factor = 2.0; this project does not compute it"),
-                ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling.rope_type = 'yarn'; this project"),
+                (
+                    "rope_scaling",
+                    {"mrope_interleaved": False},
+                    "rope_scaling.mrope_interleaved = False: only True is supported",
+                ),
+                ("rope_scaling", {"factor": 2.0}, "rope_scaling.factor = 2.0: this setting is not supported"),
+                ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling.rope_type = 'yarn': only 'default' is supported"),
                 (
                     "rope_parameters",
                     {"mrope_section": [3, 0, 1]},
-                    "rope_scaling.mrope_section = [2, 1, 1], but rope_parameters.mrope_section = [3, 0, 1]; they are",
+                    "rope_scaling.mrope_section = [2, 1, 1]: rope_parameters.mrope_section = [3, 0, 1] is another name",
                 ),
-                ("drop_path_rate", 1.0, "drop_path_rate = 1.0; it must be a number of at least 0 and below 1"),
+                ("drop_path_rate", 1.0, "drop_path_rate = 1.0: must be a number of at least 0 and below 1"),
             )
         ),
         (partial(set_field, "num_attention_heads", 5), ["num_attention_heads = 5: each head", "--num-attention-heads"]),
-        (partial(set_tensor, "embeddings.weight"), ["embeddings.weight is [3]; a matrix"]),
-        (partial(set_tensor, "visual.layers.0.self_attn.k_proj.weight"), ["k_proj.weight is [3]; a matrix"]),
+        (partial(set_tensor, "embeddings.weight"), ["embeddings.weight is [3]; expected a matrix"]),
+        (partial(set_tensor, "visual.layers.0.self_attn.k_proj.weight"), ["k_proj.weight is [3]; expected a matrix"]),
         (partial(set_tensor, "visual.layers.x.foo"), ["unexpected: visual.layers.x.foo"]),
         (partial(set_tensor, "visual.layers."), ["unexpected: visual.layers."]),
     ],
@@ -307,7 +313,7 @@ def test_bad_folders_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize("size", [{"height": "x", "width": 224}, {"height": 224}, [224], 225])
-def test_a_bad_size_of_images_is_told_in_one_line(
+def test_a_bad_image_size_gets_one_line(
     size: Any, released: Path, convert: Convert, demo_data: Path, tmp_path: Path
 ) -> None:
     images = released / "preprocessor_config.json"
@@ -318,7 +324,7 @@ def test_a_bad_size_of_images_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("fields", [{"size": 64}, {"size": {"height": 64, "width": 64}}, {}])
-def test_sizes_of_images_that_are_taken(fields: Any, released: Path, demo_data: Path) -> None:
+def test_image_sizes_that_are_accepted(fields: Any, released: Path, demo_data: Path) -> None:
     from genlip_megatron.convert.conversion import recorded_run
 
     (released / "preprocessor_config.json").write_text(json.dumps({"image_mode": "fixed", **fields}))
@@ -337,7 +343,7 @@ def heads(place: Path, count: int | None) -> None:
 
 
 def split(place: Path, fault: str) -> None:
-    """Two files with an index, in which something is wrong."""
+    """Two weight files with an index that has a fault."""
     tensors = read_released(place)
     (place / "model.safetensors").unlink()
     placed = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(tensors)}
@@ -354,7 +360,7 @@ def split(place: Path, fault: str) -> None:
     (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
 
 
-def test_the_head_count_may_be_given(released: Path, convert: Convert, demo_data: Path, tmp_path: Path) -> None:
+def test_the_number_of_heads_can_be_given(released: Path, convert: Convert, demo_data: Path, tmp_path: Path) -> None:
     heads(released, None)
     words = ("--tokenizer", demo_data / "tokenizer.model", "--num-attention-heads", "4", "--verify")
     assert "within" in convert("to-megatron", released, "--output", tmp_path / "start", *words)
@@ -365,7 +371,7 @@ def test_the_head_count_may_be_given(released: Path, convert: Convert, demo_data
 
 def test_bad_checkpoints_are_refused_in_one_line(started: Path, convert: Convert, tmp_path: Path) -> None:
     target = ("--output", tmp_path / "no")
-    assert "no checkpoint there" in convert("to-hf", tmp_path / "released", *target, status=2)
+    assert "no checkpoint found" in convert("to-hf", tmp_path / "released", *target, status=2)
     line = convert("to-hf", started, *target, "--dtype", "int8", status=2)
     assert "--dtype" in line and "'keep'" in line and "int8" in line
     assert "expected a size such as 5GB" in convert("to-hf", started, *target, "--max-shard-size", "big", status=2)
@@ -379,7 +385,7 @@ def test_bad_checkpoints_are_refused_in_one_line(started: Path, convert: Convert
     assert f"{started}/__0_0.distcp: damaged, its SHA-256 does not match" in line
 
 
-def test_a_value_beyond_fp16_is_not_written(
+def test_a_value_that_overflows_fp16_is_refused(
     released: Path, weights: dict[str, Tensor], convert: Convert, demo_data: Path, tmp_path: Path
 ) -> None:
     large = weights["lm_head.weight"].clone()
@@ -387,15 +393,17 @@ def test_a_value_beyond_fp16_is_not_written(
     rewrite(released, weights, **{"lm_head.weight": large})
     convert("to-megatron", released, "--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
     line = convert("to-hf", tmp_path / "start", "--output", tmp_path / "no", "--dtype", "fp16", status=2)
-    assert "lm_head.weight: a value of 7e+04 is beyond float16" in line
+    assert "lm_head.weight: a value of 7e+04 overflows float16" in line
 
 
-def test_weights_that_nothing_is_trained_in_need_a_dtype(
+def test_weights_in_a_dtype_without_training_need_a_dtype(
     released: Path, weights: dict[str, Tensor], convert: Convert, demo_data: Path, tmp_path: Path
 ) -> None:
     words = ("--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
     save_file({name: tensor.half() for name, tensor in weights.items()}, released / "model.safetensors")
-    assert "float16, which is not trained in" in convert("to-megatron", released, *words, status=2)
+    assert "the weights are torch.float16, and training supports fp32 and bf16" in convert(
+        "to-megatron", released, *words, status=2
+    )
     name = "visual.layers.0.self_attn.k_proj.weight"
     rewrite(released, weights, **{name: weights[name].bfloat16()})
     assert f"{name}, " in convert("to-megatron", released, *words, status=2)

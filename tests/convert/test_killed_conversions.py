@@ -1,4 +1,4 @@
-"""A conversion that is killed, or finds its disk full, at any file operation leaves the old output or the new one."""
+"""A conversion that is killed or fails at any file operation leaves the old output or the new one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.folder import hf_config
+from genlip_megatron.convert.hf_folder import hf_config
 from genlip_megatron.testing.processes import Zygote
 from tests import crash
 from tests.convert.weights import differing, random_weights, read_released
@@ -25,7 +25,7 @@ MODEL = ModelConfig(
 
 
 def convert() -> int:
-    """The tool, under the plan of the environment, on a file system that perhaps cannot exchange folders."""
+    """The tool with the crash plan of the environment; NO_EXCHANGE: on a file system that cannot exchange folders."""
     if os.environ.get("NO_EXCHANGE"):
         checkpoints.exchange = lambda first, second: False
     crash.install_from_environment()
@@ -97,7 +97,7 @@ def test_the_old_output_or_the_new(
     assert run(count) == 0
     operations = count.operations()
     assert len(operations) > 20
-    # In the middle of the weights, where folders change places, and when the old one is being removed.
+    # Crash in the middle of the weights, during the swap, and while the old folder is removed.
     kinds = [operation.kind for operation in operations]
     renamed = kinds.index("exchange") + 1
     assert kinds[renamed : renamed + 2].count("rename") == (0 if exchange else 2)
@@ -107,11 +107,11 @@ def test_the_old_output_or_the_new(
         ended = run(crash.Plan(str(work), str(tmp_path / f"log{at}"), action, at))
         said = f"{action} at operation {at}: {operations[at - 1]}"
         hidden = sorted(path.name for path in work.glob(".*"))
-        if action == "fail" and ended == 0:  # a failure to remove the old output, or of what needs no room
+        if action == "fail" and ended == 0:  # a failure to remove the old output is harmless
             assert differing(held(target), weights) == [], said
             continue
         assert ended == code, said
-        # Between two renames the old one has another name, by which the next run finds it.
+        # Between two renames the old folder has another name, where the next run finds it.
         assert target.exists() or not exchange, said
         found = held(target if target.exists() else work / ".target.replaced")
         assert differing(found, rounded) == [] or differing(found, weights) == [], said

@@ -1,4 +1,4 @@
-"""A conversion holds one parameter in memory, however large the model is."""
+"""A conversion holds one parameter in memory, for any size of model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsWriter
-from genlip_megatron.convert.table import canonical_shapes
+from genlip_megatron.model.state_dict import canonical_shapes
 
-# The embedding and the head are 156 MB each in float32, seven times all layers.
+# The embedding and the head are 156 MB each in float32, seven times as much as all layers together.
 MODEL = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=4, ffn_hidden_size=512, text_hidden_size=256)
 EMBEDDING = 151936 * 256 * 4
-ALLOWANCE = 24e6  # the interpreter's own, and buffers of files
+ALLOWANCE = 24e6  # interpreter and file buffers
 
 CONVERT = """
 import sys, torch
@@ -42,7 +42,7 @@ else:
 
 
 def anonymous(process: int) -> int:
-    """Bytes of memory of a process that are not a mapped file's."""
+    """Bytes of a process's memory that are not mapped files."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -50,7 +50,7 @@ def anonymous(process: int) -> int:
 
 
 def peak(work: Path, direction: str, dtype: str) -> float:
-    """Most bytes that a conversion took beyond those of the process before it, in a process of its own."""
+    """Peak bytes of a conversion in a new process, beyond those of the process before it."""
     command = [sys.executable, "-c", CONVERT, direction, str(work), dtype]
     with subprocess.Popen(
         command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -73,7 +73,7 @@ def peak(work: Path, direction: str, dtype: str) -> float:
 def test_the_largest_parameter_bounds_the_memory(dtype: str, tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     tensors = {name: Planned(shape, torch.float32) for name, shape in canonical_shapes(MODEL).items()}
-    SafetensorsWriter(tmp_path / "big", tensors, 10**10)  # zeros, which take no room on a disk
+    SafetensorsWriter(tmp_path / "big", tensors, 10**10)  # sparse zeros, which take no disk space
     for direction in ("to-megatron", "to-hf"):
         taken = peak(tmp_path, direction, dtype)
         print(f"{direction} {dtype}: {taken / 1e6:.0f} MB of memory, {taken / EMBEDDING:.2f} times the largest tensor")

@@ -1,4 +1,4 @@
-"""Weights come through a conversion bit for bit, from and to every layout."""
+"""A conversion keeps weights bit for bit, from and to every layout."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_released_weights_come_back_bit_for_bit(variant: str, dtype: torch.dtype
     expected = random_weights(model, dtype)
     place = to_megatron(write_released(tmp_path / "released", expected), tmp_path / "run", run_of(model))
     assert manifest.problems(place, manifest.read(place)) == []
-    # Small shards: tensors that lie in one parameter are written to different files.
+    # Small shards: the tensors of one parameter go to different files.
     assert differing(read_released(to_hf(place, tmp_path / "back", shard=5000)), expected) == []
 
 
@@ -81,7 +81,7 @@ def test_converted_weights_load_on_any_layout(name: str, tmp_path: Path) -> None
 
 
 def saved(config: RunConfig, last: bool) -> dict[str, Any]:
-    """Save a run that has not begun; returns this stage's weights."""
+    """Save a run before its first step; returns this stage's weights."""
     from genlip_megatron.train.resume import finish_saves, save
     from genlip_megatron.train.setup import set_up
 
@@ -100,7 +100,7 @@ def saved(config: RunConfig, last: bool) -> dict[str, Any]:
         ("DP2", False, {"parallel__fsdp": True, "train__precision": "bf16"}),
     ],
 )
-def test_checkpoints_of_any_layout_are_exported_and_come_back(
+def test_checkpoints_of_any_layout_survive_export_and_import(
     name: str, last: bool, flags: dict[str, Any], demo_data: Path, tmp_path: Path
 ) -> None:
     """With both kinds of optimizer state; 511 rows of vocabulary are padded to 512 by tensor parallelism."""
@@ -115,7 +115,7 @@ def test_checkpoints_of_any_layout_are_exported_and_come_back(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_dtype_is_rounded_to_once(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_dtype_rounds_each_value_once(dtype: torch.dtype, tmp_path: Path) -> None:
     model = VARIANTS["l16"]
     given = random_weights(model)
     place = to_megatron(write_released(tmp_path / "released", given), tmp_path / "run", run_of(model))

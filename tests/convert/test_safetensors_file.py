@@ -1,4 +1,4 @@
-"""What is written is what the safetensors library reads, in files of the size that was asked for."""
+"""The safetensors library reads what the writer writes, in files of the given size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from genlip_megatron.convert.safetensors_file import INDEX, Planned, SafetensorsWriter, contents
 from tests.convert.weights import differing, read_released
 
-# Lengths at which a wider dtype after a narrower one would not be aligned.
+# Lengths for which a wider dtype after a narrower one would be unaligned.
 TENSORS = {
     "a": torch.randn(3, dtype=torch.float32).half(),
     "b": torch.randn(5, 2),
@@ -33,7 +33,7 @@ def write(folder: Path, limit: int, dtype: torch.dtype | None = None) -> None:
 
 
 @pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (60, 3), (1, 5)])
-def test_the_library_reads_what_is_written(limit: int, files: int, tmp_path: Path) -> None:
+def test_the_library_reads_the_files(limit: int, files: int, tmp_path: Path) -> None:
     write(tmp_path, limit)
     assert differing(read_released(tmp_path), TENSORS) == []
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Small models' weights in the released format, and what it takes to compare them."""
+"""Weights of small models in the released format, and helpers to compare them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from genlip_megatron.convert.source import Source
-from genlip_megatron.convert.table import canonical_shapes, groups
+from genlip_megatron.model.state_dict import canonical_shapes, model_parameters
 
-# The structures that presets and ablations differ in, scaled down.
+# The structures of named sizes and ablations, scaled down.
 VARIANTS = {
     "l16": ModelConfig(
         num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=88, text_hidden_size=32, vocab_size=53
@@ -74,13 +74,13 @@ def read_source(source: Source) -> dict[str, Tensor]:
     """All tensors of a source."""
     return {
         name: tensor.clone()
-        for group in groups(source.model)
-        for name, tensor in zip(group.canonical, source.read(group), strict=True)
+        for parameter in model_parameters(source.model)
+        for name, tensor in zip(parameter.shapes, source.read(parameter), strict=True)
     }
 
 
 def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not the same bit for bit, in dtype and shape too, or that only one has."""
+    """Names of tensors that differ in any bit, in dtype or shape, or that only one side has."""
 
     def same(one: Any, other: Any) -> bool:
         return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)

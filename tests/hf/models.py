@@ -1,4 +1,4 @@
-"""Small models, golden batches and exported folders for the tests of the Hugging Face side."""
+"""Small models, golden batches and exported folders for tests of the Hugging Face files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genlip_megatron.config import DataConfig, ModelConfig
-from genlip_megatron.convert.folder import hf_config, write_side_files
-from genlip_megatron.convert.table import canonical_shapes
+from genlip_megatron.convert.hf_folder import hf_config, write_side_files
 from genlip_megatron.convert.tokenizer import export_tokenizer
+from genlip_megatron.model.state_dict import canonical_shapes
 
 SIZES: dict[str, Any] = {
     "num_layers": 2,
@@ -33,7 +33,7 @@ def tiny(**changes: Any) -> ModelConfig:
 
 
 def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Weights large enough that tokens and images matter, by their released names."""
+    """Weights large enough that tokens and images change the output, by their released names."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in canonical_shapes(model).items():
@@ -71,8 +71,8 @@ def golden_model(path: Path, kind: str = "GenLIPForCausalLM") -> tuple[Any, dict
 
 
 def golden_inputs(golden: dict[str, Tensor], side: str = "left") -> tuple[dict[str, Tensor], Tensor]:
-    """(arguments of the model, one row a sample, padded at the given side; bool [rows, length] the samples' texts
-    within the golden rows, which hold them in the same order)."""
+    """(arguments of the model, one row for each sample, padded at ``side``; bool [rows, length], True at text of the
+    golden rows, which hold the samples in the same order)."""
     ids, labels, masks = [], [], []
     is_text = golden["inputs/valid"] & ~golden["inputs/image_mask"]
     for row in range(len(golden["inputs/input_ids"])):

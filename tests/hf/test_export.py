@@ -1,4 +1,4 @@
-"""An exported folder is complete: it works where this package is not, and comes back as the model it was."""
+"""An exported folder is complete: it works without this package, and imports as the same model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from genlip_megatron.config import DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
-from genlip_megatron.convert.folder import hf_config, model_card, model_config, preprocessor_config
-from genlip_megatron.convert.table import canonical_shapes
+from genlip_megatron.convert.hf_folder import hf_config, model_card, model_config, preprocessor_config
 from genlip_megatron.convert.tokenizer import END_OF_TURN, export_tokenizer
 from genlip_megatron.data import text
+from genlip_megatron.model.state_dict import canonical_shapes
 from tests.hf.models import export, tiny
 
 transformers = pytest.importorskip("transformers")
@@ -47,7 +47,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 @pytest.mark.parametrize("mode", ["fixed", "native"])
-def test_the_cards_code_runs_where_this_package_is_not(tmp_path: Path, demo_data: Path, mode: str) -> None:
+def test_the_cards_code_runs_without_this_package(tmp_path: Path, demo_data: Path, mode: str) -> None:
     folder = export(tmp_path / "model", demo_data / "tokenizer.model", image_mode=mode)
     picture = np.random.default_rng(0).integers(0, 256, (70, 130, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "image.jpg")
@@ -65,7 +65,7 @@ def test_the_cards_code_runs_where_this_package_is_not(tmp_path: Path, demo_data
     assert done.stdout.splitlines()[-1] == f"{shape} True", done.stdout
 
 
-def test_both_models_load_without_a_word_about_tensors(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_both_models_load_without_warnings_about_tensors(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
@@ -119,11 +119,11 @@ def test_a_stock_processor_gives_the_same_pixels_without_the_folders_code(export
         "transformers.models.vit"
     )
     difference = stock(pictures, return_tensors="pt")["pixel_values"] - ours(pictures)["pixel_values"]
-    assert difference.abs().max() <= 2**-22  # rounding of one operation more (1.2e-7); a level is 7.8e-3
+    assert difference.abs().max() <= 2**-22  # rounding of one more operation (1.2e-7); a level is 7.8e-3
 
 
 @pytest.mark.parametrize("settings", [{"image_mode": "native"}, {"fixed_resize": "resize-center-crop"}])
-def test_no_stock_processor_stands_in_where_it_would_differ(
+def test_no_stock_processor_is_named_where_it_would_differ(
     tmp_path: Path, demo_data: Path, settings: dict[str, Any]
 ) -> None:
     folder = export(tmp_path, demo_data / "tokenizer.model", **settings)
@@ -131,7 +131,7 @@ def test_no_stock_processor_stands_in_where_it_would_differ(
         transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
-def test_written_fields_are_those_that_the_classes_write() -> None:
+def test_written_fields_equal_those_of_the_classes() -> None:
     from genlip_megatron.hf.configuration_genlip import GenLIPConfig
     from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 
@@ -149,7 +149,7 @@ def test_written_fields_are_those_that_the_classes_write() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith("stage1")])
-def test_every_recipe_comes_back(name: str) -> None:
+def test_every_recipe_survives_export_and_import(name: str) -> None:
     model = from_dict(load_yaml(name), name).model
     shapes = canonical_shapes(model)
     fields = hf_config(model)
@@ -159,14 +159,14 @@ def test_every_recipe_comes_back(name: str) -> None:
     if "release" in name:
         assert model_config({}, shapes) == model
     else:
-        with pytest.raises(ValueError, match="give num_attention_heads|mrope_section"):
+        with pytest.raises(ValueError, match="Give num_attention_heads|mrope_section"):
             model_config({}, shapes)
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"attention_output_gate": False}, {"layer_scale_init": 0.0}, {"text_hidden_size": 48}]
 )
-def test_what_weights_tell_is_read_from_them(changes: dict[str, Any]) -> None:
+def test_sizes_are_read_from_the_weights(changes: dict[str, Any]) -> None:
     model = tiny(**changes)
     bare = {"num_attention_heads": 4, "rope_scaling": {"mrope_section": [2, 2, 2]}}
     assert model_config(bare, canonical_shapes(model)) == model
@@ -179,12 +179,12 @@ def test_what_weights_tell_is_read_from_them(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 96}, "hidden_size = 96, but the weights have 48"),
-        ({"gated_attention": False}, "gated_attention = False, but the weights have True"),
-        ({"ls_init_value": None}, "ls_init_value = 0.0, but the weights have 0.1"),
+        ({"hidden_size": 96}, "hidden_size = 96: the weights have 48"),
+        ({"gated_attention": False}, "gated_attention = False: the weights have True"),
+        ({"ls_init_value": None}, "ls_init_value = 0.0: the weights have 0.1"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
-        ({}, "give num_attention_heads"),
+        ({}, "Give num_attention_heads"),
         ({"num_attention_heads": 4}, "mrope_section"),
     ],
 )
@@ -193,14 +193,14 @@ def test_a_configuration_that_does_not_fit_is_refused(fields: dict[str, Any], me
         model_config(fields, canonical_shapes(tiny()))
     with pytest.raises(ValueError, match="no embeddings.weight"):
         model_config({}, {"ln_post.weight": (48,)})
-    with pytest.raises(ValueError, match="num_attention_heads = 3, but config.json has 4"):
+    with pytest.raises(ValueError, match="num_attention_heads = 3: config.json has 4"):
         model_config(hf_config(tiny()), canonical_shapes(tiny()), num_attention_heads=3)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': this model computes 'silu' alone"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu' is supported"),
         ({"mrope_interleaved": False}, "mrope_interleaved = False"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
@@ -212,7 +212,7 @@ def test_a_configuration_that_does_not_fit_is_refused(fields: dict[str, Any], me
         ({"rope_scaling": {"mrope_section": [12, 12]}}, r"mrope_section = \[12, 12\]"),
         (
             {"rope_scaling": {"mrope_section": [12, 12, 12]}, "rope_parameters": {"mrope_section": [8, 8, 20]}},
-            r"rope_scaling.mrope_section = \[12, 12, 12\], but rope_parameters.mrope_section = \[8, 8, 20\]",
+            r"rope_scaling.mrope_section = \[12, 12, 12\]: rope_parameters.mrope_section = \[8, 8, 20\]",
         ),
     ],
 )
@@ -238,7 +238,7 @@ def test_rotary_sections_survive_every_spelling(tmp_path: Path) -> None:
         assert (again.mrope_section, again.rope_theta) == ([8, 12, 12], 500.0)
 
 
-def test_the_card_says_what_it_is_told() -> None:
+def test_the_card_holds_the_given_facts() -> None:
     card = model_card(tiny(), DataConfig(), "cc-by-4.0", {"Step": "17", "Training data": "rendered scenes"})
     assert card.startswith("---\nlicense: cc-by-4.0\n") and "| Step | 17 |" in card and "| Hidden size | 48 |" in card
 
@@ -276,7 +276,7 @@ def test_a_hugging_face_tokenizer_is_exported_token_for_token(tmp_path: Path) ->
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
 
 
-def test_a_tokenizer_that_has_no_equal_is_refused(tmp_path: Path, demo_data: Path) -> None:
+def test_a_tokenizer_without_an_equivalent_is_refused(tmp_path: Path, demo_data: Path) -> None:
     import sentencepiece
 
     captions = iter(["One red circle.", "Two blue squares at the top."] * 20)
@@ -284,22 +284,22 @@ def test_a_tokenizer_that_has_no_equal_is_refused(tmp_path: Path, demo_data: Pat
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=captions, model_writer=file, vocab_size=40, hard_vocab_limit=False, minloglevel=2
         )
-    with pytest.raises(ValueError, match="normalization_rule_name = 'nmt_nfkc'.*allowed is 'identity'"):
+    with pytest.raises(ValueError, match="normalization_rule_name = 'nmt_nfkc'.*Train the tokenizer with 'identity'"):
         export_tokenizer(tmp_path / "other.model", tmp_path)
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
         export_tokenizer(tmp_path / "no.json", tmp_path)
-    with pytest.raises(ValueError, match="expected the file of"):
+    with pytest.raises(ValueError, match="expected an existing Hugging Face .json"):
         export_tokenizer(tmp_path / "missing.json", tmp_path)
     whole = json.loads((export(tmp_path / "folder", demo_data / "tokenizer.model") / "tokenizer.json").read_text())
     whole["added_tokens"] = []
     whole["model"]["vocab"] = [pair for pair in whole["model"]["vocab"] if pair[0] != END_OF_TURN]
     (tmp_path / "no_end.json").write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match=r"it has no token '<\|im_end\|>'"):
+    with pytest.raises(ValueError, match=r"has no token '<\|im_end\|>'"):
         export_tokenizer(tmp_path / "no_end.json", tmp_path)
 
 
-def test_models_of_paper_size_have_as_many_parameters_as_the_paper_says() -> None:
+def test_models_of_paper_size_have_the_papers_parameter_counts() -> None:
     from genlip_megatron.hf.configuration_genlip import GenLIPConfig
     from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
 

@@ -1,4 +1,4 @@
-"""The Hugging Face model computes what the authors' does, and generates the same with and without a cache."""
+"""The Hugging Face model equals the authors', and generates the same with and without a cache."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.table import canonical_shapes
+from genlip_megatron.model.state_dict import canonical_shapes
 from tests.hf.models import golden_inputs, golden_model, hf_model, images, random_weights, tiny
 
 transformers = pytest.importorskip("transformers")
 
-# Absolute, float32 on CPU; the worst seen is in brackets.
+# Absolute, float32 on CPU; the worst difference measured is in brackets.
 OUTPUTS = 2e-5  # logits (6.5e-6), features (2.9e-6), hidden states (5.5e-6), loss (4.8e-7)
 GRADIENT = 3e-5  # norm of the difference relative to the tensor's norm (5.5e-6)
 SAME = 2e-5  # the same sums in another order (2.9e-6, of logits up to 11)
@@ -39,7 +39,7 @@ def prompts(lengths: tuple[int, ...] = (3, 5, 1, 3), side: str = "left") -> dict
     }
 
 
-def alone(batch: dict[str, Tensor], row: int) -> Tensor:
+def row_of(batch: dict[str, Tensor], row: int) -> Tensor:
     return batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
 
 
@@ -94,7 +94,7 @@ def test_greedy_tokens_equal_the_authors(golden_file: Path, use_cache: bool) -> 
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_row_of_a_batch_is_as_if_alone(side: str) -> None:
+def test_a_row_does_not_depend_on_its_batch(side: str) -> None:
     model, batch = causal(), prompts(side=side)
     pictures = images(*SHAPES)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_row_of_a_batch_is_as_if_alone(side: str) -> None:
         column = model(**batch, pixel_values=pictures, logits_to_keep=torch.tensor([1])).logits
         assert (column[:, 0] - together[:, 1]).abs().max() < SAME
         for row in range(4):
-            single = model(alone(batch, row), pixel_values=[pictures[row]]).logits[0]
+            single = model(row_of(batch, row), pixel_values=[pictures[row]]).logits[0]
             assert (together[row][batch["attention_mask"][row].bool()] - single).abs().max() < SAME
             assert single.abs().max() > 1
 
@@ -120,7 +120,7 @@ def test_a_row_of_a_batch_is_as_if_alone(side: str) -> None:
     ],
     ids=["greedy", "beams", "beams-returned", "top-p", "top-k"],
 )
-def test_generation_with_a_cache_is_that_without(options: dict[str, Any]) -> None:
+def test_generation_is_the_same_with_and_without_a_cache(options: dict[str, Any]) -> None:
     model, batch = causal(), prompts()
     outputs = []
     for use_cache in (True, False):
@@ -142,11 +142,11 @@ def test_generation_with_a_cache_is_that_without(options: dict[str, Any]) -> Non
     for ours, expected in zip(*(output.logits for output in outputs), strict=True):
         assert (ours - expected).abs().max() < SAME
     new = results[0][:, batch["input_ids"].shape[1] :]
-    assert new.unique().numel() > 8, "tokens that hardly differ show nothing"
+    assert new.unique().numel() > 8, "too few different tokens to compare"
     if not options.get("do_sample"):
         count = options.get("num_return_sequences", 1)
         for row in range(4):
-            prompt = alone(batch, row)
+            prompt = row_of(batch, row)
             single = model.generate(
                 input_ids=prompt, pixel_values=[images(*SHAPES)[row]], max_new_tokens=8, pad_token_id=0, **options
             )
@@ -156,12 +156,12 @@ def test_generation_with_a_cache_is_that_without(options: dict[str, Any]) -> Non
 def test_prompts_padded_on_the_right_are_refused() -> None:
     model = causal()
     for options in ({}, {"use_cache": False}, {"num_beams": 2}):
-        with pytest.raises(ValueError, match="pad on the left"):
+        with pytest.raises(ValueError, match="Pad on the left"):
             model.generate(**prompts(side="right"), max_new_tokens=2, pad_token_id=0, **options)
 
 
-def test_attention_weights_cannot_be_asked_for() -> None:
-    with pytest.raises(ValueError, match="output_attentions: the packed attention makes no matrix"):
+def test_attention_weights_cannot_be_requested() -> None:
+    with pytest.raises(ValueError, match="output_attentions = True: packed attention has no matrix"):
         causal().generate(
             **prompts(),
             max_new_tokens=2,
@@ -171,7 +171,7 @@ def test_attention_weights_cannot_be_asked_for() -> None:
         )
 
 
-def test_forms_of_images_generate_the_same() -> None:
+def test_every_form_of_images_generates_the_same() -> None:
     from genlip_megatron.hf.modeling_genlip import pack_images
 
     model, batch = causal(), prompts()
@@ -188,7 +188,7 @@ def test_forms_of_images_generate_the_same() -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_a_stop_token_ends_its_row_alone() -> None:
+def test_a_stop_token_ends_only_its_row() -> None:
     model, batch = causal(), prompts()
     free = model.generate(**batch, pixel_values=images(*SHAPES), max_new_tokens=8, do_sample=False, pad_token_id=0)
     new = free[:, batch["input_ids"].shape[1] :]
@@ -202,7 +202,7 @@ def test_a_stop_token_ends_its_row_alone() -> None:
         assert torch.equal(ended[row, :end], new[row, :end]) and not ended[row, end:].any()
 
 
-def test_a_cache_goes_on_with_several_tokens_and_text_alone() -> None:
+def test_a_cache_continues_with_several_tokens_and_with_text_only() -> None:
     model = causal()
     ids = prompts((6, 6))["input_ids"]
     for pictures in (images((2, 3), (3, 1)), None):
@@ -216,11 +216,11 @@ def test_a_cache_goes_on_with_several_tokens_and_text_alone() -> None:
 
 
 def test_a_cache_that_lacks_tokens_is_refused() -> None:
-    """As when it was cropped to the length of the text."""
+    """For example a cache cropped to the length of the text."""
     model, ids, grid = causal(), prompts((6, 6))["input_ids"], torch.tensor([[2, 3], [3, 1]])
     first = model(ids[:, :5], pixel_values=images((2, 3), (3, 1)), use_cache=True)
     cache = first["cache" if "cache" in first else "past_key_values"]
-    message = "a cache of {} tokens and 1 new ones.*leave out prompt_lookup_num_tokens"
+    message = "a cache of {} tokens and 1 new ones.*Remove prompt_lookup_num_tokens"
     for arguments in ({"attention_mask": torch.ones(2, 6)}, {"image_grid_hw": 2 * grid}):
         with pytest.raises(ValueError, match=message.format(11)):
             model(ids[:, 5:], past_key_values=cache, **{"attention_mask": torch.ones(2, 6), **arguments})
@@ -238,7 +238,7 @@ def test_assisted_generation_is_greedy_or_refused(shape: tuple[int, int]) -> Non
     try:
         found = model.generate(ids, prompt_lookup_num_tokens=2, **words)
     except ValueError as error:
-        assert "leave out prompt_lookup_num_tokens" in str(error)
+        assert "Remove prompt_lookup_num_tokens" in str(error)
     else:
         assert torch.equal(found, expected)
 
@@ -276,7 +276,7 @@ def test_every_variant_has_the_released_names_and_learns(changes: dict[str, Any]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in made.parameters())
 
 
-def test_forms_of_images_have_the_same_features() -> None:
+def test_every_form_of_images_gives_the_same_features() -> None:
     from genlip_megatron.hf.modeling_genlip import pack_images
 
     model = hf_model("GenLIPVisionModel", tiny(), random_weights(tiny()))
@@ -318,7 +318,7 @@ def test_drop_path_drops_whole_samples() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_and_is_near(dtype: torch.dtype) -> None:
+def test_half_precision_is_close(dtype: torch.dtype) -> None:
     model, batch = causal(), prompts()
     half = copy.deepcopy(model).to(dtype)
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_checkpointed_layers_have_the_same_gradients() -> None:
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_initial_weights_are_the_authors() -> None:
+def test_initial_weights_follow_the_authors() -> None:
     from genlip_megatron.hf.configuration_genlip import GenLIPConfig
     from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM
 
@@ -378,7 +378,7 @@ IDS = torch.tensor([[5, 6]])
         ({"pixel_values": ONE.byte()}, "torch.uint8: expected normalised floats"),
         ({"pixel_values": ["image.jpg"]}, "pixel_values of str"),
         ({"pixel_values": []}, "empty list"),
-        ({"pixel_values": torch.zeros(4, 768)}, "need image_grid_hw"),
+        ({"pixel_values": torch.zeros(4, 768)}, "packed pixel_values need it"),
         ({"pixel_values": torch.zeros(4, 768), "image_grid_hw": torch.tensor([[2, 3]])}, r"needs \[6, 768\]"),
         ({"pixel_values": torch.zeros(4, 768), "image_grid_hw": torch.tensor([2, 2])}, r"whole numbers \[images, 2\]"),
         (
@@ -392,11 +392,11 @@ IDS = torch.tensor([[5, 6]])
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "at least one token"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_inputs_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         causal()(**{"input_ids": IDS, **arguments})
 
 
 def test_a_cache_of_fixed_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="images need one that grows, DynamicCache"):
+    with pytest.raises(ValueError, match="images need a DynamicCache"):
         causal().generate(input_ids=IDS, pixel_values=ONE, max_new_tokens=2, cache_implementation="static")

@@ -1,4 +1,4 @@
-"""Exported processors give the pixels and tokens of training, and say what they cannot take."""
+"""Exported processors give the pixels and tokens of training, and name invalid input."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def processor(**settings: Any) -> Any:
 
 
 def training_pixels(content: bytes, settings: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
-    """(normalised patches, their grid) as training makes them by its plain reference."""
+    """(normalised patches, their grid) by the plain reference of training."""
     if settings.get("image_mode") == "native":
         with Image.open(io.BytesIO(content)) as opened:
             width, height = opened.size
@@ -80,7 +80,7 @@ def training_pixels(content: bytes, settings: dict[str, Any]) -> tuple[Tensor, t
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pixels_are_those_of_training(mode: str) -> None:
+def test_pixels_equal_training(mode: str) -> None:
     from genlip_megatron.hf.modeling_genlip import pack_images, split_images
 
     made = processor(**MODES[mode])(
@@ -102,7 +102,7 @@ def test_sixteen_bit_greys_keep_their_high_byte() -> None:
         assert torch.equal(processor()(picture)["pixel_values"], processor()(grey)["pixel_values"])
 
 
-def test_sizes_are_those_of_training() -> None:
+def test_sizes_equal_training() -> None:
     from genlip_megatron.hf import image_processing_genlip
 
     sides = [1, 7, 8, 16, 24, 39, 40, 64, 199, 224, 511, 513, 1000, 3001]
@@ -114,7 +114,7 @@ def test_sizes_are_those_of_training() -> None:
                     assert ours == native_size(height, width, *bounds)
 
 
-def test_arrays_and_tensors_are_taken_like_images() -> None:
+def test_arrays_and_tensors_are_accepted_like_images() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), np.uint8)
     grey, alpha = pixels[0, :, :, 0], np.concatenate((pixels[0], pixels[1, :, :, :1]), axis=2)
     made = processor(image_mode="native")
@@ -156,7 +156,7 @@ GOOD = np.zeros((32, 32, 3), np.uint8)
         (Image.open(io.BytesIO(PICTURES["large"][:3000])), "image 0 of 1: .*truncated"),
     ],
 )
-def test_an_image_that_cannot_be_taken_is_named(images: Any, message: str) -> None:
+def test_an_invalid_image_is_named(images: Any, message: str) -> None:
     for settings in ({}, {"image_mode": "native"}):
         with pytest.raises(ValueError, match=message):
             processor(**settings)(images)
@@ -223,23 +223,23 @@ def test_text_ends_at_the_end_token(exported: Path, demo_data: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "neither images nor text"),
+        ({}, "images = None, text = None: give at least one"),
         ({"images": [GOOD, GOOD], "text": ["a"]}, "1 texts for 2 images"),
         ({"images": [GOOD], "text": " "}, "text 0 of 1 is empty"),
         ({"images": [GOOD], "text": "<image>"}, "text 0 of 1 is empty"),
         ({"images": [GOOD], "text": "<image> or <image>?"}, "text has 2 <image> markers: the model reads one image"),
-        ({"images": [GOOD], "text": "a <|im_end|>"}, r"text spells the control token '<\|im_end\|>'"),
+        ({"images": [GOOD], "text": "a <|im_end|>"}, r"text contains the control token '<\|im_end\|>'"),
         ({"text": []}, "text is empty: expected at least one"),
         ({"images": [GOOD, 3]}, "image 1 of 2: a int"),
     ],
 )
-def test_what_a_processor_cannot_take_is_refused(exported: Path, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_input_is_refused(exported: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         whole_processor(exported)(**arguments)
 
 
 @pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")
-def test_prompt_ids_are_the_authors(tmp_path: Path) -> None:
+def test_prompt_ids_equal_the_authors(tmp_path: Path) -> None:
     inputs = whole_processor(export(tmp_path, QWEN))(images=[GOOD, GOOD])
     assert inputs["input_ids"].tolist() == [[74785, 279, 2168, 304, 7716, 13]] * 2
     assert inputs["pixel_values"].shape == (2, 3, 224, 224)

@@ -161,7 +161,7 @@ def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--load", "{empty}"], "no checkpoint there"),
+        (["--load", "{empty}"], "no checkpoint found"),
         (["--load", "{tmp}/missing"], "no such folder"),
         (["--load", "{run}", "--dtype", "fp8"], "--dtype"),
         (["--load", "{run}", "--device", "abacus"], "--device abacus"),

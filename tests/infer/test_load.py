@@ -25,8 +25,8 @@ from tools.extract_features import main as extract_features
 def encoder(tmp_path: Path) -> Path:
     """A folder of a vision encoder alone, of two layers."""
     from genlip_megatron.config import DataConfig
-    from genlip_megatron.convert.conversion import in_encoder
-    from genlip_megatron.convert.folder import write_side_files
+    from genlip_megatron.convert.hf_folder import write_side_files
+    from genlip_megatron.model.state_dict import in_encoder
 
     folder = tmp_path / "encoder"
     write_side_files(folder, tiny(), DataConfig(), None, "float32", encoder_only=True)
@@ -101,7 +101,7 @@ def test_a_folder_without_image_settings_is_told(harm: str, exported_native: Pat
         file.write_text('{"image_processor_type": "ViTImageProcessor", "size": 384}')
     assert load(exported_native, said.append).image_processor.size == {"height": 224, "width": 224}
     recorded_run(exported_native, tiny(), demo_data / "tokenizer.model", "fp32", said.append)
-    line = f"no image settings in {exported_native}: taking images of 224 x 224 pixels (fixed, squash)"
+    line = f"no image settings in {exported_native}: using images of 224 x 224 pixels (fixed, squash)"
     assert said == [line, line]
 
 
@@ -112,7 +112,7 @@ def test_a_prompt_that_is_no_text_is_refused(exported_native: Path, demo_data: P
         lambda: load(exported_native, print),
         lambda: recorded_run(exported_native, tiny(), demo_data / "tokenizer.model", "fp32", print),
     ):
-        with pytest.raises(ValueError, match=f"{file}: prompt = 5; a text is expected"):
+        with pytest.raises(ValueError, match=f"{file}: prompt = 5: expected a string"):
             read()
 
 
@@ -148,6 +148,6 @@ def test_tools_without_transformers_say_what_to_install(
 
 def test_a_missing_head_count_names_no_flag_that_the_tool_lacks(exported_native: Path) -> None:
     set_fields(exported_native, num_attention_heads=None)
-    with pytest.raises(ValueError, match="number of attention heads") as raised:
+    with pytest.raises(ValueError, match="num_attention_heads is missing") as raised:
         load(exported_native, print)
     assert "--num" not in str(raised.value) and "config.json" in str(raised.value)

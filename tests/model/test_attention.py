@@ -1,4 +1,4 @@
-"""Every attention backend equals the dense rule, forward and backward, on any pack; and costs what samples cost."""
+"""Every attention backend equals the dense rule, forward and backward, on any pack; cost grows with the samples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from megatron.core.transformer.attention import SelfAttention
 
 from genlip_megatron.batch import PackedBatch
-from genlip_megatron.config import ModelConfig
-from genlip_megatron.model.attention import BACKENDS, GenLIPSelfAttention, choose_backend, context, plan_attention
+from genlip_megatron.config import ModelConfig, RunConfig, override
+from genlip_megatron.model.attention import BACKENDS, GenLIPSelfAttention, choose_backend, context, prepare_attention
 from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.attention.grouped import Grouped
-from genlip_megatron.model.attention.varlen import TwoCalls, reference_kernel
+from genlip_megatron.model.attention.two_calls import TwoCalls, reference_kernel
 
 Samples = list[tuple[int, int]]
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def pack(samples: Samples, padding: int) -> PackedBatch:
 
 
 class Reference(TwoCalls):
-    """The two calls of the GPU backends, by their kernels' plain twin."""
+    """The two calls of the GPU backends, with the plain kernel."""
 
     kernel = staticmethod(reference_kernel)
 
@@ -68,7 +68,7 @@ def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Cut:
-    """Stands for a context-parallel group of ``ranks``; a rank's share of the sequence is attended by itself."""
+    """A stand-in for the context-parallel group of one of ``ranks`` ranks."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self._rank, self._ranks = rank, ranks
@@ -81,13 +81,13 @@ class Cut:
 
 
 def attend(batch: PackedBatch, backend: str, head_dim: int = 16, heads: int = 2, ranks: int = 1) -> list[torch.Tensor]:
-    """Output and the gradients of query, key and value; with ``ranks``, each part's queries attend by themselves."""
+    """Output and the gradients of query, key and value; with ``ranks`` > 1, queries attend in that many parts."""
     model = ModelConfig(hidden_size=heads * head_dim, num_attention_heads=heads, rope_sections=(2, 2, 2))
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(batch.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in inputs[:3])
     plans = [
-        plan_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True)
+        prepare_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True)
         for rank in range(ranks)
     ]
     parts = [plan.backend(part, k, v, head_dim**-0.5) for plan, part in zip(plans, q.chunk(ranks), strict=True)]
@@ -137,7 +137,7 @@ def test_packs(samples: Samples, padding: int, backend: str) -> None:
 @pytest.mark.parametrize("ranks", [2, 4, 7])
 @pytest.mark.parametrize("samples", PACKS.values(), ids=PACKS)
 def test_a_sequence_cut_anywhere(samples: Samples, ranks: int, backend: str) -> None:
-    """Each rank has queries for its slots only: all image, all text, all padding, samples cut in two or more."""
+    """Each rank has queries only for its slots: all image, all text, all padding, samples cut in two or more."""
     used = sum(map(sum, samples))
     assert_same(samples, -used % ranks + ranks * 8, backend=backend, ranks=ranks)
 
@@ -156,13 +156,13 @@ def test_any_pack(samples: Samples, padding: int, backend: str, ranks: int) -> N
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_flex_follows_the_rule(ranks: int) -> None:
-    """Its forward pass alone: it has no backward pass on a CPU."""
+    """Only the forward pass: flex has no backward pass on a CPU."""
     batch = pack(PACKS["mixed"], 4 + -sum(map(sum, PACKS["mixed"])) % 4)
     model = ModelConfig(hidden_size=32, num_attention_heads=2, rope_sections=(2, 2, 2))
     q, k, v = (torch.randn(batch.num_tokens, 2, 16) for _ in range(3))
     for rank in range(ranks):
         ours, oracle = (
-            plan_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True).backend
+            prepare_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True).backend
             for backend in ("flex", "dense")
         )
         part = q.chunk(ranks)[rank]
@@ -178,10 +178,10 @@ def test_padding_gives_zeros_and_takes_no_gradient(backend: str) -> None:
 
 
 def test_cost_grows_with_the_samples_not_with_the_pack() -> None:
-    """Ten times the samples means ten times the query-key pairs, where a dense pack would mean a hundred times."""
+    """Ten times the samples need ten times the query-key pairs; a dense pack would need a hundred times."""
 
     def pairs(count: int) -> int:
-        backend = plan_attention(pack([(20, 10)] * count, 0), ModelConfig(), torch.float32, "grouped", CPU).backend
+        backend = prepare_attention(pack([(20, 10)] * count, 0), ModelConfig(), torch.float32, "grouped", CPU).backend
         assert isinstance(backend, Grouped)
         return sum(size * queries * keys for size, queries, keys in backend.shapes)
 
@@ -202,16 +202,24 @@ def test_choice_on_a_cpu_says_why() -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("varlen", "train.attention_backend = varlen: needs a CUDA device, here is cpu; those that run here: dense, "),
+        (
+            "varlen",
+            "train.attention_backend = varlen: needs a CUDA device, here is cpu. Backends that run here: dense, ",
+        ),
         ("flex", "it has no backward pass on a CPU"),
         ("te", "Transformer Engine is not installed"),
-        ("fast", "'fast': allowed are auto, dense, grouped, varlen, flex, te"),
+        ("fast", "'fast': unknown. Use auto, dense, grouped, varlen, flex, te"),
     ],
 )
 def test_a_forced_backend_that_cannot_run_is_refused(wanted: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         choose_backend(wanted, Place(CPU, HALF, 72))
     assert message in str(error.value)
+
+
+def test_every_backend_can_be_configured() -> None:
+    for name in set(BACKENDS) - {"two calls"}:
+        assert override(RunConfig(), {"train.attention_backend": name}).train.attention_backend == name
 
 
 def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +237,7 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("loads"))
     assert choose_backend("auto", Place(gpu, HALF, 72), transformer_engine=True)[0] == "te"
     versions["transformer_engine"] = "2.20.0"
-    with pytest.raises(ValueError, match=r"2\.20\.0 is not one that .* asks for: 2\.9 and below 2\.12"):
+    with pytest.raises(ValueError, match=r"2\.20\.0 is not a version that .* supports: 2\.9 and below 2\.12"):
         choose_backend("te", Place(gpu, HALF, 72))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert choose_backend("auto", Place(gpu, HALF, 72))[0] == "grouped"
@@ -254,7 +262,8 @@ def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_d
         tensors = [torch.randn(shape, device="cuda", dtype=HALF, generator=generator) for _ in range(4)]
         q, k, v = (x.requires_grad_() for x in tensors[:3])
         plans = [
-            plan_attention(batch, model, HALF, name, gpu, Cut(rank, ranks), gather_keys=True) for rank in range(ranks)
+            prepare_attention(batch, model, HALF, name, gpu, Cut(rank, ranks), gather_keys=True)
+            for rank in range(ranks)
         ]
         parts = [plan.backend(part, k, v, head_dim**-0.5) for plan, part in zip(plans, q.chunk(ranks), strict=True)]
         out = torch.cat(parts)
@@ -266,7 +275,7 @@ def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_d
 
 
 @pytest.mark.parametrize("moved", [True, False])
-def test_the_gate_outlives_queries_that_are_moved_to_the_host(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_survives_offloading_of_the_queries(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     views = torch.randn(4, 1, 2, 32).split(8, dim=-1)
     monkeypatch.setattr(SelfAttention, "get_query_key_value_tensors", lambda self, x: views)
     attention = object.__new__(GenLIPSelfAttention)
@@ -277,8 +286,8 @@ def test_the_gate_outlives_queries_that_are_moved_to_the_host(moved: bool, monke
     assert (gate.untyped_storage().data_ptr() == views[0].untyped_storage().data_ptr()) is not moved
 
 
-def test_values_that_came_from_other_ranks_keep_no_more_than_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_from_other_ranks_keep_only_their_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context.tensor_parallel, "all_to_all", lambda group, x: x)
-    alone = mock.Mock(size=lambda: 1)
-    value = context.sequence_for_heads(*torch.randn(3, 6, 2, 8), alone)[2]
+    one_rank = mock.Mock(size=lambda: 1)
+    value = context.sequence_for_heads(*torch.randn(3, 6, 2, 8), one_rank)[2]
     assert value.untyped_storage().nbytes() == value.numel() * 4

@@ -1,4 +1,4 @@
-"""Ranks with only image, only text or only padding of a pack; packs without an image, an answer or anything."""
+"""Context-parallel ranks with only image, only text or only padding; packs without an image or an answer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from genlip_megatron.testing.runs import layout, tiny_config
 
 SLOTS = 128
 SETTINGS: dict[str, Any] = {"train__global_batch_size": 2, "data__seq_length": SLOTS}
-# (rows, columns, prompt, answer) of the samples of a pack of 128 slots, of which each of four ranks holds 32.
+# (rows, columns, prompt, answer) of each sample in a pack of 128 slots; each of four ranks holds 32 slots.
 PACKS: dict[str, list[tuple[int, int, int, int]]] = {
     "image, image and text, text, padding": [(6, 8, 2, 46)],
     "samples cut in two": [(5, 4, 1, 20), (4, 5, 2, 25), (1, 1, 0, 9), (2, 3, 3, 20)],
-    "text alone": [(0, 0, 2, 60)],
-    "image alone": [(8, 8, 0, 0)],
+    "only text": [(0, 0, 2, 60)],
+    "only an image": [(8, 8, 0, 0)],
     "an answer on one rank": [(5, 5, 60, 3)],
 }
 
@@ -48,14 +48,14 @@ def loss_and_gradients(config: RunConfig, pack: list[tuple[int, int, int, int]])
 
     groups.initialize(config)
     run = build_run(config)
-    # Two micro-batches: with the fixed one no pack is without a loss.
+    # Two micro-batches; the fixed second one has a loss for every pack.
     batches = [make_batch(pack), make_batch(PACKS["samples cut in two"])]
     total = forward_backward(run, iter(batches), forward_only=False)
     return {"loss": sum_over_ranks(total).tolist(), "gradients": gradients(run)}
 
 
 @functools.cache
-def alone(pack: str) -> dict[str, Any]:
+def on_one_process(pack: str) -> dict[str, Any]:
     """The result on one process."""
     return run_distributed(1, loss_and_gradients, tiny_config(Path("unused"), **SETTINGS), PACKS[pack])[0]
 
@@ -64,7 +64,7 @@ def alone(pack: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["CP4", "TP2xCP2"])
 @pytest.mark.parametrize("pack", PACKS)
 def test_any_share_of_a_pack(pack: str, name: str, communication: str) -> None:
-    expected = alone(pack)
+    expected = on_one_process(pack)
     world_size, sizes = layout(name)
     config = tiny_config(Path("unused"), **SETTINGS, **sizes, parallel__cp_comm_type=communication)
     results = run_distributed(world_size, loss_and_gradients, config, PACKS[pack])

@@ -1,4 +1,4 @@
-"""DropPath acts on whole samples: a dropped one passes its layers unchanged, its neighbours do not notice."""
+"""DropPath acts on whole samples: a dropped sample passes its layers unchanged and does not affect its neighbours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def two_samples() -> PackedBatch:
 
 
 def outputs() -> dict[str, torch.Tensor]:
-    """Hidden states of both samples: embedded, with nothing dropped, and with the first sample dropped everywhere."""
+    """Hidden states of both samples: embedded, nothing dropped, and the first sample dropped in all layers."""
     from megatron.core import parallel_state
 
     from genlip_megatron.model.genlip import build_model

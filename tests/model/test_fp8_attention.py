@@ -1,4 +1,4 @@
-"""FP8 attention: what may run where and why not; images laid side by side attend as the dense rule says."""
+"""FP8 attention: where it can run and why not; stacked images attend by the dense rule."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from genlip_megatron.config import ModelConfig, RunConfig, override
-from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, plan_attention, varlen
-from genlip_megatron.model.attention.varlen import reference_kernel
+from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, prepare_attention, te
+from genlip_megatron.model.attention.two_calls import reference_kernel
 from genlip_megatron.model.te_support import Fp8, Gpu, choose_fp8, fp8_head_dim
 from tests.model.test_attention import CPU, Cut, Samples, attend, pack
 
@@ -20,7 +20,7 @@ HOPPER, BLACKWELL, AMPERE = Gpu((9, 0), 91300), Gpu((10, 0), 91500), Gpu((8, 0),
 
 
 class Kernel:
-    """Plain attention over images of one length; notes the shapes that it was given."""
+    """Plain attention over images of one length; records the shapes of its inputs."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability, self.shapes = capability, []  # type: ignore[var-annotated]
@@ -37,7 +37,7 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8.Fp8Images, "kernel", staticmethod(reference_kernel))
-    monkeypatch.setattr(varlen, "in_bf16", contextlib.nullcontext)
+    monkeypatch.setattr(te, "in_bf16", contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
@@ -51,7 +51,7 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["fixed", "mixed", "text-only", "nothing"],
 )
-def test_images_side_by_side_attend_as_the_rule_says(
+def test_stacked_images_attend_by_the_rule(
     samples: Samples, images: int, length: int, capability: tuple[int, int]
 ) -> None:
     batch, heads, head_dim = pack(samples, 3), 2, 72
@@ -60,23 +60,23 @@ def test_images_side_by_side_attend_as_the_rule_says(
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(batch.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in inputs[:3])
-    plan = plan_attention(batch, model, torch.float32, FP8_BACKEND, CPU)
-    out = plan.backend(q, k, v, head_dim**-0.5, image_kernel=kernel)
+    packed = prepare_attention(batch, model, torch.float32, FP8_BACKEND, CPU)
+    out = packed.backend(q, k, v, head_dim**-0.5, image_kernel=kernel)
     out.backward(inputs[3])
     for ours, oracle in zip((out, q.grad, k.grad, v.grad), attend(batch, "dense", head_dim), strict=True):
         torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
-    # One call a micro-batch, of few shapes, whatever it holds; its images take no other.
-    assert len(plan.backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
+    # One FP8 call for each micro-batch, of few shapes; stacked images take no other call.
+    assert len(packed.backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
     assert kernel.shapes == [(images, length, heads, 80 if capability == (10, 0) else 128)]
 
 
-def test_images_cut_by_context_parallelism_take_the_other_call() -> None:
+def test_images_cut_by_context_parallelism_take_the_bf16_call() -> None:
     samples = [(9, 5), (9, 1), (9, 4), (9, 6)]
     batch, head_dim = pack(samples, 0), 16
     model = ModelConfig(hidden_size=32, num_attention_heads=2, rope_sections=(2, 2, 2))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(batch.num_tokens, 2, head_dim, generator=generator) for _ in range(3))
-    plans = [plan_attention(batch, model, torch.float32, FP8_BACKEND, CPU, Cut(i, 4), True) for i in range(4)]
+    plans = [prepare_attention(batch, model, torch.float32, FP8_BACKEND, CPU, Cut(i, 4), True) for i in range(4)]
     parts = zip(plans, q.chunk(4), strict=True)
     out = torch.cat([plan.backend(part, k, v, 0.25, image_kernel=Kernel((9, 0))) for plan, part in parts])
     torch.testing.assert_close(out, attend(batch, "dense", head_dim)[0], atol=2e-5, rtol=0)
@@ -92,31 +92,31 @@ def config(**flags: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("flags", "gpu", "message"),
     [
-        ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*here is 8\.0"),
-        ({}, Gpu(), "needs compute capability 8.9 or above .*here is no GPU"),
-        ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, here is 8\.9"),
+        ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*here it is 8\.0"),
+        ({}, Gpu(), "needs compute capability 8.9 or above .*there is no GPU here"),
+        ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, here it is 8\.9"),
         (
             {"fp8_recipe": "current"},
             HOPPER,
-            "current scaling .* 10.0 .*here is 9.0; on Hopper take --fp8-recipe d",
+            "current scaling .* 10.0 .*here it is 9.0; on Hopper use --fp8-recipe d",
         ),
         ({"image_mode": "native"}, HOPPER, "images of data.image_mode = native differ in length"),
-        ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*here is 9\.6\.0"),
-        ({}, Gpu((9, 0), 91000), "which is faulty"),
+        ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*here it is 9\.6\.0"),
+        ({}, Gpu((9, 0), 91000), "which has a bug"),
         ({"fp8_recipe": "current"}, Gpu((12, 0), 91500), "no kernel for compute capability 12.0"),
     ],
 )
-def test_what_cannot_run_is_refused_with_the_reason_or_runs_in_bf16(
+def test_parts_that_cannot_run_are_refused_with_the_reason_or_run_in_bf16(
     flags: dict[str, Any], gpu: Gpu, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         choose_fp8(config(**flags), gpu)
     chosen = choose_fp8(config(**flags, fp8_fallback=True), gpu)
     assert (chosen.linears, chosen.images) == (gpu.capability >= (8, 9), False)
-    assert len(chosen.notes) == 1 and chosen.notes[0].endswith(": in BF16")
+    assert len(chosen.notes) == 1 and chosen.notes[0].endswith("; it runs in BF16")
 
 
-def test_what_can_run_does() -> None:
+def test_parts_that_can_run_do() -> None:
     assert choose_fp8(config(fp8="none", fp8_attention=False), AMPERE) == Fp8()
     assert choose_fp8(config(fp8_attention=False), HOPPER) == Fp8(True, False)
     for flags, gpu in (({}, HOPPER), ({}, BLACKWELL), ({"fp8_recipe": "current"}, BLACKWELL)):
@@ -127,7 +127,7 @@ def test_what_can_run_does() -> None:
 
 @pytest.mark.parametrize(("tp", "cp", "exchange", "heads"), [(1, 1, None, 16), (2, 1, None, 8), (2, 4, "a2a", 2),
                                                           (2, 4, "all_gather", 8)])  # fmt: skip
-def test_a_layers_kernel_takes_the_heads_that_a_rank_attends_with(
+def test_a_layers_kernel_takes_the_heads_that_a_rank_attends(
     tp: int, cp: int, exchange: str | None, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core, "TransformerEngineImages", lambda *made: made)
@@ -148,7 +148,7 @@ def test_fp8_kernel_is_near_the_rule() -> None:
         choose_fp8(config(fp8_recipe=recipe))
     except ValueError as error:
         pytest.skip(str(error))
-    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch as te_pytorch
     from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
 
     scaling = (Float8CurrentScaling if recipe == "current" else DelayedScaling)(fp8_dpa=True)
@@ -158,14 +158,14 @@ def test_fp8_kernel_is_near_the_rule() -> None:
     results = []
     for attention in (kernel, Kernel((9, 0))):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        for _ in range(3):  # delayed scaling takes the scales of the pass before
+        for _ in range(3):  # delayed scaling uses the scales of the previous pass
             for x in inputs:
                 x.grad = None
-            with te.fp8_autocast(enabled=attention is kernel, fp8_recipe=scaling):
+            with te_pytorch.fp8_autocast(enabled=attention is kernel, fp8_recipe=scaling):
                 padded = [torch.nn.functional.pad(x, (0, padding)) for x in inputs]
                 out = attention(*padded, head_dim**-0.5)[..., :head_dim]
             out.backward(grad)
         results.append((out, *(x.grad for x in inputs)))
     for ours, oracle in zip(*results, strict=True):
-        # E4M3 carries 4 bits, E5M2 3: an eighth of a value, which sums over 196 keys average out.
+        # E4M3 carries 4 bits, E5M2 3: an error of an eighth of a value, which averages out over 196 keys.
         assert (ours - oracle).norm() < 0.1 * oracle.norm()

@@ -1,4 +1,4 @@
-"""FP8 scales are part of a checkpoint: a resumed run is the uninterrupted one, and nothing else needs them."""
+"""FP8 scales are part of a checkpoint: a resumed run equals the uninterrupted one, and nothing else needs them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def state_of(run: Any) -> dict[str, torch.Tensor]:
 
 
 def trained(config: RunConfig, steps: int, history: int = 8) -> dict[str, Any]:
-    """Train to a step and save: the losses, the FP8 state at the start and at the end, what was said of it."""
+    """Train to a step and save: losses, the FP8 state at the start and at the end, and log lines about FP8."""
     from genlip_megatron.train import resume
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
@@ -61,7 +61,7 @@ def trained(config: RunConfig, steps: int, history: int = 8) -> dict[str, Any]:
 
 
 def together(results: list[dict[str, Any]], when: str) -> dict[str, torch.Tensor]:
-    """The state of all layers; ranks that have the same layer have the same state."""
+    """The state of all layers; ranks with the same layer must have the same state."""
     whole: dict[str, torch.Tensor] = {}
     for result in results:
         for name, tensor in result[when].items():
@@ -75,7 +75,7 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("name", ["1", "TP2"])
-def test_a_resumed_run_is_the_uninterrupted_one(name: str, demo_data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(name: str, demo_data: Path, tmp_path: Path) -> None:
     world_size, flags = layout(name)
     flags |= DELAYED
     whole = run_distributed(world_size, trained, tiny_config(demo_data, **flags), 4)
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, demo_data: Path, tmp_
     assert half[0]["losses"] + rest[0]["losses"] == whole[0]["losses"]
     assert_same(together(rest, "begun"), together(half, "ended"))
     for one, other in zip(rest, whole, strict=True):
-        # What a rank has seen since the last update is its own until it is saved.
+        # A history's first row is local to the rank until a save.
         assert_same({k: x[1:] if x.dim() > 1 else x for k, x in one["ended"].items()},
                     {k: x[1:] if x.dim() > 1 else x for k, x in other["ended"].items()})  # fmt: skip
     assert not any(result["said"] for result in (*half, *rest))
@@ -102,7 +102,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.parametrize("name", ["1", "PP2xVPP2", "CP2"])
-def test_another_layout_goes_on_with_the_scales(
+def test_another_layout_continues_with_the_scales(
     name: str, saved: tuple[Path, dict[str, torch.Tensor]], demo_data: Path
 ) -> None:
     world_size, flags = layout(name)
@@ -111,7 +111,7 @@ def test_another_layout_goes_on_with_the_scales(
     assert_same(together(results, "begun"), saved[1])
 
 
-def test_scales_that_do_not_fit_begin_anew_and_that_is_said(
+def test_scales_that_do_not_fit_are_reset_and_logged(
     saved: tuple[Path, dict[str, torch.Tensor]], demo_data: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(demo_data, **DELAYED, checkpoint__load=str(saved[0]))
@@ -128,7 +128,7 @@ def test_scales_that_do_not_fit_begin_anew_and_that_is_said(
     assert len(anew["said"]) == 1 and "fp8.amax_history_bwd and 15 more" in anew["said"][0]
 
 
-def test_what_needs_no_scales_takes_none(
+def test_scales_are_ignored_where_nothing_needs_them(
     saved: tuple[Path, dict[str, torch.Tensor]], demo_data: Path, tmp_path: Path
 ) -> None:
     place = saved[0]
@@ -145,7 +145,7 @@ def test_what_needs_no_scales_takes_none(
 
 
 def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The state when a save behind training begins, and what is loaded of it though passes changed it at once."""
+    """(the state when an asynchronous save begins, the state that is loaded from it); training changes it meanwhile."""
     from genlip_megatron.checkpoint.write import HostCopies
     from genlip_megatron.model.fp8_state import fp8_state
     from genlip_megatron.model.genlip import unwrap
@@ -173,7 +173,7 @@ def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tens
         return before, state_of(run)
 
 
-def test_a_save_behind_training_holds_the_scales_of_its_step(demo_data: Path, tmp_path: Path) -> None:
+def test_an_asynchronous_save_holds_the_scales_of_its_step(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, **DELAYED, checkpoint__save=str(tmp_path / "run"))
     before, after = run_distributed(1, changed_before_it_is_copied, config)[0]
     assert_same(after, before)
@@ -185,12 +185,12 @@ def test_a_bad_step_leaves_no_trace(fault: str, demo_data: Path) -> None:
     whole, bad = (run_distributed(1, scales_after_each, tiny_config(demo_data, **f), 3)[0] for f in (DELAYED, flags))
     assert not torch.equal(whole[1]["1.self_attention.linear_qkv.fp8.amax_history_fwd"],
                            whole[2]["1.self_attention.linear_qkv.fp8.amax_history_fwd"])  # fmt: skip
-    # The second pass is the undisturbed one; without an update the scales are those before it.
+    # A rerun step equals the undisturbed one; a skipped step leaves the scales of the step before.
     assert_same(bad[2], whole[2] if fault == "transient-nan" else whole[1])
 
 
 def scales_after_each(config: RunConfig, steps: int) -> list[dict[str, torch.Tensor]]:
-    """The state after each of some guarded steps."""
+    """The state after each of ``steps`` guarded steps."""
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
 
@@ -208,7 +208,7 @@ def scales_after_each(config: RunConfig, steps: int) -> list[dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("ends_in_bf16", [True, False])
-def test_scales_that_are_not_saved_are_told(ends_in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_that_are_not_saved_are_logged(ends_in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = torch.nn.Module()
     state = SimpleNamespace(scale=torch.ones(3), amax_history=torch.zeros(1, 3))
     attention.fp8_meta = {"scaling_fwd": state}

@@ -1,4 +1,4 @@
-"""What ``train.fusion`` compiles traces as a whole, with the same results; and where it may be asked for."""
+"""The functions that ``train.fusion`` compiles trace without a graph break, give the same results, and need a GPU."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from genlip_megatron import megatron_patches
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import ModelConfig, RunConfig, override
 from genlip_megatron.device import current_device
-from genlip_megatron.model.attention import plan_attention
+from genlip_megatron.model.attention import prepare_attention
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.norm import LayerNorm
 from genlip_megatron.testing.distributed import run_distributed
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Traced and differentiated as compiled; kernels are a compiler's business, which a machine without a GPU may lack.
+# Traced and differentiated as compiled, without compiling kernels: a machine without a GPU may lack a compiler.
 COMPARE = """
 import sys, torch
 from genlip_megatron.model import fusion
@@ -53,7 +53,7 @@ for function, arguments in cases:
     for plain, fused in zip(results(function, arguments), results(fusion.compiled(function), arguments), strict=True):
         torch.testing.assert_close(fused, plain)
 
-# Beyond the kinds that torch compiles a function runs as it is.
+# After torch's limit of variants a function runs uncompiled.
 if device == "cpu":
     torch.compile = lambda function, **options: compile_function(function, backend="aot_eager", **options)
 torch._dynamo.reset()
@@ -65,29 +65,29 @@ with torch._dynamo.config.patch(recompile_limit=1):
 
 
 def compare(device: str) -> None:
-    # In a process of its own, where the CPU layer has not put its function mode around everything.
+    # In a separate process, without the function mode of the CPU layer (megatron_patches).
     subprocess.run([sys.executable, "-c", COMPARE, device], cwd=ROOT, env=dict(os.environ), check=True, timeout=300)
 
 
-def test_compiled_functions_are_traced_as_a_whole() -> None:
+def test_compiled_functions_trace_without_a_graph_break() -> None:
     compare("cpu")
 
 
-def test_attention_turns_by_the_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_applies_rotary_positions_by_the_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
     def turn(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return 0 * x
 
-    monkeypatch.setattr("genlip_megatron.model.attention.plan.compiled", lambda _: turn)
+    monkeypatch.setattr("genlip_megatron.model.attention.packed.compiled", lambda _: turn)
     batch = pack_samples([[Sample(None, 0, 0, [1, 2, 3])]], 4)
     model, q = ModelConfig(rope_sections=(1, 0, 0), hidden_size=4, num_attention_heads=2), torch.randn(4, 2, 2)
     for fusion in (False, True):
-        plan = plan_attention(batch, model, torch.float32, "dense", torch.device("cpu"), fusion=fusion)
-        # Scores of nothing: every token sees the mean of what lies before it.
-        mean = torch.allclose(plan.backend(q, q, q, 1.0)[2], q[:3].mean(0), atol=1e-6)
+        packed = prepare_attention(batch, model, torch.float32, "dense", torch.device("cpu"), fusion=fusion)
+        # All scores are 0, so every token gets the mean of the tokens before it.
+        mean = torch.allclose(packed.backend(q, q, q, 1.0)[2], q[:3].mean(0), atol=1e-6)
         assert mean == fusion
 
 
-def test_a_norm_gives_what_it_was_handed_for_that_tensor_alone() -> None:
+def test_a_norm_returns_a_handed_result_once_and_only_for_that_tensor() -> None:
     def norm_of(use: str) -> torch.Tensor:
         norm = LayerNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), 4)
         x = torch.arange(4.0, device=current_device())
@@ -102,7 +102,7 @@ def test_a_norm_gives_what_it_was_handed_for_that_tensor_alone() -> None:
 
 
 def norms_and_gradients(fusion: str, recompute: str) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
-    """(norms that were made by themselves, loss, gradients) of two layers; nothing is compiled."""
+    """(norms computed separately, loss, gradients) of two layers; nothing is compiled."""
     from genlip_megatron.model import genlip, specs
     from genlip_megatron.parallel import groups
     from tests.train.test_no_waits import MODEL, batch
@@ -129,9 +129,9 @@ def norms_and_gradients(fusion: str, recompute: str) -> tuple[int, torch.Tensor,
 
 
 @pytest.mark.parametrize(("recompute", "norms"), [("none", (5, 2)), ("full", (9, 5))])
-def test_norms_are_made_beside_the_branches_they_follow(recompute: str, norms: tuple[int, int]) -> None:
-    """Two in each of two layers and the head's: what is left are the first layer's first and the head's; with
-    recomputation each layer's first, twice."""
+def test_norms_are_computed_with_the_branches_they_follow(recompute: str, norms: tuple[int, int]) -> None:
+    """Two layers have two norms each, the head has one. The first layer's first norm and the head's stay separate. With
+    recomputation each layer's first norm does too, and runs twice."""
     (plain,) = run_distributed(1, norms_and_gradients, "none", recompute)
     (fused,) = run_distributed(1, norms_and_gradients, "norms", recompute)
     assert (plain[0], fused[0]) == norms
@@ -141,7 +141,7 @@ def test_norms_are_made_beside_the_branches_they_follow(recompute: str, norms: t
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_compiled_kernels_are_equal_to_the_plain_operations() -> None:
+def test_compiled_kernels_equal_the_plain_operations() -> None:
     compare("cuda")
 
 
@@ -149,7 +149,7 @@ def test_compiled_kernels_are_equal_to_the_plain_operations() -> None:
 def test_without_a_gpu_nothing_is_compiled() -> None:
     assert not fusion_choice("auto") and not fusion_choice("none")
     for setting in ("compile", "norms"):
-        with pytest.raises(ValueError, match=f"train.fusion = {setting}: needs a CUDA device.*allowed: auto, none"):
+        with pytest.raises(ValueError, match=f"train.fusion = {setting}: needs a CUDA device.*Use auto or none"):
             fusion_choice(setting)
     with pytest.raises(ValueError, match="train.fusion = 'jit': expected one of auto, none, compile, norms"):
         override(RunConfig(), {"train.fusion": "jit"})

@@ -1,4 +1,4 @@
-"""Greedy generation repeats the authors' tokens, on one process and on any layout."""
+"""Greedy generation gives the authors' tokens, on one process and on any layout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def run_generate(path: str, flags: dict[str, Any]) -> list[int]:
     from genlip_megatron.infer.generate import generate
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.model.weights import fill_weights
     from genlip_megatron.parallel import groups
-    from genlip_megatron.parallel.initial import fill_weights
 
     model, golden = load_golden(Path(path))
     run = override(golden_run(model, 96), {name.replace("__", "."): value for name, value in flags.items()})
@@ -64,7 +64,7 @@ def captions_of_a_new_model(config: RunConfig) -> list[list[int]]:
 
 @pytest.mark.parametrize(("name", "flags"), [("TP2xPP2", {}), ("PP2xVPP2", {}), ("CP2xDP2", {"parallel__fsdp": True})])
 def test_several_requests_on_wrapped_models(name: str, flags: dict[str, Any]) -> None:
-    alone = run_distributed(1, captions_of_a_new_model, tiny_config(Path("unused")))[0]
+    expected = run_distributed(1, captions_of_a_new_model, tiny_config(Path("unused")))[0]
     world_size, sizes = layout(name)
     for captions in run_distributed(world_size, captions_of_a_new_model, tiny_config(Path("unused"), **sizes, **flags)):
-        assert captions == alone
+        assert captions == expected

@@ -1,7 +1,7 @@
 """The model equals the authors' model class: outputs of every layer, logits, loss, every gradient, image features.
 
-Float32 on CPU. Tolerances are several times the worst difference seen (in brackets), which is rounding: the sums run
-in another order here. Each gradient tensor is compared by itself, since a norm over all hides a lost reduction.
+Float32 on a CPU. Tolerances are several times the worst difference measured (in brackets), which is rounding: sums run
+in another order here. Each gradient tensor is compared separately, since a norm over all would hide a lost reduction.
 """
 
 from __future__ import annotations

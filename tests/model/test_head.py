@@ -1,4 +1,4 @@
-"""The head's loss and gradients: by torch, by Triton's kernels, into DDP's buffer; and the memory that they take."""
+"""The head's loss and gradients: by torch, by Triton kernels, into DDP's buffer; and their memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from genlip_megatron.model import cross_entropy, head
 
 ROOT = Path(__file__).parent.parent.parent
-ALONE = SimpleNamespace(size=lambda: 1)
+ONE_RANK = SimpleNamespace(size=lambda: 1)
 ROWS, COLUMNS, WIDTH, PADDED = 300, 61, 8, 64
 
 
@@ -35,14 +35,14 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def loss_and_gradients(dtype: torch.dtype, in_buffer: bool, factor: float = 1.0) -> tuple[Tensor, ...]:
-    """(loss, gradient of x, of the weight) of the head's function, in chunks."""
+    """(loss, gradient of x, gradient of the weight) of the head's function, in chunks."""
     x, weight, labels, row_weights = problem(dtype)
     x.requires_grad_()
     weight = torch.nn.Parameter(weight)
     if in_buffer:
         weight.main_grad = torch.ones(PADDED, WIDTH)
         weight.grad_added_to_main_grad = False
-    loss = head._HeadLoss.apply(x, weight, labels, row_weights, 0, COLUMNS, ALONE, True)
+    loss = head._HeadLoss.apply(x, weight, labels, row_weights, 0, COLUMNS, ONE_RANK, True)
     (loss * factor).backward()
     assert x.grad is not None and weight.grad is not None
     if not in_buffer:
@@ -59,7 +59,7 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_short_chunks")
 @pytest.mark.parametrize("in_buffer", [False, True])
-def test_loss_and_gradients_are_those_of_torch(in_buffer: bool) -> None:
+def test_loss_and_gradients_equal_torch(in_buffer: bool) -> None:
     x, weight, labels, row_weights = problem(torch.float32)
     x.requires_grad_()
     weight.requires_grad_()
@@ -73,17 +73,17 @@ def test_loss_and_gradients_are_those_of_torch(in_buffer: bool) -> None:
 
 @pytest.mark.usefixtures("_short_chunks")
 def test_bfloat16_sums_its_weight_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_CPU_ROWS", 4)  # many short sums, which bfloat16 would round again and again
+    monkeypatch.setattr(cross_entropy, "_CPU_ROWS", 4)  # many short sums; a bfloat16 sum would round each of them
     exact = loss_and_gradients(torch.float32, True)
     for in_buffer in (False, True):
         found = loss_and_gradients(torch.bfloat16, in_buffer)
         for ours, theirs in zip(found, exact, strict=True):
-            # Seen: 0.0040, from operands in bfloat16; 0.0075 when the sum is in bfloat16 too.
+            # Measured: 0.0040 from bfloat16 operands; 0.0075 with a bfloat16 sum.
             assert (ours.float() - theirs).norm() <= 0.006 * theirs.norm()
 
 
-def test_a_loss_that_is_scaled_spoils_what_is_in_the_buffer() -> None:
-    """It was added for the factor 1; a wrong gradient must not pass for a right one."""
+def test_a_scaled_loss_turns_the_gradient_in_the_buffer_into_nan() -> None:
+    """The gradient was added for the factor 1, so any other factor must be noticed."""
     assert loss_and_gradients(torch.float32, True)[2].isfinite().all()
     assert loss_and_gradients(torch.float32, True, factor=2.0)[2].isnan().any()
     plain, scaled = (loss_and_gradients(torch.float32, False, factor) for factor in (1.0, 2.0))
@@ -114,9 +114,9 @@ torch.save(found, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
-def test_kernels_are_equal_to_torch(tmp_path: Path) -> None:
-    """On two tensor-parallel ranks, the second of which has fewer tokens than columns, or none. In processes of their
-    own, since Triton must be imported with its interpreter on."""
+def test_kernels_equal_torch(tmp_path: Path) -> None:
+    """On two tensor-parallel ranks; the second has padding columns, or no tokens at all. In separate processes, since
+    Triton must be imported with its interpreter on."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ranks = [
         subprocess.Popen([sys.executable, "-c", BY_KERNELS, str(rank), str(tmp_path)], env=environment, cwd=ROOT)
@@ -136,7 +136,7 @@ def test_kernels_are_equal_to_torch(tmp_path: Path) -> None:
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of tensors made within it that lived at once."""
+    """Peak bytes of the tensors created within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("width", [1024, 1152, 1536])
 def test_head_of_a_64k_micro_batch_takes_less_than_1_gib(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes alone, on the meta device, along the path of a GPU; the kernels work in place and make nothing."""
+    """On the meta device, along a GPU's path; the kernels work in place and allocate nothing."""
     kernels = SimpleNamespace(
         row_statistics=lambda logits, *_: logits.new_empty(3, len(logits), dtype=torch.float32).unbind(),
         to_gradient_=lambda *_: None,
@@ -175,13 +175,13 @@ def test_head_of_a_64k_micro_batch_takes_less_than_1_gib(width: int, monkeypatch
     x = torch.empty(rows, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.nn.Parameter(torch.empty(vocabulary, width, dtype=torch.bfloat16, device="meta"))
     weight.main_grad = torch.empty(vocabulary, width, device="meta")
-    # The product is added in place, as addmm.dtype_out does; without the buffer it would be a matrix of its own.
+    # The product is added in place, as addmm.dtype_out does.
     monkeypatch.setattr(head, "add_product_", lambda total, grad, x: total.add_(0.0))
     labels = torch.empty(rows, dtype=torch.int64, device="meta")
     row_weights = torch.empty(rows, device="meta")
     with Peak() as peak:
-        head._HeadLoss.apply(x, weight, labels, row_weights, 0, vocabulary, ALONE, True).backward()
-    # What the caller keeps of the rows: gathered hidden states, the norm's output and the projection's.
+        head._HeadLoss.apply(x, weight, labels, row_weights, 0, vocabulary, ONE_RANK, True).backward()
+    # The caller keeps the rows' gathered hidden states, the norm's output and the projection's output.
     kept = 3 * rows * max(width, 1152) * 2
     print(f"E = {width}: {peak.most / 2**30:.3f} GiB, with the rows themselves {(peak.most + kept) / 2**30:.3f} GiB")
     assert peak.most > cross_entropy._LOGITS_BUDGET * 0.9
@@ -197,7 +197,7 @@ def test_kernels_and_buffer_on_a_gpu() -> None:
         parameter = torch.nn.Parameter(weight.clone())
         if in_buffer:
             parameter.main_grad = torch.zeros(PADDED, WIDTH, device="cuda")
-        head._HeadLoss.apply(mine, parameter, labels, row_weights, 0, COLUMNS, ALONE, True).backward()
+        head._HeadLoss.apply(mine, parameter, labels, row_weights, 0, COLUMNS, ONE_RANK, True).backward()
         assert mine.grad is not None and parameter.grad is not None
         results.append((mine.grad, parameter.main_grad if in_buffer else parameter.grad.float()))
     expected = loss_and_gradients(torch.float32, False)

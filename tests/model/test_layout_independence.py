@@ -1,4 +1,4 @@
-"""Weights and their layouts: what a rank holds depends on the layout, what the model is does not."""
+"""The table of parameters and the weights: the layout decides which part a rank holds, not the model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.convert.table import TABLE, canonical_shapes, find
-from genlip_megatron.parallel.initial import initial_tensor
+from genlip_megatron.model.state_dict import TABLE, canonical_shapes, find
+from genlip_megatron.model.weights import initial_tensor
 from genlip_megatron.testing.distributed import run_distributed
 
 MODEL = ModelConfig(
@@ -33,7 +33,7 @@ TEXT_PARTS = ("embeddings.", "lm_head.", "in_proj.", "proj.")
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_parameter_counts_of_the_presets(name: str) -> None:
+def test_parameter_counts_of_the_named_sizes(name: str) -> None:
     model, vision, total = SIZES[name]
     sizes = {key: torch.Size(shape).numel() for key, shape in canonical_shapes(model).items()}
     assert sum(size for key, size in sizes.items() if not key.startswith(TEXT_PARTS)) == vision
@@ -47,7 +47,7 @@ def initial_weights(model: ModelConfig, tp: int, pp: int) -> dict[str, torch.Ten
 
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.parallel.initial import gather_canonical
+    from genlip_megatron.model.weights import gather_canonical
     from genlip_megatron.testing.golden import golden_run
 
     parallel_state.destroy_model_parallel()
@@ -88,7 +88,8 @@ def test_table_round_trips_every_tensor(size: int, gate: bool) -> None:
     full = {name: torch.randn(shape) for name, shape in canonical_shapes(model).items()}
     seen = set()
     for entry in TABLE:
-        names, layout = find(entry.local.format(i=1), 0)
+        names, _ = find(entry.local.format(i=1))
+        layout = entry.layout
         tensors = [full[name] for name in names]
         for name, back in zip(names, layout.join(layout.split(tensors, model, size), model), strict=True):
             assert torch.equal(back, full[name]), name

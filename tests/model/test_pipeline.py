@@ -1,4 +1,4 @@
-"""The split of the layers over pipeline stages: balanced with embedding and head, for any number of layers."""
+"""The split of layers over pipeline stages: balanced with embedding and head, for any number of layers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_split_balances_layers_embedding_and_head(pp: int, vpp: int) -> None:
     costs = chunk_costs(SO16, counts)
     assert 2.0 < head_cost_in_layers(SO16) < 4.0
     stages = [sum(costs[stage::pp]) for stage in range(pp)]
-    # No split can beat the mean; layers are whole, so the slowest stage stays within one layer of it, unless the
-    # last chunk's one layer and its head alone are above that.
+    # No split beats the mean. Layers are whole, so the slowest stage is within one layer of it, unless the last chunk's
+    # single layer and its head exceed that.
     assert max(stages) <= max(sum(costs) / pp + 1, 1 + head_cost_in_layers(SO16) + (vpp - 1) * max(counts))
 
 

@@ -1,5 +1,5 @@
-"""Values that are freed after their use and made again for the backward pass; that training stays the same bit for bit
-is in ``tests/train/test_parity.py``, what it saves in ``tests/test_estimate.py``."""
+"""Values that are freed after use and recomputed for the backward pass. ``tests/train/test_parity.py`` shows that
+training stays bit-identical, ``tests/test_estimate.py`` how much memory it saves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genlip_megatron.testing.runs import tiny_config
 
 
 class _Norm:
-    """A function that can be watched."""
+    """A LayerNorm that counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -29,7 +29,7 @@ class _Norm:
         return F.layer_norm(x, x.shape[-1:])
 
 
-def test_freed_until_the_backward_pass_and_let_go_after_it() -> None:
+def test_value_is_freed_until_the_backward_pass_and_its_inputs_released_after_it() -> None:
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     F.linear(F.layer_norm(x, (8,)), weight).square().sum().backward()
     expected = (x.grad, weight.grad)
@@ -45,23 +45,23 @@ def test_freed_until_the_backward_pass_and_let_go_after_it() -> None:
     assert norm.calls == 2
     assert expected[0] is not None and expected[1] is not None and x.grad is not None and weight.grad is not None
     assert torch.equal(x.grad, expected[0]) and torch.equal(weight.grad, expected[1])
-    # The loss still holds the graph, which must hold nothing of it.
+    # The loss still holds the graph, which must not hold the function.
     del norm, normed, product
     gc.collect()
     assert held() is None and loss.grad_fn is not None
 
 
-def test_a_second_backward_pass_is_an_error_that_says_why() -> None:
+def test_a_second_backward_pass_is_an_error() -> None:
     x = torch.randn(6, 8, requires_grad=True)
     normed = recomputable(_Norm(), x)
     product = normed * 2
     discard(normed, product)
     product.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward pass over a layer with --recompute-modules"):
+    with pytest.raises(RuntimeError, match="--recompute-modules supports one backward pass"):
         product.sum().backward()
 
 
-def test_what_is_not_marked_or_needs_no_gradient_stays() -> None:
+def test_values_that_are_not_recomputable_or_need_no_gradient_stay() -> None:
     x = torch.randn(6, 8, requires_grad=True)
     plain = F.layer_norm(x, (8,))
     discard(plain, plain * 2)
@@ -73,11 +73,11 @@ def test_what_is_not_marked_or_needs_no_gradient_stays() -> None:
         discard(normed, normed * 2)
     assert normed.untyped_storage().size()
     del norm
-    assert held() is None, "and holds nothing of what it was made of"
+    assert held() is None, "a value without a gradient holds its function"
 
 
 def _keeping(config: RunConfig) -> list[set[str]]:
-    """Of each layer, the linears that keep the input they are given and no FP8 copy of it."""
+    """For each layer, the linears that save their original input and not an FP8 copy of it."""
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
     from genlip_megatron.parallel import groups
@@ -100,7 +100,7 @@ def _keeping(config: RunConfig) -> list[set[str]]:
         ("mlp_act,output_gate", {"self_attention.linear_proj", "mlp.linear_fc2"}),
     ],
 )
-def test_linears_in_fp8_keep_the_input_that_is_made_again(modules: str, linears: set[str], demo_data: Path) -> None:
+def test_fp8_linears_save_the_input_that_is_recomputed(modules: str, linears: set[str], demo_data: Path) -> None:
     flags = {"train__fp8": "hybrid", "train__fp8_recipe": "current", "train__transformer_impl": "transformer_engine"}
     recompute = {"parallel__recompute": "selective", "parallel__recompute_modules": modules}
     config = tiny_config(demo_data, **{"train__precision": "bf16", "data__seq_length": 512}, **flags, **recompute)

@@ -1,5 +1,5 @@
-"""Layers of Transformer Engine are the same model as local ones: weights, training, checkpoints; and FP8 goes where it
-should. On a CPU stand-ins take its place; only a GPU shows its kernels."""
+"""Transformer Engine's layers are the same model as local ones: weights, training, checkpoints; FP8 runs in the right
+layers. On a CPU stand-ins replace Transformer Engine; only a GPU tests its kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
-from genlip_megatron.convert.table import find
+from genlip_megatron.model.state_dict import find
 from genlip_megatron.model.te_support import why_no_engine
 from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.testing.distributed import run_distributed
@@ -39,15 +39,15 @@ FUSED: dict[str, Any] = {"train__transformer_impl": "transformer_engine"}
             "2.8.1",
             "",
             True,
-            "Transformer Engine 2.8.1 is not one that Megatron-Core 0.16.1 asks for: 2.9 and below 2.12",
+            "Transformer Engine 2.8.1 is not a version that Megatron-Core 0.16.1 supports: 2.9 and below 2.12",
         ),
         ("2.10.0", "", True, None),
-        ("2.10.0", "", False, "Transformer Engine 2.10.0 runs on GPUs alone, and torch sees none here"),
+        ("2.10.0", "", False, "Transformer Engine 2.10.0 needs a GPU, and torch sees none"),
         ("2.10.0", "raise ImportError('undefined symbol: x')", True, "does not load: undefined symbol: x (docs/ins"),
         ("2.10.0", "raise OSError('libcudnn.so: no')", True, "does not load: libcudnn.so: no (docs/install-gpu.md"),
     ],
 )
-def test_an_engine_that_does_not_load_is_none(
+def test_why_transformer_engine_cannot_run(
     version: str, code: str, gpu: bool, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "transformer_engine" / "pytorch").mkdir(parents=True)
@@ -55,7 +55,7 @@ def test_an_engine_that_does_not_load_is_none(
     (tmp_path / "transformer_engine" / "pytorch" / "__init__.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("transformer_engine", "transformer_engine.pytorch"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # so that what stood there comes back
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # so that monkeypatch restores the old entry
         del sys.modules[name]
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -63,7 +63,7 @@ def test_an_engine_that_does_not_load_is_none(
     assert found is None if reason is None else reason in (found or "")
 
 
-def test_on_a_cpu_megatron_core_takes_no_kernels_of_an_engine(tmp_path: Path) -> None:
+def test_on_a_cpu_megatron_core_uses_no_kernels_of_transformer_engine(tmp_path: Path) -> None:
     optimizers = tmp_path / "transformer_engine" / "pytorch" / "optimizers"
     optimizers.mkdir(parents=True)
     for folder in (optimizers, *list(optimizers.parents)[:2]):
@@ -82,7 +82,7 @@ assert clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale, cli
 
 
 @pytest.mark.parametrize("name", ["1", "TP2"])
-def test_fused_norms_train_as_norms_alone(name: str, demo_data: Path) -> None:
+def test_fused_norms_train_as_separate_norms(name: str, demo_data: Path) -> None:
     world_size, flags = layout(name)
     alone = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
     fused = run_distributed(world_size, run_engine_steps, tiny_config(demo_data, **flags, **FUSED), STEPS)
@@ -91,7 +91,7 @@ def test_fused_norms_train_as_norms_alone(name: str, demo_data: Path) -> None:
     assert [name for name, _ in fused[0]["seen"]] == ["qkv", "proj", "fc1", "fc2"] * 4
     expected = weights(alone)
     for tensor, weight in weights(fused).items():
-        # Adam turns rounding of tiny gradients into steps of the learning rate, of which four were made.
+        # Adam turns the rounding of tiny gradients into steps of the learning rate; there were four steps.
         torch.testing.assert_close(weight, expected[tensor], atol=2e-5, rtol=0, msg=tensor)
 
 
@@ -101,14 +101,14 @@ def parity_run_with_stand_ins(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
-def test_every_gradient_is_that_of_the_local_layers(stage: str, demo_data: Path) -> None:
+def test_every_gradient_equals_that_of_the_local_layers(stage: str, demo_data: Path) -> None:
     local = run_distributed(1, parity_run, parity_config(demo_data, stage))
     fused = run_distributed(1, parity_run_with_stand_ins, parity_config(demo_data, stage, **FUSED))
     assert problems(fused, local[0]) == [] and len(local[0]["gradients"]) > 40
 
 
 @pytest.mark.parametrize("begin", ["local", "transformer_engine"])
-def test_a_checkpoint_of_either_continues_in_the_other(begin: str, demo_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_kind_of_layers_continues_in_the_other(begin: str, demo_data: Path, tmp_path: Path) -> None:
     runs = (run_steps, {}), (run_engine_steps, FUSED)
     first, then = runs if begin == "local" else runs[::-1]
     folder = str(tmp_path / "run")
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_either_continues_in_the_other(begin: str, demo_data: Pa
     assert rest["losses"] == pytest.approx(whole["losses"][STEPS // 2 :], rel=1e-5)
 
 
-def test_state_as_it_stands_is_not_read_in_another_order(demo_data: Path, tmp_path: Path) -> None:
+def test_dp_reshardable_state_is_not_read_in_another_order(demo_data: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     run_distributed(1, run_engine_steps, tiny_config(demo_data, checkpoint__save=folder, **FUSED), 1, False)
     message = run_distributed(1, failing_set_up, tiny_config(demo_data, checkpoint__save=folder))[0]
@@ -130,7 +130,7 @@ def test_state_as_it_stands_is_not_read_in_another_order(demo_data: Path, tmp_pa
 def _layers_in_fp8(result: dict[str, Any]) -> list[bool]:
     seen = [in_fp8 for _, in_fp8 in result["seen"]]
     layers = [set(seen[i : i + 4]) for i in range(0, len(seen), 4)]
-    assert all(len(layer) == 1 for layer in layers), "a layer is in one format as a whole"
+    assert all(len(layer) == 1 for layer in layers), "one format for all linears of a layer"
     return [layer.pop() for layer in layers]
 
 
@@ -138,7 +138,7 @@ def fp8_config(data: Path, **flags: Any) -> RunConfig:
     return tiny_config(data, train__precision="bf16", **FUSED, **{"train__fp8": "hybrid", **flags})
 
 
-def test_every_layer_is_in_fp8_and_edges_stay_in_bf16_on_request(demo_data: Path) -> None:
+def test_every_layer_is_in_fp8_unless_first_and_last_layers_stay_in_bf16(demo_data: Path) -> None:
     for flags, expected in (
         ({"train__fp8": "none"}, [False] * 4),
         ({}, [True] * 4),
@@ -172,7 +172,7 @@ def test_settings_reach_megatron_core(demo_data: Path) -> None:
 
 
 @pytest.mark.parametrize(("ends", "modes"), [(False, ["fp8"]), (True, ["fp8", "none"])])
-def test_user_buffers_are_made_for_what_the_layers_run_in(
+def test_user_buffers_match_the_formats_of_the_layers(
     ends: bool, modes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
@@ -186,13 +186,13 @@ def test_user_buffers_are_made_for_what_the_layers_run_in(
         first_last_layers_bf16=ends, tensor_model_parallel_size=2, params_dtype=torch.bfloat16,
     )  # fmt: skip
     prepare_user_buffers(transformer, 512)
-    assert not asked, "not without tp_comm_overlap"
+    assert not asked, "no buffers without tp_comm_overlap"
     transformer.tp_comm_overlap = True
     prepare_user_buffers(transformer, 512)
     assert (asked["shape"], asked["tp_size"], asked["quantization_modes"]) == ([512, 64], 2, modes)
 
 
-def test_a_norm_that_is_recomputed_stands_alone(demo_data: Path) -> None:
+def test_a_recomputed_or_offloaded_norm_is_not_fused(demo_data: Path) -> None:
     from genlip_megatron.model.te_support import fused_norms
 
     flags = {"parallel__recompute": "selective", "parallel__recompute_modules": ["layernorm"]}
@@ -204,15 +204,15 @@ def test_a_norm_that_is_recomputed_stands_alone(demo_data: Path) -> None:
 def test_names_of_fused_norms() -> None:
     for fused, alone in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
         for kind in ("weight", "bias"):
-            names, layout = find(f"decoder.layers.1.{fused}.layer_norm_{kind}", 2)
-            assert names == (f"visual.layers.3.{alone}.{kind}",) and layout.dim is None
+            names, entry = find(f"decoder.layers.1.{fused}.layer_norm_{kind}", 2)
+            assert names == (f"visual.layers.3.{alone}.{kind}",) and entry.layout.dim is None
 
 
 def _exact_values(config: RunConfig) -> bool:
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
+    from genlip_megatron.model.weights import fill_initial_weights
     from genlip_megatron.parallel import groups
-    from genlip_megatron.parallel.initial import fill_initial_weights
 
     groups.initialize(config)
     (model,) = build_model(config, transformer_config(config))
@@ -222,12 +222,12 @@ def _exact_values(config: RunConfig) -> bool:
     return bool((weight._high_precision_init_val.bfloat16() == weight).all() and weight.any())
 
 
-def test_weights_in_fp8_keep_what_they_were_made_from(demo_data: Path) -> None:
+def test_fp8_weights_keep_their_exact_initial_values(demo_data: Path) -> None:
     assert run_distributed(1, _exact_values, tiny_config(demo_data, train__precision="bf16")) == [True]
 
 
 def _state(config: RunConfig) -> tuple[list[str], str]:
-    """Pickled entries of a checkpoint, and what a model says of a state without its first weight."""
+    """(pickled entries of a checkpoint, the error for a state dict that lacks a weight)."""
     from genlip_megatron.model.genlip import build_model
     from genlip_megatron.model.specs import transformer_config
     from genlip_megatron.parallel import groups
@@ -269,7 +269,7 @@ def test_fifty_steps_in_bf16_follow_the_local_layers(demo_data: Path) -> None:
     assert problems([beside], alone, BFLOAT16) == []
     local = run_steps(tiny_config(demo_data, **flags), 50)
     fused = run_steps(tiny_config(demo_data, **flags, **FUSED), 50)
-    # The first step's gradients differ by rounding to bfloat16, 1/256; later ones by what training makes of it.
+    # The first step's gradients differ by rounding to bfloat16, 1/256; training amplifies that in later steps.
     assert fused["losses"][0] == pytest.approx(local["losses"][0], rel=1e-3)
     assert fused["norms"][0] == pytest.approx(local["norms"][0], rel=1e-2)
     assert fused["losses"] == pytest.approx(local["losses"], rel=2e-2)

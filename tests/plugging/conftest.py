@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from genlip_megatron.config import DataConfig, ModelConfig
-from genlip_megatron.convert.folder import hf_config, write_side_files
+from genlip_megatron.convert.hf_folder import hf_config, write_side_files
 from genlip_megatron.convert.tokenizer import END_OF_TURN, export_tokenizer
 from genlip_megatron.hf.configuration_genlip import GenLIPConfig
 from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM

@@ -1,4 +1,4 @@
-"""tools/estimate.py prints what it promises, and answers bad input with one line."""
+"""tools/estimate.py prints its report, and one line for bad input."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_layout_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert "This layout does not fit. The nearest that fit:" in text
     assert "--tp 1 --pp 1 --micro-batch-size 1 --overlap-grad-reduce --overlap-param-gather --recompute none" in text
     assert tool.main(["--config", "g16_stage1", "--gpu-memory-gb", "1"]) == 1
-    assert "no layout on 1 x h100 fits 1.0 GiB a rank" in capsys.readouterr().out
+    assert "no layout on 1 x h100 fits 1.0 GiB per rank" in capsys.readouterr().out
 
 
 def test_a_cpu_has_no_rate_to_quote(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.convert import folder as exported
+from genlip_megatron.convert import hf_folder as exported
 from genlip_megatron.data.dataset import manifest_paths
 from genlip_megatron.data.index import index_path
 from genlip_megatron.faults import exits
@@ -277,7 +277,7 @@ def test_an_encoder_replaces_only_encoders_and_their_weights(tmp_path: Path) -> 
     for other in (b"", b"\x08 pixel_values embeddings", b"pixel_values vision_embeddings"):
         output.write_bytes(other)
         assert not export_encoder.is_own(data, output)
-        with pytest.raises(ValueError, match="--overwrite replaces only what this tool has written"):
+        with pytest.raises(ValueError, match="--overwrite replaces only folders that this tool wrote"):
             export_encoder.write_encoder("folder", output, overwrite=True)
     assert data.read_bytes() == b"weights"
 

@@ -63,8 +63,8 @@ class Poisoned(torch.autograd.Function):
 def careless_kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> Tensor:
-    """The plain kernel, but it leaves rows after the last sequence uninitialised, as GPU kernels do."""
-    from genlip_megatron.model.attention.varlen import reference_kernel
+    """The plain kernel, which leaves what is behind the last sequence as it was, as those of a GPU do."""
+    from genlip_megatron.model.attention.two_calls import reference_kernel
 
     assert max_q >= int(cu_q.diff().max()) and max_k >= int(cu_k.diff().max())
     queries, keys = int(cu_q[-1]), int(cu_k[-1])
@@ -134,13 +134,13 @@ def trained(
         releases: if given, no memory is free beside the graphs, and this is the limit of releases.
         fails: the capture that runs out of memory.
     """
-    from genlip_megatron.model.attention import BACKENDS, varlen
+    from genlip_megatron.model.attention import BACKENDS, two_calls
     from genlip_megatron.parallel import groups
     from genlip_megatron.train import graphs
     from genlip_megatron.train.setup import build_run
     from genlip_megatron.train.step import train_step
 
-    class Careless(varlen.TwoCalls):
+    class Careless(two_calls.TwoCalls):
         kernel = staticmethod(careless_kernel)
 
         @staticmethod
@@ -249,5 +249,5 @@ def test_settings_that_graphs_do_not_support_are_refused(setting: str, value: An
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_graphs_need_a_gpu() -> None:
-    with pytest.raises(ValueError, match="train.cuda_graph: needs a CUDA device"):
+    with pytest.raises(ValueError, match="train.cuda_graph = True: needs a CUDA device"):
         check_machine(override(RunConfig(), {"train.cuda_graph": True}))

@@ -15,9 +15,9 @@ import xxhash
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
+from genlip_megatron.model.flops import COUNTS
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import full_weights, layout, tiny_config, weights
-from genlip_megatron.train.metrics import COUNTS
 from genlip_megatron.train.rerun import Replay
 from tests.fault_table import FaultRow
 

@@ -7,7 +7,7 @@ import torch
 
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import ModelConfig
-from genlip_megatron.train.metrics import COUNTS, count_batch, training_flops
+from genlip_megatron.model.flops import COUNTS, count_batch, training_flops
 
 SIZES = {
     "l16": (ModelConfig(24, 1024, 16, 2816, 1024), 0.620),

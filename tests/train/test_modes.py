@@ -49,7 +49,7 @@ def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(
 def started(config: RunConfig) -> dict[str, Any]:
     """The state in which a run starts."""
     from genlip_megatron.model.genlip import unwrap
-    from genlip_megatron.parallel.initial import gather_canonical
+    from genlip_megatron.model.weights import gather_canonical
     from genlip_megatron.train.setup import set_up
 
     run = set_up(config)

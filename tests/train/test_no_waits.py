@@ -118,15 +118,15 @@ def batch(seed: int) -> PackedBatch:
 
 
 def steps(backend: str, flags: dict[str, Any]) -> None:
-    """Two steps of two micro-batches; the second one, with all caches filled, may wait once."""
-    from genlip_megatron.model.attention import BACKENDS, varlen
+    """Two steps of two micro-batches; the second, when all caches are filled, may wait once."""
+    from genlip_megatron.model.attention import BACKENDS, two_calls
     from genlip_megatron.parallel import groups
     from genlip_megatron.train import forward_backward
     from genlip_megatron.train.setup import build_run
     from genlip_megatron.train.state import Run
     from genlip_megatron.train.step import train_step
 
-    class Stub(varlen.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
+    class Stub(two_calls.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
         kernel = staticmethod(lambda q, *_, **__: q)
 
         @staticmethod

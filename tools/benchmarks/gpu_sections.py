@@ -38,15 +38,15 @@ from genlip_megatron.config import (  # noqa: E402
 from genlip_megatron.data.loader import Loader, drop_path_factors  # noqa: E402
 from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.model import genlip  # noqa: E402
-from genlip_megatron.model.attention import BACKENDS, plan_attention  # noqa: E402
+from genlip_megatron.model.attention import BACKENDS, prepare_attention  # noqa: E402
 from genlip_megatron.model.attention.backend import Place  # noqa: E402
+from genlip_megatron.model.flops import COUNTS, HOPPER_TFLOPS, count_batch, training_flops  # noqa: E402
 from genlip_megatron.model.fusion import compiled  # noqa: E402
 from genlip_megatron.model.head import Head  # noqa: E402
 from genlip_megatron.model.rope import apply_rotary, rotary_cos_sin  # noqa: E402
 from genlip_megatron.model.specs import check_machine, compute_dtype, transformer_config  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.breakdown import PARTS, Breakdown  # noqa: E402
-from genlip_megatron.train.metrics import COUNTS, HOPPER_TFLOPS, count_batch, training_flops  # noqa: E402
 from genlip_megatron.train.setup import build_run  # noqa: E402
 from genlip_megatron.train.step import train_step  # noqa: E402
 
@@ -243,7 +243,7 @@ class Bench:
         else:
             if reason := BACKENDS[kernel].why_not(Place(self.device, dtype, head_dim)):
                 raise ValueError(reason)
-            plan = plan_attention(batch, model, dtype, kernel, self.device, fusion=self.device.type == "cuda")
+            plan = prepare_attention(batch, model, dtype, kernel, self.device, fusion=self.device.type == "cuda")
 
             def forward() -> torch.Tensor:
                 return plan.backend(q, k, v, head_dim**-0.5)

@@ -39,11 +39,11 @@ from tqdm import tqdm  # noqa: E402
 
 from genlip_megatron.batch import PATCH_SIZE, PackedBatch, Sample, pack_samples  # noqa: E402
 from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig  # noqa: E402
-from genlip_megatron.convert.table import canonical_shapes  # noqa: E402
 from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.data.resize import native_size  # noqa: E402
+from genlip_megatron.model.state_dict import canonical_shapes  # noqa: E402
+from genlip_megatron.model.weights import initial_tensor  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
-from genlip_megatron.parallel.initial import initial_tensor  # noqa: E402
 from genlip_megatron.train.setup import build_run  # noqa: E402
 from genlip_megatron.train.state import Run  # noqa: E402
 from genlip_megatron.train.step import train_step  # noqa: E402

@@ -1,12 +1,14 @@
-"""Prefix-LM core attention over packed samples: several backends, one rule (``model/mask.py``), any cut of a sequence.
+"""Prefix-LM attention over packed samples: one rule (``model/mask.py``), several backends, any cut of a sequence.
 
-``core.py`` has the modules that stand in Megatron-Core's layer and ``plan.py`` what a micro-batch's layers share;
-``backend.py`` is the interface of ``dense.py``, ``grouped.py``, ``varlen.py``, ``flex.py`` and ``fp8.py``, and
-``context.py`` what context-parallel ranks exchange.
+``core.py`` holds the modules of Megatron-Core's layer; ``packed.py`` what a micro-batch's layers share; ``backend.py``
+the interface of a backend; ``registry.py`` the list of backends: ``dense.py``, ``grouped.py``, ``flex.py``,
+``varlen.py`` and ``te.py``. The last two make ``two_calls.py`` of a kernel, as does ``fp8.py``. ``context.py`` is what
+context-parallel ranks exchange.
 """
 
 from genlip_megatron.model.attention.core import GenLIPSelfAttention, PrefixLMAttention
-from genlip_megatron.model.attention.plan import BACKENDS, FP8_BACKEND, PackedAttention, choose_backend, plan_attention
+from genlip_megatron.model.attention.packed import PackedAttention, prepare_attention
+from genlip_megatron.model.attention.registry import BACKENDS, FP8_BACKEND, choose_backend
 
 __all__ = [
     "BACKENDS",
@@ -15,5 +17,5 @@ __all__ = [
     "PackedAttention",
     "PrefixLMAttention",
     "choose_backend",
-    "plan_attention",
+    "prepare_attention",
 ]

@@ -1,9 +1,9 @@
-"""The interface of an attention backend, and which part of a pack it attends.
+"""The interface of an attention backend, and the samples that a rank attends.
 
-Under context parallelism with gathered keys and values a rank has queries for some slots of the micro-batch only; its
-samples may begin and end anywhere. Everywhere else the queries are those of all slots.
+A rank usually has queries for all slots of the micro-batch. Under context parallelism with gathered keys and values it
+has queries for its own slots only, which may begin and end anywhere in a sample.
 
-Legend: S slots of the micro-batch, Q slots with queries, N samples, H heads at hand, D channels of a head.
+Legend: S slots of the micro-batch, Q slots with queries, N samples, H local heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ class Spans:
         starts: the slot of the sample's first token.
         images, texts: its image and text tokens.
         begins, ends: its tokens with queries are ``begins <= token < ends``, counted from its first.
-        keys: the keys that its queries see are its first ``keys`` tokens: those of the image, and where text has
-            queries, the text up to the last of them.
+        keys: its queries see its first ``keys`` tokens: the image, and the text up to the last text query.
     """
 
     total: int
@@ -48,7 +47,7 @@ class Spans:
 
     @classmethod
     def of(cls, batch: PackedBatch, first: int = 0, last: int | None = None) -> Spans:
-        """The spans of a micro-batch, best given on the CPU: from another device it is waited for."""
+        """The spans of a micro-batch, preferably on the CPU; the host waits for a batch on another device."""
         last = batch.num_tokens if last is None else last
         starts, images, texts = (
             x.cpu().numpy() for x in (batch.sample_starts, batch.image_lengths, batch.text_lengths)
@@ -63,10 +62,9 @@ class Spans:
 
 @dataclass(frozen=True)
 class Place:
-    """Where attention is to run.
+    """Where attention has to run.
 
     Attributes:
-        device: the device.
         dtype: of the activations.
         head_dim: channels of a head (D).
     """
@@ -85,9 +83,11 @@ class Backend(ABC):
         cos, sin: [S, D] on the device, of every slot's rotary angles.
 
     Attributes:
-        rotate: ``rope.apply_rotary``, or the same compiled.
+        rotate: ``rope.apply_rotary``, perhaps compiled.
+        has_fixed_shapes: takes ``fixed_shapes=True``, so that CUDA graphs can replay it.
     """
 
+    has_fixed_shapes = False
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(apply_rotary)
 
     @abstractmethod
@@ -96,7 +96,7 @@ class Backend(ABC):
     @staticmethod
     @abstractmethod
     def why_not(place: Place) -> str | None:
-        """Why it cannot run there; None when it can."""
+        """Why the backend cannot run there; None when it can."""
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:
@@ -104,15 +104,15 @@ class Backend(ABC):
 
         Args:
             scale: factor of the scores.
-            own: what the layer has of its own; for ``fp8.py`` alone.
+            own: what the layer passes from its own state; only ``fp8.py`` uses it.
         """
 
 
 def nothing_to_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Zeros [Q, H, D] that still hand gradients (of zero) to all three."""
+    """Zeros [Q, H, D] that pass gradients (of zero) to all three inputs."""
     return 0.0 * q + 0.0 * (k.sum() + v.sum())
 
 
 def padding_slots(batch: PackedBatch, first: int, last: int, device: torch.device) -> Tensor:
-    """int64: the slots of no sample among ``first`` to ``last``, counted from ``first``."""
+    """int64: the padding slots among ``first`` to ``last``, counted from ``first``."""
     return to_device((batch.sample_ids[first:last].cpu() < 0).nonzero().squeeze(1), device)

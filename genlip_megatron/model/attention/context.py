@@ -1,8 +1,8 @@
 """What context-parallel ranks exchange around attention, so that it stays exact wherever a sequence is cut.
 
-Each rank holds S / C neighbouring slots of all its heads. ``a2a`` hands every rank all slots of H / C heads for the
-attention itself; ``all_gather`` hands every rank the keys and values of all slots, for its own queries. The first moves
-2 / C of what the second moves; the second works with any number of heads.
+Each rank holds S / C neighbouring slots of all its heads. ``a2a`` gives every rank all slots of H / C heads during
+attention; ``all_gather`` gives every rank the keys and values of all slots, for its own queries. a2a moves 2 / C of the
+bytes that all_gather moves; all_gather works with any number of heads.
 
 Legend: S slots of the micro-batch, C context-parallel ranks, H heads of this tensor-parallel rank, D channels.
 """
@@ -22,8 +22,7 @@ def sequence_for_heads(q: Tensor, k: Tensor, v: Tensor, group: Any) -> tuple[Ten
     together = torch.cat((q, k, v), dim=-1).unflatten(1, (ranks, -1)).transpose(0, 1)  # [C, S/C, H/C, 3D]
     received = tensor_parallel.all_to_all(group, together.contiguous())
     q, k, v = received.flatten(0, 1).split(head_dim, dim=-1)
-    # Queries and keys are turned next, into tensors of their own. As a view, v would keep all three for the backward
-    # pass.
+    # Rotary positions copy queries and keys. A view v would keep all three in memory until the backward pass.
     return q, k, v.contiguous()
 
 
@@ -34,5 +33,5 @@ def heads_for_sequence(x: Tensor, group: Any) -> Tensor:
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:
-    """[S, ...] from [S / C, ...]; its gradient is summed over the ranks, each of which used all of it."""
+    """[S, ...] from [S / C, ...]; its gradient is summed over the ranks, since each rank used the whole."""
     return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)

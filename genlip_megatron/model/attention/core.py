@@ -10,17 +10,18 @@ from torch import Tensor
 
 from genlip_megatron.model.attention.context import gather_sequence, heads_for_sequence, sequence_for_heads
 from genlip_megatron.model.attention.fp8 import TransformerEngineImages
-from genlip_megatron.model.attention.plan import PackedAttention
+from genlip_megatron.model.attention.packed import PackedAttention
 from genlip_megatron.model.recompute import discard, recomputable
 
 
 class GenLIPSelfAttention(SelfAttention):
-    """Megatron-Core's, with an output gate that stays when queries, keys and values are moved to host memory.
+    """Megatron-Core's ``SelfAttention`` with an output gate that survives offloading.
 
-    They are views of one tensor, whose memory Megatron-Core then frees while the gate is still to be applied.
+    Query, key, value and gate are views of one tensor. When core attention is offloaded, Megatron-Core frees that
+    tensor before the gate is applied, so the gate is copied first.
 
     Args:
-        recompute_gate: keep no gated output of core attention for the backward pass, which makes it again.
+        recompute_gate: free the gated output after its use; the backward pass recomputes it.
     """
 
     def __init__(self, *args: Any, recompute_gate: bool = False, **kwargs: Any) -> None:
@@ -37,7 +38,7 @@ class GenLIPSelfAttention(SelfAttention):
         return output, bias
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        """What the output projection is given, [S, 1, H*D], from core attention's output of that shape."""
+        """The input of the output projection, [S, 1, H*D], from core attention's output of that shape."""
         if not self._recompute_gate:
             return super()._apply_output_gate(x, gate)
         self._gated = recomputable(super()._apply_output_gate, x, gate)
@@ -47,17 +48,17 @@ class GenLIPSelfAttention(SelfAttention):
         """Query, key, value and, with ``output_gate``, gate; each [S_local, 1, H, D]."""
         query, key, value, *gates = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         discard(hidden_states, query)
-        # Where core attention is recomputed, nothing of it is moved.
+        # A recomputed core attention is not offloaded.
         if self.offload_core_attention and not self.checkpoint_core_attention and self.training:
             gates = [gate.clone() for gate in gates]
         return query, key, value, *gates
 
 
 class PrefixLMAttention(torch.nn.Module):
-    """Rotary positions and exact packed prefix-LM attention, over whatever share of the sequence the rank holds.
+    """Rotary positions and exact packed prefix-LM attention, over the rank's part of the sequence.
 
-    Megatron-Core's own packed rotary path loops over samples on the host, knows no interleaved sections and is wrong
-    under context parallelism, so positions are applied here.
+    Positions are applied here because Megatron-Core's packed rotary path loops over samples on the host, does not
+    support interleaved sections and is wrong under context parallelism.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class PrefixLMAttention(torch.nn.Module):
             heads = config.num_attention_heads // pg_collection.tp.size()
             if cp_comm_type == "a2a":
                 heads //= pg_collection.cp.size()
-            # A layer's own, since delayed scaling keeps scales of its values.
+            # One per layer: delayed scaling keeps scales of the layer's values.
             self.image_kernel = TransformerEngineImages(heads, config.kv_channels, self.scale)
 
     def forward(
@@ -91,17 +92,17 @@ class PrefixLMAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedAttention | None = None,
     ) -> Tensor:
-        """[S_local, 1, H*D] from query, key and value [S_local, 1, H, D]; S_local is a context-parallel share."""
-        plan = packed_seq_params
-        assert plan is not None
+        """[S_local, 1, H*D] from query, key and value [S_local, 1, H, D] of this context-parallel rank's slots."""
+        packed = packed_seq_params
+        assert packed is not None
         own = {} if self.image_kernel is None else {"image_kernel": self.image_kernel}
         q, k, v = (x.squeeze(1) for x in (query, key, value))
-        if plan.context is None:
-            out = plan.backend(q, k, v, self.scale, **own)
-        elif plan.gather_keys:
-            k, v = gather_sequence(k, plan.context), gather_sequence(v, plan.context)
-            out = plan.backend(q, k, v, self.scale, **own)
+        if packed.context is None:
+            out = packed.backend(q, k, v, self.scale, **own)
+        elif packed.gather_keys:
+            k, v = gather_sequence(k, packed.context), gather_sequence(v, packed.context)
+            out = packed.backend(q, k, v, self.scale, **own)
         else:
-            q, k, v = sequence_for_heads(q, k, v, plan.context)
-            out = heads_for_sequence(plan.backend(q, k, v, self.scale, **own), plan.context)
+            q, k, v = sequence_for_heads(q, k, v, packed.context)
+            out = heads_for_sequence(packed.backend(q, k, v, self.scale, **own), packed.context)
         return out.flatten(1).unsqueeze(1)

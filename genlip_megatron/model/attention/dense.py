@@ -1,4 +1,4 @@
-"""The oracle: every query against every key under the dense mask. Memory grows with the square of the pack."""
+"""The reference: every query against every key under the dense mask. Memory grows with the square of the pack."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ class Dense(Backend):
         k = self.rotate(k, self._cos, self._sin)
         scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale
         weights = scores.masked_fill(~self._mask, float("-inf")).softmax(dim=-1)
-        weights = weights.masked_fill(~self._mask, 0.0)  # padding sees nothing: its softmax is over no key
+        weights = weights.masked_fill(~self._mask, 0.0)  # padding sees no key, and its softmax is NaN
         return torch.einsum("hqk,khd->qhd", weights.to(v.dtype), v)

@@ -1,4 +1,4 @@
-"""FlexAttention: the rule itself compiled into a kernel that skips blocks where nothing is seen. For GPUs."""
+"""FlexAttention: the rule compiled into a kernel that skips masked blocks. For GPUs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Flex(Backend):
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             query = query + first
-            # Padding is a sample of its own here, since a softmax over nothing is not a number; its output is dropped.
+            # Padding attends to padding here, since a softmax over no keys is NaN; its output is dropped.
             same = sample_ids[query] == sample_ids[key]
             return same & (is_image[key] | (~is_image[query] & (key <= query)))
 
         shape = (None, None, spans.last - first, spans.total)
-        # Compiled, it never makes the whole mask.
+        # Compiled, it never materialises the whole mask.
         self._mask = create_block_mask(sees, *shape, device=cos.device, _compile=cos.is_cuda)
         self._padding = padding_slots(batch, first, spans.last, cos.device)
 
@@ -44,7 +44,7 @@ class Flex(Backend):
     def why_not(place: Place) -> str | None:
         if place.device.type != "cuda":
             return f"needs a CUDA device (it has no backward pass on a CPU), here is {place.device.type}"
-        return None if place.head_dim >= 16 else f"needs heads of at least 16 channels, here are {place.head_dim}"
+        return None if place.head_dim >= 16 else f"needs a head size of at least 16, here it is {place.head_dim}"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         q = self.rotate(q, self._cos[self._queries], self._sin[self._queries])

@@ -1,11 +1,11 @@
-"""Image queries of fixed length in FP8, everything else by the two calls of ``varlen.py`` in bfloat16.
+"""Image queries of one fixed length in FP8, everything else by the two calls in bfloat16.
 
-Transformer Engine's FP8 attention wants samples of one length in ``bshd``, and heads of certain sizes. So images of the
-micro-batch's commonest length are laid side by side, with zeros behind each head's channels and a few images of zeros
-behind the last, so that few shapes occur: cuDNN plans each anew. Zeros change nothing: scores get zeros added, padded
-channels and images come out as zeros and are cut off.
+Transformer Engine's FP8 attention needs samples of one length in ``bshd`` and certain head sizes. So images of the
+micro-batch's most common length are stacked. Zeros pad each head's channels, and images of zeros pad the stack, so that
+few shapes occur: cuDNN plans each new shape. Zeros change nothing: they add zero to the scores, and padded channels and
+images are cut off the output.
 
-Legend: B images, P patches of an image, H heads at hand, D channels of a head.
+Legend: B images, P patches of an image, H local heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -21,26 +21,24 @@ from torch import Tensor
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Spans
-from genlip_megatron.model.attention.varlen import Rows, TransformerEngine
+from genlip_megatron.model.attention.rows import Rows
+from genlip_megatron.model.attention.te import TransformerEngine
 from genlip_megatron.model.te_support import fp8_head_dim
 
 _IMAGE_MULTIPLE = 8
 
 
 class ImageKernel(Protocol):
-    """Full attention of images of one length: [B, P, H, D] from query, key and value of that shape.
+    """Full attention within images of one length: [B, P, H, D] from query, key and value of that shape."""
 
-    Attributes:
-        head_dim: D that it takes for heads of so many channels.
-    """
-
-    def head_dim(self, channels: int) -> int: ...
+    def head_dim(self, channels: int) -> int:
+        """The head size that the kernel needs for heads of ``channels`` channels."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
 
 def commonest_length(lengths: np.ndarray) -> int:
-    """The length that most samples have, the largest of several; 16 where there are none.
+    """The most frequent length above 0, the larger one of a tie; 16 without any.
 
     >>> commonest_length(np.array([196, 49, 196, 0])), commonest_length(np.array([0]))
     (196, 16)
@@ -50,49 +48,51 @@ def commonest_length(lengths: np.ndarray) -> int:
 
 
 class Fp8Images(TransformerEngine):
-    """As ``TransformerEngine``, with image queries by a kernel that each layer brings, since it has scales of its own.
+    """As ``TransformerEngine``, with image queries by a kernel that each layer passes: it holds the layer's scales.
 
-    Images cut by context parallelism and those of another length take the bfloat16 call. The FP8 call is made even for
-    a micro-batch without images: data-parallel ranks share the largest values of their FP8 tensors in one reduction.
+    Images of another length, and images cut by context parallelism, take the bfloat16 call. The FP8 call runs even for
+    a micro-batch without images: data-parallel ranks reduce the amax values of their FP8 tensors together.
     """
+
+    has_fixed_shapes = False
 
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
         whole = (spans.begins == 0) & (spans.ends >= spans.images)
         self.length = commonest_length(np.where(whole, spans.images, 0))
-        mine = whole & (spans.images == self.length)
-        super().__init__(spans, batch, cos, sin, elsewhere=mine)
-        self.images = int(mine.sum())
-        slots = (spans.starts[mine, None] + np.arange(self.length)).ravel()
+        stacked = whole & (spans.images == self.length)
+        super().__init__(spans, batch, cos, sin, elsewhere=stacked)
+        self.images = int(stacked.sum())
+        slots = (spans.starts[stacked, None] + np.arange(self.length)).ravel()
         self._slots = to_device(torch.from_numpy(slots), cos.device)
         self._rows = Rows.of(slots - spans.first, cos.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:
-        """As every backend's; ``image_kernel`` in ``own`` is the layer's ``ImageKernel``."""
+        """As for every backend; ``own["image_kernel"]`` is the layer's ``ImageKernel``."""
         image_kernel: ImageKernel = own["image_kernel"]
         q, k = self.turned(q, k)
         channels = q.shape[-1]
         images = max(-(-self.images // _IMAGE_MULTIPLE), 1) * _IMAGE_MULTIPLE
-        behind = (0, image_kernel.head_dim(channels) - channels, 0, 0, 0, 0, 0, images - self.images)
+        padding = (0, image_kernel.head_dim(channels) - channels, 0, 0, 0, 0, 0, images - self.images)
 
-        def laid_out(rows: Tensor) -> Tensor:
-            return F.pad(rows.unflatten(0, (self.images, self.length)), behind)
+        def stack(rows: Tensor) -> Tensor:
+            return F.pad(rows.unflatten(0, (self.images, self.length)), padding)
 
         def attend(query: Tensor) -> Tensor:
             key, value = (x.index_select(0, self._slots) for x in (k, v))
-            attended = image_kernel(laid_out(query), laid_out(key), laid_out(value), scale)  # [images, P, H, D']
+            attended = image_kernel(stack(query), stack(key), stack(value), scale)  # [images, P, H, D']
             return attended[: self.images, ..., :channels].flatten(0, 1)
 
         return self.attend(q, k, v, scale, elsewhere=(self._rows, attend))
 
 
 class TransformerEngineImages(torch.nn.Module):
-    """The kernel of one layer by Transformer Engine, which keeps the scales of delayed scaling.
+    """One layer's ``ImageKernel`` by Transformer Engine; it keeps the scales of delayed scaling.
 
-    FP8 where Megatron-Core's context around the layer is (the recipe says ``fp8_dpa``), bfloat16 in layers without.
+    It computes in FP8 where Megatron-Core's context around the layer does (recipe ``fp8_dpa``), else in bfloat16.
 
     Args:
-        heads: H that a rank has at hand.
-        channels: of a head, without zeros.
+        heads: H at hand on this rank.
+        channels: of a head, without padding.
         scale: of the scores.
     """
 
@@ -109,7 +109,7 @@ class TransformerEngineImages(torch.nn.Module):
         )
 
     def head_dim(self, channels: int) -> int:
-        """As ``te_support.fp8_head_dim`` on this device."""
+        """``te_support.fp8_head_dim`` on this device."""
         return fp8_head_dim(channels, torch.cuda.get_device_capability())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

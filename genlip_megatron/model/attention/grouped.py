@@ -1,6 +1,6 @@
-"""Samples of similar length share one dense call of torch's scaled-dot-product attention. Runs everywhere.
+"""Samples of similar length share one dense call of torch's scaled-dot-product attention. Runs on any device.
 
-Legend: S slots of the micro-batch, Q slots with queries, G samples of a group, H heads at hand, D channels of a head.
+Legend: S slots of the micro-batch, Q slots with queries, G samples of a group, H local heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Backend, Place, Spans, nothing_to_attend
 from genlip_megatron.model.rope import rotate_
 
-# Samples share a call while the shortest is at least this share of the longest: calls stay few, padding small.
+# Samples share a call while the shortest is at least this fraction of the longest: few calls, little padding.
 _GROUP_FILL = 0.95
 
 
 class _Rows:
-    """The rows that queries, or keys, have in each group's call, with their rotary angles.
+    """The rows of queries, or of keys, in each group's call, with their rotary angles.
 
     Args:
-        slots: for each group int64 [G * length]: the slot of each row; ``total`` for rows past the end of a sample.
+        slots: for each group, int64 [G * length]: the slot of each row; ``total`` marks rows past the end of a sample.
         cos, sin: [total, D] of the slots.
     """
 
@@ -55,7 +55,7 @@ class _Rows:
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of ``split``; zeros at slots of no group."""
-        # The last row takes what lies past the end of samples.
+        # The last row collects rows past the end of a sample.
         out = parts[0].new_empty(self.total + 1, *parts[0].shape[1:])
         for slots, part in zip(self.slots, parts, strict=True):
             out.index_copy_(0, slots, part)
@@ -63,9 +63,9 @@ class _Rows:
 
 
 class _ToGroups(torch.autograd.Function):
-    """Group rows of query, key or value, turned by their rotary angles when ``rotary``.
+    """The rows of each group from query, key or value, turned by their rotary angles when ``rotary``.
 
-    Gathers in both directions, no scatter-add: the same from run to run, and no more buffers than results.
+    Gathers in both directions, no scatter-add: deterministic, and no buffers besides the results.
     """
 
     @staticmethod
@@ -84,7 +84,7 @@ class _ToGroups(torch.autograd.Function):
 
 
 class _FromGroups(torch.autograd.Function):
-    """Group rows back in their slots."""
+    """The rows of each group back in their slots."""
 
     @staticmethod
     def forward(ctx: Any, rows: _Rows, *parts: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _FromGroups(torch.autograd.Function):
 
 
 def _members(spans: Spans) -> list[np.ndarray]:
-    """The samples of each group, by number: both their queries and their keys are about equally many."""
+    """The samples of each group, by number: similar numbers of queries and similar numbers of keys."""
     queries = spans.ends - spans.begins
     groups: list[list[int]] = []
     for i in np.lexsort((-queries, -spans.keys)).tolist():
@@ -112,11 +112,15 @@ def _members(spans: Spans) -> list[np.ndarray]:
 
 
 class Grouped(Backend):
-    """One call a group, ``sizes`` samples of (``queries``, ``keys``) rows each, with a dense mask per sample."""
+    """One call for each group of samples, with a dense mask for each sample.
+
+    Attributes:
+        shapes: (samples, queries, keys) of each group's call.
+    """
 
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
         self._biases: list[Tensor] = []
-        self.shapes: list[tuple[int, int, int]] = []  # samples, queries, keys of each group's call
+        self.shapes: list[tuple[int, int, int]] = []
         query_slots, key_slots = [], []
         for group in _members(spans):
             starts, images, begins, ends, keys = (
@@ -126,17 +130,17 @@ class Grouped(Backend):
             key = np.arange(keys.max())
             query_slots.append(np.where(query < ends, starts + query - spans.first, spans.last - spans.first).ravel())
             key_slots.append(np.where(key < keys, starts + key, spans.total).ravel())
-            # A real query sees real keys only: they lie before it or in its image. Padded queries are dropped.
+            # A query sees only real keys, which lie before it or in its image. Queries past the end are dropped.
             sees = (key < images)[:, None, :] | (
                 (query >= images)[:, :, None] & (key[None, None, :] <= query[:, :, None])
             )
             bias = torch.zeros(sees.shape, dtype=cos.dtype).masked_fill_(torch.from_numpy(~sees), float("-inf"))
             self._biases.append(to_device(bias[:, None], cos.device))
             self.shapes.append((len(group), query.shape[1], len(key)))
-        mine = slice(spans.first, spans.last)
+        own = slice(spans.first, spans.last)
         self._keys = _Rows(key_slots, cos, sin)
         whole = spans.last - spans.first == spans.total
-        self._queries = self._keys if whole else _Rows(query_slots, cos[mine], sin[mine])
+        self._queries = self._keys if whole else _Rows(query_slots, cos[own], sin[own])
 
     @staticmethod
     def why_not(place: Place) -> str | None:

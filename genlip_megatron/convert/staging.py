@@ -1,4 +1,4 @@
-"""A folder or a file of results that appears all at once, or not at all."""
+"""Write a folder or a file of results that appears complete, or not at all."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import TextIO
 from genlip_megatron.checkpoint import paths
 from genlip_megatron.outputs import Recognise, check_file
 
-_REST = re.compile(r"[0-9a-f]{8}")
+_SUFFIX = re.compile(r"[0-9a-f]{8}")
 
 
 @contextlib.contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM ends the process, with status 143, as an error does: what was begun is removed."""
+    """Inside the block SIGTERM raises SystemExit with status 143, so that partial output is removed."""
 
     def end(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one does not interrupt the removal
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the clean-up
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -38,10 +38,11 @@ def ending_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` to prepare it in, removed when the block ends; what a killed process left of
-    its own is removed first, or by the next."""
+    """A hidden folder beside ``target`` to prepare it in, removed when the block ends.
+
+    Leftovers of killed processes are removed first."""
     with ending_on_sigterm():
-        _remove_rests(target)
+        _remove_leftovers(target)
         partial, descriptor = _make_partial(target)
         try:
             yield partial
@@ -52,12 +53,12 @@ def hidden_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path, recognise: Recognise) -> Iterator[TextIO]:
-    """A file to write text to, which takes ``target``'s place when the block ends well; else nothing is left.
+    """A text file that replaces ``target`` when the block succeeds; otherwise, and on SIGTERM, nothing is left.
 
-    What a killed process left of its own is removed by the next; SIGTERM ends as a failure does.
+    The next call removes leftovers of a killed process.
 
     Raises:
-        ValueError: as ``check_file``, when the block ends; or the disk cannot be written to.
+        ValueError: as ``check_file``, when the block ends; or the disk is not writable.
     """
     try:
         with hidden_folder(target) as partial:
@@ -65,30 +66,29 @@ def new_file(target: Path, recognise: Recognise) -> Iterator[TextIO]:
                 yield out
                 out.flush()
                 os.fsync(out.fileno())
-            check_file(target, recognise)  # another may have come first
+            check_file(target, recognise)  # another process may have written it
             os.replace(partial / target.name, target)
     except OSError as error:
-        raise ValueError(f"--output {target}: could not be written: {error}; nothing was left behind") from error
+        raise ValueError(f"--output {target}: cannot be written: {error}. Nothing was left behind") from error
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path], str]) -> Iterator[Path]:
-    """A hidden sibling folder to write to, which takes ``target``'s place when the block ends well.
+    """A hidden sibling folder that replaces ``target`` when the block succeeds.
 
-    A folder that is replaced goes in the same step, where the file system can exchange two. When the block fails, what
-    was written is removed; what a killed process left is removed by the next. Of processes that write at once, each has
-    a folder of its own, and the last one's stands, or is refused without ``overwrite``. SIGTERM is a failure.
+    The swap is one step where the file system can exchange two folders. When the block fails, or on SIGTERM, the new
+    folder is removed; the next call removes leftovers of a killed process. Concurrent processes each write their own
+    folder: the last one wins with ``overwrite`` and is refused without it.
 
     Args:
-        target: missing, or an empty folder; another is replaced with ``overwrite``.
-        size: bytes that will be written.
-        foreign: names something in the folder that is there that would be lost and is not of the kind that is written;
-            "" when there is nothing such.
+        target: missing or an empty folder; with ``overwrite`` also a folder that this tool wrote.
+        size: bytes to write.
+        foreign: names an entry of a folder that this tool does not write and that would be lost; "" if there is none.
 
     Raises:
-        ValueError: there is something that must not be replaced, too little room, or the disk cannot be written to.
+        ValueError: ``target`` must not be replaced, too little free space, or the disk is not writable.
     """
-    target = target.resolve()  # where a link leads, so that the link stays
+    target = target.resolve()  # follow a link, so that the link stays
     replaced = _replaced(target)
     with ending_on_sigterm():
         try:
@@ -98,22 +98,22 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
             target.parent.mkdir(parents=True, exist_ok=True)
             if replaced.exists():
                 if other := foreign(replaced):
-                    raise ValueError(f"{replaced}: it is in the way and holds something else ({other}); move it")
-                os.rename(replaced, _partial(target))  # a name under which half of it is a rest
-            _remove_rests(target)
+                    raise ValueError(f"{replaced}: in the way, and not written by this tool ({other}). Move it")
+                os.rename(replaced, _partial(target))  # under this name a half-removed folder counts as a leftover
+            _remove_leftovers(target)
             if (free := shutil.disk_usage(target.parent).free) < size:
-                raise ValueError(f"{target}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are to be written")
+                raise ValueError(f"{target}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
             partial, written = _make_partial(target)
             try:
                 yield partial
                 for path in [*partial.rglob("*"), partial]:
                     paths.sync(path)
-                check_target(target, overwrite, foreign)  # others may have come first
-                _put(partial, target)
+                check_target(target, overwrite, foreign)  # another process may have written it
+                _swap_in(partial, target)
                 paths.sync(target.parent)
             except BaseException:
                 if target.exists() and os.path.samestat(os.fstat(written), target.stat()):
-                    _take_back(partial, target)  # it has its place already, and the disk did not confirm it
+                    _swap_out(partial, target)  # already swapped in, but not confirmed on disk
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             finally:
@@ -121,15 +121,15 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
             for old in (partial, replaced):
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
-            raise ValueError(f"{target} could not be written: {error}; nothing was left behind") from error
+            raise ValueError(f"{target}: cannot be written: {error}. Nothing was left behind") from error
 
 
 def _make_partial(target: Path) -> tuple[Path, int]:
-    """(a new hidden folder to prepare ``target`` in, its descriptor, whose lock keeps others from removing it)."""
+    """(a new hidden folder beside ``target``, a descriptor whose lock keeps other processes from removing it)."""
     while True:
         partial = _partial(target)
         partial.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # another took it for a rest before it was locked
+        with contextlib.suppress(FileNotFoundError):  # another process removed it as a leftover before it was locked
             descriptor = os.open(partial, os.O_RDONLY)
             if _lock(descriptor) and partial.exists():
                 return partial, descriptor
@@ -141,12 +141,12 @@ def _partial(target: Path) -> Path:
 
 
 def _replaced(target: Path) -> Path:
-    """Where a folder stands that is being replaced, where two cannot be exchanged."""
+    """Where the old folder waits during a swap, on file systems that cannot exchange two folders."""
     return target.with_name(f".{target.name}.replaced")
 
 
-def _put(partial: Path, target: Path) -> None:
-    """Let ``partial`` take the place of ``target``, which is then in its place, or ``_replaced``, if it was there."""
+def _swap_in(partial: Path, target: Path) -> None:
+    """Move ``partial`` to ``target``; an old folder moves to ``partial`` or ``_replaced``."""
     if target.exists() and paths.exchange(partial, target):
         return
     if target.exists():
@@ -159,8 +159,8 @@ def _put(partial: Path, target: Path) -> None:
         raise
 
 
-def _take_back(partial: Path, target: Path) -> None:
-    """Undo ``_put``."""
+def _swap_out(partial: Path, target: Path) -> None:
+    """Undo ``_swap_in``."""
     if partial.exists():
         paths.exchange(partial, target)
         return
@@ -169,24 +169,26 @@ def _take_back(partial: Path, target: Path) -> None:
         os.rename(_replaced(target), target)
 
 
-def _remove_rests(target: Path) -> None:
-    """Remove what killed processes have left of ``target``, and nothing that another one is writing."""
-    for rest in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        if rest.is_symlink() or not rest.is_dir() or not _REST.fullmatch(rest.name.rpartition("-")[2]):
-            continue  # of another's making
+def _remove_leftovers(target: Path) -> None:
+    """Remove leftovers of killed processes beside ``target``, but no folder that a live process has locked."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        if leftover.is_symlink() or not leftover.is_dir() or not _SUFFIX.fullmatch(leftover.name.rpartition("-")[2]):
+            continue  # not ours
         try:
-            descriptor = os.open(rest, os.O_RDONLY)
-        except FileNotFoundError:  # another removed it
+            descriptor = os.open(leftover, os.O_RDONLY)
+        except FileNotFoundError:  # another process removed it
             continue
         try:
             if _lock(descriptor):
-                shutil.rmtree(rest, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True)
         finally:
             os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock a folder for this process until it is closed; False when another one has. There may be no locks here."""
+    """Lock a folder until the descriptor is closed; False if another process holds the lock.
+
+    On a file system without locks it returns True."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -197,17 +199,17 @@ def _lock(descriptor: int) -> bool:
 
 
 def check_target(target: Path, overwrite: bool, foreign: Callable[[Path], str]) -> None:
-    """Raise ValueError when there is something at ``target`` that ``new_folder`` must not replace."""
+    """Raise ValueError if ``new_folder`` must not replace ``target``."""
     if not target.exists():
         return
     if not target.is_dir():
-        raise ValueError(f"{target}: it is a file; name a folder")
+        raise ValueError(f"{target}: is a file. Name a folder")
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{target}: the folder is not empty; name another, or replace it with --overwrite")
+        raise ValueError(f"{target}: the folder is not empty. Name another, or replace it with --overwrite")
     if other := foreign(target):
         raise ValueError(
-            f"{target}: --overwrite replaces only what this tool has written, and the folder holds something else "
-            f"({other}); name another"
+            f"{target}: --overwrite replaces only folders that this tool wrote, and this one holds something else "
+            f"({other}). Name another"
         )

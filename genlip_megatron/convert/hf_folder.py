@@ -1,6 +1,6 @@
-"""The files beside the weights in an exported Hugging Face folder, and a model's sizes from such a folder.
+"""The files of a Hugging Face folder except the weights: write them, and read a model's configuration from them.
 
-Everything here is plain dictionaries and text: transformers is needed to use a folder, not to write one.
+Everything here is plain dictionaries and text: writing a folder does not need transformers, only using it does.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
+from genlip_megatron.model.state_dict import sizes_of
 from genlip_megatron.outputs import first_other
 
 SOURCES = ("configuration_genlip.py", "image_processing_genlip.py", "modeling_genlip.py", "processing_genlip.py")
-# Everything of an exported folder but the weights.
+# All files of an exported folder except the weights.
 SIDE_FILES = {
     *SOURCES,
     "README.md",
@@ -30,9 +31,9 @@ SIDE_FILES = {
     "tokenizer_config.json",
 }
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-MAX_NEW_TOKENS = 256  # of the paper's captions
+MAX_NEW_TOKENS = 256  # as in the paper's captions
 
-# Fields of the authors' configuration that have one value here.
+# Fields of the authors' configuration of which this project supports one value.
 _FIXED = {
     "patch_size": PATCH_SIZE,
     "num_channels": 3,
@@ -45,6 +46,7 @@ _FIXED = {
     "llm_decoder": None,
     "tie_word_embeddings": False,
 }
+# Field of the authors' configuration -> our setting.
 _NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -62,8 +64,11 @@ _NAMES = {
 
 
 def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = False) -> dict[str, Any]:
-    """``config.json`` of a model, or of its vision encoder alone, whose weights are stored in ``dtype``, under the
-    authors' names."""
+    """``config.json``, with the authors' field names, of a model whose weights are stored in ``dtype``.
+
+    Args:
+        encoder_only: only the vision encoder is stored.
+    """
     text = {} if encoder_only else {"AutoModelForCausalLM": "modeling_genlip.GenLIPForCausalLM"}
     return {
         "architectures": ["GenLIPVisionModel" if encoder_only else "GenLIPForCausalLM"],
@@ -85,22 +90,22 @@ def model_config(
 ) -> ModelConfig:
     """The model of a ``config.json`` and its weights.
 
-    Published configurations leave fields out, so what the weights' shapes say is read from these. The head count and
-    the rotary sections are in no shape: if left out, they are known for the released models alone.
+    Published configurations leave fields out, so sizes come from the weights' shapes. The number of heads and the
+    rotary sections are not in the shapes: if they are missing, they are known only for the released models.
 
     Args:
         fields: of ``config.json``; may be empty.
         shapes: of the weights, by their names in the released format.
-        num_attention_heads: where the configuration has none.
+        num_attention_heads: used if the configuration has none.
 
     Raises:
-        ValueError: a value that this project does not compute, a contradiction between the configuration and the
-            weights, or a size that neither tells; the field is named, with what to do.
+        ValueError: an unsupported value, a contradiction between configuration and weights, or a missing size; names
+            the field.
     """
     for name, allowed in _FIXED.items():
         if fields.get(name, allowed) != allowed:
-            raise ValueError(f"config.json: {name} = {fields[name]!r}; this project computes {allowed!r} alone")
-    values = _sizes(shapes)
+            raise ValueError(f"config.json: {name} = {fields[name]!r}: only {allowed!r} is supported")
+    values = sizes_of(shapes)
     for name, ours in _NAMES.items():
         value = fields.get(name)
         if name == "ls_init_value" and name in fields:
@@ -108,52 +113,52 @@ def model_config(
         if value is None:
             continue
         known = values.get(ours)
-        # Whether there is LayerScale is in the weights, its initial value is not.
+        # The weights show whether there is LayerScale, not its initial value.
         contradicts = bool(known) != bool(value) if name == "ls_init_value" else known != value
         if ours in values and contradicts:
-            raise ValueError(f"config.json: {name} = {value!r}, but the weights have {known!r}")
+            raise ValueError(f"config.json: {name} = {value!r}: the weights have {known!r}")
         values[ours] = value
     release = _release(values)
     rope = _rope(fields)
     values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     values["rope_sections"] = tuple(rope.get("mrope_section") or (release.rope_sections if release else ()))
     if num_attention_heads is not None and num_attention_heads < 1:
-        raise ValueError(f"num_attention_heads = {num_attention_heads}; it must be a whole number of at least 1")
-    if num_attention_heads is not None and values.setdefault("num_attention_heads", num_attention_heads) != (
-        num_attention_heads
-    ):
-        raise ValueError(
-            f"num_attention_heads = {num_attention_heads}, but config.json has {values['num_attention_heads']}"
-        )
+        raise ValueError(f"num_attention_heads = {num_attention_heads}: must be a whole number of at least 1")
+    if num_attention_heads is not None:
+        known = values.setdefault("num_attention_heads", num_attention_heads)
+        if known != num_attention_heads:
+            raise ValueError(f"num_attention_heads = {num_attention_heads}: config.json has {known}")
     if release:
         values.setdefault("num_attention_heads", release.num_attention_heads)
         values.setdefault("drop_path_rate", release.drop_path_rate)
     values.setdefault("drop_path_rate", 0.0)
     if "num_attention_heads" not in values:
-        raise ValueError("the number of attention heads is in no weight's shape; give num_attention_heads")
+        raise ValueError("num_attention_heads is missing: the weights do not show it. Give num_attention_heads")
     if not values["rope_sections"]:
-        raise ValueError("config.json: no rope_scaling.mrope_section; its three whole numbers are in no weight's shape")
+        raise ValueError(
+            "config.json: rope_scaling.mrope_section is missing: the weights do not show it. Add three whole numbers"
+        )
     _check(values)
     return ModelConfig(**values)
 
 
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of rotary positions, under two names, as ``GenLIPConfig`` takes it."""
+    """The rotary settings of a configuration, from their two names, as ``GenLIPConfig`` reads them."""
     older, newer = (_rope_object(fields, name) for name in ("rope_scaling", "rope_parameters"))
     for key in ("mrope_section", "rope_theta"):
         if key in older and key in newer and older[key] != newer[key]:
             raise ValueError(
-                f"config.json: rope_scaling.{key} = {older[key]!r}, but rope_parameters.{key} = {newer[key]!r}; they "
-                "are two names of one setting: remove the wrong one"
+                f"config.json: rope_scaling.{key} = {older[key]!r}: rope_parameters.{key} = {newer[key]!r} is another "
+                "name of this setting. Remove the wrong one"
             )
     return older | newer
 
 
 def _rope_object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The rotary settings under one name; empty when there are none."""
+    """The rotary settings under one name; empty if there are none."""
     rope = fields.get(name) or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"config.json: {name} = {rope!r}; an object is expected")
+        raise ValueError(f"config.json: {name} = {rope!r}: expected an object")
     allowed: dict[str, tuple[Any, ...]] = {
         "type": ("default", "mrope"),
         "rope_type": ("default", "mrope"),
@@ -161,15 +166,12 @@ def _rope_object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
     for key, value in rope.items():
         if key in allowed and value not in allowed[key]:
-            raise ValueError(f"config.json: {name}.{key} = {value!r}; this project computes {allowed[key][0]!r} alone")
+            raise ValueError(f"config.json: {name}.{key} = {value!r}: only {allowed[key][0]!r} is supported")
         if key not in (*allowed, "mrope_section", "rope_theta"):
-            raise ValueError(f"config.json: {name}.{key} = {value!r}; this project does not compute it")
+            raise ValueError(f"config.json: {name}.{key} = {value!r}: this setting is not supported")
     section = rope.get("mrope_section")
     if section is not None and not (isinstance(section, list) and len(section) == 3 and all(map(_is_count, section))):
-        raise ValueError(
-            f"config.json: {name}.mrope_section = {section!r}; it must be three whole numbers, which are in no "
-            "weight's shape"
-        )
+        raise ValueError(f"config.json: {name}.mrope_section = {section!r}: must be three whole numbers")
     return rope
 
 
@@ -178,7 +180,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value that is not of its field's kind, or heads that do not divide the width."""
+    """Raise ValueError for a value of the wrong kind, or a number of heads that does not divide the width."""
     for name, ours in _NAMES.items():
         value = values.get(ours, getattr(ModelConfig, ours))
         default = getattr(ModelConfig, ours)
@@ -193,45 +195,17 @@ def _check(values: Mapping[str, Any]) -> None:
             if name == "drop_path_rate":
                 what, good = "a number of at least 0 and below 1", good and value < 1
         if not good:
-            raise ValueError(f"config.json: {name} = {value!r}; it must be {what}")
+            raise ValueError(f"config.json: {name} = {value!r}: must be {what}")
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if width % (2 * heads):
         raise ValueError(
-            f"num_attention_heads = {heads}: each head needs an even number of channels, so the width of {width} must "
+            f"num_attention_heads = {heads}: each head needs an even number of channels, so hidden_size = {width} must "
             "be a multiple of twice the heads"
         )
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the weights tell of a ``ModelConfig``."""
-    needed = (
-        "embeddings.weight",
-        "visual.layers.0.self_attn.k_proj.weight",
-        "visual.layers.0.self_attn.q_proj.weight",
-        "visual.layers.0.mlp.fc1.weight",
-    )
-    for name in needed:
-        if name not in shapes:
-            raise ValueError(f"the weights have no {name}: they are no whole GenLIP model in the released format")
-        if len(shapes[name]) != 2:
-            raise ValueError(f"{name} is {list(shapes[name])}; a matrix is expected")
-    embeddings, key, query, inner = (shapes[name] for name in needed)
-    # Other names are told as unexpected when all tensors are compared.
-    numbers = [name.split(".")[2] for name in shapes if name.startswith("visual.layers.")]
-    layers = {int(number) for number in numbers if number.isascii() and number.isdigit()}
-    return {
-        "vocab_size": embeddings[0],
-        "text_hidden_size": embeddings[1],
-        "hidden_size": key[1],
-        "num_layers": max(layers) + 1,
-        "ffn_hidden_size": inner[0],
-        "attention_output_gate": query[0] == 2 * key[0],
-        "layer_scale_init": 0.1 if "visual.layers.0.layer_scale1.lambda1" in shapes else 0.0,
-    }
-
-
 def _release(values: Mapping[str, Any]) -> ModelConfig | None:
-    """The released model of these sizes, if there is one."""
+    """The released model of these sizes, or None."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "text_hidden_size")
     for recipe in recipe_names():
         if recipe.endswith("_release_stage1"):
@@ -242,12 +216,12 @@ def _release(values: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def preprocessor_config(data: DataConfig) -> dict[str, Any]:
-    """``preprocessor_config.json`` of images resized as in training.
+    """``preprocessor_config.json`` for images resized as in training.
 
-    Squashed to a fixed size they are what a stock processor of transformers makes, which the file names: callers get
-    it who do not allow the folder's own code to run. With Pillow its pixels are equal but for rounding (1.2e-7). Its
-    torchvision twin, which version 5 prefers where torchvision is installed, is at most one 8-bit level off (0.003 in
-    the mean); ``backend="pil"``, or ``use_fast=False``, asks for Pillow. Neither turns or composites odd images.
+    For images squashed to a fixed size it names a stock processor of transformers, for callers that do not allow the
+    folder's code to run. With Pillow its pixels are equal except for rounding (1.2e-7). With torchvision, which version
+    5 prefers if it is installed, they differ by at most one 8-bit level (0.003 on average); ``backend="pil"``, or
+    ``use_fast=False``, selects Pillow. Stock processors neither rotate images by EXIF nor composite transparency.
     """
     stock = data.image_mode == "fixed" and data.fixed_resize == "squash"
     return {
@@ -270,7 +244,7 @@ def preprocessor_config(data: DataConfig) -> dict[str, Any]:
 
 
 def processor_config(prompt: str) -> dict[str, Any]:
-    """``processor_config.json``: images and text together, and the prompt that captions were trained with."""
+    """``processor_config.json``: the processor of images and text, and the prompt of the training captions."""
     return {
         "processor_class": "GenLIPProcessor",
         "auto_map": {"AutoProcessor": "processing_genlip.GenLIPProcessor"},
@@ -279,7 +253,7 @@ def processor_config(prompt: str) -> dict[str, Any]:
 
 
 def generation_config(end_token_id: int) -> dict[str, Any]:
-    """``generation_config.json`` of the paper's captions: greedy, which its temperature of 1e-6 comes to."""
+    """``generation_config.json`` of the paper's captions: greedy, equivalent to its temperature of 1e-6."""
     return {
         "do_sample": False,
         "max_new_tokens": MAX_NEW_TOKENS,
@@ -309,7 +283,7 @@ benchmark was run on these weights unless the table above says so.
 _NO_CAPTIONS = """
 ## Limits
 
-This folder holds the vision encoder alone: what reads and writes text was left out. No benchmark was run on these
+This folder holds only the vision encoder, without the parts that read and write text. No benchmark was run on these
 weights unless the table above says so.
 """
 
@@ -320,10 +294,10 @@ def model_card(
     """``README.md`` of the folder.
 
     Args:
-        model, data: what was trained, on which images.
-        license_id: of the weights, as Hugging Face names licences; "unknown" if nobody has said.
-        facts: lines about the training, by name, for example the step and the data.
-        encoder_only: the folder makes no captions.
+        model, data: of the run.
+        license_id: of the weights, by Hugging Face's names; "unknown" if not given.
+        facts: more lines of the table, by name, for example the step.
+        encoder_only: the folder has no captions.
     """
     if data.image_mode == "native":
         images = f"native aspect ratio, {data.min_pixels} to {data.max_pixels} pixels"
@@ -344,8 +318,8 @@ def model_card(
     packed = ""
     if data.image_mode == "native":
         packed = (
-            "\nSeveral images come back end to end; `model.split_images(features, inputs['image_grid_hw'])` takes them "
-            "apart.\n"
+            "\nFeatures of several images are concatenated; `model.split_images(features, inputs['image_grid_hw'])` "
+            "separates them.\n"
         )
     return f"""---
 license: {license_id}
@@ -359,10 +333,10 @@ tags:
 
 # GenLIP
 
-A vision encoder pretrained by captioning alone, after *Let ViT Speak*
+A vision encoder pretrained only by captioning, after *Let ViT Speak*
 ([arXiv 2605.00809](https://arxiv.org/abs/2605.00809)): one Transformer reads image patches and text and predicts the
 next text token. Trained with GenLIP-Megatron. The Python files of this folder are under the Apache License 2.0; the
-licence of the weights is the one named above.
+licence of the weights is named above.
 
 | | |
 |---|---|
@@ -393,16 +367,16 @@ def write_side_files(
     facts: Mapping[str, str] | None = None,
     encoder_only: bool = False,
 ) -> None:
-    """Write everything of an exported folder but weights and tokenizer (``export_tokenizer``).
+    """Write all files of an exported folder except the weights and the tokenizer (``export_tokenizer``).
 
     Args:
-        folder: where to write; made if it is not there.
+        folder: where to write; created if missing.
         model, data: of the run.
-        end_token_id: token that closes captions, as ``export_tokenizer`` returns it; None: an encoder alone, without a
-            tokenizer, which gets no processor of text either.
+        end_token_id: token that closes captions, from ``export_tokenizer``; None for an encoder without a tokenizer,
+            which gets no text processor either.
         dtype: of the stored weights: "float32", "bfloat16" or "float16".
         license_id, facts: see ``model_card``.
-        encoder_only: the weights are those of the vision encoder alone.
+        encoder_only: only the vision encoder's weights are stored.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -427,7 +401,7 @@ def write_side_files(
 
 
 def foreign(folder: Path) -> str:
-    """What a folder holds that is of no export of a model; "" when there is nothing such."""
+    """A file of the folder that no export writes, or why it is not an export; "" for an export."""
     try:
         is_model = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "genlip"
     except (OSError, ValueError, TypeError, KeyError):

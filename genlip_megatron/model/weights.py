@@ -1,7 +1,7 @@
-"""Initial weights that are the same on every layout.
+"""Set and gather the weights of a rank; initial weights are the same on every layout.
 
-Each full tensor is drawn from a CPU generator keyed by (seed, canonical name), then cut to the rank's part. So one
-process and any mixture of tensor and pipeline parallelism start from the same model, bit for bit.
+Each canonical tensor is drawn whole from a CPU generator keyed by (seed, canonical name), then cut to the rank's part.
+So one process and any mix of tensor and pipeline parallelism start from the same model, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from genlip_megatron.config import ModelConfig, RunConfig
-from genlip_megatron.convert.table import canonical_shapes, find
+from genlip_megatron.model.state_dict import LAYER_SCALE, ONES, XAVIER, ZEROS, canonical_shapes, find, find_canonical
 
 if TYPE_CHECKING:
     from genlip_megatron.model.genlip import GenLIP
 
-_XAVIER = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight")
-
 
 def initial_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
-    """float32: the initial value of a canonical tensor.
+    """float32: the initial value of a canonical tensor, of the kind that the table gives.
 
-    Biases 0, norms 1 and 0, LayerScale its setting, attention projections Xavier uniform (q and gate as one
-    [2D, D] matrix), everything else normal with ``model.init_method_std``.
+    Attention projections are Xavier uniform (q and gate as one [2D, D] matrix), other matrices normal with
+    ``model.init_method_std``.
     """
-    if name.endswith(".lambda1"):
-        return torch.full(shape, model.layer_scale_init)
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.ones(shape)
+    init = find_canonical(name)[0].init
+    constants = {ZEROS: 0.0, ONES: 1.0, LAYER_SCALE: model.layer_scale_init}
+    if init in constants:
+        return torch.full(shape, constants[init])
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
-    if name.endswith(_XAVIER):
+    if init == XAVIER:
         bound = math.sqrt(6 / (shape[0] + shape[1]))
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(0.0, model.init_method_std, generator=generator)
+
+
+def _layer_offset(model: GenLIP) -> int:
+    """Layers on earlier pipeline stages."""
+    return model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
 
 
 @torch.no_grad()
@@ -51,22 +52,23 @@ def fill_weights(model: GenLIP, get: Callable[[str], Tensor]) -> None:
     Raises:
         ValueError: a tensor does not have the shape of its parameter; both are named.
     """
-    offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    offset = _layer_offset(model)
     size, rank = model.tp_group.size(), model.tp_group.rank()
     for local, parameter in model.named_parameters():
-        names, layout = find(local, offset)
-        shard = layout.split([get(name) for name in names], model.model_config, size)[rank]
+        names, entry = find(local, offset)
+        shard = entry.layout.split([get(name) for name in names], model.model_config, size)[rank]
         if shard.shape != parameter.shape:
             raise ValueError(f"{', '.join(names)}: shape {tuple(shard.shape)} for {local} {tuple(parameter.shape)}")
         parameter.copy_(shard)
-        # A weight held in FP8 carries what it was made from, which the optimizer's float32 weights are made from.
+        # A weight stored in FP8 carries its original values, from which the optimizer makes its float32 weights.
         exact = getattr(parameter, "_high_precision_init_val", None)
         if exact is not None:
             exact.copy_(shard)
-        # Megatron-Core marks shards only where it initialises them itself. Without the mark, the gradient norm takes
-        # a shard for a replica and counts it on one rank alone.
-        parameter.tensor_model_parallel = layout.dim is not None
-        parameter.partition_dim = -1 if layout.dim is None else layout.dim
+        # Megatron-Core marks shards only where it initialises them itself. Without the mark the gradient norm counts
+        # a shard on one rank only, as if it were a replica.
+        dim = entry.layout.dim
+        parameter.tensor_model_parallel = dim is not None
+        parameter.partition_dim = -1 if dim is None else dim
         parameter.partition_stride = 1
 
 
@@ -77,18 +79,19 @@ def fill_initial_weights(model: GenLIP, config: RunConfig) -> None:
 
 
 def gather_canonical(model: GenLIP, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Full canonical tensors of this pipeline stage from every rank's local ones (parameters or their gradients).
+    """Full canonical tensors of this pipeline stage, on the CPU of every rank.
 
-    A collective over the tensor-parallel group, and over the ranks that share a tensor under FSDP; every rank gets the
-    result, on the CPU.
+    A collective over the tensor-parallel group, and under FSDP over the ranks that share a tensor.
+
+    Args:
+        tensors: this rank's parameters or their gradients, by local name.
     """
-    offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    size = model.tp_group.size()
+    offset, size = _layer_offset(model), model.tp_group.size()
     full: dict[str, Tensor] = {}
     for local, tensor in tensors.items():
         tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
         shards = [torch.empty_like(tensor) for _ in range(size)]
         torch.distributed.all_gather(shards, tensor.contiguous(), group=model.tp_group)
-        names, layout = find(local, offset)
-        full |= zip(names, (part.cpu() for part in layout.join(shards, model.model_config)), strict=True)
+        names, entry = find(local, offset)
+        full |= zip(names, (part.cpu() for part in entry.layout.join(shards, model.model_config)), strict=True)
     return full

@@ -1,4 +1,4 @@
-"""Captions by the Megatron model itself, which computes all tokens again for every new one: the plain twin."""
+"""Captions by the Megatron model without a cache, as a reference for ``infer/caption.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from genlip_megatron import megatron_patches
 from genlip_megatron.batch import Sample
 from genlip_megatron.config import ONE_RANK, override
-from genlip_megatron.convert.folder import preprocessor_config
+from genlip_megatron.convert.hf_folder import preprocessor_config
 from genlip_megatron.data.text import load_tokenizer
 from genlip_megatron.device import current_device
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
@@ -20,19 +20,19 @@ from genlip_megatron.infer.prepare import Prepared
 
 
 class RecomputingCaptioner:
-    """Captions batches of images on this one process. Its interface is that of ``Captioner``.
+    """Captions batches of images in this process, with the interface of ``Captioner``.
 
     Args:
-        place: folder of a run, or one checkpoint in it.
-        log: told of damaged checkpoints that are passed over.
-        prompt: that the captions go on from; None: the run's.
-        decoding: how tokens are chosen; drawing among some tokens and beams are not known here.
-        dtype: "auto": that of the run; "fp32" or "bf16".
-        device: "auto" or the kind of device that Megatron-Core runs on here.
+        place: folder of a run, or one of its checkpoints.
+        log: gets a line for each damaged checkpoint that is skipped.
+        prompt: of the captions; None: the run's.
+        decoding: how tokens are chosen; top-p, top-k and beams are not supported.
+        dtype: "auto" for the run's, "fp32" or "bf16".
+        device: "auto" or the kind of device that Megatron-Core uses here.
         tokenizer: file to use instead of the run's.
 
     Raises:
-        ValueError: no checkpoint there, or something that this twin cannot do.
+        ValueError: no checkpoint, or an unsupported option.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class RecomputingCaptioner:
             ("num-beams", decoding.num_beams, 1),
         ):
             if value != plain:
-                raise ValueError(f"--{flag} {value}: not with --recompute, which takes {plain} alone")
+                raise ValueError(f"--{flag} {value}: not with --recompute, which supports only {plain}")
         if dtype not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"--dtype {dtype}: with --recompute allowed are auto, fp32 and bf16")
+            raise ValueError(f"--dtype {dtype}: with --recompute use auto, fp32 or bf16")
         megatron_patches.install()
         from genlip_megatron.checkpoint import loading
         from genlip_megatron.model.genlip import build_model
@@ -62,10 +62,10 @@ class RecomputingCaptioner:
 
         found = loading.find(place, True, log)
         if found is None:
-            raise ValueError(f"--load {place}: no checkpoint there (no folder iter_NNNNNNN); --recompute needs one")
+            raise ValueError(f"--load {place}: no checkpoint found (no folder iter_NNNNNNN). --recompute needs one")
         here = current_device()
         if device not in ("auto", here.type, str(here)):
-            raise ValueError(f"--device {device}: with --recompute allowed is {here.type}, as this machine has it")
+            raise ValueError(f"--device {device}: with --recompute use {here.type}, the device of this machine")
         precision = {} if dtype == "auto" else {"train.precision": dtype}
         config = override(loading.read_config(found[0]), {**ONE_RANK, **precision})
         self.place = found[0]
@@ -79,7 +79,7 @@ class RecomputingCaptioner:
         loading.load_weights(found[0], self._model, log)
 
     def tokens(self, images: Sequence[Prepared]) -> list[list[int]]:
-        """New tokens of each good image, without the end token."""
+        """New tokens of each image, without the end token."""
         from genlip_megatron.infer.generate import generate
 
         samples = [Sample(image.patches, image.rows, image.columns, self._prompt) for image in images]

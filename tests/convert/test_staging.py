@@ -1,4 +1,4 @@
-"""A folder appears all at once or not at all, and never in the place of something else."""
+"""A folder appears complete or not at all, and never replaces something else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from genlip_megatron.checkpoint import paths
-from genlip_megatron.convert.new_folder import new_folder
+from genlip_megatron.convert.staging import new_folder
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
+def test_the_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "new"
     with new_folder(target, 1, False, lambda _: "thesis") as partial:
         (partial / "file").write_text("1")
@@ -25,7 +25,7 @@ def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
     assert names(target.parent) == ["new"] and names(target) == ["file"]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "old"
     target.mkdir()
     (target / "file").write_text("old")
@@ -40,18 +40,18 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
     assert names(tmp_path) == ["old"] and (target / "file").read_text() == "old"
     with (
-        pytest.raises(ValueError, match="could not be written: .*No space left"),
+        pytest.raises(ValueError, match="cannot be written: .*No space left"),
         new_folder(target, 1, True, lambda _: ""),
     ):
         raise OSError(28, "No space left on device")
     assert names(tmp_path) == ["old"]
 
 
-def test_what_a_killed_run_left_is_removed_or_put_back(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_or_restored(tmp_path: Path) -> None:
     target = tmp_path / "target"
     for name in (".target.partial-0123abcd", ".target.replaced"):
         (tmp_path / name / "folder").mkdir(parents=True)
-    # It was killed while it took the old one's place: the old one is there again, and is not replaced unasked.
+    # Killed during the swap: the old folder is restored, and not replaced without overwrite.
     with pytest.raises(ValueError, match="not empty"), new_folder(target, 1, False, lambda _: ""):
         raise AssertionError
     assert names(target) == ["folder"]
@@ -60,7 +60,7 @@ def test_what_a_killed_run_left_is_removed_or_put_back(tmp_path: Path) -> None:
     assert names(tmp_path) == ["target"] and names(target) == ["file"]
 
 
-def test_what_only_looks_like_a_rest_is_left(tmp_path: Path) -> None:
+def test_folders_that_only_look_like_leftovers_stay(tmp_path: Path) -> None:
     target, kept = tmp_path / "target", tmp_path / "kept"
     for name in (".target.partial-notes", ".target.partial-0123abcd9", "kept"):
         (tmp_path / name).mkdir()
@@ -70,13 +70,13 @@ def test_what_only_looks_like_a_rest_is_left(tmp_path: Path) -> None:
         (partial / "file").write_text("new")
     assert len(names(tmp_path)) == 5 and names(kept) == ["thesis"]
     (tmp_path / ".target.replaced").mkdir()
-    refused = pytest.raises(ValueError, match="target.replaced: it is in the way .*thesis.*; move it")
+    refused = pytest.raises(ValueError, match="target.replaced: in the way, .*thesis.*. Move it")
     with refused, new_folder(target, 1, True, lambda place: "thesis" if place.name != "target" else ""):
         raise AssertionError
     assert (tmp_path / ".target.replaced").is_dir() and names(target) == ["file"]
 
 
-def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
+def test_concurrent_writers_do_not_mix(tmp_path: Path) -> None:
     target = tmp_path / "target"
     refused = pytest.raises(ValueError, match="not empty")
     with refused, new_folder(target, 1, False, lambda _: "") as first:
@@ -89,9 +89,7 @@ def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
     assert names(tmp_path) == ["target"] and (target / "file").read_text() == "third"
 
 
-def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_removed_before_it_is_locked_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, make = list[Path](), Path.mkdir
 
     def removed_at_first(self: Path, *args: Any, **kwargs: Any) -> None:
@@ -108,7 +106,7 @@ def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_a_folder_is_replaced_and_a_disk_that_fails_then_gives_it_back(
+def test_a_disk_failure_after_the_swap_restores_the_old_folder(
     able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not able:
@@ -132,7 +130,7 @@ def test_a_folder_is_replaced_and_a_disk_that_fails_then_gives_it_back(
     assert names(tmp_path) == ["target"] and (target / "file").read_text() == "new"
 
 
-def test_an_empty_folder_is_taken_and_another_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled_and_any_other_refused(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     with new_folder(target, 1, False, lambda _: "thesis") as partial:
@@ -140,12 +138,12 @@ def test_an_empty_folder_is_taken_and_another_refused(tmp_path: Path) -> None:
     for overwrite, why in ((False, "is not empty.*--overwrite"), (True, "holds something else .thesis")):
         with pytest.raises(ValueError, match=why), new_folder(target, 1, overwrite, lambda _: "thesis"):
             raise AssertionError
-    with pytest.raises(ValueError, match="it is a file"), new_folder(target / "file", 1, True, lambda _: ""):
+    with pytest.raises(ValueError, match="is a file"), new_folder(target / "file", 1, True, lambda _: ""):
         raise AssertionError
-    with pytest.raises(ValueError, match="GB free"), new_folder(tmp_path / "big", 10**18, True, lambda _: ""):
+    with pytest.raises(ValueError, match="GB are free"), new_folder(tmp_path / "big", 10**18, True, lambda _: ""):
         raise AssertionError
     with (
-        pytest.raises(ValueError, match="could not be written"),
+        pytest.raises(ValueError, match="cannot be written"),
         new_folder(target / "file" / "x", 1, True, lambda _: ""),
     ):
         raise AssertionError

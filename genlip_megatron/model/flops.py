@@ -1,14 +1,15 @@
-"""Useful FLOPs of training, and the counts they derive from."""
+"""Useful arithmetic of training, counted from what a micro-batch holds and the table of parameters."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from genlip_megatron.batch import PATCH_VALUES, PackedBatch
+from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
+from genlip_megatron.model.state_dict import layer_matrix_size, rank_sizes
 
-# Dense bfloat16 rate of one Hopper SXM GPU, which MFU is quoted against.
+# Dense bfloat16 rate of one Hopper SXM GPU; MFU is quoted against it.
 HOPPER_TFLOPS = 989.5
 
 COUNTS = ("tokens", "samples", "image_tokens", "image_pairs", "text_pairs", "loss_rows", "slots")
@@ -31,16 +32,16 @@ def count_batch(batch: PackedBatch) -> Tensor:
 
 
 def training_flops(counts: Tensor, model: ModelConfig) -> float:
-    """Useful floating-point operations of training on ``counts``: forward and twice that backward.
+    """Useful floating-point operations of training on ``counts``: the forward pass, and twice that for the backward.
 
-    Blocks 2 N L (5 D^2 + 3 D F), attention 4 D L x exact prefix-LM pairs, head 2 E V x answer rows, patch embedding
-    2 x 768 D x patches (its input needs no gradient). Recomputation and padding never count.
+    A token costs 2 operations for each element of the layers' matrices, a query-key pair 4 D in each layer, an answer
+    row 2 for each element of the head, a patch 2 for each of the patch embedding, whose input needs no gradient.
+    Recomputation and padding do not count.
     """
     by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
-    width, layers = model.hidden_size, model.num_layers
-    projections = 5 if model.attention_output_gate else 4
-    blocks = 2 * by_name["tokens"] * layers * (projections * width**2 + 3 * width * model.ffn_hidden_size)
-    attention = 4 * width * layers * (by_name["image_pairs"] + by_name["text_pairs"])
-    head = 2 * model.text_hidden_size * model.vocab_size * by_name["loss_rows"]
-    patches = 2 * PATCH_VALUES * width * by_name["image_tokens"]
+    sizes = rank_sizes(model)
+    blocks = 2 * by_name["tokens"] * model.num_layers * layer_matrix_size(model)
+    attention = 4 * model.hidden_size * model.num_layers * (by_name["image_pairs"] + by_name["text_pairs"])
+    head = 2 * sizes["head.weight"] * by_name["loss_rows"]
+    patches = 2 * sizes["embed.patch_weight"] * by_name["image_tokens"]
     return 3 * (blocks + attention + head) + 2 * patches

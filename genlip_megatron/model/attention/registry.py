@@ -1,0 +1,45 @@
+"""The attention backends by name, and which one runs. To add one: its file, and its line here."""
+
+from __future__ import annotations
+
+from genlip_megatron.model.attention.backend import Backend, Place
+from genlip_megatron.model.attention.dense import Dense
+from genlip_megatron.model.attention.flex import Flex
+from genlip_megatron.model.attention.grouped import Grouped
+from genlip_megatron.model.attention.te import TransformerEngine
+from genlip_megatron.model.attention.varlen import Varlen
+
+BACKENDS: dict[str, type[Backend]] = {
+    "dense": Dense,
+    "grouped": Grouped,
+    "varlen": Varlen,
+    "flex": Flex,
+    "te": TransformerEngine,
+}
+# The backend of train.fp8_attention (fp8.py); each layer brings its own kernel.
+FP8_BACKEND = "te-fp8"
+
+
+def choose_backend(wanted: str, place: Place, transformer_engine: bool = False) -> tuple[str, str]:
+    """(backend, why) for ``train.attention_backend``; auto takes the first of an order that runs.
+
+    Args:
+        wanted: a name of BACKENDS, or auto.
+        place: where it has to run.
+        transformer_engine: the layers are Transformer Engine's, so its attention comes first.
+
+    Raises:
+        ValueError: the wanted backend cannot run there; names the reason and the backends that can.
+    """
+    reasons = {name: backend.why_not(place) for name, backend in BACKENDS.items()}
+    if wanted != "auto":
+        if wanted not in BACKENDS:
+            raise ValueError(f"train.attention_backend = {wanted!r}: unknown. Use auto, {', '.join(BACKENDS)}")
+        if reasons[wanted]:
+            able = ", ".join(name for name, reason in reasons.items() if reason is None)
+            raise ValueError(f"train.attention_backend = {wanted}: {reasons[wanted]}. Backends that run here: {able}")
+        return wanted, "as set"
+    order = ["te", "varlen", "grouped"] if transformer_engine else ["varlen", "te", "grouped"]
+    chosen = next(name for name in order if reasons[name] is None)
+    passed = [f"{name} {reasons[name]}" for name in order[: order.index(chosen)]]
+    return chosen, "; ".join([f"the first of {', '.join(order)} that runs here", *passed])

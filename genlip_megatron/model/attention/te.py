@@ -1,0 +1,64 @@
+"""The two calls by Transformer Engine's fused attention, in bfloat16. For GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from typing import Any
+
+from torch import Tensor
+
+from genlip_megatron.model.attention.backend import Place
+from genlip_megatron.model.attention.two_calls import TwoCalls
+from genlip_megatron.model.attention.varlen import why_no_flash
+from genlip_megatron.model.te_support import why_no_engine
+
+
+def in_bf16() -> contextlib.AbstractContextManager[None]:
+    """Within it Transformer Engine computes in the tensors' own dtype."""
+    context: contextlib.AbstractContextManager[None]
+    context = importlib.import_module("transformer_engine.pytorch").fp8_autocast(enabled=False)
+    return context
+
+
+@functools.cache
+def _module(heads: int, head_dim: int, causal: bool, scale: float) -> Any:
+    """Transformer Engine's attention without state; queries and keys of a causal call differ in number."""
+    transformer_engine = importlib.import_module("transformer_engine.pytorch")
+    return transformer_engine.DotProductAttention(
+        num_attention_heads=heads,
+        kv_channels=head_dim,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        attn_mask_type="padding_causal_bottom_right" if causal else "padding",
+        attention_type="cross" if causal else "self",
+        softmax_scale=scale,
+    )
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+) -> Tensor:
+    # Inside the context of FP8 linears it would join their amax reduction, on only those ranks that call it.
+    with in_bf16():
+        attended = _module(q.shape[1], q.shape[2], causal, scale)(
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            cu_seqlens_q=cu_q,
+            cu_seqlens_kv=cu_k,
+            max_seqlen_q=max_q,
+            max_seqlen_kv=max_k,
+        )
+    return attended.view(q.shape)
+
+
+class TransformerEngine(TwoCalls):
+    """The two calls by ``DotProductAttention``."""
+
+    kernel = staticmethod(_kernel)
+
+    @staticmethod
+    def why_not(place: Place) -> str | None:
+        return why_no_engine() or why_no_flash(place)
