@@ -40,10 +40,11 @@ ROOMS = {
     "convert": "batch checkpoint config hf megatron_patches model optional outputs parallel tokenizer",
     "estimate": "config convert model train",
     "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel",
-    "train": "batch checkpoint command config data device estimate faults infer log model parallel user_error",
+    "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel "
+    "user_error",
     "evaluate": "batch data model outputs",
     "integrations": "hf",
-    "testing": "batch config device megatron_patches model parallel train",
+    "testing": "batch checkpoint config data device infer megatron_patches model parallel train",
 }
 # Files that are copied into exported folders: they need these libraries, Python's own and each other alone.
 SELF_CONTAINED, LIBRARIES = "hf", {"torch", "transformers", "numpy", "PIL"}
