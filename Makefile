@@ -68,7 +68,7 @@ $(STAMP)-docs: $(STAMP)
 	touch $@
 
 docs: $(STAMP)-docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: $(STAMP)
 	$(BIN)/ruff check .

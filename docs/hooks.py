@@ -54,7 +54,7 @@ def on_config(config: Any, **_: Any) -> Any:
 def on_files(files: Any, config: Any, **_: Any) -> Any:
     """Add the reference pages."""
     for room, modules in rooms():
-        blocks = [f"## `{name_of(file)}`\n\n::: {name_of(file)}\n" for file in modules]
+        blocks = [f"## {file.relative_to(PACKAGE)}\n\n::: {name_of(file)}\n" for file in modules]
         files.append(File.generated(config, page_of(room), content="\n".join([f"# {room}\n", *blocks])))
     return files
 

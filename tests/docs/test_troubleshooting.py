@@ -60,7 +60,7 @@ def errors() -> Iterator[Error]:
 
 def sections(page: str) -> dict[str, list[str]]:
     """Heading -> the settings and paths below it."""
-    found = re.findall(r"^## (.+)\n<!-- errors: (.*?) -->", page, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^## (.+)\n<!-- errors: (.*) -->", page, re.MULTILINE)
     return {heading: names.split() for heading, names in found}
 
 
