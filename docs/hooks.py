@@ -1,4 +1,4 @@
-"""What `mkdocs build` derives from the code: the file list of the architecture page, and the reference, a page a room."""
+"""What `mkdocs build` derives from the code: the file list of the architecture page, and the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FRONT = "top level"
 def summary(file: Path) -> str:
     """The first sentence of a module's docstring."""
     first = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0]
-    return re.split(r"(?<=[.:])\s", " ".join(first.split()), maxsplit=1)[0].rstrip(":").replace("|", "\\|")
+    return re.split(r"(?<=\.)\s", " ".join(first.split()), maxsplit=1)[0].replace("|", "\\|")
 
 
 def rooms() -> Iterator[tuple[str, list[Path]]]:

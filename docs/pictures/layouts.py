@@ -13,14 +13,18 @@ COLOURS = ("#3f51b5", "#00897b", "#ef6c00", "#8e24aa")
 WEIGHTS, GHOST, INK = "#455a64", "#e4e7eb", "#263238"
 SLOTS = 40
 SLOT, BAR, CELL_X, CELL_WIDTH, ROW, TOP = 5.4, 20, (176, 510), 326, 92, 70
-# Name, flag, then for each of two ranks: its pack, its part of the slots, its part of (layers, columns of a matrix).
+# Name, flag, what it does; then for each of two ranks its pack, and its part of slots, layers and columns of a matrix.
 ALL, LEFT, RIGHT = (0.0, 1.0), (0.0, 0.5), (0.5, 1.0)
 ROWS = (
-    ("Data parallel", "the default", (0, ALL, ALL, ALL), (1, ALL, ALL, ALL), "each rank has its own pack and all weights"),
-    ("FSDP", "--fsdp", (0, ALL, ALL, LEFT), (1, ALL, ALL, RIGHT), "as above; a layer's weights are gathered when it runs"),
-    ("Tensor parallel", "--tp 2", (0, LEFT, ALL, LEFT), (0, RIGHT, ALL, RIGHT), "half of each matrix; between them half of the tokens"),
-    ("Context parallel", "--cp 2", (0, LEFT, ALL, ALL), (0, RIGHT, ALL, ALL), "half of the tokens; a sample may be cut anywhere"),
-    ("Pipeline", "--pp 2", (0, ALL, LEFT, ALL), (0, ALL, RIGHT, ALL), "every token passes rank 0, then rank 1"),
+    ("Data parallel", "the default", "each rank has its own pack and all weights", (0, ALL, ALL, ALL),
+     (1, ALL, ALL, ALL)),
+    ("FSDP", "--fsdp", "as above; a layer's weights are gathered when it runs", (0, ALL, ALL, LEFT),
+     (1, ALL, ALL, RIGHT)),
+    ("Tensor parallel", "--tp 2", "half of each matrix; between them half of the tokens", (0, LEFT, ALL, LEFT),
+     (0, RIGHT, ALL, RIGHT)),
+    ("Context parallel", "--cp 2", "half of the tokens; a sample may be cut anywhere", (0, LEFT, ALL, ALL),
+     (0, RIGHT, ALL, ALL)),
+    ("Pipeline", "--pp 2", "every token passes rank 0, then rank 1", (0, ALL, LEFT, ALL), (0, ALL, RIGHT, ALL)),
 )  # fmt: skip
 LAYERS, LAYER_WIDTH, LAYER_HEIGHT, GAP = 4, 60, 10, 22
 
@@ -69,7 +73,7 @@ def picture() -> str:
     for rank, x in enumerate(CELL_X):
         shapes.append(text(x, 26, f"rank {rank}", 17, bold))
         shapes += [text(x, 50, "tokens", 15), text(x + SLOTS * SLOT + GAP, 50, "weights", 15)]
-    for number, (name, flag, *ranks, words) in enumerate(ROWS):
+    for number, (name, flag, words, *ranks) in enumerate(ROWS):
         y = TOP + number * ROW
         shapes.append(f'<line x1="16" y1="{y - 6}" x2="{width - 16}" y2="{y - 6}" stroke="{GHOST}"/>')
         shapes += [text(16, y + 28, name, 17, bold), text(16, y + 48, flag, 15, 'font-family="monospace"')]

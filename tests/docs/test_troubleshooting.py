@@ -1,8 +1,8 @@
-"""Every error that the code can raise belongs to a section of docs/troubleshooting.md, and the page quotes real messages.
+"""Every error that the code can raise belongs to a section of docs/troubleshooting.md, which quotes real messages.
 
-Below a heading of the page stands ``<!-- errors: ... -->`` with settings (``data.tokenizer``, or a whole section
-``parallel``) and files or folders (``train/oom.py``, ``convert/``; of the package unless they start elsewhere). An error
-belongs to the section of the setting that its text begins with, else to that of its file, else of its folder.
+Below a heading of the page stands ``<!-- errors: ... -->``. It lists settings (``data.tokenizer``, or a whole section
+``parallel``), and files or folders (``train/oom.py``, ``convert/``), which are the package's unless they start with
+``tools/``. An error belongs to the section of the setting that its text begins with, else of its file or folder.
 """
 
 from __future__ import annotations
