@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, MARGIN, HEAD, FOOT = 72, 20, 34, 78
+CELL, MARGIN, HEAD, FOOT = 76, 20, 40, 88
 INK, PALE, FIRST, LATER = "#263238", "#607d8b", "#ffd54f", "#ffffff"
 
 
@@ -27,22 +27,23 @@ def picture(image: Image.Image, caption: str, truth: str, readout: dict) -> Imag
     """Image and caption on the left, the likeliest tokens of each patch on the right."""
     rows, columns = readout["grid"]
     width, height = columns * CELL, rows * CELL
-    canvas = Image.new("RGB", (2 * width + 3 * MARGIN, HEAD + height + FOOT), "white")
+    small = (int(0.65 * width), int(0.65 * height))
+    right = 2 * MARGIN + small[0]
+    canvas = Image.new("RGB", (right + width + MARGIN, HEAD + height + FOOT), "white")
     draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, 8), "in: an image not trained on", INK, font(20))
+    draw.text((right, 8), "inside: what the LM head reads in each patch", INK, font(20))
+    canvas.paste(image.resize(small, Image.Resampling.BICUBIC), (MARGIN, HEAD))
     large = image.resize((width, height), Image.Resampling.BICUBIC)
-    right = 2 * MARGIN + width
-    draw.text((MARGIN, 8), "in: an image that was not trained on", INK, font(17))
-    draw.text((right, 8), "inside: what the LM head reads in each patch", INK, font(17))
-    canvas.paste(large, (MARGIN, HEAD))
     canvas.paste(Image.blend(large, Image.new("RGB", large.size, "black"), 0.55), (right, HEAD))
     for patch in readout["patches"]:
         left, top = right + patch["column"] * CELL, HEAD + patch["row"] * CELL
         draw.rectangle((left, top, left + CELL, top + CELL), outline="#8a8a8a")
         for place, token in enumerate(patch["tokens"][:3]):
             text, colour = token["text"].strip() or "_", FIRST if place == 0 else LATER
-            draw.text((left + 5, top + 5 + place * 21), text, colour, font(15 if place == 0 else 13))
-    draw.text((MARGIN, HEAD + height + 10), f"out: {caption}", INK, font(19))
-    draw.text((MARGIN, HEAD + height + 42), f"written for it: {truth}", PALE, font(15))
+            draw.text((left + 5, top + 4 + place * 23), text, colour, font(17 if place == 0 else 15))
+    draw.text((MARGIN, HEAD + height + 12), f"out: {caption}", INK, font(24))
+    draw.text((MARGIN, HEAD + height + 50), f"written for it: {truth}", PALE, font(19))
     return canvas
 
 
