@@ -91,7 +91,7 @@ def page() -> str:
 def test_every_error_has_a_section(page: str) -> None:
     known = sections(page)
     lost = [f"{error.file}:{error.line}: {error.text}" for error in errors() if section_of(error, known) is None]
-    assert not lost, f"no section of {PAGE.name} names the file or the setting of these errors"
+    assert not lost, f"no section of {PAGE.name} names the file or the setting of: {lost}"
 
 
 def test_a_section_names_only_what_exists(page: str) -> None:
@@ -102,7 +102,7 @@ def test_a_section_names_only_what_exists(page: str) -> None:
         for name in names
         if name not in SETTINGS and not any(file == name or file.startswith(name) for file in files)
     ]
-    assert not gone, f"{PAGE.name} names settings or files that do not exist"
+    assert not gone, f"{PAGE.name} names settings or files that do not exist: {gone}"
 
 
 def test_nothing_is_named_twice(page: str) -> None:
@@ -122,4 +122,4 @@ def test_quoted_messages_exist(page: str) -> None:
     quoted = [message for row in rows for message in re.findall(r"`(.+?)`", row)]
     assert quoted
     stale = [message for message in quoted if not all(part.strip() in said for part in message.split(GAP))]
-    assert not stale, f"{PAGE.name} quotes messages that no code says"
+    assert not stale, f"{PAGE.name} quotes messages that no code says: {stale}"
