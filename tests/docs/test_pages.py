@@ -33,7 +33,7 @@ def test_named_files_exist(page: Path) -> None:
         and not any((root / name).exists() for root in roots)
         and ("/" in name or not any(ROOT.glob(f"[!.]*/**/{name}")))
     ]
-    assert not missing, f"{page.name} names files that do not exist"
+    assert not missing, f"{page.name} names files that do not exist: {missing}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
