@@ -1,5 +1,6 @@
 # make demo: train a small GenLIP from nothing and caption unseen images.  make test: the CPU test suite.
 # make parity: the same run on every parallel layout, into docs/parity.md.
+# make docs: the documentation site, into site/.
 # make plugging: what others load, with transformers 4, ONNX and lmms-eval, in environments of their own.
 # make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-all plugging null-gpu faults parity check format clean
+.PHONY: demo test test-all plugging null-gpu faults parity docs check format clean
 
 $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -62,6 +63,13 @@ faults: $(STAMP)
 parity: $(STAMP)
 	$(BIN)/python tools/parity_matrix.py
 
+$(STAMP)-docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,5 +83,5 @@ format: $(STAMP)
 # By name in this folder, not by variables: VENV may be set to an environment that others use too, and `make --file` may
 # run anywhere.
 clean:
-	cd "$(dir $(abspath $(lastword $(MAKEFILE_LIST))))" && rm -rf .venv .venv-hf4 .venv-lmms .venv-null-gpu build \
+	cd "$(dir $(abspath $(lastword $(MAKEFILE_LIST))))" && rm -rf .venv .venv-hf4 .venv-lmms .venv-null-gpu build site \
 		genlip_megatron.egg-info .mypy_cache .pytest_cache .ruff_cache

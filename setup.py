@@ -1,4 +1,4 @@
-"""Packaging. Each dependency's reason stands in the README's table."""
+"""Packaging. docs/architecture.md says why each dependency is needed."""
 
 from setuptools import find_packages, setup
 
@@ -31,6 +31,7 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "s3": ["s3fs>=2024.6"],
         "hf": ["transformers>=4.56,<6"],
