@@ -26,13 +26,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from inspect_page import Origin, Pack, build_page, escape, heading, is_page, refused_card, sample_card
 
 from genlip_megatron.batch import PATCH_SIZE
 from genlip_megatron.config import CheckpointConfig, DataConfig, RunConfig, from_dict, load_yaml, override
 from genlip_megatron.config.checks import check
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data.loader import Loader
-from genlip_megatron.evaluate.page import Origin, Pack, build_page, escape, heading, is_page, refused_card, sample_card
 from genlip_megatron.outputs import check_file, write
 
 SETTINGS = {

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from tools.caption import main
+from tools.demo import PLAIN_TRANSFORMERS
 from tools.extract_features import main as extract_features
 from tools.patch_readout import main as patch_readout
 
@@ -57,6 +60,18 @@ def test_an_exported_folder_captions_alike(
         for place in (exported, checkpoints["1"])
     )
     assert found == expected and sum(ids is not None for ids in found) == 5
+
+
+def test_an_exported_folder_needs_only_transformers(
+    caption: Any, exported: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    """By the demo's snippet, in a process in which this project cannot be imported."""
+    shard = demo_data / "val-00000.tar"
+    expected = caption(shard, "--load", exported, "--limit", 4, "--token-ids")
+    words = [str(word) for word in (exported, shard, 4, 12, tmp_path / "plain.jsonl")]
+    subprocess.run([sys.executable, "-I", "-c", PLAIN_TRANSFORMERS, *words], cwd=tmp_path, check=True)
+    found = rows(tmp_path / "plain.jsonl")
+    assert [(row["key"], row["token_ids"]) for row in found] == [(row["key"], row["token_ids"]) for row in expected]
 
 
 def test_rows_come_in_the_order_of_the_inputs_whatever_the_batch(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inspect_page import COLOURS, KINDS, block_shares, build_page
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -23,7 +24,6 @@ from genlip_megatron.config import DEFAULT_PROMPT, from_dict
 from genlip_megatron.data.index import build_index
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.text import END_OF_TURN, load_tokenizer, tokenize
-from genlip_megatron.evaluate.page import COLOURS, KINDS, block_shares, build_page
 from genlip_megatron.model.mask import prefix_lm_mask
 from tools import inspect_data
 
