@@ -51,7 +51,7 @@ def test_unknown_ending_is_refused_before_anything_is_written(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export_encoder.main([str(exported), str(tmp_path / "encoder.bin")]) == 2
-    assert "allowed are .onnx and .pt2" in capsys.readouterr().err
+    assert "Allowed are .onnx and .pt2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -70,9 +70,9 @@ def misshape(folder: Path) -> None:
         ),
         # Versions of transformers before 5 do not tell the shapes.
         (misshape, "new/encoder.pt2", r"ln_post.bias (is \[5\], \[96\]|has another shape than) expected"),
-        (lambda place: (place / "config.json").unlink(), "new/encoder.pt2", "no config.json there"),
-        (lambda place: None, "none/encoder.pt2", "there is no folder"),
-        (lambda place: None, "there.pt2", "already there; name another file, or replace it with --overwrite"),
+        (lambda place: (place / "config.json").unlink(), "new/encoder.pt2", "no config.json"),
+        (lambda place: None, "none/encoder.pt2", "no folder"),
+        (lambda place: None, "there.pt2", "already exists. Name another file, or replace it with --overwrite"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

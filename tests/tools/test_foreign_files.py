@@ -269,7 +269,7 @@ def test_an_encoder_replaces_only_encoders_and_their_weights(tmp_path: Path) -> 
     for other in (b"", b"\x08 pixel_values embeddings", b"pixel_values vision_embeddings"):
         output.write_bytes(other)
         assert not export_encoder.is_own(data, output)
-        with pytest.raises(ValueError, match="--overwrite replaces only what this tool has written"):
+        with pytest.raises(ValueError, match="--overwrite replaces only files that this tool wrote"):
             export_encoder.write_encoder("folder", output, overwrite=True)
     assert data.read_bytes() == b"weights"
 
