@@ -237,7 +237,7 @@ class Bench:
             def forward() -> torch.Tensor:
                 turned = rotate(q, *angles), rotate(k, *angles), v
                 query, key, value = (x.transpose(0, 1)[None] for x in turned)
-                return gpu_baseline.attend(query, key, value, mask)[0].transpose(0, 1)
+                return gpu_baseline.flex_padded(query, key, value, mask)[0].transpose(0, 1)
 
         else:
             if reason := BACKENDS[kernel].why_not(Place(self.device, dtype, head_dim)):
