@@ -48,7 +48,7 @@ from genlip_megatron.command import WorkerPool, command
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
-from genlip_megatron.data.index import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
+from genlip_megatron.data.scan import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
 from genlip_megatron.data.tables import TABLE_SUFFIXES, column_names, table_rows, table_suffix
 from genlip_megatron.data.text import parse_turns
 from genlip_megatron.outputs import check_file, json_lines

@@ -30,8 +30,10 @@ from tqdm import tqdm
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data import storage
-from genlip_megatron.data.dataset import Totals, check_files, manifest_paths, open_dataset, other_shards, write_manifest
+from genlip_megatron.data.dataset import open_dataset
 from genlip_megatron.data.index import ShardIndex
+from genlip_megatron.data.manifest import Totals, check_files, manifest_paths, other_shards, write_manifest
+from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.plan import Plan, Source
 from genlip_megatron.data.prepare import index_shards
 from genlip_megatron.data.text import Tokenizer, encode_prompt, load_tokenizer
@@ -183,7 +185,7 @@ def main() -> None:
             raise ValueError(f"--workers {options.workers}, --seq-length {options.seq_length}: must be at least 1")
         tokenizer = load_tokenizer(options.tokenizer)
         encode_prompt(options.prompt, tokenizer, "--prompt")
-        shards = storage.expand_shards(options.shards, "PATH", check_files=False)
+        shards = expand_shards(options.shards, "PATH", check_files=False)
         manifest = options.manifest or default_manifest(shards)
         if not manifest.endswith(".json"):
             raise ValueError(f"--manifest {manifest}: must end in .json")

@@ -23,8 +23,8 @@ import sentencepiece
 
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.data.index import CAPTION_SUFFIXES
-from genlip_megatron.data.storage import expand_shards
+from genlip_megatron.data.patterns import expand_shards
+from genlip_megatron.data.scan import CAPTION_SUFFIXES
 from genlip_megatron.data.text import END_OF_TURN, parse_turns
 from genlip_megatron.outputs import check_file, write
 

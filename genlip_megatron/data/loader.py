@@ -23,11 +23,11 @@ from genlip_megatron.config import DataConfig, RunConfig, source_epochs, source_
 from genlip_megatron.data.assemble import SampleReader
 from genlip_megatron.data.dataset import Dataset, open_dataset
 from genlip_megatron.data.decode import make_decoder
+from genlip_megatron.data.patterns import NothingFound
 from genlip_megatron.data.plan import Phase, Plan, Source
 from genlip_megatron.data.quarantine import Quarantine
 from genlip_megatron.data.read import ShardReader
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.storage import NothingFound
 from genlip_megatron.data.text import encode_prompt, load_tokenizer
 from genlip_megatron.device import current_device
 

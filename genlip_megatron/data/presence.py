@@ -10,8 +10,8 @@ import socket
 from collections.abc import Iterator, Sequence
 
 from genlip_megatron.data import storage
-from genlip_megatron.data.dataset import Shard
 from genlip_megatron.data.index import index_path
+from genlip_megatron.data.manifest import Shard
 
 _NAMED = 5
 # Names that a store's listing lacks are asked for one by one before they count as missing: it may be incomplete.

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
-from genlip_megatron.data.index import MAX_CAPTION_BYTES
+from genlip_megatron.data.scan import MAX_CAPTION_BYTES
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", ".feather")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genlip_megatron.data import storage
+from genlip_megatron.data import patterns, storage
 from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image, decode_rgb
 from genlip_megatron.data.index import ShardIndex, read_index
 from genlip_megatron.data.read import Piece, ShardReader
@@ -156,13 +156,13 @@ def _expand(pattern: str) -> Iterator[str]:
         ValueError: there are none.
     """
     if pattern.endswith(".dataset.json"):
-        yield from storage.expand_shards(_listed(pattern), "INPUT")
+        yield from patterns.expand_shards(_listed(pattern), "INPUT")
         return
     if storage.is_remote(pattern) or pattern.lower().endswith(".tar"):
-        yield from storage.expand_shards([pattern], "INPUT")
+        yield from patterns.expand_shards([pattern], "INPUT")
         return
     try:
-        matches = [match for part in storage.find(pattern).values() for match in part]
+        matches = [match for part in patterns.find(pattern).values() for match in part]
     except ValueError as error:
         raise ValueError(f"INPUT {error}") from error
     if not matches:

@@ -20,16 +20,12 @@ import safetensors.numpy
 
 from genlip_megatron.data import storage
 from genlip_megatron.data.index import (
-    FURTHER_FIELDS,
-    SYSTEM_FILES,
-    UnreadableShard,
-    build_index,
     index_path,
     load_index,
-    refresh_index,
     write_index,
 )
-from genlip_megatron.data.storage import expand_shards
+from genlip_megatron.data.patterns import expand_shards
+from genlip_megatron.data.scan import FURTHER_FIELDS, SYSTEM_FILES, UnreadableShard, build_index, refresh_index
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
 from tests.data.shards import CAPTION, bomb, half_png, image, interlaced, rotated, scans, sixteen_bit, write_shard
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from genlip_megatron.data import storage
+from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.testing.processes import free_port
 from tests.data.test_read import bucket  # noqa: F401
 
@@ -41,7 +42,7 @@ def web() -> Iterator[str]:
 
 
 def expand(url: str) -> Any:
-    return storage.expand_shards([url], "PATH")
+    return expand_shards([url], "PATH")
 
 
 READERS: tuple[Callable[[str], Any], ...] = (expand, storage.read_bytes, storage.state)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from genlip_megatron.convert import folder as exported
-from genlip_megatron.data.dataset import manifest_paths
 from genlip_megatron.data.index import index_path
+from genlip_megatron.data.manifest import manifest_paths
 from genlip_megatron.faults import exits
 from genlip_megatron.infer import features
 from tools import demo, export_encoder, patch_readout

@@ -21,8 +21,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from genlip_megatron.config import DEFAULT_PROMPT, from_dict
-from genlip_megatron.data.index import build_index
 from genlip_megatron.data.loader import Loader
+from genlip_megatron.data.scan import build_index
 from genlip_megatron.data.text import END_OF_TURN, load_tokenizer, tokenize
 from genlip_megatron.model.mask import prefix_lm_mask
 from tools import inspect_data

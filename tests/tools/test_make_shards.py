@@ -30,7 +30,7 @@ from PIL import Image
 
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data import tables
-from genlip_megatron.data.index import build_index
+from genlip_megatron.data.scan import build_index
 from genlip_megatron.data.text import parse_turns
 from tools import make_shards
 

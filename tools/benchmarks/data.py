@@ -53,10 +53,11 @@ from tqdm import tqdm
 from genlip_megatron.batch import PATCH_SIZE
 from genlip_megatron.config import DEFAULT_PROMPT, ModelConfig, RunConfig
 from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.data.dataset import Dataset, manifest_paths, open_dataset
+from genlip_megatron.data.dataset import Dataset, open_dataset
 from genlip_megatron.data.image import check_image
 from genlip_megatron.data.index import index_path, read_index
 from genlip_megatron.data.loader import Loader, build_plan
+from genlip_megatron.data.manifest import manifest_paths
 from genlip_megatron.data.plan import Phase, Plan, Source
 from genlip_megatron.data.prepare import index_shard
 from genlip_megatron.data.text import load_tokenizer

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from genlip_megatron.command import WorkerPool
 from genlip_megatron.config import DEFAULT_PROMPT
-from genlip_megatron.data.dataset import MANIFEST_FORMAT, manifest_paths
 from genlip_megatron.data.index import PLAN_ROW
+from genlip_megatron.data.manifest import MANIFEST_FORMAT, manifest_paths
+from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.prepare import index_shards
-from genlip_megatron.data.storage import expand_shards
 from genlip_megatron.data.text import END_OF_TURN, load_tokenizer
 
 PROMPT_TOKENS, CLOSING_TOKENS = 6, 2
