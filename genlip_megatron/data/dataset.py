@@ -1,9 +1,9 @@
-"""Data set: the shards of one source as one numbered table, of which only what is looked at is in memory.
+"""Data set: the shards of one source as one numbered table of samples, loaded on demand.
 
-A **manifest** (``NAME.dataset.json``) lists indexed shards with totals and versions; beside it stands the planning file
-(``NAME.dataset.plan``), 8 bytes a sample, memory-mapped. Everything else of a sample is in its shard's index, opened
-when it is needed. Shards may also be named directly; their indexes are then read at the start, which is good for
-thousands of shards. Both ways number the samples alike and give the same stream.
+A **manifest** (``NAME.dataset.json``) lists indexed shards with totals and versions. Beside it is the planning file
+(``NAME.dataset.plan``), 8 bytes per sample, memory-mapped. Everything else about a sample is in its shard's index,
+which is opened when needed. Shards may also be named directly: then all indexes are read at the start, which works for
+thousands of shards. Both ways number the samples the same and give the same stream.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Dataset:
 
     Args:
         parts: shards and their planning rows.
-        data: how images are resized and where packs end.
+        data: the image resolution rule and the pack length.
         fingerprint: of the tokenizer.
-        open_shards: how many shards' indexes are kept open.
+        open_shards: number of shard indexes to keep open.
     """
 
     def __init__(self, parts: Sequence[Part], data: DataConfig, fingerprint: str, open_shards: int = 256) -> None:
@@ -47,7 +47,7 @@ class Dataset:
         self._plan_offsets = np.cumsum([0, *(len(plan) for plan in self._plans)])
         self.shards = [shard for part in parts for shard in part.shards]
         self._offsets = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        # An index that could not be read is asked for again at the given time: what fails may come back.
+        # {shard: (index or error, when to try again)}: an index that could not be read may come back.
         self._open: collections.OrderedDict[int, tuple[ShardIndex | ValueError, float]] = collections.OrderedDict()
         self._open_shards, self._lock = open_shards, threading.Lock()
 
@@ -56,7 +56,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the samples, their order and the resolution rule: with all that the stream depends on."""
+        """Hash of all that the stream depends on: the samples, their order and the resolution rule."""
         data = self.data
         digest = hashlib.sha256(repr((data.image_mode, data.image_size, data.min_pixels, data.max_pixels)).encode())
         for shard in self.shards:
@@ -74,14 +74,14 @@ class Dataset:
         return rows
 
     def image_sizes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [N] heights and widths in pixels, as the model sees the images of PLAN_ROW [N]."""
+        """int64 [N] heights and widths in pixels after resizing, from PLAN_ROW [N]."""
         if self.data.image_mode == "native":
             return native_sizes(rows["height"], rows["width"], self.data.min_pixels, self.data.max_pixels)
         side = np.full(len(rows), self.data.image_size, np.int64)
         return side, side
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
-        """int64 [N] tokens of the samples in a pack, the text cut to what the image leaves."""
+        """int64 [N] tokens of the samples in a pack; text that does not fit beside its image is cut."""
         rows = self.plan_rows(ids)
         heights, widths = self.image_sizes(rows)
         return np.minimum((heights // PATCH_SIZE) * (widths // PATCH_SIZE) + rows["text_tokens"], self.data.seq_length)
@@ -95,7 +95,7 @@ class Dataset:
         """The index of a shard, by its number.
 
         Raises:
-            ValueError: it cannot be read, or is another than the manifest's; every time it is asked for.
+            ValueError: it cannot be read or is not the one of the manifest. Raised again on every call.
         """
         with self._lock:
             found, until = self._open.get(shard, (None, 0.0))
@@ -104,7 +104,7 @@ class Dataset:
             else:
                 found = None
         if found is None:
-            # Not under the lock: several may be read at a time.
+            # Outside the lock, so that several indexes can be read at the same time.
             found = self._read_index(shard)
             with self._lock:
                 while len(self._open) >= self._open_shards:
@@ -116,7 +116,7 @@ class Dataset:
         return found
 
     def preload(self, samples: np.ndarray, pool: Executor) -> None:
-        """Open the indexes that samples need, those of remote shards at the same time."""
+        """Open the indexes of remote shards that the samples need, all at the same time."""
         shards = np.unique(np.searchsorted(self._offsets, samples, side="right") - 1).tolist()
         missing = [i for i in shards if i not in self._open and storage.is_remote(self.shards[i].path)]
         if len(missing) > 1:
@@ -135,11 +135,11 @@ class Dataset:
         first = int(self._offsets[shard])
         rows = self.plan_rows(np.arange(first, first + entry.samples))
         if index.header.digest != entry.digest or rows.tobytes() != index.plan_rows().tobytes():
-            return ValueError("the index of its shard is not the manifest's; run tools/prepare_data.py again")
+            return ValueError("the index of its shard is not the manifest's. Run tools/prepare_data.py again.")
         return index
 
     def key(self, sample: int) -> str:
-        """The sample's name in its shard; its number where the index cannot be read."""
+        """The sample's key in its shard, or its number if the index cannot be read."""
         shard, row = self.locate(sample)
         try:
             return self.index(shard).keys[row]
@@ -171,14 +171,14 @@ def open_dataset(
     dataset = Dataset(parts, data, fingerprint, open_shards)
     if not len(dataset):
         raise ValueError(
-            f"{setting}: no good sample in {len(dataset.shards)} shards; tools/prepare_data.py reports the reasons"
+            f"{setting}: no good sample in {len(dataset.shards)} shards. tools/prepare_data.py lists the reasons."
         )
     _check_images_fit(dataset)
     return dataset
 
 
 def _check_images_fit(dataset: Dataset) -> None:
-    """Raise ValueError when an image leaves no room in a pack; looks at all of them only where the rule allows one."""
+    """Raise ValueError if an image leaves no room in a pack. Scans all images only if the rule allows such an image."""
     data = dataset.data
     most = (data.image_size // PATCH_SIZE) ** 2
     if data.image_mode == "native":
@@ -191,13 +191,13 @@ def _check_images_fit(dataset: Dataset) -> None:
                 most = max(most, int((heights * widths).max()) // PATCH_SIZE**2)
     if most + _CLOSING_TOKENS > data.seq_length:
         raise ValueError(
-            f"data.seq_length = {data.seq_length}: an image of {most} patches does not fit beside its closing tokens; "
-            f"raise it to at least {most + _CLOSING_TOKENS}, or lower the image size"
+            f"data.seq_length = {data.seq_length}: an image of {most} patches does not fit beside its closing tokens. "
+            f"Raise it to at least {most + _CLOSING_TOKENS}, or lower the image size."
         )
 
 
 def _grouped(patterns: Iterable[str]) -> list[tuple[bool, list[str]]]:
-    """Runs of neighbouring (manifests or not) patterns; globs and brace lists of manifests as the files they name."""
+    """Patterns in runs of manifests (True) and shards (False); globs of manifests are expanded."""
     groups: list[tuple[bool, list[str]]] = []
     for pattern in patterns:
         is_manifest = pattern.endswith(".json")

@@ -1,7 +1,6 @@
-"""Index: a small table beside each shard, so that packing knows every length before any image is read.
+"""Index: a small table beside each shard, ``SHARD.index.safetensors``, with every sample's place and lengths.
 
-Preparing a shard reads it once from start to end. Each image is decoded, so that a bad one is found here and not in
-training; nothing is ever extracted to disk. The table stands in ``SHARD.index.safetensors``.
+With it packing knows every length before any image is read. ``scan.py`` builds it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from safetensors.numpy import load, save
 
 from genlip_megatron.data import storage
 
-# Grows with the table's layout and with the rules of what is a good sample. An index of older rules can be trained on;
+# Increased when the layout of the table or the rules for good samples change. Training accepts an index of older rules;
 # tools/prepare_data.py replaces it.
 FORMAT_VERSION, READABLE_FORMATS = 3, (2, 3)
 ROW = np.dtype(
@@ -37,7 +36,7 @@ ROW = np.dtype(
         ("plain_jpeg", "?"),
     ]
 )
-# What planning needs of a sample: 8 bytes.
+# What planning needs to know about a sample: 8 bytes.
 PLAN_COLUMNS = ["height", "width", "text_tokens", "loss_tokens"]
 PLAN_ROW = np.dtype([(name, "<u2") for name in PLAN_COLUMNS])
 
@@ -56,7 +55,7 @@ class Header:
 
 
 class Keys(Sequence[str]):
-    """Names of samples, kept as one block of bytes: a Python string each would weigh more than the table."""
+    """Keys of samples in one block of bytes: as Python strings they would need more memory than the table."""
 
     def __init__(self, block: bytes, ends: np.ndarray) -> None:
         self._block, self._ends = block, ends
@@ -73,14 +72,14 @@ class Keys(Sequence[str]):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard's good samples, in the order of the shard, and the refused ones with their reasons."""
+    """One shard's good samples in order, and its refused ones with the reasons."""
 
     shard: str
     rows: np.ndarray  # ROW [samples]
     keys: Sequence[str]
     refused: dict[str, str]  # key -> reason
     header: Header
-    ignored: dict[str, int] = field(default_factory=dict)  # kind of members that are not samples -> their number
+    ignored: dict[str, int] = field(default_factory=dict)  # kind of member that is not a sample -> count
 
     def plan_rows(self) -> np.ndarray:
         """PLAN_ROW [samples]."""
@@ -91,7 +90,7 @@ class ShardIndex:
 
 
 def index_path(shard: str) -> str:
-    """Where a shard's index stands."""
+    """Path of a shard's index."""
     return f"{shard}.index.safetensors"
 
 
@@ -108,7 +107,7 @@ def write_index(index: ShardIndex) -> ShardIndex:
     header = dataclasses.replace(index.header, digest=_digest(parts))
     tensors = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
     fields = json.dumps(dataclasses.asdict(header))
-    # The digest is of the table alone: a copy of a shard, with another time stamp, is still the same data.
+    # The digest covers only the table: a copy of a shard with another time stamp is still the same data.
     text = json.dumps({"fields": fields, "sha256": hashlib.sha256(fields.encode()).hexdigest()})
     storage.write_bytes(index_path(index.shard), save(tensors, {"header": text}))
     return dataclasses.replace(index, header=header)
@@ -119,10 +118,10 @@ def _digest(parts: dict[str, bytes]) -> str:
 
 
 def read_index(shard: str) -> ShardIndex:
-    """The index beside a shard, whatever it was made from.
+    """The index beside a shard, of any tokenizer and prompt.
 
     Raises:
-        ValueError: it is missing, damaged, or of another format; says what to run.
+        ValueError: it is missing, damaged, or of another format.
     """
     path = index_path(shard)
     remedy = f"run: python tools/prepare_data.py {shard} --tokenizer TOKENIZER"
@@ -140,7 +139,7 @@ def read_index(shard: str) -> ShardIndex:
             raise ValueError("its checksum is wrong")
         refused = json.loads(parts["refused"])
         ignored = json.loads(parts.get("ignored", b"{}"))
-    except Exception as error:  # whatever is wrong with the file, the remedy is the same
+    except Exception as error:  # the remedy is always the same
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
     if header.format not in READABLE_FORMATS:
         raise ValueError(f"{path} has format {header.format}, this version reads {READABLE_FORMATS}; {remedy}")
@@ -148,7 +147,7 @@ def read_index(shard: str) -> ShardIndex:
     return ShardIndex(shard, np.frombuffer(parts["rows"], ROW), keys, refused, header, ignored)
 
 
-# Earlier versions indexed a file that is no tar as a shard of no samples, with this refusal or none.
+# Earlier versions indexed a file that is not a tar as a shard without samples, with this refusal or none.
 _OLD_REFUSALS = {"(byte 0)"}
 
 
@@ -168,5 +167,5 @@ def load_index(shard: str, fingerprint: str, prompt: str) -> ShardIndex:
     if header.prompt != prompt:
         raise ValueError(f"{path} was made with another prompt than data.prompt = {prompt!r}; {remedy}")
     if header.shard_size and not len(index.rows) and not index.refused.keys() - _OLD_REFUSALS:
-        raise ValueError(f"{shard} is perhaps no tar file: its index, of an older version, holds no sample; {remedy}")
+        raise ValueError(f"{shard} may not be a tar file: its index, of an older version, holds no sample; {remedy}")
     return index

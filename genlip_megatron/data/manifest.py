@@ -34,25 +34,25 @@ class Shard:
     path: str
     samples: int
     digest: str  # of its index
-    size: int | None = None  # in bytes when it was indexed; manifests of earlier versions lack it
+    size: int | None = None  # bytes when it was indexed; None in manifests of earlier versions
 
 
 @dataclass
 class Totals:
-    """What indexed shards hold, for the manifest and the report; adds up shard by shard."""
+    """Totals over indexed shards, for the manifest and the report."""
 
     samples: int = 0
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     ignored: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     text_tokens: int = 0
     loss_tokens: int = 0
-    # Counts by value, from 0 on.
+    # Histograms: element i counts the samples of value i.
     heights: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1 << 16, np.int64))
     widths: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1 << 16, np.int64))
     tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1 << 16, np.int64))
 
     def add(self, index: ShardIndex) -> None:
-        """Count one shard."""
+        """Add one shard."""
         self.samples += len(index.rows)
         self.refused.update(reason.split(":")[0] for reason in index.refused.values())
         self.ignored.update(index.ignored)
@@ -79,9 +79,10 @@ is_quarantine = json_lines(lambda keys: keys == {"shard", "key", "reason"})
 
 
 def check_files(manifest: str) -> None:
-    """Raise ValueError where the manifest, its planning file or its list of refused samples would replace another file.
+    """Raise ValueError if writing the manifest would replace a file that prepare_data.py did not write.
 
-    A planning file has no marks of its own: it counts as ours beside its manifest.
+    This covers the planning file and the list of refused samples. A planning file has no marks of its own: it counts as
+    ours if its manifest exists.
     """
     plan, quarantine = manifest_paths(manifest)
     for file, recognise in ((manifest, is_manifest), (quarantine, is_quarantine)):
@@ -91,14 +92,14 @@ def check_files(manifest: str) -> None:
 
 
 def other_shards(manifest: str, shards: Sequence[str]) -> int:
-    """How many shards an existing manifest lists that are there, but not among ``shards``."""
+    """Number of existing shards that the manifest lists but ``shards`` lacks."""
     if not storage.exists(manifest):
         return 0
     try:
         listed = json.loads(storage.read_bytes(manifest))["shards"]
         names = {storage.join(storage.parent(manifest), entry["path"]) for entry in listed}
     except (ValueError, KeyError, TypeError):
-        return 0  # damaged: ``check_files`` decides
+        return 0  # damaged: ``check_files`` reports it
     others = {_name(path) for path in names} - {_name(shard) for shard in shards}
     return sum(storage.exists(path) for path in others)
 
@@ -130,7 +131,7 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
                     origin = mine
                 elif origin != mine:
                     raise ValueError(
-                        f"{shard} was indexed with another tokenizer or prompt than {shards[0]}; index it anew"
+                        f"{shard}: indexed with another tokenizer or prompt than {shards[0]}. Index it again."
                     )
                 rows = index.plan_rows().tobytes()
                 file.write(rows)
@@ -155,7 +156,7 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
             "refused": dict(totals.refused.most_common()),
             "shards": entries,
         }
-        # First the manifest, by which the next call knows the planning file as ours. Should this process be killed
+        # The manifest comes first: it marks the planning file as ours for the next call. If this process is killed
         # between the two, readers see that they do not match.
         storage.write_bytes(manifest, json.dumps(tree, indent=1).encode())
     return totals
@@ -163,7 +164,7 @@ def write_manifest(manifest: str, shards: Sequence[str], on_shard: Callable[[Sha
 
 @contextlib.contextmanager
 def _new_plan(plan: str) -> Iterator[Path]:
-    """A local path to write the planning file to; it takes its place when the block ends without an error."""
+    """A local path to write the planning file to; it is renamed or uploaded when the block ends without an error."""
     if not storage.is_remote(plan):
         with atomic_path(plan, str(os.getpid())) as partial:
             yield partial
@@ -177,14 +178,14 @@ def _new_plan(plan: str) -> Iterator[Path]:
 
 @dataclass
 class Part:
-    """Neighbouring shards whose planning rows lie in one array."""
+    """Consecutive shards whose planning rows lie in one array."""
 
     plan: np.ndarray  # PLAN_ROW [samples], memory-mapped or in memory
     shards: list[Shard]
 
 
 def read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache_dir: str) -> Part:
-    """The shards of a manifest. Raises ValueError for one that is missing, damaged or made for something else."""
+    """The shards of a manifest. Raises ValueError if it is missing, damaged, or of another tokenizer or prompt."""
     try:
         tree = json.loads(storage.read_bytes(path))
         found, samples = tree["format"], int(tree["samples"])
@@ -197,36 +198,36 @@ def read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache_
         if any(shard.samples < 0 for shard in shards) or sum(shard.samples for shard in shards) != samples:
             raise ValueError("its shards' samples do not add up")
     except FileNotFoundError:
-        raise NothingFound(f"{setting}: {path}: no such manifest; tools/prepare_data.py writes it") from None
+        raise NothingFound(f"{setting}: {path}: no such manifest. tools/prepare_data.py writes it.") from None
     except OSError as error:
         raise ValueError(f"{setting}: {path} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{setting}: {path} is no manifest of tools/prepare_data.py ({error!r})") from error
-    remedy = "run tools/prepare_data.py again"
+        raise ValueError(f"{setting}: {path} is not a manifest of tools/prepare_data.py ({error!r})") from error
+    remedy = "Run tools/prepare_data.py again"
     if found != MANIFEST_FORMAT:
-        raise ValueError(f"{setting}: {path} has format {found}, this version reads {MANIFEST_FORMAT}; {remedy}")
+        raise ValueError(f"{setting}: {path} has format {found}, this version reads {MANIFEST_FORMAT}. {remedy}.")
     if origin[0] != fingerprint:
-        raise ValueError(f"{setting}: {path} was made with another tokenizer; {remedy} with this one")
+        raise ValueError(f"{setting}: {path} was made with another tokenizer. {remedy} with this one.")
     if origin[1] != prompt:
-        raise ValueError(f"{setting}: {path} was made with another prompt than data.prompt = {prompt!r}; {remedy}")
+        raise ValueError(f"{setting}: {path} was made with another prompt than data.prompt = {prompt!r}. {remedy}.")
     plan, _ = manifest_paths(path)
     if storage.is_remote(plan):
         plan = _download_plan(plan, plan_sha256, cache_dir)
     if not os.path.isfile(plan) or os.path.getsize(plan) != samples * PLAN_ROW.itemsize:
-        raise ValueError(f"{setting}: {plan} is missing or does not hold {samples} samples; {remedy}")
+        raise ValueError(f"{setting}: {plan} is missing or does not hold {samples} samples. {remedy}.")
     rows = np.memmap(plan, PLAN_ROW, mode="r") if samples else np.empty(0, PLAN_ROW)
-    # Of a larger one each shard's part is compared when the shard is opened; all of it would take minutes.
+    # Checking a larger file takes minutes; instead each shard's part is compared when the shard is opened.
     if rows.nbytes <= _CHECKED_PLAN_BYTES and hashlib.sha256(rows.tobytes()).hexdigest() != plan_sha256:
-        raise ValueError(f"{setting}: {plan} is damaged: its checksum is not the manifest's; {remedy}")
+        raise ValueError(f"{setting}: {plan}: checksum differs from the manifest's. {remedy}.")
     return Part(rows, shards)
 
 
 def _download_plan(url: str, sha256: str, cache_dir: str) -> str:
-    """A local copy of a remote planning file; kept for the next run."""
+    """A local copy of a remote planning file, kept for the next run."""
     target = Path(cache_dir).expanduser() / f"{sha256[:32]}.plan"
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the ranks of a node downloads, the others find it here
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one rank of the node downloads, the others find the file
         if target.is_file():
             return str(target)
         store = storage.filesystem(url)

@@ -24,18 +24,18 @@ from genlip_megatron.data.storage import (
 )
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
-# Files and folders after which no more hints are looked for.
+# The search for hints stops after this many files and folders.
 _LOOKED_AT = 20_000
 
 logger = logging.getLogger(__name__)
 
 
 class NothingFound(ValueError):
-    """A name or pattern that no file answers to."""
+    """A name or pattern matches no file."""
 
 
 def _braces(pattern: str) -> list[str]:
-    """The parts of a brace list. Raises ValueError for one that does not close."""
+    """The parts of a brace list. Raises ValueError if a brace is not closed."""
     try:
         return list(braceexpand(pattern)) if "{" in pattern else [pattern]
     except ValueError:
@@ -47,10 +47,10 @@ def _hidden(path: str) -> bool:
 
 
 def find(pattern: str) -> dict[str, list[str]]:
-    """What a path, glob or brace list names, by its parts: files and folders on a local disk, files in a store.
+    """{part: its matches} of a path, glob or brace list: local files and folders, or files in a store.
 
-    A name that exists is taken as it is, whatever it contains. ``**`` matches folders of any depth, no wildcard matches
-    a hidden file. Parts keep their order, a glob's matches are sorted; a part may have none.
+    A name that exists is taken literally, whatever it contains. ``**`` matches folders of any depth; wildcards match no
+    hidden files. Parts keep their order, a glob's matches are sorted; a part may have no match.
 
     Raises:
         ValueError: a brace that is not closed, or a store that cannot be listed.
@@ -59,7 +59,7 @@ def find(pattern: str) -> dict[str, list[str]]:
         return _find_remote(pattern)
     if os.path.lexists(pattern):
         return {pattern: [pattern]}
-    # The folders that exist as they are spelled are not searched for.
+    # Folders that exist as written are taken literally.
     root, rest = os.path.split(pattern)
     while root and not os.path.isdir(root):
         root, tail = os.path.split(root)
@@ -81,19 +81,19 @@ def _find_remote(pattern: str) -> dict[str, list[str]]:
         for part in parts:
             folder = parent(part)
             if len(parts) > 1 and folder not in listings:
-                # One request for thousands of shards, where the store can list.
+                # One listing instead of thousands of requests, if the store can list.
                 listings[folder] = sizes_in(folder) or {}
             listed = name_in_store(part) in listings.get(folder, {})
             found[part] = [part] if listed else _part_in_store(store, part)
     except (PermissionError, StoreError):
-        raise  # they name the store and what to do
+        raise  # already names the store and the remedy
     except OSError as error:
         raise ValueError(f"{pattern!r} cannot be listed: {error}") from error
     return found
 
 
 def _part_in_store(store: Any, part: str) -> list[str]:
-    """The file of that name, the shards in the folder of that name, or the files that a glob matches."""
+    """The file with that name, the shards in the folder with that name, or the matches of a glob."""
     if ask_quickly(store, "isfile", part):
         return [part]
     if ask_quickly(store, "isdir", part):
@@ -114,7 +114,7 @@ def _shards_in(folder: str) -> list[str]:
 
 
 def _beside(path: str) -> str:
-    """What may have been meant beside the shards of a local folder: those in its subfolders, and compressed ones."""
+    """Hints about shards that a local folder pattern does not take: those in subfolders, and compressed ones."""
     folder = path
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder) or "."
@@ -130,12 +130,12 @@ def _beside(path: str) -> str:
             break
     hints = [f"{below} .tar files lie in subfolders: {os.path.join(folder, '**/*.tar')!r}"] if below else []
     if compressed:
-        hints.append(f"{compressed} compressed shards are not read: decompress them to .tar first")
+        hints.append(f"{compressed} compressed shards are not supported: decompress them to .tar first")
     return "; ".join(hints)
 
 
 def _files(part: str, matches: list[str]) -> list[str]:
-    """The shards among what a part of a pattern names: of folders those in them, unless files are named too."""
+    """The shards among the matches of a part: its files, or if there are none, the shards in its folders."""
     if is_remote(part):
         files, folders = matches, []
     else:
@@ -143,14 +143,14 @@ def _files(part: str, matches: list[str]) -> list[str]:
         files = [path for path, is_folder in zip(matches, are_folders, strict=True) if not is_folder]
         folders = [path for path, is_folder in zip(matches, are_folders, strict=True) if is_folder]
     if glob.has_magic(part):
-        # The files that tools write beside shards match "*" as well; a folder called x.tar is no shard.
+        # "*" also matches the files that tools write beside shards; a folder called x.tar is not a shard.
         files = [path for path in files if path.lower().endswith(".tar")] or files
         folders = [path for path in folders if not path.rstrip("/").lower().endswith(".tar")]
     return files or [shard for folder in folders for shard in _shards_in(folder)]
 
 
 def _same_file(paths: Sequence[str]) -> list[str]:
-    """``paths`` without those that are other spellings of one before, or links to it."""
+    """``paths`` without repetitions: other spellings of an earlier path, or links to it."""
     folders: dict[str, str] = {}
     first: dict[str, str] = {}
     for path in paths:
@@ -165,19 +165,19 @@ def _same_file(paths: Sequence[str]) -> list[str]:
 
 
 def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = True) -> list[str]:
-    """Shard files of files, folders, globs and brace lists (``{000..099}``, ``{a,b}``), local or remote, each once.
+    """The shards of files, folders, globs and brace lists (``{000..099}``, ``{a,b}``), local or remote, each once.
 
     Args:
-        patterns: what to look for.
-        setting: its name in messages.
+        patterns: files, folders, globs or brace lists.
+        setting: name of the setting, for messages.
         check_files: refuse local files that cannot be read or are empty.
 
     Raises:
         NothingFound: a pattern matches no file.
-        ValueError: nothing was named, or a file that cannot be read or is empty.
+        ValueError: ``patterns`` is empty, or a file cannot be read or is empty.
     """
     if not patterns:
-        raise ValueError(f"{setting} is empty: name .tar shards, folders of them, globs or brace lists")
+        raise ValueError(f"{setting} is empty: name .tar shards, folders of shards, globs or brace lists")
     shards: list[str] = []
     for pattern in patterns:
         try:
@@ -192,7 +192,7 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
             if not found:
                 raise NothingFound(f"{setting}: {part!r} matches no .tar file" + (beside and f"; {beside}"))
             if beside and os.environ.get("RANK", "0") == "0":
-                logger.warning("%s: %s: only the shards at its top are taken; %s", setting, part, beside)
+                logger.warning("%s: %s: only the shards at its top level are used; %s", setting, part, beside)
             shards += found
     shards = _same_file(shards)
     local = [shard for shard in shards if check_files and not is_remote(shard)]

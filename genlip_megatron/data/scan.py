@@ -32,11 +32,11 @@ CAPTION_SUFFIXES = (".json", ".txt")
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
 MAX_TEXT_TOKENS = 65_535
 BLOCK = tarfile.BLOCKSIZE
-# Files above these sizes are no images and captions, and would only cost memory.
+# Larger files are not images or captions, and would only cost memory.
 MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 1 << 20
-# Each costs a search, and some are made to cost a long one.
+# Each broken header costs a search, and malicious files can make it a long one.
 MAX_BROKEN_HEADERS = 100
-# What systems leave beside people's files, and what some tars hold of their own headers: no samples.
+# Files that operating systems leave beside people's files, and headers that some tars contain as files: not samples.
 _SYSTEM_FILES = re.compile(
     r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|(__MACOSX|@eaDir|\.AppleDouble|\.ipynb_checkpoints"
     r"|PaxHeaders?(\.[^/]*)?)(/.*)?)$",
@@ -49,13 +49,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Members:
-    """The members of a sample, by kind."""
+    """The tar members of one sample, by kind."""
 
     key: str
     image: tarfile.TarInfo | None = None
     json: tarfile.TarInfo | None = None
     txt: tarfile.TarInfo | None = None
-    other: tarfile.TarInfo | None = None  # an image of a format that is not read
+    other: tarfile.TarInfo | None = None  # an image in a format that is not supported
     twice: list[str] = field(default_factory=list)
     count: int = 0
     further: list[str] = field(default_factory=list)  # names of further fields
@@ -73,11 +73,11 @@ class _Members:
 
 
 class UnreadableShard(ValueError):
-    """A file without a single tar header."""
+    """The file has no tar header."""
 
 
 def _next_header(content: memoryview, position: int) -> int | None:
-    """Where the next whole tar header stands at or after ``position``, or None."""
+    """Position of the next valid tar header at or after ``position``, or None."""
     for start in range(position, len(content) - BLOCK + 1, BLOCK):
         if content[start + 257 : start + 262] == b"ustar":
             try:
@@ -89,7 +89,7 @@ def _next_header(content: memoryview, position: int) -> int | None:
 
 
 def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterator[tarfile.TarInfo]:
-    """Every member's header; a broken one costs what lies before the next whole one, not the rest of the shard."""
+    """Every member's header. After a broken one reading continues at the next valid header."""
     start: int | None = 0
     broken = 0
     while start is not None:
@@ -101,12 +101,12 @@ def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterato
                     while (member := archive.next()) is not None:
                         if not position < archive.offset <= len(content) + BLOCK:
                             if member.isreg() and member.size > 0:
-                                yield member  # reaches past the end, and will be refused for it
-                            raise tarfile.ReadError("a header whose size cannot be true")
+                                yield member  # ends after the file's end, and will be refused
+                            raise tarfile.ReadError("impossible size in a header")
                         position = archive.offset
-                        archive.members.clear()  # type: ignore[attr-defined]  # thousands of headers need not stay
+                        archive.members.clear()  # type: ignore[attr-defined]  # saves memory
                         yield member
-            except Exception as error:  # a header made to do harm raises anything
+            except Exception as error:  # a malicious header can raise anything
                 logger.debug("%s, byte %d: %r", path, position, error)
         if any(content[position : position + BLOCK]):
             broken += 1
@@ -124,7 +124,7 @@ def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterato
 
 
 def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:
-    """Why a member must not be read, or None."""
+    """The reason why a member must not be read, or None."""
     if not member.isreg() or member.issparse():
         return "not a plain file: a link, device or sparse file"
     if member.name.startswith("/") or ".." in Path(member.name).parts:
@@ -135,10 +135,10 @@ def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:
 
 
 def _members(shard: str, path: str, content: memoryview) -> tuple[list[_Members], dict[str, str], dict[str, int]]:
-    """(members by sample, refused keys with reasons, numbers of ignored members) from the shard's headers.
+    """(members by sample, {refused key: reason}, {kind: number of ignored members}) from the shard's headers.
 
     Raises:
-        UnreadableShard: there is no header.
+        UnreadableShard: the shard has no header.
     """
     groups: dict[str, _Members] = {}
     refused: dict[str, str] = {}
@@ -157,7 +157,7 @@ def _members(shard: str, path: str, content: memoryview) -> tuple[list[_Members]
             continue
         kind = "image" if suffix in IMAGE_SUFFIXES else "other" if suffix in OTHER_IMAGE_SUFFIXES else suffix[1:]
         if kind in ("image", "other") or suffix in CAPTION_SUFFIXES:
-            # One tool writes "./a/0.jpg", another "a/0.txt".
+            # "./a/0.jpg" and "a/0.txt" belong together.
             groups.setdefault(posixpath.normpath(key), _Members(key)).add(kind, member)
     if not headers:
         raise UnreadableShard(f"{shard} is not a tar file but {_what_else(content)}")
@@ -166,10 +166,10 @@ def _members(shard: str, path: str, content: memoryview) -> tuple[list[_Members]
 
 
 def _merge_further_fields(groups: dict[str, _Members]) -> int:
-    """Take out what only adds to another sample, as 0.mask.png to 0.jpg, and return how many members that are.
+    """Remove members that only add to another sample, as 0.mask.png adds to 0.jpg; returns their number.
 
-    A key ends at the last dot, since people's files are called photo.v1.0.jpg. So what lacks an image or a caption, and
-    would be part of another sample if its key ended at an earlier dot, is a further field of that one.
+    A key ends at the last dot, because files may be called photo.v1.0.jpg. A key without an image or a caption that
+    would match another sample if it ended at an earlier dot is a further field of that sample.
     """
     count = 0
     for key in [key for key, members in groups.items() if not members.complete]:
@@ -185,19 +185,19 @@ def _merge_further_fields(groups: dict[str, _Members]) -> int:
 
 
 def _what_else(content: memoryview) -> str:
-    """What a shard without tar headers is."""
+    """What kind of file a shard without tar headers is."""
     if only_zeros(content):
-        return "only zeros: an empty tar, or a file whose data never arrived"
+        return "only zeros: an empty tar, or a file whose data were never written"
     if content[257:262] == b"ustar":
-        return "a tar file none of whose headers is whole"
+        return "a tar file without a valid header"
     found = describe(content)
-    return f"{found}: compressed shards are not read; decompress it first" if found in COMPRESSED else found
+    return f"{found}: compressed shards are not supported; decompress it first" if found in COMPRESSED else found
 
 
 def _caption(
     members: _Members, content: memoryview, tokenizer: Tokenizer, prompt: str
 ) -> tuple[tarfile.TarInfo, Turns]:
-    """(the member that holds the caption, its turns): json, or txt where json is missing or holds no caption."""
+    """(the member with the caption, its turns): json, or txt if json is missing or holds no caption."""
     problem = ValueError("missing caption")
     if members.further:
         problem = ValueError(f"missing caption: {members.further[0]} is not read, only KEY.json and KEY.txt are")
@@ -224,8 +224,8 @@ def _bytes(content: memoryview, member: tarfile.TarInfo, most: int) -> memoryvie
 
 
 def _check(members: _Members, content: memoryview, tokenizer: Tokenizer, prompt: str) -> tuple[list, Turns]:
-    """(the sample's row with zero tokens, its turns). Raises ValueError for a sample that cannot be used."""
-    # An image of another format beside a readable one is a field that is not read.
+    """(the sample's row with zero tokens, its turns). Raises ValueError for a bad sample."""
+    # An image in another format beside a readable one is ignored.
     if twice := [kind for kind in members.twice if kind != "other"]:
         raise ValueError(f"more than one {twice[0]}")
     if members.image is None and members.other is not None:
@@ -245,7 +245,7 @@ def _check(members: _Members, content: memoryview, tokenizer: Tokenizer, prompt:
 def _mapped(shard: str) -> Iterator[tuple[str, memoryview]]:
     """(a local path of the shard, its bytes)."""
     with storage.local_copy(shard) as path, open(path, "rb") as file:
-        # Not closed by hand: it goes with the last view of it.
+        # Not closed here: it closes with its last view.
         yield path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
@@ -253,11 +253,11 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
     """Read a shard from start to end and write its index beside it, atomically.
 
     Raises:
-        ValueError: a file that is no index stands where it is to go.
-        UnreadableShard: it is no tar file; says what it is.
+        ValueError: the index would replace a file that is not an index.
+        UnreadableShard: the shard is not a tar file.
         OSError: the shard cannot be read.
     """
-    # A damaged index is one as well.
+    # These also recognise a damaged index.
     marks = (b"shard_checksum", b"shard_stamp", b"key_ends")
     check_file(index_path(shard), lambda content: any(mark in content for mark in marks), "the index")
     size, stamp = storage.state(shard)
@@ -271,7 +271,7 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
         for members in groups:
             try:
                 row, turns = _check(members, content, tokenizer, prompt)
-            except Exception as error:  # whatever a sample holds, it costs no other
+            except Exception as error:  # one bad sample must not cost the others
                 refused[members.key] = str(error) if isinstance(error, ValueError) else f"unreadable: {error!r}"
                 continue
             rows.append(row)
@@ -292,9 +292,9 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
 
 
 def refresh_index(shard: str, tokenizer: Tokenizer, prompt: str) -> tuple[ShardIndex, bool]:
-    """(the shard's index, whether it was there already): built when shard, tokenizer, prompt or rules changed.
+    """(the shard's index, whether it was up to date); built again if shard, tokenizer, prompt or rules changed.
 
-    A shard of the same size but another time stamp is compared by checksum: a copy need not be decoded again.
+    A shard of the same size with another time stamp is compared by checksum, so a copy is not decoded again.
     """
     try:
         index = load_index(shard, tokenizer.fingerprint, prompt)

@@ -1,6 +1,6 @@
-"""Files on local disks and in object storage under one set of names: paths, and URLs that fsspec knows.
+"""Files on local disks (paths) and in object storage (URLs that fsspec knows) behind the same functions.
 
-Credentials and endpoints of a store come from where its fsspec package looks for them (environment variables such as
+Credentials and endpoints come from where the store's fsspec package looks for them (environment variables such as
 ``AWS_ENDPOINT_URL``, or fsspec's own configuration), never from a run's configuration.
 """
 
@@ -26,7 +26,7 @@ from genlip_megatron import atomic_write
 
 T = TypeVar("T")
 
-# Errors that asking again does not mend.
+# Errors that a retry does not fix.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, ImportError)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
 RETRIES, TIMEOUT_SECONDS = 5, 60.0
@@ -37,7 +37,7 @@ _STATS_AT_ONCE = 32
 
 
 class StoreError(ConnectionError):
-    """A remote store did not answer, or failed, however often it was asked. Later it may."""
+    """A remote store failed after all retries; it may work later."""
 
 
 def is_remote(path: str) -> bool:
@@ -48,7 +48,7 @@ def is_remote(path: str) -> bool:
 @functools.cache
 def _filesystem(protocol: str) -> Any:
     try:
-        # A listing kept from before other processes wrote would hide what they wrote.
+        # A cached listing would hide files that other processes wrote since.
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{protocol}:// cannot be read: {error}") from error
@@ -58,8 +58,8 @@ def filesystem(url: str) -> Any:
     """The fsspec file system of a URL.
 
     Raises:
-        ValueError: its protocol is unknown or its package not installed; says which.
-        OSError: the store does not answer the first request of this process, or wants credentials.
+        ValueError: its protocol is unknown or its package is not installed.
+        OSError: the store does not answer this process's first request, or needs credentials.
     """
     protocol, _, rest = url.partition("://")
     store = _filesystem(protocol)
@@ -69,8 +69,7 @@ def filesystem(url: str) -> Any:
 
 @functools.cache
 def _greet(protocol: str, host: str) -> None:
-    """Ask a store for anything at all, once a process: a mistyped address or missing credentials are said in half a
-    minute, not after all the tries that a run makes for a store that once answered."""
+    """Send one cheap request per process, so that a wrong address or missing credentials fail within 30 seconds."""
     try:
         ask_quickly(_filesystem(protocol), "info", f"{protocol}://{host}")
     except PermissionError as error:
@@ -83,34 +82,34 @@ def _greet(protocol: str, host: str) -> None:
 
 
 def ask_quickly(store: Any, method: str, url: str) -> Any:
-    """A store's small answer about one file, found missing in half a minute."""
+    """A store's short answer about one file; fails within 30 seconds."""
     ask = functools.partial(_call, store, method, url, timeout=_FIRST_TIMEOUT_SECONDS)
     return with_retries(ask, _FIRST_RETRIES, url)
 
 
 def with_retries(action: Callable[[], T], retries: int = RETRIES, url: str = "") -> T:
-    """The result of ``action``, tried again after a growing pause when it fails.
+    """The result of ``action``, retried after growing pauses when it fails.
 
     Raises:
-        OSError, ValueError: what cannot be mended by trying again, as a store says it; of ``url``, if it is given.
-        StoreError: the last failure.
+        OSError, ValueError: an error that a retry does not fix; it names ``url``, if given.
+        StoreError: all retries failed.
     """
     for attempt in range(retries + 1):
         try:
             return action()
-        except Exception as raised:  # each store has errors of its own
+        except Exception as raised:  # each store raises its own errors
             error = _told(raised)
             if (final := _as_final(error, url)) is not None:
                 raise final from error
             if attempt == retries:
                 raise StoreError(f"{url}: the store does not answer ({_reason(error)})".lstrip(": ")) from error
-            # Ranks that failed together should not come back together.
+            # Random, so that ranks that failed together do not retry together.
             time.sleep(min(0.1 * 2**attempt, 10.0) * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
 
 
 def _told(error: Exception) -> Exception:
-    """What a store said: fsspec takes whatever keeps it from a file's size over HTTP for a missing file."""
+    """The store's own error: over HTTP fsspec reports any failure to get a file's size as a missing file."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
         return cause if "aiohttp" in type(cause).__module__ else error
@@ -118,7 +117,7 @@ def _told(error: Exception) -> Exception:
 
 
 def _as_final(error: Exception, url: str) -> Exception | None:
-    """The error to raise for one that asking again does not mend; None for others."""
+    """The error to raise for one that a retry does not fix, else None."""
     status = getattr(error, "status", 0)
     if type(error).__name__ in _NO_CREDENTIALS or status in (401, 403) or isinstance(error, PermissionError):
         return PermissionError(f"{url}: access denied ({_reason(error)}); check the store's credentials".lstrip(": "))
@@ -130,14 +129,14 @@ def _as_final(error: Exception, url: str) -> Exception | None:
 
 
 def _reason(error: Exception) -> str:
-    """A store's error in a few words; some have none."""
+    """A store's error message, or its class if the message is empty."""
     text = " ".join(str(getattr(error, "message", "") or error).split())
     status = getattr(error, "status", 0)
     return f"{status} {text}" if status else text or type(error).__name__
 
 
 def _call(store: Any, method: str, *args: Any, timeout: float = TIMEOUT_SECONDS, **kwargs: Any) -> Any:
-    """A store's method, given up after ``timeout`` seconds where the store allows that."""
+    """Call a store's method, with a timeout in seconds if the store supports it."""
     if store.async_impl:
         return fsspec.asyn.sync(store.loop, getattr(store, f"_{method}"), *args, timeout=timeout, **kwargs)
     return getattr(store, method)(*args, **kwargs)
@@ -149,7 +148,7 @@ def read_range(
     """Bytes ``start`` to ``end`` of a remote file, or all of it.
 
     Raises:
-        OSError: it could not be read within ``retries`` further tries of ``timeout`` seconds each.
+        OSError: it could not be read with ``retries`` retries of ``timeout`` seconds each.
     """
     store = filesystem(url)
     return with_retries(lambda: _call(store, "cat_file", url, start=start, end=end, timeout=timeout), retries, url)
@@ -161,13 +160,13 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a whole file; on a local disk synced and then renamed, so that it is there completely or not at all."""
+    """Write a whole file; on a local disk atomically."""
     if is_remote(path):
         store = filesystem(path)
         with_retries(lambda: store.pipe_file(path, content), url=path)
         return
     target = Path(path)
-    # Left over by a process that was killed while it wrote.
+    # Remove what killed processes left.
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         process = leftover.name[len(target.name) + 2 : -len(".partial")]
         with contextlib.suppress(FileNotFoundError):
@@ -177,7 +176,7 @@ def write_bytes(path: str, content: bytes) -> None:
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file."""
+    """Whether the file exists."""
     if not is_remote(path):
         return os.path.isfile(path)
     store = filesystem(path)
@@ -185,7 +184,7 @@ def exists(path: str) -> bool:
 
 
 def state(path: str) -> tuple[int, str]:
-    """(size in bytes, a word that changes when the file does: its modification time or entity tag)."""
+    """(size in bytes, a string that changes with the file: its modification time or entity tag)."""
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, str(status.st_mtime_ns)
@@ -197,7 +196,7 @@ def state(path: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """A local path of the file: its own, or for the length of the block that of a download."""
+    """A local path of the file: its own, or that of a download that exists until the block ends."""
     if not is_remote(path):
         yield path
         return
@@ -209,7 +208,7 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 def join(folder: str, name: str) -> str:
-    """``name`` in ``folder``; a name that is a URL or absolute path stays as it is."""
+    """``name`` in ``folder``; a URL or absolute path stays unchanged."""
     if is_remote(name) or os.path.isabs(name):
         return name
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
@@ -221,7 +220,7 @@ def parent(path: str) -> str:
 
 
 def states(paths: Sequence[str]) -> list[os.stat_result | None]:
-    """The status of local files, None of those that do not exist; in threads, since network disks answer slowly."""
+    """``os.stat`` of local files, None for missing ones; in threads, because network disks answer slowly."""
 
     def of_some(some: Sequence[str]) -> list[os.stat_result | None]:
         found: list[os.stat_result | None] = []
@@ -241,7 +240,7 @@ def states(paths: Sequence[str]) -> list[os.stat_result | None]:
 
 
 def sizes_in(folder: str) -> dict[str, int | None] | None:
-    """Bytes of every file in a remote folder by ``name_in_store``; None where the store cannot list it."""
+    """{``name_in_store``: bytes} of every file in a remote folder, or None if the store cannot list it."""
     store = filesystem(folder)
     try:
         entries = with_retries(lambda: _call(store, "ls", folder, timeout=_LISTING_SECONDS, detail=True), 1)
@@ -251,5 +250,5 @@ def sizes_in(folder: str) -> dict[str, int | None] | None:
 
 
 def name_in_store(url: str) -> str:
-    """What a store's listings call a remote file."""
+    """The name of a remote file in its store's listings."""
     return str(filesystem(url)._strip_protocol(url))

@@ -238,7 +238,7 @@ def test_shards_put_one_behind_the_other_are_read_to_the_end(tokenizer: Tokenize
 NOT_TARS = {
     "text that begins with 'garbage'": b"garbage",
     "something unknown": b"\x07" + bytes(range(256)) * 20,
-    "only zeros: an empty tar, or a file whose data never arrived": bytes(10240),
+    "only zeros: an empty tar, or a file whose data were never written": bytes(10240),
     "gzip: compressed shards are not read; decompress it first": gzip.compress(b"x" * 9999),
     "bzip2: compressed": bz2.compress(b"x"),
     "xz: compressed": lzma.compress(b"x"),
@@ -290,7 +290,7 @@ def test_an_old_index_does_not_hide_what_is_no_tar(
     size, stamp = storage.state(shard)
     header = dataclasses.replace(good.header, shard_size=size, shard_stamp=stamp)
     write_index(dataclasses.replace(good, rows=good.rows[:0], keys=[], refused=refused, header=header))
-    with pytest.raises(ValueError, match="is perhaps no tar file"):
+    with pytest.raises(ValueError, match="may not be a tar file"):
         load_index(shard, tokenizer.fingerprint, PROMPT)
     with pytest.raises(UnreadableShard, match="gzip"):
         refresh_index(shard, tokenizer, PROMPT)

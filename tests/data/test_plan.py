@@ -113,7 +113,7 @@ def test_another_number_of_lanes_keeps_every_sample_once_an_epoch(
         lanes = new_lanes
         plan = Plan(**arguments, lanes=lanes)
         if cursor["count"] != lanes:
-            with pytest.raises(ValueError, match=r"give --change-lanes"):
+            with pytest.raises(ValueError, match=r"or --change-lanes"):
                 plan.load_state_dict(cursor)
         plan.load_state_dict(cursor, change_lanes=True)
     # Finish the epoch that is furthest, and no more: walk the last cursor's own state to its end.

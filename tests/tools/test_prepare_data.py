@@ -157,10 +157,10 @@ def without_a_shard(path: Path) -> None:
     [
         (lambda folder: (folder / "part.dataset.plan").unlink(), "is missing or does not hold 30 samples"),
         (lambda folder: os.truncate(folder / "part.dataset.plan", 8), "is missing or does not hold 30 samples"),
-        (lambda folder: flip(folder / "part.dataset.plan"), "is damaged: its checksum is not the manifest's"),
+        (lambda folder: flip(folder / "part.dataset.plan"), "checksum differs from the manifest's"),
         (lambda folder: without_a_shard(folder / "part.dataset.json"), "its shards' samples do not add up"),
-        (lambda folder: (folder / "part.dataset.json").write_text("[]"), "is no manifest of tools/prepare_data.py"),
-        (lambda folder: (folder / "part.dataset.json").unlink(), "no such manifest; tools/prepare_data.py writes it"),
+        (lambda folder: (folder / "part.dataset.json").write_text("[]"), "is not a manifest of tools/prepare_data.py"),
+        (lambda folder: (folder / "part.dataset.json").unlink(), "no such manifest. tools/prepare_data.py writes it"),
     ],
 )
 def test_a_damaged_manifest_is_refused(damage: object, message: str, folder: Path, tokenizer: Path) -> None:
@@ -179,7 +179,7 @@ def test_an_index_that_changed_behind_the_manifest_is_seen(folder: Path, tokeniz
     assert "part.dataset.json is left as it is: it lists 4 other shards; name all shards" in printed
     dataset = open_dataset([manifest], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S")
     assert len(dataset.index(2).rows) == 6
-    with pytest.raises(ValueError, match="is not the manifest's; run tools/prepare_data.py again"):
+    with pytest.raises(ValueError, match="is not the manifest's. Run tools/prepare_data.py again"):
         dataset.index(3)
     assert dataset.key(20) == "(sample 2)"
 
