@@ -182,7 +182,7 @@ def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: 
         (["--load", "{run}", "--device", "abacus"], "--device abacus"),
         (["--load", "{run}", "--device", "meta"], "--device meta: cannot be used"),
         (["--load", "{run}", "--seed", str(10**23)], "--seed 1" + "0" * 23 + ": must be from 0 to 2**64 - 1"),
-        (["--load", "{run}", "--top-p", "0.9"], "set --temperature above"),
+        (["--load", "{run}", "--top-p", "0.9"], "Set --temperature above"),
         (["--load", "{run}", "--top-p", "0"], "above 0 and at most 1"),
         (["--load", "{run}", "--num-beams", "2", "--recompute"], "not with --recompute"),
         (["--load", "{run}", "--batch-size", "0"], "at least 1"),

@@ -89,7 +89,7 @@ def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_pat
     ("words", "message"),
     [
         (["--image-size", "50", "--image-mode", "fixed"], "multiples of 16"),
-        (["--image-size", "64"], "of fixed images, and these are native"),
+        (["--image-size", "64"], "needs --image-mode fixed; this model's images are native"),
         (["--max-patches", "0"], "must be above 0"),
         (["--max-file-size", "inf"], "--max-file-size inf: must be above 0 and finite"),
         (["--feature-dtype", "bf16", "--format", "npy"], "NumPy has no such type"),
