@@ -107,7 +107,7 @@ def test_rewind_sets_later_ones_aside(tool: ModuleType, run: Path, capsys: pytes
     ("words", "message"),
     [
         (["list", "/nowhere"], "/nowhere: neither a checkpoint (iter_NNNNNNN) nor a folder with one"),
-        (["reshard", "RUN", "--tp", "2"], "--tp, --pp and --vpp belong to --to dp_reshardable"),
+        (["reshard", "RUN", "--tp", "2"], "--tp, --pp and --vpp need --to dp_reshardable"),
         (["prune", "RUN", "--keep-last", "-1"], "--keep-last -1: must be at least 0"),
         (["reshard", "RUN", "--to", "dp_reshardable"], "holds dp_reshardable optimizer state already"),
     ],

@@ -228,7 +228,7 @@ def test_shards_that_are_no_tars_are_a_problem(folder: Path, tokenizer: Path) ->
     for i in range(5):
         (folder / f"part-0000{i}.tar").unlink()
     message = prepare(folder, "--tokenizer", tokenizer, "--skip-unreadable", status=1)
-    assert "none of 2 shards can be read" in message
+    assert "none of the 2 shards can be read" in message
 
 
 def test_the_report_names_the_shards_that_lost_most(folder: Path, tokenizer: Path) -> None:
