@@ -97,7 +97,7 @@ def test_rewind_sets_later_ones_aside(tool: ModuleType, run: Path, capsys: pytes
     assert tool.main(["rewind", str(run), "--step", "40"]) == 2
     assert "its SHA-256 does not match" in capsys.readouterr().err
     assert tool.main(["rewind", str(run), "--step", "35"]) == 2
-    assert "steps there: 50, 40, 30, 20, 10" in capsys.readouterr().err
+    assert "Existing steps: 50, 40, 30, 20, 10" in capsys.readouterr().err
     assert tool.main(["rewind", str(run), "--step", "30"]) == 0
     assert folder.steps(run) == [30, 20, 10] and folder.pointed(run) == 30
     assert sorted(path.name for path in (run / folder.SET_ASIDE).iterdir()) == ["iter_0000040", "iter_0000050"]

@@ -276,7 +276,7 @@ def test_text_of_the_data_never_becomes_part_of_the_page(page: Callable[..., Pag
     ("words", "message"),
     [
         (["--samples", "0"], "--samples 0, --packs 1: must be at least 1"),
-        (["--key", "nope"], "--key nope: no sample of this name in 1 shards"),
+        (["--key", "nope"], "--key nope: no sample with this key in 1 shards"),
         (["--image-mode", "natve"], "flags: data.image_mode = 'natve': expected one of fixed, native"),
         (["--seq-length", "10"], "data.seq_length = 10: an image of 9 patches does not fit"),
         (["--prompt", "Say it."], "was made with another prompt than data.prompt = 'Say it.'"),

@@ -271,8 +271,8 @@ def test_images_in_cells_take_their_suffix_from_their_bytes(photos: Path) -> Non
         ({"bytes": png, "path": None}, "", ".png", png),
         ({"bytes": webp, "path": None}, "", ".webp", webp),
         ({"bytes": None, "path": "c.png"}, "", ".png", b"bytes of c.png"),
-        ({"bytes": encoded("GIF"), "path": "a.png"}, "image is not a JPEG, PNG or WebP: it is GIF; convert it", "", b""),
-        ({"bytes": heic, "path": "a.png"}, "image is no JPEG, PNG or WebP: it is of an unknown format", "", b""),
+        ({"bytes": encoded("GIF"), "path": "a.png"}, "image is not a JPEG, PNG or WebP: it is GIF", "", b""),
+        ({"bytes": heic, "path": "a.png"}, "image is not a JPEG, PNG or WebP: it is of an unknown format", "", b""),
         ({"bytes": None, "path": None}, "image is missing or empty", "", b""),
         (None, "image is missing or empty", "", b""),
     ]
@@ -498,7 +498,7 @@ def test_earlier_shards_are_kept_until_overwrite_replaces_all_of_them(photos: Pa
     before = contents(output)
     done = pack(photos, output)
     assert done.returncode == 2 and contents(output) == before
-    assert "5 shards of --prefix train are there already; choose another of the two, or let --overwrite" in done.stderr
+    assert "5 shards of --prefix train already exist. Change one of the two, or use --overwrite" in done.stderr
     (tmp_path / "bad.csv").write_text("image,caption\ngone.jpg,x\n")
     assert pack(tmp_path / "bad.csv", output, "--overwrite").returncode == 1 and contents(output) == before
     assert pack(photos, output, "--overwrite").returncode == 0

@@ -176,7 +176,7 @@ def test_an_index_that_changed_behind_the_manifest_is_seen(folder: Path, tokeniz
     manifest = str(folder / "part.dataset.json")
     write_shard(folder / "part-00003.tar", many(7))
     printed = prepare(folder / "part-00003.tar", "--tokenizer", tokenizer)
-    assert "part.dataset.json is left as it is: it lists 4 other shards; name all shards" in printed
+    assert "part.dataset.json stays unchanged: it lists 4 other shards. Name all shards" in printed
     dataset = open_dataset([manifest], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S")
     assert len(dataset.index(2).rows) == 6
     with pytest.raises(ValueError, match="is not the manifest's. Run tools/prepare_data.py again"):
@@ -205,7 +205,7 @@ def test_a_shard_that_cannot_be_used_does_not_hold_up_the_others(folder: Path, t
     assert "24 good samples, 2 refused" in printed and "refused 1: empty file" in printed
     (folder / "part-00005.tar").symlink_to(folder / "nowhere")
     words = [f"{folder}/part-0000[0-5].tar", "--tokenizer", tokenizer]
-    assert "1 shards could not be indexed; run it again for them, or with --skip-unreadable" in prepare(
+    assert "1 shards could not be indexed. Run it again for them, or skip them with --skip-unreadable" in prepare(
         *words, status=1
     )
     assert "24 good samples" in prepare(*words, "--skip-unreadable")
