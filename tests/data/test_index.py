@@ -239,7 +239,7 @@ NOT_TARS = {
     "text that begins with 'garbage'": b"garbage",
     "something unknown": b"\x07" + bytes(range(256)) * 20,
     "only zeros: an empty tar, or a file whose data were never written": bytes(10240),
-    "gzip: compressed shards are not read; decompress it first": gzip.compress(b"x" * 9999),
+    "gzip: compressed shards are not supported; decompress it first": gzip.compress(b"x" * 9999),
     "bzip2: compressed": bz2.compress(b"x"),
     "xz: compressed": lzma.compress(b"x"),
     "zstd: compressed": b"\x28\xb5\x2f\xfdxxxx",

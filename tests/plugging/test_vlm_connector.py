@@ -38,7 +38,7 @@ def test_an_encoder_of_native_images_is_refused_in_one_line(
     file.write_text(json.dumps({**json.loads(file.read_text()), "image_mode": "native"}))
     with pytest.raises(SystemExit):
         example.main(["--encoder", str(native)])
-    assert "(image_mode = native), and this example takes images of one size" in capsys.readouterr().err
+    assert "(image_mode = native), but this example needs images of one size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])

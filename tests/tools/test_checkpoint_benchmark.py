@@ -58,4 +58,4 @@ def test_every_way_is_measured(ranks: int, tmp_path: Path) -> None:
 
 def test_one_round_is_too_few(tmp_path: Path) -> None:
     done = run("--dir", str(tmp_path), "--rounds", "1")
-    assert done.returncode == 2 and "--rounds 1: at least 2" in done.stderr
+    assert done.returncode == 2 and "--rounds 1: must be at least 2" in done.stderr

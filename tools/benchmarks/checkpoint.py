@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What saving and loading a checkpoint cost, as ratios to torch.save and to Megatron-Core's own functions.
+"""Cost of saving and loading a checkpoint, as ratios to torch.save and Megatron-Core's own functions.
 
     python tools/benchmarks/checkpoint.py --dir /local/disk           (1.2 GB; about three minutes on two CPU cores)
     torchrun --nproc-per-node 8 tools/benchmarks/checkpoint.py --dir /local/disk --config l16_stage1
 
-Needs no data: weights are random, and so are the gradients of the step that fills the optimizer's state. All ways take
-turns and write to the same disk, each to its end: synced. Figures are medians of the rounds, with the lowest and the
-highest; those of several ranks are the slowest's. ``ratio`` is the baseline's seconds over the way's, so above 1 is
-faster. The baselines are ``torch.save`` of the same tensors to one file a rank, synced, and ``torch.load`` of it.
+It needs no data: weights are random, and so are the gradients of the step that fills the optimizer's state. The methods
+take turns and write to the same disk until the data are synced. Figures are medians over rounds, with the lowest and
+highest; with several ranks the slowest rank counts. ``ratio`` is the baseline's seconds over the method's: above 1 is
+faster. The baselines are ``torch.save`` of the same tensors to one file per rank, synced, and ``torch.load``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from genlip_megatron.config.checks import check  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.loop import Run, build_run  # noqa: E402
 
-# l16's width, so that tensors have the sizes of a real run's; fewer layers and a smaller vocabulary.
+# l16's width, so that tensors have realistic sizes, with fewer layers and a smaller vocabulary.
 SMALL = ModelConfig(
     num_layers=4,
     hidden_size=1024,
@@ -60,12 +60,12 @@ SMALL = ModelConfig(
     rope_sections=(8, 12, 12),
     drop_path_rate=0.0,
 )
-# Seconds of work, when nothing runs beside it, that stand for a step's forward and backward pass; less than a recipe's.
+# Seconds of undisturbed work that stand for the forward and backward pass of a step; less than in a recipe.
 _STEP = 0.3
 
 
 class Times:
-    """Seconds of each way, by round; of several ranks the slowest's."""
+    """Seconds of each method by round; with several ranks those of the slowest."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[float]] = {}
@@ -77,7 +77,7 @@ class Times:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of what is done within, ranks starting together."""
+        """Add the seconds of the block; all ranks start it together."""
         torch.distributed.barrier()
         begin = time.perf_counter()
         yield
@@ -92,7 +92,7 @@ class Times:
 
 
 def step(run: Run) -> None:
-    """An update by random gradients."""
+    """Update with random gradients."""
     for chunk in run.model:
         for parameter in chunk.parameters():
             if parameter.requires_grad:
@@ -104,14 +104,14 @@ def step(run: Run) -> None:
 
 
 def sharded(run: Run, kind: str, loading_it: bool = False) -> dict[str, Any]:
-    """The state as Megatron-Core's functions take it."""
+    """The state in the form that Megatron-Core's functions need."""
     weights = content.weights_of(run.model)
     facts = {"distrib_optim_sharding_type": kind}
     return {"model": weights, "optimizer": run.optimizer.sharded_state_dict(weights, loading_it, metadata=facts)}
 
 
 def tensors_of(run: Run) -> dict[str, torch.Tensor]:
-    """The same tensors by plain names: this rank's weights, and what it holds of the optimizer's state."""
+    """The same tensors by plain names: this rank's weights and its part of the optimizer's state."""
     found = {f"{i}.{name}": p.detach() for i, chunk in enumerate(run.model) for name, p in chunk.named_parameters()}
     for optimizer in getattr(run.optimizer, "chained_optimizers", [run.optimizer]):
         for i, (parameter, state) in enumerate(optimizer.optimizer.state.items()):
@@ -121,7 +121,7 @@ def tensors_of(run: Run) -> dict[str, torch.Tensor]:
 
 
 def drop_page_cache(places: list[Path]) -> bool:
-    """Have the system forget the content of files, so that they are read from the disk; whether it can be told to."""
+    """Drop files from the page cache, so that they are read from the disk; returns whether the system supports it."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for place in places:
@@ -136,7 +136,7 @@ def drop_page_cache(places: list[Path]) -> bool:
 
 
 def work(count: int) -> None:
-    """So many matrix products."""
+    """Run ``count`` matrix products."""
     left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
     for _ in range(count):
         torch.mm(left, right)
@@ -144,7 +144,7 @@ def work(count: int) -> None:
 
 
 def rate_of_work(until: Callable[[], bool], seconds: float) -> float:
-    """Matrix products a second, until ``until()`` is true but at least for ``seconds``."""
+    """Matrix products per second, measured until ``until()`` is true, but at least for ``seconds``."""
     left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
     count, begin = 0, time.perf_counter()
     while True:
@@ -157,11 +157,11 @@ def rate_of_work(until: Callable[[], bool], seconds: float) -> float:
 
 
 class Benchmark:
-    """One rank's part of it.
+    """One rank's part of the benchmark.
 
     Args:
-        run: what is saved and loaded.
-        root: a folder on the disk, which is emptied.
+        run: the run that is saved and loaded.
+        root: an empty folder on the disk.
     """
 
     def __init__(self, run: Run, root: Path) -> None:
@@ -179,12 +179,12 @@ class Benchmark:
         self.kinds = [FULLY_RESHARDABLE] if run.config.parallel.fsdp else [DP_RESHARDABLE, FULLY_RESHARDABLE]
 
     def alone(self) -> None:
-        """Wait until nothing is read or written any more."""
+        """Wait until all reads and writes are done."""
         self.saver.settle()
         torch.distributed.barrier()
 
     def round(self) -> None:
-        """Every way of saving and loading once."""
+        """Run every method of saving and loading once."""
         times, run = self.times, self.run
         step(run)
         self._torch_save()
@@ -204,7 +204,7 @@ class Benchmark:
     def _torch_save(self) -> None:
         tensors = tensors_of(self.run)
         self.bytes = sum(tensor.nbytes for tensor in tensors.values())
-        new = self.file.with_suffix(".new")  # as ours do, which keep the last one until the next is there
+        new = self.file.with_suffix(".new")  # like our saves, which keep the last one until the next is complete
         with self.times.timed("torch.save"), open(new, "wb") as file:
             torch.save(tensors, file)
             file.flush()
@@ -222,10 +222,10 @@ class Benchmark:
             new.rename(place)
 
     def _behind(self) -> None:
-        """Two saves behind work, whose rate is compared with that of work alone.
+        """Save twice in the background of work, and compare the rate of that work with undisturbed work.
 
-        The second counts. Megatron-Core's saves have forked, after which each page of this process faults once when it
-        is written to again, those of the host copies as well.
+        Only the second save counts: Megatron-Core's saves have forked, after which the first write to each page of this
+        process, the host copies included, causes a page fault.
         """
         kind = self.kinds[0]
         for _ in range(2):
@@ -251,14 +251,14 @@ class Benchmark:
         self.times.add("asked", asked - begin)
         self.times.add("update", waited)
         self.times.add("later", asked - begin + waited)
-        # A product takes as long before and after as it should in between; measured noise is not given back.
+        # The work should take as long as before and after; a negative difference is noise and counts as 0.
         self.times.add("lost", max(update - begin + waited - round(alone * _STEP) / ((alone + again) / 2), 0.0))
         self.times.add("finish", finishing)
         self.times.add("behind, written", written)
         self.slowdowns.append(1 - meanwhile / ((alone + again) / 2))
 
     def _load(self) -> None:
-        """Each way of loading, from the disk where the page cache can be dropped."""
+        """Run each method of loading, from the disk if the page cache can be dropped."""
         run, times, kind = self.run, self.times, self.kinds[0]
         ours = folder.step_folder(self.root / "run", self.iteration)
         plain = self.root / f"megatron-{kind}"
@@ -371,14 +371,14 @@ def main() -> int:
     """Run the benchmark; returns the exit status."""
     parser = StrictParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--dir", type=Path, required=True, help="a folder on the disk; a folder in it is made and removed"
+        "--dir", type=Path, required=True, help="folder on the disk to test; a subfolder is created and removed"
     )
     parser.add_argument("--config", default="", help="a recipe, as l16_stage1; default: l16's width, 4 layers, 1.2 GB")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that the ways take (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as model.num_layers=2")
     options = parser.parse_args()
     if options.rounds < 2:
-        parser.error(f"--rounds {options.rounds}: at least 2, since the first save is unlike the others")
+        parser.error(f"--rounds {options.rounds}: must be at least 2, because the first save differs from the others")
     try:
         tree = load_yaml(options.config) if options.config else {}
         config = from_dict(tree, options.config) if tree else RunConfig(model=SMALL)
@@ -389,9 +389,9 @@ def main() -> int:
         parser.error(str(error))
     root = options.dir / "genlip-checkpoint-benchmark"
     if root.exists():
-        parser.error(f"--dir {options.dir}: {root} exists, perhaps of a killed benchmark; remove it")
+        parser.error(f"--dir {options.dir}: {root} exists, maybe left by a killed benchmark. Remove it.")
     groups.initialize(replace(config, checkpoint=CheckpointConfig()))
-    torch.distributed.barrier()  # every rank has looked for the folder
+    torch.distributed.barrier()  # every rank has checked that the folder does not exist
     if torch.distributed.get_rank() == 0:
         root.mkdir(parents=True)
     torch.distributed.barrier()

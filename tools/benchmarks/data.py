@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""What the data engine costs: a line a figure, each ending in ``ratio N`` or ``value N unit``.
+"""Benchmark the data engine: one line per figure, ending in ``ratio N`` or ``value N unit``.
 
     tools/benchmarks/data.py                                  (all sections, about five minutes on two CPU cores)
     tools/benchmarks/data.py pipeline --data shards/ --tokenizer tokenizer.json
 
-* ``pipeline``: shards -> PackedBatch on one core, in samples and tokens a second, against the ``webdataset`` library
-  with Pillow and the same tokenizer. That baseline decodes at full size, skips conversions that change nothing, keeps
-  the prompt's tokens, reads in order without a shuffle buffer and packs in order; patches are cut and packs are laid
-  out by this project's functions on both sides. (Pillow's ``draft`` would be faster, but makes other pixels.) Tokens
-  and pixels are compared before the clock runs. Also with the decoder "pillow": what is left is not the codec's.
-* ``plan``: samples planned a second on one core; how full packs are; how much longer the slowest of 64 data-parallel
-  ranks computes than their mean, by the forward FLOPs of so16.
-* ``index``: images that ``prepare_data.py`` indexes a second on all cores, against only decoding them there.
-* ``resume``: seconds from making the loader to its first pack, after 0 to 100,000 steps; bytes of the cursor.
-* ``scale``: a billion samples in 100,000 shards: seconds from a process's start to its first step, peak memory.
+* ``pipeline``: shards -> PackedBatch on one core, in samples and tokens per second, against the ``webdataset`` library
+  with Pillow and the same tokenizer. The baseline decodes at full size, skips conversions without effect, caches the
+  prompt's tokens, reads in order without a shuffle buffer and packs in order. Both sides use this project's functions
+  to cut patches and lay out packs. (Pillow's ``draft`` would be faster, but gives other pixels.) Tokens and pixels are
+  compared before timing. The decoder "pillow" is timed too; its gain does not come from the codec.
+* ``plan``: samples planned per second on one core; fill of the packs; by how much the slowest of 64 data-parallel ranks
+  exceeds their mean, in forward FLOPs of so16.
+* ``index``: images indexed per second by ``prepare_data.py`` on all cores, against only decoding them.
+* ``resume``: seconds from creating the loader to its first pack, after 0 to 100,000 steps; bytes of the cursor.
+* ``scale``: a billion samples in 100,000 shards: seconds from the start of a process to its first step, peak memory.
 
-Contestants have a process each, pinned to one core with one thread, and take turns; figures are medians, a ratio the
-median of those of the rounds. Rates a CPU second leave out the time that other programs took the core away; everything
-is read from the page cache. Data are made for the occasion, and without ``--tokenizer`` the tokenizer too.
+Each contestant has its own process, pinned to one core with one thread, and they take turns. Figures are medians; a
+ratio is the median of the rounds' ratios. Rates per CPU second exclude the time that other programs had the core.
+Everything is read from the page cache. The data are generated, and without ``--tokenizer`` the tokenizer too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _MOST_PACKS = 48
 
 
 def show(line: str) -> None:
-    """Print a figure as soon as it is there."""
+    """Print a figure at once."""
     print(line, flush=True)
 
 
@@ -78,12 +78,12 @@ def rates(values: list[float]) -> str:
 
 
 def median_ratio(ours: list[float], baseline: list[float]) -> float:
-    """Median of the rounds' ratios: neighbours in time share what else the machine does."""
+    """Median of the rounds' ratios: the two runs of a round see the same load of the machine."""
     return statistics.median(a / b for a, b in zip(ours, baseline, strict=True))
 
 
 def check_same(name: str, theirs: Contents, mine: Contents) -> None:
-    """Stop unless samples have the same tokens, and pixels within a level: what two exact resizers may differ by."""
+    """Exit unless samples have the same tokens, and pixels within one level, as far as exact resizers may differ."""
     if not mine:
         sys.exit(f"pipeline {name}: no sample of the baseline was found in the index")
     for key, (ids, patches) in mine.items():
@@ -101,7 +101,7 @@ def compare(name: str, data: BenchData, shards: list[str], mode: str) -> None:
     theirs: Contents = contestants["webdataset"]("contents")
     for label in ("ours", "plain"):
         check_same(name, theirs, contestants[label]("contents", set(theirs)))
-    # A turn gets through all samples about once, so that each meets the same images.
+    # A turn takes each sample about once, so that every turn has the same images.
     dataset = open_dataset(shards, config.data, load_tokenizer(data.tokenizer).fingerprint, "shards")
     tokens = int(dataset.lengths(np.arange(len(dataset))).sum())
     packs = min(round(tokens / seq_length), _MOST_PACKS)
@@ -158,7 +158,7 @@ class Planner:
         return Plan(sources, self.config.data.seq_length, self.config.train.global_batch_size, 0, [Phase(0, weights)])
 
     def turn(self, lanes: int, samples: int) -> float:
-        """Samples a CPU second of planning on for one rank's lanes."""
+        """Samples planned per CPU second for one rank's lanes."""
         done, begin = 0, time.process_time()
         while done < samples:
             done += sum(len(self.plan.next_pack(lane)) for lane in range(lanes))
@@ -207,7 +207,7 @@ def plan(data: BenchData) -> None:
 
 
 def index_one(shard: str, tokenizer: str) -> float:
-    """CPU seconds of indexing a shard as ``prepare_data.py`` does."""
+    """CPU seconds to index a shard as ``prepare_data.py`` does."""
     begin = time.process_time()
     _, _, problem = index_shard(shard, tokenizer, DEFAULT_PROMPT)
     if problem:
@@ -216,7 +216,7 @@ def index_one(shard: str, tokenizer: str) -> float:
 
 
 def decode_one(shard: str, places: list[tuple[int, int]], pillow: bool) -> float:
-    """CPU seconds of reading and decoding the images at the given (offset, size) in a shard, and nothing else."""
+    """CPU seconds to only read and decode the images at the given (offset, size) in a shard."""
     begin = time.process_time()
     with open(shard, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for offset, size in places:
@@ -229,7 +229,7 @@ def decode_one(shard: str, places: list[tuple[int, int]], pillow: bool) -> float
 
 
 def index(data: BenchData) -> None:
-    """Images that ``prepare_data.py``'s workers index a second on all cores, against decoding alone."""
+    """Images per second that ``prepare_data.py``'s workers index on all cores, against only decoding them."""
     repeats, rounds = (2, 1) if data.quick else (8, 3)
     per_shard = len(data.photos) * repeats // (2 * data.workers)
     shards = data.shards("stage 1", repeats, per_shard)
@@ -240,7 +240,7 @@ def index(data: BenchData) -> None:
                 Path(index_path(shard)).unlink(missing_ok=True)
             return list(pool.map(index_one, shards, repeat(data.tokenizer)))
 
-        indexing()  # so that no start of a process is timed
+        indexing()  # starts the processes before timing
         tables = [read_index(shard).rows for shard in shards]
         places = [list(zip(t["image_offset"].tolist(), t["image_size"].tolist(), strict=True)) for t in tables]
         contestants: dict[str, Callable[[], list[float]]] = {
@@ -269,14 +269,14 @@ class Resume:
         self.config = config
 
     def cursor(self, steps: int) -> dict[str, Any]:
-        """The cursor after so many steps."""
+        """The cursor after ``steps`` steps."""
         loader = Loader(self.config, "train")
         loader.skip(steps)
         loader.close()
         return loader.state_dict()
 
     def seconds(self, cursor: dict[str, Any]) -> float:
-        """From nothing to the first pack."""
+        """Seconds from creating the loader to the first pack."""
         begin = time.perf_counter()
         loader = Loader(self.config, "train")
         loader.load_state_dict(cursor)
@@ -313,7 +313,7 @@ def _memory(file: str, name: str) -> float:
 
 
 def start_at_scale(pipe: Connection, manifest: str, begun: float, steps: int) -> None:
-    """What a rank does before its first step, and for some steps more; sends (seconds, imports' seconds, GiB, GiB)."""
+    """Run a rank's planning up to its first step and some more; sends (seconds, seconds of imports, GiB, GiB)."""
     imported = time.monotonic() - begun
     config = run_config([manifest], "", lanes=512)
     dataset: Dataset = open_dataset([manifest], config.data, "none", "manifest")
@@ -324,12 +324,12 @@ def start_at_scale(pipe: Connection, manifest: str, begun: float, steps: int) ->
     for _ in range(steps):
         for lane in range(8):
             lanes.next_pack(lane)
-    # The kernel's ru_maxrss of a started process begins at its parent's size; VmHWM is this program's own.
+    # ru_maxrss of a child starts at its parent's size; VmHWM counts only this program.
     pipe.send((started, imported, _memory("status", "VmHWM"), _memory("smaps_rollup", "Anonymous")))
 
 
 def scale(data: BenchData) -> None:
-    """Start-up and memory of one rank of 64 with very many samples."""
+    """Start-up time and memory of one rank of 64 with a billion samples."""
     samples, shards = (10_000_000, 1_000) if data.quick else (1_000_000_000, 100_000)
     needed, free = samples * 8 * 1.1, os.statvfs(data.folder)
     if free.f_bavail * free.f_frsize < needed:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Captioning with the key-value cache against computing the prefix again, and features packed against padded.
+"""Compare captioning with and without the key-value cache, and features of packed and padded images.
 
     tools/benchmarks/infer.py                     (about five minutes on two CPU cores)
     tools/benchmarks/infer.py --layers 24 --dtype bf16 --images 64 --captions 16       on a GPU
 
-The width is that of l16; the vocabulary shrinks with the layers, so that the head keeps its share of the work. Images
-have native sizes as training sees them: areas log-uniform from 16 to 1024 patches, aspect ratios 1:2 to 2:1. In each
-comparison both contestants use the same weights, and their results are compared before any clock runs; they take turns,
-and the figure is the median. Each comparison ends in its ratio and the goal for it; a missed goal ends with status 1.
+The model has l16's width; the vocabulary shrinks with the layers, so that the head keeps its fraction of the work.
+Images have native sizes as in training: areas log-uniform from 16 to 1024 patches, aspect ratios 1:2 to 2:1. In each
+comparison both contestants use the same weights, and their results are compared before timing. They take turns, and
+the figure is the median. Each comparison prints its ratio and its goal; a missed goal ends with status 1.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CAPTION_GOAL, FEATURE_GOAL = 5.0, 1.3
 
 
 class PaddedAttention:
-    """Attention over images that are padded to the largest of their batch; stands in for the model's packed one.
+    """Attention over images padded to the largest of their batch, in place of the model's packed attention.
 
     Args:
         counts: int64 [B], patches of each image.
@@ -69,7 +69,7 @@ class PaddedAttention:
 
 @torch.inference_mode()
 def padded_features(model: GenLIPVisionModel, images: list[Prepared], device: torch.device) -> list[Tensor]:
-    """``ln_post`` of each image [patches, D], every image padded to the largest."""
+    """Output of ``ln_post`` for each image [patches, D], with every image padded to the largest."""
     counts = torch.tensor([len(image.patches) for image in images], device=device)
     longest = int(counts.max())
     patches = torch.stack([F.pad(image.patches, (0, 0, 0, longest - len(image.patches))) for image in images])
@@ -84,7 +84,7 @@ def padded_features(model: GenLIPVisionModel, images: list[Prepared], device: to
 
 @dataclass
 class Words:
-    """Stands in for a tokenizer: a prompt of six tokens, and an end token that the model never says."""
+    """A fake tokenizer: a prompt of six tokens, and an end token that the model never generates."""
 
     fingerprint: str
     vocab_size: int
@@ -118,7 +118,7 @@ def make_models(layers: int, device: torch.device, dtype: torch.dtype) -> tuple[
         rope_scaling={"mrope_section": SECTIONS},
     )
     whole = GenLIPForCausalLM(config)
-    # A row of zeros is never the likeliest.
+    # A row of zeros is never the likeliest token.
     whole.lm_head.weight.data[-1] = 0
     encoder = GenLIPVisionModel(config)
     encoder.load_state_dict(whole.state_dict(), strict=False)
@@ -146,7 +146,7 @@ def take_turns(contestants: dict[str, Callable[[], Any]], repeats: int, device: 
 
 
 def show(title: str, seconds: dict[str, float], amount: float, unit: str, goal: float) -> bool:
-    """Print a table of the plain contestant first and ours second; whether ours reaches the goal."""
+    """Print the plain contestant, then ours; returns whether ours reaches the goal."""
     plain, ours = seconds
     ratio = seconds[plain] / seconds[ours]
     print(f"\n{title}")
@@ -157,7 +157,7 @@ def show(title: str, seconds: dict[str, float], amount: float, unit: str, goal: 
 
 
 def captions(loaded: Loaded, count: int, repeats: int) -> bool:
-    """Compare captioning; whether the goal is reached."""
+    """Compare captioning; returns whether the goal is reached."""
     images = make_images(count, seed=1)
     decoding = Decoding(max_new_tokens=NEW_TOKENS)
     cached, again = (Captioner(loaded, "prompt", decoding, use_cache=use) for use in (True, False))
@@ -176,7 +176,7 @@ def captions(loaded: Loaded, count: int, repeats: int) -> bool:
 
 
 def encoder_features(loaded: Loaded, count: int, batch: int, repeats: int) -> bool:
-    """Compare feature extraction; whether the goal is reached."""
+    """Compare feature extraction; returns whether the goal is reached."""
     images = make_images(count, seed=2)
     parts = [images[i : i + batch] for i in range(0, count, batch)]
     for ours, theirs in zip(
@@ -202,10 +202,10 @@ def encoder_features(loaded: Loaded, count: int, batch: int, repeats: int) -> bo
 def main() -> int:
     """Run both comparisons; returns the exit status."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2, help="of the model (default: 2; l16 has 24)")
-    parser.add_argument("--captions", type=int, default=2, help="images that are captioned together (default: 2)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model (default: 2; l16 has 24)")
+    parser.add_argument("--captions", type=int, default=2, help="images captioned per batch (default: 2)")
     parser.add_argument("--images", type=int, default=16, help="images whose features are computed (default: 16)")
-    parser.add_argument("--batch-size", type=int, default=8, help="of these at a time (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per batch of features (default: 8)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each contestant (default: 3)")
     parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: fp32")
