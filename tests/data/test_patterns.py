@@ -95,7 +95,7 @@ def test_shards_in_subfolders_alone_are_hinted_at(pattern: str, tmp_path: Path) 
     with pytest.raises(ValueError, match="matches no .tar file") as caught:
         names(tmp_path, pattern)
     assert f"2 .tar files lie in subfolders: '{tmp_path}/" in str(caught.value) and "**/*.tar'" in str(caught.value)
-    assert "2 compressed shards are not read: decompress them to .tar first" in str(caught.value)
+    assert "2 compressed shards are not supported: decompress them to .tar first" in str(caught.value)
     with pytest.raises(ValueError, match=r"missing\.tar' matches no .tar file$"):
         names(tmp_path, "missing.tar")
 
@@ -107,7 +107,7 @@ def test_shards_below_those_of_a_folder_are_mentioned(
     with caplog.at_level(logging.WARNING):
         assert expand_shards([str(tmp_path)], "S") == [f"{tmp_path}/0.tar"]
         assert "only the shards at its top are taken; 1 .tar files lie in subfolders" in caplog.text
-        assert "1 compressed shards are not read" in caplog.text
+        assert "1 compressed shards are not supported" in caplog.text
         caplog.clear()
         monkeypatch.setenv("RANK", "1")
         expand_shards([str(tmp_path)], "S")

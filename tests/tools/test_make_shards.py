@@ -434,7 +434,7 @@ def test_images_of_a_folder_without_a_usable_caption_are_skipped(photos: Path, t
         (
             "bad.jsonl",
             [],
-            r"SOURCE \S+bad.jsonl: cannot be read as .jsonl: no row of the first 10000 can be read; of the first one, ",
+            r"SOURCE \S+bad.jsonl: cannot be read as .jsonl: none of the first 10000 rows can be read; the first one: ",
         ),
         ("blank.csv", [], r"SOURCE \S+blank.csv: cannot be read as .csv: the file is empty"),
         ("quote.csv", [], r"SOURCE \S+quote.csv: cannot be read as .csv: its first line must name the columns"),

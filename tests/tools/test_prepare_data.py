@@ -218,7 +218,7 @@ def test_shards_that_are_no_tars_are_a_problem(folder: Path, tokenizer: Path) ->
     for _ in range(2):  # the second time the others are unchanged
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and "2 shards could not be indexed" in done.stderr
-        assert "part-00005.tar is not a tar file but gzip: compressed shards are not read" in done.stdout
+        assert "part-00005.tar is not a tar file but gzip: compressed shards are not supported" in done.stdout
         assert "part-00006.tar is not a tar file but only zeros" in done.stdout
         assert not (folder / "part.dataset.json").exists()
     assert "30 good samples" in prepare(folder, "--tokenizer", tokenizer, "--skip-unreadable")
