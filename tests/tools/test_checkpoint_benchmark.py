@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints measures every way of saving and loading; its figures depend on the machine."""
+"""The checkpoint benchmark measures every method of saving and loading; its figures depend on the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_every_way_is_measured(ranks: int, tmp_path: Path) -> None:
+def test_every_method_is_measured(ranks: int, tmp_path: Path) -> None:
     settings = [f"model.{setting}" for setting in [*TINY, "num_layers=1", "rope_sections=[2,1,1]"]]
     done = run("--dir", str(tmp_path), "--rounds", "2", "--set", *settings, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]

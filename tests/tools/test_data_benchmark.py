@@ -1,4 +1,4 @@
-"""The data benchmark runs: every section prints its figures. What they are depends on the machine."""
+"""Every section of the data benchmark prints its figures; the values depend on the machine."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tools import demo
 
 
 def test_compared_captions_are_made_in_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a GPU, in bfloat16, two right programs may choose different tokens."""
+    """On a GPU in bfloat16 two correct programs may choose different tokens."""
     calls: list[tuple[list[str], dict[str, Any]]] = []
 
     def run(*command: Any, cwd: Path = demo.ROOT, **environment: str) -> str:

@@ -1,4 +1,4 @@
-"""Every command leaves alone what it has not written, says so in one line, and replaces what it has."""
+"""Every command replaces only files that it wrote, and refuses to replace others with one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Run = Callable[..., tuple[object, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a tool in this process: (exit status, standard error's last line)."""
+    """Run a tool in this process; returns (exit status, last line of standard error)."""
 
     def call(tool: str, *words: object) -> tuple[object, str]:
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, words)])
@@ -118,8 +118,8 @@ def test_indexing_replaces_only_its_own_files(run: Run, data: Path) -> None:
         assert run("prepare_data", data, *words, *words_more)[0] == 0
 
 
-def test_a_killed_merge_is_taken_up_again(run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its manifest and its planning file."""
+def test_a_killed_merge_can_be_repeated(run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between writing the manifest and the planning file."""
     words = [data, "--tokenizer", data / "tokenizer.model", "--workers", 1]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         replace = os.replace
@@ -170,7 +170,7 @@ def test_long_commands_refuse_before_they_begin(
 
 
 def a_run(folder: Path) -> Path:
-    """What a demo leaves."""
+    """A folder as a demo leaves it."""
     demo.begin_run(folder)
     step = folder / "iter_0000003"
     for file in (step / "__0_0.distcp", step / "manifest.json", folder / "tensorboard" / "events.out.tfevents.1"):
@@ -190,7 +190,7 @@ def test_the_demo_replaces_a_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "foreign", ["thesis.txt", "iter_0000003/thesis.txt", "iter_0000009/thesis.txt", "tensorboard/thesis", "notes/"]
 )
-def test_the_demo_leaves_a_run_with_anything_else_in_it(foreign: str, tmp_path: Path) -> None:
+def test_the_demo_keeps_a_run_with_other_files_in_it(foreign: str, tmp_path: Path) -> None:
     place = a_run(tmp_path / "run") / foreign
     place.parent.mkdir(exist_ok=True)
     place.mkdir() if foreign.endswith("/") else place.write_bytes(THESIS)
@@ -200,7 +200,7 @@ def test_the_demo_leaves_a_run_with_anything_else_in_it(foreign: str, tmp_path: 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_demo_takes_no_other_folder_and_no_link_for_its_own(tmp_path: Path, demo_data: Path) -> None:
+def test_the_demo_does_not_take_other_folders_or_links_for_its_own(tmp_path: Path, demo_data: Path) -> None:
     another = a_run(tmp_path / "another")
     (another / demo.MARK).unlink()  # a run like any other
     linked = a_run(tmp_path / "linked")
@@ -217,7 +217,7 @@ def test_the_demo_takes_no_other_folder_and_no_link_for_its_own(tmp_path: Path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_demo_checks_before_it_begins_and_paths_are_the_users(
+def test_the_demo_checks_before_it_starts_and_prints_the_users_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "precious").mkdir()
@@ -274,7 +274,7 @@ def test_an_encoder_replaces_only_encoders_and_their_weights(tmp_path: Path) -> 
     assert data.read_bytes() == b"weights"
 
 
-def test_a_file_named_like_the_mark_of_an_exit_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_file_named_final_exit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     mark = exits.mark_of(tmp_path, 0)
     for content in ("my notes on exits", "final"):
