@@ -1,6 +1,6 @@
 // Fake CUDA devices: all calls of torch, Triton, Transformer Engine, cuBLAS and cuDNN succeed, memory is reserved and
-// counted, copies are made, and kernels do nothing. run.py builds this file together with nccl.c and empty functions for
-// every other symbol that the installed libraries need.
+// counted, copies are made, and kernels do nothing. run.py builds this file together with nccl.c and empty functions
+// for every other symbol that the installed libraries need.
 //
 // Environment:
 //   NULL_GPU_DEVICES  number of devices; default 1

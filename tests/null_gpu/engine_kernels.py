@@ -2,8 +2,8 @@
 
 Each function of ``transformer_engine_torch`` is replaced by one that first calls the compiled function and then writes
 the values. The compiled function makes its checks and returns results of the right shapes and types, but its kernels do
-nothing. The values follow this project's reading of Transformer Engine 2.11; its Python code (recipes, scales, modules) is used
-unchanged. Fused attention's compiled functions need a real cuDNN, so their results are allocated here.
+nothing. The values follow this project's reading of Transformer Engine 2.11; its Python code (recipes, scales, modules)
+is used unchanged. Fused attention's compiled functions need a real cuDNN, so their results are allocated here.
 
 Call ``install`` before other modules import the functions by name. Without ``compute`` it only replaces fused
 attention by allocations, so that peak memory is that of a GPU.
