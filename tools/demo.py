@@ -182,10 +182,7 @@ def main() -> None:
     begin = time.monotonic()
     data = from_root(options.data or ROOT / ("demo-quick" if options.quick else "demo"))
     output = from_root(options.output or ROOT / ("runs/demo-quick" if options.quick else "runs/demo"))
-    try:
-        check_places(ROOT / data, ROOT / output)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    check_places(ROOT / data, ROOT / output)
 
     python = sys.executable
     samples = ["--train-samples", "400", "--val-samples", "64"] if options.quick else []

@@ -296,10 +296,7 @@ def main() -> int:
     from genlip_megatron.outputs import check_file, json_object, write
 
     is_own = json_object("passed", "results")
-    try:
-        check_file(options.output, is_own)
-    except ValueError as error:
-        parser.error(str(error))
+    check_file(options.output, is_own)
     if not torch.cuda.is_available() and not options.rehearse:
         print("gpu_check: no CUDA device here, nothing to check (--rehearse runs the parts on the CPU)")
         return 0

@@ -192,17 +192,14 @@ def main() -> None:
     parser.add_argument("--key", action="append", help="show this sample instead of the first ones; may be repeated")
     options = parser.parse_args()
     logging.getLogger("genlip_megatron.data.quarantine").setLevel(logging.ERROR)  # the page shows bad samples
+    config = configure(options)
+    check_file(options.output, is_page)
+    loader = Loader(config, "train")
     try:
-        config = configure(options)
-        check_file(options.output, is_page)
-        loader = Loader(config, "train")
-        try:
-            page, summary = inspect(loader, options)
-        finally:
-            loader.close()
-        write(options.output, page, is_page)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        page, summary = inspect(loader, options)
+    finally:
+        loader.close()
+    write(options.output, page, is_page)
     print(f"{options.output}: {summary}")
 
 

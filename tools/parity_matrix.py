@@ -208,12 +208,9 @@ def main() -> int:
 
     is_own = begins_with(_INTRODUCTION.partition("{")[0].encode())
 
-    try:
-        for name in options.layouts or ():
-            layout(name)
-        check_file(options.output, is_own)
-    except ValueError as error:
-        parser.error(str(error))
+    for name in options.layouts or ():
+        layout(name)  # raises for a wrong name
+    check_file(options.output, is_own)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         make_data(data)

@@ -180,22 +180,19 @@ def main() -> None:
     parser.add_argument("--manifest", help="manifest to write (default: beside the shards, by their common name)")
     parser.add_argument("--seq-length", type=int, default=16384, help="tokens per pack, for the estimate in the report")
     options = parser.parse_args()
-    try:
-        if options.workers < 1 or options.seq_length < 1:
-            raise ValueError(f"--workers {options.workers}, --seq-length {options.seq_length}: must be at least 1")
-        tokenizer = load_tokenizer(options.tokenizer)
-        encode_prompt(options.prompt, tokenizer, "--prompt")
-        shards = expand_shards(options.shards, "PATH", check_files=False)
-        manifest = options.manifest or default_manifest(shards)
-        if not manifest.endswith(".json"):
-            raise ValueError(f"--manifest {manifest}: must end in .json")
-        if not options.part:
-            check_files(manifest)
-        folder = storage.parent(manifest) or "."
-        if not storage.is_remote(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-            raise ValueError(f"--manifest {manifest}: {folder} is not a writable folder")
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if options.workers < 1 or options.seq_length < 1:
+        raise ValueError(f"--workers {options.workers}, --seq-length {options.seq_length}: must be at least 1")
+    tokenizer = load_tokenizer(options.tokenizer)
+    encode_prompt(options.prompt, tokenizer, "--prompt")
+    shards = expand_shards(options.shards, "PATH", check_files=False)
+    manifest = options.manifest or default_manifest(shards)
+    if not manifest.endswith(".json"):
+        raise ValueError(f"--manifest {manifest}: must end in .json")
+    if not options.part:
+        check_files(manifest)
+    folder = storage.parent(manifest) or "."
+    if not storage.is_remote(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ValueError(f"--manifest {manifest}: {folder} is not a writable folder")
     first, step = options.part or (0, 1)
     mine = shards[first::step]
     try:

@@ -138,7 +138,8 @@ def page(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Page]:
         command += ["--tokenizer", str(data / "tokenizer.json"), "--image-size", str(SIDE)]
         command += ["--seq-length", str(SEQ_LENGTH), str(data / "t.tar"), *words]
         monkeypatch.setattr(sys, "argv", command)
-        inspect_data.main()
+        if status := inspect_data.main():
+            raise SystemExit(status)
         return Page((data / "page.html").read_text())
 
     return run

@@ -156,14 +156,11 @@ def main() -> int:
     if options.write and set(sections) != set(LIMITS):
         parser.error("--write: the page holds all sections. Drop --sections.")
     drawing = options.output.with_suffix(".svg")
-    try:
-        check_file(options.output, is_figures)
-        check_file(drawing, is_chart)
-        if options.write:
-            split_page(options.write)
-            check_file(options.write.with_suffix(".svg"), is_chart, "--write")
-    except ValueError as error:
-        parser.error(str(error))
+    check_file(options.output, is_figures)
+    check_file(drawing, is_chart)
+    if options.write:
+        split_page(options.write)
+        check_file(options.write.with_suffix(".svg"), is_chart, "--write")
     begin, here = time.monotonic(), machine()
     figures = derived(measure(sections, options.rehearse))
     print(heading(figures, here) if not options.rehearse else "A rehearsal: these figures mean nothing.")
@@ -171,10 +168,7 @@ def main() -> int:
     write_json(options.output, figures, here, options.rehearse)
     write(drawing, chart(figures), is_chart)
     if options.write:
-        try:
-            write_page(options.write, figures, here)
-        except ValueError as error:
-            parser.error(str(error))
+        write_page(options.write, figures, here)
     print(f"{options.output} written, {(time.monotonic() - begin) / 60:.1f} minutes")
     return 0
 
