@@ -76,16 +76,15 @@ class Captioner:
         loaded: a model with its text parts.
         prompt: text before each caption.
         decoding: decoding settings.
-        use_cache: False recomputes all tokens for every new one, for comparison.
 
     Raises:
         ValueError: the prompt is empty.
     """
 
-    def __init__(self, loaded: Loaded, prompt: str, decoding: Decoding, use_cache: bool = True) -> None:
+    def __init__(self, loaded: Loaded, prompt: str, decoding: Decoding) -> None:
         assert loaded.tokenizer is not None
         self._loaded, self._tokenizer = loaded, loaded.tokenizer
-        self._arguments = {**decoding.arguments(), "use_cache": use_cache}
+        self._arguments = decoding.arguments()
         self._prompt = torch.tensor([prompt_ids(loaded.tokenizer, prompt)], device=loaded.device)
         torch.manual_seed(decoding.seed)
 
