@@ -60,7 +60,7 @@ SMALL = ModelConfig(
     rope_sections=(8, 12, 12),
     drop_path_rate=0.0,
 )
-# Seconds of undisturbed work that stand for the forward and backward pass of a step; less than in a recipe.
+# Seconds of work that stand for the forward and backward pass of a step; less than in a recipe.
 _STEP = 0.3
 
 
@@ -135,25 +135,12 @@ def drop_page_cache(places: list[Path]) -> bool:
     return True
 
 
-def work(count: int) -> None:
-    """Run ``count`` matrix products."""
+def work(until: Callable[[], bool]) -> None:
+    """Run matrix products until ``until()`` is true."""
     left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
-    for _ in range(count):
+    while not until():
         torch.mm(left, right)
         torch.cuda.synchronize()
-
-
-def rate_of_work(until: Callable[[], bool], seconds: float) -> float:
-    """Matrix products per second, measured until ``until()`` is true, but at least for ``seconds``."""
-    left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
-    count, begin = 0, time.perf_counter()
-    while True:
-        torch.mm(left, right)
-        torch.cuda.synchronize()
-        count += 1
-        passed = time.perf_counter() - begin
-        if passed >= seconds and until():
-            return count / passed
 
 
 class Benchmark:
@@ -169,7 +156,6 @@ class Benchmark:
         self.rank = torch.distributed.get_rank()
         self.file = root / f"plain-{self.rank}.pt"
         self.lines: list[str] = []
-        self.slowdowns: list[float] = []
         self.iteration = 0
         self.bytes = self.ours_bytes = 0
         self.dropped = True
@@ -222,40 +208,31 @@ class Benchmark:
             new.rename(place)
 
     def _behind(self) -> None:
-        """Save twice in the background of work, and compare the rate of that work with undisturbed work.
+        """Save in the background of work, twice: how long work stops, and how long the save takes.
 
         Only the second save counts: Megatron-Core's saves have forked, after which the first write to each page of this
         process, the host copies included, causes a page fault.
         """
-        kind = self.kinds[0]
+        clock = time.perf_counter
         for _ in range(2):
-            alone = rate_of_work(lambda: True, 1.0)
             torch.distributed.barrier()
-            begin = time.perf_counter()
-            self.saver.save(self._next(), {}, kind, Facts(), behind=True)
-            asked = time.perf_counter()
-            work(round(alone * _STEP))
-            update = time.perf_counter()
+            begin = clock()
+            self.saver.save(self._next(), {}, self.kinds[0], Facts(), behind=True)
+            started = clock()
+            work(lambda: clock() - started > _STEP)  # noqa: B023 - called at once
+            update = clock()
             self.saver.wait_for_copy()
-            waited = time.perf_counter() - update
-            meanwhile = rate_of_work(lambda: self.saver.written, 0.0)
-            written = time.perf_counter() - begin
+            stopped = started - begin + clock() - update
+            work(lambda: self.saver.written)
+            written = clock() - begin
             torch.distributed.barrier()
-            completion = time.perf_counter()
+            completion = clock()
             self.saver.finish()
-            finishing = time.perf_counter() - completion
+            finishing = clock() - completion
             self.alone()
-            again = rate_of_work(lambda: True, 1.0)
-            if "first" not in self.times.of:
-                self.times.add("first", asked - begin + waited)
-        self.times.add("asked", asked - begin)
-        self.times.add("update", waited)
-        self.times.add("later", asked - begin + waited)
-        # The work should take as long as before and after; a negative difference is noise and counts as 0.
-        self.times.add("lost", max(update - begin + waited - round(alone * _STEP) / ((alone + again) / 2), 0.0))
+        self.times.add("stopped", stopped)
         self.times.add("finish", finishing)
         self.times.add("behind, written", written)
-        self.slowdowns.append(1 - meanwhile / ((alone + again) / 2))
 
     def _load(self) -> None:
         """Run each method of loading, from the disk if the page cache can be dropped."""
@@ -332,20 +309,9 @@ def report(bench: Benchmark, rounds: int) -> None:
     line("behind, written", f"ours, {bench.kinds[0]}, behind work", size, "torch.save")
     synchronous = times.median(f"ours {bench.kinds[0]}")
     print("\n| training stops for a save behind it | seconds | of the save that waits |\n|---|---|---|")
-    for name, label in (
-        ("first", "the first, which allocates the copies"),
-        ("later", "a later one"),
-        ("asked", "of it to begin"),
-        ("update", f"of it before the update, {_STEP} s of work later"),
-        ("lost", "all that this step takes longer, its work beside copy and writing included"),
-        ("finish", "and when it is completed"),
-    ):
+    for name, label in (("stopped", "to begin, and before the next update"), ("finish", "to complete it")):
         print(f"| {label} | {times.spread(name, 3)} | {times.median(name) / synchronous:.1%} |")
-    slower = statistics.median(bench.slowdowns)
-    print(
-        f"\nmatrix products beside the writing threads: {slower:.0%} fewer a second "
-        f"({min(bench.slowdowns):.0%} to {max(bench.slowdowns):.0%})"
-    )
+    print()
     for warning in sorted({line for line in bench.lines if "WARNING" in line}):
         print(warning)
     for kind in bench.kinds:
