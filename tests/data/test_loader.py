@@ -180,7 +180,7 @@ def test_validation_is_one_pass_in_order_and_the_same_every_time(demo_data: Path
 
 def test_more_ranks_than_samples_is_refused(demo_data: Path) -> None:
     config = tiny_config(demo_data, train__global_batch_size=512)
-    with pytest.raises(ValueError, match="160 good samples for 512 data-parallel ranks; use fewer ranks or more data"):
+    with pytest.raises(ValueError, match="160 good samples for 512 data-parallel ranks. Use fewer ranks or more data"):
         Loader(config, "train", 0, 512)
 
 

@@ -194,10 +194,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compute", action="store_true", help="compute on the CPU what the kernels would")
+    parser.add_argument("--compute", action="store_true", help="compute the kernels on the CPU")
     parser.add_argument("--interpret", action="store_true", help="with --compute: the head's Triton kernels too; slow")
     parser.add_argument("--gib", type=float, default=79.1, help="memory of the device in GiB (default: 79.1)")
-    parser.add_argument("--devices", type=int, default=1, help="how many there are, 64 at most (default: 1)")
+    parser.add_argument("--devices", type=int, default=1, help="number of devices, at most 64 (default: 1)")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Python script, its arguments")
     options = parser.parse_args()
     if not options.command:
