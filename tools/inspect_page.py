@@ -333,11 +333,11 @@ def mask_pictures(pack: Pack) -> str:
     whole = picture(levels, sharp(len(levels)), "the mask by blocks", palette)
     corner = picture(framed, sharp(len(framed)), "the mask of the first samples", colours)
     return (
-        f"<div class=masks><figure>{whole}<figcaption>Attention mask of the whole pack: queries down, keys across; the "
-        f"darker, the more of a block's {side} x {side} pairs may see.</figcaption></figure>"
-        f"<figure>{corner}<figcaption>Its first {len(crop)} slots pair by pair, two samples at most: every query sees "
-        "the image of its own sample (blue), text also the text up to itself (green), an image no text. The edges show "
-        "what each query and key is.</figcaption></figure></div>"
+        f"<div class=masks><figure>{whole}<figcaption>Attention mask of the whole pack: queries down, keys across. The "
+        f"darker a block, the more of its {side} x {side} pairs are visible.</figcaption></figure>"
+        f"<figure>{corner}<figcaption>Its first {len(crop)} slots pair by pair, at most two samples: every query sees "
+        "the image of its own sample (blue); text also sees the text up to itself (green); images see no text. The edges "
+        "show the kind of each query and key.</figcaption></figure></div>"
     )
 
 
@@ -416,10 +416,10 @@ $colours
 </style></head><body>
 $heading
 <h2>Samples</h2>
-<p>Images are put together from the patches that the model gets, the grid shows the patches, and the corners say their
-T,H,W positions. Above each token stands its slot in the pack; <b>← n</b>: it carries loss, and the output of slot n
-predicts it; <b>→ n</b>: it carries none, but its output predicts the first token of the answer. Point at a token for
-its id and position.
+<p>Images are assembled from the patches that the model gets. The grid shows the patches, the corners their T,H,W
+positions. Above each token is its slot in the pack. <b>← n</b>: the token carries loss, and the output of slot n
+predicts it. <b>→ n</b>: it carries no loss, but its output predicts the first token of the answer. Hover over a token
+for its id and position.
 </p>
 $cards
 <h2>Packs</h2>

@@ -198,12 +198,14 @@ def main() -> None:
     parser.add_argument("--interpret", action="store_true", help="with --compute: the head's Triton kernels too; slow")
     parser.add_argument("--gib", type=float, default=79.1, help="memory of the device in GiB (default: 79.1)")
     parser.add_argument("--devices", type=int, default=1, help="number of devices, at most 64 (default: 1)")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Python script, its arguments")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Python script and its arguments"
+    )
     options = parser.parse_args()
     if not options.command:
-        parser.error("SCRIPT is missing: a Python script, with its arguments behind it")
+        parser.error("SCRIPT is missing: name a Python script, followed by its arguments")
     if not Path(options.command[0]).is_file():
-        parser.error(f"{options.command[0]} is no file: allowed is a Python script, with its arguments behind it")
+        parser.error(f"{options.command[0]} is not a file: name a Python script, followed by its arguments")
     if os.environ.pop(_READY, None):
         run_script(options.command, options.compute, options.interpret)
         return
