@@ -336,7 +336,7 @@ def mask_pictures(pack: Pack) -> str:
         f"<div class=masks><figure>{whole}<figcaption>Attention mask of the whole pack: queries down, keys across. The "
         f"darker a block, the more of its {side} x {side} pairs are visible.</figcaption></figure>"
         f"<figure>{corner}<figcaption>Its first {len(crop)} slots pair by pair, at most two samples: every query sees "
-        "the image of its own sample (blue); text also sees the text up to itself (green); images see no text. The edges "
+        "the image of its own sample (blue); text also sees the text up to itself (green); images see no text. Edges "
         "show the kind of each query and key.</figcaption></figure></div>"
     )
 

@@ -313,7 +313,7 @@ def test_a_missing_requirement_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
     ("arguments", "message"),
     [
         ([], "SCRIPT is missing"),
-        (["nowhere.py"], "nowhere.py is no file: allowed is a Python script"),
+        (["nowhere.py"], "nowhere.py is not a file: name a Python script"),
         (["--devices", "0", __file__], "--devices 0: must be from 1 to 64"),
         (["--gib", "0", __file__], "--gib 0.0: must be above 0"),
         (["--interpret", __file__], "--interpret needs --compute"),
