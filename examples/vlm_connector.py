@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""An exported encoder behind a small language model, through a projector of two layers, as in LLaVA.
+"""An exported encoder in front of a small language model, with a two-layer projector, as in LLaVA.
 
     python examples/vlm_connector.py                     # random encoder and LLM, on a CPU in seconds
     python examples/vlm_connector.py --encoder FOLDER    # an exported folder
-    python examples/vlm_connector.py --train-encoder     # the encoder learns too, at a tenth of the rate
+    python examples/vlm_connector.py --train-encoder     # also train the encoder, at a tenth of the rate
 
-The LLM has the architecture of Qwen2 and random weights; for real work take ``AutoModelForCausalLM.from_pretrained``
-and its tokenizer. Features are those after ``ln_post`` (``last_hidden_state``), all of them: there is no class token.
-The task is made up, plain colours with one word each, and shows that gradients reach what they should.
+The LLM has the architecture of Qwen2 and random weights; for real work use ``AutoModelForCausalLM.from_pretrained`` and
+its tokenizer. It sees all features after ``ln_post`` (``last_hidden_state``); there is no class token. The toy task,
+plain colours with one word each, shows that gradients flow where they should.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ IGNORED_LABEL = -100
 
 
 class VisionLanguageModel(nn.Module):
-    """Images through encoder and projector, in front of the text of a causal LLM.
+    """A causal LLM that sees images, through encoder and projector, before its text.
 
     Args:
         encoder: a vision model whose ``last_hidden_state`` is [B, patches, D].
         llm: takes ``inputs_embeds``.
-        train_encoder: whether the encoder learns; otherwise it is frozen and runs without gradients.
+        train_encoder: train the encoder; otherwise it is frozen and runs without gradients.
     """
 
     def __init__(self, encoder: nn.Module, llm: Qwen2ForCausalLM, train_encoder: bool = False) -> None:
@@ -44,13 +44,13 @@ class VisionLanguageModel(nn.Module):
         self.projector = nn.Sequential(nn.Linear(encoder.config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
 
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
-        """[B, patches + L, E]: projected images, then the text of ``input_ids`` int64 [B, L]."""
+        """[B, patches + L, E]: the projected images, then the text of ``input_ids`` int64 [B, L]."""
         with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
             features = self.encoder(pixel_values).last_hidden_state
         return torch.cat((self.projector(features), self.llm.get_input_embeddings()(input_ids)), dim=1)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """The loss, of images [B, 3, height, width] and labels int64 [B, L], -100 where none is wanted."""
+        """The loss for images [B, 3, height, width] and labels int64 [B, L]; -100 masks a label."""
         embeds = self.embed(pixel_values, input_ids)
         patches = embeds.shape[1] - labels.shape[1]
         labels = nn.functional.pad(labels, (patches, 0), value=IGNORED_LABEL)
@@ -58,14 +58,14 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, pixel_values: Tensor, input_ids: Tensor, **options: object) -> Tensor:
-        """New tokens alone, int64 [B, T]."""
+        """The new tokens, int64 [B, T]."""
         embeds = self.embed(pixel_values, input_ids)
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
 
 
 def small_llm() -> Qwen2ForCausalLM:
-    """A Qwen2 of two layers over bytes, with tokens for begin and end."""
+    """A byte-level Qwen2 of two layers, with begin and end tokens."""
     config = Qwen2Config(
         vocab_size=258,
         hidden_size=64,
@@ -88,7 +88,7 @@ def small_encoder() -> GenLIPVisionModel:
 
 
 def batch(processor: GenLIPImageProcessor) -> tuple[Tensor, Tensor, Tensor]:
-    """(pixel_values, input_ids, labels) of one plain image for each colour and its name."""
+    """(pixel_values, input_ids, labels) of one plain image per colour, with its name."""
     images = [torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, 48, 48) for colour in COLOURS.values()]
     longest = max(map(len, COLOURS))
     names = [[*name.encode(), *[END] * (longest + 1 - len(name))] for name in COLOURS]
@@ -99,10 +99,10 @@ def batch(processor: GenLIPImageProcessor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
-    """Train, print losses and what is generated, and return the share of right colours."""
+    """Train, print losses and generated names, and return the fraction of correct colours."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--encoder", help="an exported folder for images of one size; left out: a random encoder")
-    parser.add_argument("--train-encoder", action="store_true", help="let the encoder learn too")
+    parser.add_argument("--encoder", help="exported folder for images of one size (default: a random encoder)")
+    parser.add_argument("--train-encoder", action="store_true", help="also train the encoder")
     parser.add_argument("--steps", type=int, default=40, help="training steps")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -111,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
         processor = AutoImageProcessor.from_pretrained(options.encoder, trust_remote_code=True)
         if getattr(processor, "image_mode", "fixed") != "fixed":
             parser.error(
-                f"--encoder {options.encoder}: its images keep their aspect ratio (image_mode = native), and this "
-                "example takes images of one size; export a stage 1 encoder"
+                f"--encoder {options.encoder}: its images keep their aspect ratio (image_mode = native), but this "
+                "example needs images of one size. Export a stage 1 encoder."
             )
     else:
         encoder, processor = small_encoder(), GenLIPImageProcessor(size=48)

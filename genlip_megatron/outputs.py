@@ -60,7 +60,7 @@ def json_lines(is_row: Callable[[set[str]], bool]) -> Recognise:
     return recognise
 
 
-# Rows of tools/caption.py and tools/caption_exported.py.
+# Rows of tools/caption.py.
 captions = json_lines(
     lambda keys: (
         keys <= {"path", "key", "caption", "error", "truth", "token_ids"}

@@ -1,6 +1,6 @@
 """The baseline of the speed figures is the same model: it equals the authors' class on the golden tensors.
 
-Float32 on CPU; tolerances are several times the worst difference seen (in brackets), which is rounding.
+Float32 on CPU; tolerances are several times the worst measured difference, which is rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ATOL_LOGITS = 4e-5
 
 
 def padded(golden: dict[str, Tensor]) -> tuple[object, list[tuple[int, int, int]]]:
-    """(PaddedBatch, [(row, start, end)]): the samples of the golden rows, taken apart."""
+    """(PaddedBatch, [(row, start, end)]): the separate samples of the golden rows."""
     patches, tokens, labels, grids, places = [], [], [], [], []
     pixels, image_grids = golden["inputs/pixel_values"], golden["inputs/image_grid_thw"].tolist()
     for row, ids in enumerate(golden["inputs/sample_ids"]):

@@ -159,7 +159,7 @@ def test_cuda_calls_mean_the_cpu() -> None:
     "module",
     [
         "batch",
-        "data.dataset",
+        "data.manifest",
         "data.pack",
         "data.plan",
         "data.resize",

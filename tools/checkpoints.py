@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Look after the checkpoints of a run: list, verify, prune, describe, turn one kind of optimizer state into the other.
+"""Manage the checkpoints of a run: list, verify, prune, describe, convert the optimizer state, rewind.
 
     python tools/checkpoints.py list runs/so16
     python tools/checkpoints.py verify runs/so16                     (or one checkpoint: runs/so16/iter_0002000)
     python tools/checkpoints.py prune runs/so16 --keep-last 3 --keep-every 10000 --dry-run
     python tools/checkpoints.py info runs/so16/iter_0002000
-    python tools/checkpoints.py reshard runs/so16/iter_0002000       (so that any layout can resume from it)
-    python tools/checkpoints.py rewind runs/so16 --step 2000         (the run goes on from there)
+    python tools/checkpoints.py reshard runs/so16/iter_0002000       (then any layout can resume from it)
+    python tools/checkpoints.py rewind runs/so16 --step 2000         (the run resumes from there)
 
-Every command runs on a CPU. ``verify`` ends with status 1 when a checkpoint is damaged, and names its files.
+Every command runs on a CPU. ``verify`` ends with status 1 if a checkpoint is damaged, and names its damaged files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _KINDS = ("fully_reshardable", "dp_reshardable")
 
 
 def build_parser() -> StrictParser:
-    """The command line, one sub-command for each thing to do."""
+    """The command line, with one sub-command per action."""
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = StrictParser(
         prog="checkpoints.py", description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,31 +48,31 @@ def build_parser() -> StrictParser:
         return added
 
     run, one = "folder of checkpoints", "a checkpoint, iter_NNNNNNN"
-    listing = command("list", "one line for each checkpoint", run)
-    listing.add_argument("--full", action="store_true", help="read every file, instead of looking at sizes")
-    verify = command("verify", "read every file and compare it with what was written", f"{run}, or {one}")
-    verify.add_argument("--sizes", action="store_true", help="look at sizes alone")
-    prune = command("prune", "delete good checkpoints that need not be kept; by default the run's own rules hold", run)
-    prune.add_argument("--keep-last", type=int, metavar="N", help="newest to keep; 0: all")
-    prune.add_argument("--keep-every", type=int, metavar="N", help="keep multiples of so many steps; 0: none")
-    prune.add_argument("--keep-best", type=int, metavar="N", help="lowest validation losses to keep")
-    prune.add_argument("--damaged", action="store_true", help="delete damaged ones older than the newest good one too")
-    prune.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    command("info", "what a checkpoint is and what saved it", f"{one}, or {run} for its newest")
+    listing = command("list", "print one line per checkpoint", run)
+    listing.add_argument("--full", action="store_true", help="read every file instead of comparing sizes")
+    verify = command("verify", "read every file and compare checksums", f"{run}, or {one}")
+    verify.add_argument("--sizes", action="store_true", help="compare only sizes")
+    prune = command("prune", "delete good checkpoints, by default by the run's own rules", run)
+    prune.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N; 0: all")
+    prune.add_argument("--keep-every", type=int, metavar="N", help="keep every Nth step; 0: none")
+    prune.add_argument("--keep-best", type=int, metavar="N", help="keep the N lowest validation losses")
+    prune.add_argument("--damaged", action="store_true", help="also delete damaged ones older than the newest good one")
+    prune.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
+    command("info", "print the facts of a checkpoint", f"{one}, or {run} for its newest")
     reshard = command("reshard", "write a checkpoint with the other kind of optimizer state", one)
     reshard.add_argument("--to", choices=_KINDS, default=_KINDS[0], help="kind of optimizer state")
-    reshard.add_argument("--output", type=Path, help="folder of checkpoints to write to; by default it is replaced")
+    reshard.add_argument("--output", type=Path, help="folder of checkpoints to write to (default: replace it)")
     for size in ("tensor", "pipeline", "virtual_pipeline"):
         flag = {"tensor": "--tp", "pipeline": "--pp", "virtual_pipeline": "--vpp"}[size]
-        text = f"{size.replace('_', ' ')} parallel size that is to read dp_reshardable state"
+        text = f"{size.replace('_', ' ')} parallel size of the run that will read dp_reshardable state"
         reshard.add_argument(flag, type=int, dest=f"{size}_model_parallel_size", metavar="SIZE", help=text)
-    rewind = command("rewind", "set later checkpoints aside, so that the run goes on from a step", run)
-    rewind.add_argument("--step", type=int, required=True, help="step to go on from")
+    rewind = command("rewind", "set later checkpoints aside, so that the run resumes from a step", run)
+    rewind.add_argument("--step", type=int, required=True, help="step to resume from")
     return parser
 
 
 def _places(path: Path) -> list[Path]:
-    """The checkpoint that ``path`` is, or those in it, newest first; ValueError without any."""
+    """The checkpoint at ``path``, or those in it, newest first. Raises ValueError if there is none."""
     if paths.step_of(path) is not None and path.is_dir():
         return [path]
     if found := [paths.step_folder(path, step) for step in paths.steps(path)]:
@@ -81,7 +81,7 @@ def _places(path: Path) -> list[Path]:
 
 
 def _look(place: Path, checksums: bool) -> tuple[manifest.Manifest | None, list[str]]:
-    """(manifest if it can be read, what is wrong)."""
+    """(manifest, or None if it cannot be read; list of problems)."""
     try:
         facts = manifest.read(place)
     except manifest.Damaged as error:
@@ -95,7 +95,7 @@ def _look(place: Path, checksums: bool) -> tuple[manifest.Manifest | None, list[
 
 
 def _sizes(facts: manifest.Manifest) -> str:
-    """The layout in short, as TP2xDP4."""
+    """The layout in short form, for example TP2xDP4."""
     layout = facts.layout
     names = {"TP": "tensor_model", "PP": "pipeline_model", "VPP": "virtual_pipeline_model", "CP": "context"}
     sizes = {short: layout[f"{name}_parallel_size"] for short, name in names.items()}
@@ -104,7 +104,7 @@ def _sizes(facts: manifest.Manifest) -> str:
 
 
 def list_checkpoints(options: argparse.Namespace) -> int:
-    """Print a line for each checkpoint."""
+    """Print one line per checkpoint."""
     looked = [(place, *_look(place, options.full)) for place in _places(options.path)]
     good = [(f.iteration, f.validation_loss) for _, f, wrong in looked if f is not None and not wrong]
     defaults = CheckpointConfig()
@@ -121,12 +121,12 @@ def list_checkpoints(options: argparse.Namespace) -> int:
         print(f"{step:>9}  {facts.created[:19]:19}  {size:>8}  {facts.kind:17}  {_sizes(facts):12}  {loss:>9}  {state}")
     pointer = paths.pointed(options.path)
     if paths.step_of(options.path) is None and good and pointer != max(step for step, _ in good):
-        print(f"{paths.LATEST} names {pointer}; a run goes on from {max(step for step, _ in good)}")
+        print(f"{paths.LATEST} names {pointer}; a run resumes from {max(step for step, _ in good)}")
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Say of each checkpoint whether it is good; 1 when one is not."""
+    """Print whether each checkpoint is good; returns 1 if one is damaged."""
     status = 0
     for place in _places(options.path):
         facts, wrong = _look(place, not options.sizes)
@@ -139,7 +139,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Delete what need not be kept."""
+    """Delete the checkpoints that the rules do not keep."""
     rules, keeper = _rules(options), Keeper()
     _places(options.path)
     lock, _ = acquire(options.path)
@@ -163,7 +163,7 @@ def prune(options: argparse.Namespace) -> int:
 
 
 def _rules(options: argparse.Namespace) -> CheckpointConfig:
-    """What is to be kept: as asked for, else as the newest good checkpoint's run did."""
+    """The rules: the given flags, else those of the newest good checkpoint's run."""
     given = {name: getattr(options, name) for name in ("keep_last", "keep_every", "keep_best")}
     for name, value in given.items():
         if value is not None and value < 0:
@@ -216,9 +216,9 @@ def reshard(options: argparse.Namespace) -> int:
     layout = {name: size for name, size in sizes.items() if size is not None}
     target = (options.output or place.parent) / place.name
     if target.exists() and not target.samefile(place):
-        raise ValueError(f"--output {options.output}: it has a checkpoint {place.name} already; name another folder")
+        raise ValueError(f"--output {options.output}: already has a checkpoint {place.name}. Name another folder.")
     if layout and options.to != "dp_reshardable":
-        raise ValueError("--tp, --pp and --vpp belong to --to dp_reshardable; fully_reshardable state fits any layout")
+        raise ValueError("--tp, --pp and --vpp need --to dp_reshardable; fully_reshardable state fits any layout")
     print(f"wrote {write(place, options.to, options.output or place.parent, _build_run, layout)}")
     return 0
 
@@ -228,14 +228,14 @@ def rewind(options: argparse.Namespace) -> int:
     place = paths.step_folder(options.path, options.step)
     if not place.is_dir():
         steps = ", ".join(map(str, paths.steps(options.path))) or "none"
-        raise ValueError(f"--step {options.step}: {place} is missing; steps there: {steps}")
+        raise ValueError(f"--step {options.step}: {place} is missing. Existing steps: {steps}.")
     if wrong := _look(place, True)[1]:
         raise ValueError("; ".join(wrong))
     lock, _ = acquire(options.path)
     for moved in paths.set_aside(options.path, options.step):
         print(f"set aside: {moved}")
     lock.close()
-    print(f"a run with --save {options.path} goes on from step {options.step}")
+    print(f"a run with --save {options.path} resumes from step {options.step}")
     return 0
 
 

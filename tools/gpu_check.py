@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""What only a CUDA machine can show: a table and a JSON file. Meant for less than eight minutes, not timed yet.
+"""Check what needs a CUDA machine; prints a table and writes a JSON file. Meant for less than eight minutes.
 
-    tools/gpu_check.py                          writes gpu_check.json; exits 1 when a check fails
-    tools/gpu_check.py --fp8-loss               instead: 500 steps of so16 in BF16 and in FP8
+    tools/gpu_check.py                          writes gpu_check.json; exits 1 if a check fails
+    tools/gpu_check.py --fp8-loss               only this: 500 steps of so16 in BF16 and in FP8
     tools/gpu_check.py --rehearse               the same parts on the CPU with a small model: tests this script
 
-Golden parity in float32 and bfloat16; training on rendered scenes, float32 within 1e-3 of the CPU at every step and
-bfloat16 within 2% at the end, with selective recomputation, from CUDA graphs, with Transformer Engine's layers and in
-each kind of its FP8 as well; throughput, MFU and peak memory of so16 stage 1; DALI's decode rate. --fp8-loss: so16
-stage 1 on rendered scenes, the mean loss of the last 50 steps in FP8 (hybrid, delayed scaling) within 1% of that in
-BF16.
+Checks: golden parity in float32 and bfloat16; training on rendered scenes, in float32 within 1e-3 of the CPU at every
+step and in bfloat16 within 2% at the end, also with selective recomputation, CUDA graphs, Transformer Engine's layers
+and each kind of its FP8; throughput, MFU and peak memory of so16 stage 1; DALI's decode rate. --fp8-loss: so16 stage 1
+on rendered scenes, the mean loss of the last 50 steps in FP8 (hybrid, delayed scaling) within 1% of BF16.
 
-Each part runs in a process of its own, so that one failure does not hide the others. Without CUDA it says so and exits
-0; a part that this machine cannot run is skipped with the reason.
+Each part runs in its own process, so that one failure does not hide the others. Without CUDA the script says so and
+exits 0; a part that this machine cannot run is skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from genlip_megatron.command import command
 ROOT = Path(__file__).resolve().parent.parent
 
 DEMO_STEPS = 24
-# Largest differences allowed, kinds as in genlip_megatron/testing/golden.py. bfloat16 keeps 8 bits of a value, 0.4% a
-# rounding, which layers gather: 8e-2 (values up to 4) and 8e-2 of a gradient's norm were seen on a CPU.
+# Largest allowed differences; kinds as in genlip_megatron/testing/golden.py. bfloat16 keeps 8 bits, 0.4% per rounding,
+# and errors add up over layers: on a CPU 8e-2 (values up to 4) and 8e-2 of a gradient's norm were measured.
 GOLDEN_LIMITS = {
     "fp32": {"hidden": 1e-4, "logits": 1e-4, "loss": 1e-5, "gradient": 1e-4, "features": 1e-4},
     "bf16": {"hidden": 2e-1, "logits": 2e-1, "loss": 1e-2, "gradient": 2e-1, "features": 1e-1},
 }
 DEMO_FP32_LIMIT, DEMO_BF16_LIMIT = 1e-3, 2e-2
-# Ways to train the demo in bfloat16, by part.
+# Settings of the parts that train the demo in bfloat16.
 _TE = {"train__precision": "bf16", "train__transformer_impl": "transformer_engine"}
 _FP8 = {**_TE, "train__fp8": "hybrid"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,18 +55,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "demo-fp8-current": {**_FP8, "train__fp8_recipe": "current"},
     "demo-fp8-weights": {**_FP8, "train__fp8_primary_weights": True},
 }
-# FP8 attention takes images of one size, which make another curve.
+# FP8 attention needs images of one size, which give another loss curve.
 FIXED_IMAGES: dict[str, dict[str, Any]] = {
     "demo-fixed": {"train__precision": "bf16", "data__image_mode": "fixed"},
     "demo-fp8-attention": {**_FP8, "train__fp8_attention": True, "data__image_mode": "fixed"},
 }
-# --fp8-loss: steps, those at the end that count, and how far apart their mean losses may be.
+# --fp8-loss: steps, last steps that are averaged, and largest relative difference of their means.
 LOSS_STEPS, LOSS_LAST, LOSS_LIMIT = 500, 50, 1e-2
 LOSS_PARTS: dict[str, dict[str, Any]] = {"loss-bf16": {"train__precision": "bf16"}, "loss-fp8": _FP8}
 
 
 def golden(precision: str) -> dict[str, Any]:
-    """Worst differences from the authors' model class over the golden files."""
+    """Worst differences from the authors' model class, over all golden files."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -97,7 +96,7 @@ def render(folder: Path, samples: int) -> None:
 
 
 def configuration(recipe: str, data: Path, settings: dict[str, Any]) -> Any:
-    """The RunConfig of ``recipe`` on the rendered data with ``settings``, as section__name."""
+    """The RunConfig of ``recipe`` on the rendered data; ``settings`` are {section__name: value}."""
     from genlip_megatron.config import from_dict, load_yaml, override
 
     flags = {
@@ -110,7 +109,7 @@ def configuration(recipe: str, data: Path, settings: dict[str, Any]) -> Any:
 
 
 def train(config: Any, steps: int) -> dict[str, Any]:
-    """Losses of ``steps`` steps, and the rates of the second half; why there are none where this machine cannot."""
+    """Losses of ``steps`` steps and rates of the second half, or {"skipped": why this machine cannot run them}."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -183,7 +182,7 @@ def decode_rates(images: int) -> dict[str, float]:
 
 
 def so16_settings(rehearse: bool) -> dict[str, Any]:
-    """Overrides of so16_stage1 for one device: more packs in a step would only take longer."""
+    """Overrides of so16_stage1 for one device; few packs per step to save time."""
     if not rehearse:
         return {"train__global_batch_size": 4}
     return {
@@ -195,7 +194,7 @@ def so16_settings(rehearse: bool) -> dict[str, Any]:
 
 
 def why_skipped(config: Any) -> str:
-    """Why this machine cannot run with ``config``; empty when it can."""
+    """Why this machine cannot run ``config``; "" if it can."""
     import torch
 
     from genlip_megatron.model.te_support import choose_fp8, why_no_engine
@@ -210,17 +209,17 @@ def why_skipped(config: Any) -> str:
 
 
 def run_part(name: str, data: Path, rehearse: bool) -> dict[str, Any]:
-    """One part, in this process."""
+    """Run one part in this process."""
     if name.startswith("golden-"):
         return golden(name.removeprefix("golden-"))
     if name.startswith("demo-"):
         settings = {**VARIANTS, **FIXED_IMAGES}.get(name, {"train__precision": "fp32"})
-        # One decoder for all, so that devices and precisions are compared, not JPEG libraries.
+        # The same decoder everywhere, so that only devices and precisions differ.
         config = configuration("demo", data, {"data__decoder": "pillow", **settings})
         return train(config, 4 if rehearse else DEMO_STEPS)
     if name in LOSS_PARTS:
         steps = 4 if rehearse else LOSS_STEPS
-        # A micro-batch a step, for few epochs of the scenes; the recipe's warmup is longer than this run.
+        # One micro-batch per step, so that the scenes do not repeat often; the recipe's warmup is longer than this run.
         schedule = {"train__train_iters": steps, "train__lr_warmup_iters": steps // 10}
         batch = {} if rehearse else {"train__global_batch_size": 2}
         settings = {**so16_settings(rehearse), **schedule, **batch, **LOSS_PARTS[name]}
@@ -234,7 +233,7 @@ PARTS = ("golden-fp32", "golden-bf16", "demo-cpu", "demo-fp32", *VARIANTS, *FIXE
 
 
 def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
-    """(what, measured, whether it holds) of every check."""
+    """(name, measured value, whether it passes) of every check."""
     rows: list[tuple[str, str, bool]] = []
     for name, result in results.items():
         if "error" in result:
@@ -279,13 +278,13 @@ def judge(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, bool]]:
 
 @command
 def main() -> int:
-    """Run every part in its own process, print the table, write the JSON; 1 when a check fails."""
+    """Run every part in its own process, print the table, write the JSON; returns 1 if a check fails."""
     from genlip_megatron.config.command_line import StrictParser
 
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="gpu_check.json", help="JSON file to write (default: gpu_check.json)")
-    parser.add_argument("--rehearse", action="store_true", help="run on the CPU in small: shows that this script works")
-    parser.add_argument("--fp8-loss", action="store_true", help="compare 500 steps of so16 in FP8 with BF16, only that")
+    parser.add_argument("--rehearse", action="store_true", help="run small parts on the CPU, to test this script")
+    parser.add_argument("--fp8-loss", action="store_true", help="only compare 500 steps of so16 in FP8 with BF16")
     parser.add_argument("--part", choices=(*PARTS, *LOSS_PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -298,10 +297,7 @@ def main() -> int:
     from genlip_megatron.outputs import check_file, json_object, write
 
     is_own = json_object("passed", "results")
-    try:
-        check_file(options.output, is_own)
-    except ValueError as error:
-        parser.error(str(error))
+    check_file(options.output, is_own)
     if not torch.cuda.is_available() and not options.rehearse:
         print("gpu_check: no CUDA device here, nothing to check (--rehearse runs the parts on the CPU)")
         return 0

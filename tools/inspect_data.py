@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Show what the model will see of a data set: images, tokens, packs and attention masks on one HTML page.
+"""Show what the model sees of a data set: images, tokens, packs and attention masks, on one HTML page.
 
     tools/inspect_data.py data/train.dataset.json --tokenizer tokenizer.json --output page.html
     tools/inspect_data.py data/*.tar --tokenizer tokenizer.json --image-mode native --packs 2 --output page.html
     tools/inspect_data.py data/*.tar --tokenizer tokenizer.json --key 000000123 --key 000004567 --output page.html
     tools/inspect_data.py --config so16_stage2 data/*.tar --tokenizer tokenizer.json --output page.html
 
-All of it comes from the training loader, so the page cannot disagree with training. Samples are the first of the first
-packs, or those named by --key; of several samples of that name the first, so give the PATH of one shard to choose. With
---config the packs are the first of that run (its data, batch size and seed; flags take precedence); without it the data
-set is dealt to as many lanes as packs are asked for. The page needs no network and no scripts. It takes the place of an
-earlier page, but of no other file.
+Everything comes from the training loader, so the page cannot disagree with training. It shows the first samples of the
+first packs, or those named by --key; of several samples with one key it shows the first, so give the PATH of one shard
+to choose. With --config the packs are the first of that run (its data, batch size and seed; flags take precedence).
+Without it the data set is dealt to --packs lanes. The page needs no network and no scripts. It replaces an earlier
+page, but no other file.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from inspect_page import Origin, Pack, build_page, escape, heading, is_page, refused_card, sample_card
 
 from genlip_megatron.batch import PATCH_SIZE
 from genlip_megatron.config import CheckpointConfig, DataConfig, RunConfig, from_dict, load_yaml, override
 from genlip_megatron.config.checks import check
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data.loader import Loader
-from genlip_megatron.evaluate.page import Origin, Pack, build_page, escape, heading, is_page, refused_card, sample_card
 from genlip_megatron.outputs import check_file, write
 
 SETTINGS = {
@@ -47,25 +47,25 @@ SETTINGS = {
 
 
 def configure(options: argparse.Namespace) -> RunConfig:
-    """The configuration that the loader runs on. Raises ValueError for a user's mistake."""
+    """The loader's configuration. Raises ValueError if a setting is wrong."""
     if options.samples < 1 or options.packs < 1:
         raise ValueError(f"--samples {options.samples}, --packs {options.packs}: must be at least 1")
     config = from_dict(load_yaml(options.config) if options.config else {}, f"--config {options.config}")
     values = {dotted: getattr(options, name) for name, dotted in SETTINGS.items() if getattr(options, name) is not None}
     if options.paths:
-        # Shares belong to the entries that they were written for.
+        # The recipe's weights belong to its own entries.
         values |= {"data.train_data": options.paths, "data.train_weights": [], "data.train_epochs": ""}
     if not options.config:
         values["train.global_batch_size"] = options.packs
     config = override(config, values)
     check(config)
     if not config.data.train_data:
-        raise ValueError("PATH is missing: name shards or manifests, or a --config whose data.train_data does")
+        raise ValueError("PATH is missing: name shards or manifests, or a --config with data.train_data")
     if not config.data.tokenizer:
-        raise ValueError("--tokenizer is missing: name the tokenizer that the data set was indexed with")
+        raise ValueError("--tokenizer is missing: name the tokenizer of the index")
     return replace(
         config,
-        # No model is built, so neither its rows nor its DropPath matter; and bad samples are what one comes to see.
+        # No model is built, so vocabulary and DropPath do not matter. Bad samples are shown and do not stop the tool.
         model=replace(config.model, vocab_size=sys.maxsize, drop_path_rate=0.0),
         data=replace(config.data, max_consecutive_failures=0),
         checkpoint=CheckpointConfig(),
@@ -89,7 +89,7 @@ def assemble(loader: Loader, samples: list[int], step: int, name: str) -> Pack:
 
 
 def first_packs(loader: Loader, packs: int, samples: int) -> list[Pack]:
-    """The first packs that training will see: ``packs`` of them, and more where they hold fewer than ``samples``."""
+    """The first packs of training: ``packs`` of them, or more if these hold fewer than ``samples`` samples."""
     taken: list[Pack] = []
     while len(taken) < packs or sum(len(pack.samples) for pack in taken) < samples:
         step, lane = divmod(len(taken), loader.plan.lanes)
@@ -99,10 +99,10 @@ def first_packs(loader: Loader, packs: int, samples: int) -> list[Pack]:
 
 
 def find_keys(loader: Loader, keys: Sequence[str]) -> tuple[dict[str, int], dict[str, tuple[str, str]]]:
-    """(ids of the samples of these names; shard and reason of those refused when their shard was indexed).
+    """({key: sample id}, {key: (shard, reason)} of samples that indexing refused).
 
     Raises:
-        ValueError: there is no sample of one of the names.
+        ValueError: no sample has one of the keys.
     """
     found: dict[str, int] = {}
     refused: dict[str, tuple[str, str]] = {}
@@ -113,7 +113,7 @@ def find_keys(loader: Loader, keys: Sequence[str]) -> tuple[dict[str, int], dict
                 break
             try:
                 index = dataset.index(number)
-            except ValueError:  # its samples are bad, and have no names
+            except ValueError:  # without an index its samples are bad and have no keys
                 first += shard.samples
                 continue
             for row, key in enumerate(index.keys):
@@ -123,12 +123,12 @@ def find_keys(loader: Loader, keys: Sequence[str]) -> tuple[dict[str, int], dict
             first += shard.samples
     if missing := [key for key in keys if key not in found and key not in refused]:
         shards = sum(len(dataset.shards) for dataset in loader.datasets)
-        raise ValueError(f"--key {missing[0]}: no sample of this name in {shards} shards")
+        raise ValueError(f"--key {missing[0]}: no sample with this key in {shards} shards")
     return found, {key: place for key, place in refused.items() if key not in found}
 
 
 def resize_rule(data: DataConfig) -> str:
-    """How images come to their size, in words."""
+    """The resize rule in words."""
     if data.image_mode == "fixed":
         side = data.image_size // PATCH_SIZE
         return f"fixed, {data.image_size} x {data.image_size} ({data.fixed_resize}): {side * side} patches"
@@ -154,7 +154,7 @@ def totals(loader: Loader) -> dict[str, str]:
 
 
 def inspect(loader: Loader, options: argparse.Namespace) -> tuple[str, str]:
-    """(the page, what is on it). Raises ValueError for a --key that is not there."""
+    """(the page, a summary of it). Raises ValueError if a --key does not exist."""
     tokenizer, keys = loader.tokenizer, list(dict.fromkeys(options.key or []))
     found, refused = find_keys(loader, keys)
     packs = first_packs(loader, options.packs, 0 if keys else options.samples)
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="the page to write")
     parser.add_argument("--config", default="", metavar="NAME|FILE", help="recipe or YAML file of a run")
     parser.add_argument("--tokenizer", help="Hugging Face tokenizer.json or SentencePiece .model")
-    parser.add_argument("--prompt", help="prompt of samples with a caption only, as they were indexed")
+    parser.add_argument("--prompt", help="prompt of samples that have only a caption, as indexed")
     parser.add_argument("--image-mode", metavar="fixed|native", help="how images are resized (default: fixed)")
     parser.add_argument("--image-size", metavar="PIXELS", help="side of fixed-size images (default: 224)")
     parser.add_argument("--fixed-resize", metavar="squash|resize-center-crop", help="default: squash")
@@ -192,17 +192,14 @@ def main() -> None:
     parser.add_argument("--key", action="append", help="show this sample instead of the first ones; may be repeated")
     options = parser.parse_args()
     logging.getLogger("genlip_megatron.data.quarantine").setLevel(logging.ERROR)  # the page shows bad samples
+    config = configure(options)
+    check_file(options.output, is_page)
+    loader = Loader(config, "train")
     try:
-        config = configure(options)
-        check_file(options.output, is_page)
-        loader = Loader(config, "train")
-        try:
-            page, summary = inspect(loader, options)
-        finally:
-            loader.close()
-        write(options.output, page, is_page)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        page, summary = inspect(loader, options)
+    finally:
+        loader.close()
+    write(options.output, page, is_page)
     print(f"{options.output}: {summary}")
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Run the same few training steps on every parallel layout and write down in how much they differ from one process.
+"""Run the same few training steps on every parallel layout and report how much they differ from one process.
 
     python tools/parity_matrix.py                                  # all layouts, into docs/parity.md
     python tools/parity_matrix.py --layouts TP2xPP2 CP4 --output table.md
 
-Every row is a run of real processes (gloo, float32 unless said otherwise) through the whole training path: data, model,
-pipeline schedule, optimizer. Layouts are spelled like TP2xPP2xVPP2xCP2xDP2. Exits with 1 when a run differs by more
-than is allowed, with 2 on bad arguments.
+Every row is a run of real processes (gloo, float32 by default) through the whole training path: data, model, pipeline
+schedule, optimizer. Layouts are written like TP2xPP2xVPP2xCP2xDP2. Exit status: 1 if a run differs too much, 2 for
+wrong arguments.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ALL_BUT_MLP = {
     "parallel__recompute_modules": "core_attn,layernorm,mlp_act,output_gate",
 }
 _ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
-# What a layout can be combined with, in words, layout and settings.
+# (description, layout, settings) of the options that are combined with a layout.
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("no sequence parallelism", "TP2", {"parallel__sequence_parallel": False}),
     ("full recomputation", "TP2", {"parallel__recompute": "full"}),
@@ -81,7 +81,7 @@ class Matrix:
         self._references: dict[tuple, dict[str, Any]] = {}
 
     def reference(self, case: dict[str, Any]) -> dict[str, Any]:
-        """The case on one process."""
+        """The result of a case on one process."""
         from genlip_megatron.testing.distributed import run_distributed
         from genlip_megatron.testing.parity import parity_config, parity_run
 
@@ -91,7 +91,7 @@ class Matrix:
         return self._references[key]
 
     def compare(self, name: str, case: dict[str, Any], flags: dict[str, Any]) -> dict[str, float]:
-        """The worst errors of one layout in one case; what is not allowed goes to ``failures``."""
+        """The worst errors of one layout in one case; errors above the limits go to ``failures``."""
         from genlip_megatron.testing.distributed import run_distributed
         from genlip_megatron.testing.parity import BFLOAT16, FLOAT32, parity_config, parity_run, problems, worst_errors
         from genlip_megatron.testing.runs import layout
@@ -107,8 +107,8 @@ class Matrix:
         return errors
 
     def relay(self, names: list[str], folder: Path) -> tuple[list[str], float]:
-        """(legs, worst relative error of the loss) of a run in which each step is another layout's, which continues
-        from the checkpoint of the one before."""
+        """(legs, worst relative error of the loss) of a run that changes its layout after every step, through a
+        checkpoint."""
         from genlip_megatron.testing.distributed import run_distributed
         from genlip_megatron.testing.parity import parity_config, parity_run
         from genlip_megatron.testing.runs import layout
@@ -135,7 +135,7 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def worst(errors: list[dict[str, float]]) -> list[str]:
-    """The largest of each kind, as cells."""
+    """The largest error of each kind, as table cells."""
     return [f"{max(error[kind] for error in errors):.1e}" for kind in ("loss", "gradient", "weight")]
 
 
@@ -153,7 +153,7 @@ def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
         jobs += [(words, name, [{}], flags) for words, name, flags in VARIANTS]
         jobs += [("bf16", name, [{"train__precision": "bf16"}], {}) for name in BFLOAT16_LAYOUTS]
     rows: dict[str, list[list[str]]] = {"": [], "variant": [], "bf16": []}
-    # Fewest processes first: a pool of processes serves all layouts of its size.
+    # Sorted by number of processes: one pool of processes serves all layouts of its size.
     for words, name, mine, flags in sorted(jobs, key=lambda job: layout(job[1])[0]):
         cells = worst([matrix.compare(name, case, flags) for case in mine])
         processes = str(layout(name)[0])
@@ -194,7 +194,9 @@ def main() -> int:
     parser = StrictParser(
         prog="parity_matrix.py", description="Compare training on every parallel layout with training on one process."
     )
-    parser.add_argument("--layouts", nargs="+", default=None, help=f"only these; default: {' '.join(LAYOUTS)} and more")
+    parser.add_argument(
+        "--layouts", nargs="+", default=None, help=f"only these layouts (default: {' '.join(LAYOUTS)} and more)"
+    )
     parser.add_argument("--output", default=str(ROOT / "docs" / "parity.md"), help="Markdown file to write")
     options = parser.parse_args()
 
@@ -206,12 +208,9 @@ def main() -> int:
 
     is_own = begins_with(_INTRODUCTION.partition("{")[0].encode())
 
-    try:
-        for name in options.layouts or ():
-            layout(name)
-        check_file(options.output, is_own)
-    except ValueError as error:
-        parser.error(str(error))
+    for name in options.layouts or ():
+        layout(name)  # raises for a wrong name
+    check_file(options.output, is_own)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         make_data(data)

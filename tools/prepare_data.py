@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Index shards and write the data set's manifest: read each shard once, decode every image, count tokens.
+"""Index shards and write the data set's manifest: reads each shard once, decodes every image, counts tokens.
 
     tools/prepare_data.py 'data/train-{00000..00127}.tar' --tokenizer tokenizer.json
     tools/prepare_data.py data/*.tar --tokenizer tokenizer.json --part 3/64         one of 64 jobs; then once without
 
-Beside each shard comes SHARD.index.safetensors, and for all of them NAME.dataset.json (which --train-data takes),
-NAME.dataset.plan and NAME.quarantine.jsonl with every refused sample and the reason. Shards whose index still fits
-are skipped (by size and time, else by checksum), so a killed run goes on where it stopped.
+It writes SHARD.index.safetensors beside each shard and, for the whole set, NAME.dataset.json (for --train-data),
+NAME.dataset.plan, and NAME.quarantine.jsonl with every refused sample and the reason. Shards with an up-to-date index
+(same size and time, or same checksum) are skipped, so a killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -30,27 +30,29 @@ from tqdm import tqdm
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data import storage
-from genlip_megatron.data.dataset import Totals, check_files, manifest_paths, open_dataset, other_shards, write_manifest
+from genlip_megatron.data.dataset import open_dataset
 from genlip_megatron.data.index import ShardIndex
+from genlip_megatron.data.manifest import Totals, check_files, manifest_paths, other_shards, write_manifest
+from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.plan import Plan, Source
 from genlip_megatron.data.prepare import index_shards
 from genlip_megatron.data.text import Tokenizer, encode_prompt, load_tokenizer
 
 _ESTIMATE_SAMPLES = 50_000
-_LISTED = 20  # shards that are named one by one
+_LISTED = 20  # shards listed one by one
 _SIDE_BINS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 16)
 _TOKEN_BINS = (0, 16, 32, 64, 128, 256, 512, 1024, 4096, 1 << 16)
 
 
 def default_manifest(shards: Sequence[str]) -> str:
-    """Where the manifest of shards goes: beside them, named by what their names have in common.
+    """Default path of the manifest: beside the shards, named after the common prefix of their names.
 
     >>> default_manifest(["d/train-00000.tar", "d/train-00001.tar"]), default_manifest(["d/a.tar", "d/b.tar"])
     ('d/train.dataset.json', 'd/dataset.json')
     """
     folders = {storage.parent(shard) for shard in shards}
     if len(folders) > 1 and any(storage.is_remote(folder) for folder in folders):
-        raise ValueError("the shards lie in several places: name the manifest to write with --manifest")
+        raise ValueError("the shards lie in several places. Name the manifest to write with --manifest.")
     folder = folders.pop() if len(folders) == 1 else os.path.commonpath(list(folders))
     names = [shard.rsplit("/", 1)[-1].removesuffix(".tar") for shard in shards]
     common = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
@@ -59,7 +61,7 @@ def default_manifest(shards: Sequence[str]) -> str:
 
 
 def histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> list[str]:
-    """Lines of a histogram from counts by value."""
+    """Lines of a histogram; element i of ``counts`` is the count of value i."""
     total = max(int(counts.sum()), 1)
     lines = [f"{title}:"]
     for low, high in itertools.pairwise(bins):
@@ -70,7 +72,7 @@ def histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> list[str]:
 
 
 def estimate(manifest: str, tokenizer: Tokenizer, prompt: str, seq_length: int) -> list[str]:
-    """Expected packs of an epoch and their fill for both resolution rules, from planning some samples."""
+    """Expected packs per epoch and their fill under both resolution rules, from planning some samples."""
     lines = []
     for mode, name in (("fixed", "stage 1, 224x224"), ("native", "stage 2, native aspect")):
         data = DataConfig(image_mode=mode, seq_length=seq_length, prompt=prompt)
@@ -85,22 +87,22 @@ def estimate(manifest: str, tokenizer: Tokenizer, prompt: str, seq_length: int) 
         while planned < _ESTIMATE_SAMPLES and (pack := plan.next_pack(0)):
             packs.append(pack)
             planned += len(pack)
-        # Training never ends an epoch with a pack half full, as this small plan does.
+        # The last pack of this small plan is partly empty; in training the next epoch fills it.
         packs = packs[:-1] if planned == len(dataset) and len(packs) > 1 else packs
         ids = np.array([sample for pack in packs for sample in pack])
         tokens = int(dataset.lengths(ids).sum())
         lines.append(
-            f"  {name}: {round(len(packs) * len(dataset) / len(ids)):,} packs of {seq_length} tokens an epoch, "
-            f"fill {100 * tokens / (len(packs) * seq_length):.2f}%, {tokens / len(ids):.0f} tokens a sample"
+            f"  {name}: {round(len(packs) * len(dataset) / len(ids)):,} packs of {seq_length} tokens per epoch, "
+            f"fill {100 * tokens / (len(packs) * seq_length):.2f}%, {tokens / len(ids):.0f} tokens per sample"
         )
     return lines
 
 
 def merge(manifest: str, shards: Sequence[str], quarantine: str, problems: dict[str, str]) -> tuple[Totals, list[str]]:
-    """Write the manifest and the list of refused samples; (totals, a line for each shard that lost samples).
+    """Write the manifest and the list of refused samples; returns (totals, one line per shard that lost samples).
 
     Args:
-        problems: shards that are left out, and why.
+        problems: {skipped shard: the reason}.
     """
     lines = [json.dumps({"shard": shard, "key": "(shard)", "reason": reason}) for shard, reason in problems.items()]
     losses: list[tuple[tuple[bool, bool, int], str]] = []
@@ -120,9 +122,9 @@ def merge(manifest: str, shards: Sequence[str], quarantine: str, problems: dict[
 
 
 def loss_of(index: ShardIndex) -> tuple[tuple[bool, bool, int], str]:
-    """(how bad it is, a line) of a shard that lost samples."""
+    """(severity, one line) for a shard that lost samples."""
     reasons = collections.Counter(reason.split(":")[0] for reason in index.refused.values())
-    # Where the archive itself is damaged, one entry may stand for thousands of samples.
+    # In a damaged archive one entry may stand for thousands of samples.
     damaged = any(key.startswith("(") or reason == "truncated archive" for key, reason in index.refused.items())
     named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
     line = f"{index.shard}: {len(index.rows):,} good samples, {len(index.refused):,} refused ({named})"
@@ -130,7 +132,7 @@ def loss_of(index: ShardIndex) -> tuple[tuple[bool, bool, int], str]:
 
 
 def show_list(lines: Sequence[str], rest: str) -> None:
-    """Print the first lines, and how many there are more."""
+    """Print the first lines and the number of the others."""
     for line in lines[:_LISTED]:
         print(f"  {line}")
     if len(lines) > _LISTED:
@@ -138,7 +140,7 @@ def show_list(lines: Sequence[str], rest: str) -> None:
 
 
 def report(totals: Totals, show: Callable[[str], None] = print) -> None:
-    """Print what the data set holds."""
+    """Print a summary of the data set."""
     refused = sum(totals.refused.values())
     show(f"{totals.samples:,} good samples, {refused:,} refused")
     for reason, count in totals.refused.most_common():
@@ -146,7 +148,7 @@ def report(totals: Totals, show: Callable[[str], None] = print) -> None:
     if totals.ignored:
         show("  ignored " + ", ".join(f"{count:,} {kind}" for kind, count in totals.ignored.most_common()))
     good = max(totals.samples, 1)
-    show(f"{totals.text_tokens / good:.1f} text tokens a sample, {totals.loss_tokens / good:.1f} of them with loss")
+    show(f"{totals.text_tokens / good:.1f} text tokens per sample, {totals.loss_tokens / good:.1f} of them with loss")
     for title, counts, bins in (
         ("image height in pixels", totals.heights, _SIDE_BINS),
         ("image width in pixels", totals.widths, _SIDE_BINS),
@@ -160,7 +162,7 @@ def _part(text: str) -> tuple[int, int]:
     """(i, n) of "i/n", 0 <= i < n."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with 0 <= i < n, as 0/64 to 63/64")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with 0 <= i < n, for example 0/64 to 63/64")
     return int(match[1]), int(match[2])
 
 
@@ -170,50 +172,47 @@ def main() -> None:
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", metavar="PATH", help=".tar files, folders, globs, brace lists; or URLs")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer.json or SentencePiece .model")
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="prompt of samples with a caption only")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="prompt for samples that have only a caption")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="processes (default: all cores)")
-    parser.add_argument("--part", type=_part, metavar="i/n", help="index every n-th shard from i on; no manifest")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable shards out")
+    parser.add_argument("--part", type=_part, metavar="i/n", help="index every n-th shard from i on, without manifest")
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip unreadable shards")
     parser.add_argument("--manifest", help="manifest to write (default: beside the shards, by their common name)")
-    parser.add_argument("--seq-length", type=int, default=16384, help="tokens of a pack, for the report's estimate")
+    parser.add_argument("--seq-length", type=int, default=16384, help="tokens per pack, for the estimate in the report")
     options = parser.parse_args()
-    try:
-        if options.workers < 1 or options.seq_length < 1:
-            raise ValueError(f"--workers {options.workers}, --seq-length {options.seq_length}: must be at least 1")
-        tokenizer = load_tokenizer(options.tokenizer)
-        encode_prompt(options.prompt, tokenizer, "--prompt")
-        shards = storage.expand_shards(options.shards, "PATH", check_files=False)
-        manifest = options.manifest or default_manifest(shards)
-        if not manifest.endswith(".json"):
-            raise ValueError(f"--manifest {manifest}: must end in .json")
-        if not options.part:
-            check_files(manifest)
-        folder = storage.parent(manifest) or "."
-        if not storage.is_remote(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-            raise ValueError(f"--manifest {manifest}: {folder} is not a folder that can be written to")
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if options.workers < 1 or options.seq_length < 1:
+        raise ValueError(f"--workers {options.workers}, --seq-length {options.seq_length}: must be at least 1")
+    tokenizer = load_tokenizer(options.tokenizer)
+    encode_prompt(options.prompt, tokenizer, "--prompt")
+    shards = expand_shards(options.shards, "PATH", check_files=False)
+    manifest = options.manifest or default_manifest(shards)
+    if not manifest.endswith(".json"):
+        raise ValueError(f"--manifest {manifest}: must end in .json")
+    if not options.part:
+        check_files(manifest)
+    folder = storage.parent(manifest) or "."
+    if not storage.is_remote(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ValueError(f"--manifest {manifest}: {folder} is not a writable folder")
     first, step = options.part or (0, 1)
     mine = shards[first::step]
     try:
         unchanged, problems = index_shards(mine, options.tokenizer, options.prompt, options.workers)
     except BrokenProcessPool:
-        parser.exit(1, f"{parser.prog}: error: a worker was killed, for want of memory perhaps; run it again to go on, "
-                       "with fewer --workers\n")  # fmt: skip
+        parser.exit(1, f"{parser.prog}: error: a worker was killed, perhaps out of memory. Run it again with fewer "
+                       "--workers to continue.\n")  # fmt: skip
     print(f"{len(mine)} shards ({unchanged} unchanged)")
     show_list(list(problems.values()), "")
     if problems and not options.skip_unreadable:
-        parser.exit(1, f"{parser.prog}: error: {len(problems)} shards could not be indexed; run it again for them, or "
-                       "with --skip-unreadable to leave them out\n")  # fmt: skip
+        parser.exit(1, f"{parser.prog}: error: {len(problems)} shards could not be indexed. Run it again for them, or "
+                       "skip them with --skip-unreadable.\n")  # fmt: skip
     named, shards = shards, [shard for shard in shards if shard not in problems]
     if not shards:
-        parser.exit(1, f"{parser.prog}: error: none of {len(named)} shards can be read\n")
+        parser.exit(1, f"{parser.prog}: error: none of the {len(named)} shards can be read\n")
     if options.part:
-        print(f"part {first} of {step} is done; when all are, run this without --part to write the manifest")
+        print(f"part {first} of {step} is done; when all parts are, run this without --part to write the manifest")
         return
     if others := other_shards(manifest, named):
-        print(f"{manifest} is left as it is: it lists {others} other shards; name all shards to write it anew")
+        print(f"{manifest} stays unchanged: it lists {others} other shards. Name all shards to replace it.")
         return
     _, quarantine = manifest_paths(manifest)
     try:

@@ -3,10 +3,10 @@
 
     tools/render_demo_data.py --output demo
 
-A scene holds one to four equal shapes in one corner and a word in the half that they leave free, on a light
-background, in many sizes and aspect ratios. Each sample depends on (seed, split, number) alone, so the shards are
-the same bytes for any number of workers. Held-out scenes are drawn independently: they may repeat a combination of
-attributes, but no picture. Shards that this tool rendered before are replaced; other files are left alone.
+A scene has one to four equal shapes in one corner and a word in the free half, on a light background, in many sizes and
+aspect ratios. A sample depends only on (seed, split, number), so the bytes of the shards do not depend on the number of
+workers. Held-out scenes are drawn independently: they may repeat a combination of attributes, but not a picture. The
+tool replaces shards that it rendered before, but no other file.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def render(seed: int, split: str, number: int) -> tuple[bytes, bytes]:
 
 
 def is_own(file: Path) -> bool:
-    """Whether a file is a shard that this tool rendered, by its first sample."""
+    """Whether a file is a shard that this tool rendered, judged by its first sample."""
     try:
         with tarfile.open(file, "r:") as archive:
             image, record = archive.next(), archive.next()
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the shards")
     parser.add_argument("--train-samples", type=int, default=24000, help="training scenes (default: 24000)")
     parser.add_argument("--val-samples", type=int, default=400, help="held-out scenes (default: 400)")
-    parser.add_argument("--samples-per-shard", type=int, default=2000, help="scenes a shard (default: 2000)")
+    parser.add_argument("--samples-per-shard", type=int, default=2000, help="scenes per shard (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all scenes (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args()
@@ -141,7 +141,7 @@ def main() -> None:
     folder = Path(options.output)
     for file in sorted(folder.glob("*.tar")):
         if re.fullmatch(r"(train|val)-\d{5}\.tar", file.name) and not is_own(file):
-            parser.error(f"--output {folder}: {file.name} in it was not rendered by this tool; name another folder")
+            parser.error(f"--output {folder}: {file.name} in it was not rendered by this tool. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     with WorkerPool(options.workers) as pool:
         jobs = []

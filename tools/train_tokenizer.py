@@ -3,8 +3,8 @@
 
     tools/train_tokenizer.py demo/train-*.tar --output demo/tokenizer.model
 
-The closing tokens of every training sequence, <|im_end|> and a line break, become pieces of their own. The output
-replaces a model that this tool trained, but no other file.
+The closing tokens of every training sequence, <|im_end|> and a line break, get their own pieces. The output replaces a
+model that this tool trained, but no other file.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import sentencepiece
 
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.data.index import CAPTION_SUFFIXES
-from genlip_megatron.data.storage import expand_shards
+from genlip_megatron.data.patterns import expand_shards
+from genlip_megatron.data.scan import CAPTION_SUFFIXES
 from genlip_megatron.data.text import END_OF_TURN, parse_turns
 from genlip_megatron.outputs import check_file, write
 
 
 def captions(shards: list[str]) -> Iterator[str]:
-    """Every turn of every caption; captions that cannot be read are left to indexing to refuse."""
+    """Every turn of every caption; unreadable captions are skipped, and indexing reports them."""
     for shard in shards:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -46,7 +46,7 @@ def captions(shards: list[str]) -> Iterator[str]:
 
 
 def is_own(content: bytes) -> bool:
-    """Whether a file is a model that this tool trained: it has the closing tokens, and no tokens of begin and end."""
+    """Whether a file is a model that this tool trained: it has the closing tokens, but no begin and end tokens."""
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError:
@@ -95,7 +95,7 @@ def main() -> None:
     model = io.BytesIO()
     try:
         train(texts, model, options.vocab_size)
-    except RuntimeError as error:  # its message ends with the sizes that are needed
+    except RuntimeError as error:  # its message ends with the possible sizes
         raise ValueError(f"--vocab-size {options.vocab_size}: {str(error).rpartition('] ')[2]}") from error
     write(options.output, model.getvalue(), is_own)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()

@@ -1,7 +1,7 @@
-"""Samples: numbers of samples -> images and token ids of a micro-batch, each byte read by the rank whose share it is.
+"""Assemble micro-batches: sample numbers -> images and token ids. Each byte is read by one rank of the group.
 
-A sample that turns out bad keeps its place: its image is blank, its text filler, its loss masked on every rank of the
-model-parallel group. So plan and stream stay what they were.
+A bad sample keeps its place, with a blank image, filler text and no loss on every rank of the model-parallel group. So
+a bad sample never changes the plan or the stream.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _INDEXES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the samples of a micro-batch lie, known from the plan alone. All int64 [N]."""
+    """Where the samples of a micro-batch lie; needs only the plan. All int64 [N]."""
 
     ids: np.ndarray
     rows: np.ndarray  # of the patch grid
     columns: np.ndarray
     text_tokens: np.ndarray  # as indexed
-    room: np.ndarray  # tokens that the image leaves of a pack
+    room: np.ndarray  # tokens of the pack that the image leaves free
     starts: np.ndarray  # first slot
 
     @property
@@ -56,7 +56,7 @@ class SampleReader:
     """Reads, decodes and tokenises the samples of a mixture of data sets.
 
     ``bytes_read`` counts the bytes of images and captions that this rank read. ``truncated`` counts captions that were
-    cut to what their image leaves of a pack.
+    cut because their image left too little room in the pack.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class SampleReader:
         return _Layout(ids, rows, cols, texts, room, starts)
 
     def _read(self, samples: Sequence[int], kind: str) -> list[tuple[memoryview, np.void] | str]:
-        """(bytes of each sample's image or caption, checked against the index; its ROW), or what is wrong with it."""
+        """For each sample (bytes of its image or caption, checked against the index; its ROW), or the error."""
         results: list[tuple[memoryview, np.void] | str] = [""] * len(samples)
         owner = np.searchsorted(self.offsets, samples, side="right") - 1
         for i in np.unique(owner).tolist():
@@ -151,7 +151,7 @@ class SampleReader:
         return results
 
     def _images(self, samples: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Tensor | str]:
-        """uint8 patches [rows * columns, 768] of each sample, or why there are none."""
+        """uint8 patches [rows * columns, 768] of each sample, or the error."""
         results: list[Tensor | str] = []
         tasks: dict[int, ImageTask] = {}
         for i, found in enumerate(self._read(samples, "image")):
@@ -164,7 +164,7 @@ class SampleReader:
         return results
 
     def _turns(self, samples: Sequence[int]) -> list[Turns | str]:
-        """The turns of each sample's caption, or why there are none."""
+        """The turns of each sample's caption, or the error."""
         results: list[Turns | str] = []
         for found in self._read(samples, "caption"):
             if isinstance(found, str):
@@ -177,8 +177,9 @@ class SampleReader:
         return results
 
     def micro_batch(self, packs: Sequence[Sequence[int]], step: int) -> PackedBatch:
-        """One micro-batch of the given packs: the same on all ranks of the model-parallel group but for its patches,
-        which are those of this rank's share. A collective over that group.
+        """One micro-batch of the given packs. A collective over the model-parallel group.
+
+        All ranks of the group get the same micro-batch, but each only the patches that it was assigned to read.
 
         Raises:
             DataFailure: too many bad samples in a row.
@@ -186,7 +187,7 @@ class SampleReader:
         layout = self._layout(packs)
         count, total = len(layout.ids), self.data.seq_length * len(packs)
         ends = np.cumsum(layout.texts)
-        # For each sample how many ranks found its image bad, then its caption; then 2 x token id + predicted.
+        # Per sample the number of ranks that found its image bad, the same for captions, then 2 * token id + predicted.
         shared = np.zeros(2 * count + int(layout.texts.sum()), np.int32)
         images = self._read_images(layout, total, shared[:count])
         reasons = self._read_captions(layout, ends, shared[count : 2 * count], shared[2 * count :])
@@ -194,7 +195,7 @@ class SampleReader:
 
         bad_image, bad_caption, tokens = shared[:count], shared[count : 2 * count], shared[2 * count :]
         self._record(layout, step, bad_image, images, reasons, total)
-        # A stage that reads nothing opens no index either, and so knows no names.
+        # A stage that reads nothing opens no index, so it has no keys.
         reads = self.share.images or self.share.captions
         samples = []
         for i in range(count):
@@ -218,7 +219,7 @@ class SampleReader:
         return replace(batch, patches=patches)
 
     def _read_images(self, layout: _Layout, total: int, bad: np.ndarray) -> dict[int, Tensor | str]:
-        """Patches of the images in this rank's share, or what is wrong with them, by the sample's place."""
+        """{place of the sample: its patches, or the error} for the images that this rank reads."""
         first, last = self.share.slots(total)
         mine = np.flatnonzero((layout.starts < last) & (layout.starts + layout.images > first) & (layout.images > 0))
         grids = [(int(layout.rows[i]), int(layout.columns[i])) for i in mine]
@@ -228,7 +229,7 @@ class SampleReader:
         return images
 
     def _read_captions(self, layout: _Layout, ends: np.ndarray, bad: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
-        """Fill in the tokens of the captions in this rank's share; what is wrong with the others, by place."""
+        """Fill in the tokens of the captions that this rank reads; returns {place of a bad one: the error}."""
         mine = [i for i in range(len(layout.ids)) if self.share.reads_caption(i)]
         turns = dict(zip(mine, self._turns(layout.ids[mine].tolist()), strict=True))
         reasons = {i: reason for i, reason in turns.items() if isinstance(reason, str)}
@@ -252,9 +253,9 @@ class SampleReader:
         captions: dict[int, str],
         total: int,
     ) -> None:
-        """Write down what this rank found; an image on the border of two shares only where it begins."""
+        """Record the bad samples that this rank found. An image read by two ranks is recorded by the first."""
         first, last = self.share.slots(total)
-        # One line a sample: where its image is bad as well, that is told.
+        # One line per sample: a bad image hides a bad caption.
         found = {i: reason for i, reason in captions.items() if not bad_image[i]}
         for i, image in images.items():
             if isinstance(image, str) and (bad_image[i] == 1 or first <= layout.starts[i] < last):
@@ -267,9 +268,9 @@ class SampleReader:
         return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self._device)
 
     def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
-        """(each image with the prompt alone, its true answer): for captioning. Read by every rank, whatever its share.
+        """(each image with only the prompt, its true answer), for captioning. Every rank reads all of them.
 
-        A bad image is blank, a bad caption an empty answer.
+        A bad image becomes blank, a bad caption an empty answer.
         """
         chosen = list(samples)
         layout = self._layout([chosen])

@@ -1,4 +1,4 @@
-"""What a file is that is not what it should be, by how it begins: for messages."""
+"""Guess from its first bytes what kind of file this is; used in error messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BEGINNINGS = (
     (b"\x00\x05\x16\x07", "a macOS sidecar file (._*)"),
     (b"version https://git-lfs.github.com/", "a git-LFS pointer, whose data were never fetched (git lfs pull)"),
 )
-# An ISO media file says its brand behind its first box's size and name.
+# ISO media files: the brand follows the size and name of the first box.
 _BRANDS = (
     (b"avif", "an AVIF image"),
     (b"avis", "an AVIF image"),
@@ -49,7 +49,7 @@ COMPRESSED = ("gzip", "bzip2", "xz", "zstd", "lz4")
 
 
 def describe(content: bytes | memoryview) -> str:
-    """What the bytes of a file seem to be, for the end of a sentence.
+    """What kind of file these bytes are, as the end of a sentence.
 
     >>> describe(b"\\x1f\\x8b\\x08..."), describe(b"<!DOCTYPE html><html>"), describe(bytes(512))
     ('gzip', 'an HTML page', 'only zeros')
@@ -81,5 +81,5 @@ def describe(content: bytes | memoryview) -> str:
 
 
 def only_zeros(content: bytes | memoryview) -> bool:
-    """Whether there is no other byte."""
+    """Whether every byte is zero."""
     return all(not bytes(content[i : i + (1 << 20)]).strip(b"\0") for i in range(0, len(content), 1 << 20))

@@ -1,6 +1,6 @@
-"""Image bytes -> resized uint8 patches: in CPU threads, or by DALI on the CPU or GPU.
+"""Image bytes -> resized uint8 patches, in CPU threads or with DALI on the CPU or GPU.
 
-All resize bilinearly with antialiasing, as Pillow does; ``image.py`` says how odd images become RGB.
+Every decoder resizes bilinearly with antialiasing, as Pillow does. ``image.py`` converts unusual images to RGB.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageTask:
-    """An encoded image and the size it is wanted in.
+    """An encoded image and its target size.
 
-    ``center_crop`` resizes the shorter side to the target first, then crops the middle; else the aspect is ignored.
-    ``plain_jpeg`` is the index's word that it is an upright RGB or grey JPEG.
+    ``center_crop`` scales the image to cover the target, then crops the middle; otherwise the aspect ratio is ignored.
+    ``plain_jpeg`` says that the index found an upright RGB or grey JPEG.
     """
 
     content: bytes | memoryview
@@ -50,15 +50,15 @@ def to_patches(pixels: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=512)
 def _runs(rows: int, columns: int) -> np.ndarray:
-    """int64 [rows * columns * 16]: where the pixel rows of each patch lie among an image's runs of 16 pixels."""
+    """int64 [rows * columns * 16]: for each pixel row of each patch its number among the image's runs of 16 pixels."""
     patch_row, column, line = np.ogrid[:rows, :columns, :PATCH_SIZE]
     return ((patch_row * PATCH_SIZE + line) * columns + column).ravel()
 
 
 def many_to_patches(images: Sequence[Tensor]) -> list[Tensor]:
-    """``to_patches`` of many images [height, width, 3] of any sizes: three kernels for all of them, not some for each.
+    """``to_patches`` of many images [height, width, 3] of any sizes, with three kernels in total.
 
-    A patch's pixel row is a run of 48 bytes in its image, so patches are a gathering of runs.
+    A pixel row of a patch is a run of 48 bytes in its image, so all patches are one gather of runs.
     """
     if not images:
         return []
@@ -73,7 +73,7 @@ def many_to_patches(images: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _scaled_size(height: int, width: int, task: ImageTask) -> tuple[int, int]:
-    """(height, width) an image of that size is resized to: the target, or with a crop the least that covers it."""
+    """(height, width) to scale an image of this size to: the target or, with a crop, the smallest that covers it."""
     if not task.center_crop:
         return task.height, task.width
     scale = max(task.height / height, task.width / width)
@@ -87,18 +87,18 @@ def _cropped(pixels: Any, task: ImageTask) -> Any:
 
 
 def resize_with_pillow(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
-    """uint8 [task.height, task.width, 3] by Pillow's antialiased bilinear filter: the reference of every decoder."""
+    """uint8 [task.height, task.width, 3] by Pillow's antialiased bilinear filter, the reference for every decoder."""
     height, width = _scaled_size(pixels.shape[0], pixels.shape[1], task)
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     return _cropped(np.asarray(image), task)
 
 
 def resize_with_torch(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
-    """The same by torch's vectorised kernel: in a quarter of the time, and at most two levels from Pillow's."""
+    """The same with torch's vectorised kernel: four times as fast, and at most two levels from Pillow's result."""
     size = _scaled_size(pixels.shape[0], pixels.shape[1], task)
     if pixels.shape[:2] == size:
         return _cropped(pixels, task)
-    # [1, 3, H, W], channels last in memory: the fast path. Torch asks for memory that it could write to.
+    # [1, 3, H, W], channels last in memory, is torch's fast path. torch.from_numpy wants writable memory.
     image = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(image, size=size, mode="bilinear", antialias=True)
     return _cropped(scaled[0].permute(1, 2, 0).numpy(), task)
@@ -108,7 +108,7 @@ class Decoder(Protocol):
     """Decodes many images at once."""
 
     def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
-        """uint8 patches [n, 768] of each image, or why it could not be decoded."""
+        """uint8 patches [n, 768] of each image, or the error."""
         ...
 
     def close(self) -> None:
@@ -117,14 +117,14 @@ class Decoder(Protocol):
 
 
 class CpuDecoder:
-    """Decodes in threads (codecs release the interpreter lock): by libjpeg-turbo and torch, or plainly by Pillow."""
+    """Decodes in threads (codecs release the GIL), with libjpeg-turbo and torch, or (``plain``) with Pillow."""
 
     def __init__(self, num_threads: int, plain: bool = False) -> None:
         self._plain = plain
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
-        """uint8 patches [n, 768] of each image on the CPU, or why it could not be decoded."""
+        """uint8 patches [n, 768] of each image on the CPU, or the error."""
         return list(self._pool.map(self._decode, tasks))
 
     def _decode(self, task: ImageTask) -> Tensor | str:
@@ -141,7 +141,7 @@ class CpuDecoder:
 
 
 def _sound_header(content: bytes | memoryview) -> bool:
-    """Whether a JPEG's header can be read. One that cannot ends the process within DALI 2.4 (a segmentation fault)."""
+    """Whether a JPEG's header can be read. DALI 2.4 crashes (segmentation fault) on one that cannot."""
     try:
         simplejpeg.decode_jpeg_header(content)
     except ValueError:
@@ -150,10 +150,10 @@ def _sound_header(content: bytes | memoryview) -> bool:
 
 
 class DaliDecoder:
-    """Decodes plain JPEG with DALI's dynamic mode, on the CPU or (hardware JPEG included) on the GPU.
+    """Decodes plain JPEG with DALI's dynamic mode, on the CPU or on the GPU (with hardware JPEG).
 
-    Everything else goes through the CPU decoder, which knows transparency, CMYK and the like. A bad image fails its
-    whole DALI batch: the batch is then decoded in halves, down to the bad ones, so that the rest is kept.
+    Other images go to the CPU decoder, which handles transparency, CMYK and so on. One bad image fails its whole DALI
+    batch; the batch is then decoded in halves, down to the bad images, so that the others are kept.
     """
 
     def __init__(self, num_threads: int, device: torch.device) -> None:
@@ -165,19 +165,19 @@ class DaliDecoder:
         self._device = "gpu" if device.type == "cuda" else "cpu"
         self._cpu = CpuDecoder(num_threads)
         self._target = device
-        # On a stream of its own, decoding does not wait for the training step; DALI and torch work on the same one, so
-        # that neither waits for the other.
+        # A stream of its own keeps decoding from waiting for the training step. DALI and torch share it, so neither
+        # waits for the other.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         place = {"device_id": device.index or 0, "cuda_stream": self._stream} if self._stream is not None else {}
         self._context = dynamic.EvalContext(num_threads=num_threads, **place)
-        self._turn = threading.Lock()  # a context serves one thread at a time
+        self._turn = threading.Lock()  # one thread at a time may use the context
 
     def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
-        """uint8 patches [n, 768] of each image on the decoder's device, or why it could not be decoded."""
+        """uint8 patches [n, 768] of each image on the decoder's device, or the error."""
         with self._turn, self._context:
             if self._stream is None:
                 return self._decode_all(tasks)
-            # DALI's buffers are free again once ``results`` exist, so they must be finished by then.
+            # DALI reuses its buffers once ``results`` exist, so its work must be finished by then.
             with torch.cuda.device(self._target), torch.cuda.stream(self._stream):
                 results = self._decode_all(tasks)
                 self._stream.synchronize()
@@ -197,7 +197,7 @@ class DaliDecoder:
         return [results[i] for i in range(len(tasks))]
 
     def _by_cpu(self, tasks: list[ImageTask]) -> list[Tensor | str]:
-        """By the CPU decoder, brought to the device in one copy."""
+        """Decode with the CPU decoder, then move the patches to the device in one copy."""
         results = self._cpu(tasks)
         good = [result for result in results if isinstance(result, Tensor)]
         if not good or self._stream is None:
@@ -212,7 +212,7 @@ class DaliDecoder:
             return list(self._batch(tasks, crop))
         except RuntimeError as error:
             if len(tasks) == 1:
-                # The CPU's codec may take what the GPU's does not, and says more clearly what is wrong.
+                # The CPU codec accepts some images that the GPU codec refuses, and its errors are clearer.
                 logger.debug("DALI refuses an image: %s", error)
                 return self._by_cpu(tasks)
             half = len(tasks) // 2
@@ -221,11 +221,11 @@ class DaliDecoder:
     def _batch(self, tasks: list[ImageTask], crop: bool) -> list[Tensor]:
         dali = self._dali
         encoded = dali.batch([np.frombuffer(task.content, np.uint8) for task in tasks])
-        # A crop's scaled size is rounded as for the other decoders, not as DALI's own mode would.
+        # Computed here, because DALI's own crop mode rounds the scaled size differently from the other decoders.
         headers = [simplejpeg.decode_jpeg_header(task.content)[:2] for task in tasks]
         scaled = [_scaled_size(height, width, task) for (height, width), task in zip(headers, tasks, strict=True)]
         sizes = dali.batch([np.array(size, np.float32) for size in scaled])
-        # On the GPU the header is parsed on the CPU and the rest decoded on the device.
+        # With "gpu" the CPU parses the headers and the GPU decodes.
         pixels = dali.decoders.image(encoded, device=self._device, output_type=self._types.RGB)
         pixels = dali.resize(pixels, size=sizes, mode="stretch", interp_type=self._types.INTERP_LINEAR, antialias=True)
         if crop:
@@ -241,20 +241,20 @@ class DaliDecoder:
         return many_to_patches([take(image) for image in images])
 
     def close(self) -> None:
-        """End the threads of the CPU decoder; DALI's belong to the process."""
+        """End the CPU decoder's threads; DALI's threads live as long as the process."""
         self._cpu.close()
 
 
 def make_decoder(name: str, num_threads: int, device: torch.device) -> Decoder:
-    """The decoder called ``name``; "auto" is DALI on a GPU and "cpu" without one, "pillow" the plain twin of both.
+    """The decoder called ``name``: "auto" is DALI on a GPU and "cpu" without one; "pillow" is the plain reference.
 
     Raises:
-        ValueError: DALI was asked for, or is needed, but is not installed.
+        ValueError: DALI is needed but not installed.
     """
     if name in ("cpu", "pillow") or (name == "auto" and device.type != "cuda"):
         return CpuDecoder(num_threads, plain=name == "pillow")
     if importlib.util.find_spec("nvidia.dali") is None:
         raise ValueError(
-            f"data.decoder = {name!r}: DALI is not installed; pip install nvidia-dali-cuda130, or use --decoder cpu"
+            f"data.decoder = {name!r}: DALI is missing. Run pip install nvidia-dali-cuda130, or use --decoder cpu."
         )
     return DaliDecoder(num_threads, device)

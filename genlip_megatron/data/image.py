@@ -1,8 +1,8 @@
-"""Encoded images: what is accepted, and bytes -> upright RGB pixels, by Pillow and by a faster twin for plain JPEG.
+"""Encoded images -> upright RGB pixels, with Pillow, or faster with libjpeg-turbo for plain JPEG.
 
-Choices, for both: only JPEG, PNG and WebP; sizes are checked in the header before any pixel is decoded; EXIF
-orientation is applied; transparency is composited on white; CMYK, palette and grey images become RGB; 16-bit
-channels keep their high byte; of an animation the first frame counts.
+Rules: only JPEG, PNG and WebP; sizes are checked in the header before any pixel is decoded; EXIF orientation is
+applied; transparency is composited on white; CMYK, palette and grey images become RGB; 16-bit channels keep their high
+byte; only the first frame of an animation is used.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from genlip_megatron.data.metadata import END_OF_IMAGE, JPEG_MARKER, START_OF_SC
 from genlip_megatron.data.resize import MAX_ASPECT_RATIO
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-# File suffixes in lower case, and what each is called inside a shard. tools/make_shards.py and the index share them.
+# File suffix in lower case -> suffix inside a shard. tools/make_shards.py and the index share them.
 IMAGE_SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".png": ".png", ".webp": ".webp"}
-# Images of other formats: refused by name, never passed over.
+# Other image formats: refused with their name, never skipped silently.
 OTHER_IMAGE_SUFFIXES = (
     *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".avifs", ".jxl"),
     *(".jp2", ".j2k", ".jpx", ".ico", ".svg", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".exr", ".hdr"),
     *(".apng", ".jif", ".jfi", ".mpo", ".hif", ".pcx", ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"),
 )
-# An image above this many pixels is refused from its header: a few kilobytes can decode to gigabytes.
+# Larger images are refused from their header: a few kilobytes can decode to gigabytes.
 MAX_IMAGE_PIXELS = 64_000_000
 # The planning table keeps a side in 16 bits.
 MAX_IMAGE_SIDE = 65_535
-# What Pillow finds odd but can read is no news for the log, once per image of millions.
+# Pillow warns about images that it can read; with millions of images that would flood the log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# A progressive JPEG has some ten scans; each costs as much time as a whole image.
+# A progressive JPEG has about ten scans, and each costs as much time as a whole image.
 MAX_JPEG_SCANS = 64
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,10 +49,10 @@ _UPRIGHT = {
 
 
 def open_image(content: bytes | memoryview) -> tuple[Image.Image, int]:
-    """(the image with its header read, no pixel decoded and no metadata; its orientation, 1 (upright) to 8).
+    """(the image, without metadata and not decoded yet; its orientation, 1 (upright) to 8).
 
     Raises:
-        ValueError: another format, too many pixels or too long a side, or an aspect ratio that no model input has.
+        ValueError: another format, too large, or an aspect ratio that no model input has.
     """
     try:
         pixels, orientation = without_metadata(content)
@@ -62,7 +62,7 @@ def open_image(content: bytes | memoryview) -> tuple[Image.Image, int]:
         damaged = found in ("a JPEG image", "a PNG image", "a WebP image")
         what = f"{found} with a damaged header" if damaged else f"not a JPEG, PNG or WebP file, but {found}"
         raise ValueError(f"image does not decode: {what}") from None
-    except Exception as error:  # any codec error means the same: this image is bad
+    except Exception as error:  # every codec error means a bad image
         raise ValueError(f"image does not decode: {error}") from error
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
@@ -75,7 +75,7 @@ def open_image(content: bytes | memoryview) -> tuple[Image.Image, int]:
 
 
 def to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
-    """uint8 [height, width, 3]: the opened image decoded, upright, in RGB, transparency over white.
+    """uint8 [height, width, 3]: the decoded image, upright, in RGB, transparency over white.
 
     Raises:
         ValueError: it does not decode completely.
@@ -85,7 +85,7 @@ def to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
         upright = _UPRIGHT.get(orientation)
         pixels: Image.Image = image if upright is None else image.transpose(upright)
         if pixels.mode.startswith("I"):
-            # Pillow's own conversion would clip 16-bit greys to white instead of scaling them.
+            # Pillow's own conversion clips 16-bit greys to white instead of scaling them.
             pixels = Image.fromarray((np.asarray(pixels).astype(np.uint32) >> 8).astype(np.uint8))
         elif pixels.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             pixels = pixels.convert("RGBA")
@@ -100,8 +100,8 @@ def decode_rgb(content: bytes | memoryview, plain_jpeg: bool = False) -> np.ndar
 
     Args:
         content: the file's bytes.
-        plain_jpeg: it was checked to be a JPEG that needs neither turning nor a colour conversion of Pillow's; it then
-            goes through libjpeg-turbo directly, to the same pixels in two thirds of the time.
+        plain_jpeg: a JPEG that needs no rotation and no colour conversion by Pillow. libjpeg-turbo then decodes it
+            directly to the same pixels, in two thirds of the time.
 
     Raises:
         ValueError: why the image cannot be used.
@@ -115,9 +115,9 @@ def decode_rgb(content: bytes | memoryview, plain_jpeg: bool = False) -> np.ndar
 
 
 def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
-    """(height, width, whether it is a plain JPEG) of an image that decodes completely; sizes are those upright.
+    """(height, width, whether it is a plain JPEG) of an image that decodes completely; the sizes are the upright ones.
 
-    Pillow takes a JPEG or PNG whose data end early for a whole one, and leaves the rest grey or black; here it is bad.
+    Pillow accepts a JPEG or PNG whose data end early and leaves the rest grey or black; here such an image is bad.
 
     Raises:
         ValueError: why the image cannot be used.
@@ -134,7 +134,7 @@ def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
     try:
         height, width, _ = decode_rgb(content, plain_jpeg=True).shape
     except ValueError:
-        # Unless it was the metadata that libjpeg has doubts about.
+        # libjpeg may only have rejected the metadata.
         decode_rgb(without_metadata(content)[0], plain_jpeg=True)
         plain = False
     if not plain:
@@ -143,7 +143,7 @@ def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
 
 
 def _count_scans(content: bytes | memoryview) -> int:
-    """Scans of a JPEG up to its end; what may be appended (a film, by phones) does not count."""
+    """Number of scans up to the end of a JPEG; appended data (phones append a video) do not count."""
     scans, position = 0, 2
     while (match := JPEG_MARKER.search(content, position)) is not None and content[match.end() - 1] != END_OF_IMAGE:
         scans += content[match.end() - 1] == START_OF_SCAN
@@ -152,13 +152,13 @@ def _count_scans(content: bytes | memoryview) -> int:
 
 
 def _check_png_rows(content: bytes, size: tuple[int, int]) -> None:
-    """Raise ValueError when a PNG's compressed data hold fewer bytes than its (width, height) needs."""
+    """Raise ValueError if a PNG's compressed data hold fewer bytes than its (width, height) needs."""
     bits, colour, _, _, interlaced = content[24:29]
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour)
     if content[12:16] != b"IHDR" or channels is None:
         raise ValueError("image does not decode: its PNG header is not the first chunk, or of no known colour type")
     width, height = size
-    # (first column, first row, distance of columns, of rows) of each pass.
+    # (first column, first row, column step, row step) of each pass.
     passes = [(0, 0, 1, 1)]
     if interlaced:
         passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
@@ -172,7 +172,7 @@ def _check_png_rows(content: bytes, size: tuple[int, int]) -> None:
         while position + 8 <= len(content) and found < needed and not inflate.eof:
             length, kind = int.from_bytes(view[position : position + 4], "big"), view[position + 4 : position + 8]
             end = position + 8 + length if kind == b"IDAT" else position
-            # In slices, so that no bomb is ever held whole: they grow at most a thousandfold.
+            # In slices, so that a decompression bomb is never in memory as a whole: a slice grows at most 1000-fold.
             for start in range(position + 8, end, 1 << 14):
                 found += len(inflate.decompress(view[start : min(start + (1 << 14), end)]))
                 if found >= needed or inflate.eof:

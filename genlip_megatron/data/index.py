@@ -1,60 +1,25 @@
-"""Index: a small table beside each shard, so that packing knows every length before any image is read.
+"""Index: a small table beside each shard, ``SHARD.index.safetensors``, with every sample's place and lengths.
 
-Preparing a shard reads it once from start to end. Each image is decoded, so that a bad one is found here and not in
-training; nothing is ever extracted to disk. The table stands in ``SHARD.index.safetensors``.
+With it packing knows every length before any image is read. ``scan.py`` builds it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
-import mmap
-import os
-import posixpath
-import re
-import tarfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
-from xxhash import xxh3_128_hexdigest
 
 from genlip_megatron.data import storage
-from genlip_megatron.data.content import COMPRESSED, describe, only_zeros
-from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, check_image
-from genlip_megatron.data.text import Tokenizer, Turns, check_turns, parse_turns, tokenize_many
-from genlip_megatron.outputs import check_file
 
-# Grows with the table's layout and with the rules of what is a good sample. An index of older rules can be trained on;
+# Increased when the layout of the table or the rules for good samples change. Training accepts an index of older rules;
 # tools/prepare_data.py replaces it.
 FORMAT_VERSION, READABLE_FORMATS = 3, (2, 3)
-CAPTION_SUFFIXES = (".json", ".txt")
-PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
-MAX_TEXT_TOKENS = 65_535
-BLOCK = tarfile.BLOCKSIZE
-# Files above these sizes are no images and captions, and would only cost memory.
-MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 1 << 20
-# The end mark is two blocks of zeros, and writers fill up records, of 10 KiB as a rule and of 256 KiB at most.
-MAX_END_ZEROS = 256 << 10
-# Each costs a search, and some are made to cost a long one.
-MAX_BROKEN_HEADERS = 100
-# What systems leave beside people's files, and what some tars hold of their own headers: no samples.
-_SYSTEM_FILES = re.compile(
-    r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|(__MACOSX|@eaDir|\.@__thumb|\.thumbnails|\.AppleDouble"
-    r"|\.ipynb_checkpoints|\.Trash(es|-\d+)?|\$RECYCLE\.BIN|PaxHeaders?(\.[^/]*)?)(/.*)?)$",
-    re.IGNORECASE,
-)
-FURTHER_FIELDS, SYSTEM_FILES = "further fields of samples", "files of macOS, Windows and other systems"
-
-logger = logging.getLogger(__name__)
-
 ROW = np.dtype(
     [
         ("image_offset", "<i8"),
@@ -71,7 +36,7 @@ ROW = np.dtype(
         ("plain_jpeg", "?"),
     ]
 )
-# What planning needs of a sample: 8 bytes.
+# What planning needs to know about a sample: 8 bytes.
 PLAN_COLUMNS = ["height", "width", "text_tokens", "loss_tokens"]
 PLAN_ROW = np.dtype([(name, "<u2") for name in PLAN_COLUMNS])
 
@@ -90,7 +55,7 @@ class Header:
 
 
 class Keys(Sequence[str]):
-    """Names of samples, kept as one block of bytes: a Python string each would weigh more than the table."""
+    """Keys of samples in one block of bytes: as Python strings they would need more memory than the table."""
 
     def __init__(self, block: bytes, ends: np.ndarray) -> None:
         self._block, self._ends = block, ends
@@ -107,14 +72,14 @@ class Keys(Sequence[str]):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard's good samples, in the order of the shard, and the refused ones with their reasons."""
+    """One shard's good samples in order, and its refused ones with the reasons."""
 
     shard: str
     rows: np.ndarray  # ROW [samples]
     keys: Sequence[str]
     refused: dict[str, str]  # key -> reason
     header: Header
-    ignored: dict[str, int] = field(default_factory=dict)  # kind of members that are not samples -> their number
+    ignored: dict[str, int] = field(default_factory=dict)  # kind of member that is not a sample -> count
 
     def plan_rows(self) -> np.ndarray:
         """PLAN_ROW [samples]."""
@@ -125,256 +90,8 @@ class ShardIndex:
 
 
 def index_path(shard: str) -> str:
-    """Where a shard's index stands."""
+    """Path of a shard's index."""
     return f"{shard}.index.safetensors"
-
-
-@dataclass
-class _Members:
-    """The members of a sample, by kind."""
-
-    key: str
-    image: tarfile.TarInfo | None = None
-    json: tarfile.TarInfo | None = None
-    txt: tarfile.TarInfo | None = None
-    other: tarfile.TarInfo | None = None  # an image of a format that is not read
-    twice: list[str] = field(default_factory=list)
-    count: int = 0
-    further: list[str] = field(default_factory=list)  # names of further fields
-
-    def add(self, kind: str, member: tarfile.TarInfo) -> None:
-        if getattr(self, kind) is not None:
-            self.twice.append(kind)
-        setattr(self, kind, member)
-        self.count += 1
-
-    @property
-    def complete(self) -> bool:
-        """Whether it has an image, of any format, and a caption."""
-        return bool((self.image or self.other) and (self.json or self.txt))
-
-
-class UnreadableShard(ValueError):
-    """A file without a single tar header."""
-
-
-def _next_header(content: memoryview, position: int) -> int | None:
-    """Where the next whole tar header stands at or after ``position``, or None."""
-    for start in range(position, len(content) - BLOCK + 1, BLOCK):
-        if content[start + 257 : start + 262] == b"ustar":
-            try:
-                tarfile.TarInfo.frombuf(bytes(content[start : start + BLOCK]), "utf-8", "surrogateescape")
-                return start
-            except tarfile.HeaderError:
-                continue
-    return None
-
-
-def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterator[tarfile.TarInfo]:
-    """Every member's header; a broken one costs what lies before the next whole one, not the rest of the shard."""
-    start: int | None = 0
-    broken = 0
-    while start is not None:
-        position = start  # of the next header
-        with open(path, "rb") as file:
-            file.seek(start)
-            try:
-                with tarfile.open(fileobj=file, mode="r:") as archive:
-                    while (member := archive.next()) is not None:
-                        if not position < archive.offset <= len(content) + BLOCK:
-                            if member.isreg() and member.size > 0:
-                                yield member  # reaches past the end, and will be refused for it
-                            raise tarfile.ReadError("a header whose size cannot be true")
-                        position = archive.offset
-                        archive.members.clear()  # type: ignore[attr-defined]  # thousands of headers need not stay
-                        yield member
-            except Exception as error:  # a header made to do harm raises anything
-                logger.debug("%s, byte %d: %r", path, position, error)
-        if any(content[position : position + BLOCK]):
-            broken += 1
-            if broken > MAX_BROKEN_HEADERS:
-                refused[f"(from byte {position})"] = f"more than {MAX_BROKEN_HEADERS} broken tar headers: given up"
-                return
-            refused[f"(byte {position})"] = "broken tar header"
-            position += BLOCK
-            start = _next_header(content, position)
-        elif position >= len(content):
-            refused["(end)"] = "no end mark: the shard was cut short, unless its writer leaves the mark out"
-            return
-        elif (start := _next_header(content, position)) is not None:
-            refused[f"(byte {position})"] = "zeros between members: some are lost, unless shards were put together"
-        elif not only_zeros(content[position:]):
-            refused[f"(byte {position})"] = "what follows the end mark is no tar: some members are perhaps lost"
-        elif len(content) - position > MAX_END_ZEROS:
-            refused[f"(byte {position})"] = "zeros to the end of the shard: its data perhaps never arrived"
-
-
-def _refusal(member: tarfile.TarInfo, suffix: str) -> str | None:
-    """Why a member must not be read, or None."""
-    if not member.isreg() or member.issparse():
-        return "not a plain file: a link, device or sparse file"
-    if member.name.startswith("/") or ".." in Path(member.name).parts:
-        return "path leaves the archive"
-    if suffix in PICKLE_SUFFIXES:
-        return "pickled data is never read"
-    return None
-
-
-def _members(shard: str, path: str, content: memoryview) -> tuple[list[_Members], dict[str, str], dict[str, int]]:
-    """(members by sample, refused keys with reasons, numbers of ignored members) from the shard's headers.
-
-    Raises:
-        UnreadableShard: there is no header.
-    """
-    groups: dict[str, _Members] = {}
-    refused: dict[str, str] = {}
-    headers, system_files = 0, 0
-    for member in _headers(path, content, refused):
-        headers += 1
-        if member.isdir():
-            continue
-        if _SYSTEM_FILES.search(member.name):
-            system_files += 1
-            continue
-        key, suffix = os.path.splitext(member.name)
-        suffix = suffix.lower()
-        if reason := _refusal(member, suffix):
-            refused[member.name] = reason
-            continue
-        kind = "image" if suffix in IMAGE_SUFFIXES else "other" if suffix in OTHER_IMAGE_SUFFIXES else suffix[1:]
-        if kind in ("image", "other") or suffix in CAPTION_SUFFIXES:
-            # One tool writes "./a/0.jpg", another "a/0.txt".
-            groups.setdefault(posixpath.normpath(key), _Members(key)).add(kind, member)
-    if not headers:
-        raise UnreadableShard(f"{shard} is not a tar file but {_what_else(content)}")
-    ignored = {SYSTEM_FILES: system_files, FURTHER_FIELDS: _merge_further_fields(groups)}
-    return list(groups.values()), refused, {kind: count for kind, count in ignored.items() if count}
-
-
-def _merge_further_fields(groups: dict[str, _Members]) -> int:
-    """Take out what only adds to another sample, as 0.mask.png to 0.jpg, and return how many members that are.
-
-    A key ends at the last dot, since people's files are called photo.v1.0.jpg. So what lacks an image or a caption, and
-    would be part of another sample if its key ended at an earlier dot, is a further field of that one.
-    """
-    count = 0
-    for key in [key for key, members in groups.items() if not members.complete]:
-        folder, name = posixpath.split(key)
-        stems = (posixpath.join(folder, name[:end]) for end in range(len(name) - 1, 0, -1) if name[end] == ".")
-        if owner := next((groups[stem] for stem in stems if stem in groups), None):
-            further = groups.pop(key)
-            count += further.count
-            member = further.image or further.other or further.json or further.txt
-            assert member is not None
-            owner.further.append(posixpath.basename(member.name))
-    return count
-
-
-def _what_else(content: memoryview) -> str:
-    """What a shard without tar headers is."""
-    if only_zeros(content):
-        return "only zeros: an empty tar, or a file whose data never arrived"
-    if content[257:262] == b"ustar":
-        return "a tar file none of whose headers is whole"
-    found = describe(content)
-    return f"{found}: compressed shards are not read; decompress it first" if found in COMPRESSED else found
-
-
-def _caption(
-    members: _Members, content: memoryview, tokenizer: Tokenizer, prompt: str
-) -> tuple[tarfile.TarInfo, Turns]:
-    """(the member that holds the caption, its turns): json, or txt where json is missing or holds no caption."""
-    problem = ValueError("missing caption")
-    if members.further:
-        problem = ValueError(f"missing caption: {members.further[0]} is not read, only KEY.json and KEY.txt are")
-    for member in (members.json, members.txt):
-        if member is None:
-            continue
-        try:
-            turns = parse_turns(bytes(_bytes(content, member, MAX_CAPTION_BYTES)), member is members.json, prompt)
-            check_turns(turns, tokenizer)
-        except ValueError as error:
-            problem = error if problem.args[0].startswith("missing caption") else problem
-            continue
-        return member, turns
-    raise problem
-
-
-def _bytes(content: memoryview, member: tarfile.TarInfo, most: int) -> memoryview:
-    if member.size > most:
-        raise ValueError(f"file is too large: {member.size} bytes, above {most}")
-    end = member.offset_data + member.size
-    if end > len(content):
-        raise ValueError("truncated archive")
-    return content[member.offset_data : end]
-
-
-def _check(members: _Members, content: memoryview, tokenizer: Tokenizer, prompt: str) -> tuple[list, Turns]:
-    """(the sample's row with zero tokens, its turns). Raises ValueError for a sample that cannot be used."""
-    # An image of another format beside a readable one is a field that is not read.
-    if twice := [kind for kind in members.twice if kind != "other"]:
-        raise ValueError(f"more than one {twice[0]}")
-    if members.image is None and members.other is not None:
-        suffix = os.path.splitext(members.other.name)[1].lower()
-        raise ValueError(f"image is {suffix}: only JPEG, PNG and WebP are read")
-    if members.image is None:
-        raise ValueError(f"missing image: {members.further[0]} is not read" if members.further else "missing image")
-    caption, turns = _caption(members, content, tokenizer, prompt)
-    image = _bytes(content, members.image, MAX_IMAGE_BYTES)
-    height, width, plain = check_image(image)
-    crc = zlib.crc32(image), zlib.crc32(_bytes(content, caption, MAX_CAPTION_BYTES))
-    offsets = [members.image.offset_data, caption.offset_data, members.image.size, caption.size]
-    return [*offsets, height, width, 0, 0, *crc, caption is members.json, plain], turns
-
-
-@contextlib.contextmanager
-def _mapped(shard: str) -> Iterator[tuple[str, memoryview]]:
-    """(a local path of the shard, its bytes)."""
-    with storage.local_copy(shard) as path, open(path, "rb") as file:
-        # Not closed by hand: it goes with the last view of it.
-        yield path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
-    """Read a shard from start to end and write its index beside it, atomically.
-
-    Raises:
-        ValueError: a file that is no index stands where it is to go.
-        UnreadableShard: it is no tar file; says what it is.
-        OSError: the shard cannot be read.
-    """
-    # A damaged index is one as well.
-    marks = (b"shard_checksum", b"shard_stamp", b"key_ends")
-    check_file(index_path(shard), lambda content: any(mark in content for mark in marks), "the index")
-    size, stamp = storage.state(shard)
-    if size == 0:
-        header = Header(FORMAT_VERSION, size, stamp, xxh3_128_hexdigest(b""), tokenizer.fingerprint, prompt)
-        return write_index(ShardIndex(shard, np.empty(0, ROW), [], {"(shard)": "empty file"}, header))
-    with _mapped(shard) as (path, content):
-        checksum = xxh3_128_hexdigest(content)
-        groups, refused, ignored = _members(shard, path, content)
-        rows, keys, texts = [], [], []
-        for members in groups:
-            try:
-                row, turns = _check(members, content, tokenizer, prompt)
-            except Exception as error:  # whatever a sample holds, it costs no other
-                refused[members.key] = str(error) if isinstance(error, ValueError) else f"unreadable: {error!r}"
-                continue
-            rows.append(row)
-            keys.append(members.key)
-            texts.append(turns)
-    good = []
-    for i, (ids, loss) in enumerate(tokenize_many(texts, tokenizer)):
-        if len(ids) > MAX_TEXT_TOKENS:
-            refused[keys[i]] = f"caption is too long: {len(ids)} tokens, above {MAX_TEXT_TOKENS}"
-            continue
-        rows[i][6:8] = len(ids), sum(loss)
-        good.append(i)
-    if not groups:
-        refused["(shard)"] = "no sample: no member is an image or a caption"
-    table = np.array([tuple(rows[i]) for i in good], dtype=ROW)
-    header = Header(FORMAT_VERSION, size, stamp, checksum, tokenizer.fingerprint, prompt)
-    return write_index(ShardIndex(shard, table, [keys[i] for i in good], refused, header, ignored))
 
 
 def write_index(index: ShardIndex) -> ShardIndex:
@@ -390,7 +107,7 @@ def write_index(index: ShardIndex) -> ShardIndex:
     header = dataclasses.replace(index.header, digest=_digest(parts))
     tensors = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
     fields = json.dumps(dataclasses.asdict(header))
-    # The digest is of the table alone: a copy of a shard, with another time stamp, is still the same data.
+    # The digest covers only the table: a copy of a shard with another time stamp is still the same data.
     text = json.dumps({"fields": fields, "sha256": hashlib.sha256(fields.encode()).hexdigest()})
     storage.write_bytes(index_path(index.shard), save(tensors, {"header": text}))
     return dataclasses.replace(index, header=header)
@@ -401,10 +118,10 @@ def _digest(parts: dict[str, bytes]) -> str:
 
 
 def read_index(shard: str) -> ShardIndex:
-    """The index beside a shard, whatever it was made from.
+    """The index beside a shard, of any tokenizer and prompt.
 
     Raises:
-        ValueError: it is missing, damaged, or of another format; says what to run.
+        ValueError: it is missing, damaged, or of another format.
     """
     path = index_path(shard)
     remedy = f"run: python tools/prepare_data.py {shard} --tokenizer TOKENIZER"
@@ -422,7 +139,7 @@ def read_index(shard: str) -> ShardIndex:
             raise ValueError("its checksum is wrong")
         refused = json.loads(parts["refused"])
         ignored = json.loads(parts.get("ignored", b"{}"))
-    except Exception as error:  # whatever is wrong with the file, the remedy is the same
+    except Exception as error:  # the remedy is always the same
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
     if header.format not in READABLE_FORMATS:
         raise ValueError(f"{path} has format {header.format}, this version reads {READABLE_FORMATS}; {remedy}")
@@ -430,7 +147,7 @@ def read_index(shard: str) -> ShardIndex:
     return ShardIndex(shard, np.frombuffer(parts["rows"], ROW), keys, refused, header, ignored)
 
 
-# Earlier versions indexed a file that is no tar as a shard of no samples, with this refusal or none.
+# Earlier versions indexed a file that is not a tar as a shard without samples, with this refusal or none.
 _OLD_REFUSALS = {"(byte 0)"}
 
 
@@ -450,28 +167,5 @@ def load_index(shard: str, fingerprint: str, prompt: str) -> ShardIndex:
     if header.prompt != prompt:
         raise ValueError(f"{path} was made with another prompt than data.prompt = {prompt!r}; {remedy}")
     if header.shard_size and not len(index.rows) and not index.refused.keys() - _OLD_REFUSALS:
-        raise ValueError(f"{shard} is perhaps no tar file: its index, of an older version, holds no sample; {remedy}")
+        raise ValueError(f"{shard} may not be a tar file: its index, of an older version, holds no sample; {remedy}")
     return index
-
-
-def refresh_index(shard: str, tokenizer: Tokenizer, prompt: str) -> tuple[ShardIndex, bool]:
-    """(the shard's index, whether it was there already): built when shard, tokenizer, prompt or rules changed.
-
-    A shard of the same size but another time stamp is compared by checksum: a copy need not be decoded again.
-    """
-    try:
-        index = load_index(shard, tokenizer.fingerprint, prompt)
-        if index.header.format != FORMAT_VERSION:
-            return build_index(shard, tokenizer, prompt), False
-        size, stamp = storage.state(shard)
-        if (size, stamp) == (index.header.shard_size, index.header.shard_stamp):
-            return index, True
-        if size == index.header.shard_size:
-            with _mapped(shard) as (_, content):
-                same = xxh3_128_hexdigest(content) == index.header.shard_checksum
-            if same:
-                header = dataclasses.replace(index.header, shard_stamp=stamp)
-                return write_index(dataclasses.replace(index, header=header)), True
-    except ValueError:
-        pass
-    return build_index(shard, tokenizer, prompt), False

@@ -1,7 +1,7 @@
-"""Loader: plan + samples -> PackedBatch, prepared ahead of the step.
+"""Loader: plan + samples -> PackedBatch, prefetched ahead of the training step.
 
-A step's packs are the plan's lanes; data-parallel rank r of D works lanes r * lanes / D up to the next rank's, in
-micro-batches. The cursor is that of consumed steps, never of prefetched ones.
+Each lane of the plan gives one pack per step. Data-parallel rank r of D works lanes r * lanes / D to
+(r + 1) * lanes / D - 1, in micro-batches. The cursor counts consumed steps, never prefetched ones.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from genlip_megatron.config import DataConfig, RunConfig, source_epochs, source_
 from genlip_megatron.data.assemble import SampleReader
 from genlip_megatron.data.dataset import Dataset, open_dataset
 from genlip_megatron.data.decode import make_decoder
+from genlip_megatron.data.patterns import NothingFound
 from genlip_megatron.data.plan import Phase, Plan, Source
 from genlip_megatron.data.quarantine import Quarantine
 from genlip_megatron.data.read import ShardReader
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.storage import NothingFound
 from genlip_megatron.data.text import encode_prompt, load_tokenizer
 from genlip_megatron.device import current_device
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _MAX_WORKERS = 16
 
-# After the last micro-batch of a step: (step, cursor of the plan behind it, bad samples and cut captions so far).
+# After the last micro-batch of a step: (step, the plan's cursor after it, (bad samples, cut captions) so far).
 _Cursor = tuple[int, dict[str, Any], tuple[int, int]] | None
 
 
 def drop_path_factors(seed: int, step: int, samples: list[int], layers: int, rate: float) -> torch.Tensor:
     """float32 [layers, 2, samples]: 0 with probability ``rate``, else 1 / (1 - rate).
 
-    Drawn from Philox keyed by (seed, sample id) at counter (step): the same on every rank and layout.
+    Drawn from Philox keyed by (seed, sample id) at counter (step), so all ranks and layouts get the same values.
     """
     draws = np.empty((len(samples), layers * 2))
     for i, sample in enumerate(samples):
@@ -52,7 +52,7 @@ def drop_path_factors(seed: int, step: int, samples: list[int], layers: int, rat
 
 
 def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One cursor of all lanes from those of every data-parallel rank."""
+    """Merge the cursors of all data-parallel ranks into one of all lanes."""
     lanes = {lane: state for part in states for lane, state in part["plan"]["lanes"].items()}
     return {
         **states[0],
@@ -70,10 +70,10 @@ def num_workers(data: DataConfig) -> int:
 
 
 def open_split(config: RunConfig, split: str, fingerprint: str, open_shards: int = 256) -> list[Dataset]:
-    """The sources of ``split`` ("train" or "valid"): one for all entries, or with weights one for each.
+    """The sources of ``split`` ("train" or "valid"): one for all entries, or with weights one per entry.
 
     Raises:
-        ValueError: what cannot be found or used.
+        ValueError: data that cannot be found or used.
     """
     data, setting = config.data, f"data.{split}_data"
     entries = data.train_data if split == "train" else data.valid_data
@@ -89,7 +89,7 @@ def open_split(config: RunConfig, split: str, fingerprint: str, open_shards: int
 
 
 def build_plan(config: RunConfig, split: str, datasets: list[Dataset]) -> Plan:
-    """The plan of ``split``: for "train" endless and shuffled, for "valid" one pass in order."""
+    """The plan of ``split``: endless and shuffled for "train", one pass in order for "valid"."""
     data, train = config.data, split == "train"
     phases = [Phase(start, weights) for start, weights in source_weights(data)] if train else []
     if train and (epochs := source_epochs(data)):
@@ -110,10 +110,10 @@ def build_plan(config: RunConfig, split: str, datasets: list[Dataset]) -> Plan:
 
 
 class Prefetcher(Iterator[PackedBatch]):
-    """Micro-batches made in a thread, a few ahead of who asks for them.
+    """Assembles micro-batches in a thread, up to ``depth`` ahead of the caller.
 
-    The thread starts at once, not at the first question: stages of a pipeline ask for their first micro-batch one
-    after another, but make it together.
+    The thread starts at once, not at the first ``next``: pipeline stages ask for their first micro-batch one after
+    another, but must assemble it together.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Prefetcher(Iterator[PackedBatch]):
         begin = time.monotonic()
         item = self._ready.get()
         if isinstance(item, BaseException):
-            self._put(item)  # the next question gets the same answer
+            self._put(item)  # the next call raises it again
             raise item
         batch, cursor = item
         self._taken(cursor, time.monotonic() - begin)
@@ -164,8 +164,8 @@ class Prefetcher(Iterator[PackedBatch]):
         """End the thread, together with those of the ranks that share its micro-batches.
 
         Args:
-            timeout: seconds after which it is left to itself; None waits for as long as a read takes, since who goes
-                on with the loader must not find it at work.
+            timeout: seconds to wait for the thread. None waits as long as a read takes, so the caller never races the
+                old thread.
         """
         self._stop.set()
         self._thread.join(timeout)
@@ -177,8 +177,8 @@ class Loader:
     Args:
         config: the run's configuration.
         split: "train" (endless, shuffled) or "valid" (one pass in order, the same every time).
-        data_parallel_rank, data_parallel_size: which lanes are this rank's.
-        share: what of each micro-batch this rank reads, and whom it shares it with.
+        data_parallel_rank, data_parallel_size: they select this rank's lanes.
+        share: the part of each micro-batch that this rank reads, and the group that exchanges the parts.
     """
 
     def __init__(
@@ -193,17 +193,17 @@ class Loader:
         data, lanes = config.data, config.train.global_batch_size
         self.share = share or ReadAssignment()
         self.tokenizer = load_tokenizer(data.tokenizer, config.model.vocab_size)
-        encode_prompt(data.prompt, self.tokenizer, "data.prompt")  # what is wrong with it is known before data are read
+        encode_prompt(data.prompt, self.tokenizer, "data.prompt")  # finds errors before data are read
         mine = lanes // data_parallel_size
         self.lanes = range(data_parallel_rank * mine, (data_parallel_rank + 1) * mine)
-        # A lane's window lies in few shards; those of all this rank's lanes should stay open.
+        # A lane's window lies in few shards; the shards of all lanes of this rank should stay open.
         open_shards = min(max(128, 32 * mine), 2048)
         self.datasets = open_split(config, split, self.tokenizer.fingerprint, open_shards)
         samples = sum(len(dataset) for dataset in self.datasets)
         if split == "train" and data_parallel_size > samples:
             raise ValueError(
-                f"data.train_data has {samples} good samples for {data_parallel_size} data-parallel ranks; "
-                "use fewer ranks or more data"
+                f"data.train_data has {samples} good samples for {data_parallel_size} data-parallel ranks. "
+                "Use fewer ranks or more data."
             )
         save = config.checkpoint.save
         self.quarantine = Quarantine(
@@ -224,9 +224,9 @@ class Loader:
         )
         self.plan = build_plan(config, split, self.datasets)
         self.step = 0
-        self.skipped: list[list[int]] = []  # [first, last] steps that were left out on purpose
-        self.waited = 0.0  # seconds for which the step had no data, since it was last set to 0
-        self.truncated = 0  # captions of consumed steps that were cut to what their image leaves of a pack
+        self.skipped: list[list[int]] = []  # [first, last] steps skipped on purpose
+        self.waited = 0.0  # seconds that steps waited for data, since it was last set to 0
+        self.truncated = 0  # captions of consumed steps that were cut to fit their pack
         self._quarantined = self._quarantined_before = 0
         self._consumed = self._start = self.plan.state_dict(self.lanes)
         self._prefetchers: list[Prefetcher] = []
@@ -235,11 +235,11 @@ class Loader:
         return len(self.samples)
 
     def __iter__(self) -> Prefetcher:
-        """Micro-batches; ``train`` never ends, ``valid`` gives at most ``log.eval_iters`` global batches."""
+        """Micro-batches: "train" never ends, "valid" gives at most ``log.eval_iters`` global batches."""
         for ahead in self._prefetchers:
             ahead.close()
             if self.split == "train":
-                # What was only prepared comes again, and is counted again.
+                # Prefetched micro-batches come again and are counted again.
                 self.plan.load_state_dict(self._consumed)
                 self.quarantine.total, self.samples.truncated = self._quarantined, self.truncated
         self._prefetchers = [Prefetcher(self._micro_batches(), self.config.data.prefetch, self.share, self._taken)]
@@ -275,15 +275,15 @@ class Loader:
                 self.config.train.seed, step, ids, model.num_layers, model.drop_path_rate
             )
             batch = replace(batch, drop_path=factors)
-        # Here, in the loader's thread: it copies.
+        # Pinning copies, so it happens here, in the loader's thread.
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
-        """(each image with the prompt alone, its true answer): for captioning."""
+        """(each image with only the prompt, its true answer), for captioning."""
         return self.samples.requests(samples)
 
     def skip(self, steps: int) -> None:
-        """Leave out the next ``steps`` steps for good; call before iterating. Their samples count as consumed."""
+        """Skip the next ``steps`` steps for good; their samples count as consumed. Call before iterating."""
         for _ in range(steps):
             for lane in self.lanes:
                 self.plan.next_pack(lane)
@@ -293,11 +293,11 @@ class Loader:
 
     @property
     def quarantined(self) -> tuple[int, int]:
-        """(bad samples of the steps before this run was resumed, on all ranks; of those since, on this rank)."""
+        """(bad samples before this run was resumed, of all ranks; since then, of this rank)."""
         return self._quarantined_before, self._quarantined
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor of consumed steps, of this rank's lanes; ``merge_cursors`` makes one of all ranks'."""
+        """The cursor of consumed steps of this rank's lanes; ``merge_cursors`` joins those of all ranks."""
         return {
             "step": self.step,
             "plan": self._consumed,
@@ -312,15 +312,15 @@ class Loader:
         self.step, self._consumed = state["step"], self.plan.state_dict(self.lanes)
         self.skipped = [list(interval) for interval in state["skipped"]]
         self._quarantined_before = state["quarantined_before"] + state["quarantined"]
-        # A run that rolls back has counted some of these in this process too.
+        # After a rollback this process had already counted some of these.
         self._quarantined = self.quarantine.total = 0
 
     def restart(self) -> None:
-        """Begin with the first step's data; call before iterating."""
+        """Begin again with the data of the first step. Call before iterating."""
         self.load_state_dict({"step": 0, "plan": self._start, "skipped": [], "quarantined": 0, "quarantined_before": 0})
 
     def close(self) -> None:
-        """End the threads and close the shards. Nothing may be read after it."""
+        """End the threads and close the shards. The loader cannot be used afterwards."""
         for ahead in self._prefetchers:
             ahead.close(10)
         self.samples.close()

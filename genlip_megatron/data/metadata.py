@@ -1,7 +1,7 @@
-"""Metadata of encoded images, kept away from the codecs: none of it may cost a good picture, time or memory.
+"""Strip metadata from encoded images, so that broken or huge metadata costs no good picture, time or memory.
 
-Text, colour profiles, EXIF, thumbnails and the like are left out of the bytes that a codec sees, whole or broken,
-small or huge, and never unpacked. Only the orientation is read, from EXIF or else from XMP, as Pillow does.
+Text, colour profiles, EXIF, thumbnails and so on are removed from the bytes before a codec sees them, and are never
+unpacked. Only the orientation is read, from EXIF or else from XMP, as Pillow does.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 Bytes = bytes | memoryview
 Metadata = dict[str, bytes]  # "exif": a TIFF header and what follows; "xmp": a packet
 
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # but stuffed bytes, restarts and fill
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # all markers except stuffed bytes, restarts and fill
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
-# The decoder takes the colour space from this segment; versions and densities that it warns of make no difference.
+# The decoder takes the colour space from this segment. Its version and densities, which cause warnings, do not matter.
 _JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
 _JFIF_BYTES = 14
 _JPEG_EXIF, _JPEG_XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
@@ -26,16 +26,16 @@ _PNG_EXIF, _PNG_XMP = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"
 _WEBP_PIXELS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")  # codespell:ignore
 _WEBP_FLAGS = 0x2C  # of the profile, EXIF and XMP
 
-# More text than this is not unpacked in search of an orientation.
+# Text is unpacked only up to this size to find an orientation.
 _MAX_UNPACKED = 1 << 20
 _ORIENTATION_TAG, _INTEGERS = 0x0112, {3: "H", 4: "L"}
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 def without_metadata(content: Bytes) -> tuple[Bytes, int]:
-    """(the image without its metadata, its orientation from 1 to 8). What is no JPEG, PNG or WebP comes back as it is.
+    """(the image without metadata, its orientation from 1 to 8). Other formats than JPEG, PNG, WebP stay unchanged.
 
-    The pixels are the same; an orientation that cannot be read is 1, upright.
+    The pixels stay the same. An orientation that cannot be read counts as 1, upright.
     """
     found: Metadata = {}
     start = bytes(content[:12])
@@ -55,7 +55,7 @@ def _jpeg_parts(content: Bytes, found: Metadata) -> Iterator[Bytes]:
     yield content[:2]
     position, after_metadata = 2, False
     while (match := JPEG_MARKER.search(content, position)) is not None:
-        # Stray bytes behind metadata belong to it; those behind other segments are the codec's to judge.
+        # Stray bytes after metadata are dropped with it; after other segments the codec must judge them.
         begin = match.start() if after_metadata else position
         marker, first = content[match.end() - 1], match.end() + 2
         if marker in (START_OF_SCAN, END_OF_IMAGE):
@@ -82,7 +82,7 @@ def _png_parts(content: Bytes, found: Metadata) -> Iterator[Bytes]:
     while position + 8 <= len(content):
         length, body = int.from_bytes(content[position : position + 4], "big"), position + 8
         kind, end = bytes(content[position + 4 : body]), body + length + 4
-        # Those whose name begins with a capital letter make the picture; of the others only this one changes pixels.
+        # Chunks whose name begins with a capital letter are critical; of the others only tRNS changes pixels.
         if not kind[0] & 0x20 or kind == b"tRNS":
             yield content[position:end]
         elif end <= len(content) and zlib.crc32(content[position + 4 : end - 4]) == int.from_bytes(
@@ -90,7 +90,7 @@ def _png_parts(content: Bytes, found: Metadata) -> Iterator[Bytes]:
         ):
             _read_png_chunk(kind, content[body : end - 4], found)
         if kind == b"IEND":
-            # What is appended to a file stays.
+            # Data appended to the file stay.
             yield content[end:]
             return
         position = end
@@ -102,12 +102,12 @@ def _read_png_chunk(kind: bytes, body: Bytes, found: Metadata) -> None:
         found["exif"] = bytes(body)
     elif kind in (b"tEXt", b"zTXt") and "exif" not in found and body[: len(_PNG_EXIF)] == _PNG_EXIF:
         text = bytes(body[len(_PNG_EXIF) :]) if kind == b"tEXt" else _unpacked(body[len(_PNG_EXIF) + 1 :])
-        # A name, a length and the bytes in hexadecimal, each on lines of its own.
+        # A name, a length and the bytes in hexadecimal, each on separate lines.
         digits = b"".join(text.split(b"\n")[3:])
         found["exif"] = bytes.fromhex(digits.decode("latin-1")) if re.fullmatch(rb"[0-9a-fA-F\s]*", digits) else b""
     elif kind == b"iTXt" and "xmp" not in found and body[: len(_PNG_XMP)] == _PNG_XMP:
         rest = bytes(body[len(_PNG_XMP) :])
-        text = rest[2:].split(b"\0", 2)[-1]  # behind two flags, a language and a translation
+        text = rest[2:].split(b"\0", 2)[-1]  # after two flags, a language and a translation
         found["xmp"] = _unpacked(text) if rest[:1] == b"\1" else text
 
 
@@ -119,7 +119,7 @@ def _unpacked(packed: Bytes) -> bytes:
 
 
 def _webp_parts(content: Bytes, found: Metadata) -> Iterator[Bytes]:
-    """The chunks behind the file's header."""
+    """The chunks after the file's header."""
     end = min(8 + int.from_bytes(content[4:8], "little"), len(content))
     position = 12
     while position + 8 <= end:
@@ -146,7 +146,7 @@ def _orientation(found: Metadata) -> int:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation in a TIFF header's first directory; None where there is none."""
+    """The orientation in the first directory of a TIFF header, or None."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return None

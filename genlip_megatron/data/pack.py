@@ -1,6 +1,6 @@
-"""Packing: samples wait in a look-ahead buffer and fill packs, the oldest first, then those that fit best.
+"""Packing: samples wait in a look-ahead buffer; a pack takes the oldest first, then those that fit best.
 
-Plain lists and bisection: at a few hundred waiting samples a pack costs less so than by arrays.
+It uses plain lists and bisection: with a few hundred waiting samples they are faster than arrays.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable
 
-# Room for so many of the longest samples is filled by chosen ones instead of the oldest.
+# The last room of a pack, for up to this many of the longest samples, is filled with chosen samples, not the oldest.
 _CHOSEN_SAMPLES = 4
 _PAIR_CANDIDATES = 8
 _LENGTH_SHIFT = 40
 
 
 class Buffer:
-    """Samples that wait for a pack, by age and by length."""
+    """Samples waiting for a pack, by age and by length."""
 
     def __init__(self) -> None:
         self.ids: dict[int, int] = {}  # key -> sample, oldest first; a key is (length, number of arrival)
@@ -27,7 +27,7 @@ class Buffer:
         return len(self.keys)
 
     def add(self, ids: Iterable[int], lengths: Iterable[int]) -> None:
-        """Let samples wait, in order of arrival."""
+        """Add samples, in order of arrival."""
         for sample, length in zip(ids, lengths, strict=True):
             key = length << _LENGTH_SHIFT | self._arrivals
             self._arrivals += 1
@@ -41,7 +41,7 @@ class Buffer:
         return bisect.bisect_left(self.keys, next(iter(self.ids)))
 
     def longest_within(self, room: int) -> int:
-        """Position of the longest, and among those the youngest, sample of at most ``room`` tokens; -1: none."""
+        """Position of the longest sample of at most ``room`` tokens, the youngest of equals; -1: none."""
         return bisect.bisect_left(self.keys, (room + 1) << _LENGTH_SHIFT) - 1
 
     def length(self, position: int) -> int:
@@ -49,7 +49,7 @@ class Buffer:
         return self.keys[position] >> _LENGTH_SHIFT
 
     def take(self, position: int) -> tuple[int, int]:
-        """(sample, its length), no longer waiting."""
+        """Remove a sample; returns (sample, its length)."""
         key = self.keys.pop(position)
         length = key >> _LENGTH_SHIFT
         self.tokens -= length
@@ -57,10 +57,10 @@ class Buffer:
 
 
 def fill_pack(buffer: Buffer, seq_length: int) -> list[int]:
-    """Samples of the next pack of ``seq_length`` tokens, taken from the buffer; empty when none waits.
+    """Take the samples of the next pack of ``seq_length`` tokens from the buffer; empty if none waits.
 
-    The oldest samples go in first, so that none waits for ever and packs keep the stream's mix. What room they
-    leave is shared out evenly over the samples it will hold, and its end filled by the two that leave least.
+    The oldest samples go first, so that none waits forever and packs keep the stream's mix. The remaining room
+    is divided evenly among the samples that it will hold, and its end filled with the pair that leaves least.
 
         >>> buffer = Buffer()
         >>> buffer.add([7, 8, 9], [5, 9, 3])
@@ -96,9 +96,9 @@ def fill_pack(buffer: Buffer, seq_length: int) -> list[int]:
 
 
 def _best_of_pair(buffer: Buffer, room: int, fitting: int) -> int:
-    """Position of the sample that, with the best partner, leaves least of ``room``; at most ``fitting``.
+    """Position (at most ``fitting``) of the sample that leaves least of ``room`` together with its best partner.
 
-    The longest that fits alone, or one of those nearest to half the room.
+    Candidates are the longest sample that fits and those nearest to half the room.
     """
     best, left = fitting, room - buffer.length(fitting)
     middle = buffer.longest_within(room // 2)

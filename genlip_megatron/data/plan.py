@@ -1,17 +1,16 @@
-"""Plan: index + seed + cursor -> which samples form which pack of which step. Pure: it reads nothing but lengths.
+"""Plan: index + seed + cursor -> the samples of each pack of each step. It reads only lengths.
 
-The stream is split into a fixed number of **lanes**, independent of how many ranks run; lane i's packs are the same on
-any number of ranks. For each **source** the data set's chunks (neighbouring samples) are permuted anew in each epoch;
-the chunks of all epochs, one after another, are dealt to the lanes in turn. A lane walks its chunks in windows, whose
-samples it shuffles, draws from its sources by their weights, and fills packs from a look-ahead buffer: the oldest
-samples first, then those that fit best.
+The stream is split into a fixed number of **lanes**; lane i's packs are the same on any number of ranks. Each
+**source** is cut into chunks of consecutive samples, permuted in every epoch; the chunks of all epochs, one epoch after
+another, are dealt to the lanes in turn. A lane walks through its chunks in windows, shuffles the samples of a window,
+draws from its sources by their weights, and fills packs from a look-ahead buffer: the oldest samples first, then those
+that fit best.
 
-Lanes cross epoch ends on their own, and with fewer chunks than lanes an epoch passes some lanes by; over an epoch of
-all lanes every sample of a source appears exactly once, whatever the sizes. When a run goes on with another number of
-lanes, the new lanes first drain what the old ones left of every epoch that had begun, then start the next: still
-exactly once.
+Each lane crosses epoch ends at its own time, and an epoch with fewer chunks than lanes skips some lanes. Still, over an
+epoch of all lanes every sample of a source appears exactly once. If a run resumes with another number of lanes, the new
+lanes first use up what the old ones left of every epoch that had begun, then start the next: again exactly once.
 
-Cost: one window of ids and one buffer a lane, and one permutation of the chunks; nothing grows with the samples.
+Cost: per lane one window of ids and one buffer, and one permutation of the chunks; nothing grows with the samples.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ import numpy as np
 
 from genlip_megatron.data.pack import Buffer, fill_pack
 
-# A lane sees at least this many chunks of a source an epoch, or its neighbours in a pack would stay the same.
+# Chunks shrink until a lane gets at least this many of a source per epoch; else packs would repeat the same neighbours.
 _MIN_CHUNKS_PER_LANE = 4
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples that are drawn together.
+    """Samples with one weight.
 
     Attributes:
-        size: number of samples; their ids are local, 0 .. size - 1.
-        lengths: int64 [N] tokens of the samples with the given int64 [N] local ids.
+        size: number of samples; their local ids are 0 .. size - 1.
+        lengths: function from int64 [N] local ids to int64 [N] tokens.
         name: for messages.
     """
 
@@ -45,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Phase:
-    """From pack ``start`` of a lane (its step) on, sources are drawn in proportion to ``weights``."""
+    """From pack ``start`` of a lane (= step) on, sources are drawn in proportion to ``weights``."""
 
     start: int
     weights: tuple[float, ...]
@@ -54,7 +53,7 @@ class Phase:
 def permutation(size: int, *key: int) -> np.ndarray:
     """uint32 [size], a permutation of 0 .. size - 1 keyed by up to five numbers, the same on every machine.
 
-    Sorted draws of Philox, whose raw stream numpy keeps for ever; ``Generator.permutation`` carries no such promise.
+    It sorts draws of Philox: numpy guarantees its raw stream for all versions, but not ``Generator.permutation``.
 
     >>> permutation(5, 1, 2).tolist(), permutation(5, 1, 3).tolist()
     ([4, 2, 0, 1, 3], [3, 2, 4, 1, 0])
@@ -66,7 +65,7 @@ def permutation(size: int, *key: int) -> np.ndarray:
 
 @dataclass
 class _Walk:
-    """A place in one lane's share of one source, out of ``lanes``; ends after ``last_epoch``, if there is one."""
+    """A position in one lane's part of one source, dealt to ``lanes`` lanes; it ends after ``last_epoch``, if set."""
 
     lanes: int
     lane: int
@@ -81,11 +80,11 @@ class _Walk:
 
 @dataclass
 class _Stream:
-    """What a lane draws from one source: walks left by an earlier number of lanes, then its own."""
+    """What a lane draws from one source: first walks left by another number of lanes, then its own."""
 
     walks: list[_Walk]
     drawn: int = 0  # since the phase began
-    ids: np.ndarray | None = None  # of the walk's window, derived
+    ids: np.ndarray | None = None  # of the walk's window; computed, not part of the cursor
     lengths: np.ndarray | None = None
 
 
@@ -101,15 +100,15 @@ class Plan:
     """Packs of sample ids, lane by lane. A sample's id is its source's offset plus its local id.
 
     Args:
-        sources: what to draw from; ids run through them in order.
+        sources: sources to draw from.
         seq_length: tokens of a pack; no sample may be longer.
         lanes: packs of one step; lane i is row i of every step.
-        seed: of every permutation.
-        phases: weights of the sources from given steps on, the first from 0; None draws each source once an epoch.
+        seed: seed of all permutations.
+        phases: weights of the sources by first step, starting with step 0; None: in proportion to their sizes.
         chunk_size, shuffle_window, pack_buffer: see ``DataConfig``.
-        fingerprint: of the data; a cursor of other data is refused.
-        shuffle: False keeps the samples in order, and deals single ones (validation).
-        epochs: after so many epochs of every source a lane gives empty packs; None goes on for ever.
+        fingerprint: fingerprint of the data; a cursor of other data is refused.
+        shuffle: False keeps the samples in order and deals them one by one (validation).
+        epochs: number of epochs after which a lane gives empty packs; None: endless.
     """
 
     def __init__(
@@ -128,7 +127,8 @@ class Plan:
     ) -> None:
         for source in sources:
             if source.size == 0:
-                raise ValueError(f"{source.name or 'the data set'} has no good sample; see tools/prepare_data.py")
+                name = source.name or "the data set"
+                raise ValueError(f"{name} has no good sample. tools/prepare_data.py lists the reasons.")
         self.sources = list(sources)
         self.offsets = np.cumsum([0, *(source.size for source in sources)]).tolist()
         self.phases = list(phases or [Phase(0, tuple(float(source.size) for source in sources))])
@@ -138,16 +138,16 @@ class Plan:
         self._lanes: dict[int, _Lane] = {}
         self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
 
-    # The deal: which samples of a source are a lane's, in which order.
+    # Dealing: which samples of a source a lane gets, and in which order.
 
     def chunk(self, source: int, lanes: int) -> int:
-        """Neighbouring samples of a source that are dealt together to one of ``lanes``."""
+        """Number of consecutive samples of a source that are dealt together to one of ``lanes``."""
         if not self.shuffle:
             return 1
         return max(1, min(self.chunk_size, self.sources[source].size // (_MIN_CHUNKS_PER_LANE * lanes)))
 
     def _permuted(self, source: int, epoch: int, chunks: int) -> np.ndarray:
-        """The order of a source's chunks in an epoch; the last few are kept, since lanes cross epoch ends apart."""
+        """Order of a source's chunks in an epoch. A few are cached, since lanes cross epoch ends at different times."""
         key = (source, epoch, chunks)
         if key not in self._permutations:
             while len(self._permutations) >= 2 * len(self.sources) + 2:
@@ -156,10 +156,10 @@ class Plan:
         return self._permutations[key]
 
     def _window(self, source: int, walk: _Walk) -> np.ndarray | None:
-        """Local ids of the walk's window in the order in which they are drawn; None past the epoch's end."""
+        """Local ids of the walk's window in drawing order; None after the end of the epoch."""
         size, chunk = self.sources[source].size, self.chunk(source, walk.lanes)
         chunks = -(-size // chunk)
-        # Dealing goes on where the epoch before stopped, so that a remainder does not always meet the same lanes.
+        # Dealing continues where the previous epoch stopped, so the remainder does not always go to the same lanes.
         first = (walk.lane - walk.epoch * chunks) % walk.lanes
         per_window = max(1, self.shuffle_window // chunk)
         start = first + walk.window * per_window * walk.lanes
@@ -171,12 +171,12 @@ class Plan:
         ids = (mine[:, None] * chunk + np.arange(chunk)).ravel()
         ids = ids[ids < size]
         if self.shuffle:
-            # The number of lanes is no part of the key: chunk order already depends on it.
+            # The key omits the number of lanes, because the chunk order already depends on it.
             ids = ids[permutation(len(ids), self.seed, source, 1, walk.epoch, walk.lane << 32 | walk.window)]
         return ids
 
     def _take(self, number: int, stream: _Stream, count: int) -> tuple[list[int], list[int]]:
-        """(ids, lengths) of up to ``count`` samples that a stream gives next; fewer only at the end of all epochs."""
+        """(ids, lengths) of a stream's next ``count`` samples; fewer only at the end of the last epoch."""
         ids: list[int] = []
         lengths: list[int] = []
         while len(ids) < count and stream.walks:
@@ -222,7 +222,7 @@ class Plan:
             for stream in state.streams:
                 stream.drawn = 0
         if len(state.buffer) > self.pack_buffer - self.pack_buffer // 8:
-            return  # a few large draws cost less than many small ones
+            return  # few large draws are cheaper than many small ones
         while (missing := self.pack_buffer - len(state.buffer)) > 0:
             weights = self.phases[state.phase].weights
             open_ = [i for i, stream in enumerate(state.streams) if stream.walks and weights[i] > 0]
@@ -236,12 +236,12 @@ class Plan:
             for i in open_:
                 ids, lengths = self._take(i, state.streams[i], order.count(i))
                 drawn[i] = iter(zip(ids, lengths, strict=True))
-            # A source that ends here leaves its places out; what is missing is drawn from the others.
+            # A source that ends here skips its turns; the next round draws from the others.
             mixed = [pair for i in order if (pair := next(drawn[i], None)) is not None]
             state.buffer.add([pair[0] for pair in mixed], [pair[1] for pair in mixed])
 
     def _due(self, lane: int, state: _Lane, sources: list[int], count: int) -> list[int]:
-        """The next ``count`` sources to draw from: each comes when its share is due, at even distances."""
+        """The next ``count`` sources to draw from, each at even distances given by its weight."""
         weights = self.phases[state.phase].weights
         due = []
         for i in sources:
@@ -250,7 +250,7 @@ class Plan:
         return owners[np.argsort(np.concatenate(due), kind="stable")[:count]].tolist()
 
     def _start(self, source: int, lane: int) -> float:
-        """Where in a source's interval a lane begins, in [0, 1): else a rare source would come to all lanes at once."""
+        """Phase in [0, 1) of a lane in a source's interval; without it all lanes would draw a rare source at once."""
         philox = np.random.Philox(
             key=np.array([self.seed, source], np.uint64), counter=np.array([0, 2, lane, 0], np.uint64)
         )
@@ -259,7 +259,7 @@ class Plan:
     # Packing.
 
     def next_pack(self, lane: int) -> list[int]:
-        """Sample ids of the lane's next pack; empty once a finite plan has ended."""
+        """Sample ids of the lane's next pack; empty after the end of a finite plan."""
         self._refill(lane)
         state = self._lane(lane)
         state.packs += 1
@@ -268,7 +268,7 @@ class Plan:
     # The cursor.
 
     def state_dict(self, lanes: Iterable[int]) -> dict[str, Any]:
-        """The cursor of the given lanes: a few numbers each, and the ids that wait in its buffer."""
+        """The cursor of the given lanes: per lane a few numbers and the ids in its buffer."""
         states: dict[int, dict[str, Any]] = {}
         for i in lanes:
             lane = self._lane(i)
@@ -283,7 +283,7 @@ class Plan:
         return {**self._identity(), "phases": phases, "count": self.lanes, "lanes": states}
 
     def _identity(self) -> dict[str, Any]:
-        """What a cursor's numbers mean something for."""
+        """The settings for which a cursor is valid."""
         return {
             "fingerprint": self.fingerprint,
             "seed": self.seed,
@@ -295,7 +295,7 @@ class Plan:
         }
 
     def differences(self, state: dict[str, Any]) -> list[str]:
-        """What makes a cursor mean something else here, a line for each name."""
+        """The settings that differ between a cursor and this plan, one line each."""
         return [
             f"data {name}: {state.get(name)!r} in the checkpoint, {mine!r} here"
             for name, mine in self._identity().items()
@@ -303,19 +303,19 @@ class Plan:
         ]
 
     def load_state_dict(self, state: dict[str, Any], change_lanes: bool = False) -> None:
-        """Continue from a cursor; it may hold more lanes than this rank works.
+        """Continue from a cursor, which may hold more lanes than this rank works.
 
         Args:
-            state: from ``state_dict``; of all lanes when their number changes.
-            change_lanes: accept another number of lanes, which then drain what the old ones left.
+            state: from ``state_dict``; with all lanes if their number changes.
+            change_lanes: accept another number of lanes; the new lanes use up what the old ones left.
 
         Raises:
-            ValueError: the cursor belongs to another data set, seed, deal or number of lanes.
+            ValueError: the cursor belongs to another data set, seed, setting or number of lanes.
         """
         if differing := self.differences(state):
             raise ValueError(
-                f"the checkpoint's data cursor is of other data or another order: {'; '.join(differing)}; restore it, "
-                "begin with the data anew (--change-data), or start anew with --finetune"
+                f"the checkpoint's data cursor is of other data or another order: {'; '.join(differing)}. Restore it, "
+                "start the data from the beginning (--change-data), or start a new run with --finetune."
             )
         old = {int(lane): cursor for lane, cursor in state["lanes"].items()}
         taken = max(cursor["packs"] for cursor in old.values())
@@ -324,7 +324,7 @@ class Plan:
         if taken and theirs != ours:
             raise ValueError(
                 f"the weights of the {taken} steps already taken were {theirs}, here {ours} (data.train_weights or "
-                "data.train_epochs): keep them, and let others begin at a later step, as in 7:3,5:5@20000"
+                "data.train_epochs). Keep them, and change weights from a later step on, as in 7:3,5:5@20000."
             )
         if state["count"] == self.lanes:
             self._lanes = {i: self._restored(cursor) for i, cursor in old.items()}
@@ -333,8 +333,8 @@ class Plan:
         else:
             raise ValueError(
                 f"the checkpoint's data cursor has {state['count']} lanes, this run {self.lanes} "
-                "(train.global_batch_size): use the same, or give --change-lanes to deal the rest of the epoch to the "
-                "new lanes, or start anew with --finetune"
+                "(train.global_batch_size). Use the same, or --change-lanes to deal the rest of the epoch to the new "
+                "lanes, or start a new run with --finetune."
             )
 
     def _restored(self, cursor: dict[str, Any]) -> _Lane:
@@ -346,7 +346,7 @@ class Plan:
         return lane
 
     def _wait(self, lane: _Lane, ids: list[int]) -> None:
-        """Put samples at the end of a lane's buffer."""
+        """Append samples to a lane's buffer."""
         if not ids:
             return
         samples = np.array(ids)
@@ -358,7 +358,7 @@ class Plan:
         lane.buffer.add(ids, lengths.tolist())
 
     def _drained(self, old: dict[int, dict[str, Any]], count: int) -> dict[int, _Lane]:
-        """New lanes that share out what ``count`` old ones left of every epoch begun, then start the next."""
+        """New lanes that use up what ``count`` old ones left of every epoch that had begun, then start the next."""
         if missing := set(range(count)) - old.keys():
             raise ValueError(f"the cursor lacks lanes {sorted(missing)}: the number of lanes cannot be changed with it")
         packs, phase = max(cursor["packs"] for cursor in old.values()), max(cursor["phase"] for cursor in old.values())

@@ -11,7 +11,7 @@ from concurrent.futures import as_completed
 from tqdm import tqdm
 
 from genlip_megatron.command import WorkerPool
-from genlip_megatron.data.index import UnreadableShard, refresh_index
+from genlip_megatron.data.scan import UnreadableShard, refresh_index
 from genlip_megatron.data.text import load_tokenizer
 
 # Loaded once per process: loading a large vocabulary takes longer than indexing a small shard.

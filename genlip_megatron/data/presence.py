@@ -1,7 +1,7 @@
-"""Shards and indexes looked for before a run starts: a stat each on local disks, a listing for each folder of a store.
+"""Check before a run that all shards and indexes exist: one stat per local file, one listing per remote folder.
 
-What a manifest lists may be gone, cut short or replaced since; in training that would cost every sample of a shard. A
-copy of another time is the same shard as long as its size is: each sample's checksum is compared when it is read.
+A shard of a manifest may have been deleted, truncated or replaced since; in training that would cost all its samples.
+Only sizes are compared, so a copy with another time stamp passes: each sample's checksum is compared when it is read.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import socket
 from collections.abc import Iterator, Sequence
 
 from genlip_megatron.data import storage
-from genlip_megatron.data.dataset import Shard
 from genlip_megatron.data.index import index_path
+from genlip_megatron.data.manifest import Shard
 
 _NAMED = 5
-# Names that a store's listing lacks are asked for one by one before they count as missing: it may be incomplete.
+# A listing may be incomplete, so this many missing names are asked for one by one before any counts as missing.
 _ASKED = 16
 
 
 def absent(shards: Sequence[Shard], setting: str, remote: bool) -> str:
-    """A line on the shards that are missing, have no index or are of another size than when indexed; "" without any.
+    """One line about shards that are missing, have no index or changed size since indexing; "" if there are none.
 
     Args:
-        setting: its name in messages.
-        remote: look at those in stores too. A store that cannot list its folders is passed over.
+        setting: name of the setting, for the message.
+        remote: check remote shards too. A store that cannot list its folders is skipped.
     """
     local = [shard for shard in shards if not storage.is_remote(shard.path)]
     faults = list(_local_faults(local))
@@ -34,7 +34,7 @@ def absent(shards: Sequence[Shard], setting: str, remote: bool) -> str:
     more = f"; and {len(faults) - _NAMED:,} more" if len(faults) > _NAMED else ""
     return (
         f"{setting}: {len(faults):,} of {len(shards):,} shards cannot be used (seen from {socket.gethostname()}): "
-        f"{'; '.join(faults[:_NAMED])}{more}. Bring them back, or index the shards that are to be used: python "
+        f"{'; '.join(faults[:_NAMED])}{more}. Restore them, or index the shards to use: python "
         "tools/prepare_data.py SHARDS --tokenizer TOKENIZER"
     )
 
@@ -68,7 +68,7 @@ def _remote_faults(shards: Sequence[Shard]) -> Iterator[str]:
 
 
 def _is_there(path: str) -> bool:
-    """Whether a file of a store exists, or cannot be asked for."""
+    """Whether a remote file exists; True also if the store does not answer."""
     try:
         return storage.exists(path)
     except (OSError, ValueError):

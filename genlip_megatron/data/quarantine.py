@@ -9,7 +9,7 @@ from pathlib import Path
 
 # The first 20 bad samples are logged one by one, then every 20th; the file has them all.
 _LOGGED = 20
-# The share of bad samples is that of this many samples at least, and of about this many of the last ones at most.
+# The fraction of bad samples is taken over at least _FEWEST samples, and over about the last _WINDOW at most.
 _FEWEST, _WINDOW = 1000, 200_000
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Quarantine:
 
     Args:
         path: JSON Lines file to append to, one line a sample; empty for none. Ranks share it: a line is one write.
-        max_consecutive: stop after so many bad samples without a good one between; 0: never.
+        max_consecutive: stop after this many bad samples in a row; 0: never.
     """
 
     def __init__(self, path: str = "", max_consecutive: int = 0) -> None:
@@ -79,15 +79,15 @@ class Quarantine:
 
 
 class BadShare:
-    """Stops a run when more than a share of its samples were bad, on all data-parallel ranks together.
+    """Stops a run if the fraction of bad samples is too large, on all data-parallel ranks together.
 
-    The share is of the samples since the process started, at least 1,000: with the default of 0.01 the eleventh bad
-    sample among the first 1,000 stops the run, which small runs take without one lost image stopping them. Of a long
-    run it is that of the last 100,000 to 200,000 samples, so a fault shows whenever it begins. A run that is started
-    again counts from its start, so one whose storage was mended goes on.
+    The fraction counts the samples since the process started, but at least 1,000: with the default of 0.01 the eleventh
+    bad sample among the first 1,000 stops the run, and a single one does not stop a small run. In a long run it counts
+    the last 100,000 to 200,000 samples, so it shows a fault that begins late. A restarted run counts from its start, so
+    it continues after the storage was repaired.
 
     Args:
-        most: the share, from 0 (stop at the first bad sample) to 1 (never stop).
+        most: largest fraction, from 0 (stop at the first bad sample) to 1 (never stop).
     """
 
     def __init__(self, most: float) -> None:

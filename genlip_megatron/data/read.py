@@ -1,10 +1,10 @@
-"""Sample bytes from shards: positioned reads from local disks, range requests through a local cache from elsewhere.
+"""Read sample bytes from shards: positioned reads on local disks, range requests with a local cache on remote stores.
 
-Local shards are not memory-mapped on purpose: where a mapped file shrinks or its disk fails, touching a page kills the
-process, while a read fails for one sample. The copy costs some microseconds beside a millisecond of decoding.
+Local shards are deliberately not memory-mapped: if a mapped file shrinks or its disk fails, touching a page kills the
+process, while a failed read costs one sample. The extra copy takes microseconds; decoding takes a millisecond.
 
-Remote shards are fetched in blocks of neighbouring bytes, many at a time, because lanes read neighbouring samples;
-a block is fetched once and then served from disk, also to other processes and to the next epoch.
+Remote shards are fetched in blocks, many at a time, because lanes read neighbouring samples. A block is fetched once
+and then served from the local disk, also to other processes and in later epochs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from genlip_megatron.data import storage
 
 _OPEN_FILES = 256
 _REQUESTS_AT_ONCE = 16
-# In the folder of the cache, a block or what a killed process left of one. Other files there are not ours.
+# A cached block, or what a killed process left of one. Other files in the cache folder are not ours.
 _BLOCK = re.compile(r"[0-9a-f]{2}/(?:[0-9a-f]{38}\.block|\.[0-9a-f]{38}\.block\.[0-9a-f]{32}\.partial)")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of bytes of a shard."""
+    """A byte range of a shard."""
 
     shard: str
     offset: int
@@ -41,9 +41,9 @@ class Piece:
 
 
 class BlockCache:
-    """Blocks of remote files on a local disk, the least recently used dropped beyond a size. Processes may share it.
+    """Blocks of remote files on a local disk, with a size limit (LRU). Processes may share it.
 
-    A block is a file of its own, renamed into place; nothing is ever half there.
+    Each block is one file, written atomically.
     """
 
     def __init__(self, folder: str, max_bytes: int) -> None:
@@ -54,12 +54,12 @@ class BlockCache:
         self._shrink()
 
     def path(self, name: str) -> Path:
-        """Where a block stands."""
+        """File of a block."""
         digest = hashlib.sha256(name.encode()).hexdigest()
         return self._folder / digest[:2] / f"{digest[2:40]}.block"
 
     def read(self, name: str, start: int, end: int) -> bytes | None:
-        """Bytes ``start`` to ``end`` of a block, or None when it is not here."""
+        """Bytes ``start`` to ``end`` of a block, or None if it is not cached."""
         path = self.path(name)
         try:
             with open(path, "rb") as file:
@@ -71,7 +71,7 @@ class BlockCache:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Keep a block. A full disk costs the cache its use, not the run its life."""
+        """Keep a block. On a full disk the block is not kept, and the run continues."""
         path = self.path(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,11 +85,11 @@ class BlockCache:
                 self._shrink()
 
     def drop(self, name: str) -> None:
-        """Forget a block."""
+        """Remove a block."""
         self.path(name).unlink(missing_ok=True)
 
     def _shrink(self) -> None:
-        """Drop the blocks that have not been used for longest, down to nine tenths of the limit."""
+        """Remove the least recently used blocks, down to 90 % of the limit."""
         found = []
         for path in self._folder.glob("*/*"):
             if not _BLOCK.fullmatch(path.relative_to(self._folder).as_posix()) or path.is_symlink():
@@ -110,14 +110,14 @@ class BlockCache:
 
 
 class ShardReader:
-    """Reads pieces of shards, local or remote; safe to use from several threads.
+    """Reads pieces of local or remote shards. Thread-safe.
 
     Args:
-        cache_dir, cache_bytes: where, and up to which size, blocks of remote shards are kept.
-        retries, timeout: of one request to a remote store; seconds.
-        block_bytes: what one request fetches.
+        cache_dir, cache_bytes: folder and size limit of the cache for remote shards.
+        retries, timeout: per request to a remote store; the timeout in seconds.
+        block_bytes: size of a request.
 
-    ``bytes_read`` counts what was asked for, ``bytes_fetched`` what came from remote stores.
+    ``bytes_read`` counts the bytes returned, ``bytes_fetched`` those from remote stores.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class ShardReader:
         self.bytes_fetched = 0
 
     def read(self, pieces: Sequence[Piece]) -> list[memoryview | OSError]:
-        """The bytes of every piece, or why they cannot be had. Remote pieces are fetched at the same time."""
+        """The bytes of every piece, or the error. Remote pieces are fetched concurrently."""
         self._start([piece for piece in pieces if storage.is_remote(piece.shard)])
         results: list[memoryview | OSError] = []
         for piece in pieces:
@@ -154,7 +154,7 @@ class ShardReader:
         return results
 
     def drop(self, piece: Piece) -> bool:
-        """Drop what is cached of a piece, so that it is fetched anew; False where nothing is ever cached."""
+        """Remove a piece from the cache, so that it is fetched again; False if it is local, which is never cached."""
         if self._cache is None or not storage.is_remote(piece.shard):
             return False
         for block in self._blocks(piece):
@@ -165,7 +165,7 @@ class ShardReader:
         with self._lock:
             if piece.shard not in self._files:
                 while len(self._files) >= _OPEN_FILES:
-                    self._files.popitem(last=False)  # closed with its last reader
+                    self._files.popitem(last=False)  # closes once no thread reads it
                 self._files[piece.shard] = open(piece.shard, "rb")  # noqa: SIM115 - kept open
             self._files.move_to_end(piece.shard)
             file = self._files[piece.shard]
@@ -181,14 +181,14 @@ class ShardReader:
         return range(first, last + 1)
 
     def _name(self, shard: str, block: int) -> str:
-        """A block's name in the cache; another version of the shard has other names."""
+        """A block's name in the cache; it changes with the version of the shard."""
         if shard not in self._states:
             self._states[shard] = storage.state(shard)
         size, stamp = self._states[shard]
         return f"{shard} {size} {stamp} {self._block_bytes} {block}"
 
     def _start(self, pieces: Sequence[Piece]) -> None:
-        """Begin to fetch the pieces' blocks that are neither cached nor under way."""
+        """Start fetching the blocks that are neither cached nor being fetched."""
         if not pieces:
             return
         if self._pool is None:
@@ -205,7 +205,7 @@ class ShardReader:
                         self._under_way[name] = self._pool.submit(self._fetch, piece.shard, block, name)
 
     def _ask_state(self, shard: str) -> None:
-        with contextlib.suppress(Exception):  # the read itself will tell
+        with contextlib.suppress(Exception):  # the read will raise it
             self._states[shard] = storage.state(shard)
 
     def _fetch(self, shard: str, block: int, name: str) -> bytes:
@@ -236,7 +236,7 @@ class ShardReader:
             with self._lock:
                 future = self._under_way.get(name)
             part = future.result()[first:last] if future else self._cache.read(name, first, last)
-            if part is None or len(part) != last - first:  # a block cut short by a crash counts as none
+            if part is None or len(part) != last - first:  # missing, or truncated by a crash
                 part = self._fetch(piece.shard, block, name)[first:last]
             content += part
         if len(content) != piece.size:

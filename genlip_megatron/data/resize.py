@@ -1,4 +1,4 @@
-"""Resolution rules of native-aspect images, as pure functions."""
+"""Resolution rules for images of native aspect ratio, as pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_ASPECT_RATIO = 200
 
 
 def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int = 262144) -> tuple[int, int]:
-    """(height, width) in pixels, multiples of 16, that keep the aspect ratio and stay within the two areas.
+    """(height, width) in pixels, multiples of 16, that keep the aspect ratio and the area within the two limits.
 
         >>> native_size(1080, 1920), native_size(600, 800)
         ((384, 672), (432, 576))
@@ -35,10 +35,10 @@ def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int
 
 
 def most_patches(min_pixels: int, max_pixels: int) -> int:
-    """More patches than this ``native_size`` gives to no image.
+    """An upper bound on the patches that ``native_size`` gives to any image.
 
-    A thin image may exceed ``max_pixels``, since no side goes below a patch, and rounding up may exceed ``min_pixels``;
-    both most at the largest aspect ratio.
+    A thin image may exceed ``max_pixels``, because no side is smaller than a patch, and rounding up may exceed
+    ``min_pixels``. Both excesses are largest at the largest aspect ratio.
 
         >>> most_patches(4096, 262144), most_patches(4096, 16384)
         (1024, 113)
@@ -52,7 +52,7 @@ def most_patches(min_pixels: int, max_pixels: int) -> int:
 def native_sizes(
     heights: np.ndarray, widths: np.ndarray, min_pixels: int = 4096, max_pixels: int = 262144
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``native_size`` of many images at once: int64 [N] heights and widths, from integer [N] heights and widths.
+    """Vectorised ``native_size``: int64 [N] heights and widths from integer [N] heights and widths.
 
     >>> native_sizes(np.array([1080, 600]), np.array([1920, 800]))
     (array([384, 432]), array([672, 576]))
@@ -61,7 +61,7 @@ def native_sizes(
     area = sides[0] * sides[1]
     whole = np.maximum(1.0, np.rint(sides / PATCH_SIZE)) * PATCH_SIZE
     pixels = whole[0] * whole[1]
-    # The same operations in the same order as above, so that no rounding can differ.
+    # The same operations in the same order as above, so that rounding cannot differ.
     smaller = np.maximum(PATCH_SIZE, np.floor(sides / np.sqrt(area / max_pixels) / PATCH_SIZE) * PATCH_SIZE)
     larger = np.ceil(sides * np.sqrt(min_pixels / area) / PATCH_SIZE) * PATCH_SIZE
     chosen = np.where(pixels > max_pixels, smaller, np.where(pixels < min_pixels, larger, whole))

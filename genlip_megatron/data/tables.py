@@ -1,19 +1,19 @@
-"""Tables of images and captions, read row by row in bounded memory: .csv, .tsv, .jsonl, .json, .parquet, .arrow.
+"""Read tables of images and captions row by row in bounded memory: .csv, .tsv, .jsonl, .json, .parquet, .arrow.
 
-Every row comes out: its cells, or what is wrong with it. A bad row costs no other one. What ends the table early (a
-truncated file, a .json that is not a list) is a ValueError.
+Every row yields its cells or an error; a bad row costs no other row. An error that ends the table early (a truncated
+file, a .json that is not a list) is a ValueError.
 
-.csv has quotes as in RFC 4180, so a field may span lines. A misplaced quote would swallow the rows after it. Such a
-record is refused together with its first line only, and reading goes on at its second line. It is refused when
+.csv has quotes as in RFC 4180, so a field may span lines, and a misplaced quote would swallow the rows after it. Such a
+record is refused with its first line only, and reading continues at its second line. A record is refused if
 
-* a closing quote is not followed by a separator or the line's end, or none comes within MAX_FIELD_LINES and
-  MAX_CAPTION_BYTES;
-* its image path has more than one line, or another line than that with its image path looks like a row: enough fields,
-  and an image path in the place of the image column.
+* a closing quote is not followed by a separator or the end of the line, or no closing quote comes within
+  MAX_FIELD_LINES and MAX_CAPTION_BYTES;
+* its image path spans several lines, or a line other than the one with its image path looks like a row: it has enough
+  fields, and an image path in the image column.
 
-.tsv has no quotes: a line is a row, and ``"`` is a letter. A line that was quoted all the same is refused.
+.tsv has no quotes: every line is a row, and ``"`` is an ordinary character. A quoted line is refused.
 
-Python's csv module reads .csv because pyarrow and pandas give up the whole file at an unclosed quote.
+Python's csv module reads .csv, because pyarrow and pandas give up the whole file at an unclosed quote.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
-from genlip_megatron.data.index import MAX_CAPTION_BYTES
+from genlip_megatron.data.scan import MAX_CAPTION_BYTES
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", ".feather")
 MAX_LINE_BYTES = 64 << 20  # also of a record in .json
-# A record of .csv goes on no further than this many lines, and MAX_CAPTION_BYTES: each is read again if it is refused.
+# A .csv record ends after this many lines or MAX_CAPTION_BYTES, because the lines of a refused record are read again.
 MAX_FIELD_LINES = 1000
-# JSON has no header: columns are looked for in its first rows.
+# JSON has no header: its columns are those of its first rows.
 HEADER_ROWS = 10_000
-# Rows with images in them are large: few are held at once.
+# Small, because rows may contain images.
 BATCH_ROWS = 64
 CHUNK = 1 << 16
 _TOO_LONG = f"its line is above {MAX_LINE_BYTES} bytes"
@@ -52,21 +52,21 @@ Cells = dict[str, Any]
 
 class _Line(NamedTuple):
     number: int
-    text: str | None  # with its end; None where it is above MAX_LINE_BYTES
+    text: str | None  # with its line end; None if longer than MAX_LINE_BYTES
 
 
 def table_suffix(path: str) -> str:
-    """The one of TABLE_SUFFIXES that a path ends in, before .gz for a text table; "" if none."""
+    """The suffix of a path (for text tables without .gz) if it is in TABLE_SUFFIXES, else ""."""
     stem, suffix = os.path.splitext(path.lower())
     suffix, allowed = (os.path.splitext(stem)[1], TEXT_SUFFIXES) if suffix == ".gz" else (suffix, TABLE_SUFFIXES)
     return suffix if suffix in allowed else ""
 
 
 def column_names(path: str) -> list[str]:
-    """A table's columns in order; of JSON those of its first HEADER_ROWS rows.
+    """A table's columns in order; for JSON those of its first HEADER_ROWS rows.
 
     Raises:
-        ValueError: the table cannot be read, or has no row that can.
+        ValueError: the table, or all of its rows, cannot be read.
     """
     suffix = table_suffix(path)
     with _naming(path, [0]):
@@ -86,20 +86,20 @@ def column_names(path: str) -> list[str]:
             else:
                 names.update(dict.fromkeys(cells))
         if problem and not names:
-            raise ValueError(f"no row of the first {HEADER_ROWS} can be read; of the first one, {problem}")
+            raise ValueError(f"none of the first {HEADER_ROWS} rows can be read; the first one: {problem}")
         return list(names)
 
 
 def table_rows(path: str, image_column: str, columns: Sequence[str]) -> Iterator[tuple[Where, Cells | str]]:
-    """(where it is, its cells or what is wrong with it) of every row, in order.
+    """(its place, its cells or the error) of every row, in order.
 
     Args:
-        path: its suffix is one of TABLE_SUFFIXES, or of TEXT_SUFFIXES and .gz.
-        image_column: where image paths stand.
-        columns: what is needed of .parquet and .arrow; the others give all.
+        path: ends in one of TABLE_SUFFIXES, or in one of TEXT_SUFFIXES and .gz.
+        image_column: column of the image paths.
+        columns: columns to read from .parquet and .arrow; other formats give all.
 
     Raises:
-        ValueError: the file cannot be read on; says after which row.
+        ValueError: the file cannot be read any further; names the last good row.
     """
     suffix, done = table_suffix(path), [0]
     rows: Iterator[tuple[int, Cells | str]]
@@ -117,7 +117,7 @@ def table_rows(path: str, image_column: str, columns: Sequence[str]) -> Iterator
 
 @contextlib.contextmanager
 def _naming(path: str, done: list[int]) -> Iterator[None]:
-    """Make any error one line about SOURCE: decompressors and pyarrow have errors of many kinds."""
+    """Turn any error into one line about SOURCE: decompressors and pyarrow raise many classes."""
     try:
         yield
     except Exception as error:
@@ -138,7 +138,7 @@ def _open(path: str) -> Iterator[BinaryIO]:
 
 
 def _lines(path: str) -> Iterator[_Line]:
-    """Lines that end in LF or CR LF. Bytes that are not UTF-8 pass here, so that they cost only their own row."""
+    """Lines that end in LF or CR LF. Bytes that are not UTF-8 pass, so that they cost only their own row."""
     with _open(path) as file:
         for number in itertools.count(1):
             line = file.readline(MAX_LINE_BYTES)
@@ -161,7 +161,7 @@ def _text_rows(path: str, suffix: str, image_column: str) -> Iterator[tuple[int,
 
 
 def _fields(path: str, suffix: str, image_column: str = "") -> Iterator[tuple[int, list[str] | str]]:
-    """(number of its first line, fields or what is wrong) of each record, the header first."""
+    """(number of its first line, its fields or the error) of each record, header first."""
     return _tsv(_lines(path)) if suffix == ".tsv" else _csv(_lines(path), image_column)
 
 
@@ -175,8 +175,8 @@ def _csv(lines: Iterator[_Line], image_column: str) -> Iterator[tuple[int, list[
         return
     header: list[str] = []
     ahead, text = deque([first]), first.text or ""
-    separator = max(",;\t", key=text.count)  # the comma where two are equally frequent
-    spaced = f"{separator} " in text  # then a quote opens after the space as well
+    separator = max(",;\t", key=text.count)  # the comma if equally frequent
+    spaced = f"{separator} " in text  # then a quote may follow the space
     csv.field_size_limit(MAX_LINE_BYTES + MAX_CAPTION_BYTES)
     while True:
         taken: list[_Line] = []
@@ -207,7 +207,7 @@ def _csv(lines: Iterator[_Line], image_column: str) -> Iterator[tuple[int, list[
 
 
 def _record_lines(ahead: deque[_Line], lines: Iterator[_Line], taken: list[_Line]) -> Iterator[str]:
-    """Lines for one record, noted in ``taken``; a csv.Error ends one that is too long."""
+    """Yield the lines of one record and append them to ``taken``; raises csv.Error if it gets too long."""
     size = 0
     while (line := ahead.popleft() if ahead else next(lines, None)) is not None:
         taken.append(line)
@@ -220,7 +220,7 @@ def _record_lines(ahead: deque[_Line], lines: Iterator[_Line], taken: list[_Line
 
 
 def _looks_like_row(text: str, separator: str, image: int, columns: int) -> bool:
-    """Whether a line has enough fields and an image path in the image column, counted from either end."""
+    """Whether a line has enough fields and an image path in the image column, counted from the start or the end."""
     cells = text.split(separator)
     if len(cells) < columns:
         return False
@@ -236,7 +236,7 @@ def _tsv(lines: Iterator[_Line]) -> Iterator[tuple[int, list[str] | str]]:
         "row is malformed: a field is quoted, but .tsv has no quotes; rename the table to .csv, which may have tabs"
     )
     columns = 0
-    before: tuple[int, list[str], str] | None = None  # a line waits until the next one is seen
+    before: tuple[int, list[str], str] | None = None  # the previous line, held back until this one is checked
     for number, text in lines:
         if text is not None and not text.strip(" \r\n"):
             continue
@@ -250,7 +250,7 @@ def _tsv(lines: Iterator[_Line]) -> Iterator[tuple[int, list[str] | str]]:
         elif len(cells) != columns:
             problem = _miscount(len(cells), columns)
         if before:
-            # Halves of a quoted field that spans lines: one lacks fields, and the other must not pass for whole.
+            # Two halves of a quoted field that spans lines: one lacks fields, and the other must not pass as a row.
             if len(cells) < columns == len(before[1]) and _is_half(before[1][-1], str.startswith):
                 before = (*before[:2], quoted)
             if len(before[1]) < columns == len(cells) and _is_half(cells[0], str.endswith):
@@ -262,7 +262,7 @@ def _tsv(lines: Iterator[_Line]) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _is_quoted(cell: str) -> bool:
-    """Whether a field is one of RFC 4180 that needed its quotes, or an empty one: ``"a ""b"" c"``, ``""``.
+    """Whether a field is quoted as in RFC 4180 and needed it, or is an empty quoted one: ``"a ""b"" c"``, ``""``.
 
     >>> [_is_quoted(cell) for cell in ('"a ""b"" c"', '""', '"a b"', '"a" and "b"', '"a')]
     [True, True, False, False, False]
@@ -298,7 +298,7 @@ def _json_lines(lines: Iterator[_Line]) -> Iterator[tuple[int, Cells | str]]:
 
 
 def _json_list(path: str) -> Iterator[tuple[int, Cells | str]]:
-    """The values of a JSON list, one at a time. The first error ends it: where the next value starts is unknown."""
+    """The values of a JSON list, one by one. An error ends it, because the start of the next value is unknown."""
     decode = json.JSONDecoder().raw_decode
     with _open(path) as file, io.TextIOWrapper(file, "utf-8", "surrogateescape") as stream:
         text = stream.read(CHUNK).lstrip()
@@ -313,7 +313,7 @@ def _json_list(path: str) -> Iterator[tuple[int, Cells | str]]:
                     if text[end] not in ",]":
                         raise ValueError(f"{text[end]!r} follows a record; ',' or ']' expected")
                     break
-                except (ValueError, IndexError, RecursionError) as error:  # perhaps it only goes on in the next chunk
+                except (ValueError, IndexError, RecursionError) as error:  # it may continue in the next chunk
                     rest = len(text) - sign
                     more = stream.read(max(CHUNK, rest)) if rest < MAX_LINE_BYTES else ""
                     if not more:
@@ -330,8 +330,8 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _arrow(path: str, columns: Sequence[str]) -> tuple[list[str], Iterator[tuple[int, Cells | str]]]:
-    """(all columns, rows of those named)."""
-    # Imported here, because it is large and the workers of tools/make_shards.py need none of it.
+    """(all columns, rows with the named columns)."""
+    # Imported here, because it is large and the workers of tools/make_shards.py do not need it.
     import pyarrow
     import pyarrow.ipc
     import pyarrow.parquet
@@ -344,7 +344,7 @@ def _arrow(path: str, columns: Sequence[str]) -> tuple[list[str], Iterator[tuple
     try:
         reader = pyarrow.ipc.open_file(source)
         return reader.schema.names, _batch_rows(map(reader.get_batch, range(reader.num_record_batches)), columns)
-    except pyarrow.ArrowInvalid:  # data sets of the hub are cached as streams
+    except pyarrow.ArrowInvalid:  # Hugging Face data sets are cached as streams
         source.seek(0)
         stream = pyarrow.ipc.open_stream(source)
         return stream.schema.names, _batch_rows(stream, columns)
@@ -356,5 +356,5 @@ def _batch_rows(batches: Iterable[Any], columns: Sequence[str]) -> Iterator[tupl
         for i in range(batch.num_rows):
             try:
                 yield 0, {name: column[i].as_py() for name, column in cells.items()}
-            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python lacks
+            except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date beyond Python's range
                 yield 0, f"row is malformed: {error}"

@@ -1,4 +1,4 @@
-"""A sample's caption file -> turns of text, and their token ids with the loss mask."""
+"""A sample's caption file -> turns of text -> token ids with a loss mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genlip_megatron.tokenizer import Tokenizer as Tokenizer
 from genlip_megatron.tokenizer import load_tokenizer as load_tokenizer
 
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
-# Where LLaVA's format puts the image, which always comes first here.
+# LLaVA's format marks the place of the image; here the image always comes first.
 _IMAGE_MARKER = re.compile("<image>", re.IGNORECASE)
 _KINDS = {list: "a list", dict: "an object", bool: "a truth value", int: "a number", float: "a number", str: "text"}
 
@@ -23,19 +23,18 @@ Turns = list[tuple[str, bool]]  # (text, whether it carries loss)
 def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> Turns:
     """(text, carries loss) of each turn of a caption file, up to the last answer.
 
-    Understands ``{"caption": ...}``, ``{"conversations" or "conversation": [{"from", "value"}]}`` and plain text. A
-    field that is null or empty counts as missing. One ``<image>`` marker is removed, wherever it stands; turns are
-    stripped.
+    Accepts ``{"caption": ...}``, ``{"conversations" or "conversation": [{"from", "value"}]}`` and plain text. Null and
+    empty fields count as missing. One ``<image>`` marker is removed, wherever it is; turns are stripped.
 
     Raises:
-        ValueError: none of these, no word to learn from, or more than one image.
+        ValueError: another format, no text to learn from, or more than one image.
     """
     turns = _parse_json(_decode(content), default_prompt) if is_json else _with_prompt(_decode(content), default_prompt)
     markers = sum(len(_IMAGE_MARKER.findall(text)) for text, _ in turns)
     if markers > 1:
         raise ValueError(f"more than one image in the caption: {markers} <image> markers, and a sample has one image")
     turns = [(strip_image_marker(text), carries_loss) for text, carries_loss in turns]
-    # What follows the last answer answers nothing, and the closing tokens would be learned right after it.
+    # Text after the last answer is no answer, and the closing tokens would be learned after it.
     while turns and not (turns[-1][1] and _is_visible(turns[-1][0])):
         turns.pop()
     if not turns:
@@ -48,7 +47,7 @@ def parse_turns(content: bytes, is_json: bool, default_prompt: str) -> Turns:
 
 
 def strip_image_marker(text: str) -> str:
-    """``text`` without image markers and the spaces around it.
+    """``text`` without image markers, stripped.
 
     >>> strip_image_marker("<image>\\nWhat is it? ")
     'What is it?'
@@ -57,7 +56,7 @@ def strip_image_marker(text: str) -> str:
 
 
 def check_turns(turns: Turns, tokenizer: Tokenizer) -> None:
-    """Raise ValueError when a turn spells a control token, or holds letters that no token stands for."""
+    """Raise ValueError if a turn contains a control token, or characters that the tokenizer cannot write."""
     for text, _ in turns:
         _refuse_control_tokens(text, tokenizer.control_tokens)
         if lost := tokenizer.lost(text):
@@ -65,13 +64,13 @@ def check_turns(turns: Turns, tokenizer: Tokenizer) -> None:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, setting: str) -> list[int]:
-    """Token ids of a prompt, cleaned and checked as the turns of a caption are; none for an empty one.
+    """Token ids of a prompt, cleaned and checked like the turns of a caption; [] for an empty prompt.
 
     Args:
-        setting: its name in messages.
+        setting: name of the setting, for messages.
 
     Raises:
-        ValueError: it has several image markers, spells a control token, or has letters that no token stands for.
+        ValueError: it contains a control token, or characters that the tokenizer cannot write.
     """
     if (markers := len(_IMAGE_MARKER.findall(prompt))) > 1:
         raise ValueError(f"{setting} = {prompt!r}: {markers} <image> markers, and the model reads one image")
@@ -140,12 +139,12 @@ def _conversation(turns: Any, name: str) -> Turns:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a field is as good as absent: null, NaN, or empty."""
+    """Whether a field counts as missing: null, NaN, or empty."""
     return value is None or value != value or (isinstance(value, (str, list, dict)) and not value)
 
 
 def _is_visible(text: str) -> bool:
-    """Whether a text has a character that can be seen, so that there is something to learn."""
+    """Whether a text has a visible character."""
     return any(unicodedata.category(letter) not in ("Zs", "Zl", "Zp", "Cc", "Cf") for letter in text)
 
 
@@ -162,11 +161,11 @@ def _refuse_control_tokens(text: str, control_tokens: Sequence[str]) -> None:
 def tokenize_many(
     samples: Sequence[Sequence[tuple[str, bool]]], tokenizer: Tokenizer
 ) -> list[tuple[list[int], list[bool]]]:
-    """(token ids, whether each is predicted) of every sample's text: its turns in order, then the closing pair.
+    """(token ids, whether each carries loss) of every sample's text: its turns in order, then the closing pair.
 
-    Every turn is tokenised by itself with nothing between turns; assistant turns and the closing pair carry loss.
+    Every turn is tokenised separately, with nothing between turns. Assistant turns and the closing pair carry loss.
     """
-    # Most samples share their prompt: each different text is tokenised once.
+    # Most samples have the same prompt: each distinct text is tokenised once.
     texts = list(dict.fromkeys(text for turns in samples for text, _ in turns if text))
     ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True)) if texts else {}
     results = []
@@ -184,5 +183,5 @@ def tokenize_many(
 
 
 def tokenize(turns: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """``tokenize_many`` of one sample."""
+    """``tokenize_many`` for one sample."""
     return tokenize_many([turns], tokenizer)[0]

@@ -1,1 +1,1 @@
-"""Measuring what a trained model has learned."""
+"""Measure what a trained model has learned."""

@@ -1,4 +1,4 @@
-"""Attribute accuracy: does a caption of a rendered scene tell its colour, shape, count, position and word?"""
+"""Attribute accuracy: does a caption of a rendered scene name its colour, shape, count, position and word?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHOICES = {
 
 
 def parse_attributes(caption: str) -> dict[str, str | None]:
-    """Each attribute that the caption names; None where it names none, or several.
+    """The value of each attribute that the caption names; None if it names none or several.
 
     >>> parse_attributes("Two red crosses at the top left. The word says moon.")["shape"]
     'cross'
@@ -33,7 +33,7 @@ def parse_attributes(caption: str) -> dict[str, str | None]:
 
 
 def attribute_accuracy(captions: Sequence[str], truths: Sequence[dict[str, str | None]]) -> dict[str, float]:
-    """Share of captions that name each attribute right, and the ``mean`` over attributes."""
+    """Fraction of captions that name each attribute correctly, and the ``mean`` over attributes."""
     parsed = [parse_attributes(caption) for caption in captions]
     accuracy = {
         name: sum(one[name] is not None and one[name] == truth[name] for one, truth in zip(parsed, truths, strict=True))
@@ -44,7 +44,7 @@ def attribute_accuracy(captions: Sequence[str], truths: Sequence[dict[str, str |
 
 
 def shuffled_control(captions: Sequence[str], truths: Sequence[dict[str, str | None]], seed: int) -> dict[str, float]:
-    """``attribute_accuracy`` with every caption held against another image's truth: what guessing would score."""
+    """``attribute_accuracy`` of every caption against another image's truth: the score of guessing."""
     order = list(range(len(truths)))
     random.Random(seed).shuffle(order)
     other = {image: order[(i + 1) % len(order)] for i, image in enumerate(order)}

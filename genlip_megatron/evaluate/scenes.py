@@ -22,7 +22,7 @@ TEMPLATES = (
 
 
 def plural(shape: str, count: str) -> str:
-    """The shape's name after its count.
+    """The shape's name in the number that fits its count.
 
     >>> plural("cross", "two"), plural("circle", "one")
     ('crosses', 'circle')

@@ -1,4 +1,4 @@
-"""Captions of images with a key-value cache: each token is computed once."""
+"""Caption images with a key-value cache."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from genlip_megatron.data.text import encode_prompt
 from genlip_megatron.infer.load import Loaded
 from genlip_megatron.infer.prepare import Prepared, packed
 
-GREEDY_TEMPERATURE = 1e-6  # the paper's, at which all others have no chance
+GREEDY_TEMPERATURE = 1e-6  # the paper's; equivalent to greedy decoding
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen; by default as in the paper.
+    """Decoding settings; the defaults are the paper's.
 
     Attributes:
         max_new_tokens: longest caption.
-        temperature: up to 1e-6 the likeliest token is taken, above it tokens are drawn.
-        top_p: draw among the likeliest tokens that have this share of the probability together.
-        top_k: draw among so many likeliest tokens; 0: among all.
-        num_beams: texts that are followed at the same time.
-        seed: of the draws.
+        temperature: up to 1e-6 decoding is greedy, above it tokens are sampled.
+        top_p: sample among the likeliest tokens whose probabilities add up to this.
+        top_k: sample among the K likeliest tokens; 0: among all.
+        num_beams: number of beams.
+        seed: seed of the sampling.
 
     Raises:
-        ValueError: a value out of range, or one without any effect; the flag is named.
+        ValueError: a value is out of range or has no effect; names the flag.
     """
 
     max_new_tokens: int = 256
@@ -49,17 +49,17 @@ class Decoding:
         if not self.samples and (self.top_p < 1 or self.top_k):
             name, value = ("top-p", self.top_p) if self.top_p < 1 else ("top-k", self.top_k)
             raise ValueError(
-                f"--{name} {value}: without effect while the likeliest token is taken; set --temperature above "
-                f"{GREEDY_TEMPERATURE}, for example 1.0"
+                f"--{name} {value}: no effect on greedy decoding. Set --temperature above {GREEDY_TEMPERATURE}, for "
+                "example 1.0."
             )
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return self.temperature > GREEDY_TEMPERATURE
 
     def arguments(self) -> dict[str, Any]:
-        """Of ``generate`` of transformers."""
+        """Arguments for transformers' ``generate``."""
         drawing = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if self.samples else {}
         return {
             "max_new_tokens": self.max_new_tokens,
@@ -73,19 +73,18 @@ class Captioner:
     """Captions batches of images.
 
     Args:
-        loaded: a whole model.
-        prompt: that the captions go on from.
-        decoding: how tokens are chosen.
-        use_cache: False: compute all tokens again for every new one, for comparison.
+        loaded: a model with its text parts.
+        prompt: text before each caption.
+        decoding: decoding settings.
 
     Raises:
         ValueError: the prompt is empty.
     """
 
-    def __init__(self, loaded: Loaded, prompt: str, decoding: Decoding, use_cache: bool = True) -> None:
+    def __init__(self, loaded: Loaded, prompt: str, decoding: Decoding) -> None:
         assert loaded.tokenizer is not None
         self._loaded, self._tokenizer = loaded, loaded.tokenizer
-        self._arguments = {**decoding.arguments(), "use_cache": use_cache}
+        self._arguments = decoding.arguments()
         self._prompt = torch.tensor([prompt_ids(loaded.tokenizer, prompt)], device=loaded.device)
         torch.manual_seed(decoding.seed)
 
@@ -108,20 +107,20 @@ class Captioner:
         return [row[: row.index(end)] if end in row else row for row in new]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The caption of tokens."""
+        """The caption of token ids."""
         return self._tokenizer.decode(ids).strip()
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Nothing to close."""
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt, cleaned as in training.
 
     Raises:
-        ValueError: it is empty, spells a control token, or has letters that no token stands for.
+        ValueError: it is empty, contains a control token, or characters that the tokenizer cannot write.
     """
     ids = encode_prompt(prompt, tokenizer, "--prompt")
     if not ids:
-        raise ValueError(f"--prompt {prompt!r}: it is empty, and the model goes on from a prompt")
+        raise ValueError(f"--prompt {prompt!r}: it is empty. The model needs a prompt to continue.")
     return ids

@@ -1,4 +1,4 @@
-"""Features of images of any sizes, packed end to end without padding, and written as arrays with an index."""
+"""Features of images of any size, packed end to end without padding, and written as arrays with an index."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NOT_FINITE = "its features are not all finite numbers"
 
 @torch.inference_mode()
 def features(loaded: Loaded, images: Sequence[Prepared], mean: bool = False) -> list[Tensor]:
-    """Output of ``ln_post`` of each image: [patches, D], row by row, or with ``mean`` [1, D], their mean.
+    """Output of ``ln_post`` for each image: [patches, D], row by row, or with ``mean`` their mean [1, D].
 
     Args:
-        loaded: the vision encoder alone.
-        images: good ones; they are computed as one pack without padding.
-        mean: the mean over each image's patches.
+        loaded: the vision encoder.
+        images: images without errors; they form one pack.
+        mean: average over each image's patches.
     """
     patches, grid = packed(images, loaded.device)
     output = loaded.model(patches, grid)
@@ -39,7 +39,7 @@ def features(loaded: Loaded, images: Sequence[Prepared], mean: bool = False) -> 
 
 
 class FeatureWriter:
-    """Writes rows of features into files of a folder, many images a file, and an index that says where each is.
+    """Writes features into files of a folder, many images per file, with an index of their places.
 
     Every file holds one array ``features`` [rows, D], the images end to end: ``features-00000.safetensors``, or
     ``features-00000.npy``, which NumPy can map into memory.
@@ -48,7 +48,7 @@ class FeatureWriter:
         folder: an empty folder.
         kind: "safetensors" or "npy".
         dtype: of the files: float32, float16 or, in safetensors, bfloat16.
-        max_file_size: bytes of a file's array, beyond which the next is begun.
+        max_file_size: largest array of a file in bytes; larger ones only hold one image.
     """
 
     def __init__(self, folder: Path, kind: str, dtype: torch.dtype, max_file_size: int) -> None:
@@ -59,7 +59,7 @@ class FeatureWriter:
         self.failed: list[dict[str, Any]] = []
 
     def add(self, image: Prepared, rows: Tensor) -> None:
-        """Write one image's features [n, D], or note that they are not all finite numbers.
+        """Add one image's features [n, D]; an image with NaN or Inf counts as failed.
 
         Raises:
             ValueError: a value does not fit the dtype.
@@ -70,7 +70,7 @@ class FeatureWriter:
             return
         stored = rows.to(self._dtype)
         if not bool(stored.isfinite().all()):
-            raise ValueError(f"--feature-dtype fp16: a feature of {rows.abs().max():.3g} is beyond it; use fp32")
+            raise ValueError(f"--feature-dtype fp16: a feature of {rows.abs().max():.3g} is out of range. Use fp32.")
         if self._rows and self._size + stored.nbytes > self._limit:
             self._flush()
         entry = image.name | {
@@ -84,14 +84,14 @@ class FeatureWriter:
         self._count, self._size = self._count + len(stored), self._size + stored.nbytes
 
     def fail(self, image: Prepared) -> None:
-        """Note an image that could not be used."""
+        """Record an image that could not be used."""
         self.failed.append(image.name | {"error": image.error})
 
     def close(self, facts: dict[str, Any]) -> None:
-        """Write what is left and the index, in which ``facts`` come first."""
+        """Write the remaining features and the index, which begins with ``facts``."""
         if self._rows:
             self._flush()
-        # A line for each image: the file can be read by eye, and is small.
+        # One line per image, so that people can read the file.
         lists = (
             f'"{name}": [\n' + ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries) + "\n]"
             for name, entries in (("images", self.entries), ("failed", self.failed))
@@ -113,7 +113,7 @@ class FeatureWriter:
 
 
 def foreign(folder: Path) -> str:
-    """What a folder holds that is not of features; "" when there is nothing such."""
+    """The first thing in a folder that is not a features file listed in its index; "" if there is none."""
     try:
         index = read_json(folder / INDEX)
         files = {entry["file"] for entry in index["images"]} if {"pool", "failed"} <= set(index) else None
@@ -125,7 +125,7 @@ def foreign(folder: Path) -> str:
 
 
 def extract(loaded: Loaded, batches: Iterable[Sequence[Prepared]], writer: FeatureWriter, mean: bool) -> Iterable[int]:
-    """Compute and write every batch; yields the images of each when they are done."""
+    """Compute and write every batch; yields the number of images of each."""
     for batch in batches:
         good = [image for image in batch if not image.error]
         found = iter(features(loaded, good, mean) if good else ())

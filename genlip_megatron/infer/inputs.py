@@ -1,4 +1,4 @@
-"""Images that a command line names: files, folders, globs and indexed shards, as one numbered list."""
+"""The images that a command line names (files, folders, globs, indexed shards) as one numbered list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genlip_megatron.data import storage
+from genlip_megatron.data import patterns, storage
 from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image, decode_rgb
 from genlip_megatron.data.index import ShardIndex, read_index
 from genlip_megatron.data.read import Piece, ShardReader
@@ -21,7 +21,7 @@ from genlip_megatron.data.text import parse_turns
 
 SUFFIXES = tuple(IMAGE_SUFFIXES)
 _EXPECTED = f"expected {', '.join(SUFFIXES)} or indexed .tar files, folders of them, or globs"
-_CACHE = "~/.cache/genlip_megatron", 64 * 10**9  # of shards in remote stores, as in training
+_CACHE = "~/.cache/genlip_megatron", 64 * 10**9  # folder and bytes for remote shards, as in training
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FileImage:
 
     @property
     def name(self) -> dict[str, str]:
-        """What it is called in rows of results, which are UTF-8: other bytes of its path as \\xNN."""
+        """Its name in result rows. They are UTF-8, so other bytes of the path become \\xNN."""
         return {"path": os.fsencode(self.path).decode("utf-8", "backslashreplace")}
 
     def read(self) -> np.ndarray:
@@ -42,7 +42,7 @@ class FileImage:
             ValueError: it cannot be read, or does not decode completely.
         """
         try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would keep the reader waiting
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # reading a pipe would block
                 raise ValueError("cannot be read: not a regular file")
             content = Path(self.path).read_bytes()
         except OSError as error:
@@ -51,7 +51,7 @@ class FileImage:
         return decode_rgb(content, plain_jpeg)
 
     def truth(self, prompt: str) -> None:
-        """There is no caption beside it."""
+        """Image files have no caption."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ShardImage:
 
     @property
     def name(self) -> dict[str, str]:
-        """What it is called in rows of results."""
+        """Its name in result rows."""
         return {"key": self.index.keys[self.number]}
 
     def _content(self, kind: str) -> bytes:
@@ -78,7 +78,7 @@ class ShardImage:
         return bytes(content)
 
     def read(self) -> np.ndarray:
-        """uint8 [height, width, 3]; whether it decodes completely was checked when the shard was indexed.
+        """uint8 [height, width, 3]; indexing has checked that it decodes completely.
 
         Raises:
             ValueError: it cannot be read, or has changed since.
@@ -96,22 +96,22 @@ class ShardImage:
 
 
 class Inputs(Sequence[FileImage | ShardImage]):
-    """Every image that ``patterns`` name, in their order; within a folder or glob by name.
+    """Every image that ``patterns`` name, in that order; within a folder or glob sorted by name.
 
     Args:
-        patterns: image files, ``.tar`` shards with an index beside them (also remote, or listed by a manifest),
-            folders, in which both are looked for at every depth, and globs.
-        limit: only the first so many images; 0: all.
+        patterns: image files, ``.tar`` shards with an index beside them (also remote, or listed in a manifest),
+            folders, which are searched at every depth, and globs.
+        limit: use only the first N images; 0: all.
 
     Raises:
-        ValueError: a pattern that names nothing, a file of another kind, a shard without an index.
+        ValueError: a pattern matches nothing or another kind of file, or a shard has no index.
     """
 
     def __init__(self, patterns: Sequence[str], limit: int = 0) -> None:
         if limit < 0:
             raise ValueError(f"--limit {limit}: must be at least 0, which means all")
         reader = ShardReader(*_CACHE)
-        # An image file, or the index of a shard.
+        # Image files and indexes of shards.
         self._parts: list[str | ShardIndex] = []
         ends, total = [], 0
         for path in dict.fromkeys(itertools.chain.from_iterable(map(_expand, patterns))):
@@ -124,13 +124,13 @@ class Inputs(Sequence[FileImage | ShardImage]):
         self._ends, self._reader = np.array(ends, np.int64), reader
         self._length = min(limit or total, total)
         if not self._length:
-            raise ValueError(f"{' '.join(patterns)}: no image there; {_EXPECTED}")
+            raise ValueError(f"{' '.join(patterns)}: no image; {_EXPECTED}")
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, number: int) -> FileImage | ShardImage:  # type: ignore[override]
-        """One image, counted from 0."""
+        """One image, numbered from 0."""
         if not 0 <= number < self._length:
             raise IndexError(number)
         place = int(np.searchsorted(self._ends, number, side="right"))
@@ -141,12 +141,12 @@ class Inputs(Sequence[FileImage | ShardImage]):
 
 
 def check_not_input(output: Path, patterns: Sequence[str]) -> None:
-    """Raise ValueError when ``output`` is a file that the patterns name, which writing to it would replace."""
+    """Raise ValueError if writing ``output`` would replace one of the inputs."""
     if not output.exists():
         return
     for path in itertools.chain(patterns, *map(_expand, patterns)):
         if os.path.exists(path) and os.path.samefile(path, output):
-            raise ValueError(f"--output {output}: it is one of the inputs, and would be replaced; name another file")
+            raise ValueError(f"--output {output}: it is one of the inputs. Name another file.")
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -156,17 +156,17 @@ def _expand(pattern: str) -> Iterator[str]:
         ValueError: there are none.
     """
     if pattern.endswith(".dataset.json"):
-        yield from storage.expand_shards(_listed(pattern), "INPUT")
+        yield from patterns.expand_shards(_listed(pattern), "INPUT")
         return
     if storage.is_remote(pattern) or pattern.lower().endswith(".tar"):
-        yield from storage.expand_shards([pattern], "INPUT")
+        yield from patterns.expand_shards([pattern], "INPUT")
         return
     try:
-        matches = [match for part in storage.find(pattern).values() for match in part]
+        matches = [match for part in patterns.find(pattern).values() for match in part]
     except ValueError as error:
         raise ValueError(f"INPUT {error}") from error
     if not matches:
-        raise ValueError(f"INPUT {pattern}: there is no such file or folder; {_EXPECTED}")
+        raise ValueError(f"INPUT {pattern}: no such file or folder; {_EXPECTED}")
     found = 0
     for match in matches:
         for path in _walk(match) if os.path.isdir(match) else [match]:
@@ -176,7 +176,7 @@ def _expand(pattern: str) -> Iterator[str]:
             elif not os.path.isdir(match) and match == pattern:
                 raise ValueError(f"INPUT {pattern}: not an image or shard; {_EXPECTED}")
     if not found:
-        raise ValueError(f"INPUT {pattern}: no image or shard in there; {_EXPECTED}")
+        raise ValueError(f"INPUT {pattern}: no image or shard in it; {_EXPECTED}")
 
 
 def _listed(manifest: str) -> list[str]:
@@ -189,7 +189,7 @@ def _listed(manifest: str) -> list[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Every file of a folder and those in it, by name; hidden ones are passed over."""
+    """Every file of a folder and its subfolders, sorted by name, without hidden ones."""
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))

@@ -1,7 +1,7 @@
-"""A model ready to be used, from a checkpoint of a run or from a Hugging Face folder.
+"""Load a model for inference, from a checkpoint of a run or from a Hugging Face folder.
 
-The weights of a Megatron checkpoint of any layout are read a parameter at a time, by their released names, into the
-Hugging Face model: there is one inference, with a key-value cache, and it needs neither process groups nor the layout.
+The weights of a Megatron checkpoint of any layout are read one parameter at a time into the Hugging Face model. So
+there is one inference path, with a key-value cache, and it needs neither process groups nor the layout.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _PIXEL_FIELDS = ("image_mode", "size", "fixed_resize", "min_pixels", "max_pixels
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and what belongs to it.
+    """A model with its image processor, tokenizer and prompt.
 
     Attributes:
         model: on its device, in evaluation mode.
-        image_processor: makes its images.
-        tokenizer: None when the vision encoder alone was loaded.
-        prompt: that its captions were trained with.
+        image_processor: prepares its images.
+        tokenizer: None if only the vision encoder was loaded.
+        prompt: prompt of its training.
         place: the checkpoint or folder that was read.
-        step: after which it was saved; None when the folder does not say.
+        step: training step of the checkpoint; None if the folder does not say.
     """
 
     model: Any
@@ -47,15 +47,15 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the GPU if there is one.
+    """The device called ``name``; "auto" is a GPU if the machine has one.
 
     Raises:
-        ValueError: no device of this name, or none in this machine.
+        ValueError: unknown name, or the machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: cannot be used ({reason}); allowed are auto, cpu and cuda[:N]") from None
+        raise ValueError(f"--device {name}: cannot be used ({reason}). Allowed are auto, cpu and cuda[:N].") from None
     return device
 
 
@@ -83,22 +83,23 @@ def load(
 
     Args:
         place: folder of a run, of a checkpoint (``iter_NNNNNNN``), or an exported or released folder.
-        log: told of damaged checkpoints that are passed over, and of a folder without image settings.
-        encoder_only: the vision encoder without text parts and tokenizer.
-        device: where to put it.
-        dtype: "fp32", "bf16" or "fp16"; "auto": as the weights are stored.
+        log: called with a line about each damaged checkpoint that is skipped, and about missing image settings.
+        encoder_only: load only the vision encoder, without text parts and tokenizer.
+        device: device to put the model on.
+        dtype: "fp32", "bf16" or "fp16"; "auto": that of the stored weights.
         tokenizer: file to use instead of the one that the checkpoint or folder names.
-        progress: told the bytes of a checkpoint as they are read.
+        progress: called with the number of bytes read from a checkpoint.
 
     Raises:
-        ValueError: nothing that can be used is there, its tokenizer is another, or a weight does not fit the dtype;
-            says what to do.
+        ValueError: no usable model, another tokenizer, or a weight that does not fit the dtype.
     """
     place = Path(place)
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"--dtype {dtype}: allowed are auto, {', '.join(DTYPES)}")
     if not place.is_dir():
-        raise ValueError(f"--load {place}: no such folder; name a run, a checkpoint iter_NNNNNNN or an exported folder")
+        raise ValueError(
+            f"--load {place}: no such folder. Name a run, a checkpoint iter_NNNNNNN or an exported folder."
+        )
     wanted = None if dtype == "auto" else DTYPES[dtype]
     kind = GenLIPVisionModel if encoder_only else GenLIPForCausalLM
     released = bool([*place.glob("*.safetensors"), *place.glob("*.safetensors.index.json")])
@@ -116,7 +117,7 @@ def _from_checkpoint(
     log: Callable[[str], None],
     progress: Callable[[int], Any],
 ) -> Loaded:
-    """From a Megatron checkpoint."""
+    """Load a Megatron checkpoint."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -133,7 +134,7 @@ def _from_checkpoint(
     if reader is not None and reader.fingerprint != saved.tokenizer:
         raise ValueError(
             f"--tokenizer {tokenizer or config.data.tokenizer}: not the tokenizer of {place}: its fingerprint is "
-            f"{reader.fingerprint}, the checkpoint's {saved.tokenizer}; name the right file"
+            f"{reader.fingerprint}, the checkpoint's {saved.tokenizer}. Name the right file."
         )
     with torch.device("meta"):
         model = kind(GenLIPConfig(**_model_fields(hf_config(config.model))))
@@ -141,7 +142,7 @@ def _from_checkpoint(
     for parameter in model_parameters(source.model):
         if whole or any(map(in_encoder, parameter.shapes)):
             for name, tensor in zip(parameter.shapes, source.read(parameter), strict=True):
-                # A copy: what is read may be a view into the mapped file.
+                # Cloned, because the tensor may be a view of the mapped file.
                 weights[name] = to_dtype(name, tensor, dtype or tensor.dtype).clone()
     model.load_state_dict(weights, assign=True)
     return Loaded(
@@ -157,19 +158,21 @@ def _from_released(
     log: Callable[[str], None],
     progress: Callable[[int], Any],
 ) -> Loaded:
-    """From a folder in the authors' format."""
-    from genlip_megatron.convert.conversion import folder_images, folder_prompt, open_released, read_json
+    """Load a folder in the authors' format."""
+    from genlip_megatron.convert.conversion import folder_images, folder_prompt, in_encoder, open_released, read_json
     from genlip_megatron.convert.safetensors_file import check_dtype, contents
 
     stored = contents(place)
     whole = kind is GenLIPForCausalLM
     if "embeddings.weight" in stored:
-        # Released configurations leave out what the weights' shapes say.
+        # Released configurations lack some sizes; the shapes of the weights give them.
         fields = hf_config(open_released(place, heads_hint="in its config.json").model)
     elif whole:
-        raise ValueError(f"--load {place}: the vision encoder alone, without text; captions need a whole model")
+        raise ValueError(f"--load {place}: only a vision encoder. Captions need a model with its text parts.")
     elif not (place / "config.json").is_file():
-        raise ValueError(f"--load {place}: no config.json there, which says the sizes of a vision encoder alone")
+        raise ValueError(
+            f"--load {place}: no config.json, which gives the sizes of a vision encoder. Export the folder again."
+        )
     else:
         fields = read_json(place / "config.json")
     try:
@@ -185,18 +188,20 @@ def _from_released(
 
 
 def _model_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a ``GenLIPConfig`` among the fields of a ``config.json``."""
+    """The fields of a ``config.json`` that are arguments of ``GenLIPConfig``."""
     return {name: value for name, value in fields.items() if name not in ("architectures", "auto_map", "dtype")}
 
 
 def images_of(fields: dict[str, Any]) -> GenLIPImageProcessor:
-    """The image processor of the fields of a ``preprocessor_config.json``."""
+    """The image processor that a ``preprocessor_config.json`` describes."""
     return GenLIPImageProcessor(**{name: fields[name] for name in _PIXEL_FIELDS if name in fields})
 
 
 def _tokenizer(path: str, vocab_size: int) -> Tokenizer:
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file, which should be the model's tokenizer; name it with --tokenizer")
+        raise ValueError(
+            f"{path}: no such file, but it should be the model's tokenizer. Name the file with --tokenizer."
+        )
     return load_tokenizer(path, vocab_size)
 
 
@@ -207,7 +212,7 @@ def override_images(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> GenLIPImageProcessor:
-    """``processor`` with other settings where these are given.
+    """``processor`` with the given settings replaced.
 
     Args:
         image_mode: "fixed" or "native".
@@ -215,14 +220,15 @@ def override_images(
         min_pixels, max_pixels: area, in native mode.
 
     Raises:
-        ValueError: a setting that is not allowed, or of the other mode.
+        ValueError: a value is not allowed, or a setting belongs to the other mode.
     """
     mode = image_mode or processor.image_mode
     given = {"image_size": image_size, "min_pixels": min_pixels, "max_pixels": max_pixels}
     for name, value in given.items():
         needed = "fixed" if name == "image_size" else "native"
         if value is not None and mode != needed:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: of {needed} images, and these are {mode}")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {value}: needs --image-mode {needed}; this model's images are {mode}")
     return GenLIPImageProcessor(
         image_mode=mode,
         size=processor.size if image_size is None else image_size,

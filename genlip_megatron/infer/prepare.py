@@ -1,4 +1,4 @@
-"""Images made ready in threads while the model computes, in the order in which they were named."""
+"""Prepare images in threads while the model computes, in the order of the inputs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from genlip_megatron.hf.modeling_genlip import to_patches
 from genlip_megatron.infer.inputs import FileImage, ShardImage
 
 _MAX_THREADS = 16
-_AHEAD = 4  # images made ready for each thread
+_AHEAD = 4  # prepared images per thread
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the model takes it, or why it cannot be taken.
+    """An image as model input, or an error.
 
     Attributes:
-        number: its place among the inputs.
-        name: what it is called in rows of results.
-        patches: float32 [rows * columns, 768], normalised; empty when there is an ``error``.
-        rows, columns: of its patches.
-        truth: the answer of its caption, where it has one.
-        error: why it cannot be used; empty for a good one.
+        number: its number among the inputs.
+        name: its name in result rows.
+        patches: float32 [rows * columns, 768], normalised; empty if there is an ``error``.
+        rows, columns: its patch grid.
+        truth: the answer of its caption, if it has one.
+        error: why it cannot be used; "" for a good image.
     """
 
     number: int
@@ -45,13 +45,13 @@ class Prepared:
 def prepare(
     number: int, image: FileImage | ShardImage, processor: GenLIPImageProcessor, prompt: str | None = None
 ) -> Prepared:
-    """Read, decode, resize and normalise one image; one that cannot be used tells why in its ``error``.
+    """Read, decode, resize and normalise one image; errors go into ``error``.
 
     Args:
-        number: its place among the inputs.
-        image: where to read it.
-        processor: of the model.
-        prompt: of captions that come without one; None: captions are not wanted.
+        number: its number among the inputs.
+        image: the image to read.
+        processor: the model's image processor.
+        prompt: prompt for captions that come without one; None: do not read captions.
     """
     try:
         pixels = processor(Image.fromarray(image.read()), return_tensors="pt")
@@ -70,7 +70,7 @@ def prepare(
 def prepared(
     images: Sequence[FileImage | ShardImage], processor: GenLIPImageProcessor, prompt: str | None = None
 ) -> Iterator[Prepared]:
-    """Every image made ready, in order, a few ahead of who asks."""
+    """Prepare every image, in order, a few ahead of the caller."""
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     waiting: deque[Future[Prepared]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="image") as pool:
@@ -87,8 +87,10 @@ def prepared(
 
 
 def batches(images: Iterable[Prepared], size: int = 0, max_patches: int = 0) -> Iterator[list[Prepared]]:
-    """The images in batches, each closed before it would have more than ``size`` good images or ``max_patches``
-    patches (0: no such limit); an image larger than that goes alone. Bad ones come along and count as nothing."""
+    """Batches of at most ``size`` good images and ``max_patches`` patches (0: no limit).
+
+    A larger image forms its own batch. Bad images are included but not counted.
+    """
     batch: list[Prepared] = []
     good = patches = 0
     for image in images:
@@ -104,6 +106,6 @@ def batches(images: Iterable[Prepared], size: int = 0, max_patches: int = 0) -> 
 
 
 def packed(images: Sequence[Prepared], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(float32 patches [P, 768] of all images end to end, int64 [images, 2] their rows and columns) on a device."""
+    """(float32 patches [P, 768] of all images end to end, int64 [images, 2] their grids), on a device."""
     grid = torch.tensor([(image.rows, image.columns) for image in images], device=device)
     return torch.cat([image.patches for image in images]).to(device), grid

@@ -1,4 +1,4 @@
-"""What each patch would say: the likeliest tokens of the LM head on the features of single patches, as a picture."""
+"""Patch readout: the likeliest tokens of the LM head on the features of each patch, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from genlip_megatron.data.text import END_OF_TURN, Tokenizer
 from genlip_megatron.infer.load import Loaded
 from genlip_megatron.infer.prepare import Prepared, packed
 
-_AT_ONCE = 256  # patches whose logits are held
-_CELL, _MARGIN = 104, 4  # pixels in the picture: side of a patch, distance of its text from the border
-_SIZES = (14, 12)  # of the likeliest token's letters, and of the others'
+_AT_ONCE = 256  # patches per call of the head
+_CELL, _MARGIN = 104, 4  # pixels in the picture: side of a patch, margin of its text
+_SIZES = (14, 12)  # font sizes of the likeliest token and of the others
 _COLOURS = ("#ffe066", "#ffffff")
 _BLANKS = str.maketrans({" ": "\u00b7", "\n": "\u00ac", "\r": "\u00ac", "\t": "\u00bb"})
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -23,12 +23,12 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Token:
-    """A token that a patch reads as.
+    """One of a patch's likeliest tokens.
 
     Attributes:
-        id: of the vocabulary.
-        text: of this token alone; "#" and its id where that is nothing one can see.
-        probability: in the softmax over the vocabulary.
+        id: its id in the vocabulary.
+        text: its text; "#" and its id if that is not printable.
+        probability: softmax over the vocabulary.
     """
 
     id: int
@@ -38,18 +38,19 @@ class Token:
 
 @torch.inference_mode()
 def readout(loaded: Loaded, image: Prepared, top: int = 5) -> list[list[Token]]:
-    """The ``top`` likeliest tokens of ``lm_head(proj(ln_post(patch)))`` of every patch, row by row; none at all when a
-    probability is no number.
+    """The ``top`` likeliest tokens of ``lm_head(proj(ln_post(patch)))`` for every patch, row by row.
+
+    Returns [] if a probability is NaN.
 
     Args:
-        loaded: a whole model.
-        image: a good one.
-        top: tokens of each patch.
+        loaded: a model with its text parts.
+        image: an image without an error.
+        top: tokens per patch.
     """
     assert loaded.tokenizer is not None
     model, tokenizer = loaded.model, loaded.tokenizer
     patches, grid = packed([image], loaded.device)
-    # The model wants text, which no patch sees: any will do.
+    # The model needs text as input, but patches do not see it.
     text = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
     states = model(text, patches, grid, output_hidden_states=True, use_cache=False).hidden_states[-1]
     found: list[list[Token]] = []
@@ -80,12 +81,12 @@ def as_json(image: Prepared, tokens: list[list[Token]]) -> dict[str, Any]:
 
 
 def picture(image: Prepared, tokens: list[list[Token]], font: str = "") -> Image.Image:
-    """The image, darkened, with the tokens of each patch written over it, the likeliest on top in yellow.
+    """The darkened image with the tokens of each patch written over it, the likeliest on top in yellow.
 
     Args:
-        image: what was read.
-        tokens: of each patch, as from ``readout``.
-        font: file of a TrueType or OpenType font, for scripts that Pillow's own (Latin) lacks.
+        image: the image.
+        tokens: the result of ``readout``.
+        font: TrueType or OpenType file, for scripts other than Latin, which Pillow's own font lacks.
 
     Raises:
         ValueError: the font cannot be read.
@@ -115,7 +116,7 @@ def picture(image: Prepared, tokens: list[list[Token]], font: str = "") -> Image
 
 
 def check_font(file: str) -> None:
-    """Raise ValueError when a font cannot be read."""
+    """Raise ValueError if a font cannot be read."""
     _fonts(file)
 
 
@@ -125,11 +126,11 @@ def _fonts(file: str) -> list[_Font]:
     try:
         return [ImageFont.truetype(file, size) for size in _SIZES]
     except OSError as error:
-        raise ValueError(f"--font {file}: cannot be read ({error}); name a TrueType or OpenType file") from None
+        raise ValueError(f"--font {file}: cannot be read ({error}). Name a TrueType or OpenType file.") from None
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: _Font, width: int) -> str:
-    """``text``, cut so that it is not wider than ``width`` pixels."""
+    """``text``, cut to ``width`` pixels."""
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(text + "\u2026", font) > width:

@@ -1,1 +1,1 @@
-"""GenLIP inside other projects' tools."""
+"""GenLIP inside other projects: lmms-eval, ONNX and torch.export. LLaVA-NeXT needs no code: docs/plugging-in.md."""

@@ -1,4 +1,4 @@
-"""GenLIP as a model of lmms-eval, with no LLM behind it: what the pretrained model itself says about an image.
+"""GenLIP as a model of lmms-eval, without an LLM: the answers of the pretrained model itself.
 
     lmms-eval --model genlip --model_args pretrained=FOLDER --tasks TASK --batch_size 8
 
@@ -26,7 +26,7 @@ _SAMPLING = ("temperature", "top_p", "top_k")
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry is told of this model."""
+    """This model's entry in lmms-eval's registry."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="genlip", simple_class_path=f"{__name__}.GenLIP")
@@ -34,18 +34,18 @@ def manifest() -> Any:
 
 @register_model("genlip")
 class GenLIP(lmms):
-    """An exported folder, one image and one prompt a request; as many processes as ``accelerate launch`` starts.
+    """An exported folder; one image and one prompt per request, in as many processes as ``accelerate launch`` starts.
 
     Args:
-        pretrained: the folder, or its name on the Hub; the Python files in it are run.
-        device: "cuda", "cpu" and so on; of several processes, each takes its own GPU.
-        dtype: of the weights, "auto" for the stored one.
-        batch_size: requests computed together.
-        own_prompt: ask with the prompt that the model was trained with, not with the task's words.
-        max_batch_size: lmms-eval gives it to every model; not used.
+        pretrained: the folder, or its name on the Hub; its Python files are executed.
+        device: "cuda", "cpu" and so on; with several processes each uses its own GPU.
+        dtype: dtype of the weights; "auto": as stored.
+        batch_size: requests per batch.
+        own_prompt: use the prompt of the training instead of the task's text.
+        max_batch_size: ignored; lmms-eval passes it to every model.
 
     Raises:
-        ValueError: a batch size that is no number.
+        ValueError: the batch size is not a whole number of at least 1.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class GenLIP(lmms):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size!r}: must be a whole number of at least 1")
         self.batch_size, self.own_prompt = int(batch_size), own_prompt
-        # lmms-eval deals documents to ranks, and gathers what they say through the accelerator.
+        # lmms-eval deals documents to ranks and gathers their answers through the accelerator.
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,45 +71,47 @@ class GenLIP(lmms):
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answers, each cut before the first of its request's stop texts and stripped.
+        """Answers, each cut before the first stop text of its request, and stripped.
 
         Args:
-            requests: with ``args`` (context, generation arguments, document to images, document, task, split).
-                Generation is greedy and of at most 256 tokens unless the arguments say otherwise.
+            requests: their ``args`` are (context, generation arguments, document to images, document, task, split).
+                By default generation is greedy with at most 256 tokens.
 
         Raises:
-            ValueError: a request without exactly one image; its task and document are named.
+            ValueError: a request does not have exactly one image; names its task and document.
         """
         return self._in_batches(requests, lambda request: repr(sorted(request.args[1].items())), self._answers)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """(minus the summed log-likelihood of the continuation, whether greedy decoding would say it), as ``text``.
+        """(negative log-likelihood of the continuation, whether greedy decoding gives it), as ``text`` of a result.
 
-        lmms-eval 0.7 turns a bare pair into a string, which its metrics cannot read. The sign is the one that its own
-        models have: the evaluator takes the choice of the smallest value.
+        lmms-eval 0.7 turns a plain pair into a string that its metrics cannot read. The sign is that of lmms-eval's own
+        models: the evaluator picks the choice with the smallest value.
 
         Args:
-            requests: with ``args`` (context, continuation or document to continuation, document to images, document,
-                task, split).
+            requests: their ``args`` are (context, continuation or document to continuation, document to images,
+                document, task, split).
 
         Raises:
-            ValueError: a request without exactly one image or with an empty continuation; its task and document are
-                named.
+            ValueError: a request does not have exactly one image, or its continuation is empty; names its task and
+                document.
         """
         return self._in_batches(requests, lambda request: None, self._costs)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not of this model.
+        """Not supported.
 
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("GenLIP answers about one image once; it was trained on no conversations in rounds")
+        raise NotImplementedError(
+            "GenLIP answers one prompt about one image; it was not trained on multi-round conversations"
+        )
 
     def _in_batches(
         self, requests: Sequence[Any], key: Callable[[Any], Hashable], compute: Callable[[list[Any]], list[Any]]
     ) -> list[Any]:
-        """Results in the order of ``requests``; those of equal keys are computed together."""
+        """Results in the order of ``requests``; only requests with equal keys share a batch."""
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[key(request)].append(index)
@@ -158,7 +160,7 @@ class GenLIP(lmms):
         return self.task_dict[task][split][document]
 
     def _prompt(self, request: Any) -> str:
-        """The task's words without image markers, or the model's own where there are none."""
+        """The task's text without image markers, or the model's own prompt if there is none."""
         text = "" if self.own_prompt else request.args[0].replace("<image>", "").strip()
         return text or self.processor.prompt
 
@@ -166,7 +168,7 @@ class GenLIP(lmms):
         target = request.args[1]
         text = str(target(self._document(request)) if callable(target) else target).strip()
         if not text:
-            raise ValueError(f"{_name(request)}: an empty continuation has no likelihood")
+            raise ValueError(f"{_name(request)}: the continuation is empty, so it has no likelihood")
         return text
 
     def _ids(self, text: str) -> list[int]:
@@ -178,13 +180,13 @@ class GenLIP(lmms):
         return {name: data[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def _images(self, batch: list[Any]) -> dict[str, Tensor]:
-        """The model's arguments that hold one image for each request."""
+        """The model's image arguments, one image per request."""
         images = []
         for request in batch:
             visuals = request.args[2](self._document(request)) or []
             if len(visuals) != 1 or not isinstance(visuals[0], Image.Image):
                 kinds = [type(visual).__name__ for visual in visuals]
-                raise ValueError(f"{_name(request)}: visuals {kinds}; GenLIP takes exactly one PIL image a request")
+                raise ValueError(f"{_name(request)}: visuals {kinds}; GenLIP takes exactly one PIL image per request")
             images.append(visuals[0])
         data = self.processor.image_processor(images, return_tensors="pt")
         return {

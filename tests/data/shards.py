@@ -22,7 +22,7 @@ def image(kind: str = "JPEG", size: tuple[int, int] = (48, 32), mode: str = "RGB
 
 
 def rotated(orientation: int = 6) -> bytes:
-    """A JPEG that its EXIF data turns, by 90 degrees unless told otherwise."""
+    """A JPEG with an EXIF orientation, by default a turn of 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return image(exif=exif)
@@ -45,19 +45,19 @@ def _png(width: int, height: int, data: bytes, interlaced: int = 0, tail: bytes 
 
 
 def half_png(tail: bytes = b"") -> bytes:
-    """A grey PNG whose compressed data are whole, but hold half of its rows, with something behind them."""
+    """A grey PNG whose compressed data are valid but hold only half of its rows."""
     return _png(2000, 1500, (b"\0" + b"x" * 2000) * 750, tail=tail)
 
 
 def interlaced() -> bytes:
-    """A whole grey PNG of 48 x 32 in the seven passes of Adam7."""
+    """A complete grey PNG of 48 x 32 in the seven passes of Adam7."""
     rows = ((8, 4, 6), (8, 4, 6), (4, 4, 12), (4, 8, 12), (2, 8, 24), (2, 16, 24), (1, 16, 48))
     data = b"".join((b"\0" + b"x" * columns) * count for _, count, columns in rows)
     return _png(48, 32, data, 1)
 
 
 def scans() -> bytes:
-    """A JPEG with a hundred scans more than it needs."""
+    """A JPEG with a hundred superfluous scans."""
     content = image(size=(64, 64))
     start = content.index(b"\xff\xda")
     return content[:-2] + content[start:-2] * 100 + content[-2:]

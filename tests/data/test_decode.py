@@ -1,4 +1,4 @@
-"""Decoding: DALI and Pillow agree, and a bad image is named without losing its neighbours."""
+"""Decoding: DALI and Pillow agree, and a bad image costs only itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.data.shards import bomb, image, rotated, sixteen_bit
 
 
 def picture(height: int, width: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    """A smooth picture with edges, which resizing treats differently where filters differ."""
+    """A smooth picture with edges, on which different resize filters give different results."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [127 + 120 * np.sin(x / 9), 127 + 120 * np.cos(y / 7), 255.0 * ((x // 20 + y // 20) % 2)]
     image = Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8)).convert(mode)
@@ -52,7 +52,7 @@ def test_decoders_agree_with_pillow(name: str, dali: DaliDecoder, crop: bool) ->
         assert isinstance(ours, torch.Tensor) and isinstance(oracle, torch.Tensor)
         assert ours.shape == (task.height * task.width // 256, 768)
         difference = (ours.int() - oracle.int()).abs()
-        # In 8-bit levels: a mean of at most 1 is promised; 0.21 for DALI and 0.12 for torch were seen.
+        # In 8-bit levels: the promise is a mean of at most 1; measured were 0.21 for DALI and 0.12 for torch.
         assert difference.float().mean() <= 1.0
         if name == "cpu":
             assert difference.max() <= 2  # each of the two passes may round the other way
@@ -91,7 +91,7 @@ def test_bad_images_are_named_and_the_rest_kept(name: str, dali: DaliDecoder) ->
 
 
 def test_a_bad_image_costs_dali_few_batches(dali: DaliDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found by halving, not by decoding every neighbour alone."""
+    """It is found by halving the batch, not by decoding every image separately."""
     good = picture(64, 64)
     tasks = [ImageTask(good if i != 37 else good[: len(good) // 2], 32, 32, plain_jpeg=True) for i in range(64)]
     tasks[5] = ImageTask(good[:400], 32, 32, plain_jpeg=True)  # the header itself is cut
@@ -110,8 +110,8 @@ def test_a_bad_image_costs_dali_few_batches(dali: DaliDecoder, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["dali", "cpu", "pillow"])
-def test_odd_images_look_as_they_should(name: str, dali: DaliDecoder) -> None:
-    """Sixteen bits keep their brightness, EXIF turns, transparency is white, CMYK is not inverted."""
+def test_unusual_images_keep_their_look(name: str, dali: DaliDecoder) -> None:
+    """16-bit images keep their brightness, EXIF turns are applied, transparency is white, CMYK is not inverted."""
     decoder = dali if name == "dali" else CpuDecoder(1, plain=name == "pillow")
 
     def decode(content: bytes, height: int = 32, width: int = 48) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_odd_images_look_as_they_should(name: str, dali: DaliDecoder) -> None:
     assert decode(clear.getvalue()).min() == 255
 
 
-def test_a_header_that_promises_too_much_is_not_decoded() -> None:
+def test_a_huge_size_in_the_header_is_refused_before_decoding() -> None:
     for content in (bomb(), image("PNG", size=(70_000, 400))):
         with pytest.raises(ValueError, match="too large|exceeds limit"):
             open_image(content)
@@ -161,7 +161,7 @@ def test_decoder_choice() -> None:
     assert isinstance(make_decoder("dali", 1, torch.device("cpu")), DaliDecoder)
 
 
-def test_many_images_of_any_size_become_patches_at_once() -> None:
+def test_many_images_of_any_size_become_patches_in_one_call() -> None:
     sizes = ((32, 48), (16, 16), (48, 16), (32, 48))
     pictures = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for size in sizes]
     found = many_to_patches(pictures)
@@ -170,8 +170,8 @@ def test_many_images_of_any_size_become_patches_at_once() -> None:
     assert len({patches.untyped_storage().data_ptr() for patches in found}) == 1
 
 
-def test_two_threads_may_ask_dali_at_once(dali: DaliDecoder) -> None:
-    """Captions are made while the loader is at work."""
+def test_two_threads_may_use_dali_at_the_same_time(dali: DaliDecoder) -> None:
+    """Captions are generated while the loader decodes."""
     tasks = [ImageTask(picture(64, 64), 32, 32, plain_jpeg=True)] * 8
     (alone, *_) = dali(tasks)
     with ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,4 @@
-"""Indexing: every bad member is refused with its reason, every good one kept, and a stale index is never used."""
+"""Indexing refuses every bad member with a reason, keeps every good one, and never uses a stale index."""
 
 from __future__ import annotations
 
@@ -20,16 +20,12 @@ import safetensors.numpy
 
 from genlip_megatron.data import storage
 from genlip_megatron.data.index import (
-    FURTHER_FIELDS,
-    SYSTEM_FILES,
-    UnreadableShard,
-    build_index,
     index_path,
     load_index,
-    refresh_index,
     write_index,
 )
-from genlip_megatron.data.storage import expand_shards
+from genlip_megatron.data.patterns import expand_shards
+from genlip_megatron.data.scan import FURTHER_FIELDS, SYSTEM_FILES, UnreadableShard, build_index, refresh_index
 from genlip_megatron.data.text import Tokenizer, load_tokenizer
 from tests.data.shards import CAPTION, bomb, half_png, image, interlaced, rotated, scans, sixteen_bit, write_shard
 
@@ -111,7 +107,7 @@ def test_bad_samples_are_refused_one_by_one(tokenizer: Tokenizer, tmp_path: Path
     assert "link" in index.refused["link.jpg"]
 
 
-def test_odd_but_good_images_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_unusual_but_good_images_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
     images = {
         "cmyk": image(mode="CMYK"), "grey": image(mode="L"), "palette": image("PNG", mode="P"), "deep": sixteen_bit(),
         "clear": image("PNG", mode="RGBA"), "turned": rotated(8), "progressive": image(progressive=True),
@@ -130,7 +126,7 @@ def test_odd_but_good_images_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> N
     assert sizes["turned"] == (48, 32) and sizes["exif"] == (32, 48)
 
 
-def test_a_folder_of_img2dataset_is_read_as_it_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_output_of_img2dataset_is_read_unchanged(tokenizer: Tokenizer, tmp_path: Path) -> None:
     members = {}
     for i in range(3):
         record = {
@@ -148,7 +144,7 @@ def test_a_folder_of_img2dataset_is_read_as_it_is(tokenizer: Tokenizer, tmp_path
     assert index.rows["caption_is_json"].all()
 
 
-def test_what_is_ambiguous_or_dangerous_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_ambiguous_or_dangerous_members_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     members = {
         "two.jpg": image(), "two.png": image("PNG"), "two.json": CAPTION, "a.pickle": b"x", "b.pth": b"x",
         "good.jpg": image(), "good.json": b'{"url": "x", "caption": null}', "good.txt": b"One red circle.",
@@ -169,9 +165,7 @@ def test_what_is_ambiguous_or_dangerous_is_refused(tokenizer: Tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("broken", [[0], [2], [4, 5], [7], [0, 7]])
-def test_a_broken_header_costs_its_member_not_the_shard(
-    broken: list[int], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_broken_header_costs_only_its_member(broken: list[int], tokenizer: Tokenizer, tmp_path: Path) -> None:
     members = {f"{i}.{suffix}": content for i in range(4) for suffix, content in (("jpg", image()), ("json", CAPTION))}
     shard = write_shard(tmp_path / "s.tar", members)
     with tarfile.open(shard) as archive:
@@ -183,14 +177,14 @@ def test_a_broken_header_costs_its_member_not_the_shard(
     index = build_index(shard, tokenizer, PROMPT)
     lost = {str(number // 2) for number in broken}
     assert index.keys == [key for key in "0123" if key not in lost]
-    # Neighbours are one gap: how long the first member was is not known any more.
+    # Two neighbours form one gap, because the length of the first member is unknown.
     gaps = [number for number in broken if number - 1 not in broken]
     found = [key for key, reason in index.refused.items() if reason == "broken tar header"]
     assert found == [f"(byte {offsets[number]})" for number in gaps]
 
 
 def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
-    """A tar header with a size field as given, and a right checksum."""
+    """A tar header with the given size field and a valid checksum."""
     block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
     block[124:136], block[156:157] = size.ljust(12, b"\0"), kind
     block[148:156] = b" " * 8
@@ -210,7 +204,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_headers_made_to_do_harm_cost_themselves(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_malicious_headers_cost_only_themselves(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     def part(names: str) -> bytes:
         members = {f"{i}.{suffix}": c for i in names for suffix, c in (("jpg", image()), ("json", CAPTION))}
         return Path(write_shard(tmp_path / "part.tar", members)).read_bytes().rstrip(b"\0")
@@ -228,7 +222,7 @@ def test_headers_made_to_do_harm_cost_themselves(kind: str, tokenizer: Tokenizer
         assert index.keys[-1] == "3"
 
 
-def test_shards_put_one_behind_the_other_are_read_to_the_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_concatenated_shards_are_read_to_the_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
     parts = []
     for name in "ab":
         members = {f"{name}.jpg": image(), f"{name}.json": CAPTION}
@@ -261,8 +255,8 @@ def test_what_stands_where_samples_may_have_been_is_noted(
 NOT_TARS = {
     "text that begins with 'garbage'": b"garbage",
     "something unknown": b"\x07" + bytes(range(256)) * 20,
-    "only zeros: an empty tar, or a file whose data never arrived": bytes(10240),
-    "gzip: compressed shards are not read; decompress it first": gzip.compress(b"x" * 9999),
+    "only zeros: an empty tar, or a file whose data were never written": bytes(10240),
+    "gzip: compressed shards are not supported; decompress it first": gzip.compress(b"x" * 9999),
     "bzip2: compressed": bz2.compress(b"x"),
     "xz: compressed": lzma.compress(b"x"),
     "zstd: compressed": b"\x28\xb5\x2f\xfdxxxx",
@@ -282,7 +276,7 @@ NOT_TARS = {
 
 
 @pytest.mark.parametrize("kind", NOT_TARS)
-def test_what_is_no_tar_is_named_and_gets_no_index(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_is_named_and_gets_no_index(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     shard = tmp_path / "s.tar"
     shard.write_bytes(NOT_TARS[kind])
     with pytest.raises(UnreadableShard, match=rf"s\.tar is not a tar file but {re.escape(kind)}"):
@@ -290,7 +284,7 @@ def test_what_is_no_tar_is_named_and_gets_no_index(kind: str, tokenizer: Tokeniz
     assert list(tmp_path.iterdir()) == [shard]
 
 
-def test_an_empty_file_is_a_shard_of_no_samples(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_empty_file_is_a_shard_without_samples(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "s.tar").touch()
     index = build_index(str(tmp_path / "s.tar"), tokenizer, PROMPT)
     assert not len(index.rows) and index.refused == {"(shard)": "empty file"}
@@ -304,7 +298,7 @@ def test_a_tar_without_samples_says_so(tokenizer: Tokenizer, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("refused", [{}, {"(byte 0)": "broken tar header"}])
-def test_an_old_index_does_not_hide_what_is_no_tar(
+def test_an_old_index_does_not_hide_a_file_that_is_not_a_tar(
     refused: dict[str, str], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     shard = write_shard(tmp_path / "s.tar", {"0.jpg": image(), "0.json": CAPTION})
@@ -313,7 +307,7 @@ def test_an_old_index_does_not_hide_what_is_no_tar(
     size, stamp = storage.state(shard)
     header = dataclasses.replace(good.header, shard_size=size, shard_stamp=stamp)
     write_index(dataclasses.replace(good, rows=good.rows[:0], keys=[], refused=refused, header=header))
-    with pytest.raises(ValueError, match="is perhaps no tar file"):
+    with pytest.raises(ValueError, match="may not be a tar file"):
         load_index(shard, tokenizer.fingerprint, PROMPT)
     with pytest.raises(UnreadableShard, match="gzip"):
         refresh_index(shard, tokenizer, PROMPT)
@@ -378,7 +372,7 @@ def test_what_counts_as_a_sample(name: str, tokenizer: Tokenizer, tmp_path: Path
         assert load_index(index.shard, tokenizer.fingerprint, PROMPT).ignored == ignored
 
 
-def test_a_truncated_archive_keeps_what_is_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_truncated_archive_keeps_its_complete_samples(tokenizer: Tokenizer, tmp_path: Path) -> None:
     members = {f"{i}.{suffix}": content for i in range(4) for suffix, content in (("jpg", image()), ("json", CAPTION))}
     shard = write_shard(tmp_path / "s.tar", members)
     with tarfile.open(shard) as archive:
@@ -434,12 +428,12 @@ def test_shards_of_files_folders_and_globs(tmp_path: Path) -> None:
         expand_shards([str(tmp_path)], "S")
 
 
-def test_an_index_of_older_rules_can_be_trained_on_and_is_made_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_index_of_older_rules_is_trained_on_and_built_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", {"0.jpg": image(), "0.json": CAPTION})
     index = build_index(shard, tokenizer, PROMPT)
     old = write_index(dataclasses.replace(index, header=dataclasses.replace(index.header, format=2)))
     assert load_index(shard, tokenizer.fingerprint, PROMPT).header == old.header
     again, unchanged = refresh_index(shard, tokenizer, PROMPT)
-    # The same samples: a run on them goes on.
+    # The samples are the same, so a run on them continues.
     assert not unchanged and again.header.format == 3 and again.header.digest == old.header.digest
     assert refresh_index(shard, tokenizer, PROMPT)[1]

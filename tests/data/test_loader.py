@@ -1,4 +1,4 @@
-"""The loader: the same stream on any number of ranks, exact after a resume, and one bad sample costs only itself."""
+"""The loader: the same stream on any number of ranks, exact resume, and a bad sample costs only itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS, LANES = 3, 4
 
 
 def take(loader: Loader, count: int) -> list[PackedBatch]:
-    """The loader's next micro-batches, of one pack each."""
+    """The loader's next micro-batches with one pack each."""
     batches = iter(loader)
     taken = list(islice(batches, count))
     batches.close()
@@ -48,7 +48,7 @@ def reference(demo_data: Path) -> list[PackedBatch]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_the_stream_of_one(ranks: int, reference: list[PackedBatch], demo_data: Path) -> None:
+def test_ranks_share_the_stream_of_a_single_rank(ranks: int, reference: list[PackedBatch], demo_data: Path) -> None:
     share = LANES // ranks
     for rank in range(ranks):
         mine = take(Loader(tiny_config(demo_data, data__num_workers=rank + 1), "train", rank, ranks), STEPS * share)
@@ -71,7 +71,7 @@ def test_the_stream_is_the_same_on_one_to_eight_ranks(demo_data: Path) -> None:
     assert len(streams[0]) == 16 and all(stream == streams[0] for stream in streams)
 
 
-def test_without_images_everything_else_is_the_same(reference: list[PackedBatch], demo_data: Path) -> None:
+def test_without_images_the_rest_of_the_batch_is_the_same(reference: list[PackedBatch], demo_data: Path) -> None:
     for ours, expected in zip(
         take(Loader(tiny_config(demo_data), "train", share=ReadAssignment(images=False)), 4), reference, strict=False
     ):
@@ -101,7 +101,7 @@ def test_a_step_counts_as_consumed_with_its_last_micro_batch(reference: list[Pac
     assert_equal(take(resumed, 1)[0], reference[LANES])
 
 
-def test_iterating_again_goes_on_after_the_last_consumed_step(reference: list[PackedBatch], demo_data: Path) -> None:
+def test_iterating_again_continues_after_the_last_consumed_step(reference: list[PackedBatch], demo_data: Path) -> None:
     loader = Loader(tiny_config(demo_data, data__prefetch=8), "train")
     take(loader, LANES)
     for ours, expected in zip(take(loader, LANES), reference[LANES:], strict=False):
@@ -124,7 +124,7 @@ def test_labels_are_the_next_tokens_and_start_after_the_prompt(reference: list[P
         assert len(batch.keys) == count and int(batch.image_lengths.sum()) == batch.patches.shape[0]
 
 
-def test_a_sample_that_went_bad_keeps_its_place_without_loss(demo_data: Path, tmp_path: Path) -> None:
+def test_a_bad_sample_keeps_its_place_without_loss(demo_data: Path, tmp_path: Path) -> None:
     for file in demo_data.iterdir():
         shutil.copy2(file, tmp_path / file.name)
     shard = tmp_path / "train-00000.tar"
@@ -156,7 +156,7 @@ def test_a_sample_that_went_bad_keeps_its_place_without_loss(demo_data: Path, tm
     assert bad.reason == "the image's bytes changed since the index was made (crc32)"
 
 
-def test_a_long_caption_is_cut_and_counted_and_its_image_whole(demo_data: Path) -> None:
+def test_a_long_caption_is_cut_and_counted_and_its_image_is_kept(demo_data: Path) -> None:
     config = tiny_config(demo_data, data__seq_length=66, data__prompt="Describe the image in detail.")
     loader = Loader(config, "train")
     batches = take(loader, 40)
@@ -180,11 +180,11 @@ def test_validation_is_one_pass_in_order_and_the_same_every_time(demo_data: Path
 
 def test_more_ranks_than_samples_is_refused(demo_data: Path) -> None:
     config = tiny_config(demo_data, train__global_batch_size=512)
-    with pytest.raises(ValueError, match="160 good samples for 512 data-parallel ranks; use fewer ranks or more data"):
+    with pytest.raises(ValueError, match="160 good samples for 512 data-parallel ranks. Use fewer ranks or more data"):
         Loader(config, "train", 0, 512)
 
 
-def test_drop_path_draws_belong_to_the_sample_and_step() -> None:
+def test_drop_path_draws_depend_only_on_sample_and_step() -> None:
     def draw(step: int, samples: list[int], **other: Any) -> np.ndarray:
         return drop_path_factors(**{"seed": 1, "layers": 6, "rate": 0.25, **other}, step=step, samples=samples).numpy()
 
@@ -208,7 +208,7 @@ def keys_of(loader: Loader, count: int) -> list[str]:
 def test_a_mixture_is_drawn_by_weight_or_by_epochs(demo_data: Path) -> None:
     equal = keys_of(Loader(mixture(demo_data, data__train_weights="1:1"), "train"), 24)
     assert sum(key.startswith("val") for key in equal) / len(equal) == pytest.approx(0.5, abs=0.08)
-    # 2 x 160 and 10 x 24 samples an epoch of all.
+    # 2 x 160 and 10 x 24 samples in an epoch of all sources.
     epochs = keys_of(Loader(mixture(demo_data, data__train_epochs="2:10"), "train"), 24)
     assert sum(key.startswith("val") for key in epochs) / len(epochs) == pytest.approx(240 / 560, abs=0.08)
     whole = Loader(mixture(demo_data), "train")
@@ -217,7 +217,7 @@ def test_a_mixture_is_drawn_by_weight_or_by_epochs(demo_data: Path) -> None:
     assert not any(key.startswith("val") for key in later[:20]) and all(key.startswith("val") for key in later[-20:])
 
 
-def test_weights_belong_to_the_stream_that_is_resumed(demo_data: Path) -> None:
+def test_resuming_with_other_weights_is_refused(demo_data: Path) -> None:
     config = mixture(demo_data, data__train_weights="3:1")
     loader = Loader(config, "train")
     expected = take(Loader(config, "train"), 3 * LANES)
@@ -230,7 +230,7 @@ def test_weights_belong_to_the_stream_that_is_resumed(demo_data: Path) -> None:
         Loader(tiny_config(demo_data), "train").load_state_dict(merge_cursors([loader.state_dict()]))
 
 
-def test_another_global_batch_size_goes_on_with_what_is_left_of_the_epoch(demo_data: Path) -> None:
+def test_another_global_batch_size_continues_the_epoch(demo_data: Path) -> None:
     loader = Loader(tiny_config(demo_data), "train")
     seen = keys_of(loader, 2 * LANES)
     cursor = merge_cursors([loader.state_dict()])
@@ -240,11 +240,11 @@ def test_another_global_batch_size_goes_on_with_what_is_left_of_the_epoch(demo_d
     resumed.load_state_dict(cursor)
     rest = keys_of(resumed, 60)
     counts = Counter(seen + rest)
-    # Exactly once an epoch, and the lanes end their epochs within one of each other.
+    # Exactly once per epoch, and lanes are never more than one epoch apart.
     assert len(counts) == 160 and max(counts.values()) - min(counts.values()) <= 2
 
 
-def test_steps_left_out_on_purpose_stay_left_out(reference: list[PackedBatch], demo_data: Path) -> None:
+def test_skipped_steps_stay_skipped(reference: list[PackedBatch], demo_data: Path) -> None:
     loader = Loader(tiny_config(demo_data), "train")
     take(loader, LANES)
     resumed = Loader(tiny_config(demo_data), "train")
@@ -288,8 +288,8 @@ def test_a_failure_in_the_thread_reaches_the_step(demo_data: Path, monkeypatch: 
         next(batches)
 
 
-def test_who_ends_the_thread_goes_on_after_its_end() -> None:
-    """However long a read takes: a run that rolls back changes the plan that the thread works on."""
+def test_close_waits_for_the_thread() -> None:
+    """A rollback changes the plan that the thread uses, so it must wait even for a slow read."""
     read = threading.Event()
 
     def slow() -> Iterator[Any]:
@@ -307,7 +307,7 @@ def test_who_ends_the_thread_goes_on_after_its_end() -> None:
     assert not closing.is_alive()
 
 
-def test_data_that_is_missing_is_named_as_it_was_read(demo_data: Path, tmp_path: Path) -> None:
+def test_missing_data_is_named_as_it_was_parsed(demo_data: Path, tmp_path: Path) -> None:
     for missing in ("x.tar", "x.dataset.json"):
         config = tiny_config(demo_data, data__train_data=f"{demo_data}/train-*.tar,{tmp_path}/{missing}")
         with pytest.raises(ValueError, match=rf"{missing}.*was read as 2 entries: '.*train-\*.tar', '.*{missing}'\)$"):
@@ -316,7 +316,7 @@ def test_data_that_is_missing_is_named_as_it_was_read(demo_data: Path, tmp_path:
             Loader(override(config, {"data.train_weights": ["7:3"]}), "train")
 
 
-def test_manifests_are_named_by_globs_and_brace_lists_too(demo_data: Path) -> None:
+def test_globs_and_brace_lists_can_name_manifests(demo_data: Path) -> None:
     alone = len(Loader(tiny_config(demo_data, data__train_data=f"{demo_data}/train.dataset.json"), "train"))
     for pattern in ("tr*.dataset.json", "{train,val}.dataset.json", "**/[tv]*.dataset.json"):
         config = tiny_config(demo_data, data__train_data=f"{demo_data}/{pattern}")

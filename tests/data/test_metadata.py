@@ -1,4 +1,4 @@
-"""Metadata: whatever it holds, the picture is that of the same file without it, in the same time and memory."""
+"""Metadata: a file with any metadata decodes to the same picture as without it, in the same time and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def jpeg(*parts: bytes, base: bytes = PICTURES["JPEG"]) -> bytes:
-    """A JPEG with these bytes behind its first segment."""
+    """A JPEG with these bytes after its first segment."""
     behind = 4 + int.from_bytes(base[4:6], "big")
     return base[:behind] + b"".join(parts) + base[behind:]
 
@@ -39,7 +39,7 @@ def chunk(kind: bytes, body: bytes, crc: int | None = None) -> bytes:
 
 
 def png(*chunks: bytes, at_end: bool = False) -> bytes:
-    """A PNG with these chunks before or behind its pixels."""
+    """A PNG with these chunks before or after its pixels."""
     base = PICTURES["PNG"]
     place = len(base) - 12 if at_end else 33
     return base[:place] + b"".join(chunks) + base[place:]
@@ -50,7 +50,7 @@ def riff(kind: bytes, body: bytes) -> bytes:
 
 
 def webp(*chunks: bytes, flags: int = 0) -> bytes:
-    """The WebP in its extended form, with these chunks behind its pixels."""
+    """The WebP in its extended form, with these chunks after its pixels."""
     body = PICTURES["WEBP"][12:]
     canvas = bytes([flags, 0, 0, 0]) + struct.pack("<L", 47)[:3] + struct.pack("<L", 31)[:3]
     return wrapped(riff(b"VP8X", canvas) + body + b"".join(chunks))
@@ -68,7 +68,7 @@ def exif(orientation: int = 6, order: str = "<", kind: int = 3) -> bytes:
 
 
 def exif_bomb() -> bytes:
-    """A directory of 5,000 entries that each claim the whole of it as their value."""
+    """A directory of 5,000 entries; each claims the whole directory as its value."""
     entries = b"".join(struct.pack("<HHLL", tag, 7, 60_000, 0) for tag in range(0x8000, 0x8000 + 5000))
     return b"II*\0" + struct.pack("<LH", 8, 5000) + entries
 
@@ -114,7 +114,7 @@ ODD: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_metadata_costs_nothing(name: str) -> None:
+def test_unusual_metadata_costs_nothing(name: str) -> None:
     content, expected = ODD[name](), decode_rgb(PICTURES[name.split(":")[0].upper()])
     tracemalloc.start()
     began = time.monotonic()
@@ -129,7 +129,7 @@ def test_odd_metadata_costs_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_decoders_agree_on_odd_metadata(plain: bool) -> None:
+def test_decoders_agree_on_unusual_metadata(plain: bool) -> None:
     contents = {name: make() for name, make in ODD.items() if "bomb" not in name}
     decoder = CpuDecoder(2, plain)
     tasks = [ImageTask(content, 32, 48, plain_jpeg=check_image(content)[2]) for content in contents.values()]
@@ -159,7 +159,7 @@ TURNED = {
 
 
 @pytest.mark.parametrize("name", TURNED)
-def test_the_orientation_is_the_one_that_pillow_finds(name: str) -> None:
+def test_the_orientation_is_the_same_as_pillows(name: str) -> None:
     content = TURNED[name]()
     with Image.open(io.BytesIO(content)) as opened:
         expected = int(opened.getexif().get(0x0112, 1))
@@ -174,8 +174,8 @@ def verdict(content: bytes) -> tuple[int, int, bool] | None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "progressive", "palette", "lossless"])
-def test_damaged_pixels_are_judged_as_ever(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that end early, and bits that flip in the pixels: the verdict is the codec's own."""
+def test_damaged_pixels_are_judged_by_the_codec(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Truncated files and flipped bits in the pixels: the codec decides."""
     content = {
         **PICTURES,
         "progressive": image(progressive=True),

@@ -1,4 +1,4 @@
-"""Patterns: what files, folders, globs and brace lists name, on a local disk and in a store alike."""
+"""Patterns: files, folders, globs and brace lists mean the same on a local disk and in a store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from genlip_megatron.data import storage
-from genlip_megatron.data.storage import expand_shards, find
+from genlip_megatron.data.patterns import expand_shards, find
 
 TREE = ("0.tar", "a/1.tar", "a/b/2.tar", "a/b/c/3.tar")
 
@@ -22,7 +22,7 @@ def put(folder: Path, *names: str) -> None:
 
 
 def names(folder: Path | str, pattern: str) -> list[str]:
-    """Shards below a folder, by their names from there on."""
+    """Names of shards relative to a folder."""
     place = f"{folder}/"
     return [shard.removeprefix(place) for shard in expand_shards([f"{place}{pattern}"], "S")]
 
@@ -59,14 +59,14 @@ def test_patterns_mean_the_same_locally_and_in_a_store(pattern: str, store: str,
 
 
 @pytest.mark.parametrize("name", ["x[1].tar", "what?.tar", "all*.tar", "a{1,2}.tar", "open{.tar", "a,b.tar", " x .tar"])
-def test_a_name_that_exists_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+def test_an_existing_name_is_taken_literally(name: str, tmp_path: Path) -> None:
     put(tmp_path, name, "x1.tar", "whatx.tar", "allx.tar", "a1.tar", "a2.tar", f"[set]{{1}}/{name}", "set1/9.tar")
     assert names(tmp_path, name) == [name]
     assert names(tmp_path, f"[set]{{1}}/{name}") == [f"[set]{{1}}/{name}"]
     assert names(tmp_path, "[set]{1}/*.tar") == [f"[set]{{1}}/{name}"]
 
 
-def test_a_folder_holds_what_is_called_tar_and_is_a_file(tmp_path: Path) -> None:
+def test_a_folder_gives_its_tar_files(tmp_path: Path) -> None:
     put(tmp_path, "b.TAR", "a.tar", "._a.tar", ".b.tar", "c.tar/0.tar", "d.tar.gz", "e.txt", "a.tar.index.safetensors")
     assert names(tmp_path, "") == ["a.tar", "b.TAR"]
     assert names(tmp_path, "*.tar") == ["a.tar"]
@@ -75,7 +75,7 @@ def test_a_folder_holds_what_is_called_tar_and_is_a_file(tmp_path: Path) -> None
     assert names(tmp_path, "**") == ["a.tar", "b.TAR", "c.tar/0.tar"]
 
 
-def test_a_glob_of_folders_takes_their_shards(tmp_path: Path) -> None:
+def test_a_glob_of_folders_gives_their_shards(tmp_path: Path) -> None:
     put(tmp_path, "part-0/0.tar", "part-1/1.tar", "part-1/deep/2.tar")
     assert names(tmp_path, "part-*") == ["part-0/0.tar", "part-1/1.tar"]
 
@@ -90,17 +90,17 @@ def test_a_shard_named_by_two_spellings_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "*.tar"])
-def test_shards_in_subfolders_alone_are_hinted_at(pattern: str, tmp_path: Path) -> None:
+def test_the_error_hints_at_shards_in_subfolders(pattern: str, tmp_path: Path) -> None:
     put(tmp_path, "a/0.tar", "a/b/1.tar", "x.tar.gz", "a/y.tgz", ".hidden/2.tar")
     with pytest.raises(ValueError, match="matches no .tar file") as caught:
         names(tmp_path, pattern)
     assert f"2 .tar files lie in subfolders: '{tmp_path}/" in str(caught.value) and "**/*.tar'" in str(caught.value)
-    assert "2 compressed shards are not read: decompress them to .tar first" in str(caught.value)
+    assert "2 compressed shards are not supported: decompress them to .tar first" in str(caught.value)
     with pytest.raises(ValueError, match=r"missing\.tar' matches no .tar file$"):
         names(tmp_path, "missing.tar")
 
 
-def test_shards_in_folders_beside_the_files_that_a_glob_matches_are_mentioned(
+def test_a_warning_mentions_shards_in_folders_that_a_glob_matches(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path, "0.tar", "a/1.tar", "a/2.tar", "b/notes.txt")
@@ -110,26 +110,26 @@ def test_shards_in_folders_beside_the_files_that_a_glob_matches_are_mentioned(
     assert f"2 more .tar files lie in folders that it matches: '{tmp_path}/*/*.tar'" in caplog.text
 
 
-def test_shards_below_those_of_a_folder_are_mentioned(
+def test_a_warning_mentions_shards_in_subfolders(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, "0.tar", "a/1.tar", "b.tar.zst")
     with caplog.at_level(logging.WARNING):
         assert expand_shards([str(tmp_path)], "S") == [f"{tmp_path}/0.tar"]
-        assert "only the shards at its top are taken; 1 .tar files lie in subfolders" in caplog.text
-        assert "1 compressed shards are not read" in caplog.text
+        assert "only the shards at its top level are used; 1 .tar files lie in subfolders" in caplog.text
+        assert "1 compressed shards are not supported" in caplog.text
         caplog.clear()
         monkeypatch.setenv("RANK", "1")
         expand_shards([str(tmp_path)], "S")
         assert not caplog.text
 
 
-def test_a_brace_that_does_not_close_is_one_line() -> None:
+def test_an_unclosed_brace_is_an_error_of_one_line() -> None:
     with pytest.raises(ValueError, match="S: 'nowhere/{a,b.tar': a brace is not closed"):
         expand_shards(["nowhere/{a,b.tar"], "S")
 
 
-def test_a_brace_list_in_a_store_is_listed_not_asked_for(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_brace_list_in_a_store_is_one_listing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files = storage.filesystem(store)
     for i in range(50):
         files.pipe_file(f"{store}/{i:03d}.tar", b"x")

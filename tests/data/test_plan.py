@@ -1,4 +1,4 @@
-"""The plan: packs that fit, every sample once an epoch, the same on any number of ranks, exact after a resume."""
+"""The plan: packs fit, every sample comes once per epoch, any number of ranks gets the same, resume is exact."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def lengths_of(arguments: dict[str, Any]) -> np.ndarray:
 
 @settings(max_examples=80, deadline=None)
 @given(plans(), st.integers(1, 4))
-def test_every_sample_exactly_once_an_epoch_in_packs_that_fit(arguments: dict[str, Any], epochs: int) -> None:
+def test_every_sample_comes_exactly_once_per_epoch_in_packs_that_fit(arguments: dict[str, Any], epochs: int) -> None:
     plan, lengths = Plan(**arguments, epochs=epochs), lengths_of(arguments)
     seen: Counter[int] = Counter()
     for lane in range(arguments["lanes"]):
@@ -62,7 +62,7 @@ def test_every_sample_exactly_once_an_epoch_in_packs_that_fit(arguments: dict[st
 
 @settings(max_examples=40, deadline=None)
 @given(plans(weighted=True), st.sampled_from([1, 2, 4, 8]), st.integers(1, 12))
-def test_lanes_do_not_depend_on_who_works_them(arguments: dict[str, Any], ranks: int, steps: int) -> None:
+def test_lanes_do_not_depend_on_the_ranks(arguments: dict[str, Any], ranks: int, steps: int) -> None:
     lanes = arguments["lanes"]
     whole = Plan(**arguments)
     expected = [[whole.next_pack(lane) for lane in range(lanes)] for _ in range(steps)]
@@ -98,10 +98,10 @@ def test_a_plan_interrupted_anywhere_continues_exactly(
 
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.lists(st.tuples(st.integers(1, 8), st.integers(0, 6)), min_size=1, max_size=3))
-def test_another_number_of_lanes_keeps_every_sample_once_an_epoch(
+def test_another_number_of_lanes_keeps_every_sample_once_per_epoch(
     arguments: dict[str, Any], changes: list[tuple[int, int]]
 ) -> None:
-    """Over all of the run, each sample comes as often as any other of its source, but for the epoch in progress."""
+    """Over the whole run all samples of a source come equally often, except in the current epoch."""
     seen: Counter[int] = Counter()
     lanes = arguments.pop("lanes")
     plan = Plan(**arguments, lanes=lanes)
@@ -113,10 +113,10 @@ def test_another_number_of_lanes_keeps_every_sample_once_an_epoch(
         lanes = new_lanes
         plan = Plan(**arguments, lanes=lanes)
         if cursor["count"] != lanes:
-            with pytest.raises(ValueError, match=r"give --change-lanes"):
+            with pytest.raises(ValueError, match=r"or --change-lanes"):
                 plan.load_state_dict(cursor)
         plan.load_state_dict(cursor, change_lanes=True)
-    # Finish the epoch that is furthest, and no more: walk the last cursor's own state to its end.
+    # Finish only the latest epoch that has begun: continue the last cursor to its end.
     last = max(walk.epoch for lane in plan._lanes.values() for stream in lane.streams for walk in stream.walks)
     for lane in plan._lanes.values():
         for stream in lane.streams:
@@ -192,7 +192,7 @@ def test_order_changes_with_epoch_and_seed() -> None:
 
 
 def test_the_stream_is_the_same_on_every_machine_and_version() -> None:
-    """Committed values: whoever changes them changes the order of every run in progress."""
+    """Committed values: changing them changes the data order of every existing run."""
     plan = Plan([source(np.arange(300) % 50 + 10), source([7] * 40)], SEQ, 3, 11, [Phase(0, (2.0, 1.0))], 8, 64, 16)
     packs = [plan.next_pack(lane) for _ in range(2) for lane in range(3)]
     assert packs == COMMITTED
@@ -214,7 +214,7 @@ def test_weights_set_the_mix_everywhere_and_change_at_their_step(lanes: int) -> 
     for start in range(0, 50, 10):  # not only on the whole
         some = np.bincount(owner[np.concatenate([pack for step in packs[start : start + 10] for pack in step])])
         assert some / some.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.04)
-    # What waits in the look-ahead buffer was drawn before the change.
+    # Samples in the look-ahead buffer were drawn before the change.
     late = np.bincount(owner[np.concatenate([pack for step in packs[53:] for pack in step])], minlength=3)
     assert late[0] == 0 and late[1] / late.sum() == pytest.approx(0.5, abs=0.01)
 
@@ -226,7 +226,7 @@ def test_weights_change_at_exactly_their_step() -> None:
     assert owners == [[False] * 2] * 5 + [[True] * 2] * 2 + [[False] * 2] * 2
 
 
-def test_a_rare_source_does_not_come_to_all_lanes_at_once() -> None:
+def test_lanes_draw_a_rare_source_at_different_times() -> None:
     plan = Plan([source([4] * 5000), source([4] * 50)], SEQ, 16, 0, [Phase(0, (99.0, 1.0))], pack_buffer=16)
     per_step = [sum(sample >= 5000 for lane in range(16) for sample in plan.next_pack(lane)) for _ in range(40)]
     assert max(per_step) <= 8 and sum(per_step) == pytest.approx(40 * 16 * 16 / 100, rel=0.2)
@@ -259,7 +259,7 @@ def test_packs_are_full(stage: int, least: float) -> None:
 
 @pytest.mark.parametrize(("stage", "most"), [(1, 0.02), (2, 0.04)])
 def test_ranks_have_equal_work(stage: int, most: float) -> None:
-    """The slowest of 64 ranks of 8 packs each, by the cost of linear layers and attention of so16."""
+    """The slowest of 64 ranks with 8 packs each, by the FLOPs of so16's linear layers and attention."""
     lengths = mix(stage, 100_000).astype(float)
     linear, attention = 2 * 27 * (5 * 1152**2 + 3 * 1152 * 3072), 4 * 1152 * 27
     cost = linear * lengths + attention * lengths**2

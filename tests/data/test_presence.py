@@ -1,4 +1,4 @@
-"""Shards and indexes that are missing or of another size are seen before training, locally and in a store."""
+"""Missing shards and indexes, and shards of another size, are found before training, locally and in a store."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 
 from genlip_megatron.config import DataConfig
 from genlip_megatron.data import storage
-from genlip_megatron.data.dataset import Shard, open_dataset, write_manifest
-from genlip_megatron.data.index import build_index, index_path
+from genlip_megatron.data.dataset import open_dataset
+from genlip_megatron.data.index import index_path
+from genlip_megatron.data.manifest import Shard, write_manifest
 from genlip_megatron.data.presence import absent
+from genlip_megatron.data.scan import build_index
 from genlip_megatron.data.text import load_tokenizer
 from tests.data.shards import many, write_shard
 
@@ -41,7 +43,7 @@ def remove(path: str) -> None:
         os.remove(path)
 
 
-def test_what_is_as_indexed_passes(folder: str) -> None:
+def test_unchanged_shards_pass(folder: str) -> None:
     assert absent(shards(folder), "S", True) == absent(shards(folder, size=None), "S", True) == ""
     if not storage.is_remote(folder):
         os.utime(f"{folder}/03.tar", (0, 0))  # a copy
@@ -58,7 +60,7 @@ def test_faults_are_named_and_counted(folder: str) -> None:
     for part in ("01.tar is missing", "02.tar has 2 bytes, 3 when it was indexed", "03.tar has 4 bytes, 3 when",
                  "04.tar.index.safetensors is missing", "run: python tools/prepare_data.py"):  # fmt: skip
         assert part.removeprefix("run: ") in said
-    # A manifest of an older version knows no sizes.
+    # A manifest of an older version has no sizes.
     assert "2 of 12 shards" in absent(shards(folder, size=None), "S", True)
     for i in range(5, 12):
         remove(f"{folder}/{i:02d}.tar")
@@ -82,7 +84,7 @@ def test_a_folder_of_a_store_is_one_request(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("answer", [PermissionError("denied"), NotImplementedError(), [], "half"])
-def test_a_store_that_cannot_list_is_passed_over(answer: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_list_is_skipped(answer: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not storage.is_remote(folder):
         pytest.skip("of stores")
     files = storage.filesystem(folder)
@@ -98,7 +100,7 @@ def test_a_store_that_cannot_list_is_passed_over(answer: Any, folder: str, monke
     assert absent(shards(folder), "S", True) == ""
 
 
-def test_a_manifest_holds_the_sizes(demo_data: Path, tmp_path: Path) -> None:
+def test_a_manifest_records_the_sizes(demo_data: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(demo_data / "tokenizer.model")
     shard = write_shard(tmp_path / "s.tar", many(4))
     build_index(shard, tokenizer, "P.")

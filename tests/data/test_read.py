@@ -1,4 +1,4 @@
-"""Reading: the same bytes from disks, S3 and web servers, through failures, and each remote byte once."""
+"""Reading: the same bytes from disks, S3 and web servers despite failures; each remote byte is fetched once."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 
 @dataclass
 class Web:
-    """A web server on this machine whose answers can be made to fail."""
+    """A local web server that can be made to fail."""
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
-    fail: int = 0  # so many of the next answers are errors
-    cut: int = 0  # so many of the next answers end early
-    hang: int = 0  # so many of the next answers never come
+    fail: int = 0  # number of next answers that are errors
+    cut: int = 0  # number of next answers that end early
+    hang: int = 0  # number of next answers that never come
     release: threading.Event = field(default_factory=threading.Event)
 
 
@@ -117,7 +117,7 @@ def test_local_pieces(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_file_that_shrinks_or_goes_costs_a_sample_not_the_process(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_or_disappears_costs_only_its_samples(tmp_path: Path) -> None:
     shard = tmp_path / "s.tar"
     shard.write_bytes(CONTENT)
     ours = reader(tmp_path / "cache")
@@ -137,7 +137,7 @@ def test_remote_bytes_are_fetched_once(web: Web, tmp_path: Path) -> None:
     for offset, size in SPANS:
         assert read(ours, url, offset, size) == CONTENT[offset : offset + size]
     assert ours.bytes_fetched == len(CONTENT)
-    # Another reader, as of another process or the next run, finds it all here.
+    # Another reader, as in another process or the next run, finds everything in the cache.
     other = reader(tmp_path)
     ranges = len([span for _, span in web.requests if span])
     assert read(other, url, 0, len(CONTENT)) == CONTENT
@@ -152,7 +152,7 @@ def test_another_version_of_a_file_is_not_served_from_the_cache(web: Web, tmp_pa
 
 
 @pytest.mark.parametrize("failure", ["fail", "cut", "hang"])
-def test_errors_short_answers_and_silence_are_tried_again(failure: str, web: Web, tmp_path: Path) -> None:
+def test_errors_short_answers_and_timeouts_are_retried(failure: str, web: Web, tmp_path: Path) -> None:
     web.files["/s.tar"] = CONTENT
     setattr(web, failure, 1)
     assert read(reader(tmp_path, timeout=0.5), f"{web.url}/s.tar", 5, 50_000) == CONTENT[5:50_005]
@@ -161,7 +161,7 @@ def test_errors_short_answers_and_silence_are_tried_again(failure: str, web: Web
         read(reader(tmp_path, timeout=0.2, retries=1), f"{web.url}/s.tar", 200_000, 10)
 
 
-def test_a_piece_that_cannot_be_had_leaves_the_others(web: Web, tmp_path: Path) -> None:
+def test_a_failed_piece_does_not_affect_the_others(web: Web, tmp_path: Path) -> None:
     web.files["/s.tar"] = CONTENT
     here, gone = f"{web.url}/s.tar", f"{web.url}/gone.tar"
     pieces = [Piece(here, 0, 9), Piece(gone, 0, 9), Piece(here, 299_999, 9)]
@@ -169,7 +169,7 @@ def test_a_piece_that_cannot_be_had_leaves_the_others(web: Web, tmp_path: Path) 
     assert first == CONTENT[:9] and isinstance(missing, OSError) and isinstance(beyond, OSError)
 
 
-def test_a_block_cut_short_by_a_crash_counts_as_none(web: Web, tmp_path: Path) -> None:
+def test_a_truncated_cache_block_is_fetched_again(web: Web, tmp_path: Path) -> None:
     web.files["/s.tar"] = CONTENT
     url = f"{web.url}/s.tar"
     assert read(reader(tmp_path), url, 100, 9000) == CONTENT[100:9100]
@@ -178,7 +178,7 @@ def test_a_block_cut_short_by_a_crash_counts_as_none(web: Web, tmp_path: Path) -
     assert read(reader(tmp_path), url, 100, 9000) == CONTENT[100:9100]
 
 
-def test_many_shards_take_few_file_descriptors(tmp_path: Path) -> None:
+def test_many_shards_need_few_file_descriptors(tmp_path: Path) -> None:
     for i in range(400):
         (tmp_path / f"{i}.tar").write_bytes(CONTENT[:100])
     ours = reader(tmp_path / "cache")
@@ -187,7 +187,7 @@ def test_many_shards_take_few_file_descriptors(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) - before <= 260
 
 
-def test_a_damaged_block_is_forgotten_and_fetched_anew(web: Web, tmp_path: Path) -> None:
+def test_a_damaged_cache_block_is_fetched_again(web: Web, tmp_path: Path) -> None:
     web.files["/s.tar"] = CONTENT
     ours, piece = reader(tmp_path), Piece(f"{web.url}/s.tar", 0, 10)
     assert read(ours, piece.shard, 0, 10) == CONTENT[:10]
@@ -198,7 +198,7 @@ def test_a_damaged_block_is_forgotten_and_fetched_anew(web: Web, tmp_path: Path)
     assert not ours.drop(Piece(str(tmp_path / "local.tar"), 0, 10))
 
 
-def test_a_store_that_answers_short_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_answer_of_a_store_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = storage.filesystem("memory://")
     store.pipe_file("memory://s.tar", CONTENT)
     monkeypatch.setattr(storage, "read_range", lambda *args: b"short")
@@ -206,7 +206,7 @@ def test_a_store_that_answers_short_is_not_believed(tmp_path: Path, monkeypatch:
         read(reader(tmp_path), "memory://s.tar", 0, 3)
 
 
-def test_the_cache_keeps_to_its_size_and_drops_what_was_not_used(tmp_path: Path) -> None:
+def test_the_cache_keeps_its_size_limit_and_drops_the_least_recently_used(tmp_path: Path) -> None:
     cache = BlockCache(str(tmp_path), 10_000)
     for i in range(9):
         cache.write(str(i), b"x" * 1000)
@@ -219,7 +219,9 @@ def test_the_cache_keeps_to_its_size_and_drops_what_was_not_used(tmp_path: Path)
     assert {"0", "9", "10", "11"} <= kept and "1" not in kept
 
 
-def test_a_full_disk_costs_the_cache_its_use_only(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_full_disk_reading_continues_without_the_cache(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     web.files["/s.tar"] = CONTENT
 
     def full(*args: object) -> None:
@@ -257,7 +259,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_training_data_in_an_object_store(bucket: str, demo_data: Path, tmp_path: Path) -> None:
-    """Indexed, listed and read there: the stream of the same shards on a disk, and a second run fetches nothing."""
+    """Shards in a store give the same stream as on a disk, and a second run fetches nothing."""
     store = storage.filesystem(bucket)
     for shard in demo_data.glob("train-*.tar"):
         store.put_file(str(shard), f"{bucket}/{shard.name}")
@@ -279,7 +281,7 @@ def test_training_data_in_an_object_store(bucket: str, demo_data: Path, tmp_path
         fetched.append(remote.samples._reader.bytes_fetched)
         assert isinstance(remote.samples.bytes_read["image"], int) and torch.is_tensor(local[0].token_ids)
     assert fetched[0] > 0 and fetched[1] == 0
-    # A block that rotted on the disk is noticed by the samples' checksums and fetched anew.
+    # The samples' checksums detect a damaged block on the disk, and it is fetched again.
     for block in cache.glob("*/*.block"):
         block.write_bytes(bytes(block.stat().st_size))
     again = Loader(tiny_config(demo_data, data__train_data=patterns, data__cache_dir=str(cache)), "train")

@@ -1,4 +1,4 @@
-"""Shared reading: each byte by the rank whose share it is, one micro-batch on all ranks, bad samples known to all."""
+"""Shared reading: each byte is read by one rank, all ranks get the same micro-batch and know the bad samples."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAYOUTS = {
 
 
 def loaded(config: RunConfig) -> dict[str, Any]:
-    """What this rank's loader makes of the first steps, and what it read for them, with nothing read ahead."""
+    """This rank's first steps and the bytes read for them, without prefetching."""
     from megatron.core import parallel_state
 
     from genlip_megatron.parallel import groups
@@ -65,12 +65,12 @@ def loaded(config: RunConfig) -> dict[str, Any]:
 
 
 def of_rank(batches: list[PackedBatch], rank: int, size: int) -> list[PackedBatch]:
-    """A data-parallel rank's micro-batches among those of one rank that works all four lanes."""
+    """A data-parallel rank's part of the micro-batches of a single rank with all four lanes."""
     return [batch for i, batch in enumerate(batches) if i % 4 // (4 // size) == rank]
 
 
 def reference(config: RunConfig) -> tuple[list[PackedBatch], Loader]:
-    """The micro-batches of a rank alone, which reads no further ahead than they go."""
+    """The micro-batches of a single rank, which reads no further ahead."""
     loader = Loader(config, "train")
     plan = loader.plan
     batches = []
@@ -80,7 +80,7 @@ def reference(config: RunConfig) -> tuple[list[PackedBatch], Loader]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_holds_the_same_batch_and_reads_its_share(layout: str, demo_data: Path) -> None:
+def test_every_rank_has_the_same_batch_and_reads_its_part(layout: str, demo_data: Path) -> None:
     expected, loader = reference(tiny_config(demo_data))
     world_size, flags = LAYOUTS[layout]
     results = run_distributed(world_size, loaded, tiny_config(demo_data, **flags))
@@ -88,7 +88,7 @@ def test_every_rank_holds_the_same_batch_and_reads_its_share(layout: str, demo_d
     for result in results:
         for ours, theirs in zip(result["batches"], of_rank(expected, *result["data_parallel"]), strict=True):
             between = 0 < result["stage"] < last
-            # A stage that reads nothing opens no index, and so knows no names.
+            # A stage that reads nothing opens no index, so it has no keys.
             assert_equal(ours, theirs, but=("patches", "first_patch", *(["keys"] if between else [])))
             if result["stage"]:
                 assert ours.patches is None
@@ -106,7 +106,7 @@ def test_every_rank_holds_the_same_batch_and_reads_its_share(layout: str, demo_d
     images, captions = (sum(result["bytes"][kind] for result in results) for kind in ("image", "caption"))
     assert captions == loader.samples.bytes_read["caption"]
     if layout in ("TP2", "TP2xPP2", "TP2xDP2"):
-        # Images on the border of two shares are read by both: at most one of some ten in each pack.
+        # Images on the border of two parts are read by both ranks: at most one of about ten per pack.
         assert images <= 1.15 * loader.samples.bytes_read["image"]
         shares = [result["bytes"]["image"] for result in results if not result["stage"]]
         assert max(shares) < 0.8 * loader.samples.bytes_read["image"]
@@ -155,7 +155,7 @@ def damaged(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 @pytest.mark.parametrize("layout", ["TP2", "PP3", "TP2xPP2"])
-def test_a_bad_sample_is_masked_on_all_ranks_and_written_down_once(
+def test_a_bad_sample_is_masked_on_all_ranks_and_recorded_once(
     layout: str, damaged: tuple[Path, set[str]], demo_data: Path
 ) -> None:
     folder, bad = damaged
@@ -169,7 +169,7 @@ def test_a_bad_sample_is_masked_on_all_ranks_and_written_down_once(
         assert result["bad"][0] == len(met)
         for ours, theirs, whole in zip(result["batches"], expected, good, strict=True):
             assert_equal(ours, theirs, but=("patches", "first_patch", "keys"))
-            # Plan, layout and drop path stay what they were, and all but the bad samples' loss.
+            # Everything but the loss of the bad samples is unchanged.
             same = ("patches", "first_patch", "token_ids", "labels", "loss_weights", "loss_rows", "keys")
             assert_equal(ours, whole, but=same)
             masked = {whole.keys[n] for n in ours.sample_ids[ours.loss_rows[ours.loss_weights > 0]].unique().tolist()}
@@ -177,7 +177,7 @@ def test_a_bad_sample_is_masked_on_all_ranks_and_written_down_once(
     assert sorted(key for result in results for key in result["bad"][1]) == sorted(met)
 
 
-def test_training_goes_on_past_bad_samples_and_counts_them(damaged: tuple[Path, set[str]], tmp_path: Path) -> None:
+def test_training_continues_past_bad_samples_and_counts_them(damaged: tuple[Path, set[str]], tmp_path: Path) -> None:
     config = tiny_config(
         damaged[0],
         checkpoint__save=str(tmp_path),
@@ -201,8 +201,8 @@ def trained(config: RunConfig) -> int:
     return train(config)
 
 
-def test_ranks_agree_also_where_a_micro_batch_is_empty(demo_data: Path) -> None:
-    """A small validation set ends before its last step; without sequence parallelism patches are sent."""
+def test_ranks_agree_on_an_empty_micro_batch(demo_data: Path) -> None:
+    """A small validation set ends before the last step; without sequence parallelism patches are sent."""
     flags = LAYOUTS["TP2 without sequence parallelism"][1]
     config = tiny_config(demo_data, **flags, log__eval_iters=20)
     alone = [batch.keys for batch in Loader(tiny_config(demo_data, log__eval_iters=20), "valid")]
@@ -210,7 +210,7 @@ def test_ranks_agree_also_where_a_micro_batch_is_empty(demo_data: Path) -> None:
 
 
 def validated(config: RunConfig) -> list[tuple[str, ...]]:
-    """The names of this rank's validation samples, micro-batch by micro-batch."""
+    """The keys of this rank's validation samples per micro-batch."""
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.setup import read_assignment
 
@@ -222,7 +222,7 @@ def validated(config: RunConfig) -> list[tuple[str, ...]]:
 
 
 def test_too_many_bad_samples_in_a_row_end_the_run(demo_data: Path, tmp_path: Path) -> None:
-    """The last pipeline stage waits for the first in vain; torchrun must end it when the first leaves."""
+    """The last pipeline stage would wait forever for the first; torchrun must end it when the first leaves."""
     for file in demo_data.iterdir():
         shutil.copy2(file, tmp_path / file.name)
     shard = tmp_path / "train-00000.tar"
@@ -240,7 +240,7 @@ def test_too_many_bad_samples_in_a_row_end_the_run(demo_data: Path, tmp_path: Pa
     assert "exitcode  : 18" in done.stderr
 
 
-def test_good_samples_between_bad_ones_keep_a_run_alive(tmp_path: Path) -> None:
+def test_good_samples_reset_the_count_of_consecutive_bad_ones(tmp_path: Path) -> None:
     quarantine = Quarantine(max_consecutive=3)
     quarantine.count([False, False, True, False, False])
     quarantine.count([True, False, False])
@@ -250,7 +250,7 @@ def test_good_samples_between_bad_ones_keep_a_run_alive(tmp_path: Path) -> None:
     Quarantine(max_consecutive=0).count([False] * 1000)
 
 
-def test_the_share_of_bad_samples_is_of_a_thousand_at_least_and_of_the_last_ones() -> None:
+def test_the_fraction_of_bad_samples_counts_the_last_samples_and_at_least_a_thousand() -> None:
     few = BadShare(0.01)
     few.add(20, 10)
     with pytest.raises(DataFailure, match="11 of the last 21 samples .* data.max_bad_share = 0.01 allows"):
@@ -270,7 +270,7 @@ def test_the_share_of_bad_samples_is_of_a_thousand_at_least_and_of_the_last_ones
         BadShare(0.0).add(10_000, 1)
 
 
-def test_slots_cover_a_sequence_once() -> None:
+def test_slots_cover_a_sequence_exactly_once() -> None:
     for count in range(1, 9):
         spans = [ReadAssignment(index=i, count=count).slots(100) for i in range(count)]
         assert [slot for first, last in spans for slot in range(first, last)] == list(range(100))

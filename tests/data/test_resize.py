@@ -1,4 +1,4 @@
-"""Native-aspect sizes: whole patches, within the two areas, for any image that is accepted."""
+"""Native-aspect sizes: whole patches, with an area within the limits, for every accepted image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_extreme_aspect_ratio_is_refused() -> None:
 
 
 @given(SIDE, SIDE, st.sampled_from([(4096, 262144), (256, 256), (4096, 4096), (4096, 16384), (1000, 99_999)]))
-def test_no_image_has_more_patches_than_is_said(height: int, width: int, area: tuple[int, int]) -> None:
+def test_no_image_exceeds_the_bound_on_patches(height: int, width: int, area: tuple[int, int]) -> None:
     assume(max(height, width) <= MAX_ASPECT_RATIO * min(height, width))
     rows, columns = (side // 16 for side in native_size(height, width, *area))
     assert rows * columns <= most_patches(*area)
@@ -45,7 +45,7 @@ def test_no_image_has_more_patches_than_is_said(height: int, width: int, area: t
     st.lists(st.tuples(st.integers(1, 65_535), st.integers(1, 65_535)), min_size=1, max_size=50),
     st.sampled_from([(4096, 262144), (256, 256), (4096, 16384), (1000, 99_999)]),
 )
-def test_many_sizes_at_once_are_the_same_sizes(shapes: list[tuple[int, int]], area: tuple[int, int]) -> None:
+def test_vectorised_sizes_equal_single_ones(shapes: list[tuple[int, int]], area: tuple[int, int]) -> None:
     shapes = [shape for shape in shapes if max(shape) <= 200 * min(shape)]
     heights, widths = native_sizes(np.array([h for h, _ in shapes]), np.array([w for _, w in shapes]), *area)
     assert list(zip(heights, widths, strict=True)) == [native_size(height, width, *area) for height, width in shapes]

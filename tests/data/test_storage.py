@@ -1,4 +1,4 @@
-"""What keeps a remote store from being read is said in one line that names the address, and soon."""
+"""Errors of remote stores are one line that names the address, and come soon."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from genlip_megatron.data import storage
+from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.testing.processes import free_port
 from tests.data.test_read import bucket  # noqa: F401
 
@@ -41,7 +42,7 @@ def web() -> Iterator[str]:
 
 
 def expand(url: str) -> Any:
-    return storage.expand_shards([url], "PATH")
+    return expand_shards([url], "PATH")
 
 
 READERS: tuple[Callable[[str], Any], ...] = (expand, storage.read_bytes, storage.state)
@@ -59,7 +60,7 @@ def test_a_store_that_does_not_answer_is_named_within_seconds(read: Callable[[st
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_store_that_refuses_is_not_asked_again(
+def test_a_refusal_is_not_retried(
     status: int, read: Callable[[str], Any], web: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, pauses = f"{web}/{status}.tar", list[float]()
@@ -69,7 +70,7 @@ def test_a_store_that_refuses_is_not_asked_again(
     assert not pauses
 
 
-def test_a_missing_file_is_not_asked_for_again(web: str) -> None:
+def test_a_missing_file_is_not_retried(web: str) -> None:
     for read in (storage.read_bytes, storage.state):
         with pytest.raises(FileNotFoundError, match=f"^{web}/404.tar: no such file, folder or bucket$"):
             read(f"{web}/404.tar")
@@ -77,7 +78,7 @@ def test_a_missing_file_is_not_asked_for_again(web: str) -> None:
         expand(f"{web}/404.tar")
 
 
-def test_a_failing_store_is_asked_again(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_store_is_retried(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     with pytest.raises(storage.StoreError, match=rf"^{web}/500.tar: the store does not answer \(500 "):
@@ -85,7 +86,7 @@ def test_a_failing_store_is_asked_again(web: str, monkeypatch: pytest.MonkeyPatc
     assert len(pauses) == storage.RETRIES
 
 
-def test_a_store_that_hangs_is_given_up_at_the_first_contact(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_store_fails_at_first_contact(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_FIRST_TIMEOUT_SECONDS", 0.2)
     begin = time.monotonic()
     with pytest.raises(storage.StoreError, match=f"^{web}/hang.tar: the store does not answer"):
@@ -93,7 +94,7 @@ def test_a_store_that_hangs_is_given_up_at_the_first_contact(web: str, monkeypat
     assert time.monotonic() - begin < 10
 
 
-def test_missing_credentials_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_missing_credentials_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     s3fs = pytest.importorskip("s3fs")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -107,7 +108,7 @@ def test_missing_credentials_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path:
     storage._filesystem.cache_clear()
 
 
-def test_a_missing_bucket_is_said(bucket: str) -> None:  # noqa: F811
+def test_a_missing_bucket_is_reported(bucket: str) -> None:  # noqa: F811
     with pytest.raises(ValueError, match=r"matches no \.tar file"):
         expand("s3://another/x.tar")
     with pytest.raises(FileNotFoundError, match="^s3://another/x.tar: no such file, folder or bucket$"):

@@ -1,4 +1,4 @@
-"""Tables: every row comes out, and a bad one costs no other."""
+"""Tables: every row comes out, and a bad row costs no other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ texts = st.text("ab\",;\n\t \\'é", max_size=12)
 
 
 def read(path: Path) -> list[tuple[int | None, list[Any] | str]]:
-    """(line, image and caption or the problem) of each row; also that rows are counted from 1."""
+    """(line, image and caption, or the error) of each row; checks that rows count from 1."""
     rows = list(tables.table_rows(str(path), "image", COLUMNS))
     assert [where["row"] for where, _ in rows] == list(range(1, len(rows) + 1))
     return [(w.get("line"), c if isinstance(c, str) else [c.get(name) for name in COLUMNS]) for w, c in rows]
@@ -44,9 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(deadline=None, max_examples=100)
 @given(st.lists(texts), st.sampled_from(["\n", "\r\n"]), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
        st.sampled_from(",;\t"))  # fmt: skip
-def test_what_a_writer_of_csv_wrote_is_read_back(
-    folder: Path, captions: list[str], end: str, quotes: Any, sep: str
-) -> None:
+def test_csv_round_trip(folder: Path, captions: list[str], end: str, quotes: Any, sep: str) -> None:
     rows = [[f"{i}.jpg", caption] for i, caption in enumerate(captions)]
     text = write_csv(rows, lineterminator=end, quoting=quotes, delimiter=sep)
     (folder / "t.csv").write_bytes(text.encode())
@@ -55,7 +53,7 @@ def test_what_a_writer_of_csv_wrote_is_read_back(
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(texts, min_size=1, max_size=8), st.booleans(), st.randoms(use_true_random=False))
-def test_a_quote_too_many_or_too_few_costs_its_own_row(
+def test_an_extra_or_missing_quote_costs_only_its_row(
     folder: Path, captions: list[str], first: bool, rng: random.Random
 ) -> None:
     rows = [[f"{i}.jpg", caption] for i, caption in enumerate(captions)]
@@ -74,7 +72,7 @@ def test_a_quote_too_many_or_too_few_costs_its_own_row(
     ("text", "expected"),
     [
         ('1.jpg,"a 12" pizza"\n2.jpg,a 12" pizza\n', ["', ' expected", ["2.jpg", 'a 12" pizza']]),
-        # Closed by chance, so that it is a record of two fields.
+        # Closed by chance, so it is a record of two fields.
         ('1.jpg,"open\n2.jpg,b\n3.jpg,closed"\n4.jpg,d\n',
          ["runs over lines that look like rows; a quote opens in line 2 and was followed to line 4",
           ["2.jpg", "b"], ["3.jpg", 'closed"'], ["4.jpg", "d"]]),
@@ -92,14 +90,14 @@ def test_rows_after_a_bad_one_in_csv_are_read(folder: Path, text: str, expected:
         assert want.replace("', '", "','") in cells if isinstance(want, str) else cells == want
 
 
-def test_a_quote_without_end_is_given_up_after_some_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unclosed_quote_ends_after_a_limit_of_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_FIELD_LINES", 5)
     (folder / "t.csv").write_text('image,caption\n1.jpg,"open\n' + "2.jpg,b\n" * 20)
     (_, problem), *others = read(folder / "t.csv")
     assert "no end in 5 lines" in problem and others == [(line, ["2.jpg", "b"]) for line in range(3, 23)]
 
 
-def test_a_line_of_tsv_is_a_row_and_a_quote_is_a_letter(folder: Path) -> None:
+def test_in_tsv_every_line_is_a_row_and_quotes_are_ordinary(folder: Path) -> None:
     texts = ['"Hello" she said', '"unclosed', 'ends"', '"all of it"', "a, b", "  spaces ", "é\u2028\x85"]
     lines = [f"{i}.jpg\t{text}" for i, text in enumerate(texts)]
     (folder / "t.tsv").write_bytes("\r\n".join(["\ufeffimage\tcaption", *lines, "", "x\ty\tz", "x"]).encode())
@@ -109,7 +107,7 @@ def test_a_line_of_tsv_is_a_row_and_a_quote_is_a_letter(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, COLUMNS[::-1]])
-def test_a_tsv_that_is_quoted_gives_no_half_captions(folder: Path, columns: list[str]) -> None:
+def test_a_quoted_tsv_gives_no_partial_captions(folder: Path, columns: list[str]) -> None:
     rows = [["1.jpg", 'a "cow"'], ["2.jpg", "two\nlines"], ["3.jpg", "one\ttab"], ["4.jpg", "plain"]]
     with open(folder / "t.tsv", "w", newline="") as file:
         csv.writer(file, delimiter="\t").writerows(
@@ -147,7 +145,7 @@ def test_a_list_in_json_is_read_in_chunks(
         ("[{}, " + "[" * 9999, 1),
     ],
 )
-def test_a_json_that_cannot_be_read_on_says_after_which_row(folder: Path, text: str, done: int) -> None:
+def test_a_broken_json_names_the_last_good_row(folder: Path, text: str, done: int) -> None:
     (folder / "t.json").write_text(text)
     rows = []
     after = f" after row {done}" if done else ""
@@ -157,7 +155,7 @@ def test_a_json_that_cannot_be_read_on_says_after_which_row(folder: Path, text: 
     assert len(rows) == done
 
 
-def test_tables_may_be_compressed_and_end_early_with_an_error(folder: Path) -> None:
+def test_compressed_tables_are_read_and_truncated_ones_are_errors(folder: Path) -> None:
     rows = [[f"{i}.jpg", random.Random(i).randbytes(200).hex()] for i in range(2000)]
     content = gzip.compress(write_csv(rows).encode())
     (folder / "t.csv.gz").write_bytes(content)
@@ -167,7 +165,7 @@ def test_tables_may_be_compressed_and_end_early_with_an_error(folder: Path) -> N
         read(folder / "t.csv.gz")
 
 
-def test_a_cell_that_is_not_utf8_costs_its_own_row(folder: Path) -> None:
+def test_a_cell_that_is_not_utf8_costs_only_its_row(folder: Path) -> None:
     cells = pyarrow.array([b"good", b"\xff", b"good"])
     text = pyarrow.StringArray.from_buffers(3, cells.buffers()[1], cells.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({"image": ["1.jpg"] * 3, "caption": text}), folder / "t.parquet")
@@ -175,7 +173,7 @@ def test_a_cell_that_is_not_utf8_costs_its_own_row(folder: Path) -> None:
     assert first == last == ["1.jpg", "good"] and bad.startswith("row is malformed: ")
 
 
-def test_images_in_parquet_are_held_a_few_at_a_time(folder: Path) -> None:
+def test_few_parquet_images_are_in_memory_at_a_time(folder: Path) -> None:
     images = [{"bytes": random.Random(i).randbytes(20_000), "path": None} for i in range(1000)]
     table = pyarrow.table({"image": images, "caption": ["x"] * 1000})
     pyarrow.parquet.write_table(table, folder / "t.parquet", row_group_size=100)
@@ -186,7 +184,7 @@ def test_images_in_parquet_are_held_a_few_at_a_time(folder: Path) -> None:
     assert most - before < 12e6  # of 20 MB
 
 
-def test_lines_above_the_limit_cost_their_own_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_above_the_limit_cost_only_their_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_LINE_BYTES", 100)
     for suffix, separator in ((".csv", ","), (".tsv", "\t")):
         lines = [separator.join(row) for row in (COLUMNS, ["1.jpg", "x" * 250], ["2.jpg", "x" * 93], ["3.jpg", "a"])]

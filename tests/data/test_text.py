@@ -1,4 +1,4 @@
-"""Caption files of the formats seen in the wild become the token sequence that the authors train on."""
+"""Caption files of common formats become the token sequence that the authors train on."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_other_captions_are_refused_with_the_reason(content: bytes, message: str
 
 
 @pytest.mark.parametrize("missing", [None, [], "", {}, float("nan")])
-def test_an_empty_field_hides_no_other(missing: object) -> None:
+def test_an_empty_field_does_not_hide_another(missing: object) -> None:
     turns = [{"from": "user", "value": "Q?"}, {"from": "gpt", "value": "A."}]
     assert parse({"conversations": missing, "caption": "A cat."}) == [("Prompt.", False), ("A cat.", True)]
     assert parse({"conversations": missing, "conversation": turns}) == [("Q?", False), ("A.", True)]
@@ -97,7 +97,7 @@ def test_nothing_is_learned_after_the_last_answer() -> None:
 
 
 @pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")
-def test_text_that_spells_any_control_token_is_refused() -> None:
+def test_text_with_a_control_token_is_refused() -> None:
     tokenizer = load_tokenizer(QWEN)
     for token in ("<|im_start|>", "<|endoftext|>", "<|vision_start|>", "<|fim_prefix|>"):
         with pytest.raises(ValueError, match=re.escape(f"caption spells the control token {token!r}")):
@@ -113,7 +113,7 @@ def test_text_that_spells_any_control_token_is_refused() -> None:
 
 
 @pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")
-def test_qwen_ids_are_the_authors() -> None:
+def test_qwen_ids_equal_the_authors() -> None:
     tokenizer = load_tokenizer(QWEN, 151_936)
     ids, loss = tokenize([(DEFAULT_PROMPT, False), ("A cat.", True)], tokenizer)
     answer = tokenizer.encode("A cat.")

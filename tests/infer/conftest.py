@@ -19,7 +19,7 @@ from tests.convert.test_round_trips import saved
 
 @pytest.fixture(scope="session")
 def checkpoints(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of runs, by the layout that saved them."""
+    """{layout: folder of a run saved on it}."""
     root = tmp_path_factory.mktemp("runs")
     for name in ("1", "TP2"):
         processes, sizes = layout(name)
@@ -40,8 +40,7 @@ def exported(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def photos(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images of several sizes and formats, some in a folder within; one that is none, one cut short, and a
-    file of another kind."""
+    """Images of several sizes and formats, some in a subfolder; a broken one, a truncated one, and a text file."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
     with tarfile.open(demo_data / "val-00000.tar") as members:
@@ -61,7 +60,7 @@ def photos(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a tool, checks its status and, when it is an error, that nothing is left; returns the line of the error."""
+    """Run a tool and check its status; after an error also that it left no files. Returns its output or error line."""
 
     def run(main: Callable[[list[str]], int], *words: Any, status: int = 0) -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -1,4 +1,4 @@
-"""tools/caption.py: what is captioned, in which order, the same with a cache as without, and what is refused."""
+"""tools/caption.py: inputs, order of rows, equality with and without a cache, and errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from tools.caption import main
+from tools.demo import PLAIN_TRANSFORMERS
 from tools.extract_features import main as extract_features
 from tools.patch_readout import main as patch_readout
 
@@ -25,7 +28,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def caption(tool: Tool, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Captions, and returns the rows."""
+    """Run the tool and return its rows."""
 
     def run(*words: Any, status: int = 0) -> list[dict[str, Any]]:
         target = tmp_path / "captions.jsonl"
@@ -40,7 +43,7 @@ def caption(tool: Tool, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 def test_captions_with_a_cache_are_those_of_the_megatron_model(
     layout: str, caption: Any, checkpoints: dict[str, Path], demo_data: Path, photos: Path
 ) -> None:
-    """On checkpoints of any layout, on mixed sizes in a batch, by the default prompt and another."""
+    """On checkpoints of any layout, with mixed sizes in a batch, for the default prompt and another."""
     words = [demo_data / "val-00000.tar", photos, "--load", checkpoints[layout], "--batch-size", 9]
     for prompt in ([], ["--prompt", " one"]):
         found = caption(*words, *prompt)
@@ -48,10 +51,10 @@ def test_captions_with_a_cache_are_those_of_the_megatron_model(
         assert len({row["caption"] for row in found if "caption" in row}) > 5
 
 
-def test_an_exported_folder_captions_alike(
+def test_an_exported_folder_gives_the_same_captions(
     caption: Any, checkpoints: dict[str, Path], exported: Path, photos: Path
 ) -> None:
-    """By its tokens: of bytes that are no character, each tokenizer makes what it likes."""
+    """Compares token ids, because tokenizers decode bytes that form no character differently."""
     found, expected = (
         [row.get("token_ids") for row in caption(photos, "--load", place, "--token-ids")]
         for place in (exported, checkpoints["1"])
@@ -59,16 +62,28 @@ def test_an_exported_folder_captions_alike(
     assert found == expected and sum(ids is not None for ids in found) == 5
 
 
-def test_rows_come_in_the_order_of_the_inputs_whatever_the_batch(
+def test_an_exported_folder_needs_only_transformers(
+    caption: Any, exported: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    """Runs the demo's snippet in a process that cannot import this project."""
+    shard = demo_data / "val-00000.tar"
+    expected = caption(shard, "--load", exported, "--limit", 4, "--token-ids")
+    words = [str(word) for word in (exported, shard, 4, 12, tmp_path / "plain.jsonl")]
+    subprocess.run([sys.executable, "-I", "-c", PLAIN_TRANSFORMERS, *words], cwd=tmp_path, check=True)
+    found = rows(tmp_path / "plain.jsonl")
+    assert [(row["key"], row["token_ids"]) for row in found] == [(row["key"], row["token_ids"]) for row in expected]
+
+
+def test_rows_keep_the_order_of_the_inputs_for_any_batch_size(
     caption: Any, checkpoints: dict[str, Path], demo_data: Path, photos: Path
 ) -> None:
-    """Of a folder by name, at every depth; hidden and other files are passed over; bad images have an error."""
+    """A folder is sorted by name, at every depth; hidden and other files are skipped; bad images have an error."""
     words = [photos / "more" / "*.jpg", demo_data / "val-00000.tar", photos, "--load", checkpoints["1"]]
     found = caption(*words, "--batch-size", 2)
     assert found == caption(*words, "--batch-size", 50)
     names = [Path(row["path"]).name if "path" in row else row["key"] for row in found]
     keys = [f"val{i:06}" for i in range(24)]
-    # A file that is named twice is captioned once.
+    # A file named twice is captioned once.
     assert names == ["image1.jpg", *keys, "broken.jpg", "image0.png", "image2.webp", "image4.jpg", "short.jpg",
                      "image3.png"]  # fmt: skip
     assert [names[i] for i, row in enumerate(found) if "error" in row] == ["broken.jpg", "short.jpg"]
@@ -77,7 +92,7 @@ def test_rows_come_in_the_order_of_the_inputs_whatever_the_batch(
     assert all(set(row) == {"path", "caption"} for row in found if "path" in row and "error" not in row)
 
 
-def test_a_limit_and_an_older_output(
+def test_a_limit_and_an_earlier_output(
     caption: Any, checkpoints: dict[str, Path], demo_data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "captions.jsonl").write_text('{"path": "old.jpg", "caption": "old"}\n')
@@ -85,11 +100,11 @@ def test_a_limit_and_an_older_output(
     assert [row["key"] for row in found] == ["val000000", "val000001", "val000002"]
 
 
-def test_drawn_captions_repeat_with_their_seed(caption: Any, checkpoints: dict[str, Path], photos: Path) -> None:
+def test_sampled_captions_repeat_with_their_seed(caption: Any, checkpoints: dict[str, Path], photos: Path) -> None:
     words = [photos, "--load", checkpoints["1"], "--temperature", 1.0, "--top-p", 0.9, "--top-k", 40]
     assert caption(*words, "--seed", 3) == caption(*words, "--seed", 3) != caption(*words, "--seed", 4)
     greedy = caption(photos, "--load", checkpoints["1"])
-    # With one token to choose from, drawing it is taking the likeliest.
+    # With top-k 1 sampling is greedy.
     assert caption(photos, "--load", checkpoints["1"], "--temperature", 1.0, "--top-k", 1) == greedy
     assert caption(photos, "--load", checkpoints["1"], "--num-beams", 3) != greedy
 
@@ -100,10 +115,10 @@ def test_only_bad_images_end_with_status_1(caption: Any, checkpoints: dict[str, 
     assert row["error"].startswith("image does not decode: not a JPEG, PNG or WebP file, but text")
 
 
-def test_files_that_are_oddly_named_or_no_files(
+def test_unusual_file_names_and_pipes(
     tool: Tool, caption: Any, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    """Of a name that is not UTF-8, and a pipe, which nobody writes to."""
+    """A name that is not UTF-8, and a pipe without a writer."""
     (tmp_path / "odd").mkdir()
     shutil.copy(photos / "image0.png", os.fsencode(tmp_path / "odd") + b"/odd\xe9.png")
     os.mkfifo(tmp_path / "odd" / "pipe.jpg")
@@ -118,7 +133,7 @@ def test_files_that_are_oddly_named_or_no_files(
 
 
 @pytest.mark.parametrize("killed", ["caption", "extract_features", "patch_readout"])
-def test_sigterm_leaves_nothing_and_the_rests_of_kills_are_removed(
+def test_sigterm_leaves_nothing_and_leftovers_of_kills_are_removed(
     killed: str,
     caption: Any,
     tool: Tool,
@@ -127,7 +142,7 @@ def test_sigterm_leaves_nothing_and_the_rests_of_kills_are_removed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It comes while the first images are being computed."""
+    """SIGTERM comes while the first images are computed."""
     from genlip_megatron.infer import caption as captions
     from genlip_megatron.infer import features, readout
 
@@ -167,7 +182,7 @@ def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: 
         (["--load", "{run}", "--device", "abacus"], "--device abacus"),
         (["--load", "{run}", "--device", "meta"], "--device meta: cannot be used"),
         (["--load", "{run}", "--seed", str(10**23)], "--seed 1" + "0" * 23 + ": must be from 0 to 2**64 - 1"),
-        (["--load", "{run}", "--top-p", "0.9"], "set --temperature above"),
+        (["--load", "{run}", "--top-p", "0.9"], "Set --temperature above"),
         (["--load", "{run}", "--top-p", "0"], "above 0 and at most 1"),
         (["--load", "{run}", "--num-beams", "2", "--recompute"], "not with --recompute"),
         (["--load", "{run}", "--batch-size", "0"], "at least 1"),
@@ -181,7 +196,7 @@ def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: 
         (["--load", "{run}", "--top-q", "1"], "unknown flag --top-q. Did you mean '--top-"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_a_user_error_is_one_line(
     words: list[str],
     message: str,
     tool: Tool,
@@ -193,7 +208,7 @@ def test_a_mistake_is_told_in_one_line(
     (tmp_path / "empty").mkdir()
     shutil.copy(demo_data / "tokenizer.model", tmp_path / "other.model")
     with open(tmp_path / "other.model", "ab") as file:
-        file.write(b"\x1a\x00")  # an empty field more: as good a model with another fingerprint
+        file.write(b"\x1a\x00")  # an extra empty field: the same model with another fingerprint
     places = {
         "run": checkpoints["1"],
         "tmp": tmp_path,
@@ -213,7 +228,7 @@ def test_a_mistake_is_told_in_one_line(
         ("{}", "no image"),
     ],
 )
-def test_inputs_that_are_none(
+def test_inputs_without_images(
     name: str, message: str, tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "{}").mkdir()

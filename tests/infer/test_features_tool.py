@@ -1,4 +1,4 @@
-"""tools/extract_features.py: features are the model's, whatever is packed together, and the index finds them."""
+"""tools/extract_features.py: features equal the model's for any packing, and the index finds them."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_pat
     index, found = read(tmp_path / "features")
     assert all(values.shape == (9, 32) and values.dtype == np.float16 for values in found.values())
     assert index["dtype"] == "float16" and index["images_resized"]["size"] == {"height": 48, "width": 48}
-    tool(main, *words, "--max-pixels", 4096, "--limit", 2)  # replaces the former
+    tool(main, *words, "--max-pixels", 4096, "--limit", 2)  # replaces the earlier folder
     (tmp_path / "features" / "features-notes.txt").write_text("mine")
     assert "(features-notes.txt)" in tool(main, *words, status=2)
     (tmp_path / "features" / "features-notes.txt").unlink()
     index, _ = read(tmp_path / "features")
-    # 4096 pixels are 16 patches; the first of the two is no image.
+    # 4096 pixels are 16 patches; the first of the two files is not an image.
     assert [entry["grid"][0] * entry["grid"][1] <= 16 for entry in index["images"]] == [True]
 
 
@@ -89,7 +89,7 @@ def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_pat
     ("words", "message"),
     [
         (["--image-size", "50", "--image-mode", "fixed"], "multiples of 16"),
-        (["--image-size", "64"], "of fixed images, and these are native"),
+        (["--image-size", "64"], "needs --image-mode fixed; this model's images are native"),
         (["--max-patches", "0"], "must be above 0"),
         (["--max-file-size", "inf"], "--max-file-size inf: must be above 0 and finite"),
         (["--feature-dtype", "bf16", "--format", "npy"], "NumPy has no such type"),
@@ -97,7 +97,7 @@ def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_pat
         (["--output", "{tmp}/full", "--overwrite"], "holds something else"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_a_user_error_is_one_line(
     words: list[str], message: str, tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -107,7 +107,7 @@ def test_a_mistake_is_told_in_one_line(
     assert message in tool(main, photos, *place, *filled, status=2)
 
 
-def test_images_whose_features_are_no_numbers_have_failed(
+def test_images_with_nan_features_count_as_failed(
     tool: Tool, exported: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from genlip_megatron.infer import features
@@ -125,7 +125,7 @@ def test_images_whose_features_are_no_numbers_have_failed(
     assert len(found) == 4 and all(np.isfinite(values).all() for values in found.values())
     assert [Path(entry["path"]).name for entry in index["failed"]] == ["broken.jpg", "image2.webp", "short.jpg"]
     assert index["failed"][1]["error"] == "its features are not all finite numbers"
-    # A readout of a model whose weights are no numbers: of every image.
+    # With NaN in the weights every readout fails.
     harmed = Path(shutil.copytree(exported, tmp_path / "harmed"))
     weights = load_file(harmed / "model.safetensors")
     save_file({**weights, "ln_post.bias": weights["ln_post.bias"] * torch.nan}, harmed / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What is loaded is what the folder holds: nothing is dropped, rounded away or left at random without a word."""
+"""A model is loaded as stored: nothing is silently dropped, rounded or left random."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tools.extract_features import main as extract_features
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
-    """A folder of a vision encoder alone, of two layers."""
+    """A folder with only a vision encoder of two layers."""
     from genlip_megatron.config import DataConfig
     from genlip_megatron.convert.hf_folder import write_side_files
     from genlip_megatron.model.state_dict import in_encoder
@@ -52,7 +52,7 @@ def set_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
         (lambda place: set_fields(place, num_hidden_layers=3), "no visual.layers.2."),
         (lambda place: set_tensor(place, "extra", torch.zeros(1)), "extra, which GenLIPVisionModel"),
         (
-            # Versions of transformers before 5 do not tell the shapes.
+            # Before version 5 transformers does not report the shapes.
             lambda place: set_tensor(place, "ln_post.bias", torch.zeros(5)),
             r"ln_post.bias (is \[5\], \[48\]|has another shape than) expected",
         ),
@@ -69,7 +69,7 @@ def test_an_encoder_whose_tensors_are_not_the_models_is_refused(
     assert str(encoder) in line and re.search(part, line)
 
 
-def test_text_parts_are_no_mistake_of_an_encoder(encoder: Path) -> None:
+def test_an_encoder_is_loaded_from_a_folder_with_text_parts(encoder: Path) -> None:
     set_tensor(encoder, "lm_head.weight", torch.zeros(3, 4))
     assert load(encoder, print, encoder_only=True).model.config.num_hidden_layers == 2
     set_tensor(encoder, "ln_post.bias", torch.zeros(5))
@@ -91,7 +91,7 @@ def test_the_image_rule_of_a_folder_saved_again_by_transformers(
 
 
 @pytest.mark.parametrize("harm", ["no file", "of another project"])
-def test_a_folder_without_image_settings_is_told(harm: str, exported_native: Path, demo_data: Path) -> None:
+def test_missing_image_settings_are_reported(harm: str, exported_native: Path, demo_data: Path) -> None:
     said: list[str] = []
     assert load(exported_native, said.append).image_processor.image_mode == "native" and not said
     file = exported_native / "preprocessor_config.json"
@@ -105,7 +105,7 @@ def test_a_folder_without_image_settings_is_told(harm: str, exported_native: Pat
     assert said == [line, line]
 
 
-def test_a_prompt_that_is_no_text_is_refused(exported_native: Path, demo_data: Path) -> None:
+def test_a_prompt_that_is_not_text_is_refused(exported_native: Path, demo_data: Path) -> None:
     file = exported_native / "processor_config.json"
     file.write_text('{"prompt": 5}')
     for read in (
@@ -118,7 +118,7 @@ def test_a_prompt_that_is_no_text_is_refused(exported_native: Path, demo_data: P
 
 @pytest.fixture
 def exported_native(tmp_path: Path, demo_data: Path) -> Path:
-    """A folder for images of their own sizes."""
+    """A folder for images of native sizes."""
     return export(
         tmp_path / "native", demo_data / "tokenizer.model", image_mode="native", min_pixels=512, max_pixels=16384
     )
@@ -146,7 +146,7 @@ def test_tools_without_transformers_say_what_to_install(
         assert "pip install 'genlip-megatron[hf]'" in line
 
 
-def test_a_missing_head_count_names_no_flag_that_the_tool_lacks(exported_native: Path) -> None:
+def test_a_missing_head_count_names_only_existing_flags(exported_native: Path) -> None:
     set_fields(exported_native, num_attention_heads=None)
     with pytest.raises(ValueError, match="num_attention_heads is missing") as raised:
         load(exported_native, print)

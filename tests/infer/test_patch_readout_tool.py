@@ -1,4 +1,4 @@
-"""tools/patch_readout.py: JSON and picture have the likeliest tokens of the model's head on each patch."""
+"""tools/patch_readout.py: JSON and picture show the likeliest tokens of the model's head on each patch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tool = Callable[..., str]
 def test_tokens_are_the_likeliest_of_the_head_on_encoder_features(
     tool: Tool, checkpoints: dict[str, Path], exported: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """The features come from the vision encoder alone, which has never seen text."""
+    """The features come from the vision encoder, which never sees text."""
     out = tool(main, photos, "--load", checkpoints["1"], "--output", tmp_path / "readout", "--top", 3)
     assert "readouts of 5 images" in out
     encoder = AutoModel.from_pretrained(exported, trust_remote_code=True).eval()
@@ -47,10 +47,10 @@ def test_tokens_are_the_likeliest_of_the_head_on_encoder_features(
         assert {(255, 224, 102)} <= {colour for _, colour in picture.getcolors(1 << 24) or ()}
 
 
-def test_mistakes_are_told_in_one_line(tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+def test_user_errors_are_one_line(tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     words = [photos, "--load", checkpoints["1"], "--output", tmp_path / "readout"]
     assert "--top 6: must be from 1 to 5" in tool(main, *words, "--top", 6, status=2)
-    # Pairs of a picture and a JSON file are what labelling tools write too.
+    # Labelling tools also write pairs of a picture and a JSON file.
     (tmp_path / "readout").mkdir()
     for name in ("00000-cat.png", "00000-cat.json"):
         (tmp_path / "readout" / name).write_text("labels")
@@ -59,7 +59,7 @@ def test_mistakes_are_told_in_one_line(tool: Tool, checkpoints: dict[str, Path],
     (tmp_path / "readout" / "index.json").write_text('{"kind": "genlip patch readouts", "files": ["00000-cat.png"]}')
     assert "(00000-cat.json)" in tool(main, *words, "--overwrite", status=2)
     (tmp_path / "readout" / "00000-cat.json").unlink()
-    tool(main, *words, "--overwrite", "--limit", 1, status=1)  # the first is no image
+    tool(main, *words, "--overwrite", "--limit", 1, status=1)  # the first file is not an image
     tool(main, *words, "--overwrite", "--limit", 3)
     assert not (tmp_path / "readout" / "00000-cat.png").exists()
     assert "TrueType" in tool(main, *words, "--font", photos / "notes.txt", status=2)

@@ -1,1 +1,1 @@
-"""A GPU that is none: torch's CUDA build, and what lies above it, on a machine without a GPU."""
+"""A null GPU: torch's CUDA build and the libraries above it, on a machine without a GPU."""

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Train the demo's model for a few steps on a GPU that is none, in every way that only a GPU allows.
+"""Train the demo's model for a few steps on the null GPU, in every mode that needs CUDA.
 
-    python -m tests.null_gpu.check              prints a table; exits 1 when a part fails
+    python -m tests.null_gpu.check              prints a table; exits 1 if a part fails
 
-With the CPU computing what kernels would: float32, bfloat16, Transformer Engine and every kind of its FP8, each
-step's loss against the same run's on the CPU, with recomputation, offloading, FSDP and every kind of parallelism on
-two or four ranks too; FP8 runs that are saved and resumed; inference; the golden files, by the head's own Triton
-kernels. With kernels that do nothing: CUDA graphs and compiled branches, which have to come to their end. Each part
-runs in processes of its own. ``make null-gpu`` makes the environment that this needs and runs it.
+With the CPU computing the kernels: float32, bfloat16, Transformer Engine and each kind of its FP8; also recomputation,
+offloading, FSDP and every kind of parallelism on two or four ranks. Each step's loss is compared with the same run on
+the CPU. Also FP8 runs that are saved and resumed, inference, and the golden files with the head's Triton kernels. With
+kernels that do nothing: CUDA graphs and compiled branches, which must run to the end. Each part runs in its own
+processes. ``make null-gpu`` creates the environment and runs this script.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 STEPS = 8
-# Small steps of one pack; DALI asks the driver itself, which is not there.
+# Small steps of one pack. DALI is off, because it needs the real driver.
 SMALL: dict[str, Any] = {
     "data__decoder": "pillow", "data__pack_buffer": 32,
     "train__global_batch_size": 2, "train__micro_batch_size": 1, "train__lr_warmup_iters": 2,
 }  # fmt: skip
-# Of the CPU float32 was within 4e-7, everything else within 6.3e-3; FP8 attention within 9.3e-3 of its own in BF16.
+# Measured against the CPU: float32 4e-7, all others at most 6.3e-3; FP8 attention 9.3e-3 against itself in BF16.
 FLOAT32_LIMIT, LIMIT, FP8_ATTENTION_LIMIT = 1e-4, 1e-2, 2e-2
 INFERENCE_LIMITS = {"features": 1e-4, "caption": 0.0}
 
@@ -51,9 +51,9 @@ _DELAYED = frozenset({"quantize", "fused_amax_and_scale_update_after_reduction"}
 class Part:
     """A run: ``settings`` as section__name, flags of run.py, and what it must equal, call, print and compile.
 
-    ``says`` is a regular expression. With ``crowded`` some micro-batches run without a CUDA graph, and do not fit
-    beside those that there are. ``ranks`` processes talk by nccl.c. What ``moves`` to host memory does so with small
-    tensors too. What ``resumes`` is saved half-way.
+    ``says`` is a regular expression. ``crowded``: some micro-batches run without a CUDA graph and do not fit beside the
+    existing graphs. ``ranks`` processes communicate through nccl.c. ``moves``: offloading moves small tensors too.
+    ``resumes``: the run is saved half-way and resumed.
     """
 
     settings: dict[str, Any]
@@ -168,7 +168,7 @@ PARTS: dict[str, Part] = {
     "fusion-compile": Part({**_BF16, "train__fusion": "compile"}, flags=(), against="fusion-none", compiles=True),
     "fusion-norms": Part({**_BF16, "train__fusion": "norms"}, flags=(), against="fusion-none", compiles=True),
 }
-# On the CPU itself, without Transformer Engine.
+# On the CPU, without Transformer Engine.
 REFERENCES: dict[str, dict[str, Any]] = {
     "cpu": {"train__precision": "fp32"},
     "cpu-fixed": {"train__precision": "fp32", **_FIXED},
@@ -176,7 +176,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
 
 
 def run_part(name: str, data: Path, steps: int) -> dict[str, Any]:
-    """One part, in a process of its own."""
+    """Run one part in this process."""
     if name.startswith("golden-"):
         return {"differences": gpu_check.golden(name.removeprefix("golden-"))}
     if name == "infer":
@@ -200,7 +200,7 @@ def run_part(name: str, data: Path, steps: int) -> dict[str, Any]:
 
 
 def infer() -> dict[str, float]:
-    """Largest difference of image features from the CPU's, and the share of a greedy caption's tokens that differ."""
+    """Largest difference of image features from the CPU's, and the fraction of greedy caption tokens that differ."""
     import torch
 
     from tests.hf.models import hf_model, random_weights, tiny
@@ -228,7 +228,7 @@ def infer() -> dict[str, float]:
 
 
 def half(config: Any, steps: int) -> list[float]:
-    """Losses of the first half of ``steps``, which are saved, or of the second where the first has been."""
+    """Losses of the first half of ``steps``, which is saved, or of the second half if a save exists."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -250,7 +250,7 @@ def half(config: Any, steps: int) -> list[float]:
 
 
 def crowd() -> None:
-    """Every fifth micro-batch runs without a CUDA graph, and nothing fits beside one."""
+    """Let every fifth micro-batch run without a CUDA graph, in memory that has no room beside a graph."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -263,7 +263,7 @@ def crowd() -> None:
 
 
 def move_small_tensors() -> None:
-    """Offloading, which leaves tensors below a million numbers where they are, moves all."""
+    """Let offloading move all tensors; by default it keeps those with less than a million elements."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -275,7 +275,7 @@ def move_small_tensors() -> None:
 
 
 def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
-    """Whether a part holds, and what was measured."""
+    """(whether a part passes, what was measured)."""
     part, result = PARTS[name], results[name]
     for problem in ("error", "skipped"):
         if problem in result:
@@ -302,7 +302,7 @@ def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
 
 
 def start(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """What a part found; one that resumes, in two runs."""
+    """The result of a part; a part that resumes takes two runs."""
     result = launch(name, data, folder, steps)
     if name in PARTS and PARTS[name].resumes and "losses" in result:
         second = launch(name, data, folder, steps)
@@ -311,7 +311,7 @@ def start(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def launch(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """What a part's processes found, with what they wrote as ``output``."""
+    """The result of a part's processes, with their text as ``output``."""
     file = folder / f"{name}.json"
     arguments = [str(HERE / "check.py"), "--part", name, "--data", str(data), "--output", str(file)]
     arguments += ["--steps", str(steps)]
@@ -331,14 +331,14 @@ def launch(name: str, data: Path, folder: Path, steps: int) -> dict[str, Any]:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         lines = done.stdout.strip().splitlines() or ["no output"]
-        # torchrun's own error comes last and tells nothing.
+        # torchrun's own error comes last and does not help.
         own = [line for line in lines if "null GPU: " in line or ("Error: " in line and "ChildFailed" not in line)]
         return {"error": (own or lines)[-1]}
     return {**json.loads(file.read_text()), "output": done.stdout}
 
 
 def main() -> int:
-    """Run the parts one by one and print the table; 1 when one fails."""
+    """Run the parts one by one and print the table; returns 1 if one fails."""
     assert __doc__ is not None
     from genlip_megatron.config.command_line import StrictParser
 

@@ -1,12 +1,12 @@
-// CUDA devices that have memory and run nothing: what torch, Triton, Transformer Engine, cuBLAS and cuDNN ask of them
-// succeeds, memory is reserved and counted, copies are made, every kernel does nothing. run.py builds it together with
-// nccl.c and functions that do nothing for every symbol that the installed libraries want and that is not defined here.
+// Fake CUDA devices: all calls of torch, Triton, Transformer Engine, cuBLAS and cuDNN succeed, memory is reserved and
+// counted, copies are made, and kernels do nothing. run.py builds this file together with nccl.c and empty functions
+// for every other symbol that the installed libraries need.
 //
 // Environment:
-//   NULL_GPU_DEVICES  how many; 1 if unset
-//   NULL_GPU_GIB      memory of each in GiB; 79.1, an H100's, if unset
-//   NULL_GPU_COMPUTE  1: every copy is made. Else large ones on the device, and zeros, take no memory of the host
-//   NULL_GPU_TRACE    1: names of generated functions that are called, on standard error
+//   NULL_GPU_DEVICES  number of devices; default 1
+//   NULL_GPU_GIB      memory of each in GiB; default 79.1, as an H100
+//   NULL_GPU_COMPUTE  1: make every copy. Otherwise large device copies and zeros use no host memory
+//   NULL_GPU_TRACE    1: print the names of called empty functions to standard error
 #define _GNU_SOURCE
 #include <cublasLt.h>
 #include <cublas_v2.h>
@@ -38,7 +38,7 @@ static void *new_handle(void) {
     return (void *)__sync_add_and_fetch(&last, 16);
 }
 
-// Errors: a launch's is read later, with cudaGetLastError.
+// Errors: cudaGetLastError returns that of a launch later.
 
 static _Thread_local cudaError_t last_error;
 
@@ -95,7 +95,7 @@ static int num_devices(void) {
     return devices < MOST_DEVICES ? devices : MOST_DEVICES;
 }
 
-// Those in CUDA_VISIBLE_DEVICES up to the first that there is not.
+// The devices in CUDA_VISIBLE_DEVICES up to the first that does not exist.
 cudaError_t cudaGetDeviceCount(int *count) {
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
     *count = visible ? 0 : num_devices();
@@ -130,7 +130,7 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
 
 CUresult cuCtxGetDevice(CUdevice *device) { return (CUresult)cudaGetDevice(device); }
 
-// Memory: blocks of the device, which count, and pinned ones of the host.
+// Memory: device blocks, which are counted, and pinned host blocks.
 
 enum { MOST_BLOCKS = 1 << 16, SMALL = 1 << 20 };
 
@@ -168,7 +168,7 @@ static bool add_block(void *pointer, size_t size, enum cudaMemoryType type, size
     return fits;
 }
 
-// Size of the block that began at ``pointer``, 0 if there was none.
+// Size of the block that started at ``pointer``, or 0.
 static size_t remove_block(const void *pointer) {
     size_t size = 0;
     pthread_mutex_lock(&lock);
@@ -183,7 +183,7 @@ static size_t remove_block(const void *pointer) {
     return size;
 }
 
-// Whether the device had so much left, which it then has no more.
+// Take memory from the device; whether it had enough left.
 static bool take(int device, size_t size) {
     pthread_mutex_lock(&lock);
     size_t *taken = &used[device];
@@ -295,7 +295,7 @@ cudaError_t cudaMemcpy2DAsync(
     return cudaSuccess;
 }
 
-// Large stretches of zeros are given back to the host, which makes zeros of them when they are read.
+// Large ranges of zeros are returned to the host, which reads them as zeros.
 cudaError_t cudaMemset(void *pointer, int value, size_t bytes) {
     if (value || bytes <= SMALL || is_set("NULL_GPU_COMPUTE")) {
         memset(pointer, value, bytes);
@@ -314,14 +314,14 @@ cudaError_t cudaMemsetAsync(void *pointer, int value, size_t bytes, cudaStream_t
     return cudaMemset(pointer, value, bytes);
 }
 
-// Addresses of variables in device code: some memory that nothing reads.
+// Addresses of variables in device code: memory that nothing reads.
 cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
     static char space[SMALL];
     *pointer = space;
     return cudaSuccess;
 }
 
-// Virtual addresses, and memory that is put behind them: torch's expandable segments.
+// Virtual addresses and the memory mapped to them: torch's expandable segments.
 
 CUresult cuMemAddressReserve(
     CUdeviceptr *pointer, size_t size, size_t alignment, CUdeviceptr wanted, unsigned long long flags
@@ -375,7 +375,7 @@ CUresult cuMemUnmap(CUdeviceptr pointer, size_t size) {
     return mprotect((void *)pointer, size, PROT_NONE) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
-// What multicast and other processes' memory need is refused.
+// Multicast and memory of other processes are not supported.
 CUresult cuMulticastCreate(CUmemGenericAllocationHandle *handle, const CUmulticastObjectProp *properties) {
     return CUDA_ERROR_NOT_SUPPORTED;
 }
@@ -391,7 +391,7 @@ cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t pool, enum cudaMemPoolAttr att
     return cudaSuccess;
 }
 
-// Capture of a graph, one at a time. What makes the host wait breaks it, as on a device.
+// Graph capture, one at a time. A call that makes the host wait breaks it, as on a device.
 
 static struct {
     bool active, broken;
@@ -454,7 +454,7 @@ static cudaError_t wait_of_host(cudaStream_t stream) {
 }
 
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
-    *count = 1;  // none would be taken for a mistake
+    *count = 1;  // 0 would count as an error
     return cudaSuccess;
 }
 
@@ -470,13 +470,13 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *executable, cudaGraph
     return cudaSuccess;
 }
 
-// A graph's kernels do nothing. Collectives within it, which would have to be repeated, are not.
+// A graph's kernels do nothing. Its collectives are not repeated.
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
     finish(stream, ULLONG_MAX);
     return cudaSuccess;
 }
 
-// Streams and events: all is done as soon as it is asked for, but for what other ranks have a part in (queue.h).
+// Streams and events: work is done at once, except work that involves other ranks (queue.h).
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned int flags, int priority) {
     *stream = new_handle();
@@ -512,7 +512,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
     return error ? error : cudaMemcpyAsync(to, from, bytes, kind, NULL);
 }
 
-// What a stream has done when the event is reached.
+// The work of a stream up to an event.
 struct CUevent_st {
     cudaStream_t stream;
     unsigned long long number;  // of the last work before it
@@ -550,7 +550,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int flags) {
     finish(event->stream, event->number);
-    // The legacy stream waits for all others, which a capture forbids.
+    // The legacy stream waits for all others, which is forbidden in a capture.
     bool concerned = capture.active && pthread_equal(capture.thread, pthread_self());
     return concerned && !stream ? wait_of_host(NULL) : cudaSuccess;
 }
@@ -574,7 +574,7 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEve
 
 CUresult cuStreamGetCtx(CUstream stream, CUcontext *context) { return cuCtxGetCurrent(context); }
 
-// Launches: nothing runs, but what is before it in the stream does; a grid that no device could launch is an error.
+// Launches: the kernel does nothing, but earlier work of the stream is done; an impossible grid is an error.
 
 enum { MOST_THREADS = 1024, MOST_SHARED = 232448, MOST_THREADS_OF_SM = 2048 };
 
@@ -630,7 +630,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     );
 }
 
-// The compiler writes <<<...>>> as a push and, in the kernel's stub, a pop; arguments in between may launch others.
+// The compiler turns <<<...>>> into a push and, in the kernel's stub, a pop; arguments in between may launch kernels.
 enum { MOST_PUSHED = 16 };
 static _Thread_local struct {
     dim3 grid, block;

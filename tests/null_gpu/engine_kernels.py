@@ -1,12 +1,12 @@
-"""What the compiled functions of Transformer Engine compute, by the CPU on the memory that driver.c hands out.
+"""Compute Transformer Engine's compiled functions on the CPU, in the memory that driver.c hands out.
 
-``transformer_engine_torch`` is replaced function by function: each calls the compiled one, whose kernels do nothing, so
-that its checks are made and its results are of its shapes and kinds, and then writes the values. They are this
-project's reading of what Transformer Engine 2.11 means; its Python code, with recipes, scales and modules, is its own.
-Fused attention's compiled functions need a real cuDNN, so that results are allocated here as they do.
+Each function of ``transformer_engine_torch`` is replaced by one that first calls the compiled function and then writes
+the values. The compiled function makes its checks and returns results of the right shapes and types, but its kernels do
+nothing. The values follow this project's reading of Transformer Engine 2.11; its Python code (recipes, scales, modules)
+is used unchanged. Fused attention's compiled functions need a real cuDNN, so their results are allocated here.
 
-``install`` comes before modules elsewhere take functions by name. Without ``compute`` only fused attention is replaced,
-by allocations, so that peak memory is a GPU's.
+Call ``install`` before other modules import the functions by name. Without ``compute`` it only replaces fused
+attention by allocations, so that peak memory is that of a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tests.null_gpu.kernels import attention, attention_backward, cpu_alias, pieces_of, wait_for_stream
 
-# How often each function was called.
+# Number of calls of each function.
 CALLS: Counter[str] = Counter()
 
 _Computing = Callable[..., Any]
@@ -32,7 +32,7 @@ _NATIVE: dict[str, Any] = {}
 
 
 def _stands_for(name: str) -> Callable[[_Computing], _Computing]:
-    """Decorator of what is called in place of ``name``, with the compiled function as the first argument."""
+    """Decorator: the function replaces ``name`` and gets the compiled function as its first argument."""
 
     def register(function: _Computing) -> _Computing:
         _FUNCTIONS[name] = function
@@ -42,7 +42,7 @@ def _stands_for(name: str) -> Callable[[_Computing], _Computing]:
 
 
 def install(compute: bool) -> None:
-    """Put the functions in the places of Transformer Engine's, wherever its modules hold them."""
+    """Replace Transformer Engine's functions in all of its modules."""
     importlib.import_module("transformer_engine.pytorch")
     compiled = importlib.import_module("transformer_engine_torch")
     _NATIVE.update({name: getattr(compiled, name) for name in _FUNCTIONS})
@@ -77,7 +77,7 @@ def float8(dtype: Any) -> torch.dtype:
 
 
 def round_to_float8(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8, the bytes of ``values`` times ``scale`` in ``dtype``; what lies outside of its range becomes its end.
+    """uint8, the bytes of ``values`` times ``scale`` in ``dtype``, clamped to its range.
 
     >>> rounded = round_to_float8(torch.tensor([1.0, 1.06, 500.0]), torch.tensor(1.0), torch.float8_e4m3fn)
     >>> rounded.view(torch.float8_e4m3fn).tolist()
@@ -92,7 +92,7 @@ def _is_float8(x: Any) -> bool:
 
 
 def _values(x: Any) -> Tensor:
-    """A tensor's values, or float32 those of an FP8 tensor, which may have its transpose alone."""
+    """A tensor's values; float32 for an FP8 tensor, which may hold only its transpose."""
     if not _is_float8(x):
         return cpu_alias(x.detach())
     dtype, inverse = float8(x._fp8_dtype), cpu_alias(x._scale_inv)
@@ -103,13 +103,13 @@ def _values(x: Any) -> Tensor:
 
 
 def _rows(x: Any) -> Tensor:
-    """float32 [N, D], values with all dimensions but the last in one."""
+    """float32 [N, D], with all dimensions but the last flattened."""
     values = _values(x).float()
     return values.reshape(-1, values.shape[-1])
 
 
 def _write(x: Any, values: Tensor, quantizer: Any = None) -> None:
-    """Write ``values`` into a tensor, or into an FP8 tensor and its transpose as ``quantizer`` scales them."""
+    """Write ``values`` into a tensor, or scaled by ``quantizer`` into an FP8 tensor and its transpose."""
     if x is None:
         return
     if not _is_float8(x):
@@ -173,7 +173,7 @@ def _compute_amax(native: Any, x: Tensor, amax: Tensor) -> None:
 def _update_scales(
     native: Any, reduced: Tensor, histories: Any, scales: Any, algorithm: str, dtype: Any, margin: float
 ) -> None:
-    """Put the amaxes of all ranks at the head of each history [L, T], set scales [T] from it, and age it by one."""
+    """Write the amaxes of all ranks to the head of each history [L, T], set scales [T] from it, and shift it by one."""
     top = torch.finfo(float8(dtype)).max
     parts = cpu_alias(reduced).split([history.shape[1] for history in histories])
     for part, history, scale in zip(parts, map(cpu_alias, histories), map(cpu_alias, scales), strict=True):
@@ -215,7 +215,7 @@ def _layernorm(
     normed = (values - average) * inverse * (_values(weight).float() + zero_centered)
     if bias is not None:
         normed = normed + _values(bias).float()
-    # With scales from the tensor the norm's result is rounded before its largest value is looked for.
+    # With current scaling the norm's result is rounded before its maximum is taken.
     if not _is_float8(result) or "CurrentScaling" in type(quantizer).__name__:
         normed = normed.to(weight.dtype)
     _write(result, normed, quantizer)
@@ -245,7 +245,7 @@ def _gemm(
     bias: Any, bias_dtype: Any, gelu: bool, gelu_in: Any, grad: bool, workspace: Tensor, workspace_size: int,
     accumulate: bool, split_accumulator: bool, **more: Any,
 ) -> list[Any]:  # fmt: skip
-    """op(b) op(a) of rows, which is op(a) op(b) of cuBLAS's columns; a bias, or with ``grad`` the bias's gradient."""
+    """op(b) op(a) in row-major order, cuBLAS's op(a) op(b); adds a bias, or with ``grad`` gives its gradient."""
     results = native(
         a, transpose_a, b, transpose_b, output, quantizer, dtype, bias, bias_dtype, gelu, gelu_in, grad, workspace,
         workspace_size, accumulate, split_accumulator, **more,
@@ -300,11 +300,11 @@ def _device(x: Any) -> torch.device:
 
 
 def _allocate(x: Any, dtype: torch.dtype, quantizer: Any) -> Any:
-    """A tensor of the shape of ``x``, in FP8 with ``quantizer``; its values are anything."""
+    """An uninitialised tensor of the shape of ``x``, in FP8 with ``quantizer``."""
     result = torch.empty(tuple(x.shape), dtype=dtype, device=_device(x))
     if quantizer is None:
         return result
-    # The compiled one: the values have no amax to be noted.
+    # The compiled function: uninitialised values have no amax.
     return _NATIVE["quantize"](result, quantizer, None, None)
 
 
@@ -374,7 +374,7 @@ def _check_attention(dropout: float, window: Any, mask: Any) -> None:
 
 
 def _note_one(quantizer: Any) -> None:
-    """Attention's inner matrices, which are not rounded here, have values of at most about one."""
+    """Note an amax of 1 for attention's inner matrices, which are not rounded here and have values up to about 1."""
     if quantizer is not None:
         cpu_alias(quantizer.amax).fill_(1)
 
@@ -403,13 +403,13 @@ def _adam(
     native: Any, chunk: int, overflow: Tensor, lists: Any, rate: float, beta1: float, beta2: float, epsilon: float,
     step: int, mode: int, bias_correction: bool, weight_decay: float,
 ) -> None:  # fmt: skip
-    """Lists of gradients, parameters, first and second moments and, with parameters in 16 bits, float32 ones."""
+    """Adam over lists of gradients, parameters, first and second moments and, for 16-bit parameters, float32 copies."""
     first_correction, second_correction = (1 - beta**step if bias_correction else 1.0 for beta in (beta1, beta2))
     for tensors in zip(*lists, strict=True):
         gradient, parameter, first, second, *masters = (cpu_alias(x.detach()) for x in tensors)
         master = masters[0] if masters else parameter
         gradient, weight = gradient.float(), master.float()
-        if mode == 0:  # decay as a part of the gradient, as Adam; else apart from it, as AdamW
+        if mode == 0:  # weight decay in the gradient (Adam) or separate (AdamW)
             gradient = gradient + weight_decay * weight
         first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

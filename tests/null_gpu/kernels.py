@@ -1,9 +1,9 @@
-"""What a GPU's kernels compute, by the CPU on the memory that driver.c hands out for a GPU's.
+"""Compute GPU kernels on the CPU, in the memory that driver.c hands out as a GPU's.
 
-Under ``OnCpu`` every operation of ATen with a tensor on "cuda" runs the CPU's kernel on aliases of its arguments;
-views, allocations and collectives stay the device's own, so that devices, streams, storages and the caching allocator
-are what they are on a GPU. Products of bfloat16 are summed in float32, as matrix units do. Random numbers are the CPU
-generator's, so DropPath draws others than on a GPU.
+Under ``OnCpu`` every ATen operation with a tensor on "cuda" runs the CPU's kernel on aliases of its arguments. Views,
+allocations and collectives stay on the device, so devices, streams, storages and the caching allocator behave as on a
+GPU. Products of bfloat16 are summed in float32, as matrix units do. Random numbers come from the CPU generator, so
+DropPath differs from a GPU's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# What is loaded into this process, with driver.c's functions under run.py.
+# The libraries of this process; under run.py they include driver.c's functions.
 _LIBRARY = ctypes.CDLL(None)
-# What only makes, describes or reads memory.
+# Operations that only create, describe or read memory.
 _NATIVE = frozenset(
     f"aten::{name}"
     for name in (
@@ -34,12 +34,12 @@ _NATIVE = frozenset(
 
 
 def wait_for_stream() -> None:
-    """Do what the current stream was given before: other ranks' parts of its collectives arrive."""
+    """Finish the current stream's queued work, so that other ranks' parts of its collectives arrive."""
     _LIBRARY.null_gpu_finish(ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
 
 
 def cpu_alias(tensor: Tensor) -> Tensor:
-    """``tensor`` as a tensor of the CPU on the same memory, which must outlive it."""
+    """A CPU tensor on the memory of ``tensor``, which must outlive it."""
     if tensor.device.type != "cuda":
         return tensor
     storage = tensor.untyped_storage()
@@ -53,16 +53,16 @@ def cpu_alias(tensor: Tensor) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, pieces: Iterable[tuple[slice, slice]], causal_offset: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention inside of pieces, in float32: output [Q, H, D] and logarithms of the normalisers [H, Q].
+    """Softmax attention within pieces, in float32: (output [Q, H, D], log of the normalisers [H, Q]).
 
     Args:
         query: [Q, H, D].
         key, value: [K, H, D].
-        pieces: query rows, and the key rows that they may see.
+        pieces: (query rows, key rows that they may see) of each piece.
         causal_offset: "" for all keys; "top_left": row i sees keys up to i; "bottom_right": the last row sees all.
         scale: of the scores.
 
-    Rows in no piece are NaN, which nobody may read.
+    Rows in no piece are NaN and must not be read.
 
         >>> x = torch.tensor([[[0.0]], [[1.0]]])
         >>> attention(x, x, x, [(slice(0, 2), slice(0, 2))], "bottom_right", 1.0)[0].flatten().tolist()
@@ -138,7 +138,7 @@ def _varlen_attention(
     scale: float | None = None,
     window_size: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch_attn::_varlen_attn: output, logarithms of normalisers, random state."""
+    """torch_attn::_varlen_attn: (output, log of the normalisers, random state)."""
     output, normaliser = attention(
         query, key, value, pieces_of(cu_seqlens_q, cu_seqlens_k), _causal(is_causal, window_size),
         query.shape[-1] ** -0.5 if scale is None else scale,
@@ -171,7 +171,7 @@ def _varlen_attention_backward(
 
 
 def _summed_in_float32(operation: Any) -> Callable[..., Tensor]:
-    """``operation``, whose arguments in bfloat16 are multiplied and summed in float32, its result rounded once."""
+    """``operation`` with bfloat16 arguments multiplied and summed in float32; the result is rounded once."""
 
     def compute(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
         dtype = args[0].dtype
@@ -195,7 +195,7 @@ def _addmm_to(
     return result if out is None else out.copy_(result)
 
 
-# By operation and overload: what the CPU lacks, or rounds more than a GPU does.
+# Operations that the CPU lacks, or rounds more often than a GPU.
 _OWN: dict[str, Callable[..., Any]] = {
     **{
         f"aten::{name}.{overload}": _summed_in_float32(getattr(torch.ops.aten, name))
@@ -235,7 +235,7 @@ class OnCpu(TorchDispatchMode):
         device = torch.device(asked) if asked is not None else devices[0] if devices else torch.device("cpu")
         name = func._schema.name
         on_gpu = bool(devices) or device.type == "cuda"
-        # In inference mode operations that are made of others come whole. They may be views and may be copies.
+        # In inference mode composite operations arrive undivided; they may return views or copies.
         if on_gpu and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **kwargs)
@@ -243,7 +243,7 @@ class OnCpu(TorchDispatchMode):
             return func(*args, **kwargs)
         self.calls[name] += 1
         wait_for_stream()
-        # Aliases live until the results are known, so that an argument that is handed back is known by its identity.
+        # Keeps the aliases until the results are known, to recognise a returned argument by its identity.
         origin: dict[int, tuple[Tensor, Tensor]] = {}
 
         def to_cpu(x: Any) -> Any:
@@ -276,7 +276,7 @@ class OnCpu(TorchDispatchMode):
 
 @contextlib.contextmanager
 def computing(interpret: bool) -> Iterator[OnCpu]:
-    """Compute on the CPU; the head's cross entropy by Triton's interpreter or by torch, which takes much less time."""
+    """Compute on the CPU; the head's cross entropy in Triton's interpreter or, much faster, in torch."""
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)

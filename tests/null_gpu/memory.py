@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The peak memory of a run's steps on a GPU as torch's allocator counts it, beside the estimate of tools/estimate.py.
+"""Peak memory of training steps on a GPU, counted by torch's allocator, beside the estimate of tools/estimate.py.
 
     python -m tests.null_gpu.run tests/null_gpu/memory.py --config so16_stage1 --micro-batch-size 2 [more flags]
     torchrun --nproc-per-node 2 -m tests.null_gpu.run --devices 2 tests/null_gpu/memory.py --config g16_stage1 --tp 2
 
-Packs hold rendered scenes, unless --train-data and --tokenizer name others. Steps have two micro-batches for each
-pipeline stage. Of several ranks the fullest is told. On the null GPU kernels do nothing, so that losses mean nothing;
-on a real one the same command runs as well.
+Packs hold rendered scenes, unless --train-data and --tokenizer name others. Steps have two micro-batches per pipeline
+stage. With several ranks the fullest is reported. On the null GPU kernels do nothing, so losses mean nothing; the same
+command also runs on a real GPU.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from genlip_megatron.train.setup import set_up  # noqa: E402
 from genlip_megatron.train.step import train_step  # noqa: E402
 from tools import gpu_check  # noqa: E402
 
-STEPS = 2  # the optimizer's state is there from the second on
+STEPS = 2  # the optimizer's state exists from the second step on
 
 
 def measured(config: RunConfig) -> tuple[float, float]:
-    """Bytes handed out at the peak of a step, and reserved by then, on the fullest rank."""
+    """(peak allocated bytes of a step, reserved bytes) of the fullest rank."""
     run = set_up(config)
     assert run.train_loader is not None
     batches = iter(run.train_loader)
@@ -52,7 +52,7 @@ def measured(config: RunConfig) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Measure and print; 1 where the memory does not suffice."""
+    """Measure and print; returns 1 if memory runs out."""
     assert __doc__ is not None
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
@@ -65,7 +65,7 @@ def main() -> int:
             gpu_check.render(Path(folder), 400)
             given = [*given, "--train-data", f"{folder}/train-*.tar", "--tokenizer", f"{folder}/tokenizer.model"]
         config, _ = parse_args(given)
-        # Scenes are decoded as they lie; DALI asks the driver itself.
+        # No DALI, because it needs the real driver.
         ranks, micro_batches = int(os.environ.get("WORLD_SIZE", "1")), 2 * config.parallel.pipeline_model_parallel_size
         lanes = data_parallel_size(config, ranks)
         config = override(

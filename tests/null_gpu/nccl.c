@@ -1,9 +1,9 @@
-// NCCL among processes of one machine, each with a device that runs nothing.
+// NCCL between processes of one machine, each with a fake device.
 //
-// A rank's part of a collective is copied to a file as soon as it is asked for. The others' parts are read when something
-// waits for the stream that the collective was queued on, so that what nobody waited for is old values. A call itself
-// waits for what its stream was given before, where a device would only queue it; calls within a group do not. The last
-// reader of a file removes it; the files lie in TMPDIR. Without NULL_GPU_COMPUTE large parts are not copied.
+// A collective call copies this rank's part to a file at once. The other ranks' parts are read when something waits for
+// the collective's stream, so data read without waiting are old. Unlike on a device, a call first finishes the earlier
+// work of its stream, except within a group. The last reader of a file removes it; the files are in TMPDIR. Without
+// NULL_GPU_COMPUTE large parts are not copied.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -27,16 +27,16 @@ enum { SMALL = 1 << 20, PATIENCE_SECONDS = 600 };
 struct ncclComm {
     char folder[PATH_MAX / 2];
     int rank, ranks;
-    unsigned long long collectives;       // how many were asked for
+    unsigned long long collectives;       // number of calls
     unsigned long long *sent, *received;  // to and from each rank
 };
 
-// How parts become a result: laid end to end or summed, all of each or this rank's slice.
+// How parts become a result: concatenated or summed; all of each part or only this rank's slice.
 enum kind { COPY, SLICE, REDUCE, REDUCE_SLICE };
 
-// What a file begins with; the values follow.
+// Header of a file; the values follow.
 struct part {
-    int readers;  // who have not read it
+    int readers;  // number of ranks that have not read it
     int kind, type, operation;
     size_t bytes;
     size_t held;  // bytes, or 0 where large ones are not copied
@@ -122,7 +122,7 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) {
     return ncclSuccess;
 }
 
-// Queued work may need the communicator, which is small and stays. The folder is removed by the last to leave it empty.
+// The communicator is never freed, because queued work may need it. The last rank removes the empty folder.
 static ncclResult_t leave(ncclComm_t comm) {
     rmdir(comm->folder);
     return ncclSuccess;
@@ -160,7 +160,7 @@ static float from_bfloat16(uint16_t bits) {
     return value;
 }
 
-// Halves go to the even number. What float32 cannot hold makes its last bit odd, so that it is rounded once in all.
+// Ties round to even. Bits beyond float32 set its last bit, so that the result is rounded only once.
 static uint16_t to_bfloat16(double value) {
     float near = (float)value;
     uint32_t wide;
@@ -192,7 +192,7 @@ static int64_t integer_at(const void *values, size_t i, ncclDataType_t type) {
     }
 }
 
-// Integers are in the order of bytes in which the first are the lowest.
+// Integers are little-endian.
 static void set_integer(void *values, size_t i, ncclDataType_t type, int64_t value) {
     memcpy((char *)values + i * size_of(type), &value, size_of(type));
 }
@@ -203,7 +203,7 @@ static void set_integer(void *values, size_t i, ncclDataType_t type, int64_t val
      : (operation) == ncclMin ? ((a) < (b) ? (a) : (b)) \
                               : (a) + (b))
 
-// Reals are summed in float64 and rounded once, in the order of ranks: every rank has the same sum. NaN stays NaN.
+// Floats are summed in float64 in rank order and rounded once, so every rank gets the same sum. NaN stays NaN.
 static void reduce(
     void *to, const void *const *from, int ranks, size_t count, ncclDataType_t type, ncclRedOp_t operation
 ) {
@@ -239,7 +239,7 @@ static void give(const struct ncclComm *comm, const char *path, const void *valu
     size_t size = sizeof(struct part) + bytes;
     snprintf(unfinished, sizeof unfinished, "%s.new", path);
     int file = -1;
-    for (int tries = 0; file < 0 && tries < 3; tries++) {  // another rank that leaves may remove the folder
+    for (int tries = 0; file < 0 && tries < 3; tries++) {  // a rank that leaves may remove the folder
         if (mkdir(comm->folder, 0700) && errno != EEXIST) die("cannot make", comm->folder);
         file = open(unfinished, O_RDWR | O_CREAT | O_TRUNC, 0600);
     }
@@ -328,7 +328,7 @@ static void run(const struct work *work) {
         abort();
     }
     if (!parts[0]->held) {
-        // Large, and nothing is computed.
+        // Large, and nothing is computed from it.
     } else if (work->kind == REDUCE || work->kind == REDUCE_SLICE) {
         reduce(work->to, values, sources, work->count, work->type, work->operation);
     } else {
@@ -338,7 +338,7 @@ static void run(const struct work *work) {
     free(paths), free(parts), free(values), free(sizes);
 }
 
-// Whether none is left of a stream's work up to ``number``. Asking does nothing: torch asks from threads of its own.
+// Whether a stream's work up to ``number`` is done. Does no work itself: torch queries from its own threads.
 bool is_done(cudaStream_t stream, unsigned long long number) {
     if (!__atomic_load_n(&queue, __ATOMIC_ACQUIRE)) return true;
     pthread_mutex_lock(&lock);
@@ -349,7 +349,7 @@ bool is_done(cudaStream_t stream, unsigned long long number) {
     return done;
 }
 
-// Run what is ready of a stream's work, in order. Whether none is left up to ``number``.
+// Run a stream's ready work in order; whether all up to ``number`` is done.
 static bool advance(cudaStream_t stream, unsigned long long number) {
     bool done = true;
     if (!__atomic_load_n(&queue, __ATOMIC_ACQUIRE)) return true;
@@ -413,7 +413,7 @@ static ncclResult_t add(struct work work) {
     return ncclSuccess;
 }
 
-// What is asked for between these two does not depend on each other.
+// Calls between these two do not depend on each other.
 
 static _Thread_local int groups;
 static _Thread_local unsigned long long last_before_group;
@@ -429,10 +429,10 @@ ncclResult_t ncclGroupEnd(void) {
     return ncclSuccess;
 }
 
-// Values that are given away may come from what the stream did before.
+// The values to send may depend on earlier work of the stream.
 static void finish_before(cudaStream_t stream) { finish(stream, groups ? last_before_group : ULLONG_MAX); }
 
-// Collectives. ``gives`` and ``takes``: the rank that does, or -1 where all do.
+// Collectives. ``gives`` and ``takes``: the rank that sends or receives, or -1 for all.
 
 static ncclResult_t collective(
     enum kind kind, const void *from, size_t given, void *to, size_t count, ncclDataType_t type, ncclRedOp_t operation,
@@ -519,7 +519,7 @@ ncclResult_t ncclRedOpCreatePreMulSum(
 
 static const char *const FROM_TO = "from-to";
 
-// A name for each pair, in which the number of the file's other rank is a part of ``sequence``.
+// One name per pair; the other rank's number is part of ``sequence``.
 static unsigned long long pair_sequence(unsigned long long count, int to, int ranks) { return count * ranks + to; }
 
 ncclResult_t ncclSend(

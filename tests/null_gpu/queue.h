@@ -1,5 +1,4 @@
-// Work that a stream was given and that nobody has waited for yet: what other ranks have a part in (nccl.c). All other
-// work is done as soon as it is asked for.
+// Queued work of a stream that involves other ranks (nccl.c). All other work is done at once.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <stdbool.h>
@@ -9,13 +8,13 @@
 // Whether the environment variable ``name`` is set to a number other than 0.
 bool is_set(const char *name);
 
-// Number of the work that was queued last, on any stream.
+// Number of the last queued work of any stream.
 unsigned long long last_work(void);
 
-// Whether all work of ``stream`` up to the one of this number is done.
+// Whether the work of ``stream`` up to this number is done.
 bool is_done(cudaStream_t stream, unsigned long long number);
 
-// Do the work of ``stream`` up to the one of this number, waiting for other ranks.
+// Do the work of ``stream`` up to this number, waiting for other ranks.
 void finish(cudaStream_t stream, unsigned long long number);
 
 // Do the work of all streams.

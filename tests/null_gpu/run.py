@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Run a Python script with torch's CUDA build on a machine without a GPU, on devices that have memory and run nothing.
+"""Run a Python script with torch's CUDA build on a machine without a GPU, on fake devices with memory but no kernels.
 
-    python -m tests.null_gpu.run SCRIPT ...            kernels do nothing: code paths, compilers, peak memory are real
-    python -m tests.null_gpu.run --compute SCRIPT ...  the CPU computes what the kernels would: numbers are real as well
+    python -m tests.null_gpu.run SCRIPT ...            kernels do nothing; code paths, compilers, peak memory are real
+    python -m tests.null_gpu.run --compute SCRIPT ...  the CPU computes the kernels; numbers are real too
     python -m tests.null_gpu.run --gib 40 SCRIPT ...   on a device of 40 GiB (default: an H100's 79.1)
     torchrun --nproc-per-node 2 -m tests.null_gpu.run --devices 2 SCRIPT ...    a rank on each of two devices
 
-driver.c and nccl.c take the place of the CUDA runtime and driver, cuBLAS, cuDNN and NCCL, by LD_PRELOAD.
-Python, torch, its caching allocator, Transformer Engine, Triton and Inductor are the installed ones; the latter two
-compile for an H100. With --compute Triton's kernels run in Triton's interpreter and nothing is compiled; the head's
-cross entropy, for which that is too slow, is torch's unless --interpret is given. Processes that the script starts have
-the devices, but nothing computed for them.
+driver.c and nccl.c replace the CUDA runtime and driver, cuBLAS, cuDNN and NCCL through LD_PRELOAD. Python, torch, its
+caching allocator, Transformer Engine, Triton and Inductor are the installed ones; Triton and Inductor compile for an
+H100. With --compute Triton's kernels run in Triton's interpreter and nothing is compiled; the head's cross entropy is
+too slow there and runs in torch unless --interpret is given. Processes that the script starts see the devices, but the
+CPU does not compute for them.
 
 Needs the CUDA 13 build of torch with its wheels of NVIDIA's libraries, gcc and nm. The library is built on first use.
 """
@@ -35,14 +35,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = (HERE / "driver.c", HERE / "nccl.c")
 _HEADER = HERE / "queue.h"
-# Files that show that a real driver is loaded.
+# Files that exist if a real driver is loaded.
 REAL_DRIVER = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
-# Set in a process that has the library from its start.
+# Set in a process that was started with the library.
 _READY = "NULL_GPU_FOLDER"
 _WANTED = re.compile(r"(?!cuFile)(__cuda|cuda[A-Z]|cu[A-Z]|cublas|cudnn|nccl|cusolver|cusparse)\w*")
-# Symbols of the headers, which Triton's and Inductor's launchers are linked against.
+# Symbols in the headers; Triton's and Inductor's launchers link against them.
 _DECLARED = re.compile(r"(?:CUresult CUDAAPI|cudaError_t CUDARTAPI) (cu\w+)\(")
-# NVIDIA's wheels lack the compiler's own headers; in C these names are all that is wanted of them.
+# NVIDIA's wheels lack the compiler's own headers; C code needs only these names from them.
 _COMPILER_HEADERS = {
     "crt/host_config.h": "",
     "crt/host_defines.h": """\
@@ -62,7 +62,7 @@ _COMPILER_HEADERS = {
 
 
 def why_not(real_driver: Iterable[Path] = REAL_DRIVER) -> str:
-    """Why this machine cannot pretend to have a GPU, and what to do about it; empty when it can."""
+    """Why the null GPU cannot run on this machine, with the remedy; "" if it can."""
     if any(path.exists() for path in real_driver):
         return "this machine has an NVIDIA driver: run the command by itself (in a container: one without --gpus)"
     for program, package in (("gcc", "gcc"), ("nm", "binutils")):
@@ -79,7 +79,7 @@ def why_not(real_driver: Iterable[Path] = REAL_DRIVER) -> str:
 
 
 def _packages() -> Path:
-    """The folder that torch lies in."""
+    """The folder of the installed packages."""
     found = importlib.util.find_spec("torch")
     assert found is not None and found.origin is not None
     return Path(found.origin).parent.parent
@@ -91,16 +91,16 @@ def include_folders() -> list[Path]:
 
 
 def compile_library(folder: Path, sources: Iterable[Path], output: Path, *flags: str) -> None:
-    """Compile ``sources`` into the shared library ``output``, with what headers lack in ``folder``.
+    """Compile ``sources`` into the shared library ``output``; the missing headers are written to ``folder``.
 
     Raises:
-        SystemExit: gcc does not take them, with what it says.
+        SystemExit: gcc fails; with its message.
     """
     for name, text in _COMPILER_HEADERS.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     headers = [f"-I{path}" for path in (folder, *include_folders())]
-    # torch asks for libcuda.so.1 by name: one that is loaded under it already is taken. Calls inside stay inside.
+    # The dynamic loader reuses a loaded libcuda.so.1 by its name. Calls within the library stay within it.
     command = ["gcc", "-O1", "-Wall", "-shared", "-fPIC", *flags, *headers, *map(str, sources), "-o", str(output)]
     done = subprocess.run(
         [*command, "-Wl,-soname,libcuda.so.1,-Bsymbolic", "-ldl", "-lpthread"], text=True, capture_output=True
@@ -125,7 +125,7 @@ def _libraries() -> list[Path]:
 
 
 def build() -> Path:
-    """The folder with libcuda.so.1 for the installed libraries, built if it is not there yet."""
+    """The folder with libcuda.so.1 for the installed libraries; builds it on first use."""
     libraries = _libraries()
     key = hashlib.sha256()
     for file in (*SOURCES, _HEADER, Path(__file__)):
@@ -160,14 +160,14 @@ def build() -> Path:
 
 
 def environment(folder: Path, compute: bool, gib: float, devices: int) -> dict[str, str]:
-    """The environment of a process that takes the library in ``folder`` for GPUs and their driver."""
+    """The environment of a process that uses the library in ``folder`` as its GPU driver."""
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     result = {
         **os.environ,
         "LD_PRELOAD": str(folder / "libcuda.so.1"),
         "LD_LIBRARY_PATH": ":".join(paths),
         "TRITON_LIBCUDA_PATH": str(folder),
-        "NVTE_DISABLE_NVRTC": "1",  # it would load what was compiled and look at it
+        "NVTE_DISABLE_NVRTC": "1",  # NVRTC would inspect the compiled kernels
         "NULL_GPU_GIB": str(gib),
         "NULL_GPU_DEVICES": str(devices),
         _READY: str(folder),
@@ -178,7 +178,7 @@ def environment(folder: Path, compute: bool, gib: float, devices: int) -> dict[s
 
 
 def run_script(command: list[str], compute: bool, interpret: bool) -> None:
-    """Run a script and its arguments, in a process whose ``environment`` is ready."""
+    """Run a script with its arguments, in a process started with ``environment``."""
     sys.argv = command
     from tests.null_gpu import engine_kernels, kernels
 
@@ -189,21 +189,23 @@ def run_script(command: list[str], compute: bool, interpret: bool) -> None:
 
 
 def main() -> None:
-    """Build the library and become the process that runs the script."""
+    """Build the library, then replace this process with one that runs the script."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compute", action="store_true", help="compute on the CPU what the kernels would")
+    parser.add_argument("--compute", action="store_true", help="compute the kernels on the CPU")
     parser.add_argument("--interpret", action="store_true", help="with --compute: the head's Triton kernels too; slow")
     parser.add_argument("--gib", type=float, default=79.1, help="memory of the device in GiB (default: 79.1)")
-    parser.add_argument("--devices", type=int, default=1, help="how many there are, 64 at most (default: 1)")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Python script, its arguments")
+    parser.add_argument("--devices", type=int, default=1, help="number of devices, at most 64 (default: 1)")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="Python script and its arguments"
+    )
     options = parser.parse_args()
     if not options.command:
-        parser.error("SCRIPT is missing: a Python script, with its arguments behind it")
+        parser.error("SCRIPT is missing: name a Python script, followed by its arguments")
     if not Path(options.command[0]).is_file():
-        parser.error(f"{options.command[0]} is no file: allowed is a Python script, with its arguments behind it")
+        parser.error(f"{options.command[0]} is not a file: name a Python script, followed by its arguments")
     if os.environ.pop(_READY, None):
         run_script(options.command, options.compute, options.interpret)
         return
@@ -216,7 +218,7 @@ def main() -> None:
     if reason := why_not():
         raise SystemExit(f"null_gpu: {reason}")
     ready = environment(build(), options.compute, options.gib, options.devices)
-    # What Python itself would do for a script: its folder comes first.
+    # As Python does for a script: its folder comes first.
     folders = [str(Path(options.command[0]).resolve().parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     ready["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     os.execve(sys.executable, [sys.executable, "-m", "tests.null_gpu.run", *sys.argv[1:]], ready)

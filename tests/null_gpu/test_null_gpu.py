@@ -1,4 +1,4 @@
-"""The GPU that is none: its library compiles, refusals say what is wrong, and stand-ins compute what kernels would."""
+"""The null GPU: its library compiles, its errors are clear, and its replacements compute the kernels' results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS = ((3, 5), (4, 4), (1, 6))
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """driver.c and nccl.c, compiled without a warning."""
+    """driver.c and nccl.c, compiled without warnings."""
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     if not all(map(Path.is_dir, run.include_folders())):
@@ -61,9 +61,7 @@ class AllocationProperties(ctypes.Structure):
                 ("rest", ctypes.c_char * 64))  # fmt: skip
 
 
-def test_addresses_take_no_memory_before_some_is_put_behind_them(
-    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reserved_addresses_use_no_memory_until_mapped(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NULL_GPU_GIB", "1")
     begin, size = ctypes.c_void_p(), ctypes.c_size_t(2**30)
     unused, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -125,7 +123,7 @@ class UniqueId(ctypes.Structure):
 
 
 class Ranks:
-    """Ranks of a communicator of nccl.c in one process, each with a stream of its own."""
+    """Ranks of an nccl.c communicator in one process, each with its own stream."""
 
     def __init__(self, library: ctypes.CDLL, count: int) -> None:
         self.nccl = library
@@ -138,7 +136,7 @@ class Ranks:
             library.cudaStreamCreate(ctypes.byref(stream))
 
     def call(self, rank: int, name: str, *args: Any) -> int:
-        """``name`` of NCCL on one rank's stream; tensors stand for their memory, numbers are C's int or size_t."""
+        """Call NCCL's ``name`` on one rank's stream; tensors are passed as pointers, numbers as int or size_t."""
         values = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_size_t(x) for x in args]
         result: int = getattr(self.nccl, name)(*values, self.comms[rank], self.streams[rank])
         return result
@@ -149,7 +147,7 @@ class Ranks:
 
 @pytest.fixture()
 def ranks(library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    """Two; no file of theirs is left behind."""
+    """Two ranks; checks that they leave no files."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     made = Ranks(library, 2)
     yield made
@@ -166,7 +164,7 @@ def test_a_collective_is_done_when_its_stream_is_waited_for(library: ctypes.CDLL
     library.cudaEventRecord(event, ranks.streams[0])
     assert library.cudaEventQuery(event) == library.cudaStreamQuery(ranks.streams[0]) == NOT_READY
     assert ranks.call(1, "ncclAllReduce", values[1], values[1], 2, 7, SUM) == SUCCESS
-    # Asking does not bring it: torch's threads ask at any time.
+    # A query does not finish it: torch's threads query at any time.
     assert library.cudaEventQuery(event) == NOT_READY and values[0].tolist() == [1, 2]
     ranks.wait(1)
     assert values[1].tolist() == [11, 22] and values[0].tolist() == [1, 2]
@@ -175,7 +173,7 @@ def test_a_collective_is_done_when_its_stream_is_waited_for(library: ctypes.CDLL
     library.cudaEventDestroy(event)
 
 
-def test_what_is_not_asked_for_by_another_rank_holds_up_its_stream_alone(library: ctypes.CDLL, ranks: Ranks) -> None:
+def test_a_missing_rank_blocks_only_its_stream(library: ctypes.CDLL, ranks: Ranks) -> None:
     values, other = torch.ones(1), ctypes.c_void_p()
     library.cudaStreamCreate(ctypes.byref(other))
     ranks.call(0, "ncclAllReduce", values, values, 1, 7, SUM)
@@ -183,7 +181,7 @@ def test_what_is_not_asked_for_by_another_rank_holds_up_its_stream_alone(library
     assert library.cuLaunchKernel(None, 1, 1, 1, 32, 1, 1, 0, other, None, None) == SUCCESS
     assert values.item() == 1
     ranks.call(1, "ncclAllReduce", torch.ones(1), values, 1, 7, SUM)
-    for rank, stream in enumerate(ranks.streams):  # a kernel comes behind what its stream was given before
+    for rank, stream in enumerate(ranks.streams):  # a kernel runs after the earlier work of its stream
         assert library.cuLaunchKernel(None, 1, 1, 1, 32, 1, 1, 0, stream, None, None) == SUCCESS, rank
     assert values.item() == 2
 
@@ -227,7 +225,7 @@ def test_values_of_collectives(
 def test_sums_are_rounded_once_and_nan_stays(ranks: Ranks) -> None:
     nan = float("nan")
     rows = [torch.tensor(row).bfloat16() for row in ([256.0, nan, 1.0], [1.0, 1.0, nan])]
-    for operation, first in ((SUM, 256.0), (MAX, 256.0)):  # 257 lies between two numbers: to the even one
+    for operation, first in ((SUM, 256.0), (MAX, 256.0)):  # 257 lies between two bfloat16 numbers: rounds to even
         outputs = [torch.zeros(3).bfloat16() for _ in rows]
         for rank in range(2):
             ranks.call(rank, "ncclAllReduce", rows[rank], outputs[rank], 3, NCCL_TYPES[torch.bfloat16], operation)
@@ -236,20 +234,20 @@ def test_sums_are_rounded_once_and_nan_stays(ranks: Ranks) -> None:
             assert outputs[rank][0].item() == first and outputs[rank][1:].isnan().all()
 
 
-def test_what_lies_beyond_float32_counts_in_a_bfloat16_sum(
+def test_bits_beyond_float32_count_in_a_bfloat16_sum(
     library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for little, expected in ((2**-40, 1 + 2**-7), (0.0, 1.0), (-(2**-40), 1.0)):
         ranks, result = Ranks(library, 3), torch.zeros(1).bfloat16()
-        for rank, value in enumerate((1.0, 2**-8, little)):  # without the last half-way between two numbers
+        for rank, value in enumerate((1.0, 2**-8, little)):  # without the last one it is half-way between two numbers
             ranks.call(rank, "ncclAllReduce", torch.tensor([value]).bfloat16(), result, 1, 9, SUM)
         for rank in range(3):
             ranks.wait(rank)
         assert result.item() == expected
 
 
-def test_what_nccl_does_and_this_does_not_is_refused(library: ctypes.CDLL, ranks: Ranks) -> None:
+def test_unsupported_nccl_calls_are_refused(library: ctypes.CDLL, ranks: Ranks) -> None:
     library.ncclGetLastError.restype = ctypes.c_char_p
     half = torch.ones(1).half()
     assert ranks.call(0, "ncclAllReduce", half, half, 1, NCCL_TYPES[torch.float16], SUM) == NCCL_INVALID_USAGE
@@ -304,7 +302,7 @@ def test_a_build_of_torch_without_cuda_is_refused(tmp_path: Path) -> None:
     assert f"torch {importlib.metadata.version('torch')} is a build without CUDA: make null-gpu" in done.stderr
 
 
-def test_a_machine_that_lacks_something_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_requirement_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has an NVIDIA driver: run the command by itself" in run.why_not([Path("/")])
     for program, package in (("gcc", "gcc"), ("nm", "binutils")):
         monkeypatch.setattr(shutil, "which", lambda name, missing=program: None if name == missing else name)
@@ -315,13 +313,13 @@ def test_a_machine_that_lacks_something_is_told(monkeypatch: pytest.MonkeyPatch)
     ("arguments", "message"),
     [
         ([], "SCRIPT is missing"),
-        (["nowhere.py"], "nowhere.py is no file: allowed is a Python script"),
+        (["nowhere.py"], "nowhere.py is not a file: name a Python script"),
         (["--devices", "0", __file__], "--devices 0: must be from 1 to 64"),
         (["--gib", "0", __file__], "--gib 0.0: must be above 0"),
         (["--interpret", __file__], "--interpret needs --compute"),
     ],
 )
-def test_odd_arguments_are_refused(
+def test_wrong_arguments_are_refused(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
@@ -331,7 +329,7 @@ def test_odd_arguments_are_refused(
 
 
 def _packed() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """query, key, value [T, H, D] that need gradients, and ends of the sequences; five rows more are in no sequence."""
+    """(query, key, value [T, H, D] with gradients, ends of the sequences); five extra rows belong to no sequence."""
     generator = torch.Generator().manual_seed(0)
     ends = [torch.tensor((0, *lengths)).cumsum(0).int() for lengths in zip(*LENGTHS, strict=True)]
     rows = [int(ends[0][-1]) + 5, int(ends[1][-1]) + 5, int(ends[1][-1]) + 5]
@@ -366,7 +364,7 @@ def test_attention_is_softmax_attention_of_each_sequence(causal: str) -> None:
     torch.testing.assert_close(gradients, expected_gradients)
 
 
-def test_varlen_attention_takes_the_window_for_the_rule() -> None:
+def test_varlen_attention_uses_the_window_as_the_rule() -> None:
     (query, key, value), (ends_q, ends_k) = _packed()
     output, *_ = kernels._varlen_attention(query, key, value, ends_q, ends_k, 4, 6, window_size=[-1, 0])
     first = _plain(query[:3], key[:5], value[:5], "bottom_right")
@@ -391,7 +389,7 @@ def test_products_in_bfloat16_are_summed_in_float32() -> None:
 def test_rounding_to_float8(dtype: torch.dtype, step: float) -> None:
     top = torch.finfo(dtype).max
     values = torch.tensor([0.0, 1.0, 1 + 0.4 * step, 1 + 0.6 * step, -1 - 0.6 * step, 1 + step / 2, 1e6, -1e6])
-    expected = torch.tensor([0.0, 1.0, 1.0, 1 + step, -1 - step, 1.0, top, -top])  # halves to the even number
+    expected = torch.tensor([0.0, 1.0, 1.0, 1 + step, -1 - step, 1.0, top, -top])  # ties round to even
     rounded = engine_kernels.round_to_float8(values / 4, torch.tensor(4.0), dtype)
     assert rounded.dtype == torch.uint8 and torch.equal(rounded.view(dtype).float(), expected)
 
@@ -401,7 +399,7 @@ def _result(losses: list[float], part: str) -> dict[str, Any]:
     return {"losses": losses, "calls": calls, "compiled": 0, "output": ""}
 
 
-def test_a_failed_part_tells_its_own_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_part_reports_its_own_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ours = "[rank1]: ValueError: too many"
     output = f"Traceback\n{ours}\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\n"
     failed = subprocess.CompletedProcess([], 1, output)

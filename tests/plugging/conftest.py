@@ -22,7 +22,7 @@ IMAGE_SIZE = 64
 
 
 def byte_tokenizer(path: Path) -> None:
-    """Write a tokenizer whose tokens are the bytes of the text, and the token that ends captions."""
+    """Write a byte tokenizer with an end token for captions."""
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -31,7 +31,7 @@ def byte_tokenizer(path: Path) -> None:
 
 
 def export(folder: Path, data: DataConfig) -> Path:
-    """A folder of random weights, 3 layers of width 96, for images as ``data`` says."""
+    """A folder of random weights, with 3 layers of width 96 and the image settings of ``data``."""
     folder.mkdir()
     byte_tokenizer(folder.parent / f"{folder.name}.json")
     end = export_tokenizer(folder.parent / f"{folder.name}.json", folder)
@@ -62,5 +62,5 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported_native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported folder for images of their own sizes."""
+    """An exported folder for images of native sizes."""
     return export(tmp_path_factory.mktemp("plugging") / "native", DataConfig(image_mode="native", max_pixels=16384))

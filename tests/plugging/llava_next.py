@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPImageProcessor
 
 
 class HFVisionTower(nn.Module):
-    """Loads what ``args`` name, freezes it, and picks features out of its hidden states."""
+    """Loads an encoder, freezes it, and selects features from its hidden states."""
 
     def __init__(self, vision_tower: str, args: SimpleNamespace, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class HFVisionTower(nn.Module):
         try:
             self.image_processor = AutoImageProcessor.from_pretrained(name)
         except Exception:
-            # The original fetches that of openai/clip-vit-large-patch14, which these are the defaults of.
+            # The original downloads that of openai/clip-vit-large-patch14, which has these defaults.
             self.image_processor = CLIPImageProcessor()
         # The original moves the model to "cuda".
         self.vision_tower = AutoModel.from_pretrained(name, torch_dtype=dtype, trust_remote_code=True)
@@ -69,7 +69,7 @@ class HFVisionTower(nn.Module):
 
 
 def process_images(images: list[Image.Image], processor: Any, image_aspect_ratio: str | None) -> Tensor:
-    """[B, 3, height, width] as of ``image_aspect_ratio`` "pad", or as the processor makes them."""
+    """[B, 3, height, width], padded to squares for ``image_aspect_ratio`` "pad", else by the processor."""
     if image_aspect_ratio != "pad":
         return processor(images, return_tensors="pt")["pixel_values"]
     background = tuple(int(x * 255) for x in processor.image_mean)

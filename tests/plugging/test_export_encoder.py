@@ -1,4 +1,4 @@
-"""The exported graphs compute what the model does, on sizes that they were not traced with."""
+"""The exported graphs equal the model, also on sizes that they were not traced with."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_graph_equals_the_model_on_any_size(exported: Path, tmp_path: Path, suff
         with torch.no_grad():
             torch.testing.assert_close(graph(pixels), model(pixels).last_hidden_state, rtol=0, atol=1e-4)
     for sides in ((70, 96), (64, 100)):
-        with pytest.raises(Exception, match=r"16|reshape"):  # of the runtimes' own classes
+        with pytest.raises(Exception, match=r"16|reshape"):  # each runtime raises its own class
             graph(torch.zeros(1, 3, *sides))
 
 
-def test_difference_is_seen(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_difference_is_noticed(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "encoder.pt2"
     assert export_encoder.main([str(exported), str(output)]) == 0
     assert list(tmp_path.iterdir()) == [output]
@@ -51,7 +51,7 @@ def test_unknown_ending_is_refused_before_anything_is_written(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export_encoder.main([str(exported), str(tmp_path / "encoder.bin")]) == 2
-    assert "allowed are .onnx and .pt2" in capsys.readouterr().err
+    assert "Allowed are .onnx and .pt2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -68,14 +68,14 @@ def misshape(folder: Path) -> None:
             "new/encoder.pt2",
             r"model\.safetensors: damaged or cut off",
         ),
-        # Versions of transformers before 5 do not tell the shapes.
+        # Before version 5 transformers does not report the shapes.
         (misshape, "new/encoder.pt2", r"ln_post.bias (is \[5\], \[96\]|has another shape than) expected"),
-        (lambda place: (place / "config.json").unlink(), "new/encoder.pt2", "no config.json there"),
-        (lambda place: None, "none/encoder.pt2", "there is no folder"),
-        (lambda place: None, "there.pt2", "already there; name another file, or replace it with --overwrite"),
+        (lambda place: (place / "config.json").unlink(), "new/encoder.pt2", "no config.json"),
+        (lambda place: None, "none/encoder.pt2", "no folder"),
+        (lambda place: None, "there.pt2", "already exists. Name another file, or replace it with --overwrite"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_user_errors_are_one_line(
     harm: Callable[[Path], Any],
     output: str,
     part: str,
@@ -94,7 +94,7 @@ def test_mistakes_are_told_in_one_line(
     assert re.search(part, line) and sorted(tmp_path.rglob("*")) == before
 
 
-# What shows that the tool wrote it.
+# The tool recognises its own files by this.
 OLD = "old: vision_embeddings, pixel_values"
 
 

@@ -1,5 +1,5 @@
 """An exported folder as the ``hf:`` vision tower of LLaVA-NeXT: the right setting gives the encoder's features, and
-every wrong one is an error that says what to set."""
+every wrong setting is an error that names the right one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_padded_images_and_bfloat16(exported: Path, pictures: list[Image.Image])
 
 
 @pytest.mark.parametrize("feature", [None, "patch"])
-def test_dropping_a_class_token_that_is_not_there_is_an_error(exported: Path, feature: str | None) -> None:
+def test_dropping_a_class_token_is_an_error(exported: Path, feature: str | None) -> None:
     with pytest.raises(ValueError, match="mm_vision_select_feature = 'cls_patch'"):
         tower(exported, feature=feature)(torch.zeros(1, 3, 64, 64))
 
@@ -71,13 +71,13 @@ def test_another_layer_is_an_error(exported: Path, layer: int) -> None:
 
 
 @pytest.mark.parametrize("feature", ["slicefour_patch", "slicefour_cls_patch"])
-def test_layers_side_by_side_are_an_error(exported: Path, feature: str) -> None:
+def test_concatenated_layers_are_an_error(exported: Path, feature: str) -> None:
     with pytest.raises(ValueError):
         tower(exported, feature=feature)(torch.zeros(1, 3, 64, 64))
 
 
 def test_pixels_of_the_fallback_processor_are_an_error(exported_native: Path, pictures: list[Image.Image]) -> None:
-    # Native sizes have no stock processor, and LLaVA-NeXT allows none of the folder's code for it.
+    # Native sizes have no stock processor, and LLaVA-NeXT does not run the folder's own.
     loaded = tower(exported_native)
     assert type(loaded.image_processor).__name__.startswith("CLIP")
     with pytest.raises(ValueError, match="another model's image processor"):
@@ -103,7 +103,7 @@ def test_callers_of_the_model_itself_cannot_drop_the_first_patch_either(exported
         torch.cat(states[-2:], dim=-1)[:, 1:]
 
 
-def test_what_is_computed_from_hidden_states_is_plain(exported: Path) -> None:
+def test_tensors_computed_from_hidden_states_are_plain(exported: Path) -> None:
     model = GenLIPVisionModel.from_pretrained(exported).eval()
     state = model(torch.zeros(2, 3, 32, 32), output_hidden_states=True).hidden_states[-1]
     for derived in (state + 1, state[:, torch.tensor([1, 2])], state[0], state[:, 1], torch.stack([state, state])):

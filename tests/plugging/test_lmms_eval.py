@@ -1,7 +1,7 @@
-"""GenLIP as a model of lmms-eval: answers and likelihoods are the exported model's, in the order of the requests.
+"""GenLIP as a model of lmms-eval: answers and likelihoods equal the exported model's, in the order of the requests.
 
-With lmms-eval installed, everything runs against the library, its evaluator included; otherwise against a copy of the
-classes that a model is written against.
+With lmms-eval installed, the tests run against the library and its evaluator, otherwise against a copy of the classes
+that a model needs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = ("red", "green", "blue", "grey")
 
 
 class Lmms(abc.ABC):
-    """What lmms_eval.api.model.lmms asks of a model."""
+    """The interface of lmms_eval.api.model.lmms."""
 
     is_simple = True
 
@@ -95,20 +95,20 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture()
 def model(adapter: ModuleType, exported: Path, pictures: list[Image.Image]) -> Any:
-    """The adapter on the exported folder, with a task "noise" of the five pictures."""
+    """The adapter on the exported folder, with a task "noise" over the five pictures."""
     loaded = adapter.GenLIP.create_from_arg_string(f"pretrained={exported},device=cpu", {"batch_size": 2})
     loaded.task_dict = {"noise": {"test": [{"image": picture, "name": "a b"} for picture in pictures]}}
     return loaded
 
 
 def request(document: int, context: str, second: Any, visuals: Any = None) -> Any:
-    """As lmms_eval.api.instance.Instance of a simple model."""
+    """Like lmms_eval.api.instance.Instance for a simple model."""
     arguments = (context, second, visuals or (lambda doc: [doc["image"]]), document, "noise", "test")
     return SimpleNamespace(args=arguments)
 
 
 def alone(folder: Path, picture: Image.Image, prompt: str, answer: str) -> torch.Tensor:
-    """log p of every token after each token of the answer, [answer, V], one sample by itself."""
+    """Log-probabilities [answer, V] that predict each token of the answer, computed for one sample."""
     model = GenLIPForCausalLM.from_pretrained(folder).eval()
     tokens = model_tokens(folder, prompt) + model_tokens(folder, answer)
     with torch.no_grad():
@@ -144,7 +144,9 @@ def test_answer_that_greedy_decoding_gives_is_greedy(model: Any) -> None:
     assert sum(greedy for _, greedy in costs) <= 1
 
 
-def test_answers_keep_their_order_and_stop_where_told(model: Any, exported: Path, pictures: list[Image.Image]) -> None:
+def test_answers_keep_their_order_and_end_at_stop_texts(
+    model: Any, exported: Path, pictures: list[Image.Image]
+) -> None:
     kinds: list[dict[str, Any]] = [{"max_new_tokens": 12}, {"max_new_tokens": 6, "temperature": 0}]
     requests = [request(i, f"Say {i}." + " more" * i, kinds[i % 2]) for i in range(5)]
     answers = model.generate_until(requests)
@@ -159,7 +161,7 @@ def test_answers_keep_their_order_and_stop_where_told(model: Any, exported: Path
     assert len(whole) > 3 and cut == [whole.split(stop)[0].strip()]
 
 
-def test_own_prompt_takes_the_place_of_the_tasks_words(adapter: ModuleType, exported: Path, model: Any) -> None:
+def test_own_prompt_replaces_the_tasks_text(adapter: ModuleType, exported: Path, model: Any) -> None:
     own = adapter.GenLIP(pretrained=str(exported), device="cpu", own_prompt=True)
     own.task_dict = model.task_dict
     arguments = {"max_new_tokens": 8}
@@ -175,7 +177,7 @@ def test_request_without_exactly_one_image_names_its_document(model: Any, visual
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 0])
-def test_batch_size_that_is_no_number_is_refused(adapter: ModuleType, exported: Path, batch_size: Any) -> None:
+def test_a_batch_size_that_is_not_a_number_is_refused(adapter: ModuleType, exported: Path, batch_size: Any) -> None:
     with pytest.raises(ValueError, match="batch_size"):
         adapter.GenLIP(pretrained=str(exported), batch_size=batch_size)
 

@@ -1,4 +1,4 @@
-"""The example of an encoder behind an LLM learns, and only what should."""
+"""The example of an encoder with an LLM trains the right parts."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_an_encoder_of_native_images_is_refused_in_one_line(
     file.write_text(json.dumps({**json.loads(file.read_text()), "image_mode": "native"}))
     with pytest.raises(SystemExit):
         example.main(["--encoder", str(native)])
-    assert "(image_mode = native), and this example takes images of one size" in capsys.readouterr().err
+    assert "(image_mode = native), but this example needs images of one size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])
-def test_exported_encoder_learns_only_when_told(example: ModuleType, exported: Path, train_encoder: bool) -> None:
+def test_the_encoder_learns_only_with_train_encoder(example: ModuleType, exported: Path, train_encoder: bool) -> None:
     encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
     before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
     model = example.VisionLanguageModel(encoder, example.small_llm(), train_encoder)
@@ -76,7 +76,7 @@ def test_every_patch_in_row_order_goes_before_the_text(example: ModuleType, expo
         assert embeds.shape == (1, 2 * 3 + 2, 64)
         torch.testing.assert_close(embeds[:, :6], model.projector(encoder(pixels).last_hidden_state))
         torch.testing.assert_close(embeds[:, 6:], model.llm.get_input_embeddings()(ids))
-        # The loss is that of the text alone, each token predicted from the one before it.
+        # The loss covers only the text; each token is predicted from the one before.
         logits = model.llm(inputs_embeds=embeds).logits[0]
         loss = model(pixels, ids, torch.tensor([[-100, 8]]))
     torch.testing.assert_close(loss, -logits[6].log_softmax(-1)[8])
@@ -91,6 +91,6 @@ def test_generated_tokens_are_those_of_greedy_steps(example: ModuleType, exporte
     for _ in range(4):
         with torch.no_grad():
             logits = model.llm(inputs_embeds=model.embed(pixels, ids)).logits[:, -1]
-        logits[:, example.END] = -torch.inf  # which min_new_tokens forbids
+        logits[:, example.END] = -torch.inf  # forbidden by min_new_tokens
         ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(got, ids[:, 1:])

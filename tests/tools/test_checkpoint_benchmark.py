@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints measures every way of saving and loading; its figures depend on the machine."""
+"""The checkpoint benchmark measures every method of saving and loading; its figures depend on the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_every_way_is_measured(ranks: int, tmp_path: Path) -> None:
+def test_every_method_is_measured(ranks: int, tmp_path: Path) -> None:
     settings = [f"model.{setting}" for setting in [*TINY, "num_layers=1", "rope_sections=[2,1,1]"]]
     done = run("--dir", str(tmp_path), "--rounds", "2", "--set", *settings, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -41,14 +41,7 @@ def test_every_way_is_measured(ranks: int, tmp_path: Path) -> None:
         "dist_checkpointing.load",
     ):
         assert re.search(ROW.format(way, r"\d+\.\d\d"), done.stdout, re.M), done.stdout
-    for when in (
-        "the first, which allocates the copies",
-        "a later one",
-        "of it to begin",
-        r"of it before the update, 0\.3 s of work later",
-        "all that this step takes longer, its work beside copy and writing included",
-        "and when it is completed",
-    ):
+    for when in ("to begin, and before the next update", "to complete it"):
         assert re.search(STOPPED.format(when), done.stdout, re.M), done.stdout
     assert re.search(r"^resume \d+\.\d\d s without data: \d+\.\d\d s from the start of the", done.stdout, re.M), (
         done.stdout
@@ -58,4 +51,4 @@ def test_every_way_is_measured(ranks: int, tmp_path: Path) -> None:
 
 def test_one_round_is_too_few(tmp_path: Path) -> None:
     done = run("--dir", str(tmp_path), "--rounds", "1")
-    assert done.returncode == 2 and "--rounds 1: at least 2" in done.stderr
+    assert done.returncode == 2 and "--rounds 1: must be at least 2" in done.stderr

@@ -1,4 +1,4 @@
-"""tools/checkpoints.py says which checkpoints are good, deletes no others' stand-ins, and can take a run back."""
+"""tools/checkpoints.py finds good checkpoints, never deletes the ones to keep, and can rewind a run."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def tool() -> ModuleType:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Checkpoints of steps 10 to 50; that of 40 is damaged, that of 20 the best."""
+    """Checkpoints of steps 10 to 50; step 40 is damaged, step 20 is the best."""
     for step, loss in ((10, 3.0), (20, 1.5), (30, 2.0), (40, 1.0), (50, None)):
         write(tmp_path, step, loss)
     flip(tmp_path / "iter_0000040" / "weights.distcp")
     return tmp_path
 
 
-def test_list_shows_what_each_is(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_prints_one_line_per_checkpoint(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["list", str(run)]) == 0
-    # By their sizes all are good.
+    # All sizes are right.
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "50", "40", "30", "20", "10"]
     assert tool.main(["list", str(run), "--full"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
@@ -54,7 +54,7 @@ def test_verify_names_what_is_damaged(tool: ModuleType, run: Path, capsys: pytes
     assert tool.main(["verify", str(run / "iter_0000040"), "--sizes"]) == 0
 
 
-def test_prune_counts_good_ones_alone(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_counts_only_good_checkpoints(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["prune", str(run), "--keep-last", "2", "--keep-best", "1"]
     assert tool.main([*flags, "--dry-run"]) == 0
     assert "would delete steps: 10\n" in capsys.readouterr().out and len(paths.steps(run)) == 5
@@ -64,7 +64,7 @@ def test_prune_counts_good_ones_alone(tool: ModuleType, run: Path, capsys: pytes
     assert "deleted damaged steps: 40" in capsys.readouterr().out and paths.steps(run) == [50, 30, 20]
 
 
-def test_prune_goes_by_the_rules_of_the_run_unless_told_otherwise(
+def test_prune_follows_the_runs_rules_by_default(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (10, 20, 30, 40):
@@ -77,7 +77,7 @@ def test_prune_goes_by_the_rules_of_the_run_unless_told_otherwise(
 
 
 @pytest.mark.parametrize("words", [["prune"], ["rewind", "--step", "10"]])
-def test_nothing_is_changed_under_a_run(
+def test_nothing_is_changed_while_a_run_is_active(
     words: list[str], tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock, _ = acquire(run)
@@ -97,7 +97,7 @@ def test_rewind_sets_later_ones_aside(tool: ModuleType, run: Path, capsys: pytes
     assert tool.main(["rewind", str(run), "--step", "40"]) == 2
     assert "its SHA-256 does not match" in capsys.readouterr().err
     assert tool.main(["rewind", str(run), "--step", "35"]) == 2
-    assert "steps there: 50, 40, 30, 20, 10" in capsys.readouterr().err
+    assert "Existing steps: 50, 40, 30, 20, 10" in capsys.readouterr().err
     assert tool.main(["rewind", str(run), "--step", "30"]) == 0
     assert paths.steps(run) == [30, 20, 10] and paths.pointed(run) == 30
     assert sorted(path.name for path in (run / paths.SET_ASIDE).iterdir()) == ["iter_0000040", "iter_0000050"]
@@ -107,12 +107,12 @@ def test_rewind_sets_later_ones_aside(tool: ModuleType, run: Path, capsys: pytes
     ("words", "message"),
     [
         (["list", "/nowhere"], "/nowhere: neither a checkpoint (iter_NNNNNNN) nor a folder with one"),
-        (["reshard", "RUN", "--tp", "2"], "--tp, --pp and --vpp belong to --to dp_reshardable"),
+        (["reshard", "RUN", "--tp", "2"], "--tp, --pp and --vpp need --to dp_reshardable"),
         (["prune", "RUN", "--keep-last", "-1"], "--keep-last -1: must be at least 0"),
         (["reshard", "RUN", "--to", "dp_reshardable"], "holds dp_reshardable optimizer state already"),
     ],
 )
-def test_mistakes_get_one_line(
+def test_user_errors_are_one_line(
     words: list[str], message: str, tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool.main([str(run / "iter_0000030") if word == "RUN" else word for word in words]) == 2

@@ -1,4 +1,4 @@
-"""The data benchmark runs: every section prints its figures. What they are depends on the machine."""
+"""Every section of the data benchmark prints its figures; the values depend on the machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,6 @@ LINES = {
     "pipeline stage 1, tokens/s": "ratio",
     "pipeline stage 1, samples a CPU second: ours with decoder": "ratio",
     "pipeline stage 2, samples/s": "ratio",
-    "plan stage 1, one source, samples a CPU second": "samples/s",
-    "plan stage 2, two sources 7:3, fill": "%",
-    "plan stage 2, two sources 7:3, slowest of 8 ranks over their mean, without head, worst": "%",
-    "plan stage 1, one source, slowest of 8 ranks over their mean, with head, mean": "%",
-    "index, images/s on .*, check_image alone": "ratio",
-    "index, images a CPU second, .*, Pillow's load alone": "ratio",
-    "resume at step 0, 8 lanes": "s",
-    "resume at step 100, 8 lanes": "s",
-    "resume at step 100 over step 0": "ratio",
-    "resume, cursor of a lane as JSON": "bytes",
     "scale, .*, start of the process to the first step": "s",
     "scale, .*, peak resident memory": "GiB",
     "scale, .*, anonymous memory": "GiB",

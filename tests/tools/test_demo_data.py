@@ -1,4 +1,4 @@
-"""The demo's scenes: the same bytes for any number of workers, captions that say what is shown."""
+"""The demo's scenes: the same bytes for any number of workers, and true captions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_shards_are_the_same_bytes_for_any_number_of_workers(tmp_path: Path) -> 
     assert one == three
 
 
-def test_captions_tell_every_attribute(demo_data: Path) -> None:
+def test_captions_name_every_attribute(demo_data: Path) -> None:
     truths = []
     for shard in demo_data.glob("*.tar"):
         with tarfile.open(shard) as archive:
@@ -40,13 +40,13 @@ def test_captions_tell_every_attribute(demo_data: Path) -> None:
     captions, attributes = [record["caption"] for record in truths], [record["attributes"] for record in truths]
     perfect, control = attribute_accuracy(captions, attributes), shuffled_control(captions, attributes, seed=0)
     assert perfect["mean"] == 1.0
-    # Guessing: the mean over attributes of one over the number of choices.
+    # The expected score of guessing: the mean over attributes of 1 / number of choices.
     chance = sum(
         1 / n for n in map(len, (scenes.COLOURS, scenes.SHAPES, scenes.COUNTS, scenes.POSITIONS, scenes.WORDS))
     )
     assert abs(control["mean"] - chance / 5) < 0.06
 
 
-def test_a_caption_that_hedges_names_nothing() -> None:
+def test_an_ambiguous_caption_names_no_value() -> None:
     parsed = parse_attributes("Two red or blue circles at the top left. The word says moon.")
     assert parsed["colour"] is None and parsed["count"] == "two" and parsed["shape"] == "circle"

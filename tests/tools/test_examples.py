@@ -1,7 +1,7 @@
-"""The launch examples are commands that the entry accepts, their headings say what a user must know, and those for
-SLURM requeue themselves as long as it helps.
+"""The launch examples are valid commands, their headings name the requirements, and SLURM jobs requeue themselves as
+long as it helps.
 
-The SLURM examples run as real bash processes, with stand-ins for srun, scontrol and torchrun.
+The SLURM examples run as real bash processes with fake srun, scontrol and torchrun.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.fault_table import FaultRow
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 LAUNCHES = [path for path in FOLDER.iterdir() if path.suffix in (".sh", ".sbatch")]
-EXAMPLES = sorted(path for path in LAUNCHES if path.name != "slurm_run.sh")  # which the others source
+EXAMPLES = sorted(path for path in LAUNCHES if path.name != "slurm_run.sh")  # sourced by the others
 GPUS = {"single_gpu.sh": 1, "one_node.sh": 8, "multi_node.sh": 64, "slurm_stage1.sbatch": 64, "slurm_stage2.sbatch": 32}
 
 
 def entry_flags(example: Path) -> list[str]:
-    """The words after ``pretrain_genlip.py`` in the example's launch, variables replaced by names."""
+    """The arguments of ``pretrain_genlip.py`` in the example, with variables replaced by names."""
     text = example.read_text().replace("\\\n", " ")
     launch = next(line for line in text.splitlines() if "pretrain_genlip.py --config" in line)
     words = shlex.split(launch.split("pretrain_genlip.py", 1)[1].replace('"$@"', "").rstrip("& "))
@@ -35,27 +35,27 @@ def entry_flags(example: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_entry_accepts_the_example_on_its_gpus(example: Path) -> None:
+def test_the_command_line_accepts_the_example_on_its_gpus(example: Path) -> None:
     config, _ = parse_args(entry_flags(example))
     check(config, world_size=GPUS[example.name])
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_heading_says_command_gpus_and_hours(example: Path) -> None:
+def test_the_heading_names_command_gpus_and_hours(example: Path) -> None:
     heading = example.read_text().split("\nset -", 1)[0]
     assert f"examples/{example.name}" in heading
     assert "GPUs:" in heading and "Hours" in heading
     subprocess.run(["bash", "-n", str(example)], check=True)
 
 
-def test_unknown_flag_in_an_example_would_be_seen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_flag_in_an_example_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args([*entry_flags(EXAMPLES[0]), "--overlap-grad-reduction"])
     assert "Did you mean '--overlap-grad-reduce'?" in capsys.readouterr().err
 
 
 STAND_INS = {
-    # Options are left out; what is told to the training is written down, what is launched runs.
+    # Ignores options, records signals for the training, and runs the launched command.
     "srun": """
         while [[ $1 == --* ]]; do shift; done
         [[ $1 == pkill ]] && { echo "$@" >>told; exit; }
@@ -65,7 +65,7 @@ STAND_INS = {
         [[ $1 == show ]] && { echo node01; echo node02; exit; }
         echo "$@" >>requeues
     """,
-    # What a training does: the test's script, which finds the save folder in $save.
+    # The training: the test's script, with the save folder in $save.
     "torchrun": """
         echo "$@" >>launches
         while [[ $1 != --save ]]; do
@@ -82,7 +82,7 @@ TOLD = "until [ -e told ]; do sleep 0.05; done; sleep 0.3"
 
 
 class Slurm:
-    """A job that runs an example again and again, as SLURM would, until it is not requeued."""
+    """Runs an example repeatedly, as SLURM would, until it is not requeued."""
 
     def __init__(self, folder: Path, example: str) -> None:
         self.folder, self.example, self.starts = folder, example, 0
@@ -92,11 +92,11 @@ class Slurm:
             file = folder / "bin" / name
             file.write_text(f"#!/usr/bin/env bash\n{text}")
             file.chmod(0o755)
-        # The script runs where sbatch was called; its own files there are the repository's.
+        # The script runs in the folder of the sbatch call, which links to the repository's files.
         (folder / "examples").symlink_to(FOLDER)
 
     def start(self, training: str, job: str = "7", preempted: bool = False) -> subprocess.CompletedProcess[str]:
-        """Run the script once, with what torchrun does; ``preempted``: SLURM signals it once training is under way."""
+        """Run the script once with this training; ``preempted``: SLURM signals it after the training has started."""
         (self.folder / "training").write_text(training)
         for name in ("told", "requeues"):
             (self.folder / name).unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def test_preempted_job_waits_for_the_save_and_is_requeued(slurm: Slurm, fault_ro
     fault_row("SLURM time limit", slurm.example, "saved, requeued")
 
 
-def test_job_that_ends_by_itself_while_it_is_told_to_stop_is_not_requeued(slurm: Slurm) -> None:
+def test_a_job_that_finishes_during_preemption_is_not_requeued(slurm: Slurm) -> None:
     done = slurm.start(f"{TOLD}; saved 10", preempted=True)
     assert done.returncode == 0 and not slurm.requeued
 
@@ -180,12 +180,12 @@ def test_third_failure_in_a_row_without_progress_ends_the_job(slurm: Slurm) -> N
     done = slurm.start("saved 10; exit 1")
     assert done.returncode == 1 and not slurm.requeued
     assert "not requeued: 3 starts in a row" in done.stderr and "newer than step 10" in done.stderr
-    # Submitted again, when what was wrong has been mended, it has all its tries.
+    # A job submitted again after the fix has all its tries.
     slurm.start("exit 1", job="8")
     assert slurm.requeued
 
 
-def test_progress_forgives_earlier_failures(slurm: Slurm) -> None:
+def test_progress_resets_the_count_of_failures(slurm: Slurm) -> None:
     for training in ("exit 1", "exit 1", "saved 5; exit 1", "exit 1", "exit 1"):
         slurm.start(training)
         assert slurm.requeued
@@ -195,7 +195,7 @@ def test_progress_forgives_earlier_failures(slurm: Slurm) -> None:
 
 @pytest.mark.faults
 def test_failures_of_nodes_are_counted_too(slurm: Slurm, fault_row: FaultRow) -> None:
-    """Then the script is killed, and SLURM requeues the job by itself."""
+    """Such a failure kills the script, and SLURM itself requeues the job."""
     for training in ("saved 5", "true", "true", "true"):
         slurm.start(f"{training}; kill -9 $PPID")
     done = slurm.start("saved 10")
@@ -205,14 +205,14 @@ def test_failures_of_nodes_are_counted_too(slurm: Slurm, fault_row: FaultRow) ->
 
 
 @pytest.mark.parametrize("status", [2, 18, 19])
-def test_failure_that_would_come_again_is_not_requeued(status: int, slurm: Slurm) -> None:
+def test_a_final_failure_is_not_requeued(status: int, slurm: Slurm) -> None:
     done = slurm.start(f'saved 5; echo "{status} $launch" >"$save/final_exit"; exit 1')
     assert done.returncode == 1 and not slurm.requeued and f"left with status {status}" in done.stderr
-    slurm.start("saved 6; exit 1")  # what an earlier start left says nothing of this one
+    slurm.start("saved 6; exit 1")  # the file of an earlier start does not count
     assert slurm.requeued
 
 
-def test_job_that_could_not_save_when_it_was_told_to_stop_is_requeued(slurm: Slurm) -> None:
+def test_a_preempted_job_that_could_not_save_is_requeued(slurm: Slurm) -> None:
     slurm.start('saved 5; echo "22 $launch" >"$save/final_exit"; exit 1')
     assert slurm.requeued
 
@@ -227,13 +227,13 @@ def test_stop_file_ends_the_job(slurm: Slurm) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "release", "0010 and more\nother lines"])
-def test_odd_pointer_to_the_newest_checkpoint(text: str, slurm: Slurm) -> None:
+def test_a_damaged_pointer_to_the_newest_checkpoint(text: str, slurm: Slurm) -> None:
     done = slurm.start(f"saved {shlex.quote(text)}; exit 1")
     assert done.stderr == ""
     assert f"{0 if text.startswith('00') else 1} starts without progress" in done.stdout
 
 
-def test_each_start_of_a_job_is_a_launch_of_its_own(slurm: Slurm) -> None:
+def test_each_start_of_a_job_has_its_own_launch_id(slurm: Slurm) -> None:
     slurm.start("saved 1; exit 1")
     slurm.start("saved 2; exit 1")
     assert [re.findall(r"--rdzv-id (\S+)", launch) for launch in slurm.launches] == [["7.0"], ["7.1"]]

@@ -1,4 +1,4 @@
-"""Every command leaves alone what it has not written, says so in one line, and replaces what it has."""
+"""Every command replaces only files that it wrote, and refuses to replace others with one line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from genlip_megatron.convert import hf_folder as exported
-from genlip_megatron.data.dataset import manifest_paths
 from genlip_megatron.data.index import index_path
+from genlip_megatron.data.manifest import manifest_paths
 from genlip_megatron.faults import exits
 from genlip_megatron.infer import features
 from tools import demo, export_encoder, patch_readout
@@ -29,7 +29,7 @@ Run = Callable[..., tuple[object, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a tool in this process: (exit status, standard error's last line)."""
+    """Run a tool in this process; returns (exit status, last line of standard error)."""
 
     def call(tool: str, *words: object) -> tuple[object, str]:
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, words)])
@@ -118,8 +118,8 @@ def test_indexing_replaces_only_its_own_files(run: Run, data: Path) -> None:
         assert run("prepare_data", data, *words, *words_more)[0] == 0
 
 
-def test_a_killed_merge_is_taken_up_again(run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its manifest and its planning file."""
+def test_a_killed_merge_can_be_repeated(run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between writing the manifest and the planning file."""
     words = [data, "--tokenizer", data / "tokenizer.model", "--workers", 1]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         replace = os.replace
@@ -169,16 +169,8 @@ def test_long_commands_refuse_before_they_begin(
     assert target.read_bytes() == THESIS and sorted(os.listdir(tmp_path)) == [name, "x.jpg"]
 
 
-def test_exported_captions_replace_only_captions(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.write_bytes(THESIS)
-    command = [sys.executable, "-I", ROOT / "tools" / "caption_exported.py", tmp_path, "x.tar", "--output", target]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 2 and "did not write it" in ended.stderr and target.read_bytes() == THESIS
-
-
 def a_run(folder: Path) -> Path:
-    """What a demo leaves."""
+    """A folder as a demo leaves it."""
     demo.begin_run(folder)
     step = folder / "iter_0000003"
     for file in (step / "__0_0.distcp", step / "manifest.json", folder / "tensorboard" / "events.out.tfevents.1"):
@@ -198,17 +190,17 @@ def test_the_demo_replaces_a_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "foreign", ["thesis.txt", "iter_0000003/thesis.txt", "iter_0000009/thesis.txt", "tensorboard/thesis", "notes/"]
 )
-def test_the_demo_leaves_a_run_with_anything_else_in_it(foreign: str, tmp_path: Path) -> None:
+def test_the_demo_keeps_a_run_with_other_files_in_it(foreign: str, tmp_path: Path) -> None:
     place = a_run(tmp_path / "run") / foreign
     place.parent.mkdir(exist_ok=True)
     place.mkdir() if foreign.endswith("/") else place.write_bytes(THESIS)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="holds something that no demo has made"):
+    with pytest.raises(ValueError, match="holds files that no demo made"):
         demo.begin_run(tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_demo_takes_no_other_folder_and_no_link_for_its_own(tmp_path: Path, demo_data: Path) -> None:
+def test_the_demo_does_not_take_other_folders_or_links_for_its_own(tmp_path: Path, demo_data: Path) -> None:
     another = a_run(tmp_path / "another")
     (another / demo.MARK).unlink()  # a run like any other
     linked = a_run(tmp_path / "linked")
@@ -220,19 +212,19 @@ def test_the_demo_takes_no_other_folder_and_no_link_for_its_own(tmp_path: Path, 
         with pytest.raises(ValueError, match=f"--output {tmp_path / name}: "):
             demo.check_places(tmp_path / "data", tmp_path / name)
     for data, output in (("x", "x"), ("x/data", "x"), ("x", "x/run")):
-        with pytest.raises(ValueError, match="must lie outside"):
+        with pytest.raises(ValueError, match="must not overlap"):
             demo.check_places(tmp_path / data, tmp_path / output)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_demo_checks_before_it_begins_and_paths_are_the_users(
+def test_the_demo_checks_before_it_starts_and_prints_the_users_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_bytes(THESIS)
     command = [sys.executable, ROOT / "tools" / "demo.py", "--quick", "--data", "scenes", "--output", "precious"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 2 and f"--output {tmp_path}/precious: it holds something" in ended.stderr
+    assert ended.returncode == 2 and f"--output {tmp_path}/precious: it holds files" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1 and os.listdir(tmp_path) == ["precious"]
     monkeypatch.chdir(tmp_path)
     assert demo.from_root(Path("x")) == tmp_path / "x" and demo.from_root(ROOT / "runs" / "demo") == Path("runs/demo")
@@ -277,12 +269,12 @@ def test_an_encoder_replaces_only_encoders_and_their_weights(tmp_path: Path) -> 
     for other in (b"", b"\x08 pixel_values embeddings", b"pixel_values vision_embeddings"):
         output.write_bytes(other)
         assert not export_encoder.is_own(data, output)
-        with pytest.raises(ValueError, match="--overwrite replaces only folders that this tool wrote"):
+        with pytest.raises(ValueError, match="--overwrite replaces only files that this tool wrote"):
             export_encoder.write_encoder("folder", output, overwrite=True)
     assert data.read_bytes() == b"weights"
 
 
-def test_a_file_named_like_the_mark_of_an_exit_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_file_named_final_exit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     mark = exits.mark_of(tmp_path, 0)
     for content in ("my notes on exits", "final"):

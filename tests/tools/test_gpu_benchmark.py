@@ -1,4 +1,4 @@
-"""The GPU benchmark: its baseline is the same model, its reports are honest, and its jobs run; figures need a GPU."""
+"""The GPU benchmark: its baseline is the same model, reports list missing figures, jobs run; figures need a GPU."""
 
 from __future__ import annotations
 
@@ -37,20 +37,21 @@ def test_the_baseline_is_the_plain_model_on_packs() -> None:
         sample.token_ids[:] = [token % model.vocab_size for token in sample.token_ids]  # type: ignore[index]
     batch = pack_samples([samples], sum(map(cpu_benchmark.tokens_of, samples)) + 5)
     torch.manual_seed(0)
-    packed, plain = gpu_baseline.PackedGenLIP(model), PlainGenLIP(model)
-    plain.load_state_dict(packed.state_dict())
+    plain = PlainGenLIP(model)
     answers = int((batch.loss_weights > 0).sum())
     expected = plain(cpu_benchmark.padded(samples), "answer")
-    torch.testing.assert_close(packed.pack_loss(batch, flex=False) / answers, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        gpu_baseline.pack_loss(plain, batch, flex=False) / answers, expected, atol=1e-5, rtol=1e-5
+    )
     with torch.no_grad():  # FlexAttention has no backward pass on a CPU
-        dense, flex = (packed.pack_features(batch, flex) for flex in (False, True))
+        dense, flex = (gpu_baseline.pack_features(plain, batch, flex) for flex in (False, True))
     torch.testing.assert_close(flex, dense, atol=1e-5, rtol=1e-5)
     step = gpu_baseline.trainer(model, [batch] * 2, torch.device("cpu"), torch.float32)
     losses = [step() for _ in range(4)]
     assert losses[-1] < losses[0]
 
 
-def test_what_follows_from_figures_and_what_does_not() -> None:
+def test_derived_figures() -> None:
     failed, tried = doctest.testmod(gpu_report)
     assert tried and not failed
     step = Figure("step", "l16 stage 1 BF16", 50.0, "% MFU", details={"samples/s": 800.0})
@@ -69,11 +70,11 @@ def test_what_follows_from_figures_and_what_does_not() -> None:
     assert all(colour in drawing for colour in gpu_report._COLOURS.values())
     drawing = gpu_report.chart(figures)
     xml.dom.minidom.parseString(drawing)
-    # One bar with its target, one without a figure; a ratio is no MFU.
+    # One bar with its target and one without a figure; ratios have no bar.
     assert (drawing.count("<line"), drawing.count("not measured"), drawing.count("text-anchor")) == (1, 1, 2)
 
 
-def test_a_page_keeps_its_figures_until_there_are_others(tmp_path: Path) -> None:
+def test_a_page_keeps_its_figures_until_new_ones_exist(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     missing, there = Figure("head", "a", missing="no CUDA device"), Figure("head", "a", 3.0, "TFLOP/s")
     page.write_text("before\n")
@@ -107,16 +108,14 @@ def test_without_a_gpu_everything_is_listed_as_not_measured(tmp_path: Path, monk
     assert all(f"| {figure} |" in page.read_text() for job in gpu.all_jobs() for figure in job.figures)
 
 
-def test_versions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91302)
     assert gpu.machine()["cuDNN"] == "9.13.2"
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     assert "cuDNN" not in gpu.machine()
 
 
-def test_a_mistake_on_the_command_line_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_flag_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, message in (
         (["--sections", "head,hed"], "--sections: unknown hed; there are matmul, attention"),
         (["--write", "x.md", "--rehearse"], "figures of a rehearsal mean nothing"),
@@ -152,7 +151,7 @@ def test_a_step_is_measured_beside_its_baseline_on_the_same_samples() -> None:
 
 
 def head_gradients() -> dict[str, list[torch.Tensor]]:
-    """Of each contestant: gradient of the hidden states, what two calls add to the weight's buffer, and the loss."""
+    """{contestant: [gradient of the hidden states, sum of two calls in the weight's buffer, loss]}."""
     config = gpu_sections.recipe("so16", 1, True)
     gpu_sections.groups.initialize(config)
     head = gpu_sections.Head(
@@ -168,11 +167,11 @@ def head_gradients() -> dict[str, list[torch.Tensor]]:
     for who, forward in gpu_sections.head_losses(head, hidden, torch.arange(7)).items():
         weight.main_grad = torch.zeros_like(weight)
         gradient = [gpu_sections.add_head_gradients(forward(), hidden, weight) for _ in range(2)][1]
-        results[who] = [gradient, weight.main_grad.clone(), forward().detach()]  # the loss of ours adds to the buffer
+        results[who] = [gradient, weight.main_grad.clone(), forward().detach()]  # our loss also adds to the buffer
     return results
 
 
-def test_contestants_of_the_head_compute_the_same() -> None:
+def test_both_heads_compute_the_same() -> None:
     (results,) = run_distributed(1, head_gradients)
     assert torch.unique(results["ours"][1]).numel() > 2
     torch.testing.assert_close(results["ours"], results["unfused"], atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The GPU check says so without a GPU, and its parts work; the figures themselves need a CUDA machine."""
+"""The GPU check reports a missing GPU, and its parts work; the figures need a CUDA machine."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_without_cuda_it_says_so_and_succeeds() -> None:
     assert "no CUDA device here" in done.stdout
 
 
-def test_the_large_model_fits_the_smallest_gpu_meant() -> None:
+def test_the_largest_model_fits_on_80_gb() -> None:
     config = gpu_check.configuration("so16_stage1", Path(), gpu_check.so16_settings(False))
     check(config, 1)
-    check_fits(config, 1, 79 * 2**30, "cuda")  # what a GPU of 80 GB says it has
+    check_fits(config, 1, 79 * 2**30, "cuda")  # what a GPU of 80 GB reports
 
 
 @pytest.mark.parametrize(("factor", "holds"), [(1.009, True), (0.98, False), (float("nan"), False)])
@@ -40,7 +40,7 @@ def test_fp8_is_judged_by_the_mean_loss_of_the_last_steps(factor: float, holds: 
     assert "in the mean of the last 50 steps, allowed 1e-02" in measured
 
 
-def test_every_curve_is_judged_against_its_own() -> None:
+def test_every_loss_curve_is_compared_with_its_reference() -> None:
     curves: dict[str, dict[str, Any]] = {
         **{name: {"losses": [2.0, 1.0]} for name in (*gpu_check.VARIANTS, "demo-cpu", "demo-fp32")},
         **{name: {"losses": [3.0, 2.0]} for name in gpu_check.FIXED_IMAGES},
@@ -56,7 +56,7 @@ def test_every_curve_is_judged_against_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", [*gpu_check.VARIANTS, *gpu_check.FIXED_IMAGES, *gpu_check.LOSS_PARTS])
-def test_settings_of_every_variant_go_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_every_variant_are_valid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**gpu_check.VARIANTS, **gpu_check.FIXED_IMAGES, **gpu_check.LOSS_PARTS}[name]
     config = gpu_check.configuration("so16_stage1" if name in gpu_check.LOSS_PARTS else "demo", tmp_path, settings)
     check(config, 1)
@@ -86,6 +86,6 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(output.read_text())
     assert report["passed"]
-    # Float32 on one device twice is the same run; bfloat16 is not.
+    # Two float32 runs on one device are equal; a bfloat16 run differs.
     assert report["results"]["demo-cpu"]["losses"] == report["results"]["demo-fp32"]["losses"]
     assert report["results"]["demo-cpu"]["losses"] != report["results"]["demo-bf16"]["losses"]

@@ -1,4 +1,4 @@
-"""The page of a data set: what it shows is what the model gets, and no text of the data becomes part of it."""
+"""The page of a data set shows what the model gets, and text of the data never becomes markup."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inspect_page import COLOURS, KINDS, block_shares, build_page
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from genlip_megatron.config import DEFAULT_PROMPT, from_dict
-from genlip_megatron.data.index import build_index
 from genlip_megatron.data.loader import Loader
+from genlip_megatron.data.scan import build_index
 from genlip_megatron.data.text import END_OF_TURN, load_tokenizer, tokenize
-from genlip_megatron.evaluate.page import COLOURS, KINDS, block_shares, build_page
 from genlip_megatron.model.mask import prefix_lm_mask
 from tools import inspect_data
 
@@ -39,7 +39,7 @@ CAPTIONS = {
 
 @dataclass
 class Card:
-    """A section of the page as it was read back."""
+    """A parsed section of the page."""
 
     title: str = ""
     images: list[np.ndarray] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Card:
 
 
 class Page(HTMLParser):
-    """The page as a reader sees it."""
+    """The parsed page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -125,20 +125,21 @@ def data(tmp_path: Path) -> Path:
 
 
 def pixels_of(key: str) -> np.ndarray:
-    """The image of a sample, already of the size that it is resized to."""
+    """The image of a sample, already in its final size."""
     return np.random.default_rng(ord(key[0])).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 
 @pytest.fixture
 def page(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Page]:
-    """Runs the tool on ``data``; further words replace earlier ones of the same flag."""
+    """Run the tool on ``data``; later flags override earlier ones."""
 
     def run(*words: str) -> Page:
         command = ["inspect_data.py", "--output", str(data / "page.html")]
         command += ["--tokenizer", str(data / "tokenizer.json"), "--image-size", str(SIDE)]
         command += ["--seq-length", str(SEQ_LENGTH), str(data / "t.tar"), *words]
         monkeypatch.setattr(sys, "argv", command)
-        inspect_data.main()
+        if status := inspect_data.main():
+            raise SystemExit(status)
         return Page((data / "page.html").read_text())
 
     return run
@@ -179,7 +180,7 @@ def test_a_recipe_gives_the_first_packs_of_its_run(page: Callable[..., Page], da
         assert card.edges == len(training.plan.next_pack(lane)) - 1 + ("padding" in dict(card.rects))
 
 
-def test_chips_are_the_tokens_with_their_loss_and_the_row_before(page: Callable[..., Page], data: Path) -> None:
+def test_chips_show_tokens_loss_and_the_predicting_slot(page: Callable[..., Page], data: Path) -> None:
     tokenizer = load_tokenizer(data / "tokenizer.json")
     shown = page(*(word for key in CAPTIONS for word in ("--key", key)))
     assert [card.title for card in shown.samples] == list(CAPTIONS)
@@ -198,7 +199,7 @@ def test_chips_are_the_tokens_with_their_loss_and_the_row_before(page: Callable[
             shift = f"← {patches + i - 1}" if loss[i] else f"→ {patches + i + 1}" if i == first - 1 else "\xa0"
             assert row == shift
         text = "".join(text for _, _, (_, text, _) in chips)
-        # Characters of several tokens: their incomplete parts stand before the whole one.
+        # Characters of several tokens: the last token shows the whole character.
         text = re.sub("�|#[0-9]+", "", text)
         caption = CAPTIONS[card.title].replace(" ", "·").replace("\n", "⏎")
         assert text == f"{DEFAULT_PROMPT.replace(' ', '·')}{caption}{END_OF_TURN}⏎"
@@ -211,7 +212,7 @@ def test_with_an_empty_prompt_the_image_predicts(page: Callable[..., Page], data
 
 
 @pytest.mark.parametrize(("pixels", "tile"), [(SEQ_LENGTH, 16), (40, 16), (33, 512), (7, 1)])
-def test_the_mask_by_blocks_is_the_dense_mask_averaged(pixels: int, tile: int, data: Path) -> None:
+def test_the_block_mask_is_the_averaged_dense_mask(pixels: int, tile: int, data: Path) -> None:
     training = loader(data, 1)
     batch = training.assemble([training.plan.next_pack(0)], 1)
     side = -(-SEQ_LENGTH // pixels)
@@ -276,7 +277,7 @@ def test_text_of_the_data_never_becomes_part_of_the_page(page: Callable[..., Pag
     ("words", "message"),
     [
         (["--samples", "0"], "--samples 0, --packs 1: must be at least 1"),
-        (["--key", "nope"], "--key nope: no sample of this name in 1 shards"),
+        (["--key", "nope"], "--key nope: no sample with this key in 1 shards"),
         (["--image-mode", "natve"], "flags: data.image_mode = 'natve': expected one of fixed, native"),
         (["--seq-length", "10"], "data.seq_length = 10: an image of 9 patches does not fit"),
         (["--prompt", "Say it."], "was made with another prompt than data.prompt = 'Say it.'"),

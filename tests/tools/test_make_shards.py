@@ -1,4 +1,4 @@
-"""Packing one's own data: every kind of source, the same bytes for any number of workers, nothing lost silently."""
+"""Packing user data: every kind of source, the same bytes for any number of workers, no silent loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from PIL import Image
 
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data import tables
-from genlip_megatron.data.index import build_index
+from genlip_megatron.data.scan import build_index
 from genlip_megatron.data.text import parse_turns
 from tools import make_shards
 
@@ -38,7 +38,7 @@ SCRIPT = make_shards.__file__
 
 
 class FakeTokenizer:
-    """Few tokens for any text: how long captions may be is not the question here."""
+    """Gives few tokens for any text, because caption length does not matter here."""
 
     fingerprint, vocab_size, closing_ids = "fake", 2, [1]
     control_tokens = ()
@@ -66,7 +66,7 @@ def pack(source: Path, output: Path, *options: str) -> subprocess.CompletedProce
 
 
 def contents(output: Path) -> dict[str, list[tuple[str, bytes]]]:
-    """(name, bytes) of every member of every shard, in order; also that each says nothing of when and where."""
+    """(name, bytes) of every member of every shard in order; checks that headers hold no time or owner."""
     shards = {}
     for shard in sorted(output.glob("*.tar")):
         assert shard.read_bytes()[257:265] == b"ustar\x0000"
@@ -80,7 +80,7 @@ def contents(output: Path) -> dict[str, list[tuple[str, bytes]]]:
 
 
 def refusal(content: bytes) -> str:
-    """How parse_turns refuses a .json, up to the colon."""
+    """The error of parse_turns for a .json, up to the colon."""
     with pytest.raises(ValueError) as error:
         parse_turns(content, True, DEFAULT_PROMPT)
     return str(error.value).split(":")[0]
@@ -145,7 +145,7 @@ def test_shards_are_full_and_the_same_bytes_for_any_number_of_workers(tmp_path: 
 
 
 def write_table(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
-    """A table of the kind that the suffix says; csv and tsv hold lists as JSON."""
+    """Write a table in the format of the suffix; csv and tsv hold lists as JSON."""
     records = [dict(zip(columns, row, strict=True)) for row in rows]
     cells = [[json.dumps(c) if isinstance(c, list) else c for c in row] for row in rows]
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -169,7 +169,7 @@ def write_table(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
 
 @pytest.mark.parametrize("suffix", tables.TABLE_SUFFIXES)
 def test_every_kind_of_table_gives_the_same_samples(suffix: str, photos: Path, tmp_path: Path) -> None:
-    space = " " if suffix == ".tsv" else "\n\t"  # what .tsv cannot hold
+    space = " " if suffix == ".tsv" else "\n\t"  # not possible in .tsv
     caption = f'A "cow",{space}says she: ' + "moo " * 50_000 + "moo."  # longer than Python's own limit for a field
     images = ["c.png", str(photos / "a.JPEG")]
     write_table(photos / f"t{suffix}", ["id", "image", "caption"], [[1, images[0], caption], [2, images[1], "A cat."]])
@@ -235,13 +235,13 @@ def test_rows_that_cannot_be_packed_are_skipped_counted_and_listed(photos: Path,
 
 
 def read(source: Path, **settings: str) -> list[tuple[dict[str, Any], str, dict[str, bytes]]]:
-    """(where, why it is skipped, members) of each row of a source, without packing them."""
+    """(place, reason to skip it, members) of each row of a source, without packing."""
     unset = dict.fromkeys(("image_root", "image_column", "caption_column", "conversations_column"))
     rows, root = make_shards.open_source(argparse.Namespace(source=str(source), **{**unset, **settings}))
     return [(row.where, *make_shards.read_row(root, row)) for row in rows]
 
 
-def test_missing_values_are_no_captions(photos: Path) -> None:
+def test_missing_values_are_not_captions(photos: Path) -> None:
     missing = ["", "nan", "NaN", "None", "null", "NULL", "NA", "N/A", "<NA>", " nan ", "NaT", "-1.#IND"]
     rows = [("image", "caption"), *(("c.png", text) for text in missing), *((text, "A cow.") for text in missing)]
     (photos / "t.csv").write_text(
@@ -259,7 +259,7 @@ def test_missing_values_are_no_captions(photos: Path) -> None:
         assert reasons == ["" if cell == "A cow." else "caption is missing or empty" for cell in cells]
 
 
-def test_images_in_cells_take_their_suffix_from_their_bytes(photos: Path) -> None:
+def test_images_in_cells_get_their_suffix_from_their_bytes(photos: Path) -> None:
     def encoded(kind: str) -> bytes:
         content = io.BytesIO()
         Image.new("RGB", (8, 8)).save(content, kind)
@@ -271,8 +271,8 @@ def test_images_in_cells_take_their_suffix_from_their_bytes(photos: Path) -> Non
         ({"bytes": png, "path": None}, "", ".png", png),
         ({"bytes": webp, "path": None}, "", ".webp", webp),
         ({"bytes": None, "path": "c.png"}, "", ".png", b"bytes of c.png"),
-        ({"bytes": encoded("GIF"), "path": "a.png"}, "image is no JPEG, PNG or WebP: it is GIF; convert it", "", b""),
-        ({"bytes": heic, "path": "a.png"}, "image is no JPEG, PNG or WebP: it is of an unknown format", "", b""),
+        ({"bytes": encoded("GIF"), "path": "a.png"}, "image is not a JPEG, PNG or WebP: it is GIF", "", b""),
+        ({"bytes": heic, "path": "a.png"}, "image is not a JPEG, PNG or WebP: it is of an unknown format", "", b""),
         ({"bytes": None, "path": None}, "image is missing or empty", "", b""),
         (None, "image is missing or empty", "", b""),
     ]
@@ -300,7 +300,7 @@ def test_images_in_cells_take_their_suffix_from_their_bytes(photos: Path) -> Non
         'caption\timage\n"x"\tc.png\n',
     ],
 )
-def test_columns_are_found_but_for_case_spaces_and_separator(text: str, photos: Path) -> None:
+def test_columns_are_found_despite_case_spaces_and_separator(text: str, photos: Path) -> None:
     (photos / "t.csv").write_text(text, encoding="utf-8")
     assert read(photos / "t.csv") == [
         ({"row": 1, "line": 2}, "", {".png": b"bytes of c.png", ".json": b'{"caption": "x"}'})
@@ -366,8 +366,8 @@ ODD_RECORDS: list[bytes] = [
 ]  # fmt: skip
 
 
-def test_what_is_packed_is_what_prepare_data_takes(tmp_path: Path) -> None:
-    """A caption is packed if and only if the index takes it, from files of a shard as from the shard packed of them."""
+def test_exactly_what_prepare_data_accepts_is_packed(tmp_path: Path) -> None:
+    """A caption is packed if and only if indexing accepts it."""
     image = io.BytesIO()
     Image.new("RGB", (32, 32)).save(image, "PNG")
     bodies = [(".json", body) for body in ODD_RECORDS]
@@ -403,7 +403,7 @@ def test_what_is_packed_is_what_prepare_data_takes(tmp_path: Path) -> None:
         assert len(index.keys) == packed
         if source == folder:
             listed = {entry["path"][:4]: entry["reason"] for entry in skipped(output)}
-            # JSON without spaces grows when it is packed, here above the limit.
+            # Compact JSON grows when packed, here above the limit.
             grown = {key for key, reason in listed.items() if key in expected.keys and "too large" in reason}
             assert listed.keys() - grown == expected.refused.keys() and len(grown) == 1
             assert {key: listed[key] for key in expected.refused} == expected.refused
@@ -435,7 +435,7 @@ def test_images_of_a_folder_without_a_usable_caption_are_skipped(photos: Path, t
         (
             "bad.jsonl",
             [],
-            r"SOURCE \S+bad.jsonl: cannot be read as .jsonl: no row of the first 10000 can be read; of the first one, ",
+            r"SOURCE \S+bad.jsonl: cannot be read as .jsonl: none of the first 10000 rows can be read; the first one: ",
         ),
         ("blank.csv", [], r"SOURCE \S+blank.csv: cannot be read as .csv: the file is empty"),
         ("quote.csv", [], r"SOURCE \S+quote.csv: cannot be read as .csv: its first line must name the columns"),
@@ -458,14 +458,14 @@ def test_images_of_a_folder_without_a_usable_caption_are_skipped(photos: Path, t
         ("t.csv", [], r"--caption-column caption: no such column in \S+; it has: image, text"),
         ("t.csv", ["--conversations-column", "x"], r"--conversations-column x: no such column"),
         ("t.csv", ["--image-root", "nowhere"], r"--image-root nowhere: no such folder"),
-        ("photos", ["--image-root", "."], r"--image-root and the columns are settings of a table"),
+        ("photos", ["--image-root", "."], r"--image-root and the columns are settings for tables"),
         ("photos", ["--samples-per-shard", "0"], r"--samples-per-shard 0: must be at least 1"),
         ("photos", ["--workers", "0"], r"--workers 0: must be at least 1"),
         ("photos", ["--prefix", "../x"], r"--prefix '../x': must be letters"),
         ("photos", ["--output", "list.json"], r"--output list.json: cannot be written: File exists"),
     ],
 )
-def test_bad_input_is_one_line_that_names_it(
+def test_bad_input_is_an_error_of_one_line(
     source: str, options: list[str], message: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -499,7 +499,7 @@ def test_earlier_shards_are_kept_until_overwrite_replaces_all_of_them(photos: Pa
     before = contents(output)
     done = pack(photos, output)
     assert done.returncode == 2 and contents(output) == before
-    assert "5 shards of --prefix train are there already; choose another of the two, or let --overwrite" in done.stderr
+    assert "5 shards of --prefix train already exist. Change one of the two, or use --overwrite" in done.stderr
     (tmp_path / "bad.csv").write_text("image,caption\ngone.jpg,x\n")
     assert pack(tmp_path / "bad.csv", output, "--overwrite").returncode == 1 and contents(output) == before
     assert pack(photos, output, "--overwrite").returncode == 0

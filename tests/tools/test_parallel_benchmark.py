@@ -1,4 +1,4 @@
-"""The benchmark of layouts runs each of them on the same work. What its figures are depends on the machine."""
+"""The benchmark runs all layouts on the same work; its figures depend on the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_layout_has_its_ratio() -> None:
         assert re.search(rf"^{name} +\d+ ms a step +\d+ tokens/s   ratio \d+\.\d\d$", done.stdout, re.M), name
 
 
-def test_one_process_is_told_what_to_do() -> None:
+def test_one_process_gets_a_hint() -> None:
     script = [sys.executable, "tools/benchmarks/parallel.py"]
     alone = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     done = subprocess.run(script, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)

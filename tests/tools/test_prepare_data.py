@@ -1,4 +1,4 @@
-"""Preparing a data set: done once, in parts or after a kill to the same files, and reported in full."""
+"""Preparing a data set at once, in parts or after a kill gives the same files and a full report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer(demo_data: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five shards, one of which holds a bad sample."""
+    """Five shards, one with a bad sample."""
     data = tmp_path / "data"
     data.mkdir()
     for i in range(5):
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def prepare(*words: object, status: int = 0) -> str:
-    """What the tool prints."""
+    """Run the tool; returns its output."""
     command = [sys.executable, "tools/prepare_data.py", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
@@ -50,7 +50,7 @@ def prepare(*words: object, status: int = 0) -> str:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything that preparing wrote."""
+    """{name: content} of all files that preparing wrote."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tar"}
 
 
@@ -99,7 +99,7 @@ def test_parts_make_the_same_files_as_one_call(folder: Path, tokenizer: Path, tm
     assert ours == expected
 
 
-def test_a_killed_run_goes_on_where_it_stopped(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_where_it_stopped(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
     whole = shutil.copytree(folder, tmp_path / "whole", copy_function=shutil.copy2)
     prepare(whole, "--tokenizer", tokenizer)
     command = [sys.executable, "tools/prepare_data.py", str(folder), "--tokenizer", str(tokenizer), "--workers", "1"]
@@ -110,10 +110,10 @@ def test_a_killed_run_goes_on_where_it_stopped(folder: Path, tokenizer: Path, tm
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    # What a kill within a write would leave.
+    # Leftover of a killed write.
     leftover = folder / ".part-00004.tar.index.safetensors.1.partial"
     leftover.write_bytes(b"half")
-    os.utime(leftover, (0, 0))  # a fresh one may be another process's
+    os.utime(leftover, (0, 0))  # a recent one may belong to a running process
     assert not (folder / "part.dataset.json").exists()
     printed = prepare(folder, "--tokenizer", tokenizer)
     assert "(0 unchanged)" not in printed
@@ -146,7 +146,7 @@ def flip(path: Path) -> None:
 
 
 def without_a_shard(path: Path) -> None:
-    """Take a shard out of a manifest by hand."""
+    """Remove a shard from a manifest."""
     tree = json.loads(path.read_text())
     del tree["shards"][1]
     path.write_text(json.dumps(tree))
@@ -157,10 +157,10 @@ def without_a_shard(path: Path) -> None:
     [
         (lambda folder: (folder / "part.dataset.plan").unlink(), "is missing or does not hold 30 samples"),
         (lambda folder: os.truncate(folder / "part.dataset.plan", 8), "is missing or does not hold 30 samples"),
-        (lambda folder: flip(folder / "part.dataset.plan"), "is damaged: its checksum is not the manifest's"),
+        (lambda folder: flip(folder / "part.dataset.plan"), "checksum differs from the manifest's"),
         (lambda folder: without_a_shard(folder / "part.dataset.json"), "its shards' samples do not add up"),
-        (lambda folder: (folder / "part.dataset.json").write_text("[]"), "is no manifest of tools/prepare_data.py"),
-        (lambda folder: (folder / "part.dataset.json").unlink(), "no such manifest; tools/prepare_data.py writes it"),
+        (lambda folder: (folder / "part.dataset.json").write_text("[]"), "is not a manifest of tools/prepare_data.py"),
+        (lambda folder: (folder / "part.dataset.json").unlink(), "no such manifest. tools/prepare_data.py writes it"),
     ],
 )
 def test_a_damaged_manifest_is_refused(damage: object, message: str, folder: Path, tokenizer: Path) -> None:
@@ -171,20 +171,20 @@ def test_a_damaged_manifest_is_refused(damage: object, message: str, folder: Pat
         open_dataset([str(folder / "part.dataset.json")], DataConfig(), fingerprint, "data.train_data")
 
 
-def test_an_index_that_changed_behind_the_manifest_is_seen(folder: Path, tokenizer: Path) -> None:
+def test_an_index_that_changed_after_the_manifest_is_refused(folder: Path, tokenizer: Path) -> None:
     prepare(folder, "--tokenizer", tokenizer)
     manifest = str(folder / "part.dataset.json")
     write_shard(folder / "part-00003.tar", many(7))
     printed = prepare(folder / "part-00003.tar", "--tokenizer", tokenizer)
-    assert "part.dataset.json is left as it is: it lists 4 other shards; name all shards" in printed
+    assert "part.dataset.json stays unchanged: it lists 4 other shards. Name all shards" in printed
     dataset = open_dataset([manifest], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S")
     assert len(dataset.index(2).rows) == 6
-    with pytest.raises(ValueError, match="is not the manifest's; run tools/prepare_data.py again"):
+    with pytest.raises(ValueError, match="is not the manifest's. Run tools/prepare_data.py again"):
         dataset.index(3)
     assert dataset.key(20) == "(sample 2)"
 
 
-def test_an_index_that_comes_back_is_read_again(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restored_index_is_read_again(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(folder, "--tokenizer", tokenizer)
     dataset = open_dataset(
         [str(folder / "part.dataset.json")], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S"
@@ -199,26 +199,26 @@ def test_an_index_that_comes_back_is_read_again(folder: Path, tokenizer: Path, m
     assert len(dataset.index(1).rows) == 6
 
 
-def test_a_shard_that_cannot_be_used_does_not_hold_up_the_others(folder: Path, tokenizer: Path) -> None:
+def test_an_unusable_shard_does_not_stop_the_others(folder: Path, tokenizer: Path) -> None:
     (folder / "part-00001.tar").write_bytes(b"")
     printed = prepare(folder, "--tokenizer", tokenizer)
     assert "24 good samples, 2 refused" in printed and "refused 1: empty file" in printed
     (folder / "part-00005.tar").symlink_to(folder / "nowhere")
     words = [f"{folder}/part-0000[0-5].tar", "--tokenizer", tokenizer]
-    assert "1 shards could not be indexed; run it again for them, or with --skip-unreadable" in prepare(
+    assert "1 shards could not be indexed. Run it again for them, or skip them with --skip-unreadable" in prepare(
         *words, status=1
     )
     assert "24 good samples" in prepare(*words, "--skip-unreadable")
 
 
-def test_shards_that_are_no_tars_are_a_problem(folder: Path, tokenizer: Path) -> None:
+def test_shards_that_are_not_tars_are_reported(folder: Path, tokenizer: Path) -> None:
     (folder / "part-00005.tar").write_bytes(gzip.compress(b"x" * 5000))
     (folder / "part-00006.tar").write_bytes(bytes(10240))
     words = [sys.executable, "tools/prepare_data.py", str(folder), "--tokenizer", str(tokenizer)]
-    for _ in range(2):  # the second time the others are unchanged
+    for _ in range(2):  # in the second run the others are unchanged
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and "2 shards could not be indexed" in done.stderr
-        assert "part-00005.tar is not a tar file but gzip: compressed shards are not read" in done.stdout
+        assert "part-00005.tar is not a tar file but gzip: compressed shards are not supported" in done.stdout
         assert "part-00006.tar is not a tar file but only zeros" in done.stdout
         assert not (folder / "part.dataset.json").exists()
     assert "30 good samples" in prepare(folder, "--tokenizer", tokenizer, "--skip-unreadable")
@@ -228,7 +228,7 @@ def test_shards_that_are_no_tars_are_a_problem(folder: Path, tokenizer: Path) ->
     for i in range(5):
         (folder / f"part-0000{i}.tar").unlink()
     message = prepare(folder, "--tokenizer", tokenizer, "--skip-unreadable", status=1)
-    assert "none of 2 shards can be read" in message
+    assert "none of the 2 shards can be read" in message
 
 
 def test_the_report_names_the_shards_that_lost_most(folder: Path, tokenizer: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_manifest_follows_its_shards_when_one_is_deleted(folder: Path, tokeniz
     assert "24 good samples" in prepare(folder, "--tokenizer", tokenizer)
 
 
-def test_other_samples_of_the_same_sizes_are_seen_too(folder: Path, tokenizer: Path) -> None:
+def test_other_samples_of_the_same_sizes_are_noticed(folder: Path, tokenizer: Path) -> None:
     prepare(folder, "--tokenizer", tokenizer)
     shard = folder / "part-00003.tar"
     write_shard(shard, {f"x{name}": content for name, content in many(6, 30).items()})
@@ -277,7 +277,7 @@ def test_other_samples_of_the_same_sizes_are_seen_too(folder: Path, tokenizer: P
         (["nowhere://x"], "nowhere:// cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], message: str, folder: Path, tokenizer: Path) -> None:
+def test_a_user_error_is_one_line(words: list[str], message: str, folder: Path, tokenizer: Path) -> None:
     words = [str(folder) if word == "DATA" else word for word in words]
     assert message in prepare(*words, "--tokenizer", tokenizer, status=2)
     assert not list(folder.glob("*.index*"))

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What saving and loading a checkpoint cost, as ratios to torch.save and to Megatron-Core's own functions.
+"""Cost of saving and loading a checkpoint, as ratios to torch.save and Megatron-Core's own functions.
 
     python tools/benchmarks/checkpoint.py --dir /local/disk           (1.2 GB; about three minutes on two CPU cores)
     torchrun --nproc-per-node 8 tools/benchmarks/checkpoint.py --dir /local/disk --config l16_stage1
 
-Needs no data: weights are random, and so are the gradients of the step that fills the optimizer's state. All ways take
-turns and write to the same disk, each to its end: synced. Figures are medians of the rounds, with the lowest and the
-highest; those of several ranks are the slowest's. ``ratio`` is the baseline's seconds over the way's, so above 1 is
-faster. The baselines are ``torch.save`` of the same tensors to one file a rank, synced, and ``torch.load`` of it.
+It needs no data: weights are random, and so are the gradients of the step that fills the optimizer's state. The methods
+take turns and write to the same disk until the data are synced. Figures are medians over rounds, with the lowest and
+highest; with several ranks the slowest rank counts. ``ratio`` is the baseline's seconds over the method's: above 1 is
+faster. The baselines are ``torch.save`` of the same tensors to one file per rank, synced, and ``torch.load``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.setup import build_run  # noqa: E402
 from genlip_megatron.train.state import Run  # noqa: E402
 
-# l16's width, so that tensors have the sizes of a real run's; fewer layers and a smaller vocabulary.
+# l16's width, so that tensors have realistic sizes, with fewer layers and a smaller vocabulary.
 SMALL = ModelConfig(
     num_layers=4,
     hidden_size=1024,
@@ -61,12 +61,12 @@ SMALL = ModelConfig(
     rope_sections=(8, 12, 12),
     drop_path_rate=0.0,
 )
-# Seconds of work, when nothing runs beside it, that stand for a step's forward and backward pass; less than a recipe's.
+# Seconds of work that stand for the forward and backward pass of a step; less than in a recipe.
 _STEP = 0.3
 
 
 class Times:
-    """Seconds of each way, by round; of several ranks the slowest's."""
+    """Seconds of each method by round; with several ranks those of the slowest."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[float]] = {}
@@ -78,7 +78,7 @@ class Times:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of what is done within, ranks starting together."""
+        """Add the seconds of the block; all ranks start it together."""
         torch.distributed.barrier()
         begin = time.perf_counter()
         yield
@@ -93,7 +93,7 @@ class Times:
 
 
 def step(run: Run) -> None:
-    """An update by random gradients."""
+    """Update with random gradients."""
     for chunk in run.model:
         for parameter in chunk.parameters():
             if parameter.requires_grad:
@@ -105,14 +105,14 @@ def step(run: Run) -> None:
 
 
 def sharded(run: Run, kind: str, loading_it: bool = False) -> dict[str, Any]:
-    """The state as Megatron-Core's functions take it."""
+    """The state in the form that Megatron-Core's functions need."""
     weights = parts.weights_of(run.model)
     facts = {"distrib_optim_sharding_type": kind}
     return {"model": weights, "optimizer": run.optimizer.sharded_state_dict(weights, loading_it, metadata=facts)}
 
 
 def tensors_of(run: Run) -> dict[str, torch.Tensor]:
-    """The same tensors by plain names: this rank's weights, and what it holds of the optimizer's state."""
+    """The same tensors by plain names: this rank's weights and its part of the optimizer's state."""
     found = {f"{i}.{name}": p.detach() for i, chunk in enumerate(run.model) for name, p in chunk.named_parameters()}
     for optimizer in getattr(run.optimizer, "chained_optimizers", [run.optimizer]):
         for i, (parameter, state) in enumerate(optimizer.optimizer.state.items()):
@@ -122,7 +122,7 @@ def tensors_of(run: Run) -> dict[str, torch.Tensor]:
 
 
 def drop_page_cache(places: list[Path]) -> bool:
-    """Have the system forget the content of files, so that they are read from the disk; whether it can be told to."""
+    """Drop files from the page cache, so that they are read from the disk; returns whether the system supports it."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for place in places:
@@ -136,33 +136,20 @@ def drop_page_cache(places: list[Path]) -> bool:
     return True
 
 
-def work(count: int) -> None:
-    """So many matrix products."""
+def work(until: Callable[[], bool]) -> None:
+    """Run matrix products until ``until()`` is true."""
     left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
-    for _ in range(count):
+    while not until():
         torch.mm(left, right)
         torch.cuda.synchronize()
-
-
-def rate_of_work(until: Callable[[], bool], seconds: float) -> float:
-    """Matrix products a second, until ``until()`` is true but at least for ``seconds``."""
-    left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
-    count, begin = 0, time.perf_counter()
-    while True:
-        torch.mm(left, right)
-        torch.cuda.synchronize()
-        count += 1
-        passed = time.perf_counter() - begin
-        if passed >= seconds and until():
-            return count / passed
 
 
 class Benchmark:
-    """One rank's part of it.
+    """One rank's part of the benchmark.
 
     Args:
-        run: what is saved and loaded.
-        root: a folder on the disk, which is emptied.
+        run: the run that is saved and loaded.
+        root: an empty folder on the disk.
     """
 
     def __init__(self, run: Run, root: Path) -> None:
@@ -170,7 +157,6 @@ class Benchmark:
         self.rank = torch.distributed.get_rank()
         self.file = root / f"plain-{self.rank}.pt"
         self.lines: list[str] = []
-        self.slowdowns: list[float] = []
         self.iteration = 0
         self.bytes = self.ours_bytes = 0
         self.dropped = True
@@ -180,12 +166,12 @@ class Benchmark:
         self.kinds = [FULLY_RESHARDABLE] if run.config.parallel.fsdp else [DP_RESHARDABLE, FULLY_RESHARDABLE]
 
     def alone(self) -> None:
-        """Wait until nothing is read or written any more."""
+        """Wait until all reads and writes are done."""
         self.saver.settle()
         torch.distributed.barrier()
 
     def round(self) -> None:
-        """Every way of saving and loading once."""
+        """Run every method of saving and loading once."""
         times, run = self.times, self.run
         step(run)
         self._torch_save()
@@ -205,7 +191,7 @@ class Benchmark:
     def _torch_save(self) -> None:
         tensors = tensors_of(self.run)
         self.bytes = sum(tensor.nbytes for tensor in tensors.values())
-        new = self.file.with_suffix(".new")  # as ours do, which keep the last one until the next is there
+        new = self.file.with_suffix(".new")  # like our saves, which keep the last one until the next is complete
         with self.times.timed("torch.save"), open(new, "wb") as file:
             torch.save(tensors, file)
             file.flush()
@@ -223,43 +209,34 @@ class Benchmark:
             new.rename(place)
 
     def _behind(self) -> None:
-        """Two saves behind work, whose rate is compared with that of work alone.
+        """Save in the background of work, twice: how long work stops, and how long the save takes.
 
-        The second counts. Megatron-Core's saves have forked, after which each page of this process faults once when it
-        is written to again, those of the host copies as well.
+        Only the second save counts: Megatron-Core's saves have forked, after which the first write to each page of this
+        process, the host copies included, causes a page fault.
         """
-        kind = self.kinds[0]
+        clock = time.perf_counter
         for _ in range(2):
-            alone = rate_of_work(lambda: True, 1.0)
             torch.distributed.barrier()
-            begin = time.perf_counter()
-            self.saver.save(self._next(), {}, kind, Facts(), behind=True)
-            asked = time.perf_counter()
-            work(round(alone * _STEP))
-            update = time.perf_counter()
+            begin = clock()
+            self.saver.save(self._next(), {}, self.kinds[0], Facts(), behind=True)
+            started = clock()
+            work(lambda: clock() - started > _STEP)  # noqa: B023 - called at once
+            update = clock()
             self.saver.wait_for_copy()
-            waited = time.perf_counter() - update
-            meanwhile = rate_of_work(lambda: self.saver.written, 0.0)
-            written = time.perf_counter() - begin
+            stopped = started - begin + clock() - update
+            work(lambda: self.saver.written)
+            written = clock() - begin
             torch.distributed.barrier()
-            completion = time.perf_counter()
+            completion = clock()
             self.saver.finish()
-            finishing = time.perf_counter() - completion
+            finishing = clock() - completion
             self.alone()
-            again = rate_of_work(lambda: True, 1.0)
-            if "first" not in self.times.of:
-                self.times.add("first", asked - begin + waited)
-        self.times.add("asked", asked - begin)
-        self.times.add("update", waited)
-        self.times.add("later", asked - begin + waited)
-        # A product takes as long before and after as it should in between; measured noise is not given back.
-        self.times.add("lost", max(update - begin + waited - round(alone * _STEP) / ((alone + again) / 2), 0.0))
+        self.times.add("stopped", stopped)
         self.times.add("finish", finishing)
         self.times.add("behind, written", written)
-        self.slowdowns.append(1 - meanwhile / ((alone + again) / 2))
 
     def _load(self) -> None:
-        """Each way of loading, from the disk where the page cache can be dropped."""
+        """Run each method of loading, from the disk if the page cache can be dropped."""
         run, times, kind = self.run, self.times, self.kinds[0]
         ours = paths.step_folder(self.root / "run", self.iteration)
         plain = self.root / f"megatron-{kind}"
@@ -333,20 +310,9 @@ def report(bench: Benchmark, rounds: int) -> None:
     line("behind, written", f"ours, {bench.kinds[0]}, behind work", size, "torch.save")
     synchronous = times.median(f"ours {bench.kinds[0]}")
     print("\n| training stops for a save behind it | seconds | of the save that waits |\n|---|---|---|")
-    for name, label in (
-        ("first", "the first, which allocates the copies"),
-        ("later", "a later one"),
-        ("asked", "of it to begin"),
-        ("update", f"of it before the update, {_STEP} s of work later"),
-        ("lost", "all that this step takes longer, its work beside copy and writing included"),
-        ("finish", "and when it is completed"),
-    ):
+    for name, label in (("stopped", "to begin, and before the next update"), ("finish", "to complete it")):
         print(f"| {label} | {times.spread(name, 3)} | {times.median(name) / synchronous:.1%} |")
-    slower = statistics.median(bench.slowdowns)
-    print(
-        f"\nmatrix products beside the writing threads: {slower:.0%} fewer a second "
-        f"({min(bench.slowdowns):.0%} to {max(bench.slowdowns):.0%})"
-    )
+    print()
     for warning in sorted({line for line in bench.lines if "WARNING" in line}):
         print(warning)
     for kind in bench.kinds:
@@ -372,14 +338,14 @@ def main() -> int:
     """Run the benchmark; returns the exit status."""
     parser = StrictParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--dir", type=Path, required=True, help="a folder on the disk; a folder in it is made and removed"
+        "--dir", type=Path, required=True, help="folder on the disk to test; a subfolder is created and removed"
     )
     parser.add_argument("--config", default="", help="a recipe, as l16_stage1; default: l16's width, 4 layers, 1.2 GB")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that the ways take (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as model.num_layers=2")
     options = parser.parse_args()
     if options.rounds < 2:
-        parser.error(f"--rounds {options.rounds}: at least 2, since the first save is unlike the others")
+        parser.error(f"--rounds {options.rounds}: must be at least 2, because the first save differs from the others")
     try:
         tree = load_yaml(options.config) if options.config else {}
         config = from_dict(tree, options.config) if tree else RunConfig(model=SMALL)
@@ -390,9 +356,9 @@ def main() -> int:
         parser.error(str(error))
     root = options.dir / "genlip-checkpoint-benchmark"
     if root.exists():
-        parser.error(f"--dir {options.dir}: {root} exists, perhaps of a killed benchmark; remove it")
+        parser.error(f"--dir {options.dir}: {root} exists, maybe left by a killed benchmark. Remove it.")
     groups.initialize(replace(config, checkpoint=CheckpointConfig()))
-    torch.distributed.barrier()  # every rank has looked for the folder
+    torch.distributed.barrier()  # every rank has checked that the folder does not exist
     if torch.distributed.get_rank() == 0:
         root.mkdir(parents=True)
     torch.distributed.barrier()

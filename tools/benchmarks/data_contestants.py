@@ -1,4 +1,4 @@
-"""The contestants of ``data.py``: the project's loader and ``webdataset``, each in a process of its own."""
+"""The contestants of ``data.py``: the project's loader and ``webdataset``, each in its own process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Contents = dict[str, tuple[np.ndarray, np.ndarray]]  # key -> token ids, patches
 def run_config(
     data: list[str], tokenizer: str, mode: str = "fixed", seq_length: int = 16384, lanes: int = 1, decoder: str = "cpu"
 ) -> RunConfig:
-    """A run on one core; "cpu" is what the decoder "auto" means on a machine without a GPU."""
+    """A run on one core; the decoder "auto" means "cpu" on a machine without a GPU."""
     return RunConfig(
         model=ModelConfig(drop_path_rate=0.0),
         data=DataConfig(
@@ -48,13 +48,13 @@ def _serve(pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...]) ->
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     contestant = make(*args)
-    with contextlib.suppress(EOFError):  # the benchmark ended early, and has said why
+    with contextlib.suppress(EOFError):  # the benchmark ended early and printed the reason
         while (call := pipe.recv()) is not None:
             pipe.send(getattr(contestant, call[0])(*call[1:]))
 
 
 class Apart:
-    """An object in a process of its own on one core."""
+    """An object in its own process on one core."""
 
     def __init__(self, make: Callable[..., Any], *args: Any) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -65,7 +65,7 @@ class Apart:
         other.close()
 
     def __call__(self, method: str, *args: Any) -> Any:
-        """What the object's method returns."""
+        """Call a method of the object and return its result."""
         self._pipe.send((method, *args))
         try:
             return self._pipe.recv()
@@ -80,7 +80,7 @@ class Apart:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a contestant did while the clock ran."""
+    """What a contestant did in a timed turn."""
 
     samples: int
     tokens: int
@@ -103,7 +103,7 @@ def contents(batch: PackedBatch) -> Contents:
 
 
 def timed_turn(batches: Iterator[PackedBatch], packs: int) -> Turn:
-    """Take so many packs."""
+    """Time ``packs`` packs."""
     samples = tokens = 0
     begin, cpu_begin = time.perf_counter(), time.process_time()
     for batch in islice(batches, packs):
@@ -119,13 +119,13 @@ class Ours:
         self.loader = Loader(config, "train")
 
     def contents(self, keys: set[str]) -> Contents:
-        """Those of the given samples."""
+        """Contents of the given samples."""
         dataset = self.loader.datasets[0]
         ids = islice((i for i in range(len(dataset)) if dataset.key(i) in keys), len(keys))
         return contents(self.loader.assemble([list(ids)], 0))
 
     def turn(self, packs: int) -> Turn:
-        """Take packs from a loader that has nothing prepared yet, from when its first pack is there."""
+        """Time packs of a new loader, from its first pack on."""
         batches = iter(self.loader)
         next(batches)
         turn = timed_turn(batches, packs)
@@ -134,7 +134,7 @@ class Ours:
 
 
 class Baseline:
-    """``webdataset`` and Pillow, by the same rules of text and size."""
+    """``webdataset`` and Pillow, with the same rules for text and size."""
 
     def __init__(self, config: RunConfig) -> None:
         import webdataset
@@ -159,7 +159,7 @@ class Baseline:
         loss: list[bool] = []
         caption = record["json"] if "json" in record else record["txt"]
         for text, is_answer in parse_turns(caption, "json" in record, self.data.prompt):
-            # A batch of one: the tokenizer's fastest call.
+            # A batch of one is the tokenizer's fastest call.
             tokens = self.tokenizer.encode_batch([text])[0] if is_answer else self.prompt_tokens(text)
             ids += tokens
             loss += [is_answer] * len(tokens)
@@ -180,9 +180,9 @@ class Baseline:
             room -= length
 
     def contents(self) -> Contents:
-        """Those of the next pack."""
+        """Contents of the next pack."""
         return contents(next(self.packs))
 
     def turn(self, packs: int) -> Turn:
-        """Take packs."""
+        """Time packs."""
         return timed_turn(self.packs, packs)

@@ -1,7 +1,7 @@
-"""Data for ``data.py``: photos, captions, shards, and planning tables of any size, the same on every machine.
+"""Generated data for ``data.py``: photos, captions, shards and planning tables, the same on every machine.
 
-Photos are noise with the spectrum of natural images (amplitude falls a little faster than 1/frequency), which JPEG
-compresses and decodes like pictures of the web: about two bits a pixel at quality 90.
+Photos are noise with the spectrum of natural images (amplitude falls a little faster than 1/frequency). JPEG compresses
+and decodes it like web pictures: about two bits per pixel at quality 90.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from tqdm import tqdm
 
 from genlip_megatron.command import WorkerPool
 from genlip_megatron.config import DEFAULT_PROMPT
-from genlip_megatron.data.dataset import MANIFEST_FORMAT, manifest_paths
 from genlip_megatron.data.index import PLAN_ROW
+from genlip_megatron.data.manifest import MANIFEST_FORMAT, manifest_paths
+from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.prepare import index_shards
-from genlip_megatron.data.storage import expand_shards
 from genlip_megatron.data.text import END_OF_TURN, load_tokenizer
 
 PROMPT_TOKENS, CLOSING_TOKENS = 6, 2
-# The mean answer, closing tokens not counted, of the two training stages.
+# Mean answer length of the two training stages, without closing tokens.
 ANSWER_TOKENS = {"stage 1": 66, "stage 2": 200}
 _USERS_SHARDS = 4
 _BASE_SIDE, _BASES_PER_JOB, _PHOTOS_PER_JOB = 1024, 4, 48
 _SPECTRUM = 1.5
-# How words are found in a text, as the tokenizers of current language models do.
+# Splits text into words as the tokenizers of current language models do.
 _WORDS_PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _COMMON_WORDS = """
 the a of in and with on is to at an its it are by two behind front white black red green blue brown dark bright
@@ -59,7 +59,7 @@ def web_sizes(count: int, rng: np.random.Generator, low: int, high: int) -> tupl
 
 
 def _base_picture(rng: np.random.Generator) -> np.ndarray:
-    """uint8 [side, side, 3] that goes on seamlessly at its edges: a bright and two weaker colour planes of noise."""
+    """uint8 [side, side, 3] noise that tiles seamlessly: one strong brightness plane and two weaker colour planes."""
     side = _BASE_SIDE
     frequency = side * np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     planes = []
@@ -97,7 +97,7 @@ def render_photos(count: int, low: int, high: int, workers: int) -> list[bytes]:
 
 
 def _sentences(words: int, rng: np.random.Generator) -> str:
-    """Text of so many words: common ones by Zipf's law, one in twelve rare."""
+    """Text of ``words`` words: common ones by Zipf's law, one in twelve rare."""
     common, syllables = _COMMON_WORDS.split(), _SYLLABLES.split()
     chance = 1 / (np.arange(len(common)) + 3.0)
     text: list[str] = []
@@ -113,7 +113,7 @@ def _sentences(words: int, rng: np.random.Generator) -> str:
 
 
 def write_captions(count: int, stage: str, tokenizer: Path) -> list[str]:
-    """Captions of a stage; their lengths in tokens are lognormal around the stage's mean."""
+    """Captions of a stage; token counts are lognormal around the stage's mean."""
     rng = np.random.default_rng(2)
     sample = _sentences(3000, rng)
     words_per_token = 3000 / len(load_tokenizer(tokenizer).encode(sample))
@@ -122,13 +122,13 @@ def write_captions(count: int, stage: str, tokenizer: Path) -> list[str]:
 
 
 def lognormal(count: int, mean: float, rng: np.random.Generator) -> np.ndarray:
-    """float64 [count], lognormal of the given mean, spread by a third."""
+    """float64 [count], lognormal with the given mean and a spread of about a third."""
     sigma = 0.35
     return rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
 
 
 def train_tokenizer(path: Path) -> None:
-    """A byte-level BPE ``tokenizer.json`` of the captions' language, for a machine that has no real one."""
+    """Train a byte-level BPE ``tokenizer.json`` on such captions, for a machine without a real one."""
     backend = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(_WORDS_PATTERN), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -147,7 +147,7 @@ def train_tokenizer(path: Path) -> None:
 
 
 def write_shards(folder: Path, photos: Sequence[bytes], captions: Sequence[str], per_shard: int) -> list[str]:
-    """WebDataset tars of ``jpg`` and ``json``, photo and caption by photo and caption."""
+    """Write WebDataset tars with a ``jpg`` and a ``json`` per photo."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for start in range(0, len(photos), per_shard):
@@ -163,9 +163,9 @@ def write_shards(folder: Path, photos: Sequence[bytes], captions: Sequence[str],
 
 
 def plan_rows(stage: str, count: int, seed: int) -> np.ndarray:
-    """PLAN_ROW [count] of a stage's mix of samples: web images, and text around the stage's mean.
+    """PLAN_ROW [count] of a stage's samples: web images, and text around the stage's mean.
 
-    Images are large enough that almost all reach the native mode's limit, as the paper's 1200 tokens a sample say.
+    Almost all images reach the native mode's limit, as the paper's 1200 tokens per sample imply.
     """
     rng = np.random.default_rng([seed, 4])
     rows = np.empty(count, PLAN_ROW)
@@ -176,9 +176,9 @@ def plan_rows(stage: str, count: int, seed: int) -> np.ndarray:
 
 
 def write_table(manifest: str, rows: np.ndarray, repeats: int, shards: int, report: Callable[[], object]) -> None:
-    """A manifest and its planning file without shards: ``rows`` over and over, of tokenizer "none".
+    """Write a manifest and planning file without shards, for tokenizer "none": ``rows``, repeated.
 
-    ``report`` is called after each repeat. The file is on disk and out of the page cache afterwards.
+    ``report`` is called after each repeat. Afterwards the file is on disk and not in the page cache.
     """
     samples = len(rows) * repeats
     plan, _ = manifest_paths(manifest)
@@ -207,13 +207,13 @@ def write_table(manifest: str, rows: np.ndarray, repeats: int, shards: int, repo
 
 
 class BenchData:
-    """What the sections work on, made when it is asked for.
+    """Data of the sections, generated on first use.
 
     Args:
-        folder: for everything that is made.
-        quick: little of everything.
-        users_shards: a folder of shards to work on as well; may be empty.
-        tokenizer: its file; one is trained when this is empty.
+        folder: folder for generated files.
+        quick: generate little data.
+        users_shards: a folder of the user's shards, or "".
+        tokenizer: tokenizer file; "": train one.
     """
 
     def __init__(self, folder: Path, quick: bool, users_shards: str, tokenizer: str) -> None:
@@ -231,7 +231,7 @@ class BenchData:
         return render_photos(count, 256, high, self.workers)
 
     def shards(self, stage: str, repeats: int, per_shard: int) -> list[str]:
-        """Shards of the photos, each several times, with captions of a stage; not indexed."""
+        """Shards of the repeated photos with captions of a stage; not indexed."""
         captions = write_captions(len(self.photos) * repeats, stage, Path(self.tokenizer))
         return write_shards(
             self.folder / f"{stage} x {repeats} by {per_shard}", self.photos * repeats, captions, per_shard
@@ -245,13 +245,13 @@ class BenchData:
 
     @functools.cached_property
     def indexed(self) -> dict[str, list[str]]:
-        """For each stage shards of the photos with its captions, and their indexes."""
+        """{stage: indexed shards of the photos with its captions}."""
         stages = {stage: self.shards(stage, 1, -(-len(self.photos) // 3)) for stage in ANSWER_TOKENS}
         self.index([shard for shards in stages.values() for shard in shards])
         return stages
 
     def linked_shards(self) -> list[str]:
-        """Links to the first of the user's shards; their indexes are written beside the links."""
+        """Links to the user's first shards; their indexes are written beside the links."""
         links = []
         for shard in expand_shards([self.users_shards], "--data")[:_USERS_SHARDS]:
             links.append(str(self.folder / Path(shard).name))
@@ -260,7 +260,7 @@ class BenchData:
         return links
 
     def table(self, name: str, stage: str, samples: int, shards: int) -> str:
-        """A manifest of simulated samples, a million of them different."""
+        """A manifest of simulated samples, a million of them distinct."""
         manifest = str(self.folder / f"{name}.dataset.json")
         block = min(samples, 1_000_000)
         with tqdm(total=samples, desc="planning file", unit="sample", unit_scale=True, file=sys.stderr) as bar:

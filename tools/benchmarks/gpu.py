@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""How fast training is on one Hopper GPU: the parts, whole steps against a baseline, and the loader.
+"""Benchmark training on one Hopper GPU: the parts, whole steps against a baseline, and the loader.
 
     tools/benchmarks/gpu.py                                all sections; writes gpu_benchmark.json and .svg
     tools/benchmarks/gpu.py --sections step,data           some of them
     tools/benchmarks/gpu.py --write docs/performance.md    also rewrites the table of that page
     tools/benchmarks/gpu.py --rehearse                     everything in tiny sizes on the CPU: tests this script
 
-matmul: the matrix rate at the widths of the models. attention: every backend, forward and backward with rotary
-positions, on a pack of both stages. head: loss and gradients on so many answer rows at the widths of the models,
-against Megatron-Core's unfused cross entropy. step: whole training steps of the paper's models, in BF16, with selective
-recomputation, with Transformer Engine's layers, in FP8, from CUDA graphs, and by a baseline that does what the released
-code does (``gpu_baseline.py``). data: what the loader sustains alone. Rates count useful arithmetic only
+Sections. matmul: the matrix rate at the widths of the models. attention: every backend, forward and backward with
+rotary positions, on a pack of both stages. head: loss and gradients at the widths of the models, against
+Megatron-Core's unfused cross entropy. step: whole training steps of the paper's models in BF16, with selective
+recomputation, with Transformer Engine's layers, in FP8, with CUDA graphs, and of a baseline like the released code
+(``gpu_baseline.py``). data: the rate of the loader by itself. Rates count only useful arithmetic
 (docs/performance.md).
 
-Every job has a process of its own, and every section a limit of minutes, nine together, so that one failure hides no
-other figure. What was not measured is listed with the reason.
+Every job runs in its own process and every section has a time limit (nine minutes in total), so one failure hides no
+other figure. Figures that were not measured are listed with the reason.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ from gpu_sections import Bench, Job, all_jobs
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.outputs import check_file, write
 
-# Seconds of each section; together nine minutes.
+# Time limit of each section in seconds; nine minutes in total.
 LIMITS = {"matmul": 25, "attention": 105, "head": 35, "step": 315, "data": 60}
-_LEAST = 8  # seconds that a process needs to be worth starting
+_LEAST = 8  # a job with fewer seconds left is not started
 
 
 def machine() -> dict[str, str]:
@@ -76,7 +76,7 @@ def machine() -> dict[str, str]:
 
 
 def run_job(job: Job, seconds: float, rehearse: bool) -> list[Figure]:
-    """The figures of a job, measured in a process of its own that has so many seconds."""
+    """The figures of a job, measured in its own process with a limit of ``seconds``."""
     if seconds < _LEAST:
         return [Figure(job.section, name, missing="the section's time was over") for name in job.figures]
     with tempfile.TemporaryDirectory(prefix="genlip-benchmark-") as folder:
@@ -109,7 +109,7 @@ def run_job(job: Job, seconds: float, rehearse: bool) -> list[Figure]:
 
 
 def serve(name: str, output: Path, tiny: bool) -> None:
-    """One job, in this process: a line of ``output`` for each figure."""
+    """Run one job in this process and append one line per figure to ``output``."""
     (job,) = (job for job in all_jobs() if f"{job.section}:{job.name}" == name)
     with output.open("a") as file:
 
@@ -127,7 +127,7 @@ def measure(sections: list[str], rehearse: bool) -> list[Figure]:
     figures: list[Figure] = []
     ends: dict[str, float] = {}
     for job in jobs:
-        # A rehearsal on a busy machine is slow, and measures nothing.
+        # A rehearsal measures nothing and may run on a busy machine.
         end = ends.setdefault(job.section, time.monotonic() + LIMITS[job.section] * (10 if rehearse else 1))
         begin = time.monotonic()
         figures += run_job(job, end - begin, rehearse)
@@ -142,7 +142,7 @@ def main() -> int:
     parser.add_argument("--sections", default=",".join(LIMITS), help=f"of {', '.join(LIMITS)} (default: all)")
     parser.add_argument("--output", type=Path, default=Path("gpu_benchmark.json"), help="JSON file; .svg beside it")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="page whose table between markers is rewritten")
-    parser.add_argument("--rehearse", action="store_true", help="run on the CPU in tiny sizes: shows that this works")
+    parser.add_argument("--rehearse", action="store_true", help="run tiny sizes on the CPU, to test this script")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -150,20 +150,17 @@ def main() -> int:
         return 0
     sections = options.sections.split(",")
     if unknown := set(sections) - set(LIMITS):
-        parser.error(f"--sections: unknown {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
+        parser.error(f"--sections: unknown {', '.join(sorted(unknown))}. Allowed are {', '.join(LIMITS)}.")
     if options.write and options.rehearse:
-        parser.error("--write: figures of a rehearsal mean nothing; leave out --rehearse or --write")
+        parser.error("--write: figures of a rehearsal mean nothing. Drop --rehearse or --write.")
     if options.write and set(sections) != set(LIMITS):
-        parser.error("--write: the page holds all sections; leave out --sections")
+        parser.error("--write: the page holds all sections. Drop --sections.")
     drawing = options.output.with_suffix(".svg")
-    try:
-        check_file(options.output, is_figures)
-        check_file(drawing, is_chart)
-        if options.write:
-            split_page(options.write)
-            check_file(options.write.with_suffix(".svg"), is_chart, "--write")
-    except ValueError as error:
-        parser.error(str(error))
+    check_file(options.output, is_figures)
+    check_file(drawing, is_chart)
+    if options.write:
+        split_page(options.write)
+        check_file(options.write.with_suffix(".svg"), is_chart, "--write")
     begin, here = time.monotonic(), machine()
     figures = derived(measure(sections, options.rehearse))
     print(heading(figures, here) if not options.rehearse else "A rehearsal: these figures mean nothing.")
@@ -171,10 +168,7 @@ def main() -> int:
     write_json(options.output, figures, here, options.rehearse)
     write(drawing, chart(figures), is_chart)
     if options.write:
-        try:
-            write_page(options.write, figures, here)
-        except ValueError as error:
-            parser.error(str(error))
+        write_page(options.write, figures, here)
     print(f"{options.output} written, {(time.monotonic() - begin) / 60:.1f} minutes")
     return 0
 

@@ -1,10 +1,9 @@
-"""The GPU baseline: GenLIP trained the way the released code does it, in plain torch.
+"""The GPU baseline: the model of ``plain.py`` on packs, trained the way the released code does it.
 
-Packs as ours, but: gradient checkpointing of every layer, FlexAttention at a head dim padded to 128, the LM head over
-all positions with its logits in float32, element-wise work as separate kernels, one pack a micro-batch (more logits do
-not fit). Weights are bfloat16 on a GPU, with float32 masters for AdamW. It builds on ``plain.py`` and shares no code
-with ``genlip_megatron.model``. Without CUDA, attention is SDPA under the same mask, since FlexAttention has no backward
-pass there.
+It uses our packs, but checkpoints every layer, runs FlexAttention at a head dim padded to 128, computes the LM head at
+all positions with logits in float32, runs element-wise work as separate kernels, and has one pack per micro-batch (the
+logits of more do not fit). Weights are bfloat16 on a GPU, with float32 master weights for AdamW. Without CUDA,
+attention is SDPA under the same mask, because FlexAttention has no backward pass there.
 
 Legend: S slots of a pack, P patches, D width, H heads, C head channels, V vocabulary.
 """
@@ -17,10 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plain import IGNORE, PATCH_SIZE, Attention, PlainGenLIP, rotary, rotate_half
+from plain import IGNORE, PATCH_SIZE, PlainGenLIP
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import ModelConfig
@@ -34,7 +32,7 @@ def _flex(compiled: bool) -> Callable[..., Any]:
 
 
 def pack_mask(sample_ids: Tensor, is_image: Tensor, flex: bool) -> Any:
-    """Who sees whom in a pack: a BlockMask, or bool [S, S]. Padding is a sample of its own.
+    """Which slots see which in a pack: a BlockMask, or bool [S, S]. Padding counts as a sample of its own.
 
     >>> pack_mask(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 1, 1]).bool(), False).int().tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
@@ -52,58 +50,30 @@ def pack_mask(sample_ids: Tensor, is_image: Tensor, flex: bool) -> Any:
     return sees(None, None, places[:, None], places[None])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    """[1, H, S, C] of each: FlexAttention at the padded head dim under a BlockMask, else SDPA."""
-    if not isinstance(mask, BlockMask):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def flex_padded(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """[1, H, S, C] of each: FlexAttention at the padded head dim."""
     channels = q.shape[-1]
     padded = (F.pad(x, (0, PADDED_HEAD_DIM - channels)) for x in (q, k, v))
     return _flex(q.is_cuda)(*padded, block_mask=mask, scale=channels**-0.5)[..., :channels]
 
 
-class PackedAttention(Attention):
-    """``plain.Attention`` over a pack."""
-
-    def forward(self, x: Tensor, mask: Any, cos: Tensor, sin: Tensor) -> Tensor:
-        """[1, S, D] -> [1, S, D]."""
-        q, gate = self.q_proj(x).chunk(2, dim=-1) if self.gated else (self.q_proj(x), None)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
-        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-        y = attend(q, k, v, mask).transpose(1, 2).flatten(2)
-        return self.out_proj(y if gate is None else torch.sigmoid(gate) * y)
+def pack_features(model: PlainGenLIP, batch: PackedBatch, flex: bool) -> Tensor:
+    """[1, S, D]: the output of ``ln_post`` for one pack."""
+    assert batch.patches is not None
+    patches = model.embed_patches((batch.patches.float() / 127.5 - 1).view(-1, 3, PATCH_SIZE, PATCH_SIZE))
+    x = model.embed(batch.token_ids[None]).index_copy(1, batch.is_image.nonzero().squeeze(1), patches[None])
+    mask = pack_mask(batch.sample_ids, batch.is_image, flex)
+    attention = functools.partial(flex_padded, mask=mask) if flex else mask
+    return model.encode(x, attention, batch.position_ids[:, None], checkpointed=True)
 
 
-class PackedGenLIP(PlainGenLIP):
-    """GenLIP over one pack."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        for layer in self.visual["layers"].children():
-            layer.self_attn = PackedAttention(config)
-
-    def pack_features(self, batch: PackedBatch, flex: bool) -> Tensor:
-        """[1, S, D]: the output of ``ln_post``."""
-        assert batch.patches is not None
-        dtype = self.ln_post.weight.dtype
-        x = self.embeddings(batch.token_ids[None])
-        if hasattr(self, "in_proj"):
-            x = self.in_proj(x)
-        pixels = (batch.patches.float() / 127.5 - 1).to(dtype).view(-1, 3, PATCH_SIZE, PATCH_SIZE)
-        patches = self.vision_embeddings["patch_embedding"](pixels).flatten(1)
-        x = x.index_copy(1, batch.is_image.nonzero().squeeze(1), patches[None])
-        mask = pack_mask(batch.sample_ids, batch.is_image, flex)
-        cos, sin = rotary(batch.position_ids[:, None], self.config, dtype)
-        for layer in self.visual["layers"].children():
-            x = checkpoint(layer, x, mask, cos, sin, use_reentrant=False)
-        return self.ln_post(x)
-
-    def pack_loss(self, batch: PackedBatch, flex: bool) -> Tensor:
-        """float32 scalar: the sum of the answer tokens' losses, from logits [S, V] of all positions."""
-        answers = batch.loss_weights > 0
-        labels = torch.full_like(batch.token_ids, IGNORE)
-        labels[batch.loss_rows[answers]] = batch.labels[answers]
-        logits = self.logits(self.pack_features(batch, flex))[0].float()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+def pack_loss(model: PlainGenLIP, batch: PackedBatch, flex: bool) -> Tensor:
+    """float32 scalar: the sum of the answer tokens' losses, from logits [S, V] of all positions."""
+    answers = batch.loss_weights > 0
+    labels = torch.full_like(batch.token_ids, IGNORE)
+    labels[batch.loss_rows[answers]] = batch.labels[answers]
+    logits = model.logits(pack_features(model, batch, flex))[0].float()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
 def trainer(
@@ -112,7 +82,7 @@ def trainer(
     """One training step (forward, backward, clip, AdamW) over ``batches`` of one pack each; returns its mean loss."""
     flex = device.type == "cuda"
     with device:
-        model = PackedGenLIP(config).to(dtype)
+        model = PlainGenLIP(config).to(dtype)
     weights: list[Tensor] = list(model.parameters())
     masters = [weight.detach().float().requires_grad_() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -123,7 +93,7 @@ def trainer(
         for weight in weights:
             weight.grad = None
         for batch in batches:
-            loss = model.pack_loss(batch.to(device), flex)
+            loss = pack_loss(model, batch.to(device), flex)
             (loss / answers).backward()
             total += loss.detach()
         for master, weight in zip(masters, weights, strict=True):

@@ -1,4 +1,4 @@
-"""What ``gpu.py`` measured: tables, a JSON file, a bar chart, and the block of a page of the documentation."""
+"""Reports of ``gpu.py``: tables, a JSON file, a bar chart, and a block in a page of the documentation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from genlip_megatron.outputs import begins_with, json_object, write
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
-# Of a step, in % MFU, and how many samples/s the loader must give for one that l16 takes.
+# Targets of a step, in % MFU, and of ratios: the step over the baseline, the loader over l16's step.
 MFU_TARGETS = {"l16 stage 1 BF16": 50.0, "so16 stage 1 BF16": 55.0, "g16 stage 1 BF16": 58.0}
 OVER_BASELINE, OVER_MODEL = 2.0, 1.5
 _NOTHING = "Nothing was measured"
-# Of the kinds of a step.
+# Bar colours of the kinds of steps.
 _COLOURS = {
     "BF16": "#2b6cb0", "selective": "#90cdf4", "TE": "#805ad5", "FP8": "#2f855a", "FP8 current": "#68d391",
     "graph": "#63b3ed", "baseline": "#a0aec0",
@@ -30,14 +30,14 @@ Details = dict[str, float | str]
 
 @dataclass(frozen=True)
 class Figure:
-    """One thing that was to be measured.
+    """One figure, measured or not.
 
     Attributes:
-        section, name: what it is; unique together.
-        value: in ``unit``; None when it was not measured.
-        target: at least so much is wanted; None when nothing was promised.
+        section, name: unique together.
+        value: in ``unit``; None if it was not measured.
+        target: smallest value wanted; None without a target.
         missing: why it was not measured.
-        details: what else is known of the same measurement: numbers by their unit, words by what they are of.
+        details: further results of the same measurement: {unit: number} or {name: text}.
     """
 
     section: str
@@ -50,7 +50,7 @@ class Figure:
 
 
 def derived(figures: Sequence[Figure]) -> list[Figure]:
-    """``figures`` with their targets and with what follows from several of them: the speed over the baseline."""
+    """``figures`` with their targets, and with the ratios to the baseline added."""
     by_name = {(figure.section, figure.name): figure for figure in figures}
     result = []
     model = by_name.get(("step", "l16 stage 1 BF16"))
@@ -105,7 +105,7 @@ def table(figures: Sequence[Figure]) -> str:
 
 
 def heading(figures: Sequence[Figure], machine: dict[str, str]) -> str:
-    """Where, when and with what the figures were measured."""
+    """Device, date and versions of the measurement."""
     if all(figure.value is None for figure in figures):
         return f"{_NOTHING} yet on a GPU."
     versions = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in ("device", "date"))
@@ -119,7 +119,7 @@ def write_json(file: Path, figures: Sequence[Figure], machine: dict[str, str], r
 
 
 def chart(figures: Sequence[Figure]) -> str:
-    """An SVG of the steps' MFU: a bar for each, its target as a line, grey words where nothing was measured."""
+    """An SVG of the steps' MFU: one bar per step, its target as a line, grey text if it was not measured."""
     steps = [figure for figure in figures if figure.section == "step"]
     rows = [figure for figure in steps if re.search(rf"stage \d ({'|'.join(_COLOURS)})$", figure.name)]
     left, scale, high = 170, 5.0, 22
@@ -148,7 +148,7 @@ def chart(figures: Sequence[Figure]) -> str:
 
 
 def split_page(page: Path) -> tuple[str, str, str]:
-    """(what stands before the markers of a page, between them and behind them).
+    """(text before, between and after the markers of a page).
 
     Raises:
         ValueError: it cannot be read, or has no markers.
@@ -159,21 +159,21 @@ def split_page(page: Path) -> tuple[str, str, str]:
         raise ValueError(f"--write {page}: cannot be read: {error}") from None
     old, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"--write {page}: the page has no {BEGIN} and {END} to write between")
+        raise ValueError(f"--write {page}: the page has no {BEGIN} and {END}")
     return before, old, after
 
 
 def write_page(page: Path, figures: Sequence[Figure], machine: dict[str, str]) -> None:
-    """Put the tables between the markers of ``page``, and the chart beside it.
+    """Write the tables between the markers of ``page``, and the chart beside the page.
 
     Raises:
-        ValueError: the page has no markers, or holds figures and these have none; or the chart would replace a picture
-            that is none.
+        ValueError: the page has no markers; or it holds figures and ``figures`` has none; or the chart would replace
+            another file.
     """
     before, old, after = split_page(page)
     nothing = all(figure.value is None for figure in figures)
     if nothing and old.strip() and not old.strip().startswith(_NOTHING):
-        raise ValueError(f"--write {page}: it holds figures, and this machine has none to put in their place")
+        raise ValueError(f"--write {page}: it holds figures, and this machine measured none to replace them")
     picture = ""
     if not nothing:
         drawing = page.with_suffix(".svg")

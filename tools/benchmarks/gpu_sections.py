@@ -1,4 +1,4 @@
-"""What ``gpu.py`` measures: each job in a process of its own, which tells its figures one by one."""
+"""The jobs of ``gpu.py``: each runs in its own process and reports its figures one by one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MODELS, STAGES, HEAD_DIMS = ("l16", "so16", "g16"), (1, 2), (64, 72, 96)
 MATRIX_SIZES, HEAD_ROWS = (1024, 1152, 1536), (4100, 16500)
 HEAD_WIDTHS = {"so16": 1152, "l16": 1024, "g16": 1536}  # model.text_hidden_size
 _PADDED = "flex padded to 128"
-# Packs of a step, all in one micro-batch where they fit.
+# Packs per step, all in one micro-batch if they fit.
 _PACKS = 4
 _TINY: dict[str, Any] = {
     "model.num_layers": 2, "model.hidden_size": 64, "model.ffn_hidden_size": 96, "model.num_attention_heads": 4,
@@ -63,7 +63,7 @@ _TINY: dict[str, Any] = {
 }  # fmt: skip
 
 _ENGINE = {"train.transformer_impl": "transformer_engine"}
-# Settings of each kind of step; the baseline has none of ours.
+# Settings of each kind of step; the baseline has none.
 STEP_KINDS: dict[str, dict[str, Any]] = {
     "BF16": {},
     "baseline": {},
@@ -79,7 +79,7 @@ STEP_KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """Figures that one process measures."""
+    """The figures that one process measures."""
 
     section: str
     name: str
@@ -87,9 +87,9 @@ class Job:
 
 
 def all_jobs() -> list[Job]:
-    """Every job of every section, the most wanted of a section first."""
+    """Every job of every section, the most important of a section first."""
     lengths = [f"stage {stage} head dim {head_dim}" for head_dim in HEAD_DIMS for stage in STAGES]
-    # Those that are compiled for every length come last: the section may end before them.
+    # Kernels that compile for every length come last: the section may run out of time.
     kernels = ("varlen", "te", "grouped", "dense", _PADDED, "flex")
     steps = [f"{model} stage {stage}" for stage in STAGES for model in ("so16", "l16", "g16")]
     head = tuple(
@@ -111,10 +111,10 @@ class Bench:
     """Measures one job.
 
     Args:
-        job: what.
-        tell: is given each figure as soon as it is there.
-        tiny: small sizes and single rounds, to see that everything works.
-        folder: for files.
+        job: the job.
+        tell: called with each figure as soon as it is measured.
+        tiny: small sizes and single rounds, to test the script.
+        folder: folder for files.
     """
 
     def __init__(self, job: Job, tell: Callable[[Figure], None], tiny: bool, folder: Path) -> None:
@@ -126,7 +126,7 @@ class Bench:
         getattr(self, f"_{self.job.section}")()
 
     def _try(self, name: str, measure: Callable[[], tuple[float, str, Details]]) -> None:
-        """Tell what ``measure`` gives (value, unit, details), or why it gives nothing."""
+        """Report the result of ``measure`` (value, unit, details), or why there is none."""
         try:
             value, unit, details = measure()
             figure = Figure(self.job.section, name, value, unit, details=details)
@@ -140,7 +140,7 @@ class Bench:
         torch.cuda.empty_cache()
 
     def _seconds(self, function: Callable[[], object], least: float = 0.4) -> float:
-        """Mean seconds of a call after three to warm up, over rounds of five until ``least`` seconds are full."""
+        """Mean seconds of a call, after three warm-up calls, over rounds of five for at least ``least`` seconds."""
         for _ in range(1 if self.tiny else 3):
             function()
         torch.cuda.synchronize()
@@ -183,7 +183,7 @@ class Bench:
         return [sample for sample in samples if cpu_benchmark.tokens_of(sample) <= seq_length]
 
     def _packs(self, stage: int, packs: int, seq_length: int) -> tuple[list[Sample], list[list[int]]]:
-        """(samples, those of each pack), filled by the project's own plan; the same every time."""
+        """(samples, sample numbers of each pack), packed by the project's own plan; the same every time."""
         self.rng = np.random.default_rng(0)
         samples = self._samples(stage, max(packs * seq_length // 150, 8), seq_length)
         lengths = np.array([cpu_benchmark.tokens_of(sample) for sample in samples])
@@ -191,7 +191,7 @@ class Bench:
         return samples, [plan.next_pack(0) for _ in range(packs)]
 
     def _batches(self, config: RunConfig, stage: int, micro_batch: int) -> list[PackedBatch]:
-        """``_PACKS`` packs as the loader gives them on a GPU: patches there, all else in pinned memory of the host."""
+        """``_PACKS`` packs as the loader gives them on a GPU: patches on the GPU, the rest in pinned host memory."""
         samples, packs = self._packs(stage, _PACKS, config.data.seq_length)
         model, batches = config.model, []
         for first in range(0, len(packs), micro_batch):
@@ -238,7 +238,7 @@ class Bench:
             def forward() -> torch.Tensor:
                 turned = rotate(q, *angles), rotate(k, *angles), v
                 query, key, value = (x.transpose(0, 1)[None] for x in turned)
-                return gpu_baseline.attend(query, key, value, mask)[0].transpose(0, 1)
+                return gpu_baseline.flex_padded(query, key, value, mask)[0].transpose(0, 1)
 
         else:
             if reason := BACKENDS[kernel].why_not(Place(self.device, dtype, head_dim)):
@@ -292,7 +292,7 @@ class Bench:
             groups.finalize()
 
     def _largest(self, kind: str, model: str, stage: int) -> tuple[float, str, Details]:
-        """The step with the most packs in a micro-batch that fit. The baseline's logits leave room for one."""
+        """The step with the largest micro-batch that fits. The baseline's logits leave room for one pack."""
         if kind == "baseline":
             return self._baseline_step(model, stage)
         for micro_batch in (4, 2, 1):
@@ -310,11 +310,11 @@ class Bench:
         config = override(config, STEP_KINDS[kind])
         check_machine(config)
         groups.initialize(config)
-        # Weights that every layout agrees on are drawn on the CPU, which takes longer than all steps here.
+        # The usual initial weights are drawn on the CPU, which would take longer than all steps here.
         genlip.fill_initial_weights = quick_weights
         run = build_run(config)
         batches = self._batches(config, stage, micro_batch)
-        if kind == "graph":  # a shape is captured when it comes for the third time
+        if kind == "graph":  # a shape is captured at its third use
             for _ in range(3):
                 train_step(run, iter(batches))
         attention = genlip.unwrap(run.model[0]).attention_backend
@@ -362,11 +362,11 @@ class Bench:
         return 100 * rate / HOPPER_TFLOPS, "% MFU", details
 
     def _peak(self, config: RunConfig) -> int:
-        """Bytes at the peak. What graphs hold counts as free between replays, so with them it is what was reserved."""
+        """Peak bytes. Memory of CUDA graphs counts as free between replays, so with graphs reserved bytes are taken."""
         return torch.cuda.max_memory_reserved() if config.train.cuda_graph else torch.cuda.max_memory_allocated()
 
     def _data(self) -> None:
-        """The loader alone, with nothing beside it, over photos of web sizes in stage 1's packs."""
+        """The loader by itself, over photos of web sizes in packs of stage 1."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         data = BenchData(self.folder, self.tiny, "", "")
         for decoder in ("dali", "cpu"):
@@ -391,14 +391,14 @@ class Bench:
 
 
 def recipe(model: str, stage: int, tiny: bool, **train: int) -> RunConfig:
-    """A paper recipe for one GPU, in BF16 there; ``tiny`` keeps only its kind."""
+    """A recipe of the paper for one GPU (BF16); ``tiny`` shrinks its sizes."""
     name = f"{model}_stage{stage}"
     flags = {**ONE_RANK, **{f"train.{key}": value for key, value in train.items()}, **(_TINY if tiny else {})}
     return override(from_dict(load_yaml(name), name), flags)
 
 
 def head_losses(head: Head, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Functions of the sum of the answer rows' losses, float32 []: ours, and Megatron-Core's unfused.
+    """Functions that return the summed loss of the answer rows, float32 []: ours and Megatron-Core's unfused one.
 
     Args:
         hidden: [R, 1, D].
@@ -414,8 +414,10 @@ def head_losses(head: Head, hidden: torch.Tensor, labels: torch.Tensor) -> dict[
 
 
 def add_head_gradients(loss: torch.Tensor, hidden: torch.Tensor, weight: Any) -> torch.Tensor:
-    """The gradient of ``hidden``; that of the head's ``weight`` is added to its ``main_grad``, as in training by the
-    loss itself or else by DDP."""
+    """Return the gradient of ``hidden``, and add that of the head's ``weight`` to its ``main_grad``.
+
+    In training the fused loss or DDP adds it.
+    """
     weight.grad_added_to_main_grad = False
     gradient, of_weight = torch.autograd.grad(loss, [hidden, weight])
     if not weight.grad_added_to_main_grad:
@@ -424,7 +426,7 @@ def add_head_gradients(loss: torch.Tensor, hidden: torch.Tensor, weight: Any) ->
 
 
 def quick_weights(model: torch.nn.Module, config: RunConfig) -> None:
-    """Weights drawn where they are: normal matrices, and vectors of 0.1."""
+    """Fill weights on their device: normal matrices, and vectors of 0.1."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

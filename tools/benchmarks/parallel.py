@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What tensor, pipeline and context parallelism cost at fixed work, as ratios to data parallelism.
+"""Cost of tensor, pipeline and context parallelism at fixed work, as ratios to data parallelism.
 
     torchrun --nproc-per-node 2 tools/benchmarks/parallel.py          (about six minutes on two CPU cores)
     torchrun --nproc-per-node 8 tools/benchmarks/parallel.py --size so16
 
 Every layout trains the same model on the same global batch with the same number of processes, through the project's own
-training step, so that it does the same useful arithmetic. What a layout takes longer than data parallelism, which
-communicates gradients and weights once a step, is its communication, its pipeline bubble and smaller matrix products.
-Layouts take turns; the figure is the median step. Each line ends in ``ratio N``: data parallelism's step time over the
-layout's, so 1 is free.
+training step. So all do the same useful arithmetic. Data parallelism communicates gradients and weights once per step;
+the extra time of another layout is its communication, its pipeline bubble and its smaller matrix products. Layouts take
+turns; the figure is the median step. Each line ends in ``ratio N``: data parallelism's step time over the layout's; 1
+means no extra cost.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PATCHES, SIDE, TEXT, PROMPT = 196, 14, 74, 6
 
 
 def layouts(processes: int) -> dict[str, ParallelConfig]:
-    """Each kind of parallelism over all processes, and mixtures where there are enough."""
+    """Each kind of parallelism over all processes, and combinations if there are at least four."""
     n = processes
     found = {
         f"DP{n}": ParallelConfig(),
@@ -87,7 +87,7 @@ def layouts(processes: int) -> dict[str, ParallelConfig]:
 
 
 def make_batches(model: ModelConfig, packs: int, samples_per_pack: int) -> list[PackedBatch]:
-    """Full packs of stage-1 samples: 196 patches and 74 text tokens each, of which the prompt carries no loss."""
+    """Full packs of stage-1 samples with 196 patches and 74 text tokens each; the prompt carries no loss."""
     rng = np.random.default_rng(0)
     batches = []
     for _ in range(packs):
@@ -135,10 +135,10 @@ def main() -> int:
     """Run the benchmark; returns the exit status."""
     parser = StrictParser(prog="parallel.py", description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="", help="a recipe's model, as so16; default: a small one for CPUs")
-    parser.add_argument("--packs", type=int, default=8, help="packs of the global batch (default: 8)")
-    parser.add_argument("--samples", type=int, default=4, help="samples of a pack, 270 tokens each (default: 4)")
+    parser.add_argument("--packs", type=int, default=8, help="packs per global batch (default: 8)")
+    parser.add_argument("--samples", type=int, default=4, help="samples per pack, 270 tokens each (default: 4)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a layout in each round (default: 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that layouts take (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     options = parser.parse_args()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes < 2:
@@ -176,7 +176,7 @@ def main() -> int:
 def report(
     seconds: dict[str, list[float]], losses: dict[str, float], skipped: dict[str, str], processes: int, tokens: int
 ) -> None:
-    """Print the table on rank 0; the losses of all layouts must be the same, or the work was not."""
+    """Print the table on rank 0. All layouts must have the same loss, or they did not do the same work."""
     baseline, *_ = losses
     for name, loss in losses.items():
         assert abs(loss / losses[baseline] - 1) < 1e-2, f"{name}: loss {loss} and not {losses[baseline]}"

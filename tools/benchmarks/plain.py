@@ -1,11 +1,11 @@
-"""The baseline: GenLIP as anyone would write it, padded batches and a dense mask, without packing or Megatron-Core.
+"""The baseline: GenLIP written the obvious way, with padded batches and a dense mask, without packing or Megatron-Core.
 
-Every sample is padded to the longest of the batch, attention is ``F.scaled_dot_product_attention`` under a boolean
-mask of [T, T] pairs per sample, and the LM head reads every position (``head="all"``) or, as a fairer opponent, only
-the rows that predict an answer token (``head="answer"``). Parameters carry the names of the authors' released
-weights, so a state dict loads without a conversion. It shares no code with ``genlip_megatron.model``: that makes it
-an independent check as well as the yardstick of the speed figures. As a script it trains on a saved batch, one step
-for each line of its input (``train_step.py`` does this).
+Every sample is padded to the longest of its batch. Attention is ``F.scaled_dot_product_attention`` under a boolean mask
+of [T, T] pairs per sample. The LM head reads every position (``head="all"``) or, as a fairer opponent, only the rows
+that predict an answer token (``head="answer"``). Parameters have the names of the authors' released weights, so a state
+dict loads without conversion. The file shares no code with ``genlip_megatron.model``, so it is an independent check as
+well as the yardstick of the speed figures. As a script it trains on a saved batch, one step per line of its input
+(``train_step.py`` does this). ``gpu_baseline.py`` runs the same model on packs.
 
 Legend: B samples, T tokens of the longest sample, M most patches of a sample, D width, H heads, C head channels,
 E text width, F inner width of the SwiGLU, V vocabulary, R rows that predict an answer token.
@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from genlip_megatron.config import ModelConfig
 
@@ -90,7 +92,7 @@ def collate(
 
 
 def prefix_mask(image_lengths: Tensor, lengths: Tensor, longest: int) -> Tensor:
-    """bool [B, 1, T, T]: may query q see key k. Padding queries see themselves alone, which keeps softmax finite.
+    """bool [B, 1, T, T]: whether query q may see key k. Padding sees only itself, which keeps the softmax finite.
 
     >>> prefix_mask(torch.tensor([2]), torch.tensor([4]), 4)[0, 0].int().tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
@@ -123,7 +125,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose output is multiplied by a sigmoid gate that ``q_proj`` emits beside the queries."""
+    """Multi-head attention; a sigmoid gate, also computed by ``q_proj``, multiplies its output."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -134,12 +136,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Any, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         q, gate = self.q_proj(x).chunk(2, dim=-1) if self.gated else (self.q_proj(x), None)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
         q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        y = mask(q, k, v) if callable(mask) else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = y.transpose(1, 2).flatten(2)
         return self.out_proj(y if gate is None else torch.sigmoid(gate) * y)
 
 
@@ -191,7 +194,7 @@ class Block(nn.Module):
         self.layer_scale1 = LayerScale(config) if scaled else nn.Identity()
         self.layer_scale2 = LayerScale(config) if scaled else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Any, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         y = self.layer_scale1(self.self_attn(self.layer_norm1(x), mask, cos, sin))
         x = x + drop_path(y, self.drop_path_rate, self.training)
@@ -217,23 +220,38 @@ class PlainGenLIP(nn.Module):
             self.in_proj = nn.Linear(text_width, width)
             self.proj = nn.Linear(width, text_width)
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[B, T, D] from int64 [B, T] token ids."""
+        text = self.embeddings(token_ids)
+        return self.in_proj(text) if hasattr(self, "in_proj") else text
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """[N, D] from normalised patches [N, 3, 16, 16]."""
+        return self.vision_embeddings["patch_embedding"](patches.to(self.ln_post.weight.dtype)).flatten(1)
+
+    def encode(self, x: Tensor, mask: Any, position_ids: Tensor, checkpointed: bool = False) -> Tensor:
+        """[B, T, D], the output of ``ln_post``, from embeddings [B, T, D].
+
+        Args:
+            mask: bool [B, 1, T, T], or a function that computes attention from q, k and v.
+            position_ids: int64 [3, B, T].
+            checkpointed: recompute every layer in the backward pass.
+        """
+        cos, sin = rotary(position_ids, self.config, x.dtype)
+        for layer in self.visual["layers"].children():
+            x = checkpoint(layer, x, mask, cos, sin, use_reentrant=False) if checkpointed else layer(x, mask, cos, sin)
+        return self.ln_post(x)
+
     def features(self, batch: PaddedBatch) -> Tensor:
         """[B, T, D]: the output of ``ln_post``; meaningless at padding."""
         count, longest = batch.token_ids.shape
-        dtype = self.ln_post.weight.dtype
-        text = self.embeddings(batch.token_ids)
-        if hasattr(self, "in_proj"):
-            text = self.in_proj(text)
         most = batch.patches.shape[1]
-        patches = self.vision_embeddings["patch_embedding"](batch.patches.flatten(0, 1).to(dtype))
-        patches = F.pad(patches.view(count, most, -1), (0, 0, 0, longest - most))
+        patches = self.embed_patches(batch.patches.flatten(0, 1)).view(count, most, -1)
+        patches = F.pad(patches, (0, 0, 0, longest - most))
         slots = torch.arange(longest, device=batch.token_ids.device)
-        x = torch.where((slots < batch.image_lengths[:, None])[..., None], patches, text)
-        mask = prefix_mask(batch.image_lengths, batch.lengths, longest)
-        cos, sin = rotary(batch.position_ids, self.config, dtype)
-        for layer in self.visual["layers"].children():
-            x = layer(x, mask, cos, sin)
-        return self.ln_post(x)
+        is_image = (slots < batch.image_lengths[:, None])[..., None]
+        x = torch.where(is_image, patches, self.embed(batch.token_ids))
+        return self.encode(x, prefix_mask(batch.image_lengths, batch.lengths, longest), batch.position_ids)
 
     def logits(self, features: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
@@ -244,7 +262,7 @@ class PlainGenLIP(nn.Module):
 
         Args:
             batch: see ``PaddedBatch``.
-            head: ``"all"`` computes logits [B, T, V], padding included; ``"answer"`` only [R, V].
+            head: ``"all"`` computes logits [B, T, V], including padding; ``"answer"`` only [R, V].
 
         Raises:
             ValueError: another ``head``.

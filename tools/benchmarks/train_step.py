@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Tokens per second of a whole training step against a plain padded implementation of the same model.
+"""Compare whole training steps, in tokens per second, with a plain padded implementation of the same model.
 
     tools/benchmarks/train_step.py                    (about five minutes on two CPU cores)
 
 Forward, backward, gradient clipping and AdamW in float32, by this project (packed, exact per-sample attention, head
 on answer rows, Megatron-Core's schedule, DistributedDataParallel and distributed optimizer) and by ``plain.py``
-(padded, dense-mask SDPA), on the same samples from the same weights. Each runs in its own process, so that neither
-works under the other's settings (this project's CPU layer and malloc policy, above all). The losses are compared
-before any clock runs. Contestants take turns; the figure is the median step. Tokens are the samples' own, padding
-never counts. Each comparison ends in ``ratio N``: our tokens/s over the baseline's.
+(padded, dense-mask SDPA), on the same samples from the same weights. Each runs in its own process, so that the settings
+of one do not affect the other (this project's CPU layer and malloc policy in particular). Losses are compared before
+timing. Contestants take turns; the figure is the median step. Padding does not count as tokens. Each comparison ends in
+``ratio N``: our tokens/s over the baseline's.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def pack(samples: list[Sample], seq_length: int) -> list[PackedBatch]:
 
 
 def ours(samples: list[Sample], packs: int) -> tuple[Callable[[], float], float]:
-    """(one training step of the project, which returns its loss; share of its slots that hold tokens)."""
+    """(function that runs one training step and returns its loss; fraction of slots that hold tokens)."""
     total = sum(tokens_of(sample) for sample in samples)
     longest = max(tokens_of(sample) for sample in samples)
-    # The shortest packs that hold the samples in so many micro-batches.
+    # The shortest packs that hold the samples in ``packs`` micro-batches.
     seq_length = max(-(-total // packs), longest)
     while len(batches := pack(samples, seq_length)) > packs:
         seq_length += 1
@@ -126,7 +126,7 @@ def ours(samples: list[Sample], packs: int) -> tuple[Callable[[], float], float]
 
 
 def padded(samples: list[Sample]) -> PaddedBatch:
-    """The samples as the baseline takes them."""
+    """The samples as a padded batch for the baseline."""
     patches, labels = [], []
     for sample in samples:
         assert sample.patches is not None
@@ -139,7 +139,7 @@ def padded(samples: list[Sample]) -> PaddedBatch:
 
 
 class Baseline:
-    """The padded implementation in a process of its own, stepping on command."""
+    """The padded implementation in its own process, one step per call."""
 
     def __init__(self, file: Path, head: str) -> None:
         script = str(Path(__file__).with_name("plain.py"))
@@ -181,7 +181,7 @@ def compare(name: str, samples: list[Sample], rounds: int, packs: int, threads: 
         )  # fmt: skip
         baselines = {f"head-{head}": Baseline(file, head) for head in ("all", "answer")}
         contestants = {"ours": timed, **{label: baseline.step for label, baseline in baselines.items()}}
-        # The first step of each warms up and shows that all three compute the same thing.
+        # The first step of each warms up and shows that all three compute the same loss.
         losses = {label: step()[0] for label, step in contestants.items()}
         spread = max(losses.values()) - min(losses.values())
         if spread > 1e-4:
@@ -208,7 +208,7 @@ def main() -> None:
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contestant (default: 7)")
     parser.add_argument("--samples", type=int, default=32, help="samples of a step (default: 32)")
-    parser.add_argument("--packs", type=int, default=2, help="packs that ours lays them in (default: 2)")
+    parser.add_argument("--packs", type=int, default=2, help="our number of packs (default: 2)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--only", choices=("fixed", "native"), default="", help="run one mix only")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""A page that shows packs as the model gets them: images, tokens, layout and attention masks, as one HTML file.
+"""The HTML page of ``inspect_data.py``: packs as the model gets them, with images, tokens, layout and masks.
 
-Everything is read off the ``PackedBatch``; no network, no scripts, images as PNG within the page. The text of the data
-is escaped wherever it appears.
+Everything comes from the ``PackedBatch``. The page is one file without network and scripts, with images as inline PNG.
+Text of the data is escaped everywhere.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from genlip_megatron.data.text import END_OF_TURN, Tokenizer
 from genlip_megatron.model.mask import prefix_lm_mask
 from genlip_megatron.outputs import begins_with
 
-# What a slot of a pack holds, its colour, and what the legend says.
+# Kinds of slots in a pack, their colours and their legend.
 PADDING, IMAGE, PROMPT, ANSWER, BAD = range(5)
 KINDS = ("padding", "image", "prompt", "answer", "bad")
 COLOURS = ("#e2e8f0", "#60a5fa", "#fbbf24", "#34d399", "#f87171")
 LEGEND = ("padding", "image patch", "prompt, no loss", "answer and closing tokens, with loss", "bad sample, no loss")
 
-MASK_PIXELS = 1024  # of a mask's side
-_MASK_WIDTH = 540  # that the page has for it
-_TILE_SLOTS = 512  # of the mask's side, computed at once
+MASK_PIXELS = 1024  # largest side of a mask's picture
+_MASK_WIDTH = 540  # width of a mask on the page
+_TILE_SLOTS = 512  # side of the mask tiles computed at once
 _CROP_SLOTS = 4096
-_BAR_SLOTS = 4096  # of one line of a pack's layout
-_ENLARGED_BELOW = 288  # pixels of an image's side
-_CONTEXT_TOKENS = 4  # that a token may need before it to be a whole character
+_BAR_SLOTS = 4096  # slots per line of a pack's layout
+_ENLARGED_BELOW = 288  # images with smaller sides are enlarged
+_CONTEXT_TOKENS = 4  # earlier tokens that a token may need to form a whole character
 _BLANKS = {" ": "<i>·</i>", "\n": "<i>⏎</i>", "\t": "<i>⇥</i>"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a sample of a pack comes from.
+    """The origin of a sample.
 
     Attributes:
-        key, shard: its name and its shard.
-        height, width: of its image in pixels, before it was resized.
-        text_tokens: of its whole text, before it was cut to its pack.
-        reason: why it carries no loss; empty for a good one.
+        key, shard: its key and its shard.
+        height, width: pixels of its image before resizing.
+        text_tokens: tokens of its text before it was cut to fit its pack.
+        reason: why it carries no loss; "" for a good sample.
     """
 
     key: str
@@ -62,7 +62,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Pack:
-    """One pack: a micro-batch of its own, on the CPU; its samples in order; what the page calls it."""
+    """One pack: its micro-batch on the CPU, its samples in order, and its title."""
 
     batch: PackedBatch
     samples: list[Origin]
@@ -71,7 +71,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class Place:
-    """Slots of one sample: its image's, then its text's."""
+    """Slots of one sample: first its image, then its text."""
 
     start: int
     images: int
@@ -84,7 +84,7 @@ class Place:
 
 
 def place(batch: PackedBatch, number: int) -> Place:
-    """Where a sample lies."""
+    """The slots of a sample."""
     columns = (batch.sample_starts, batch.image_lengths, batch.text_lengths)
     return Place(*(int(column[number]) for column in columns))
 
@@ -95,12 +95,12 @@ def position(batch: PackedBatch, slot: int) -> str:
 
 
 def loss_rows(batch: PackedBatch) -> np.ndarray:
-    """int64 [R]: the slots whose output counts in the loss."""
+    """int64 [R]: the slots whose output enters the loss."""
     return batch.loss_rows[batch.loss_weights > 0].numpy()
 
 
 def slot_kinds(pack: Pack) -> np.ndarray:
-    """uint8 [S]: what each slot of the pack holds, as a place in ``KINDS``."""
+    """uint8 [S]: the kind of each slot, as an index into ``KINDS``."""
     batch = pack.batch
     samples, is_image = batch.sample_ids.numpy(), batch.is_image.numpy()
     kinds = np.where(samples < 0, PADDING, np.where(is_image, IMAGE, PROMPT)).astype(np.uint8)
@@ -110,7 +110,7 @@ def slot_kinds(pack: Pack) -> np.ndarray:
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text before it; its number where that is nothing one can see."""
+    """The text that each token adds, or its id if it adds nothing visible."""
     texts = []
     for i, token in enumerate(ids):
         before = ids[max(0, i - _CONTEXT_TOKENS) : i]
@@ -123,7 +123,7 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def sample_image(batch: PackedBatch, number: int) -> np.ndarray | None:
-    """uint8 [height, width, 3] of a sample, put together from its patches; None for text alone."""
+    """uint8 [height, width, 3] of a sample, assembled from its patches; None for a sample without an image."""
     count = int(batch.image_lengths[number])
     if not count or batch.patches is None:
         return None
@@ -133,17 +133,17 @@ def sample_image(batch: PackedBatch, number: int) -> np.ndarray | None:
 
 
 def grid(batch: PackedBatch, number: int) -> tuple[int, int]:
-    """(rows, columns) of a sample's patches, from the position of the last."""
+    """(rows, columns) of a sample's patches, from the position of its last patch."""
     last = batch.position_ids[:, batch.sample_starts[number] + batch.image_lengths[number] - 1].tolist()
     return last[1] + 1, last[2] + 1
 
 
 def block_shares(sample_ids: Tensor, is_image: Tensor, pixels: int = MASK_PIXELS, tile: int = _TILE_SLOTS) -> Tensor:
-    """float32 [B, B], B <= ``pixels``: share of the pairs (query, key) of each block of the mask that may see.
+    """float32 [B, B], B <= ``pixels``: fraction of visible (query, key) pairs in each block of the mask.
 
-    The rule knows of slots only whether they lie before one another. So two tiles laid end to end give the part of the
-    mask where they meet, and the whole, of S x S pairs, is never in memory; tiles without a common sample see nothing
-    of each other. Slots past the end see nothing.
+    The mask's rule depends only on the order of slots. So the mask of two tiles laid end to end contains the part where
+    they meet, and the whole S x S mask is never in memory. Tiles without a common sample do not see each other, and
+    slots after the end see nothing.
     """
     side = -(-len(sample_ids) // pixels)
     tile = side * max(1, tile // side)
@@ -163,7 +163,7 @@ def block_shares(sample_ids: Tensor, is_image: Tensor, pixels: int = MASK_PIXELS
 
 
 def exact_mask(pack: Pack) -> np.ndarray:
-    """uint8 [n, n] of the first two samples: 0 hidden, else IMAGE or ANSWER for a visible image or text token."""
+    """uint8 [n, n] of the first two samples: 0 hidden, IMAGE or ANSWER for a visible image or text token."""
     batch = pack.batch
     count = min(int((batch.sample_ids.numpy() // 2 == 0).sum()), _CROP_SLOTS)
     mask = prefix_lm_mask(batch.sample_ids[:count], batch.is_image[:count]).numpy()
@@ -171,12 +171,12 @@ def exact_mask(pack: Pack) -> np.ndarray:
 
 
 def escape(text: str) -> str:
-    """Text of the data as HTML; what cannot be seen, or would change what stands around it, by its number."""
+    """Text of the data as HTML; unprintable characters as escapes."""
     return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 def picture(pixels: np.ndarray, style: str, text: str, palette: Sequence[int] = ()) -> str:
-    """An <img> of uint8 [height, width, 3] colours, or [height, width] places in a palette."""
+    """An <img> of uint8 [height, width, 3] colours, or [height, width] palette indices."""
     image = Image.fromarray(pixels)
     if palette:
         image.putpalette(palette)
@@ -197,7 +197,7 @@ def rgb(colour: str) -> list[int]:
 
 
 def heading(paths: Sequence[str], totals: dict[str, str]) -> str:
-    """What the page is about; names and values of ``totals`` are HTML."""
+    """The heading; names and values of ``totals`` are HTML."""
     legend = "".join(f"<li><b class={kind}></b>{text}</li>" for kind, text in zip(KINDS, LEGEND, strict=True))
     return (
         f"<header><h1>What the model sees</h1><p class=paths>{'<br>'.join(map(escape, paths))}</p>{facts(totals)}"
@@ -206,7 +206,7 @@ def heading(paths: Sequence[str], totals: dict[str, str]) -> str:
 
 
 def chip(kind: str, slot: str, text: str, below: str, title: str) -> str:
-    """One token; all but its title are HTML."""
+    """One token; all arguments except the title are HTML."""
     return (
         f'<span class="chip {kind}" title="{escape(title)}"><small>{slot}</small><em>{text}</em>'
         f"<small>{below or '&nbsp;'}</small></span>"
@@ -214,7 +214,7 @@ def chip(kind: str, slot: str, text: str, below: str, title: str) -> str:
 
 
 def chips(pack: Pack, number: int, tokenizer: Tokenizer) -> str:
-    """The image and every text token of a sample; under each token with loss the slot whose output predicts it."""
+    """The image and text tokens of a sample; under each token with loss the slot that predicts it."""
     batch, kinds, rows = pack.batch, slot_kinds(pack), set(loss_rows(pack.batch).tolist())
     lies = place(batch, number)
     parts = []
@@ -252,7 +252,7 @@ def figure(batch: PackedBatch, number: int) -> str:
 
 
 def sample_card(pack: Pack, number: int, tokenizer: Tokenizer) -> str:
-    """One sample: its image, where it comes from, its tokens."""
+    """One sample: its image, origin and tokens."""
     batch, origin, lies = pack.batch, pack.samples[number], place(pack.batch, number)
     rows, columns = grid(batch, number) if lies.images else (0, 0)
     loss = int((slot_kinds(pack)[lies.text.start : lies.text.stop] == ANSWER).sum())
@@ -278,7 +278,7 @@ def sample_card(pack: Pack, number: int, tokenizer: Tokenizer) -> str:
 
 
 def refused_card(key: str, shard: str, reason: str) -> str:
-    """A sample that was found bad when its shard was indexed."""
+    """A sample that indexing refused."""
     return (
         f"<section class=card><h3>{escape(key)}</h3><p class=paths>{escape(shard)}</p>"
         f"<p class=bad>Refused when its shard was indexed, never trained on: {escape(reason)}</p></section>"
@@ -286,7 +286,7 @@ def refused_card(key: str, shard: str, reason: str) -> str:
 
 
 def layout_bar(pack: Pack) -> str:
-    """What lies where along a pack, in lines of a few thousand slots; a thin line where a sample begins."""
+    """The slots of a pack in lines of a few thousand; a thin line marks the start of a sample."""
     kinds, samples = slot_kinds(pack), pack.batch.sample_ids.numpy()
     slots = np.arange(len(kinds))
     starts = np.diff(samples, prepend=-2) != 0
@@ -310,16 +310,16 @@ def layout_bar(pack: Pack) -> str:
 
 
 def sharp(pixels: int) -> str:
-    """Style of a mask of this side: pixels may blur where it is made smaller, not where it is enlarged."""
+    """Style of a mask with this side: enlarged pixels stay sharp."""
     return "image-rendering:pixelated" if pixels <= _MASK_WIDTH else ""
 
 
 def mask_pictures(pack: Pack) -> str:
-    """The whole mask by blocks, and the corner of the first two samples pair by pair."""
+    """The whole mask by blocks, and that of the first two samples pair by pair."""
     batch = pack.batch
     shares = block_shares(batch.sample_ids, batch.is_image).numpy()
     side = -(-batch.num_tokens // len(shares))
-    # Rounded up, and the palette steep at its start: a block with a single visible pair must not look empty.
+    # Rounded up, with a steep start of the palette, so that a block with a single visible pair does not look empty.
     levels = np.ceil(shares * 255).astype(np.uint8)
     depth = np.sqrt(np.arange(256) / 255)[:, None]
     palette = np.rint((1 - depth) * rgb("#f1f5f9") + depth * rgb("#1e3a8a")).astype(int).ravel().tolist()
@@ -333,11 +333,11 @@ def mask_pictures(pack: Pack) -> str:
     whole = picture(levels, sharp(len(levels)), "the mask by blocks", palette)
     corner = picture(framed, sharp(len(framed)), "the mask of the first samples", colours)
     return (
-        f"<div class=masks><figure>{whole}<figcaption>Attention mask of the whole pack: queries down, keys across; the "
-        f"darker, the more of a block's {side} x {side} pairs may see.</figcaption></figure>"
-        f"<figure>{corner}<figcaption>Its first {len(crop)} slots pair by pair, two samples at most: every query sees "
-        "the image of its own sample (blue), text also the text up to itself (green), an image no text. The edges show "
-        "what each query and key is.</figcaption></figure></div>"
+        f"<div class=masks><figure>{whole}<figcaption>Attention mask of the whole pack: queries down, keys across. The "
+        f"darker a block, the more of its {side} x {side} pairs are visible.</figcaption></figure>"
+        f"<figure>{corner}<figcaption>Its first {len(crop)} slots pair by pair, at most two samples: every query sees "
+        "the image of its own sample (blue); text also sees the text up to itself (green); images see no text. Edges "
+        "show the kind of each query and key.</figcaption></figure></div>"
     )
 
 
@@ -416,10 +416,10 @@ $colours
 </style></head><body>
 $heading
 <h2>Samples</h2>
-<p>Images are put together from the patches that the model gets, the grid shows the patches, and the corners say their
-T,H,W positions. Above each token stands its slot in the pack; <b>← n</b>: it carries loss, and the output of slot n
-predicts it; <b>→ n</b>: it carries none, but its output predicts the first token of the answer. Point at a token for
-its id and position.
+<p>Images are assembled from the patches that the model gets. The grid shows the patches, the corners their T,H,W
+positions. Above each token is its slot in the pack. <b>← n</b>: the token carries loss, and the output of slot n
+predicts it. <b>→ n</b>: it carries no loss, but its output predicts the first token of the answer. Hover over a token
+for its id and position.
 </p>
 $cards
 <h2>Packs</h2>
