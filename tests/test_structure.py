@@ -44,7 +44,7 @@ ROOMS = {
     "user_error",
     "evaluate": "batch data model outputs",
     "integrations": "hf",
-    "testing": "batch checkpoint config data device infer megatron_patches model parallel train",
+    "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel train",
 }
 # Files that are copied into exported folders: they need these libraries, Python's own and each other alone.
 SELF_CONTAINED, LIBRARIES = "hf", {"torch", "transformers", "numpy", "PIL"}
