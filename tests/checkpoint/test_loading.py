@@ -311,7 +311,7 @@ def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "iter_0000002", place)
     torch_metadata.read(place)
     (place / ".metadata").write_bytes(pickle.dumps(_Runs()))
-    with pytest.raises(ValueError, match=r"it would load posix\.system; do not use it"):
+    with pytest.raises(ValueError, match=r"it would load posix\.system. Do not use it"):
         torch_metadata.read(place)
     torch.save({"objects": _Runs()}, place / "common.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):

@@ -21,7 +21,7 @@ def options(*faults: str) -> FaultsConfig:
 @pytest.mark.parametrize(
     ("fault", "allowed", "message"),
     [
-        ("kill@7:0", False, "needs faults.allow_fault_injection: add --allow-fault-injection. Allowed kinds: kill"),
+        ("kill@7:0", False, "needs faults.allow_fault_injection. Add --allow-fault-injection. Allowed kinds: kill"),
         ("kil@7:0", True, "unknown kind. Did you mean 'kill'"),
         ("kill@7", True, "expected kind@step:rank"),
         ("kill@0:0", True, "with a step from 1 on"),
