@@ -56,7 +56,8 @@ def other_value(name: str, config: RunConfig) -> Any:
     value, kind = getattr(getattr(config, section), key), typing.get_type_hints(SECTIONS[section])[key]
     if name in OTHERS:
         return OTHERS[name]
-    if choices := [choice for choice in SETTINGS[name].metadata["choices"] if choice not in (value, "auto", "dali")]:
+    held = value if isinstance(value, tuple) else (value,)
+    if choices := [choice for choice in SETTINGS[name].metadata["choices"] if choice not in (*held, "auto", "dali")]:
         return choices[0]
     if kind is bool:
         return not value

@@ -134,7 +134,7 @@ def test_sentencepiece_round_trip_and_turns(demo_data: Path) -> None:
 
 
 def test_a_tokenizer_that_cannot_work_is_refused(demo_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tokens do not fit model.vocab_size = 100; set --vocab-size to at least"):
+    with pytest.raises(ValueError, match="tokens do not fit model.vocab_size = 100. Set --vocab-size to at least"):
         load_tokenizer(demo_data / "tokenizer.model", 100)
     with pytest.raises(ValueError, match="no such file. Give a tokenizer.json or a SentencePiece .model"):
         load_tokenizer(tmp_path / "tokenizer.json")
