@@ -154,8 +154,9 @@ def test_what_does_not_end_after_ctrl_c_is_ended(place: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["estimate.py", "export_encoder.py", "inspect_data.py", "prepare_data.py"])
 def test_ctrl_c_while_a_tool_imports_is_one_line(name: str) -> None:
     pid, terminal = in_terminal(str(ROOT / "tools" / name), "--help")
-    # NumPy is imported after the project's first module.
-    while not any("numpy" in part.path for part in psutil.Process(pid).memory_maps()):
+    process = psutil.Process(pid)
+    # Before exec the child is still a copy of this process. NumPy is imported after the project's first module.
+    while name not in " ".join(process.cmdline()) or not any("numpy" in part.path for part in process.memory_maps()):
         time.sleep(0.01)
     os.write(terminal, b"\x03")
     status, output = ended(pid, terminal)
