@@ -1,4 +1,5 @@
-# make demo: train a small GenLIP from nothing and caption unseen images.  make test: the CPU test suite.
+# make demo: train a small GenLIP from nothing and caption unseen images.
+# make test: the quick CPU tests.  make test-all: all that CI runs.
 # make parity: the same run on every parallel layout, into docs/parity.md.
 # make docs: the documentation site, into site/.
 # make plugging: what others load, with transformers 4, ONNX and lmms-eval, in environments of their own.
@@ -19,10 +20,10 @@ demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
 
 plugging:
 	test -x $(VENV)-hf4/bin/python || $(PYTHON) -m venv $(VENV)-hf4

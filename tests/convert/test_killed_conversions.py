@@ -44,7 +44,7 @@ def released(folder: Path, weights: dict[str, Tensor], tokenizer: Path) -> Path:
 @pytest.mark.parametrize(
     ("direction", "exchange", "every"),
     [
-        pytest.param(direction, exchange, every, id=f"{direction}-{name}", marks=[pytest.mark.slow] if every else [])
+        pytest.param(direction, exchange, every, id=f"{direction}-{name}", marks=[pytest.mark.long] if every else [])
         for direction, exchange, every, name in (
             ("to-hf", True, False, "exchange-some"),
             ("to-megatron", True, False, "exchange-some"),

@@ -98,7 +98,7 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(trained: Train
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_damage_to_any_file_is_found(trained: Training, tmp_path: Path, fault_row: FaultRow) -> None:
     names = files(trained)
     faults = faults_of(trained, tmp_path, [(file, damage) for file in names for damage in DAMAGES])

@@ -200,7 +200,7 @@ def test_killed_after_each_operation(scene: Scene, tmp_path: Path, save: str) ->
     kill_at(scene, tmp_path, "kill", 0, closely=False, save=save)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("action", ["kill", "tear"])
 @pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (2, 0), (2, 1)])
@@ -282,8 +282,8 @@ OUTCOMES = {
     ("error", "lasting"),
     [
         pytest.param("ENOSPC", True, id="full"),
-        pytest.param("ENOSPC", False, id="full for a moment", marks=pytest.mark.slow),
-        pytest.param("EIO", False, id="one failed operation", marks=pytest.mark.slow),
+        pytest.param("ENOSPC", False, id="full for a moment", marks=pytest.mark.long),
+        pytest.param("EIO", False, id="one failed operation", marks=pytest.mark.long),
     ],
 )
 def test_a_disk_that_fails_costs_one_checkpoint(

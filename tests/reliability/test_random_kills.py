@@ -31,7 +31,7 @@ def wait_for_step(job: Job, step: int) -> bool:
 
 @pytest.mark.parametrize(
     ("kills", "steps", "world_size"),
-    [(3, 20, 2), pytest.param(20, 100, 2, marks=pytest.mark.slow), pytest.param(20, 100, 1, marks=pytest.mark.slow)],
+    [(3, 20, 2), pytest.param(20, 100, 2, marks=pytest.mark.long), pytest.param(20, 100, 1, marks=pytest.mark.long)],
 )
 def test_killed_at_random(
     kills: int, steps: int, world_size: int, zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow

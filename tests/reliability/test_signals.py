@@ -45,7 +45,7 @@ def whole(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFact
 def _every(quick: set[tuple[str, int]]) -> list[Any]:
     """(place, rank), the others marked slow."""
     return [
-        pytest.param(place, rank, marks=() if (place, rank) in quick else pytest.mark.slow, id=f"{place}-rank{rank}")
+        pytest.param(place, rank, marks=() if (place, rank) in quick else pytest.mark.long, id=f"{place}-rank{rank}")
         for place in PLACES
         for rank in (0, 1)
     ]

@@ -24,7 +24,7 @@ def run(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_every_method_is_measured(ranks: int, tmp_path: Path) -> None:
     settings = [f"model.{setting}" for setting in [*TINY, "num_layers=1", "rope_sections=[2,1,1]"]]
     done = run("--dir", str(tmp_path), "--rounds", "2", "--set", *settings, ranks=ranks)

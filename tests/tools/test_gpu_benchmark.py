@@ -117,7 +117,7 @@ def test_versions_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_flag_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, message in (
-        (["--sections", "head,hed"], "--sections: unknown hed; there are matmul, attention"),
+        (["--sections", "head,hed"], "--sections: unknown hed. Allowed are matmul, attention"),
         (["--write", "x.md", "--rehearse"], "figures of a rehearsal mean nothing"),
         (["--write", "x.md", "--sections", "head"], "the page holds all sections"),
     ):
@@ -177,7 +177,7 @@ def test_both_heads_compute_the_same() -> None:
     torch.testing.assert_close(results["ours"], results["unfused"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_section_rehearses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "b.json"
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(output)])

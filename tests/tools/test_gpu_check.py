@@ -67,7 +67,7 @@ def test_settings_of_every_variant_are_valid(name: str, tmp_path: Path, monkeypa
         assert bool(gpu_check.why_skipped(config)) is ("fp8" in name and not able)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_losses_in_fp8_and_bf16_rehearse(tmp_path: Path) -> None:
     output = tmp_path / "check.json"
     command = [sys.executable, str(SCRIPT), "--fp8-loss", "--rehearse", "--output", str(output)]
@@ -78,7 +78,7 @@ def test_losses_in_fp8_and_bf16_rehearse(tmp_path: Path) -> None:
     assert torch.cuda.is_available() or results["loss-fp8"]["skipped"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     output = tmp_path / "check.json"
     command = [sys.executable, str(SCRIPT), "--rehearse", "--output", str(output)]

@@ -103,7 +103,7 @@ def loaded_weights(config: RunConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_preempted_run_saves_and_is_not_started_again(
     number: signal.Signals, demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
@@ -140,7 +140,7 @@ def test_ctrl_c_at_torchrun_saves(demo_data: Path, tmp_path: Path, fault_row: Fa
 
 
 @pytest.mark.faults
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_worker_is_started_again_and_the_result_is_the_same(
     demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:

@@ -52,7 +52,7 @@ def test_loss_falls(reference: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
-@pytest.mark.parametrize("name", ["DP2", pytest.param("TP2", marks=pytest.mark.slow), "TP2xPP2"])
+@pytest.mark.parametrize("name", ["DP2", pytest.param("TP2", marks=pytest.mark.long), "TP2xPP2"])
 def test_resume_is_bit_for_bit_on_the_same_layout(
     name: str, kind: str, whole: Callable, demo_data: Path, tmp_path: Path
 ) -> None:

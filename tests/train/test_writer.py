@@ -230,7 +230,7 @@ def test_a_copied_folder_or_another_project_is_another_wandb_run(
             {"WANDB_MODE": "online", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"},
             {},
             "Failed to authenticate with http://127.0.0.1:9",
-            marks=pytest.mark.slow,  # it tries for ten seconds
+            marks=pytest.mark.long,  # it tries for ten seconds
         ),
         ({}, {"log__wandb_project": "my/project"}, "Invalid project name 'my/project'"),
     ],
