@@ -3,6 +3,7 @@
 from genlip_megatron.config.mixture import source_epochs, source_weights
 from genlip_megatron.config.recipes import load_yaml, recipe_names
 from genlip_megatron.config.schema import (
+    ATTENTION_BACKENDS,
     DEFAULT_PROMPT,
     LINEAR_INPUTS,
     PATCH_SIZE,
@@ -23,6 +24,7 @@ from genlip_megatron.config.suggest import nearest
 from genlip_megatron.config.values import LOCAL_LAYERS, ONE_RANK, from_dict, override
 
 __all__ = [
+    "ATTENTION_BACKENDS",
     "DEFAULT_PROMPT",
     "LINEAR_INPUTS",
     "LOCAL_LAYERS",

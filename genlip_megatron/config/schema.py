@@ -19,6 +19,9 @@ DEFAULT_PROMPT = "Describe the image in detail."
 PATCH_SIZE = 16
 PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 
+# Backend NAME is the class ``Name`` of model/attention/NAME.py.
+ATTENTION_BACKENDS = ("dense", "grouped", "varlen", "flex", "te")
+
 # The ``parallel.recompute_modules`` whose outputs linears read. Recomputing them needs no matrix product.
 LINEAR_INPUTS = ("layernorm", "mlp_act", "output_gate")
 
@@ -114,7 +117,7 @@ class ModelConfig:
         (12, 12, 12), "T,H,W sections of the interleaved rotary embedding", MODEL, length=3
     )
     rope_theta: float = _opt(10000.0, "base of the rotary frequencies", MODEL, above=1)
-    layernorm_epsilon: float = _opt(1e-6, "LayerNorm epsilon", MODEL)
+    layernorm_epsilon: float = _opt(1e-6, "LayerNorm epsilon", MODEL, min=0)
     layer_scale_init: float = _opt(0.1, "initial LayerScale; 0: no LayerScale", MODEL, min=0)
     drop_path_rate: float = _opt(0.1, "fraction of residual branches dropped per sample", RUN, min=0, below=1)
     attention_output_gate: bool = _opt(True, "multiply the attention output by a sigmoid gate", MODEL)
@@ -247,7 +250,7 @@ class TrainConfig:
         "auto",
         "exact prefix-LM attention; auto: the first of varlen, te, grouped that runs here",
         FREE,
-        choices=("auto", "dense", "grouped", "varlen", "flex", "te"),
+        choices=("auto", *ATTENTION_BACKENDS),
     )
     transformer_impl: str = _opt("local", "layer implementation", FREE, choices=("local", "transformer_engine"))
     fp8: str = _opt("none", "FP8 format of the linears; needs Transformer Engine", FREE, choices=("none", "hybrid"))

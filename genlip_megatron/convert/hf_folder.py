@@ -5,6 +5,7 @@ Everything here is plain dictionaries and text: writing a folder does not need t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 import math
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genlip_megatron.config import PATCH_SIZE, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
+from genlip_megatron.config import PATCH_SIZE, SETTINGS, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
 from genlip_megatron.model.state_dict import sizes_of
 from genlip_megatron.outputs import first_other
 
@@ -61,6 +62,14 @@ _NAMES = {
     "layer_norm_eps": "layernorm_epsilon",
     "initializer_range": "init_method_std",
 }
+# Other settings of the model have the same name in both, except the sections, which rope_scaling holds.
+_NOT_FIELDS = ("rope_sections", "freeze_embeddings", "freeze_head")
+_NAMES |= {
+    field.name: field.name
+    for field in dataclasses.fields(ModelConfig)
+    if field.name not in (*_NAMES.values(), *_NOT_FIELDS)
+}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = False) -> dict[str, Any]:
@@ -182,20 +191,14 @@ def _is_count(value: Any) -> bool:
 def _check(values: Mapping[str, Any]) -> None:
     """Raise ValueError for a value of the wrong kind, or a number of heads that does not divide the width."""
     for name, ours in _NAMES.items():
-        value = values.get(ours, getattr(ModelConfig, ours))
-        default = getattr(ModelConfig, ours)
-        if isinstance(default, bool):
-            good, what = isinstance(value, bool), "true or false"
-        elif isinstance(default, int):
-            good, what = _is_count(value) and value > 0, "a whole number of at least 1"
-        else:
-            good = isinstance(value, (int, float)) and not isinstance(value, bool)
-            what = "a number above 0" if name in ("rope_theta", "layer_norm_eps") else "a number of at least 0"
-            good = good and math.isfinite(value) and (value > 0 if "above" in what else value >= 0)
-            if name == "drop_path_rate":
-                what, good = "a number of at least 0 and below 1", good and value < 1
-        if not good:
-            raise ValueError(f"config.json: {name} = {value!r}: must be {what}")
+        default, allowed = getattr(ModelConfig, ours), SETTINGS[f"model.{ours}"].metadata["range"]
+        value = values.get(ours, default)
+        # JSON may write 1.0 as 1, but true is not 1.
+        good = type(value) is type(default) or (type(value) is int and isinstance(default, float))
+        if not good or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"config.json: {name} = {value!r}: must be {_KINDS[type(default)]}")
+        if value not in allowed:
+            raise ValueError(f"config.json: {name} = {value!r}: {allowed}")
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if width % (2 * heads):
         raise ValueError(

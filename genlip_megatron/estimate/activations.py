@@ -15,6 +15,7 @@ from genlip_megatron.model.cross_entropy import chunk_rows, logit_bytes
 from genlip_megatron.model.state_dict import has_layer_scale, has_projections, rank_sizes
 
 # Copies of [S/C, D/T] that attention keeps beside its output: turned queries and keys, rows gathered for kernel calls.
+# A backend without a measured figure counts as the largest.
 _COPIES = {"varlen": 4.5, "te": 5.5, "grouped": 4.0, "flex": 3.0, "dense": 3.0}
 _GRAPH_COPIES = 7.0  # with the fixed shapes of CUDA graphs each call has room for every slot
 # Indices, positions and masks of one token, in bytes.
@@ -76,7 +77,7 @@ class Activations:
             return kept
         if kind == "dense":
             kept += 8 * model.num_attention_heads / self.tp * self.tokens * self.all_tokens
-        copies = _GRAPH_COPIES if self.config.train.cuda_graph else _COPIES[kind]
+        copies = _GRAPH_COPIES if self.config.train.cuda_graph else _COPIES.get(kind, max(_COPIES.values()))
         return kept + self.heads * (copies + (self.cp > 1))  # values come from other ranks, in tensors of their own
 
     def layer(self) -> float:

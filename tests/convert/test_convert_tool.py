@@ -270,7 +270,7 @@ def set_tensor(name: str, place: Path) -> None:
         *(
             (partial(set_field, name, value), [f"config.json: {text}"])
             for name, value, text in (
-                ("num_attention_heads", -4, "num_attention_heads = -4: must be a whole number"),
+                ("num_attention_heads", -4, "num_attention_heads = -4: must be at least 1"),
                 ("num_attention_heads", 0, "num_attention_heads = 0: must be"),
                 ("num_attention_heads", "4", "num_attention_heads = '4': must be"),
                 ("rope_theta", "big", "rope_theta = 'big': must be a number"),
@@ -292,7 +292,7 @@ def set_tensor(name: str, place: Path) -> None:
                     {"mrope_section": [3, 0, 1]},
                     "rope_scaling.mrope_section = [2, 1, 1]: rope_parameters.mrope_section = [3, 0, 1] is another name",
                 ),
-                ("drop_path_rate", 1.0, "drop_path_rate = 1.0: must be a number of at least 0 and below 1"),
+                ("drop_path_rate", 1.0, "drop_path_rate = 1.0: must be at least 0 and below 1"),
             )
         ),
         (partial(set_field, "num_attention_heads", 5), ["num_attention_heads = 5: each head", "--num-attention-heads"]),

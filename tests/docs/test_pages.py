@@ -13,7 +13,7 @@ from genlip_megatron.config.command_line import parse_args
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Made up by the worked examples of extending.md.
-EXAMPLES = {"flash4.py", "NAME.py", "neighbours.py"}
+EXAMPLES = {"NAME.py", "neighbours.py", "sdpa.py"}
 # What a page takes from an older commit (``git show COMMIT:PATH > NAME``).
 OLD = {"infer.py"}
 

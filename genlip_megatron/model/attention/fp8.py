@@ -22,7 +22,7 @@ from genlip_megatron.batch import PackedBatch
 from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Spans
 from genlip_megatron.model.attention.rows import Rows
-from genlip_megatron.model.attention.te import TransformerEngine
+from genlip_megatron.model.attention.te import Te
 from genlip_megatron.model.te_support import fp8_head_dim
 
 _IMAGE_MULTIPLE = 8
@@ -47,8 +47,8 @@ def commonest_length(lengths: np.ndarray) -> int:
     return int(values[::-1][counts[::-1].argmax()]) if len(values) else 16
 
 
-class Fp8Images(TransformerEngine):
-    """As ``TransformerEngine``, with image queries by a kernel that each layer passes: it holds the layer's scales.
+class Fp8Images(Te):
+    """As ``Te``, with image queries by a kernel that each layer passes: it holds the layer's scales.
 
     Images of another length, and images cut by context parallelism, take the bfloat16 call. The FP8 call runs even for
     a micro-batch without images: data-parallel ranks reduce the amax values of their FP8 tensors together.

@@ -1,20 +1,14 @@
-"""The attention backends by name, and which one runs. To add one: its file, and its line here."""
+"""The attention backends by name, and which one runs. To add one: its file, and its name in config/schema.py."""
 
 from __future__ import annotations
 
+import importlib
+
+from genlip_megatron.config import ATTENTION_BACKENDS
 from genlip_megatron.model.attention.backend import Backend, Place
-from genlip_megatron.model.attention.dense import Dense
-from genlip_megatron.model.attention.flex import Flex
-from genlip_megatron.model.attention.grouped import Grouped
-from genlip_megatron.model.attention.te import TransformerEngine
-from genlip_megatron.model.attention.varlen import Varlen
 
 BACKENDS: dict[str, type[Backend]] = {
-    "dense": Dense,
-    "grouped": Grouped,
-    "varlen": Varlen,
-    "flex": Flex,
-    "te": TransformerEngine,
+    name: getattr(importlib.import_module(f"{__package__}.{name}"), name.capitalize()) for name in ATTENTION_BACKENDS
 }
 # The backend of train.fp8_attention (fp8.py); each layer brings its own kernel.
 FP8_BACKEND = "te-fp8"

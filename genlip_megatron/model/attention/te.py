@@ -54,7 +54,7 @@ def _kernel(
     return attended.view(q.shape)
 
 
-class TransformerEngine(TwoCalls):
+class Te(TwoCalls):
     """The two calls by ``DotProductAttention``."""
 
     kernel = staticmethod(_kernel)
