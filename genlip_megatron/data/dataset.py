@@ -135,7 +135,9 @@ class Dataset:
         first = int(self._offsets[shard])
         rows = self.plan_rows(np.arange(first, first + entry.samples))
         if index.header.digest != entry.digest or rows.tobytes() != index.plan_rows().tobytes():
-            return ValueError("the index of its shard is not the manifest's. Run tools/prepare_data.py again.")
+            return ValueError(
+                "the index of its shard changed since the manifest was written. Run tools/prepare_data.py again."
+            )
         return index
 
     def key(self, sample: int) -> str:

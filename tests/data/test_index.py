@@ -230,7 +230,9 @@ def test_concatenated_shards_are_read_to_the_end(tokenizer: Tokenizer, tmp_path:
     (tmp_path / "s.tar").write_bytes(b"".join(parts))
     index = build_index(str(tmp_path / "s.tar"), tokenizer, PROMPT)
     assert index.keys == ["a", "b"]
-    assert list(index.refused.values()) == ["zeros between members: some are lost, unless shards were put together"]
+    assert list(index.refused.values()) == [
+        "zeros between members: some are lost, unless this is several shards in one file"
+    ]
 
 
 @pytest.mark.parametrize(
