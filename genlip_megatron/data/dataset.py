@@ -193,8 +193,8 @@ def _check_images_fit(dataset: Dataset) -> None:
                 most = max(most, int((heights * widths).max()) // PATCH_SIZE**2)
     if most + _CLOSING_TOKENS > data.seq_length:
         raise ValueError(
-            f"data.seq_length = {data.seq_length}: an image of {most} patches and its closing tokens do not fit a pack. "
-            f"Raise it to at least {most + _CLOSING_TOKENS}, or lower the image size."
+            f"data.seq_length = {data.seq_length}: an image of {most} patches and its closing tokens do not fit a "
+            f"pack. Raise it to at least {most + _CLOSING_TOKENS}, or lower the image size."
         )
 
 
