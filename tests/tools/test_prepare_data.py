@@ -60,7 +60,9 @@ def test_report_manifest_and_quarantine(folder: Path, tokenizer: Path) -> None:
     assert "refused 1: image does not decode" in printed
     for title in ("image height in pixels:", "image width in pixels:", "text tokens:", "packs of 190 tokens", "fill "):
         assert title in printed
-    assert "stage 1, 224x224: data.seq_length = 190: an image of 196 patches and its closing tokens do not fit" in printed
+    assert (
+        "stage 1, 224x224: data.seq_length = 190: an image of 196 patches and its closing tokens do not fit" in printed
+    )
     (line,) = (folder / "part.quarantine.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["shard"] == str(folder / "part-00002.tar") and record["key"] == "bad"
