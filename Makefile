@@ -1,8 +1,8 @@
-# make demo: train a small GenLIP from nothing and caption unseen images.
+# make demo: train a small GenLIP from scratch and caption unseen images.
 # make test: the quick CPU tests.  make test-all: all that CI runs.
 # make parity: the same run on every parallel layout, into docs/parity.md.
 # make docs: the documentation site, into site/.
-# make plugging: what others load, with transformers 4, ONNX and lmms-eval, in environments of their own.
+# make plugging: tests of exports with transformers 4, ONNX and lmms-eval, in separate environments.
 # make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
@@ -33,8 +33,7 @@ plugging:
 	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[dev,lmms]"
 	$(VENV)-lmms/bin/python -m pytest tests/plugging/test_lmms_eval.py
 
-# Torch first, which Transformer Engine is compiled against; a toolkit with nvcc has to be there. Triton's interpreter
-# breaks with numpy 2.3.
+# torch comes first, because Transformer Engine is compiled against it, with nvcc. Triton's interpreter needs numpy < 2.3.
 NULL_GPU := $(VENV)-null-gpu
 NULL_GPU_PYTHON ?= $(NULL_GPU)/bin/python
 CUDA_HOME ?= /usr/local/cuda
@@ -81,8 +80,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# By name in this folder, not by variables: VENV may be set to an environment that others use too, and `make --file` may
-# run anywhere.
+# Fixed names in this folder, not $(VENV), which may be an environment that others use; `make --file` may run anywhere.
 clean:
 	cd "$(dir $(abspath $(lastword $(MAKEFILE_LIST))))" && rm -rf .venv .venv-hf4 .venv-lmms .venv-null-gpu build site \
 		genlip_megatron.egg-info .mypy_cache .pytest_cache .ruff_cache

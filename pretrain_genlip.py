@@ -44,7 +44,9 @@ def main() -> int:
     status = final_exit(save)
     if status is not None:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"this launch is over with status {status}: not starting again", file=sys.stderr, flush=True)
+            print(
+                f"this launch ended with status {status}: the workers do not start again", file=sys.stderr, flush=True
+            )
         return status
     leave_on_signal(save)
     warn_of_shared_store()

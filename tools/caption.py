@@ -32,8 +32,8 @@ def build_parser() -> StrictParser:
     command_line.add_tokenizer(parser)
     parser.add_argument("--batch-size", type=int, default=50, help="images per batch (default: 50)")
     parser.add_argument("--prompt", help="text before each caption (default: the prompt of the training)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest caption (default: 256)")
-    text = "up to 1e-6: greedy decoding (default); above: tokens are sampled"
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of a caption (default: 256)")
+    text = "1e-6 (default) or less: greedy decoding; above: sampling"
     parser.add_argument("--temperature", type=float, default=1e-6, help=text)
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1.0, off)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the K likeliest tokens (default: 0, all)")

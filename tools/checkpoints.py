@@ -58,7 +58,7 @@ def build_parser() -> StrictParser:
     prune.add_argument("--keep-best", type=int, metavar="N", help="keep the N lowest validation losses")
     prune.add_argument("--damaged", action="store_true", help="also delete damaged ones older than the newest good one")
     prune.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
-    command("info", "print the facts of a checkpoint", f"{one}, or {run} for its newest")
+    command("info", "describe a checkpoint", f"{one}, or {run} for its newest")
     reshard = command("reshard", "write a checkpoint with the other kind of optimizer state", one)
     reshard.add_argument("--to", choices=_KINDS, default=_KINDS[0], help="kind of optimizer state")
     reshard.add_argument("--output", type=Path, help="folder of checkpoints to write to (default: replace it)")
@@ -145,7 +145,7 @@ def prune(options: argparse.Namespace) -> int:
     lock, _ = acquire(options.path)
     gone, wrong = keeper.prune(options.path, rules, options.dry_run)
     for problem in wrong:
-        print(f"damaged, not counted: {problem}")
+        print(f"damaged, ignored: {problem}")
     verb = "would delete" if options.dry_run else "deleted"
     print(f"{verb} steps: {', '.join(map(str, gone)) or 'none'}")
     if options.damaged:

@@ -62,7 +62,7 @@ def build_parser() -> StrictParser:
         added.add_argument("source", type=Path, help=source)
         added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=output)
         added.add_argument("--overwrite", action="store_true", help="replace the output of an earlier conversion")
-        added.add_argument("--verify", action="store_true", help="then run one batch through both models and compare")
+        added.add_argument("--verify", action="store_true", help="afterwards compare both models on one batch")
         return added
 
     def dtype(added: argparse.ArgumentParser, choices: Sequence[str]) -> None:
@@ -76,7 +76,9 @@ def build_parser() -> StrictParser:
         "folder to write: weights, configuration, tokenizer and the model's code",
     )
     dtype(to_hf, ("keep", "fp32", "bf16", "fp16"))
-    to_hf.add_argument("--encoder-only", action="store_true", help="without the text's embedding, projections and head")
+    to_hf.add_argument(
+        "--encoder-only", action="store_true", help="leave out the token embedding, the projections and the LM head"
+    )
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="largest weight file (default: 5GB)")
     to_hf.add_argument("--tokenizer", type=Path, help="file of the run's tokenizer, if it has moved")
     to_hf.add_argument(
@@ -123,7 +125,9 @@ def to_hf(options: argparse.Namespace) -> int:
     # An encoder reads no text: its tokenizer file may be gone.
     has_tokenizer = not options.encoder_only or options.tokenizer is not None
     if has_tokenizer and not tokenizer.is_file():
-        raise ValueError(f"{tokenizer}: no such file, and the run had its tokenizer there. Name it with --tokenizer")
+        raise ValueError(
+            f"{tokenizer}: no such file; the run's tokenizer was there. Name its new path with --tokenizer."
+        )
     if has_tokenizer and (found := load_tokenizer(tokenizer, config.model.vocab_size).fingerprint) != saved.tokenizer:
         raise ValueError(
             f"{tokenizer}: not the tokenizer of {place}: its fingerprint is {found}, the checkpoint's is "

@@ -251,15 +251,19 @@ def build() -> Any:
     parser.description = (__doc__ or "").partition("\n")[0]
     group = parser.add_argument_group("estimate")
     group.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the run (default: 1)")
-    group.add_argument("--gpu", choices=(*es.MACHINES, "cpu"), default="h100", help="their kind (default: h100)")
-    group.add_argument("--gpu-memory-gb", type=float, metavar="GIB", help="GiB of each rank (default: of the kind)")
-    group.add_argument("--peak-tflops", type=float, metavar="RATE", help="dense peak rate (default: of the kind)")
+    group.add_argument("--gpu", choices=(*es.MACHINES, "cpu"), default="h100", help="kind of rank (default: h100)")
     group.add_argument(
-        "--mfu", type=float, default=0.45, help="fraction of the peak while a GPU computes (default: 0.45)"
+        "--gpu-memory-gb", type=float, metavar="GIB", help="memory of a rank (default: that of the kind)"
+    )
+    group.add_argument(
+        "--peak-tflops", type=float, metavar="RATE", help="dense peak rate of a rank (default: that of the kind)"
+    )
+    group.add_argument(
+        "--mfu", type=float, default=0.45, help="fraction of the peak rate while a GPU computes (default: 0.45)"
     )
     group.add_argument("--top", type=int, default=5, metavar="K", help="number of layouts to list (default: 5)")
     for name, what in (("image", "patches"), ("text", "text tokens"), ("answer", "text tokens with loss")):
-        group.add_argument(f"--{name}-tokens", type=int, metavar="N", help=f"{what} of the average sample")
+        group.add_argument(f"--{name}-tokens", type=int, metavar="N", help=f"mean {what} per sample")
     group.add_argument("--json", action="store_true", help="print JSON")
     group.add_argument("--measure", action="store_true", help="measure small runs on this machine, compare, and exit")
     return parser

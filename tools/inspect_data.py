@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--image-size", metavar="PIXELS", help="side of fixed-size images (default: 224)")
     parser.add_argument("--fixed-resize", metavar="squash|resize-center-crop", help="default: squash")
     parser.add_argument("--seq-length", metavar="TOKENS", help="tokens of a pack (default: 16384)")
-    parser.add_argument("--seed", help="of the order of the data (default: 1234)")
+    parser.add_argument("--seed", help="seed of the data order (default: 1234)")
     parser.add_argument("--samples", type=int, default=8, help="how many samples to show (default: 8)")
     parser.add_argument("--packs", type=int, default=1, help="how many packs to show (default: 1)")
     parser.add_argument("--key", action="append", help="show this sample instead of the first ones; may be repeated")

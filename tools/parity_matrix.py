@@ -64,7 +64,7 @@ processes on gloo. Each layout is compared with one process. Worst of all its ca
 * gradient: of any parameter tensor at step 1, norm of the difference relative to the tensor's norm;
 * weights: of any tensor after {steps} steps, norm of the difference relative to how far it moved.
 
-Checked beside: initial weights equal bit for bit after gathering; the same samples in the same order; the validation
+Also checked: initial weights equal bit for bit after gathering; the same samples in the same order; the validation
 loss after step 2, within the loss's tolerance; after the last step every parameter replicated over tensor, context or
 data parallel ranks bit-equal among its replicas.
 

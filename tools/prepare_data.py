@@ -52,7 +52,7 @@ def default_manifest(shards: Sequence[str]) -> str:
     """
     folders = {storage.parent(shard) for shard in shards}
     if len(folders) > 1 and any(storage.is_remote(folder) for folder in folders):
-        raise ValueError("the shards lie in several places. Name the manifest to write with --manifest.")
+        raise ValueError("the shards are in several folders. Name the manifest to write with --manifest.")
     folder = folders.pop() if len(folders) == 1 else os.path.commonpath(list(folders))
     names = [shard.rsplit("/", 1)[-1].removesuffix(".tar") for shard in shards]
     common = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
@@ -175,9 +175,11 @@ def main() -> None:
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="prompt for samples that have only a caption")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="processes (default: all cores)")
-    parser.add_argument("--part", type=_part, metavar="i/n", help="index every n-th shard from i on, without manifest")
+    parser.add_argument(
+        "--part", type=_part, metavar="i/n", help="index only shards i, i + n, i + 2n, ...; writes no manifest"
+    )
     parser.add_argument("--skip-unreadable", action="store_true", help="skip unreadable shards")
-    parser.add_argument("--manifest", help="manifest to write (default: beside the shards, by their common name)")
+    parser.add_argument("--manifest", help="manifest to write (default: beside the shards, with their common name)")
     parser.add_argument("--seq-length", type=int, default=16384, help="tokens per pack, for the estimate in the report")
     options = parser.parse_args()
     if options.workers < 1 or options.seq_length < 1:
@@ -209,7 +211,7 @@ def main() -> None:
     if not shards:
         parser.exit(1, f"{parser.prog}: error: none of the {len(named)} shards can be read\n")
     if options.part:
-        print(f"part {first} of {step} is done; when all parts are, run this without --part to write the manifest")
+        print(f"part {first} of {step} is done; when all parts are done, run this without --part to write the manifest")
         return
     if others := other_shards(manifest, named):
         print(f"{manifest} stays unchanged: it lists {others} other shards. Name all shards to replace it.")

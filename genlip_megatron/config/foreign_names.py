@@ -114,7 +114,7 @@ torchrun sets it: use --nnodes and --nproc-per-node before pretrain_genlip.py
 data parallel size is world size / (tp * pp * cp); --fsdp also shards weights and gradients
     parallelism.data-parallel-replicate-degree parallelism.data-parallel-shard-degree data-parallel-shard-degree
     data-parallel-replicate-degree data-parallel-sharding-strategy
-it is always so; leave it out
+this is fixed here; leave it out
     use-distributed-optimizer use-mcore-models swiglu use-rotary-position-embeddings no-position-embedding
     untie-embeddings-and-output-weights disable-bias-linear use-dist-ckpt normalization position-embedding-type
     attention-softmax-in-fp32 dataloader-type ckpt-format auto-detect-ckpt-format group-query-attention

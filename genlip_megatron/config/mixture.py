@@ -20,7 +20,7 @@ def source_weights(data: DataConfig) -> list[tuple[int, tuple[float, ...]]]:
         if start < 0 or (phases and start <= phases[-1][0]) or (not phases and start):
             raise ValueError(
                 f"data.train_weights = {','.join(data.train_weights)!r}: {text!r} has a wrong step. The first weights "
-                "hold from step 0, later ones from a later step each, as in 7:3,5:5@20000."
+                "apply from step 0 and need no @STEP; each later entry needs a later step, as in 7:3,5:5@20000."
             )
         phases.append((start, _numbers("data.train_weights", weights, len(data.train_data))))
     return phases

@@ -110,9 +110,14 @@ class ModelConfig:
     num_attention_heads: int = _opt(16, "attention heads", MODEL, min=1)
     ffn_hidden_size: int = _opt(3072, "inner width of the SwiGLU", MODEL, min=1)
     text_hidden_size: int = _opt(
-        1152, "width of the token embedding and LM head; projected when it differs from hidden_size", MODEL, min=1
+        1152,
+        "width of the token embedding and LM head; projections are added if it differs from hidden_size",
+        MODEL,
+        min=1,
     )
-    vocab_size: int = _opt(151936, "rows of the token embedding and LM head, at least the tokenizer's", MODEL, min=1)
+    vocab_size: int = _opt(
+        151936, "rows of the token embedding and LM head; at least the tokenizer's largest id + 1", MODEL, min=1
+    )
     rope_sections: tuple[int, ...] = _opt(
         (12, 12, 12), "T,H,W sections of the interleaved rotary embedding", MODEL, length=3
     )
@@ -142,10 +147,12 @@ class DataConfig:
         paths=True,
     )
     train_weights: tuple[str, ...] = _opt(
-        (), "sampling weights of the train_data entries, as 7:3; from a later step on as 7:3,5:5@20000", DATA
+        (), "sampling weights of the train_data entries, such as 7:3; 7:3,5:5@20000 changes them at step 20000", DATA
     )
-    train_epochs: str = _opt("", "repeats of each train_data entry per epoch, as 1:4; instead of train_weights", DATA)
-    valid_data: tuple[str, ...] = _opt((), "validation data, in the form of train_data", FREE, paths=True)
+    train_epochs: str = _opt(
+        "", "repeats of each train_data entry per epoch, such as 1:4; instead of train_weights", DATA
+    )
+    valid_data: tuple[str, ...] = _opt((), "validation data, given like train_data", FREE, paths=True)
     tokenizer: str = _opt("", "Hugging Face tokenizer.json or SentencePiece .model file", MODEL)
     prompt: str = _opt(DEFAULT_PROMPT, "prompt of samples that have only a caption", DATA)
     image_mode: str = _opt("fixed", "how images are resized", DATA, choices=("fixed", "native"))
@@ -155,7 +162,7 @@ class DataConfig:
     max_pixels: int = _opt(262144, "native mode: largest image area", DATA)
     seq_length: int = _opt(16384, "tokens of one pack", DATA, min=1)
     pack_buffer: int = _opt(512, "samples that a lane looks ahead to fill a pack", DATA, min=1)
-    shuffle_window: int = _opt(4096, "samples that a lane shuffles among each other", DATA, min=1)
+    shuffle_window: int = _opt(4096, "window, in samples, within which a lane shuffles", DATA, min=1)
     chunk_size: int = _opt(256, "neighboring samples that go to the same lane", DATA, min=1)
     decoder: str = _opt(
         "auto",
@@ -257,12 +264,12 @@ class TrainConfig:
     fp8_recipe: str = _opt(
         "delayed", "FP8 scales from past steps or from the current tensor", FREE, choices=("delayed", "current")
     )
-    fp8_primary_weights: bool = _opt(False, "hold weights only in FP8, beside the optimizer's float32", FREE)
+    fp8_primary_weights: bool = _opt(False, "hold the linears' weights only in FP8; the optimizer keeps float32", FREE)
     fp8_attention: bool = _opt(False, "attention of image queries in FP8; text stays in BF16", FREE)
     fp8_fallback: bool = _opt(False, "use BF16, with a warning, where this machine cannot run FP8", FREE)
     first_last_layers_bf16: bool = _opt(False, "with fp8: keep the first and last layers in BF16", FREE)
-    num_layers_at_start_in_bf16: int = _opt(1, "with first_last_layers_bf16: first layers", FREE)
-    num_layers_at_end_in_bf16: int = _opt(1, "with first_last_layers_bf16: last layers", FREE)
+    num_layers_at_start_in_bf16: int = _opt(1, "with first_last_layers_bf16: number of first layers", FREE)
+    num_layers_at_end_in_bf16: int = _opt(1, "with first_last_layers_bf16: number of last layers", FREE)
     fusion: str = _opt(
         "auto",
         "compile residual branches and rotary embedding; norms: with the following LayerNorms; auto: on a GPU",
@@ -285,7 +292,7 @@ class CheckpointConfig:
     """Checkpoints."""
 
     save: str = _opt("", "checkpoint folder of the run; it resumes from the newest one there; empty: no saves", START)
-    load: str = _opt("", "a checkpoint or a folder of them to begin from while save is empty", START)
+    load: str = _opt("", "a checkpoint, or a folder of checkpoints, to start from if save holds none", START)
     save_interval: int = _opt(1000, "steps between checkpoints", FREE, min=1)
     finetune: bool = _opt(False, "load only the weights; optimizer, schedule and data start over", START)
     async_save: bool = _opt(True, "write checkpoints in the background of training", FREE)
@@ -313,9 +320,15 @@ class FaultsConfig:
         FREE,
         choices=("warn", "skip", "rollback"),
     )
-    spike_threshold: float = _opt(10.0, "robust standard deviations above the median that are a spike", FREE, above=0)
-    spike_window: int = _opt(128, "recent steps that a step is compared with; needs half of them", FREE, min=1)
-    max_bad_steps: int = _opt(5, "steps in a row without an update before a rollback, or else a stop", FREE, min=1)
+    spike_threshold: float = _opt(
+        10.0, "a spike is this many robust standard deviations above the median", FREE, above=0
+    )
+    spike_window: int = _opt(
+        128, "recent steps that a step is compared with; detection starts after half of them", FREE, min=1
+    )
+    max_bad_steps: int = _opt(
+        5, "steps in a row without an update before the run rolls back (on_spike rollback) or stops", FREE, min=1
+    )
     max_rollbacks: int = _opt(3, "rollbacks without a newer checkpoint before the run stops", FREE, min=0)
     rerun_bad_steps: bool = _opt(
         True, "compute a step of NaN or Inf again: a different result means a faulty device", FREE
@@ -331,7 +344,7 @@ class FaultsConfig:
     )
     stop_file: str = _opt("", "the run saves and exits when this file appears; empty: <save>/stop", FREE)
     inject_fault: tuple[str, ...] = _opt(
-        (), "for drills: faults as kind@step:rank, as kill@7:0; needs allow_fault_injection", FREE
+        (), "for drills: faults as kind@step:rank, such as kill@7:0; needs allow_fault_injection", FREE
     )
     allow_fault_injection: bool = _opt(False, "accept inject_fault", FREE)
 

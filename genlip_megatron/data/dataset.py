@@ -135,7 +135,9 @@ class Dataset:
         first = int(self._offsets[shard])
         rows = self.plan_rows(np.arange(first, first + entry.samples))
         if index.header.digest != entry.digest or rows.tobytes() != index.plan_rows().tobytes():
-            return ValueError("the index of its shard is not the manifest's. Run tools/prepare_data.py again.")
+            return ValueError(
+                "the index of its shard changed since the manifest was written. Run tools/prepare_data.py again."
+            )
         return index
 
     def key(self, sample: int) -> str:
@@ -191,8 +193,8 @@ def _check_images_fit(dataset: Dataset) -> None:
                 most = max(most, int((heights * widths).max()) // PATCH_SIZE**2)
     if most + _CLOSING_TOKENS > data.seq_length:
         raise ValueError(
-            f"data.seq_length = {data.seq_length}: an image of {most} patches does not fit beside its closing tokens. "
-            f"Raise it to at least {most + _CLOSING_TOKENS}, or lower the image size."
+            f"data.seq_length = {data.seq_length}: an image of {most} patches and its closing tokens do not fit a "
+            f"pack. Raise it to at least {most + _CLOSING_TOKENS}, or lower the image size."
         )
 
 

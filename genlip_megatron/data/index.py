@@ -167,5 +167,5 @@ def load_index(shard: str, fingerprint: str, prompt: str) -> ShardIndex:
     if header.prompt != prompt:
         raise ValueError(f"{path} was made with another prompt than data.prompt = {prompt!r}; {remedy}")
     if header.shard_size and not len(index.rows) and not index.refused.keys() - _OLD_REFUSALS:
-        raise ValueError(f"{shard} may not be a tar file: its index, of an older version, holds no sample; {remedy}")
+        raise ValueError(f"{shard} may not be a tar file: an older version indexed it without samples; {remedy}")
     return index

@@ -206,8 +206,8 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
                     logger.warning("%s: %s: only the shards at its top level are used; %s", setting, part, beside)
                 elif below := _shards_below(part, matches, found):
                     logger.warning(
-                        "%s: %r: only the files that it matches are used; %d more .tar files lie in folders that it "
-                        "matches: %r", setting, part, below, os.path.join(part, "*.tar"),
+                        "%s: %r matches files and folders; only the files are used. To use the %d .tar files in the "
+                        "folders too, add %r", setting, part, below, os.path.join(part, "*.tar"),
                     )  # fmt: skip
             shards += found
     shards = _same_file(shards)

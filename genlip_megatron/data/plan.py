@@ -314,8 +314,8 @@ class Plan:
         """
         if differing := self.differences(state):
             raise ValueError(
-                f"the checkpoint's data cursor is of other data or another order: {'; '.join(differing)}. Restore it, "
-                "start the data from the beginning (--change-data), or start a new run with --finetune."
+                f"the checkpoint's data cursor is of other data or another order: {'; '.join(differing)}. Restore "
+                "these settings, start the data from the beginning (--change-data), or start a new run with --finetune."
             )
         old = {int(lane): cursor for lane, cursor in state["lanes"].items()}
         taken = max(cursor["packs"] for cursor in old.values())
@@ -323,8 +323,9 @@ class Plan:
         ours = [(phase.start, phase.weights) for phase in self.phases if phase.start < max(taken, 1)]
         if taken and theirs != ours:
             raise ValueError(
-                f"the weights of the {taken} steps already taken were {theirs}, here {ours} (data.train_weights or "
-                "data.train_epochs). Keep them, and change weights from a later step on, as in 7:3,5:5@20000."
+                f"the weights of the {taken} steps already taken were {theirs}, and are {ours} here "
+                "(data.train_weights or data.train_epochs). Keep them for those steps, and change them from a later "
+                "step, as in 7:3,5:5@20000."
             )
         if state["count"] == self.lanes:
             self._lanes = {i: self._restored(cursor) for i, cursor in old.items()}
@@ -360,7 +361,7 @@ class Plan:
     def _drained(self, old: dict[int, dict[str, Any]], count: int) -> dict[int, _Lane]:
         """New lanes that use up what ``count`` old ones left of every epoch that had begun, then start the next."""
         if missing := set(range(count)) - old.keys():
-            raise ValueError(f"the cursor lacks lanes {sorted(missing)}: the number of lanes cannot be changed with it")
+            raise ValueError(f"the cursor lacks lanes {sorted(missing)}: it does not fit another number of lanes")
         packs, phase = max(cursor["packs"] for cursor in old.values()), max(cursor["phase"] for cursor in old.values())
         begun = [
             max(walk[2] for cursor in old.values() for walk in cursor["walks"][i]) for i in range(len(self.sources))

@@ -104,8 +104,9 @@ class BadShare:
         if self._most < 1 and self._bad > self._most * max(self._samples, _FEWEST):
             raise DataFailure(
                 f"{self._bad:,.0f} of the last {self._samples:,.0f} samples could not be used, more than "
-                f"data.max_bad_share = {self._most:g} allows (of at least {_FEWEST:,}); quarantine.jsonl in the save "
-                "folder names them. Check the storage and the index, or raise data.max_bad_share (1: never stop)"
+                f"data.max_bad_share = {self._most:g} allows (fewer than {_FEWEST:,} samples count as {_FEWEST:,}); "
+                "quarantine.jsonl in the save folder names them. Check the storage and the index, or raise "
+                "data.max_bad_share (1: never stop)"
             )
         if self._samples >= _WINDOW:
             self._samples, self._bad = self._samples / 2, self._bad / 2

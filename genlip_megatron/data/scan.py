@@ -119,10 +119,12 @@ def _headers(path: str, content: memoryview, refused: dict[str, str]) -> Iterato
             position += BLOCK
             start = _next_header(content, position)
         elif position >= len(content):
-            refused["(end)"] = "no end mark: the shard was cut short, unless its writer leaves the mark out"
+            refused["(end)"] = "no end mark: the shard may be cut short (some writers leave the mark out)"
             return
         elif (start := _next_header(content, position)) is not None:
-            refused[f"(byte {position})"] = "zeros between members: some are lost, unless shards were put together"
+            refused[f"(byte {position})"] = (
+                "zeros between members: some are lost, unless this is several shards in one file"
+            )
         elif not only_zeros(content[position:]):
             refused[f"(byte {position})"] = "the bytes after the end mark are not tar: members may be lost"
         elif len(content) - position > MAX_END_ZEROS:

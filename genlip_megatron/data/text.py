@@ -129,7 +129,7 @@ def _conversation(turns: Any, name: str) -> Turns:
         if missing := " and ".join(f'"{field}"' for field in ("from", "value") if field not in turn):
             raise ValueError(f"a turn of the conversation has no {missing}: its keys are {', '.join(sorted(turn))}")
         if turn["from"] not in _USER + _ASSISTANT:
-            raise ValueError(f"a turn comes from {turn['from']!r}: known are {', '.join(_USER + _ASSISTANT)}")
+            raise ValueError(f"a turn comes from {turn['from']!r}: expected {', '.join(_USER + _ASSISTANT)}")
         if not isinstance(turn["value"], str):
             raise ValueError(f'the "value" of a turn is {_kind(turn["value"])}, not text')
         parsed.append((turn["value"], turn["from"] in _ASSISTANT))

@@ -41,7 +41,7 @@ def build_parser(prog: str, doc: str, output: str = "") -> StrictParser:
     parser.add_argument("--load", required=True, help="folder of a run, of one checkpoint, or an exported folder")
     parser.add_argument("--limit", type=int, default=0, help="use only the first N images (default: 0, all)")
     parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto, a GPU if there is one)")
-    text = "dtype to compute in: fp32, bf16, fp16, or auto (default), that of the stored weights"
+    text = "dtype to compute in: fp32, bf16, fp16, or auto (default: the dtype of the stored weights)"
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
     if not output:
         parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
@@ -57,7 +57,7 @@ def build_parser(prog: str, doc: str, output: str = "") -> StrictParser:
 
 def add_tokenizer(parser: StrictParser) -> None:
     """``--tokenizer``, for tools that write or read text."""
-    text = "the model's tokenizer, if it is no longer where the run had it"
+    text = "the model's tokenizer file, if it was moved after the training"
     parser.add_argument("--tokenizer", default="", help=text)
 
 

@@ -1,7 +1,7 @@
 """Real processes for tests, on gloo or, with GPUs, NCCL.
 
-They are started once and join a group anew for every job, since importing takes seconds. Each is started on its own, so
-that ranks share no hash seed and no state of imports.
+They are started once and join a new group for every job, since importing takes seconds. Each is started separately, so
+ranks share no hash seed and no state of imports.
 """
 
 from __future__ import annotations

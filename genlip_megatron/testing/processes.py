@@ -87,8 +87,8 @@ class Job:
         """How every rank ended.
 
         Args:
-            end_others: as torchrun does, end the other ranks so many seconds after one has ended with an error: by
-                SIGTERM, and as long after that by SIGKILL. None: leave them alone.
+            end_others: as torchrun does, end the other ranks this many seconds after one has ended with an error: by
+                SIGTERM, and as long after that by SIGKILL. None: they keep running.
 
         Raises:
             AssertionError: ranks still run after ``timeout`` seconds; all are then killed.
@@ -279,7 +279,7 @@ def _become(target: str, argv: list[str], variables: dict[str, str], output: str
 
 
 def import_training() -> None:
-    """Import all that ranks need, on one thread; collections of garbage leave it alone from then on."""
+    """Import all that ranks need, on one thread, and exclude it from garbage collection."""
     import torch
 
     torch.set_num_threads(1)

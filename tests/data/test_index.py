@@ -230,15 +230,17 @@ def test_concatenated_shards_are_read_to_the_end(tokenizer: Tokenizer, tmp_path:
     (tmp_path / "s.tar").write_bytes(b"".join(parts))
     index = build_index(str(tmp_path / "s.tar"), tokenizer, PROMPT)
     assert index.keys == ["a", "b"]
-    assert list(index.refused.values()) == ["zeros between members: some are lost, unless shards were put together"]
+    assert list(index.refused.values()) == [
+        "zeros between members: some are lost, unless this is several shards in one file"
+    ]
 
 
 @pytest.mark.parametrize(
     ("size", "rest", "reason"),
     [
         (10_240, b"", ""),  # what tar fills up
-        (300_000, b"", "zeros to the end of the shard: its data perhaps never arrived"),
-        (10_240, b"\x1f\x8b" + bytes(range(256)) * 8, "what follows the end mark is no tar"),
+        (300_000, b"", "zeros to the end of the shard: its data may never have arrived"),
+        (10_240, b"\x1f\x8b" + bytes(range(256)) * 8, "the bytes after the end mark are not tar"),
     ],
 )
 def test_what_stands_where_samples_may_have_been_is_noted(

@@ -107,7 +107,7 @@ def test_a_warning_mentions_shards_in_folders_that_a_glob_matches(
     with caplog.at_level(logging.WARNING):
         assert names(tmp_path, "**/*") == ["0.tar", "a/1.tar", "a/2.tar"] and not caplog.text
         assert names(tmp_path, "*") == ["0.tar"]
-    assert f"2 more .tar files lie in folders that it matches: '{tmp_path}/*/*.tar'" in caplog.text
+    assert f"To use the 2 .tar files in the folders too, add '{tmp_path}/*/*.tar'" in caplog.text
 
 
 def test_a_warning_mentions_shards_in_subfolders(

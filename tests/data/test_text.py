@@ -54,8 +54,8 @@ def test_conversations_lose_their_image_marker(key: str, user: str, assistant: s
         (b'{"caption": "<image> a <image> b"}', "more than one image in the caption: 2 <image> markers"),
         (b'{"images": ["a.jpg", "b.jpg"], "caption": "x"}', 'more than one image in the caption: "images" lists 2'),
         (b'{"caption": "a <|im_end|>"}', r"spells the control token '<\|im_end\|>'"),
-        (b'{"conversations": [{"from": "robot", "value": "x"}]}', "a turn comes from 'robot': known are user"),
-        (b'{"conversations": [{"from": "system", "value": "x"}]}', "a turn comes from 'system': known are user"),
+        (b'{"conversations": [{"from": "robot", "value": "x"}]}', "a turn comes from 'robot': expected user"),
+        (b'{"conversations": [{"from": "system", "value": "x"}]}', "a turn comes from 'system': expected user"),
         (b'{"conversations": [{"from": "user"}]}', 'has no "value"'),
         (
             b'{"conversations": [{"role": "user", "content": "x"}]}',

@@ -59,7 +59,7 @@ def test_prune_counts_only_good_checkpoints(tool: ModuleType, run: Path, capsys:
     assert tool.main([*flags, "--dry-run"]) == 0
     assert "would delete steps: 10\n" in capsys.readouterr().out and len(paths.steps(run)) == 5
     assert tool.main(flags) == 0
-    assert "damaged, not counted" in capsys.readouterr().out and paths.steps(run) == [50, 40, 30, 20]
+    assert "damaged, ignored" in capsys.readouterr().out and paths.steps(run) == [50, 40, 30, 20]
     assert tool.main([*flags, "--damaged"]) == 0
     assert "deleted damaged steps: 40" in capsys.readouterr().out and paths.steps(run) == [50, 30, 20]
 

@@ -279,7 +279,7 @@ def test_text_of_the_data_never_becomes_part_of_the_page(page: Callable[..., Pag
         (["--samples", "0"], "--samples 0, --packs 1: must be at least 1"),
         (["--key", "nope"], "--key nope: no sample with this key in 1 shards"),
         (["--image-mode", "natve"], "flags: data.image_mode = 'natve': expected one of fixed, native"),
-        (["--seq-length", "10"], "data.seq_length = 10: an image of 9 patches does not fit"),
+        (["--seq-length", "10"], "data.seq_length = 10: an image of 9 patches and its closing tokens do not fit"),
         (["--prompt", "Say it."], "was made with another prompt than data.prompt = 'Say it.'"),
         (["--tokenizer", "nope.json"], "data.tokenizer = 'nope.json': no such file"),
         (["--config", "so17"], "--config so17: no such recipe"),

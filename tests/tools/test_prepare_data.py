@@ -60,7 +60,9 @@ def test_report_manifest_and_quarantine(folder: Path, tokenizer: Path) -> None:
     assert "refused 1: image does not decode" in printed
     for title in ("image height in pixels:", "image width in pixels:", "text tokens:", "packs of 190 tokens", "fill "):
         assert title in printed
-    assert "stage 1, 224x224: data.seq_length = 190: an image of 196 patches does not fit" in printed
+    assert (
+        "stage 1, 224x224: data.seq_length = 190: an image of 196 patches and its closing tokens do not fit" in printed
+    )
     (line,) = (folder / "part.quarantine.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["shard"] == str(folder / "part-00002.tar") and record["key"] == "bad"
@@ -179,7 +181,7 @@ def test_an_index_that_changed_after_the_manifest_is_refused(folder: Path, token
     assert "part.dataset.json stays unchanged: it lists 4 other shards. Name all shards" in printed
     dataset = open_dataset([manifest], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S")
     assert len(dataset.index(2).rows) == 6
-    with pytest.raises(ValueError, match="is not the manifest's. Run tools/prepare_data.py again"):
+    with pytest.raises(ValueError, match="changed since the manifest was written. Run tools/prepare_data.py again"):
         dataset.index(3)
     assert dataset.key(20) == "(sample 2)"
 
@@ -263,7 +265,7 @@ def test_other_samples_of_the_same_sizes_are_noticed(folder: Path, tokenizer: Pa
     dataset = open_dataset(
         [str(folder / "part.dataset.json")], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S"
     )
-    with pytest.raises(ValueError, match="is not the manifest's"):
+    with pytest.raises(ValueError, match="changed since the manifest was written"):
         dataset.index(3)
 
 
