@@ -83,7 +83,7 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
     Args:
         target: missing or an empty folder; with ``overwrite`` also a folder that this tool wrote.
         size: bytes to write.
-        foreign: names an entry of a folder that this tool does not write and that would be lost; "" if there is none.
+        foreign: names an entry of a folder that this tool did not write and that would be lost; "" if there is none.
 
     Raises:
         ValueError: ``target`` must not be replaced, too little free space, or the disk is not writable.

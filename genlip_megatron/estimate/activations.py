@@ -1,7 +1,7 @@
 """Bytes that a micro-batch keeps for the backward pass, and the largest temporaries beside them.
 
-The unit is a tensor that a module keeps, not an operation of a kernel. What a kernel copies for itself is one measured
-factor of its attention backend (``_COPIES``). The promise is 10% of the measured peak, see ``tests/test_estimate.py``.
+The unit is a tensor that a module keeps, not an operation of a kernel. A kernel's own copies are one measured factor
+for each attention backend (``_COPIES``). The estimate is within 10% of the measured peak (``tests/test_estimate.py``).
 
 Legend: S tokens of a micro-batch, D hidden size, F inner size, E text width, V vocabulary; T, P, C sizes of the
 tensor-, pipeline- and context-parallel groups.
@@ -28,7 +28,7 @@ def compute_bytes(config: RunConfig, device: str) -> int:
 
 
 def backend(config: RunConfig, device: str) -> str:
-    """The attention backend of the estimate: the setting, or what auto takes on ``device``."""
+    """The attention backend of the estimate: the setting, or the choice of auto on ``device``."""
     wanted = config.train.attention_backend
     if wanted != "auto":
         return wanted
@@ -122,7 +122,7 @@ class Activations:
         return self.mix.image_tokens / self.mix.tokens * self.tokens * PATCH_VALUES
 
     def temporaries(self, layers: int) -> float:
-        """The most that a layer's backward pass adds to what its chunk keeps, less what it has freed by then."""
+        """The largest memory that a layer's backward pass adds to what its chunk keeps, less what it has freed by then."""
         model, parallel = self.config.model, self.config.parallel
         recomputed = 3 * self.inner + 2 * self.hidden if "mlp" in self.recomputed else 0.0
         if parallel.recompute == "full" and (parallel.recompute_num_layers or layers) >= layers:

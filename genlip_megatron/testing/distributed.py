@@ -100,7 +100,7 @@ def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any
         AssertionError: with the tracebacks of the ranks that failed.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < world_size:
-        pytest.skip(f"needs {world_size} GPUs, here are {torch.cuda.device_count()}")
+        pytest.skip(f"needs {world_size} GPUs; this machine has {torch.cuda.device_count()}")
     for rank in range(world_size):
         if rank not in _workers or not _workers[rank].process.is_alive():
             _workers[rank] = Worker(rank)

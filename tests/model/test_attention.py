@@ -195,7 +195,7 @@ def test_choice_on_a_cpu_says_why() -> None:
     name, reason = choose_backend("auto", Place(CPU, FLOAT, 72))
     assert name == "grouped"
     assert reason.startswith("the first of varlen, te, grouped that runs here; ")
-    assert "varlen needs a CUDA device, here is cpu" in reason
+    assert "varlen needs a CUDA device; this is cpu" in reason
     assert "te Transformer Engine is not installed" in reason
 
 
@@ -204,7 +204,7 @@ def test_choice_on_a_cpu_says_why() -> None:
     [
         (
             "varlen",
-            "train.attention_backend = varlen: needs a CUDA device, here is cpu. Backends that run here: dense, ",
+            "train.attention_backend = varlen: needs a CUDA device; this is cpu. Backends that run here: dense, ",
         ),
         ("flex", "it has no backward pass on a CPU"),
         ("te", "Transformer Engine is not installed"),

@@ -92,16 +92,16 @@ def config(**flags: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("flags", "gpu", "message"),
     [
-        ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*here it is 8\.0"),
-        ({}, Gpu(), "needs compute capability 8.9 or above .*there is no GPU here"),
-        ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, here it is 8\.9"),
+        ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*not 8\.0"),
+        ({}, Gpu(), "needs compute capability 8.9 or above .*and there is no GPU"),
+        ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, not 8\.9"),
         (
             {"fp8_recipe": "current"},
             HOPPER,
-            "current scaling .* 10.0 .*here it is 9.0; on Hopper use --fp8-recipe d",
+            "current scaling .* 10.0 .*not 9.0; on Hopper use --fp8-recipe d",
         ),
         ({"image_mode": "native"}, HOPPER, "images of data.image_mode = native differ in length"),
-        ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*here it is 9\.6\.0"),
+        ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*installed is 9\.6\.0"),
         ({}, Gpu((9, 0), 91000), "which has a bug"),
         ({"fp8_recipe": "current"}, Gpu((12, 0), 91500), "no kernel for compute capability 12.0"),
     ],
