@@ -149,7 +149,7 @@ def model_parallel_place() -> ModelParallelPlace:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether this rank is the first to call this with ``text``: of all ranks, or of its machine without process groups.
+    """Whether this rank is the first to call this with ``text``, or the first of its machine without process groups.
 
     Not a collective: other ranks may have another text or none.
     """

@@ -23,7 +23,7 @@ from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
 
 
 def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
-    """Begin a save, change everything before it is written, finish and load it: (state before, loaded state)."""
+    """Begin a save, change the state before it is written, finish and load it; (state before, loaded state)."""
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
     from genlip_megatron.checkpoint.parts import State
     from genlip_megatron.checkpoint.saving import Facts
@@ -193,7 +193,7 @@ def test_a_run_saved_before_its_first_update_starts_like_a_new_one(last: bool, d
 
 
 def second_process(config: RunConfig, root: Path) -> str:
-    """The error of a run whose folder another process holds, or rank 1 does not see."""
+    """The error of a run whose folder is locked by another process or not visible to rank 1."""
     from genlip_megatron.train import resume
     from genlip_megatron.train.setup import set_up
 

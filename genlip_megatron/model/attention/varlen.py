@@ -29,8 +29,8 @@ def why_no_flash(place: Place) -> str | None:
         return f"needs bfloat16 activations (train.precision = bf16), not {place.dtype}".replace("torch.", "")
     if place.head_dim % 8 or place.head_dim > 256:
         return f"needs a head size that is a multiple of 8, up to 256, not {place.head_dim}"
-    capability = torch.cuda.get_device_capability(place.device)
-    return None if capability >= (8, 0) else f"needs compute capability 8.0 or above, not {capability[0]}.{capability[1]}"
+    major, minor = torch.cuda.get_device_capability(place.device)
+    return None if major >= 8 else f"needs compute capability 8.0 or above, not {major}.{minor}"
 
 
 class Varlen(TwoCalls):
