@@ -31,7 +31,7 @@ class _Scaling:
 
     def quantised(self, x: Tensor) -> Tensor:
         """``x`` rounded to E4M3 with the scale from earlier passes; records the largest value in the history."""
-        amax = self.amax_history[0, :1]  # a rank's own, until the next update
+        amax = self.amax_history[0, :1]  # local to the rank until the next update
         torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, get_amax_reduction_group(True))
         if amax:
             self.amax_history.copy_(self.amax_history.roll(-1, 0))
@@ -55,7 +55,7 @@ class _InFp8(torch.autograd.Function):
 
 
 class _Engine:
-    """The common part of Transformer Engine's linears: FP8 format and delayed scaling's state, pickled as extra state."""
+    """The common part of Transformer Engine's linears: FP8 format, and pickled state of delayed scaling."""
 
     ub_name: str
     config: Any

@@ -122,7 +122,7 @@ class Activations:
         return self.mix.image_tokens / self.mix.tokens * self.tokens * PATCH_VALUES
 
     def temporaries(self, layers: int) -> float:
-        """The largest memory that a layer's backward pass adds to what its chunk keeps, less what it has freed by then."""
+        """The most that a layer's backward pass adds to its chunk's activations, less what it has freed by then."""
         model, parallel = self.config.model, self.config.parallel
         recomputed = 3 * self.inner + 2 * self.hidden if "mlp" in self.recomputed else 0.0
         if parallel.recompute == "full" and (parallel.recompute_num_layers or layers) >= layers:

@@ -38,7 +38,7 @@ class Tolerance:
 
 # Float32 sums run in another order. The largest measured differences were 8e-8, 7e-7 and 1.3e-5.
 FLOAT32 = Tolerance(loss=1e-6, gradient=1e-5, weight=1e-3)
-# Another order of sums changes the last of bfloat16's 8 bits. The largest measured differences were 2e-5, 5e-2 and 0.49.
+# Another order of sums changes the last of bfloat16's 8 bits. The largest measured differences were 2e-5, 5e-2, 0.49.
 # Weights are rounded to bfloat16 as well: near 0.1 its values are half a thousandth apart, and ten steps change a
 # LayerScale of 0.1 by about as much.
 BFLOAT16 = Tolerance(loss=2e-4, gradient=0.1, weight=0.75)

@@ -2,8 +2,8 @@
 
 Importing torch and Megatron-Core takes seconds, too long for tests that kill hundreds of runs. A *zygote* is a process
 that has only imported them. It has one thread, no process group and no DALI pipeline, because these do not survive a
-fork (tested in ``reliability/test_processes.py``). It forks the ranks of a run on demand. Each rank has its own session,
-its own output file and the environment that torchrun sets, and ends like any script.
+fork (``reliability/test_processes.py`` checks this). It forks the ranks of a run on demand. Each rank has its own
+session, its own output file and the environment that torchrun sets, and ends like any script.
 
 Differences from torchrun: ranks share the hash seed and the random state after the imports, and rank 0 serves the
 rendezvous, which under torchrun outlives the ranks.

@@ -1,4 +1,4 @@
-"""FP8 scales are part of a checkpoint: a resumed run equals the uninterrupted one, and nothing else needs them."""
+"""FP8 scales are part of a checkpoint: a resumed run equals the uninterrupted one; runs without FP8 ignore them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_scales_that_do_not_fit_are_reset_and_logged(
     assert len(anew["said"]) == 1 and "fp8.amax_history_bwd and 15 more" in anew["said"][0]
 
 
-def test_scales_are_ignored_where_nothing_needs_them(
+def test_scales_are_ignored_by_runs_without_fp8(
     saved: tuple[Path, dict[str, torch.Tensor]], demo_data: Path, tmp_path: Path
 ) -> None:
     place = saved[0]
@@ -180,7 +180,7 @@ def test_an_asynchronous_save_holds_the_scales_of_its_step(demo_data: Path, tmp_
 
 
 @pytest.mark.parametrize("fault", ["transient-nan", "nan-grad"])
-def test_a_bad_step_leaves_no_trace(fault: str, demo_data: Path) -> None:
+def test_a_bad_step_does_not_change_the_scales(fault: str, demo_data: Path) -> None:
     flags = {**DELAYED, "faults__allow_fault_injection": True, "faults__inject_fault": [f"{fault}@3:0"]}
     whole, bad = (run_distributed(1, scales_after_each, tiny_config(demo_data, **f), 3)[0] for f in (DELAYED, flags))
     assert not torch.equal(whole[1]["1.self_attention.linear_qkv.fp8.amax_history_fwd"],

@@ -91,7 +91,7 @@ def test_fused_norms_train_as_separate_norms(name: str, demo_data: Path) -> None
     assert [name for name, _ in fused[0]["seen"]] == ["qkv", "proj", "fc1", "fc2"] * 4
     expected = weights(alone)
     for tensor, weight in weights(fused).items():
-        # Adam turns the rounding of tiny gradients into steps of the learning rate; there were four steps.
+        # Adam turns the rounding of tiny gradients into whole steps; each of the four steps moves a weight by up to lr.
         torch.testing.assert_close(weight, expected[tensor], atol=2e-5, rtol=0, msg=tensor)
 
 

@@ -78,7 +78,7 @@ def test_resume_on_another_layout_continues_the_curve(
     config = tiny_config(demo_data, **flags, checkpoint__load=half)
     results = run_distributed(world_size, run_steps, config, STEPS)
     assert results[0]["losses"] == pytest.approx(reference["losses"][STEPS // 2 :], rel=1e-5)
-    # The packs that the ranks take together are those of one process after what had been trained on.
+    # Together the ranks take the packs that one process takes after the trained ones.
     packs = {tuple(keys) for result in results for keys in result["keys"]}
     expected = [tuple(keys) for keys in reference["keys"]]
     assert packs == set(expected[len(expected) // 2 :])
@@ -102,7 +102,7 @@ def test_checkpoint_of_another_model_is_refused(demo_data: Path, tmp_path: Path)
         ({"data__seq_length": 40}, "data.seq_length = 40: an image of"),
         ({"data__prompt": "Describe."}, "was made with another prompt than data.prompt = 'Describe.'"),
         ({"checkpoint__load": "/nowhere"}, "checkpoint.load = /nowhere: no folder iter_NNNNNNN in it"),
-        ({"data__seq_length": 2**26}, "no layout on 1 ranks fits: take more or larger ones"),
+        ({"data__seq_length": 2**26}, "no layout on 1 ranks fits; use more or larger GPUs"),
         ({"train__attention_backend": "varlen"}, "train.attention_backend = varlen: needs a CUDA device"),
         ({"parallel__offload_modules": "core_attn"}, "Megatron-Core offloads with Transformer Engine"),
         ({"train__global_batch_size": 3, "train__micro_batch_size": 2}, "The nearest multiple is 4"),

@@ -1,4 +1,4 @@
-"""Prefix-LM attention over packed samples: one rule (``model/mask.py``), several backends. A sequence may be split anywhere.
+"""Prefix-LM attention over packed samples: one rule (``model/mask.py``), several backends, any split of a sequence.
 
 ``core.py`` holds the modules of Megatron-Core's layer; ``packed.py`` what a micro-batch's layers share; ``backend.py``
 the interface of a backend; ``registry.py`` the list of backends: ``dense.py``, ``grouped.py``, ``flex.py``,
