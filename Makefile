@@ -1,8 +1,8 @@
-# make demo: train a small GenLIP from nothing and caption unseen images.  make test: the CPU test suite.
-# make parity: the same run on every parallel layout, into docs/parity.md.
+# make demo: train a small GenLIP from scratch and caption unseen images.  make test: the CPU test suite.
+# make parity: the same run on every parallel layout; writes docs/parity.md.
 # make docs: the documentation site, into site/.
-# make plugging: what others load, with transformers 4, ONNX and lmms-eval, in environments of their own.
-# make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
+# make plugging: tests of exported folders with transformers 4, ONNX and lmms-eval, in separate environments.
+# make faults: tests that kill, hang and corrupt runs; writes the table of faults into docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,14 +32,14 @@ plugging:
 	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[dev,lmms]"
 	$(VENV)-lmms/bin/python -m pytest tests/plugging/test_lmms_eval.py
 
-# Torch first, which Transformer Engine is compiled against; a toolkit with nvcc has to be there. Triton's interpreter
-# breaks with numpy 2.3.
+# Installs torch first, because Transformer Engine is compiled against it. Needs a CUDA toolkit with nvcc. Triton's
+# interpreter breaks with numpy 2.3.
 NULL_GPU := $(VENV)-null-gpu
 NULL_GPU_PYTHON ?= $(NULL_GPU)/bin/python
 CUDA_HOME ?= /usr/local/cuda
 
 $(NULL_GPU)/installed: setup.py
-	test -x $(CUDA_HOME)/bin/nvcc || { echo "CUDA_HOME = $(CUDA_HOME) has no bin/nvcc: set it to a toolkit of CUDA 13"; exit 1; }
+	test -x $(CUDA_HOME)/bin/nvcc || { echo "CUDA_HOME = $(CUDA_HOME) has no bin/nvcc. Set it to a CUDA 13 toolkit"; exit 1; }
 	test -x $(NULL_GPU)/bin/python || $(PYTHON) -m venv $(NULL_GPU)
 	$(NULL_GPU)/bin/python -m pip install --quiet torch==2.11.0 ninja pybind11 setuptools wheel "numpy<2.3"
 	nvidia=$$($(NULL_GPU)/bin/python -c "import nvidia; print(nvidia.__path__[0])") && \
@@ -80,8 +80,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# By name in this folder, not by variables: VENV may be set to an environment that others use too, and `make --file` may
-# run anywhere.
+# Fixed names in this folder: VENV may be a shared environment, and `make --file` may run in any folder.
 clean:
 	cd "$(dir $(abspath $(lastword $(MAKEFILE_LIST))))" && rm -rf .venv .venv-hf4 .venv-lmms .venv-null-gpu build site \
 		genlip_megatron.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -147,7 +147,7 @@ def final_exit(save: str | Path) -> int | None:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if marked_by == run_id and (restarted or _launcher_is_older_than(file)):
             status = int(code)
-            tell_torchrun(reason.strip() or f"this launch is over with status {status}")
+            tell_torchrun(reason.strip() or f"this launch has ended with status {status}")
             return status
         if int(os.environ.get("RANK", "0")) == 0:
             file.unlink(missing_ok=True)

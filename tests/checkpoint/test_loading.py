@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     assert "no good checkpoint" in error and "its SHA-256 does not match" in error
 
 
-def test_sizes_alone_do_not_show_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
+def test_a_check_of_sizes_misses_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
     place = tmp_path / "iter_0000002"
     shutil.copytree(saved / "iter_0000002", place)
     file = next(place.glob("*.distcp"))
@@ -116,7 +116,7 @@ def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
     assert loading.find(tmp_path / "nowhere", True, said.append) is None
 
 
-def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_being_replaced_is_restored(saved: Path, demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(saved, root)
     (root / "iter_0000002").rename(root / ".iter_0000002.replaced")

@@ -84,7 +84,7 @@ def test_an_older_export_captions_and_converts(older: Path, tmp_path: Path) -> N
     assert (tmp_path / "again/model.safetensors").read_bytes() == (older / "export/model.safetensors").read_bytes()
 
 
-def test_an_older_yaml_file_says_the_same(older: Path) -> None:
+def test_an_older_yaml_file_gives_the_same_settings(older: Path) -> None:
     config = from_dict(load_yaml(str(older / "run.yaml")), "run.yaml")
     assert (config.train.lr, config.model.hidden_size, config.parallel.recompute) == (0.02, 16, "none")
     assert config.checkpoint.fully_reshardable_every == 0

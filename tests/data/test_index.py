@@ -290,7 +290,7 @@ def test_an_empty_file_is_a_shard_without_samples(tokenizer: Tokenizer, tmp_path
     assert not len(index.rows) and index.refused == {"(shard)": "empty file"}
 
 
-def test_a_tar_without_samples_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tar_without_samples_is_reported(tokenizer: Tokenizer, tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", {"0.cls": b"3", "readme.md": b"x"})
     index = build_index(shard, tokenizer, PROMPT)
     assert index.refused == {"(shard)": "no sample: no member is an image or a caption"}

@@ -123,9 +123,9 @@ def test_scales_that_do_not_fit_are_reset_and_logged(
             in line for line in longer["said"]] == [True]  # fmt: skip
     root = str(tmp_path / "run")
     run_distributed(1, trained, tiny_config(demo_data, **BF16, checkpoint__save=root), 1)
-    anew = run_distributed(1, trained, tiny_config(demo_data, **DELAYED, checkpoint__save=root), 2)[0]
-    assert all((tensor == (0.0 if name in histories else 1.0)).all() for name, tensor in anew["begun"].items())
-    assert len(anew["said"]) == 1 and "fp8.amax_history_bwd and 15 more" in anew["said"][0]
+    reset = run_distributed(1, trained, tiny_config(demo_data, **DELAYED, checkpoint__save=root), 2)[0]
+    assert all((tensor == (0.0 if name in histories else 1.0)).all() for name, tensor in reset["begun"].items())
+    assert len(reset["said"]) == 1 and "fp8.amax_history_bwd and 15 more" in reset["said"][0]
 
 
 def test_scales_are_ignored_by_runs_without_fp8(

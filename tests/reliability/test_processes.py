@@ -36,7 +36,7 @@ def linger() -> None:
     """Rank 0 fails; the others report SIGTERM and stay."""
     if os.environ["RANK"] == "0":
         raise RuntimeError("rank 0 failed")
-    signal.signal(signal.SIGTERM, lambda *_: print("told to stop", flush=True))
+    signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM received", flush=True))
     print("waiting", flush=True)
     while True:
         time.sleep(0.01)
@@ -83,7 +83,7 @@ def test_the_other_ranks_of_a_failed_one_are_ended(zygote: Zygote) -> None:
     job.wait_for("waiting", rank=1)
     first, second = job.wait(end_others=1)
     assert first.code == 1 and "RuntimeError: rank 0 failed" in first.output
-    assert second == (-signal.SIGKILL, "waiting\ntold to stop\n")
+    assert second == (-signal.SIGKILL, "waiting\nSIGTERM received\n")
 
 
 def test_a_run_that_does_not_end_is_killed_and_its_output_shown(zygote: Zygote) -> None:

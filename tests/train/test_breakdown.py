@@ -23,7 +23,7 @@ def parts_of(breakdown: Breakdown) -> dict[str, float]:
     return {part: seconds for part, seconds in zip(PARTS, breakdown.take(), strict=True) if seconds}
 
 
-def test_parts_within_parts_never_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_parts_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     breakdown = Breakdown(torch.device("cpu"))
@@ -99,7 +99,7 @@ def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
     return found, seconds
 
 
-def test_a_pipeline_s_steps_are_broken_down_and_traced(demo_data: Path, tmp_path: Path) -> None:
+def test_pipeline_steps_are_broken_down_and_traced(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         demo_data, parallel__pipeline_model_parallel_size=2, log__profile=True, log__profile_steps="2:3",
         log__profile_ranks=[1], log__tensorboard_dir=str(tmp_path),

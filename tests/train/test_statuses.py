@@ -79,7 +79,7 @@ def test_a_run_that_stopped_on_request_without_a_save_is_not_restarted(
     assert ("leaving after step 3; nothing is saved" in ended.output) != bool(saves)
     (again,) = training.start(env=UNDER_TORCHRUN, **flags).wait()
     exits.mark_of("" if not saves else training.run, zygote.pid).unlink()
-    assert again.code == status and f"this launch is over with status {status}" in again.output
+    assert again.code == status and f"this launch has ended with status {status}" in again.output
     fault_row("SIGUSR1", "disk full at the last save" if saves else "without --save", f"status {status}, not restarted")
 
 
