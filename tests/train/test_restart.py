@@ -216,9 +216,7 @@ def long_ago(file: Path) -> None:
     os.utime(file, (0, 0))
 
 
-def test_a_restarted_worker_exits_with_the_final_code_of_its_launch(
-    as_worker: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_restarted_worker_exits_with_the_launchs_code(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("launch 1")
     exits.mark_final(tmp_path, exits.EXIT_BAD_NUMBERS)
     as_worker("launch 1", restart=1, rank=1)
