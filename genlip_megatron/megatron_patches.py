@@ -119,7 +119,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def device_mode() -> Iterator[None]:
-    """Inside, ``"cuda"`` means the CPU in this thread if there is no GPU."""
+    """Inside the block ``"cuda"`` means the CPU in this thread if there is no GPU."""
     if torch.cuda.is_available():
         yield
     else:

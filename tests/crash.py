@@ -211,7 +211,7 @@ def install(plan: Plan) -> None:
 
 
 def _hook_paths(guard: _Guard) -> None:
-    # What os.makedirs, os.removedirs, pathlib and shutil do ends here.
+    # os.makedirs, os.removedirs, pathlib and shutil end up in these functions.
     kinds = {
         "mkdir": "mkdir", "mkfifo": "create", "mknod": "create", "rmdir": "rmdir", "unlink": "remove",
         "remove": "remove", "truncate": "truncate", "chmod": "chmod", "chown": "chmod", "lchown": "chmod",

@@ -135,7 +135,7 @@ def write_checkpoint(
 
 
 def _in_own_storage(tensor: Tensor) -> Tensor:
-    """The values in a storage of their own: torch.save writes the whole storage of a view."""
+    """The values in a storage without other data, because torch.save writes the whole storage of a view."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

@@ -61,7 +61,7 @@ class Activations:
         self.recomputed = parallel.recomputed
 
     def attention(self, recomputed: bool) -> float:
-        """What one layer's attention keeps; ``recomputed``: core attention runs again in the backward pass."""
+        """Bytes that one layer's attention keeps; ``recomputed``: core attention runs again in the backward pass."""
         model, kind = self.config.model, backend(self.config, self.device)
         gate = model.attention_output_gate
         kept = self.heads * (2 if gate and "output_gate" not in self.recomputed else 1)  # output, gated output
@@ -77,10 +77,10 @@ class Activations:
         if kind == "dense":
             kept += 8 * model.num_attention_heads / self.tp * self.tokens * self.all_tokens
         copies = _GRAPH_COPIES if self.config.train.cuda_graph else _COPIES[kind]
-        return kept + self.heads * (copies + (self.cp > 1))  # values come from other ranks, in tensors of their own
+        return kept + self.heads * (copies + (self.cp > 1))  # values from other ranks have their own tensors
 
     def layer(self) -> float:
-        """What one layer keeps, without full recomputation."""
+        """Bytes that one layer keeps, without full recomputation."""
         modules = self.recomputed
         # FP8 linears keep their inputs in FP8, the output projection in bfloat16 as well.
         input_size = 0.5 if self.config.train.fp8 != "none" else 1.0
@@ -98,7 +98,7 @@ class Activations:
         return max(self.hidden, kept)
 
     def chunk(self, layers: int, first: bool) -> float:
-        """What a model chunk keeps of one micro-batch between its forward and its backward pass."""
+        """Bytes that a model chunk keeps of one micro-batch between its forward and its backward pass."""
         model, parallel = self.config.model, self.config.parallel
         whole = min(parallel.recompute_num_layers or layers, layers) if parallel.recompute == "full" else 0
         kept = whole * self.hidden + (layers - whole) * self.layer()
@@ -109,7 +109,7 @@ class Activations:
         return kept
 
     def shared(self) -> float:
-        """What a stage keeps of a micro-batch beside its layers: indices, rotary angles, masks, DropPath factors."""
+        """Bytes that a stage keeps of a micro-batch besides its layers: indices, rotary angles, masks, DropPath."""
         model, kind = self.config.model, backend(self.config, self.device)
         angles = 2 * self.all_tokens * model.head_dim * self.e
         kept = self.all_tokens * (_INDEX_BYTES + 8 * model.num_layers * (model.drop_path_rate > 0) / self.cp) + angles
@@ -138,7 +138,7 @@ class Activations:
     def head(self) -> float:
         """The most that the head holds: inputs and gradients of its rows, and one chunk of logits.
 
-        The weight's gradient goes straight into DDP's buffer; under FSDP it is a float32 matrix of its own.
+        The weight's gradient goes straight into DDP's buffer; under FSDP it is a separate float32 matrix.
         """
         model, rows = self.config.model, self.head_rows()
         vocabulary = rank_sizes(model, self.tp)["head.weight"]

@@ -216,8 +216,8 @@ TABLE: tuple[Entry, ...] = (
 _BY_LOCAL = {entry.local: entry for entry in TABLE}
 _BY_CANONICAL = {name: (entry, shape) for entry in TABLE for name, shape in entry.canonical}
 
-# Names of the norms that Transformer Engine fuses into the linears behind them -> names of separate norms. Checkpoints
-# use the latter, so that each kind of layer reads the checkpoints of the other.
+# Names of norms that Transformer Engine fuses into the next linear -> names of separate norms. Checkpoints use the
+# separate names, so each kind of layer can read checkpoints of the other.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",

@@ -1,4 +1,4 @@
-"""What Transformer Engine can do for a run on this machine: its version, FP8 linears, FP8 attention.
+"""Transformer Engine on this machine: whether its version, FP8 linears and FP8 attention can be used.
 
 Sources of its limits (versions 2.9 to 2.11): FP8 products need 16-byte alignment in every dimension that they sum over;
 ``nvte_get_fused_attn_backend`` lists cuDNN's FP8 attention kernels by device, head size, layout and mask; FP8 attention
@@ -146,7 +146,7 @@ class Fp8:
 
 
 def choose_fp8(config: RunConfig, gpu: Gpu | None = None) -> Fp8:
-    """What computes in FP8 on this machine, or on ``gpu``.
+    """The parts that compute in FP8 on this machine, or on ``gpu``.
 
     Raises:
         ValueError: a configured part cannot run in FP8, and ``train.fp8_fallback`` is off.

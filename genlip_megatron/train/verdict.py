@@ -1,6 +1,6 @@
 """The verdict on a step: good, bad or a spike; and the counters of such steps.
 
-* Bad: a loss or a gradient is not finite. There is no update.
+* Bad: a loss or a gradient is not finite. The update is skipped.
 * Spike: the loss or the gradient norm is far above the last ones. ``faults.on_spike`` decides: the run makes the
   update, skips it, or rolls back.
 """

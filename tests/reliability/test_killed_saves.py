@@ -250,7 +250,7 @@ def fault_of_failed_save(training: Training, ended: list[Ended], error: str, exp
     """The problem of a run that continued after a failed operation of its save at step 4, or None.
 
     Args:
-        expected: what it must say, followed by the reason.
+        expected: a line that it must print, followed by the reason.
         last: the step of its newest checkpoint.
     """
     output = ended[0].output

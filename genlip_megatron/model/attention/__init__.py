@@ -1,6 +1,6 @@
 """Prefix-LM attention over packed samples: one rule (``model/mask.py``), several backends, any split of a sequence.
 
-``core.py`` holds the modules of Megatron-Core's layer; ``packed.py`` what a micro-batch's layers share; ``backend.py``
+``core.py`` holds the modules of Megatron-Core's layer; ``packed.py`` the data that layers share; ``backend.py``
 the interface of a backend; ``registry.py`` the list of backends: ``dense.py``, ``grouped.py``, ``flex.py``,
 ``varlen.py`` and ``te.py``. ``varlen.py``, ``te.py`` and ``fp8.py`` run ``two_calls.py`` with their kernels.
 ``context.py`` is the exchange between context-parallel ranks.
