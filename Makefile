@@ -39,7 +39,7 @@ NULL_GPU_PYTHON ?= $(NULL_GPU)/bin/python
 CUDA_HOME ?= /usr/local/cuda
 
 $(NULL_GPU)/installed: setup.py
-	test -x $(CUDA_HOME)/bin/nvcc || { echo "CUDA_HOME = $(CUDA_HOME) has no bin/nvcc: set it to a toolkit of CUDA 13"; exit 1; }
+	test -x $(CUDA_HOME)/bin/nvcc || { echo "CUDA_HOME = $(CUDA_HOME) has no bin/nvcc. Set it to a CUDA 13 toolkit"; exit 1; }
 	test -x $(NULL_GPU)/bin/python || $(PYTHON) -m venv $(NULL_GPU)
 	$(NULL_GPU)/bin/python -m pip install --quiet torch==2.11.0 ninja pybind11 setuptools wheel "numpy<2.3"
 	nvidia=$$($(NULL_GPU)/bin/python -c "import nvidia; print(nvidia.__path__[0])") && \

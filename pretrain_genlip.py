@@ -39,7 +39,7 @@ def main() -> int:
     if print_config:
         print(config.to_yaml(), end="")
         return 0
-    # The result of a validation says nothing about the run whose folder it is given.
+    # A validation must not record its status in the folder of the run that it validates.
     save = "" if config.log.eval_only else config.checkpoint.save
     status = final_exit(save)
     if status is not None:
@@ -58,8 +58,8 @@ def main() -> int:
 
 
 def warn_of_shared_store() -> None:
-    """Warn that restarts may fail: torch 2.13's torchrun keeps one store for all restarts, and restarted workers may
-    read the addresses of dead ones from it (pytorch issues 135712, 167288). A worker cannot change this."""
+    """Warn that restarts may fail. torch 2.13's torchrun keeps one store for all restarts, and restarted workers may
+    read the addresses of dead workers from it (pytorch issues 135712, 167288). A worker cannot change this."""
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if restarts and shared and int(os.environ.get("RANK", "0")) == 0:

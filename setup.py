@@ -51,7 +51,7 @@ setup(
         ],
         "wandb": ["wandb>=0.19,<1"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
-        # With filelock 4 lmms-eval's datasets 5.2 cannot be imported.
+        # lmms-eval uses datasets 5.2, which cannot be imported with filelock 4.
         "lmms": ["lmms-eval>=0.7.3,<0.8", "filelock<4"],
     },
 )

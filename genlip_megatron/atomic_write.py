@@ -1,7 +1,7 @@
 """Write a file so that readers see either all of it or none of it.
 
 The content goes to a hidden file in the same folder, ``.NAME[.LABEL].partial``, which is then renamed to ``NAME``.
-Folders that appear all at once: ``convert/new_folder.py`` and ``checkpoint/paths.py``.
+Folders that appear all at once: ``convert/staging.py`` and ``checkpoint/paths.py``.
 """
 
 from __future__ import annotations

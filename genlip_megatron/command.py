@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-# OSErrors of a wrong path. Others, such as a full disk, may not come again.
+# OSErrors of a wrong path. Others, such as a full disk, may not happen again.
 FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _ROOT = Path(__file__).parent.parent
 _PROGRAMS = (_ROOT, _ROOT / "tools", _ROOT / "tools" / "benchmarks")

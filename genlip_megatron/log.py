@@ -1,4 +1,4 @@
-"""What a run tells its user: progress on standard output, warnings on standard error.
+"""Messages of a run: progress on standard output, warnings on standard error.
 
 Modules that also run in tools and workers (``genlip_megatron.data``) report through Python's ``logging`` instead.
 """

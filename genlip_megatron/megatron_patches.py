@@ -20,23 +20,23 @@ With and without a GPU:
 
 Without a GPU only. Megatron-Core is written for CUDA devices, but its algorithms need none:
 
-* ``torch.cuda`` functions, streams, events, random states and tensor types mean the CPU's. Every version needs it.
-* ``_CudaMeansCpu`` replaces ``device="cuda"``, ``.cuda()`` and CUDA type names. Every version needs it.
+* ``torch.cuda`` functions, streams, events, random states and tensor types act on the CPU. Every version needs it.
+* ``_CudaMeansCpu`` maps ``device="cuda"``, ``.cuda()`` and CUDA type names to the CPU. Every version needs it.
 * ``torch.cuda._lazy_call`` runs at once. ``tensor_parallel/random.py`` queues changes of random states until CUDA
   starts, which never happens. 0.20.0 still needs it.
 * ``transformer_engine`` and ``amp_C`` cannot be imported. Megatron-Core uses their kernels if it can import them, and
   they run only on GPUs. Every version needs it.
 * ``all_gather_into_tensor`` and ``reduce_scatter_tensor`` copy once in a group of one rank. gloo copies several times.
   Needed until torch's gloo backend does not.
-* ``torch.compile`` is off while ``megatron.core.jit`` is imported. The module compiles at import, which takes a C++
-  compiler and seconds; its own switch comes too late. 0.20.0 still needs it.
+* ``torch.compile`` is off while ``megatron.core.jit`` is imported. The module compiles at import, which needs a C++
+  compiler and takes seconds; its own switch comes too late. 0.20.0 still needs it.
 * glibc keeps freed memory. By default it returns the large buffers of each micro-batch to the system, and getting them
   back costs a page fault per 4 KiB. Every version needs it.
 
 Workarounds inside a subclass or around a call stay there, each with its reason: ``model/attention/core.py`` (the output
-gate is copied when attention is offloaded), ``train/step.py`` (``finalize_model_grads`` waits for the device),
-``parallel/initial.py`` (marks of sharded parameters), ``checkpoint/loading.py`` (``no_grad``; optimizer settings),
-``checkpoint/content.py`` (padding in optimizer state).
+gate is copied when attention is offloaded), ``train/forward_backward.py`` (``finalize_model_grads`` waits for the
+device), ``model/weights.py`` (marks of sharded parameters), ``checkpoint/loading.py`` (``no_grad``; optimizer
+settings), ``checkpoint/parts.py`` (padding in optimizer state).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def device_mode() -> Iterator[None]:
-    """Inside, ``"cuda"`` means the CPU in this thread if there is no GPU."""
+    """Inside the block ``"cuda"`` means the CPU in this thread if there is no GPU."""
     if torch.cuda.is_available():
         yield
     else:

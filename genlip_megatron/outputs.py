@@ -70,7 +70,7 @@ captions = json_lines(
 
 
 def check_file(target: str | Path, recognise: Recognise, setting: str = "--output") -> None:
-    """Check that a file can be written and would not replace a file of another origin.
+    """Check that a file can be written and would not replace a file that another program wrote.
 
     Args:
         target: a path, or a URL of a remote store.

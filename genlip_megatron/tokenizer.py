@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 END_OF_TURN = "<|im_end|>"
 _LETTERS = string.digits + string.ascii_letters + string.punctuation + "éÉñ"
-# A character that no vocabulary has as a token of its own.
+# A character that no vocabulary contains as a token.
 _UNHEARD_OF = "\U0010fffd"
-# The spelling of control tokens, also of those that a file does not mark as special.
+# How control tokens are spelled, including tokens that a file does not mark as special.
 _MARKUP = re.compile(r"<\|.+\|>", re.DOTALL)
 
 

@@ -17,9 +17,9 @@ from genlip_megatron.testing.runs import make_data
 pytest_plugins = ["tests.fault_table"]
 
 if "--gpu" not in sys.argv:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a device
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any code asks for a device
 megatron_patches.install()
-# On tensors this small further threads only wait for each other, which keeps cores busy; in processes of tests as well.
+# On tensors this small, more threads only wait for each other and keep cores busy. Processes of tests inherit this.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes ``golden_file`` over every golden file of the folder."""
+    """Run each test with a ``golden_file`` argument on every golden file of the folder."""
     if "golden_file" in metafunc.fixturenames:
         files = sorted(Path(metafunc.config.getoption("--golden-dir")).glob("*.safetensors"))
         if not files:
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small rendered data set with its tokenizer and index, made by the project's own tools."""
+    """A small rendered data set with its tokenizer and index."""
     folder = tmp_path_factory.mktemp("demo")
     make_data(folder)
     return folder
@@ -51,7 +51,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    """The parent of the fault tests' runs."""
+    """The parent process of the fault tests' runs."""
     zygote = Zygote(tmp_path_factory.mktemp("ranks"))
     yield zygote
     zygote.close()

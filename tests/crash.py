@@ -2,7 +2,7 @@
 
 Python's file operations are counted where they reach the operating system: opening for writing, each ``write`` (a
 buffered file writes when its buffer is full, flushed or closed), closing, syncing, truncating, creating, renaming,
-linking and removing; in any thread, and in processes forked later. The disk does not change between two operations, so
+linking and removing. All threads count, and processes forked later. The disk does not change between two operations, so
 killing after each of them covers every state that a save passes through.
 
 ``torch.save`` to a path writes in C++; here it gets a Python file instead. Not counted: other code that writes without
@@ -120,7 +120,7 @@ def install_from_environment() -> None:
 
 
 class _Guard:
-    """Counts operations and does what the plan says."""
+    """Counts operations and carries out the plan."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.folder = plan, os.path.realpath(plan.folder)
@@ -157,7 +157,7 @@ class _Guard:
             self.local.busy = True
             try:
                 if operation.kind == "mkdir" and os.path.isdir(os.path.join(self.folder, operation.path)):
-                    return perform()  # which raises; pathlib takes any error of it for that one
+                    return perform()  # raises FileExistsError, as pathlib expects
                 number = self.state[0] + 1
                 if plan.action == "tear" and number == plan.at:
                     half()
@@ -211,7 +211,7 @@ def install(plan: Plan) -> None:
 
 
 def _hook_paths(guard: _Guard) -> None:
-    # What os.makedirs, os.removedirs, pathlib and shutil do ends here.
+    # os.makedirs, os.removedirs, pathlib and shutil end up in these functions.
     kinds = {
         "mkdir": "mkdir", "mkfifo": "create", "mknod": "create", "rmdir": "rmdir", "unlink": "remove",
         "remove": "remove", "truncate": "truncate", "chmod": "chmod", "chown": "chmod", "lchown": "chmod",

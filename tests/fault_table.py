@@ -1,7 +1,7 @@
-"""What the fault tests tried, written down: a table in a page of the documentation.
+"""Writes the faults that the fault tests tried as a table into a page of the documentation.
 
-``pytest -m faults --fault-table=docs/reliability.md`` replaces what stands between two markers of that page. Only a
-run in which every test passed may write it.
+``pytest -m faults --fault-table=docs/reliability.md`` replaces the text between two markers of that page, but only if
+every test passed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _passed = pytest.StashKey[bool]()
 
 
 def table(rows: dict[Row, int]) -> str:
-    """A Markdown table of (fault, where, outcome) and how often, grouped by fault in order of appearance.
+    """A Markdown table of (fault, where, outcome) and its count, grouped by fault in order of appearance.
 
     >>> print(table({("SIGKILL", "in a step", "resumed"): 2, ("bit flip", "a file", "refused"): 1}))
     | fault | where | tried | outcome |
@@ -37,7 +37,7 @@ def table(rows: dict[Row, int]) -> str:
 
 
 def write_table(page: Path, rows: dict[Row, int]) -> None:
-    """Put the table between the markers of a page; page and markers are made when absent."""
+    """Put the table between the markers of a page; creates a missing page or markers."""
     text = page.read_text() if page.is_file() else ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -52,13 +52,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start with no row."""
+    """Start with an empty table."""
     config.stash[_rows] = {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Remember whether the test itself passed, for its rows."""
+    """Remember whether the test's call passed, for its rows."""
     report = yield
     if report.when == "call":  # type: ignore[attr-defined]
         item.stash[_passed] = report.passed  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.fixture
 def fault_row(request: pytest.FixtureRequest) -> Iterator[FaultRow]:
-    """``fault_row(fault, where, outcome, count=1)``: for the table, if the test passes. Equal rows are added up."""
+    """``fault_row(fault, where, outcome, count=1)`` adds a row if the test passes; counts of equal rows are added."""
     mine: list[tuple[Row, int]] = []
 
     def add(fault: str, where: str, outcome: str, count: int = 1) -> None:

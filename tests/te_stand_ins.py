@@ -1,4 +1,4 @@
-"""Stand-ins for Transformer Engine on a CPU: linears with its parameter names and call signatures, contexts of FP8."""
+"""Stand-ins for Transformer Engine on a CPU: linears with its parameter names and call signatures, and FP8 contexts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SEEN: list[tuple[str, bool]] = []  # (buffer name, whether in FP8) of every forw
 
 
 class _Scaling:
-    """As ``DelayedScalingRecipeState``, of so many tensors."""
+    """As ``DelayedScalingRecipeState``, for a number of tensors."""
 
     def __init__(self, tensors: int) -> None:
         self.scale, self.amax_history = torch.ones(tensors), torch.zeros(HISTORY, tensors)
 
     def quantised(self, x: Tensor) -> Tensor:
-        """``x`` in E4M3's precision by the scale of the passes before; its largest value goes into the history."""
-        amax = self.amax_history[0, :1]  # a rank's own, until the next update
+        """``x`` rounded to E4M3 with the scale from earlier passes; records the largest value in the history."""
+        amax = self.amax_history[0, :1]  # local to the rank until the next update
         torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, get_amax_reduction_group(True))
         if amax:
             self.amax_history.copy_(self.amax_history.roll(-1, 0))
@@ -42,7 +42,7 @@ class _Scaling:
 
 
 class _InFp8(torch.autograd.Function):
-    """A tensor quantised by one scaling on its way, its gradient by another."""
+    """Quantises a tensor with one scaling and its gradient with another."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, meta: dict[str, _Scaling]) -> Tensor:
@@ -55,7 +55,7 @@ class _InFp8(torch.autograd.Function):
 
 
 class _Engine:
-    """What Transformer Engine's linears share: a format, delayed scaling's state, which they pickle as extra state."""
+    """The common part of Transformer Engine's linears: FP8 format, and pickled state of delayed scaling."""
 
     ub_name: str
     config: Any
@@ -66,7 +66,7 @@ class _Engine:
             self.fp8_meta.update(scaling_fwd=_Scaling(3), scaling_bwd=_Scaling(2))
 
     def entered(self, x: Tensor) -> Tensor:
-        """What the linear takes for ``x``."""
+        """The input that the linear computes with, for ``x``."""
         SEEN.append((self.ub_name, IN_FP8[-1]))
         self.init_fp8_metadata()
         return _InFp8.apply(x, self.fp8_meta) if IN_FP8[-1] and self.fp8_meta else x  # type: ignore[no-any-return]
@@ -85,7 +85,7 @@ class Column(_Engine, ColumnParallelLinear):
 
 
 class LayerNormColumn(Column):
-    """As ``TELayerNormColumnParallelLinear``: the norm's parameters stand before the linear's."""
+    """As ``TELayerNormColumnParallelLinear``: the norm's parameters come before the linear's."""
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         config = kwargs["config"]
@@ -113,7 +113,7 @@ class Row(_Engine, RowParallelLinear):
 
 @contextlib.contextmanager
 def _autocast(transformer: Any, layer: int = -1, is_init: bool = False) -> Iterator[None]:
-    """As ``get_fp8_context`` with Transformer Engine."""
+    """Megatron-Core's ``get_fp8_context`` as it behaves with Transformer Engine."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     IN_FP8.append(IN_FP8[-1] if is_init or is_first_last_bf16_layer(transformer, layer) else True)
@@ -123,7 +123,7 @@ def _autocast(transformer: Any, layer: int = -1, is_init: bool = False) -> Itera
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """Within it Transformer Engine seems to be installed, on a Hopper GPU."""
+    """Inside the block Transformer Engine seems to be installed, on a Hopper GPU."""
     hopper = te_support.Gpu((9, 0), 91300)
     with (
         mock.patch.object(extension, "TELayerNormColumnParallelLinear", LayerNormColumn),
@@ -138,7 +138,7 @@ def stand_ins() -> Iterator[None]:
 
 
 def run_engine_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any]:
-    """As ``runs.run_steps`` with the stand-ins; ``seen``: what each linear of the first pass ran in."""
+    """``runs.run_steps`` with the stand-ins; ``seen``: (linear, whether in FP8) of the first pass."""
     from genlip_megatron.testing.runs import run_steps
 
     SEEN.clear()

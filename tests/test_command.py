@@ -84,7 +84,7 @@ def in_terminal(*words: str) -> tuple[int, int]:
 
 
 def until(terminal: int, text: bytes, seconds: float = 60) -> bytes:
-    """What a command writes to its terminal up to a text."""
+    """The output of a command up to a text."""
     output, deadline = b"", time.monotonic() + seconds
     while text not in output:
         assert time.monotonic() < deadline, output
@@ -132,8 +132,8 @@ def test_an_interrupted_tool_ends_its_workers_and_leaves_no_files(number: int, t
 
 
 @pytest.mark.parametrize("place", ["alone", "worker"])
-def test_what_does_not_end_after_ctrl_c_is_ended(place: str, tmp_path: Path) -> None:
-    """The tool itself by a second Ctrl-C, its workers by the tool."""
+def test_processes_that_ignore_ctrl_c_are_killed(place: str, tmp_path: Path) -> None:
+    """A second Ctrl-C kills the tool; the tool kills its workers."""
     tool = tmp_path / "tool.py"
     tool.write_text(STUBBORN)
     pid, terminal = in_terminal(str(tool), place)
@@ -172,7 +172,7 @@ def test_ctrl_c_while_a_tool_imports_is_one_line(name: str) -> None:
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
     ],
 )
-def test_a_users_error_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     @command
     def main() -> None:
         raise error

@@ -1,4 +1,4 @@
-"""The estimate agrees with measured peaks of small runs, with formulas worked out by hand, and with itself."""
+"""The estimate agrees with measured peaks of small runs and with formulas worked out by hand."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def peak(config: RunConfig) -> int:
     return load_tool().measured_peak(config)
 
 
-# 10% is promised. All of these were within 3% where written, so that 4% tells a missing part from a small difference.
+# The promise is 10%. These estimates were within 3%, so a limit of 4% also finds a small missing part.
 TOLERANCE = 0.04
 
 
@@ -82,7 +82,7 @@ def test_estimated_peak_of_one_process(case: str, precision: str) -> None:
 @pytest.mark.parametrize(("precision", "ranks"), [("fp32", 1), ("bf16", 2)])
 @pytest.mark.parametrize("modules", ["layernorm", "mlp_act", "output_gate", "layernorm,mlp,output_gate"])
 def test_estimated_peak_with_each_recomputed_module(modules: str, precision: str, ranks: int) -> None:
-    """Within 1%, since a single module saves a few percent."""
+    """Within 1%, because one module saves only a few percent."""
     # Without sequence parallelism: gloo's threads free their buffers at random times.
     parallel = {"tensor_model_parallel_size": ranks, "sequence_parallel": False}
     parallel |= {"recompute_modules": modules.split(",")}

@@ -1,4 +1,4 @@
-"""The baseline of the speed figures is the same model: it equals the authors' class on the golden tensors.
+"""The plain model, baseline of the speed figures, equals the authors' class on the golden tensors.
 
 Float32 on CPU; tolerances are several times the worst measured difference, which is rounding.
 """

@@ -46,7 +46,7 @@ ROOMS = {
     "integrations": "hf",
     "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel train",
 }
-# Files that are copied into exported folders: they need these libraries, Python's own and each other alone.
+# Files that are copied into exported folders may import only these libraries, Python's own, and each other.
 SELF_CONTAINED, LIBRARIES = "hf", {"torch", "transformers", "numpy", "PIL"}
 
 
@@ -64,7 +64,7 @@ def _is_for_types(node: ast.AST) -> bool:
 
 
 def _imports(name: str, file: Path, modules: dict[str, Path]) -> set[str]:
-    """The package's modules that a module imports, at its top or within functions; not those only for types."""
+    """The package's modules that a module imports, at its top or within functions, except imports for types."""
     found, waiting = set(), list[ast.AST]([ast.parse(file.read_text())])
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     while waiting:
@@ -188,7 +188,7 @@ def test_worked_examples_in_docstrings_hold(module: str) -> None:
 
 
 def test_settings_are_checked_without_torch() -> None:
-    """So that ``--help``, a mistake, and a worker of a launch that is over take no seconds."""
+    """Importing torch takes seconds; ``--help``, user errors and workers of an ended launch must be faster."""
     code = "import sys, genlip_megatron.config.command_line; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

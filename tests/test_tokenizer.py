@@ -164,7 +164,7 @@ def test_letters_without_a_token_are_listed(tmp_path: Path) -> None:
 
 
 def test_text_without_a_token_is_named_by_unigram_too(tmp_path: Path) -> None:
-    # What decoding writes for the unknown, <unk>, has a letter that is lost in it.
+    # Decoding writes <unk> for an unknown token; the lost letter u is in that text.
     pieces = [("<unk>", 0.0), *((letter, -2.0) for letter in "▁abk\n")]
     unigram = Tokenizer(models.Unigram(pieces, 0, False))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()

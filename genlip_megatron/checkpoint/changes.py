@@ -43,7 +43,7 @@ def model_differences(saved: RunConfig, config: RunConfig, same_run: bool) -> li
     """Settings by which the saved model differs from the configured one, a line each.
 
     Args:
-        same_run: the run resumes, so what is trained must also be the same.
+        same_run: the run resumes, so the frozen and trained parameters must also be the same.
     """
     accepted = {"model.drop_path_rate"} if config.checkpoint.change_drop_path else set()
     rules = (OnResume.MODEL, OnResume.RUN) if same_run else (OnResume.MODEL,)
@@ -58,7 +58,7 @@ def data_differences(saved: RunConfig, config: RunConfig, other_data: bool) -> l
     """Settings by which the saved run's data differ from the configured ones, a line each.
 
     Args:
-        other_data: the samples or their order are known to differ; then all settings that may be the cause are listed.
+        other_data: the samples or their order differ; then all settings that may be the cause are listed.
     """
     always = {"data.prompt"}
     if saved.data.image_mode == config.data.image_mode == "fixed":

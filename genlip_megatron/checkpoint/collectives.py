@@ -53,7 +53,7 @@ def gather_on_rank_0(value: Any) -> list[Any]:
 
 
 def on_rank_0(function: Callable[[], Any], only_there: bool = False) -> Any:
-    """Call ``function`` on rank 0; returns its result on every rank, or with ``only_there`` None elsewhere.
+    """Call ``function`` on rank 0; returns its result on every rank, or None on the others with ``only_there``.
 
     Raises:
         NotSaved: it failed on rank 0. Raised on every rank.
@@ -81,7 +81,7 @@ def everywhere(function: Callable[[], Any]) -> Any:
 
 
 def first_of(messages: Sequence[str | None]) -> str:
-    """The first four of the ranks' messages in one line, each with its rank; empty without any."""
+    """The first four of the ranks' messages in one line, each with its rank; empty if there are none."""
     named = [f"rank {i}: {message}" for i, message in enumerate(messages) if message]
     return "; ".join(named[:4]) + (f"; and on {len(named) - 4} more" if len(named) > 4 else "")
 

@@ -166,7 +166,7 @@ def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None
         group.update({name: value for name, value in settings.items() if name not in _STATE_OF_A_GROUP} | restored)
 
 
-@torch.no_grad()  # Megatron-Core 0.16.1 copies into float32 weights and lacks it
+@torch.no_grad()  # Megatron-Core 0.16.1 copies into float32 weights without it
 def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Callable[[str], None]) -> None:
     """Set weights, optimizer, schedule and random states from a checkpoint. A collective.
 

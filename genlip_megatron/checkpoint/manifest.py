@@ -1,7 +1,7 @@
 """Manifest of a checkpoint: finds damage before the checkpoint is used.
 
 ``manifest.json`` in every checkpoint folder holds the size and SHA-256 of every other file, facts about the run, and a
-SHA-256 of itself. Its form is exact, so any flipped bit in it shows.
+SHA-256 of itself. Its form is exact, so any flipped bit in it is found.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ _OWN = re.compile(r"__\d+_\d+\.distcp|\.metadata|metadata\.json|common\.pt|confi
 
 
 def foreign(folder: Path) -> str:
-    """A file in a checkpoint's folder that no checkpoint has; "" if the whole folder may be deleted."""
+    """A file in a checkpoint's folder that does not belong to it; "" if the whole folder may be deleted."""
     if folder.is_symlink() or not folder.is_dir():
         return "it is a link or a file"
     try:

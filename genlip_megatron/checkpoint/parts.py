@@ -124,7 +124,7 @@ class RandomStates:
 
 
 def _saved_part(chunk: Any) -> Any:
-    """The module that describes a chunk to a checkpoint: a wrapper that shards parameters, else the model within."""
+    """The module that lists a chunk's tensors for a checkpoint: a wrapper that shards parameters, else its model."""
     return chunk if getattr(chunk, "shards_parameters", False) else unwrap(chunk)
 
 

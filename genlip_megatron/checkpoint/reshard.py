@@ -75,8 +75,8 @@ def reshard(place: Path, kind: str, output: Path, build_run: BuildRun, layout: d
         raise ValueError(f"{place} was saved with --fsdp: any layout reads its optimizer state")
     if (fused_norms(recorded) or fp8_primary_weights(recorded)) and DP_RESHARDABLE in (saved.kind, kind):
         raise ValueError(
-            f"{place}: {DP_RESHARDABLE} state of Transformer Engine's layers holds parameters in an order of its own, "
-            "which this tool does not know. Resume the run on its own layout: its last save is "
+            f"{place}: {DP_RESHARDABLE} state of Transformer Engine's layers has another order of parameters, "
+            "which this tool cannot convert. Resume the run on its own layout: its last save is "
             f"{FULLY_RESHARDABLE}"
         )
     if any(is_fp8_state(key) for key in torch_metadata.read(place).state_dict_metadata):

@@ -47,7 +47,7 @@ class Keeper:
     """Prunes the checkpoints of a run; remembers the good ones, so each is read once.
 
     Attributes:
-        reading: whether files are being read, which may take long.
+        reading: whether files are being read, which may take a long time.
         left: why the last ``prune`` did not delete some checkpoints: they hold other files as well.
     """
 
@@ -86,7 +86,7 @@ class Keeper:
     def prune(self, root: str | Path, options: CheckpointConfig, dry_run: bool = False) -> tuple[list[int], list[str]]:
         """(deleted steps, damage of damaged checkpoints, which are not deleted).
 
-        Every kept checkpoint is verified, unless this process wrote it, before anything is deleted.
+        Before anything is deleted, every kept checkpoint is verified, unless this process wrote it.
         """
         found, wrong = self.good(root)
         checkpoints = [(step, facts.validation_loss) for step, facts in found.items()]

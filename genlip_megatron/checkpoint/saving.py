@@ -180,13 +180,13 @@ class Saver:
             common: values that are the same on every rank (counters, data cursor); only rank 0's are written.
             kind: of the optimizer's state, DP_RESHARDABLE or FULLY_RESHARDABLE.
             facts: for the manifest.
-            behind: copy and write in the background; only the next optimizer update waits for the copy, so nothing else
-                may change the state. ``finish`` completes the save.
+            behind: copy and write in the background. The next optimizer update waits for the copy; nothing else may
+                change the state before. ``finish`` completes the save.
             random: of all ranks; by default the current states.
 
         Raises:
-            NotSaved: this save failed, or an earlier one in progress did and this one has not begun. Call ``finish``
-                first to tell them apart.
+            NotSaved: this save failed, or an earlier one failed and this one has not begun. Call ``finish`` first to
+                tell them apart.
         """
         self.finish()
         begin = time.monotonic()
@@ -230,7 +230,7 @@ class Saver:
     ) -> tuple[dict[str, Any], _Plain]:
         """(tensors, the rest) of the run's state. FULLY_RESHARDABLE state is gathered from other ranks."""
         begin = time.monotonic()
-        # The first update creates moments; there may have been none.
+        # The first update creates moments; there may not have been one.
         for each in getattr(self.state.optimizer, "chained_optimizers", ()):
             if not each.is_stub_optimizer:
                 each.init_state_fn(each.optimizer, each.config)

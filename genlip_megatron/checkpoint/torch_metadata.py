@@ -37,7 +37,7 @@ class _Listed(pickle.Unpickler):
 
 
 def read(folder: Path) -> Metadata:
-    """The metadata of a checkpoint; ValueError if it names anything else than torch's metadata classes."""
+    """The metadata of a checkpoint; ValueError if it names anything but torch's metadata classes."""
     file = folder / ".metadata"
     try:
         with open(file, "rb") as stream:

@@ -338,7 +338,7 @@ class WriteBehind(Background):
     def _copy_and_write(self) -> Written:
         begin = time.monotonic()
         try:
-            # A thread starts on device 0; the stream selects its own device.
+            # A thread starts on device 0; entering the stream selects its device.
             with contextlib.nullcontext() if self._copies.stream is None else torch.cuda.stream(self._copies.stream):
                 self._copies.copy(self._planned)
             copying, warning = time.monotonic() - begin, None

@@ -39,7 +39,7 @@ def open_checkpoint(
 
 
 def planned(source: Source, dtype: torch.dtype | None, encoder_only: bool) -> dict[str, Planned]:
-    """What an export writes: canonical name -> shape and dtype, in reading order.
+    """The tensors that an export writes: canonical name -> shape and dtype, in reading order.
 
     Args:
         dtype: of all tensors; None keeps each tensor's dtype.

@@ -1,6 +1,6 @@
 """The files of a Hugging Face folder except the weights: write them, and read a model's configuration from them.
 
-Everything here is plain dictionaries and text: writing a folder does not need transformers, only using it does.
+Everything here is plain dictionaries and text: only using a folder needs transformers, writing one does not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIDE_FILES = {
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 MAX_NEW_TOKENS = 256  # as in the paper's captions
 
-# Fields of the authors' configuration of which this project supports one value.
+# Fields of the authors' configuration for which this project supports one value.
 _FIXED = {
     "patch_size": PATCH_SIZE,
     "num_channels": 3,

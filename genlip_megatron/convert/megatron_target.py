@@ -33,7 +33,7 @@ from genlip_megatron.convert.source import Source, listed, to_dtype
 from genlip_megatron.model.state_dict import ModelParameter, model_parameters
 from genlip_megatron.outputs import first_other
 
-# No run here has trained it.
+# No run of this project trained the weights.
 ITERATION = 0
 _WEIGHTS = "__0_0.distcp"
 _TRAINED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -135,7 +135,7 @@ def write_checkpoint(
 
 
 def _in_own_storage(tensor: Tensor) -> Tensor:
-    """The values in a storage of their own: torch.save writes the whole storage of a view."""
+    """The values in a storage without other data, because torch.save writes the whole storage of a view."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

@@ -42,7 +42,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise ValueError(f"{folder}: no such folder. Give a folder with config.json and {SINGLE}")
     index, single = folder / INDEX, (folder / SINGLE).is_file()
     if single and index.is_file():
-        raise ValueError(f"{folder}: both {SINGLE} and {INDEX} exist, one model each. Keep one of them")
+        raise ValueError(f"{folder}: both {SINGLE} and {INDEX} exist, each a whole model. Keep one of them")
     if single:
         _check_unnamed(folder, [SINGLE])
         return [folder / SINGLE], None

@@ -83,7 +83,7 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
     Args:
         target: missing or an empty folder; with ``overwrite`` also a folder that this tool wrote.
         size: bytes to write.
-        foreign: names an entry of a folder that this tool does not write and that would be lost; "" if there is none.
+        foreign: names an entry of a folder that this tool did not write and that would be lost; "" if there is none.
 
     Raises:
         ValueError: ``target`` must not be replaced, too little free space, or the disk is not writable.
@@ -98,7 +98,7 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
             target.parent.mkdir(parents=True, exist_ok=True)
             if replaced.exists():
                 if other := foreign(replaced):
-                    raise ValueError(f"{replaced}: in the way, and not written by this tool ({other}). Move it")
+                    raise ValueError(f"{replaced}: this tool needs the name, but did not write it ({other}). Move it")
                 os.rename(replaced, _partial(target))  # under this name a half-removed folder counts as a leftover
             _remove_leftovers(target)
             if (free := shutil.disk_usage(target.parent).free) < size:
@@ -141,7 +141,7 @@ def _partial(target: Path) -> Path:
 
 
 def _replaced(target: Path) -> Path:
-    """Where the old folder waits during a swap, on file systems that cannot exchange two folders."""
+    """The temporary path of the old folder during a swap, on file systems that cannot exchange two folders."""
     return target.with_name(f".{target.name}.replaced")
 
 

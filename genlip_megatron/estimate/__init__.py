@@ -1,4 +1,4 @@
-"""What a layout costs: parameters, memory of the fullest rank, traffic, step time. Pure: nothing is allocated.
+"""Estimates for a layout: parameters, memory of the fullest rank, traffic, step time. Pure, allocates no tensors.
 
 ``sample.py`` defines samples and machines; ``activations.py`` and ``memory.py`` count bytes; ``cost.py`` counts
 arithmetic, traffic and time; ``layouts.py`` searches for layouts that fit and refuses those that do not.

@@ -1,7 +1,7 @@
 """Bytes that a micro-batch keeps for the backward pass, and the largest temporaries beside them.
 
-The unit is a tensor that a module keeps, not an operation of a kernel. What a kernel copies for itself is one measured
-factor of its attention backend (``_COPIES``). The promise is 10% of the measured peak, see ``tests/test_estimate.py``.
+The unit is a tensor that a module keeps, not an operation of a kernel. A kernel's own copies are one measured factor
+for each attention backend (``_COPIES``). The estimate is within 10% of the measured peak (``tests/test_estimate.py``).
 
 Legend: S tokens of a micro-batch, D hidden size, F inner size, E text width, V vocabulary; T, P, C sizes of the
 tensor-, pipeline- and context-parallel groups.
@@ -29,7 +29,7 @@ def compute_bytes(config: RunConfig, device: str) -> int:
 
 
 def backend(config: RunConfig, device: str) -> str:
-    """The attention backend of the estimate: the setting, or what auto takes on ``device``."""
+    """The attention backend of the estimate: the setting, or the choice of auto on ``device``."""
     wanted = config.train.attention_backend
     if wanted != "auto":
         return wanted
@@ -62,7 +62,7 @@ class Activations:
         self.recomputed = parallel.recomputed
 
     def attention(self, recomputed: bool) -> float:
-        """What one layer's attention keeps; ``recomputed``: core attention runs again in the backward pass."""
+        """Bytes that one layer's attention keeps; ``recomputed``: core attention runs again in the backward pass."""
         model, kind = self.config.model, backend(self.config, self.device)
         gate = model.attention_output_gate
         kept = self.heads * (2 if gate and "output_gate" not in self.recomputed else 1)  # output, gated output
@@ -81,7 +81,7 @@ class Activations:
         return kept + self.heads * (copies + (self.cp > 1))  # values come from other ranks, in tensors of their own
 
     def layer(self) -> float:
-        """What one layer keeps, without full recomputation."""
+        """Bytes that one layer keeps, without full recomputation."""
         modules = self.recomputed
         # FP8 linears keep their inputs in FP8, the output projection in bfloat16 as well.
         input_size = 0.5 if self.config.train.fp8 != "none" else 1.0
@@ -99,7 +99,7 @@ class Activations:
         return max(self.hidden, kept)
 
     def chunk(self, layers: int, first: bool) -> float:
-        """What a model chunk keeps of one micro-batch between its forward and its backward pass."""
+        """Bytes that a model chunk keeps of one micro-batch between its forward and its backward pass."""
         model, parallel = self.config.model, self.config.parallel
         whole = min(parallel.recompute_num_layers or layers, layers) if parallel.recompute == "full" else 0
         kept = whole * self.hidden + (layers - whole) * self.layer()
@@ -110,7 +110,7 @@ class Activations:
         return kept
 
     def shared(self) -> float:
-        """What a stage keeps of a micro-batch beside its layers: indices, rotary angles, masks, DropPath factors."""
+        """Bytes that a stage keeps of a micro-batch besides its layers: indices, rotary angles, masks, DropPath."""
         model, kind = self.config.model, backend(self.config, self.device)
         angles = 2 * self.all_tokens * model.head_dim * self.e
         kept = self.all_tokens * (_INDEX_BYTES + 8 * model.num_layers * (model.drop_path_rate > 0) / self.cp) + angles
@@ -123,7 +123,7 @@ class Activations:
         return self.mix.image_tokens / self.mix.tokens * self.tokens * PATCH_VALUES
 
     def temporaries(self, layers: int) -> float:
-        """The most that a layer's backward pass adds to what its chunk keeps, less what it has freed by then."""
+        """The most that a layer's backward pass adds to its chunk's activations, less what it has freed by then."""
         model, parallel = self.config.model, self.config.parallel
         recomputed = 3 * self.inner + 2 * self.hidden if "mlp" in self.recomputed else 0.0
         if parallel.recompute == "full" and (parallel.recompute_num_layers or layers) >= layers:
@@ -139,7 +139,7 @@ class Activations:
     def head(self) -> float:
         """The most that the head holds: inputs and gradients of its rows, and one chunk of logits.
 
-        The weight's gradient goes straight into DDP's buffer; under FSDP it is a float32 matrix of its own.
+        The weight's gradient goes straight into DDP's buffer; under FSDP it is a separate float32 matrix.
         """
         model, rows = self.config.model, self.head_rows()
         vocabulary = rank_sizes(model, self.tp)["head.weight"]

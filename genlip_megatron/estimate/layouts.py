@@ -86,7 +86,7 @@ LAYOUT_FLAGS = (
     ("parallel", "num_layers_in_first_pipeline_stage", "--num-layers-in-first-pipeline-stage"),
     ("parallel", "num_layers_in_last_pipeline_stage", "--num-layers-in-last-pipeline-stage"),
 )
-# Always shown; other flags only where they differ.
+# Always shown; other flags only if they differ.
 _CORE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "recompute")
 
 

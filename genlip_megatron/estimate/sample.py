@@ -87,6 +87,6 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches that one rank works through in a step."""
+    """Micro-batches of one rank in a step."""
     share = config.train.micro_batch_size * data_parallel_size(config, world_size)
     return max(1, config.train.global_batch_size // share)

@@ -44,7 +44,7 @@ def attribute_accuracy(captions: Sequence[str], truths: Sequence[dict[str, str |
 
 
 def shuffled_control(captions: Sequence[str], truths: Sequence[dict[str, str | None]], seed: int) -> dict[str, float]:
-    """``attribute_accuracy`` of every caption against another image's truth: the score of guessing."""
+    """``attribute_accuracy`` of every caption against another image's attributes: what guessing would score."""
     order = list(range(len(truths)))
     random.Random(seed).shuffle(order)
     other = {image: order[(i + 1) % len(order)] for i, image in enumerate(order)}

@@ -1,1 +1,1 @@
-"""What a run does about what goes wrong around it; one file a kind of trouble."""
+"""How a run reacts to signals, hangs, spikes and broken hardware; one file for each kind."""

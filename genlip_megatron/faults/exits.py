@@ -152,7 +152,7 @@ def final_exit(save: str | Path) -> int | None:
         if int(os.environ.get("RANK", "0")) == 0:
             file.unlink(missing_ok=True)
     except (OSError, ValueError):
-        pass  # usually there is no such file; an unreadable one must not keep a run from starting
+        pass  # usually there is no such file; an unreadable one must not prevent the run
     return None
 
 

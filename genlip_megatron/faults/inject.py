@@ -24,7 +24,7 @@ PLACES = ("step", "validation", "save")
 _SENT = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 _HERE = ("exit", "raise", "hang")  # at the beginning of the step
 _DONE_BY_CALLER = (
-    "nan-loss",  # the rank's part of the model gives NaN, in every pass
+    "nan-loss",  # the rank's part of the model returns NaN, in every pass
     "transient-nan",  # the same in the first pass only
     "nan-grad",
     "inf-grad",

@@ -51,7 +51,7 @@ class Minder:
 
 
 def stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal; False without the process or /proc."""
+    """Whether a process is stopped by a signal; False if the process or /proc does not exist."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             # The command's name, in parentheses, may contain blanks.

@@ -8,8 +8,8 @@ be right. The check compares
   so the copies stay equal bit for bit. For other copies each rank computes its own gradient; kernels that add in no
   fixed order may change the last bit without a fault.
 
-Limit: in each step the distributed optimizer sends all weights from the ranks that own them. The check finds what went
-wrong since then, and what goes wrong in every step. A wrong weight of the owner reaches all replicas, and is not found.
+Limit: in each step the distributed optimizer sends all weights from the ranks that own them. The check finds errors
+since then, and errors of every step. A wrong weight of the owner reaches all replicas and is not found.
 
 Cost: one copy of the weights to the CPU and their hash, about 10 GB/s.
 """

@@ -42,7 +42,7 @@ class SpikeJudge:
     """Compares each step with the steps before it that were updated.
 
     Args:
-        window: number of steps to remember; no step is a spike before half of them are known.
+        window: number of steps to remember. Until half of them are known, no step is a spike.
         threshold: robust standard deviations above the median from which a step is a spike.
 
     >>> judge = SpikeJudge(window=4, threshold=10)

@@ -1,8 +1,8 @@
 """Stop requests: a signal, the stop file, or the time limit. The run then saves and exits with status 17.
 
 Each rank's votes go into the one all-reduce of each step (``train/statistics.py``), so all ranks stop after the same
-step. From the request to the exit takes at most the current step and a save, one second more for the file, and the
-rest of a running validation. A request before the first step ends the run without a step.
+step. A run exits at most one step, one save and the rest of a running validation after the request; the file takes one
+second longer. A request before the first step ends the run without a step.
 
 Ctrl-C is SIGINT. A terminal sends it to plain ``python``; torchrun passes it on to its workers, which have their own
 sessions.
@@ -34,7 +34,7 @@ NO_STOP_VOTES = (0.0,) * len(REASONS)  # of a rank that need not stop
 
 
 def describe_votes(votes: Iterable[Any]) -> str:
-    """Those of ``REASONS`` that have a vote, in words; empty if none has.
+    """The ``REASONS`` that have a vote, in words; empty without votes.
 
     >>> describe_votes([1.0, 0.0, 1.0])
     'a signal, train.exit_duration_in_mins'

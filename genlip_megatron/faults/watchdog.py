@@ -1,6 +1,6 @@
 """Watchdog: if no step finishes for too long, every rank writes its stacks and the run ends with status 20.
 
-A part of the set-up and a validated batch count as a step does.
+Parts of the set-up and batches of a validation count as steps.
 
 A rank that waits in a collective waits in C, where no exception reaches it. So a thread of each rank watches the time
 since the last ``beat``. After the limit it writes the stacks of all threads to stderr, waits until the other ranks have
@@ -11,7 +11,7 @@ A rank cannot do this itself in two cases:
 * A thread holds the GIL forever. Then the minder (``faults/minder.py``), a process next to the rank that expects
   regular beats from the watching thread, makes the rank write its stacks and kills it.
 * SIGSTOP stopped the rank. The ranks of a machine know each other's processes. The lowest running rank finds the
-  stopped ones and wakes them with a pending SIGUSR2, which makes them write their stacks.
+  stopped ones, sends them SIGUSR2 and wakes them, so they write their stacks.
 
 Time in which this process did not run at all (the machine slept, a scheduler suspended the job) does not count.
 SIGUSR2 writes the stacks of a rank at any time, even without a limit.
@@ -36,7 +36,7 @@ from genlip_megatron.faults.exits import EXIT_HUNG, start_ticks, tell_torchrun
 from genlip_megatron.faults.minder import Minder, stopped
 from genlip_megatron.log import to_stderr
 
-_STDERR = 2  # the descriptor: tests and libraries may replace sys.stderr
+_STDERR = 2  # the file descriptor, because tests and libraries may replace sys.stderr
 _GRACE = 5.0  # seconds from the stacks to the end; more than the ranks' last beats are apart
 
 
@@ -65,7 +65,7 @@ def _this_process(rank: int) -> Sibling:
 
 
 def stacks(title: str) -> bytes:
-    """The stacks of all threads of this process, with ``title`` at the begin of each line."""
+    """The stacks of all threads of this process, with ``title`` at the beginning of each line."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -75,7 +75,7 @@ def stacks(title: str) -> bytes:
 class Watchdog:
     """Ends this process if nothing calls ``beat`` for ``minutes``; 0 disables it. Call ``listen`` first.
 
-    It knows only this process until ``meet``.
+    Until ``meet`` it knows only this process.
 
     Args:
         minutes: the limit.

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Fields of which the model supports one value: another would mean another computation.
+# Fields for which the model supports one value: another value would mean another computation.
 _FIXED = {
     "patch_size": 16,
     "num_channels": 3,

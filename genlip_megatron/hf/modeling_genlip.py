@@ -378,7 +378,7 @@ class GenLIPPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Attention: Xavier uniform (q and gate as one matrix). Other weights: normal. Biases 0, norms 1 and 0."""
-        # transformers calls it only for modules with parameters of their own.
+        # transformers calls it only for modules that directly hold parameters.
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             if isinstance(module, AttentionLinear):
                 nn.init.xavier_uniform_(module.weight)

@@ -61,7 +61,7 @@ class GenLIP(lmms):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size!r}: must be a whole number of at least 1")
         self.batch_size, self.own_prompt = int(batch_size), own_prompt
-        # lmms-eval deals documents to ranks and gathers their answers through the accelerator.
+        # lmms-eval distributes documents over ranks and gathers their answers through the accelerator.
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -34,7 +34,7 @@ def has_triton() -> bool:
 def logit_bytes(device_type: str, element_size: int) -> int:
     """Bytes that a logit of ``element_size`` bytes takes while its gradient is computed.
 
-    A torch build without CUDA estimates for another machine, which has Triton.
+    A torch build without CUDA assumes Triton: the estimate is then for another machine.
     """
     in_place = element_size == 4 or (device_type != "cpu" and (has_triton() or torch.version.cuda is None))
     return element_size if in_place else element_size + 4

@@ -34,9 +34,9 @@ def count_batch(batch: PackedBatch) -> Tensor:
 def training_flops(counts: Tensor, model: ModelConfig) -> float:
     """Useful floating-point operations of training on ``counts``: the forward pass, and twice that for the backward.
 
-    A token costs 2 operations for each element of the layers' matrices, a query-key pair 4 D in each layer, an answer
-    row 2 for each element of the head, a patch 2 for each of the patch embedding, whose input needs no gradient.
-    Recomputation and padding do not count.
+    The forward pass costs 2 operations per token and element of the layers' matrices, 4 D per query-key pair and layer,
+    2 per answer row and element of the head, and 2 per patch and element of the patch embedding, whose input needs no
+    gradient. Recomputation and padding do not count.
     """
     by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
     sizes = rank_sizes(model)

@@ -4,7 +4,7 @@ Transformer Engine keeps both in its modules and would pickle them. Here they ar
 holds beside the weights, for example ``decoder.layers.mlp.linear_fc1.fp8.scale_fwd``. Every pass changes them.
 
 Every update reduces amax over all ranks that hold parts or copies of a layer. So these ranks have the same state; it is
-stored once, and any layout loads it. Only the first row of a history is local until the next update;
+stored once, and any layout loads it. Only the first row of a history differs between ranks until the next update;
 ``share_largest_values`` makes it equal too.
 
 Legend: T quantised tensors of a module, L passes in a history.

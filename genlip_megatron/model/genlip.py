@@ -105,8 +105,8 @@ class GenLIP(MegatronModule):
         return result
 
     def prepare(self, batch: PackedBatch, fixed_shapes: bool = False) -> PackedAttention:
-        """What this rank's layers share for ``batch``, the same for all chunks. The host waits for a batch that is not
-        on the CPU.
+        """The data of ``batch`` that this rank's layers share, the same for all chunks. The host waits for a batch that
+        is not on the CPU.
 
         Args:
             fixed_shapes: for a batch ``with_fixed_shapes``; the result has fixed shapes too, for CUDA graphs.

@@ -11,15 +11,15 @@ from genlip_megatron.model.recompute import recomputable
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's LayerNorm whose parameters are marked ``sequence_parallel`` where they see a shard of the tokens.
+    """torch's LayerNorm; marks its parameters ``sequence_parallel`` if it sees only a shard of the tokens.
 
     Megatron-Core sums the gradients of marked parameters over the tensor-parallel group. A norm of gathered rows must
     not be marked, or its gradient is multiplied.
 
-    A fused kernel that computes the norm of its own output passes it with ``hand``; the next call returns it.
+    A fused kernel that has already computed the norm passes it with ``hand``; the next call returns it.
 
     Args:
-        recompute: the reader of the norm may free it until the backward pass (``recompute.discard``).
+        recompute: the module that reads the norm may free it until the backward pass (``recompute.discard``).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Recompute inputs of a layer's linears in the backward pass instead of keeping them: they need almost no arithmetic.
+"""Recompute the inputs of a layer's linears in the backward pass instead of keeping them. It costs little arithmetic.
 
 Megatron-Core has the same for its own modules (``CheckpointWithoutOutput``), but it asks Transformer Engine for FP8
 state even without FP8, and recomputes under a second autograd graph with restored random states. Nothing here draws
@@ -41,7 +41,7 @@ def discard(x: Tensor, used: Tensor) -> None:
     Do not read ``x`` before the backward pass restores it. It supports one backward pass.
 
     Args:
-        x: a tensor whose last use in the forward pass was to compute ``used``.
+        x: a tensor; computing ``used`` was its last use in the forward pass.
         used: the result; the backward pass has its gradient before anything reads ``x``.
     """
     again = getattr(x, _RECOMPUTE, None)

@@ -63,12 +63,12 @@ class ScaledResidual(torch.nn.Module):
 
 
 def fuse_norms(layers: Iterable[TransformerLayer], across: bool) -> None:
-    """Make each residual branch compute the LayerNorm that reads its result.
+    """Make each residual branch also compute the LayerNorm that follows it.
 
     Args:
         layers: consecutive layers, in order.
-        across: a layer also computes the first norm of the next one. Not where layers are recomputed or gathered one by
-            one.
+        across: a layer also computes the first norm of the next one. Must be off if layers are recomputed or gathered
+            one by one.
     """
     before: TransformerLayer | None = None
     for layer in layers:

@@ -71,7 +71,7 @@ def check_machine(config: RunConfig) -> str:
     if config.train.cuda_graph and not (backend in BACKENDS and BACKENDS[backend].has_fixed_shapes):
         fixed = " or ".join(name for name, kind in BACKENDS.items() if kind.has_fixed_shapes)
         raise ValueError(
-            f"train.cuda_graph = True: needs the attention backend {fixed}, here it is {backend} ({reason}). Remove "
+            f"train.cuda_graph = True: needs the attention backend {fixed}, not {backend} ({reason}). Remove "
             "--cuda-graph"
         )
     fp8 = choose_fp8(config)

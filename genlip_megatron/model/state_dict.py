@@ -83,7 +83,7 @@ def _join_vocabulary(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
 
 
 def _split_qkv(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
-    """Whole q, gate, k, v -> [q, gate, k, v] of each head in turn, the order of Megatron-Core's attention."""
+    """Whole q, gate, k, v -> [q, gate, k, v] head by head, the order of Megatron-Core's attention."""
     query, key, value = full
     queries = query.chunk(len(query) // len(key))  # q, and the gate where the model has one
     parts = [part.unflatten(0, (model.num_attention_heads, model.head_dim)) for part in (*queries, key, value)]
@@ -141,7 +141,7 @@ class Entry:
         init: kind of initial value.
         present: whether a model has it.
         frozen_by: the ``ModelConfig`` setting that freezes it; "" for a part of the vision encoder, which is always
-            trained. What can be frozen is also what an export of the encoder leaves out: the text's way in and out.
+            trained. An export of the encoder leaves out all other parameters: those of text input and output.
     """
 
     local: str
@@ -216,8 +216,8 @@ TABLE: tuple[Entry, ...] = (
 _BY_LOCAL = {entry.local: entry for entry in TABLE}
 _BY_CANONICAL = {name: (entry, shape) for entry in TABLE for name, shape in entry.canonical}
 
-# Names of the norms that Transformer Engine fuses into the linears behind them -> names of separate norms. Checkpoints
-# use the latter, so that each kind of layer reads the checkpoints of the other.
+# Names of norms that Transformer Engine fuses into the next linear -> names of separate norms. Checkpoints use the
+# separate names, so each kind of layer can read checkpoints of the other.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -288,7 +288,7 @@ def _template(name: str) -> str:
 
 
 def in_encoder(name: str) -> bool:
-    """Whether a canonical tensor belongs to the vision encoder, not only to the text's way in and out.
+    """Whether a canonical tensor belongs to the vision encoder, not only to text input or output.
 
     >>> in_encoder("visual.layers.0.mlp.fc1.weight"), in_encoder("lm_head.weight")
     (True, False)
@@ -382,7 +382,7 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The settings of ``ModelConfig`` that canonical tensors reveal by their shapes and names.
 
     Raises:
-        ValueError: a tensor that every model has is missing or no matrix.
+        ValueError: a tensor that every model has is missing or is not a matrix.
     """
     letters: dict[str, int] = {}
     layer = "visual.layers.{i}."
@@ -406,5 +406,5 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-# The last one decides on D.
+# ``sizes_of`` reads these shapes in order, so the last one sets D.
 _MEASURED = ("mlp.fc1", "self_attn.q_proj", "self_attn.k_proj")

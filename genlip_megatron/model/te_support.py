@@ -1,4 +1,4 @@
-"""What Transformer Engine can do for a run on this machine: its version, FP8 linears, FP8 attention.
+"""Transformer Engine on this machine: whether its version, FP8 linears and FP8 attention can be used.
 
 Sources of its limits (versions 2.9 to 2.11): FP8 products need 16-byte alignment in every dimension that they sum over;
 ``nvte_get_fused_attn_backend`` lists cuDNN's FP8 attention kernels by device, head size, layout and mask; FP8 attention
@@ -87,7 +87,7 @@ def why_no_fp8(gpu: Gpu) -> str | None:
 
 
 def _found(gpu: Gpu) -> str:
-    return f"here it is {gpu.capability[0]}.{gpu.capability[1]}" if any(gpu.capability) else "and there is no GPU here"
+    return f"not {gpu.capability[0]}.{gpu.capability[1]}" if any(gpu.capability) else "and there is no GPU"
 
 
 def fp8_head_dim(head_dim: int, capability: tuple[int, int]) -> int:
@@ -108,7 +108,7 @@ def why_no_fp8_images(config: RunConfig, gpu: Gpu) -> str | None:
             "FP8 attention over packed samples (thd)"
         )
     if config.model.head_dim > 128:
-        return f"needs a head size of at most 128, here it is {config.model.head_dim}"
+        return f"needs a head size of at most 128, not {config.model.head_dim}"
     current = config.train.fp8_recipe == "current"
     name, capability, cudnn = ("current", (10, 0), 91400) if current else ("delayed", (9, 0), 90700)
     if gpu.capability[0] == 12:
@@ -118,8 +118,8 @@ def why_no_fp8_images(config: RunConfig, gpu: Gpu) -> str | None:
         return f"with {name} scaling needs compute capability {capability[0]}.0 or above, {_found(gpu)}{hint}"
     if gpu.cudnn < cudnn or gpu.cudnn == 91000:
         return (
-            f"with {name} scaling needs cuDNN {cudnn // 10000}.{cudnn // 100 % 100} or above, but not 9.10.0, which "
-            f"has a bug; here it is {gpu.cudnn // 10000}.{gpu.cudnn // 100 % 100}.{gpu.cudnn % 100}"
+            f"with {name} scaling needs cuDNN {cudnn // 10000}.{cudnn // 100 % 100} or above, except 9.10.0, which "
+            f"has a bug; installed is {gpu.cudnn // 10000}.{gpu.cudnn // 100 % 100}.{gpu.cudnn % 100}"
         )
     return None
 
@@ -146,7 +146,7 @@ class Fp8:
 
 
 def choose_fp8(config: RunConfig, gpu: Gpu | None = None) -> Fp8:
-    """What computes in FP8 on this machine, or on ``gpu``.
+    """The parts that compute in FP8 on this machine, or on ``gpu``.
 
     Raises:
         ValueError: a configured part cannot run in FP8, and ``train.fp8_fallback`` is off.

@@ -1,1 +1,1 @@
-"""Process groups, and the part of the work of each rank."""
+"""Process groups, and each rank's part of the sequence."""

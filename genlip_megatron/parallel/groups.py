@@ -17,7 +17,7 @@ from genlip_megatron.faults.exits import first_of_machine
 
 
 def timeout(config: RunConfig) -> timedelta:
-    """Time limit of a collective: longer than the watchdog's, whose error says more; a day without a watchdog.
+    """Time limit of a collective: longer than the watchdog's, whose error says more. A day without a watchdog.
 
     >>> str(timeout(RunConfig()))  # faults.step_timeout is 20 minutes
     '0:30:00'
@@ -82,7 +82,7 @@ def initialize(config: RunConfig) -> None:
 
 
 def grow_segments(config: RunConfig) -> None:
-    """Make torch's allocator grow its memory segments instead of adding segments, which leaves gigabytes unused.
+    """Make torch's allocator grow its memory segments. By default it adds segments, which leaves gigabytes unused.
 
     Off with CUDA graphs, because hangs and illegal accesses were reported for the combination. Does nothing if the
     environment configures the allocator. Affects later allocations only.
@@ -109,7 +109,7 @@ def own_gpu() -> int:
 
 @dataclass(frozen=True)
 class ModelParallelPlace:
-    """The place of this rank among the ranks that work on the same micro-batches.
+    """This rank's place among the ranks that work on the same micro-batches.
 
     Attributes:
         group: gloo group of all of them, across pipeline stages; None for a single rank.
@@ -149,7 +149,7 @@ def model_parallel_place() -> ModelParallelPlace:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether this rank is the first of all to call this with ``text``; without process groups, of its machine.
+    """Whether this rank is the first to call this with ``text``, or the first of its machine without process groups.
 
     Not a collective: other ranks may have another text or none.
     """

@@ -1,6 +1,6 @@
-"""What the tests and some tools need: golden tensors compared, runs of many processes, the parity of layouts.
+"""Helpers of the tests and some tools: golden tensors, runs of many processes, parity of layouts.
 
-It works on a checkout: ``tests/golden`` and ``examples`` are read from there.
+They need a checkout, because they read ``tests/golden`` and ``examples``.
 """
 
 from pathlib import Path

@@ -24,7 +24,7 @@ _workers: dict[int, Worker] = {}  # by rank
 
 
 class Job(NamedTuple):
-    """What a rank is to run, and in which group."""
+    """The function that a rank runs, and its process group."""
 
     world_size: int
     port: int
@@ -49,9 +49,9 @@ def _serve(rank: int, pipe: Any) -> None:
             answer = (True, job.function(*job.args))
         except BaseException:
             answer = (False, traceback.format_exc())
-        gc.collect()  # so that runs of this job leave their folders to the next
+        gc.collect()  # frees this job's runs, which lock their folders
         pipe.send(answer)
-        pipe.recv()  # all ranks have answered: none needs this one any more
+        pipe.recv()  # all ranks have answered, so none needs this one
         _leave_groups()
 
 
@@ -73,7 +73,7 @@ def _leave_groups() -> None:
 
 
 class Worker:
-    """The process that is ``rank`` in all jobs with more than ``rank`` processes."""
+    """The process of rank ``rank`` in every job that has this rank."""
 
     def __init__(self, rank: int) -> None:
         context = mp.get_context("spawn")
@@ -91,16 +91,19 @@ class Worker:
 
 
 def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any]:
-    """``function(*args)``, importable by name, on every rank of ``world_size`` processes; results by rank.
+    """Call ``function(*args)`` on every rank of ``world_size`` processes; returns the results by rank.
 
-    The default process group is up and Megatron-Core's CPU layer installed; model-parallel groups are the
-    function's business. They are destroyed after it.
+    The default process group exists, and ``megatron_patches`` are installed. The function creates model-parallel groups
+    itself; they are destroyed after it.
+
+    Args:
+        function: importable by name.
 
     Raises:
-        AssertionError: with the tracebacks of the ranks that failed.
+        AssertionError: a rank failed; holds the tracebacks.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < world_size:
-        pytest.skip(f"needs {world_size} GPUs, here are {torch.cuda.device_count()}")
+        pytest.skip(f"needs {world_size} GPUs; this machine has {torch.cuda.device_count()}")
     for rank in range(world_size):
         if rank not in _workers or not _workers[rank].process.is_alive():
             _workers[rank] = Worker(rank)
@@ -127,7 +130,7 @@ def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any
             if not good:
                 errors.append(f"rank {rank}:\n{value}")
     if errors:
-        for rank in range(world_size):  # after a failed collective their state cannot be trusted
+        for rank in range(world_size):  # after a failed collective the processes cannot be trusted
             _workers.pop(rank).process.kill()
         raise AssertionError("\n".join(errors))
     for rank in range(world_size):

@@ -1,4 +1,4 @@
-"""Golden tensors of the authors' model class, as PackedBatch and configuration of this project."""
+"""Compare the model with golden tensors of the authors' model class."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def golden_run(
 
 
 def golden_batch(tensors: dict[str, Tensor]) -> PackedBatch:
-    """The golden rows laid end to end as one micro-batch; sample ids are made unique over the rows."""
+    """The golden rows end to end as one micro-batch, with sample ids that are unique over the rows."""
     rows, length = tensors["inputs/input_ids"].shape
     valid = tensors["inputs/valid"].flatten()
     is_image = tensors["inputs/image_mask"].flatten() & valid
@@ -104,10 +104,10 @@ def vision_batch(pixels: Tensor, grid: Tensor) -> PackedBatch:
 def compare(
     path: str, tp: int, pp: int, backend: str | None = None, precision: str = "fp32", cp: int = 1
 ) -> dict[str, float]:
-    """Worst differences of this rank's part of the model, by kind; runs on every rank of tp * pp * cp processes.
+    """The largest difference of each kind in this rank's part of the model. A collective over tp * pp * cp ranks.
 
-    ``hidden``, ``logits`` and ``features`` are absolute, ``loss`` is relative, ``gradient`` is the norm of a tensor's
-    difference relative to the tensor's norm; ``tensors`` counts the gradients that were compared.
+    ``hidden``, ``logits`` and ``features`` are absolute. ``loss`` is relative. ``gradient`` is the norm of a tensor's
+    difference over the tensor's norm. ``tensors`` is the number of gradients that were compared.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads

@@ -1,8 +1,8 @@
-"""Is a run the same on another layout? Runs that note all there is to compare, and the comparison.
+"""Parity: train on a layout, and compare the run with the same run on one process.
 
-What must hold: initial weights bit for bit; every gradient tensor of the first step and the loss of every step; the
-order of the samples; after the last step every replicated parameter bit for bit among its replicas, and all weights
-against the run on one process.
+Equal bit for bit: initial weights; the order of the samples; after the last step, the replicas of each parameter.
+Equal within a tolerance: every gradient tensor of the first step, the loss of every step, the validation loss, and the
+weights after the last step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ STEPS = 10
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest allowed differences from one process.
+    """Largest allowed differences from the run on one process.
 
-    ``loss`` and ``gradient`` are relative, a gradient's by the norm of the tensor's difference; ``weight`` is the norm
-    of a tensor's change in which the runs differ, relative to the norm of its change since the start.
+    Attributes:
+        loss: relative.
+        gradient: norm of a tensor's difference over the tensor's norm.
+        weight: norm of the difference over the norm of the tensor's change since the start.
     """
 
     loss: float
@@ -47,13 +49,13 @@ DATA: dict[str, dict[str, Any]] = {
 
 
 def parity_config(data: Path, stage: str = "stage 2", drop_path: float = 0.2, **flags: Any) -> RunConfig:
-    """The run that is compared: fixed-size images of stage 1 or native ones of stage 2, with or without DropPath."""
+    """The compared run: fixed-size images as in stage 1, or native ones as in stage 2."""
     common = {"model__drop_path_rate": drop_path, "train__train_iters": STEPS, **DATA[stage]}
     return tiny_config(data, **{**common, **flags})
 
 
 def gradients(run: Any) -> dict[str, Tensor]:
-    """Canonical gradients of this rank's stage as the optimizer sees them, whole on every rank."""
+    """Full canonical gradients of this rank's stage, as the optimizer sees them."""
     from megatron.core import parallel_state
 
     from genlip_megatron.model.genlip import unwrap
@@ -84,7 +86,7 @@ def _odd_replicas(run: Any) -> list[str]:
         for name, parameter in unwrap(chunk).named_parameters():
             sharded = parameter.tensor_model_parallel
             groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
-            if isinstance(parameter, DTensor):  # in shards over that group: there are no replicas
+            if isinstance(parameter, DTensor):  # sharded over that group, so it has no replicas
                 groups, parameter = [], parameter.full_tensor()
             if not sharded:
                 groups.append(parallel_state.get_tensor_model_parallel_group())
@@ -97,7 +99,7 @@ def _odd_replicas(run: Any) -> list[str]:
 
 
 def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) -> dict[str, Any]:
-    """Train on every rank of the job and note what is compared; ``fault`` plants one of ``planted.py``."""
+    """Train on every rank of the job; returns what is compared. ``fault`` is a name of ``planted.FAULTS``."""
     from megatron.core import parallel_state
 
     from genlip_megatron.testing.planted import planted
@@ -135,7 +137,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
             run.iteration += 1
             losses.append(outcome.loss)
             if run.iteration == 2:
-                # Between steps, where gathers and caches of the layout are under way.
+                # Between steps, while the layout's gathers and caches are in use.
                 validation = evaluate(run)
         save(run, last=True)
         gather_weights(run)
@@ -160,7 +162,7 @@ def merged(results: list[dict[str, Any]], kind: str) -> dict[str, Tensor]:
 
 
 def worst_errors(results: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
-    """The largest difference of each kind from ``reference``, the result of the run on one process."""
+    """The largest difference of each kind from ``reference``, the result on one process."""
     found, weights = merged(results, "gradients"), merged(results, "weights")
 
     def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -179,7 +181,7 @@ def worst_errors(results: list[dict[str, Any]], reference: dict[str, Any]) -> di
 
 
 def problems(results: list[dict[str, Any]], reference: dict[str, Any], tolerance: Tolerance = FLOAT32) -> list[str]:
-    """Everything in which a layout's results are not those of one process; empty when the runs are the same."""
+    """How a layout's results differ from those of one process; empty if they agree."""
     found = []
     for kind in ("initial", "gradients", "weights"):
         missing = set(reference[kind]) - set(merged(results, kind))
@@ -196,17 +198,17 @@ def problems(results: list[dict[str, Any]], reference: dict[str, Any], tolerance
             found.append(f"{kind} differs by {error:.1e}, allowed {limit:.0e}")
     for result in results:
         if not abs(result["validation"] - reference["validation"]) <= tolerance.loss * reference["validation"]:
-            found.append(f"validation loss {result['validation']} and not {reference['validation']}")
+            found.append(f"validation loss is {result['validation']}, expected {reference['validation']}")
     odd = sorted({name for result in results for name in result["odd_replicas"]})
     if odd:
         found.append(f"replicas differ: {', '.join(odd)}")
     if not same_stream(results, reference):
-        found.append("the samples come in another order")
+        found.append("the order of the samples differs")
     return found
 
 
 def same_stream(results: list[dict[str, Any]], reference: dict[str, Any]) -> bool:
-    """Whether the data-parallel ranks together read the samples of one process, step by step."""
+    """Whether in each step the data-parallel ranks together read the samples of one process, in its order."""
     by_rank = {result["data_parallel"]: result["keys"] for result in results if result["reads"]}
     steps = reference["steps"]
     each = len(reference["keys"]) // steps

@@ -1,4 +1,4 @@
-"""Faults planted into a parallel run, one at a time: each must make the comparison of layouts fail."""
+"""Bugs that a test plants into a parallel run, one at a time; each must make the comparison of layouts fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def _unmarked(*names: str) -> Any:
-    """The parameters are not marked for the gradient sum over the tensor-parallel group."""
+    """Parameters lack the mark that sums their gradients over the tensor-parallel group."""
     from genlip_megatron.model import weights
 
     fill = weights.fill_weights
@@ -27,7 +27,7 @@ def _unmarked(*names: str) -> Any:
 
 
 def _changed_batch(change: Any) -> Any:
-    """Every rank works on ``change(batch, context-parallel rank)`` instead of the batch."""
+    """Every rank trains on ``change(batch, context-parallel rank)`` instead of the batch."""
     from megatron.core import parallel_state
 
     from genlip_megatron.train import forward_backward
@@ -46,7 +46,7 @@ def _positions(batch: Any, rank: int) -> Any:
 
 
 def _leaking(batch: Any, rank: int) -> Any:
-    """The text of the first sample runs on into the second."""
+    """The first sample's text includes the second sample."""
     total = batch.image_lengths + batch.text_lengths
     texts, starts = batch.text_lengths.clone(), batch.sample_starts.clone()
     texts[0] += total[1]
@@ -84,7 +84,7 @@ def _drop_path_per_rank(batch: Any, rank: int) -> Any:
 
 
 def _forgotten_context_sum() -> Any:
-    """Keys and values are gathered for the forward pass, but other ranks' gradients of them are dropped."""
+    """The forward pass gathers keys and values, but the backward pass drops other ranks' gradients of them."""
     from megatron.core import tensor_parallel
 
     from genlip_megatron.model.attention import core
@@ -97,7 +97,7 @@ def _forgotten_context_sum() -> Any:
 
 _GATHERED = {"parallel__cp_comm_type": "all_gather"}
 
-# Fault: (layout that shows it, further settings, context manager, what the comparison must say of it).
+# Fault: (layout that shows it, further settings, context manager, text that the comparison must report).
 FAULTS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "norm's gradient not summed": ("TP2", {}, lambda: _unmarked("input_layernorm.weight"), "0.input_layernorm.weight"),
     "LayerScale's gradient not summed": ("TP2", {}, lambda: _unmarked("mlp_bda.scale"), "0.mlp_bda.scale"),
@@ -114,6 +114,6 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
 
 @contextlib.contextmanager
 def planted(fault: str | None) -> Iterator[None]:
-    """Within it the fault is in place on this rank; None plants nothing."""
+    """Inside the block this rank has the fault; None plants nothing."""
     with FAULTS[fault][2]() if fault else contextlib.nullcontext():
         yield

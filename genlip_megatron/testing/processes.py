@@ -1,11 +1,11 @@
-"""Training runs as real processes that start in milliseconds: forked from one that has imported everything.
+"""Training runs as real processes that start in milliseconds, forked from a process that has imported everything.
 
 Importing torch and Megatron-Core takes seconds, too long for tests that kill hundreds of runs. A *zygote* is a process
-that has done so and nothing else: it has one thread, no process group and no DALI pipeline, since none of these
-survives a fork (``test_processes.py`` holds it to that). It forks the ranks of a run on demand. A rank then is a
-process of its own: own session, own environment as torchrun sets it, own output file, ended like any script.
+that has only imported them. It has one thread, no process group and no DALI pipeline, because these do not survive a
+fork (``reliability/test_processes.py`` checks this). It forks the ranks of a run on demand. Each rank has its own
+session, its own output file and the environment that torchrun sets, and ends like any script.
 
-What this cannot show: ranks share the hash seed and the random state that imports leave behind, and rank 0 serves the
+Differences from torchrun: ranks share the hash seed and the random state after the imports, and rank 0 serves the
 rendezvous, which under torchrun outlives the ranks.
 """
 
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, NoReturn
 from genlip_megatron.testing import CHECKOUT
 
 TRAINING = "pretrain_genlip:main"
-# What training and its tests import late, so that no rank has to; Megatron-Core after ``megatron_patches.install``.
+# Modules that training and its tests import late. Megatron-Core must come after ``megatron_patches.install``.
 _IMPORTS = ("pytest", "torch.utils.tensorboard", "torch._dynamo", "pretrain_genlip", "genlip_megatron.train.loop")
 
 
@@ -42,7 +42,7 @@ _next_port = _PORTS.start + os.getpid() * 61 % len(_PORTS)
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit status, or minus the signal that ended it, and what it printed."""
+    """How a process ended: its exit status, or minus the signal that ended it, and its output."""
 
     code: int
     output: str
@@ -55,21 +55,25 @@ class Job:
     zygote: Zygote
     pids: list[int]
     outputs: list[Path]
-    codes: dict[int, int] = field(default_factory=dict)  # by rank, of those that have ended
+    codes: dict[int, int] = field(default_factory=dict)  # by rank; only ranks that have ended
 
     def output(self, rank: int) -> str:
-        """What a rank has printed so far."""
+        """The output of a rank so far."""
         return self.outputs[rank].read_text(errors="replace")
 
     def signal(self, rank: int, number: int) -> None:
-        """Send a signal to a rank; none to one that has ended."""
+        """Send a signal to a rank, unless it has ended."""
         self.zygote.receive(0)
         if rank not in self.codes:
             with contextlib.suppress(ProcessLookupError):  # it has ended since
                 os.kill(self.pids[rank], number)
 
     def wait_for(self, text: str, rank: int = 0, timeout: float = 60) -> None:
-        """Return once a rank has printed ``text``; AssertionError when it ends, or time passes, without."""
+        """Wait until a rank has printed ``text``.
+
+        Raises:
+            AssertionError: it ended first, or ``timeout`` seconds passed.
+        """
         deadline = time.monotonic() + timeout
         while text not in self.output(rank):
             self.zygote.receive(0.02)
@@ -84,7 +88,7 @@ class Job:
             self.signal(rank, signal.SIGKILL)
 
     def wait(self, timeout: float = 120, end_others: float | None = None) -> list[Ended]:
-        """How every rank ended.
+        """Wait until all ranks have ended; returns how each ended.
 
         Args:
             end_others: as torchrun does, end the other ranks this many seconds after one has ended with an error: by
@@ -115,7 +119,7 @@ class Job:
 
 
 class Zygote:
-    """The parent of test runs: starts ranks by forking.
+    """The parent process of test runs, which starts ranks by forking.
 
     Args:
         folder: for the output files of ranks.
@@ -127,7 +131,7 @@ class Zygote:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",  # numpy's starts its threads at import
+            "OPENBLAS_NUM_THREADS": "1",  # numpy's OpenBLAS starts its threads at import
             "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]),
         }
         self._process = subprocess.Popen(
@@ -141,7 +145,7 @@ class Zygote:
         self._pipe = multiprocessing.connection.Connection(ours.detach())
         self.pid = self._process.pid
         self._started = 0
-        self._jobs: dict[int, tuple[Job, int]] = {}  # by pid: of which job, which rank
+        self._jobs: dict[int, tuple[Job, int]] = {}  # by pid: its job and rank
 
     def start(
         self,
@@ -156,7 +160,7 @@ class Zygote:
         Args:
             argv: the command line after the script's name.
             env: further environment variables of every rank.
-            restart: what torchrun counts in TORCHELASTIC_RESTART_COUNT.
+            restart: torchrun's TORCHELASTIC_RESTART_COUNT.
         """
         port, job = free_port(), Job(self, [], [])
         for rank in range(world_size):
@@ -192,11 +196,11 @@ class Zygote:
         restart: int = 0,
         end_others: float | None = 1.0,
     ) -> list[Ended]:
-        """Start ranks and wait for them: how each ended. See ``start`` and ``Job.wait``."""
+        """Start ranks and wait for them; returns how each ended. See ``start`` and ``Job.wait``."""
         return self.start(world_size, argv, env, target, restart).wait(timeout, end_others)
 
     def _next(self) -> int | None:
-        """Take one message: the pid of a rank that was started, or None, with the end of one noted."""
+        """Take one message: the pid of a started rank; or record the end of one and return None."""
         pid, code = self._pipe.recv()
         if code is None:
             return pid
@@ -205,13 +209,13 @@ class Zygote:
         return None
 
     def receive(self, timeout: float) -> None:
-        """Note which ranks have ended; wait for one at most ``timeout`` seconds."""
+        """Record which ranks have ended; wait for the first at most ``timeout`` seconds."""
         while self._pipe.poll(timeout):
             self._next()
             timeout = 0
 
     def close(self) -> None:
-        """End the zygote and with it every rank."""
+        """End the zygote and all its ranks."""
         self._pipe.close()
         try:
             self._process.wait(10)
@@ -220,7 +224,7 @@ class Zygote:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on: below those given to connections, and not one that was given lately."""
+    """A free TCP port below the system's range for connections, and not one returned recently."""
     global _next_port
     while True:
         _next_port = _PORTS.start + (_next_port + 1 - _PORTS.start) % len(_PORTS)
@@ -233,20 +237,20 @@ def free_port() -> int:
 
 
 def _serve(descriptor: int) -> tuple[str, list[str], dict[str, str], str] | None:
-    """Fork ranks on demand. Returns in each of them, with what it is to do; in the zygote at the end, with None."""
+    """Fork ranks on demand. Returns the order to run in each rank; at the end returns None in the zygote."""
     pipe = multiprocessing.connection.Connection(descriptor)
-    ranks: dict[int, int] = {}  # pid by the descriptor that tells of its end
+    ranks: dict[int, int] = {}  # pid by its pidfd, which is readable once the process has ended
     while True:
         for ready in multiprocessing.connection.wait([pipe, *ranks]):
             if ready is not pipe:
                 pid = ranks.pop(typing.cast(int, ready))
                 os.close(typing.cast(int, ready))
-                _kill_group(pid)  # its writers and other helpers; before waiting, so that the number is still its own
+                _kill_group(pid)  # its helper processes; before waitpid, which frees the pid for others
                 pipe.send((pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
                 continue
             try:
                 order = pipe.recv()
-            except EOFError:  # the tests are over, or dead
+            except EOFError:  # the tests have ended
                 for pid in ranks.values():
                     _kill_group(pid)
                 return None
@@ -267,7 +271,7 @@ def _kill_group(pid: int) -> None:
 
 
 def _become(target: str, argv: list[str], variables: dict[str, str], output: str) -> Callable[[], Any]:
-    """Turn a forked process into a rank; what it is to run."""
+    """Turn a forked process into a rank; returns the function that it runs."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -288,7 +292,7 @@ def import_training() -> None:
     megatron_patches.install()
     for name in _IMPORTS:
         importlib.import_module(name)
-    gc.freeze()  # of modules nothing becomes garbage, and forked ranks share their pages
+    gc.freeze()  # a collection would copy the pages of modules that forked ranks share
 
 
 def _main() -> int:
@@ -315,7 +319,7 @@ def _status_of(function: Callable[[], Any]) -> int:
 
 
 def _end(status: int) -> NoReturn:
-    """End as a script does, with threads joined and exit handlers run; but tearing the modules down takes a second."""
+    """End as a script does: join threads and run exit handlers. Skip the unloading of modules, which takes a second."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

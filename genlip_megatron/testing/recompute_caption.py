@@ -1,4 +1,4 @@
-"""Captions by the Megatron model without a cache, as a reference for ``infer/caption.py``."""
+"""Captions from the Megatron model without a key-value cache, as a reference for ``infer/caption.py``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from genlip_megatron.infer.prepare import Prepared
 
 
 class RecomputingCaptioner:
-    """Captions batches of images in this process, with the interface of ``Captioner``.
+    """Captions batches of images in this process; has the interface of ``Captioner``.
 
     Args:
         place: folder of a run, or one of its checkpoints.

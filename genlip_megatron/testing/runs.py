@@ -1,4 +1,4 @@
-"""Small training runs on any layout, and what they leave behind."""
+"""Small training runs on any layout, and their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from genlip_megatron.config import RunConfig, from_dict, override
 from genlip_megatron.testing import CHECKOUT
 
-# How the layouts of the tests are spelled: tensor, pipeline, interleaved, context and data parallel.
+# Spelling of layouts in tests: tensor, pipeline, interleaved, context and data parallel.
 _SIZES = {
     "TP": "tensor_model_parallel_size",
     "PP": "pipeline_model_parallel_size",
@@ -87,8 +87,8 @@ def build_run(config: RunConfig) -> Any:
 
 
 def full_weights(run: Any) -> dict[str, torch.Tensor]:
-    """Canonical weights of this rank's pipeline stage, gathered over tensor-parallel ranks, as they are computed with:
-    FSDP keeps the float32 originals of bfloat16 weights."""
+    """Full canonical weights of this rank's pipeline stage, in the compute dtype. FSDP stores bfloat16 weights in
+    float32."""
     from genlip_megatron.model.genlip import unwrap
     from genlip_megatron.model.specs import compute_dtype
     from genlip_megatron.model.weights import gather_canonical
@@ -102,9 +102,10 @@ def full_weights(run: Any) -> dict[str, torch.Tensor]:
 
 
 def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any]:
-    """Train on every rank: losses, gradient norms, sample keys of this rank, final weights of this stage.
+    """Train on every rank; returns losses, gradient norms, sample keys of this rank, and final weights of this stage.
 
-    ``last`` saves the state for any layout, else as it stands.
+    Args:
+        last: save optimizer state that any layout can load.
     """
     from megatron.core import parallel_state
 
@@ -146,7 +147,7 @@ def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any
 
 
 def failing_set_up(config: RunConfig) -> str:
-    """What is wrong with the settings of a run."""
+    """The error message of ``set_up``, or "no error"."""
     from genlip_megatron.train.setup import set_up
 
     try:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: waiting for data, to the device, forward, backward, reduction, optimizer, pipeline.
+"""Where a step's time goes: data wait, copies to the device, forward, backward, reduction, optimizer, pipeline.
 
 The time of a step is cut where a part begins or ends; each piece belongs to the innermost open part. So parts never
 overlap, and they sum to the whole step in whatever order a pipeline runs its micro-batches.
@@ -128,9 +128,9 @@ class Breakdown:
             self._steps += 1
 
     def take(self) -> list[float]:
-        """Mean seconds per step of each of PARTS, over the steps read since the last call; 0 without any.
+        """Mean seconds per step of each of PARTS, over the steps read since the last call; 0 if there are none.
 
-        On a GPU the last step is usually not read yet, and counts the next time.
+        On a GPU the last step is usually not read yet; the next call counts it.
         """
         self._read()
         steps = max(self._steps, 1)

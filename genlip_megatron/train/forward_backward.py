@@ -28,7 +28,7 @@ def loss_sum(batch: PackedBatch, total: Tensor) -> tuple[Tensor, Tensor, dict[st
     """(sum of the losses of this rank's answer rows, their count, report) of a micro-batch.
 
     Megatron-Core adds sums and counts over the global batch and divides gradients once, so every answer token has the
-    same weight. Context-parallel ranks split the rows; only the first of them counts.
+    same weight. Context-parallel ranks split the rows; only the first of these ranks reports the count.
     """
     count = (batch.loss_weights > 0).sum()
     if parallel_state.get_context_parallel_rank():
@@ -37,10 +37,10 @@ def loss_sum(batch: PackedBatch, total: Tensor) -> tuple[Tensor, Tensor, dict[st
 
 
 def finalize_gradients(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Megatron-Core's ``finalize_model_grads`` without its wait for the device: it asks whether there are any tokens.
+    """Megatron-Core's ``finalize_model_grads`` without its wait for the device, a check for any tokens.
 
     Args:
-        num_tokens: int32 scalar, answer tokens of this rank's micro-batches; 0 but on the last pipeline stage.
+        num_tokens: int32 scalar, answer tokens of this rank's micro-batches; 0 before the last pipeline stage.
     """
     finalize_model_grads(model, None, **options)
     if num_tokens is None:
@@ -58,7 +58,7 @@ def finalize_gradients(model: list[Any], num_tokens: Tensor | None = None, **opt
 def for_each_chunk(items: Iterator[Any], chunks: int) -> list[Iterator[Any]]:
     """One iterator over ``items`` for each chunk of an interleaved stage; all chunks get the same micro-batches.
 
-    An item is released once the last chunk has taken it; ``itertools.tee`` would hold blocks of 57.
+    An item is released once the last chunk has taken it; ``itertools.tee`` releases items only in blocks of 57.
 
     >>> first, second = for_each_chunk(iter("ab"), 2)
     >>> next(first), next(first), next(second), list(first), list(second)
@@ -82,7 +82,7 @@ def for_each_chunk(items: Iterator[Any], chunks: int) -> list[Iterator[Any]]:
 
 
 def prepare(run: Run, batch: PackedBatch) -> tuple[PackedBatch, PackedAttention]:
-    """The micro-batch on the device, and the attention plan that all model chunks of this rank share."""
+    """The micro-batch on the device, and the ``PackedAttention`` that all model chunks of this rank share."""
     run.counts += count_batch(batch)
     graphed = run.graphed_stage is not None
     batch = batch.with_fixed_shapes() if graphed else batch

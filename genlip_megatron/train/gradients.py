@@ -62,7 +62,8 @@ def global_norm(optimizer: Any) -> Tensor:
     """float64 []: norm of the whole model's gradient, on the device; equals Megatron-Core's ``get_grad_norm``.
 
     Args:
-        optimizer: with its gradients ready. The group it names sums over ranks, and that of sharded gradients (FSDP).
+        optimizer: with its gradients ready. The sum is over the ranks of its group, and of the group of sharded
+            gradients (FSDP).
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     gradients = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]

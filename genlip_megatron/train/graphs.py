@@ -54,7 +54,7 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in a micro-batch or a plan, in a fixed order."""
+    """The tensors in a micro-batch or a ``PackedAttention``, in a fixed order."""
     found: list[Tensor] = []
 
     def add(tensor: Tensor) -> Tensor:

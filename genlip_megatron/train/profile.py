@@ -38,7 +38,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Record the code inside if step ``number`` is chosen; write the files after the last chosen step."""
+        """Record the code inside the block if step ``number`` is chosen; write the files after the last chosen step."""
         if not (self._left and number >= self._first):
             yield
             return

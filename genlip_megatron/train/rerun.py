@@ -3,9 +3,9 @@
 Different numbers mean that a device computed wrong; the second result is used. The same numbers mean bad data or a
 bad model; the update is skipped.
 
-Megatron-Core's ``RerunStateMachine`` is not used: where a result repeats it ends the run by itself, with a checkpoint
-and status 16 and then 17, which here means preemption. Its ``RerunDataIterator`` records only while that machine is
-on, and keeps a step's micro-batches until the next step.
+Megatron-Core's ``RerunStateMachine`` is not used: if a result repeats, it saves and ends the run by itself, with status
+16 and then 17, which here means preemption. Its ``RerunDataIterator`` records only while that machine is on, and keeps
+a step's micro-batches until the next step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SAME_RESULT = 1e-3
 
 class Replay(Iterator[PackedBatch]):
     """Micro-batches that can be read twice. It holds those of one step, on the host: patches that DALI decoded on the
-    device are copied to pinned memory behind the step's own work."""
+    device are copied to pinned memory after the step's own work is queued."""
 
     def __init__(self, batches: Iterator[PackedBatch]) -> None:
         self._batches, self._held, self._replaying = batches, list[PackedBatch](), False
@@ -48,7 +48,7 @@ class Replay(Iterator[PackedBatch]):
         return batch
 
     def rewind(self) -> None:
-        """Give the held micro-batches again, from the first; each is released as it is given."""
+        """Iterate over the held micro-batches again, from the first; each is released once returned."""
         self._replaying = True
 
 
@@ -70,9 +70,9 @@ def rerun(
 ) -> Statistics:
     """The statistics of a second pass over the same micro-batches with the same weights. A collective over all ranks.
 
-    Logs which ranks computed different numbers. Gradients are summed over ranks, so a wrong gradient shows on every
-    rank that holds a part of the sum, and a wrong loss only on the ranks of one data-parallel replica. So ranks whose
-    loss differs are named; only if there are none, ranks whose gradients differ.
+    Logs which ranks computed different numbers. Gradients are summed over ranks: a wrong gradient shows on every rank
+    that holds a part of the sum, but a wrong loss only on the ranks of one data-parallel replica. So the log names the
+    ranks whose loss differs; if there are none, the ranks whose gradients differ.
 
     Args:
         compute: computes (loss, gradient norm, whether all is finite) of the step; True marks the second pass.

@@ -39,7 +39,7 @@ def make_saver(run: Run) -> Saver | None:
 def load(run: Run) -> None:
     """Resume from the newest good checkpoint of ``checkpoint.save``, else load ``checkpoint.load``, else start new.
 
-    So the same command resumes a run, even one that began from another run's weights. A collective.
+    The same command therefore resumes a run, even one that began from another run's weights. A collective.
 
     Raises:
         ValueError: no good checkpoint, or one that does not fit the configuration.
@@ -181,10 +181,10 @@ def check_weights(run: Run, saving: bool) -> None:
 
 
 def save(run: Run, last: bool = False) -> bool:
-    """Save the run's state if ``checkpoint.save`` is set; returns False if that failed. Training may go on.
+    """Save the run's state if ``checkpoint.save`` is set; returns False if that failed. Training may continue.
 
     Args:
-        last: the last save of this start: in a form that any layout loads, written before this returns.
+        last: the last save of this launch. It has a form that any layout loads, and is written before this returns.
     """
     if run.saver is None:
         return True

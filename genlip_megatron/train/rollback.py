@@ -15,7 +15,7 @@ def roll_back(run: Run, batches: Any, reason: str) -> Iterator[Any]:
     """Load the newest good checkpoint and skip the data since, up to and including this step's. A collective.
 
     Afterwards ``run.iteration`` and the loader's step differ by the skipped steps; the order of the data and DropPath
-    follow the loader's. After a spike, without a checkpoint, nothing changes.
+    follow the loader's step. After a spike, without a checkpoint, nothing changes.
 
     Returns:
         the micro-batches to continue with.
@@ -33,7 +33,7 @@ def roll_back(run: Run, batches: Any, reason: str) -> Iterator[Any]:
             "back to the last checkpoint",
         )
     finish_saves(run)
-    # The loader's thread works on the same plan as those of the ranks that share its micro-batches.
+    # The ranks that share micro-batches must give their loader threads the same plan.
     batches.close()
     seen, before = loader.step, run.verdicts.state_dict()
     back = rewind(run)

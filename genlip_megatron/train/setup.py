@@ -99,7 +99,7 @@ def memory_of_a_rank() -> float:
 
 
 def read_assignment(config: RunConfig) -> ReadAssignment:
-    """What this rank reads of each micro-batch; each loader needs its own. A collective over all ranks."""
+    """The part of each micro-batch that this rank reads; each loader needs its own. A collective over all ranks."""
     place = groups.model_parallel_place()
     parallel = config.parallel
     return ReadAssignment(
@@ -114,7 +114,7 @@ def read_assignment(config: RunConfig) -> ReadAssignment:
 
 
 def check_shards(loaders: dict[str, Loader | None]) -> None:
-    """Check that the shards exist and are those that were indexed. A collective over all ranks.
+    """Check that the shards exist and have not changed since indexing. A collective over all ranks.
 
     One process of each machine checks its disks, which need not be shared. Rank 0 checks remote stores.
 
@@ -208,7 +208,7 @@ def _wrap(config: RunConfig, transformer: TransformerConfig, model: list[Any]) -
 
 
 def _configure_schedule(config: RunConfig, transformer: TransformerConfig, model: list[Any], timers: Any) -> None:
-    """Give Megatron-Core's pipeline schedules, which read ``transformer``, what they call."""
+    """Set the functions that Megatron-Core's pipeline schedules call, in ``transformer``."""
 
     def of_each_chunk(name: str) -> Any:
         functions = [getattr(chunk, name) for chunk in model]

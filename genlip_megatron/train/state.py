@@ -66,7 +66,7 @@ class Run:
     validated: tuple[int, float] = (-1, 0.0)
 
     def close(self) -> None:
-        """Write what is buffered and end the threads of the loaders and the saver. Not a collective."""
+        """Flush the writers and end the threads of the loaders and the saver. Not a collective."""
         for part in (self.profiler, self.writer, self.saver, self.train_loader, self.valid_loader):
             if part is not None:
                 part.close()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistics:
-    """What all ranks know of a step after the all-reduce; the same on each.
+    """A step's statistics after the all-reduce, the same on every rank.
 
     Attributes:
         loss_sum, loss_count: sum of the losses of the global batch's answer tokens, and their number.
@@ -49,8 +49,8 @@ def all_reduce_statistics(
     Args:
         loss: float64 [2], this rank's (sum of losses, answer tokens); equal on tensor-parallel ranks.
         grad_norm: float64 [], of the whole model; rank 0's counts.
-        finite: bool [], whether all of this rank's numbers are finite. The norm does not show this: it leaves out the
-            copies of parameters that further tensor-parallel ranks hold.
+        finite: bool [], whether all of this rank's numbers are finite. The norm does not show this: it counts a
+            parameter that tensor-parallel ranks replicate on one rank only.
         stop_votes: this rank's votes, one for each of ``faults.stop.REASONS``.
         unwritten: this rank's checkpoint is not written yet.
     """

@@ -40,7 +40,7 @@ def train_step(run: Run, batches: Iterator[PackedBatch], stop: StopRequest | Non
         zero_gradients(run)
         loss = forward_backward(run, source, spoil=drills.spoils_loss(run, step, second_pass))
         with run.breakdown.part("optimizer"):
-            run.optimizer.prepare_grads()  # its answer concerns scaled losses only
+            run.optimizer.prepare_grads()  # it reports overflow, which only a loss scale causes
             drills.spoil_gradients(run, step)
             finite = loss_and_gradients_finite(loss, run.optimizer)
             return loss, global_norm(run.optimizer), finite  # on the device: the host has not waited yet
@@ -64,7 +64,7 @@ def train_step(run: Run, batches: Iterator[PackedBatch], stop: StopRequest | Non
                 run.optimizer.step_with_ready_grads()
                 run.scheduler.step(increment=1)
         else:
-            run.fp8_snapshot.restore()  # an infinite value in a history would hold the scale until it leaves it
+            run.fp8_snapshot.restore()  # an infinite value would spoil the scale until it leaves the amax history
         outcome = run.verdicts.count(step, statistics, verdict)
 
     drills.flip_weight(run, step)

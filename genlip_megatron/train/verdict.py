@@ -1,8 +1,8 @@
 """The verdict on a step: good, bad or a spike; and the counters of such steps.
 
-* Bad: a loss or a gradient is not finite. There is no update.
-* Spike: the loss or the gradient norm is far above the last ones. ``faults.on_spike`` decides whether the update is
-  made, skipped, or the run rolls back.
+* Bad: a loss or a gradient is not finite. The update is skipped.
+* Spike: the loss or the gradient norm is far above the last ones. ``faults.on_spike`` decides: the run makes the
+  update, skips it, or rolls back.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Verdicts:
         return Verdict("good", "", True)
 
     def count(self, step: int, statistics: Statistics, verdict: Verdict) -> Outcome:
-        """Count a step whose update was made, or skipped, as ``verdict`` says."""
+        """Count a step whose update was made or skipped, according to ``verdict``."""
         if verdict.update:
             self.spike_judge.add(statistics.loss, statistics.grad_norm)
         spike = verdict.kind == "spike"

@@ -89,7 +89,7 @@ class Writer:
                 self._board = SummaryWriter(self._folder)
             except OSError as error:
                 raise self._not_writable(error) from None
-            if not self._config.log.eval_only:  # a validation only adds to the log of a run
+            if not self._config.log.eval_only:  # a validation only appends to the log of a run
                 self.rewind(step)
         if self._config.log.wandb_project:
             with self._wandb_errors():

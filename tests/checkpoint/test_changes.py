@@ -1,4 +1,4 @@
-"""A resumed run uses every setting that it is given, or refuses it."""
+"""A resumed run applies every changed setting or refuses it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import full_weights, layout, run_steps, tiny_config
 
 STEPS = 2
-# Allowed values, where ``other_value`` would give one that is not.
+# Allowed values of settings for which ``other_value`` would give an invalid one.
 OTHERS = {
     "model.num_attention_heads": 2,
     "model.rope_sections": (1, 2, 1),
@@ -67,7 +67,7 @@ def other_value(name: str, config: RunConfig) -> Any:
 
 
 def changed(config: RunConfig, *rules: OnResume) -> dict[str, Any]:
-    """Another value of every setting under ``rules`` that can change here."""
+    """Another value for every setting under ``rules`` that the test can change."""
     names = [name for name, rule in RULES.items() if rule in rules and name not in NOT_HERE | CONTENT]
     return {name: other_value(name, config) for name in names}
 
@@ -103,7 +103,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def resumed(config: RunConfig) -> tuple[str, list[str]]:
-    """(why a run is refused, settings that are printed as different)."""
+    """(why the run is refused, settings that it prints as different)."""
     from genlip_megatron.train.setup import set_up
 
     said = io.StringIO()

@@ -57,7 +57,7 @@ def start(config: RunConfig, processes: int = 1) -> Any:
 
 
 @pytest.mark.parametrize("which", [0, 1])  # two files that different ranks check
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     which: int, saved: Path, demo_data: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "run"
@@ -72,12 +72,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert f"WARNING: skipping damaged checkpoints:\n  {file}: damaged, its SHA-256" in said
     assert "WARNING: resuming from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
     assert paths.steps(root) == [1] and paths.pointed(root) == 1
-    # By itself it is refused; a truncated file is found by its size.
+    # Given directly, it is refused. A truncated file is found by its size.
     error = start(tiny_config(demo_data, checkpoint__load=str(root / "set_aside" / "iter_0000002")))
     assert "no good checkpoint" in error and "its SHA-256 does not match" in error
 
 
-def test_sizes_alone_do_not_show_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
+def test_a_check_of_sizes_misses_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
     place = tmp_path / "iter_0000002"
     shutil.copytree(saved / "iter_0000002", place)
     file = next(place.glob("*.distcp"))
@@ -98,7 +98,7 @@ def test_sizes_alone_do_not_show_a_flipped_bit(saved: Path, tmp_path: Path) -> N
         loading.find(place, False, print)
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_under_another_steps_name_is_skipped(saved: Path, tmp_path: Path) -> None:
     root, said = tmp_path / "run", []
     shutil.copytree(saved, root)
     shutil.copytree(root / "iter_0000001", root / "iter_0000003")
@@ -116,7 +116,7 @@ def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
     assert loading.find(tmp_path / "nowhere", True, said.append) is None
 
 
-def test_a_checkpoint_that_was_being_replaced_is_put_back(saved: Path, demo_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_being_replaced_is_restored(saved: Path, demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(saved, root)
     (root / "iter_0000002").rename(root / ".iter_0000002.replaced")
@@ -165,7 +165,9 @@ def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp
         ),
     ],
 )
-def test_what_does_not_fit_is_listed(flags: dict[str, Any], parts: list[str], saved: Path, demo_data: Path) -> None:
+def test_settings_that_do_not_fit_are_listed(
+    flags: dict[str, Any], parts: list[str], saved: Path, demo_data: Path
+) -> None:
     error = start(tiny_config(demo_data, checkpoint__load=str(saved), **flags))
     for part in parts:
         assert part in error
@@ -180,9 +182,7 @@ def test_what_does_not_fit_is_listed(flags: dict[str, Any], parts: list[str], sa
         ({"train__global_batch_size": 2, "data__change_lanes": True}, 2),
     ],
 )
-def test_what_is_safe_to_change_has_a_flag(
-    flags: dict[str, Any], step_of_data: int, saved: Path, demo_data: Path
-) -> None:
+def test_safe_changes_have_a_flag(flags: dict[str, Any], step_of_data: int, saved: Path, demo_data: Path) -> None:
     config = tiny_config(demo_data, checkpoint__load=str(saved), **flags)
     assert start(config) == (2, step_of_data, config.train.lr)
 
@@ -197,7 +197,7 @@ def test_another_tokenizer_is_refused(saved: Path, demo_data: Path, tmp_path: Pa
         assert "data.tokenizer: another in the checkpoint" in start(config)
 
 
-def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp_path: Path) -> None:
+def test_optimizer_shards_need_their_layout_until_resharded(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     world_size, flags = layout("TP2xPP2")
     run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__save=str(root)), 2, False)
@@ -214,7 +214,7 @@ def test_shards_need_their_layout_and_resharded_they_do_not(demo_data: Path, tmp
     place = reshard(root / "iter_0000002", "fully_reshardable", fully, build_run)
     assert manifest.read(place).kind == "fully_reshardable"
     assert (place / "config.yaml").read_text() == (root / "iter_0000002" / "config.yaml").read_text()
-    # On another layout sums have another order.
+    # Another layout adds in another order.
     config = tiny_config(demo_data, checkpoint__load=str(fully))
     assert run_distributed(1, run_steps, config, 4)[0]["losses"] == pytest.approx(unbroken[0]["losses"], rel=1e-5)
     # Resharded back, on the first layout: equal bit for bit, also random states.
@@ -279,8 +279,8 @@ def drawn(config: RunConfig, save: bool) -> list[float]:
         return values + torch.rand(2).tolist()
 
 
-def test_random_states_of_every_rank_come_back(demo_data: Path, tmp_path: Path) -> None:
-    world_size, flags = layout("DP2")  # which one rank reshards
+def test_random_states_of_every_rank_are_restored(demo_data: Path, tmp_path: Path) -> None:
+    world_size, flags = layout("DP2")  # one rank reshards it
     config = tiny_config(demo_data, **flags, checkpoint__save=str(tmp_path / "run"))
     before = run_distributed(world_size, drawn, config, True)
     assert before[0] != before[1]
@@ -290,7 +290,7 @@ def test_random_states_of_every_rank_come_back(demo_data: Path, tmp_path: Path) 
     assert run_distributed(world_size, drawn, config, False) == before
 
 
-def test_started_again_a_finetuned_run_goes_on_from_its_own_checkpoints(
+def test_a_restarted_finetuned_run_continues_from_its_own_checkpoints(
     saved: Path, demo_data: Path, tmp_path: Path
 ) -> None:
     root = str(tmp_path / "stage2")
@@ -325,7 +325,7 @@ def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
         (True, "or load its last save, of kind"),
     ],
 )
-def test_another_layout_is_told_what_helps(fused: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_another_layout_says_what_helps(fused: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_kind_differences", lambda saved, config: ["2 there, 1 here"])
     saved = SimpleNamespace(kind="dp_reshardable", layout={"fused_norms": fused})
     with pytest.raises(ValueError, match=f"2 there, 1 here. Use that layout, {advice}"):

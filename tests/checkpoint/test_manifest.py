@@ -23,14 +23,14 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_was_written_is_read_back_and_good(place: Path) -> None:
+def test_a_written_manifest_is_read_back_and_good(place: Path) -> None:
     found = manifest.read(place)
     assert (found.iteration, found.kind, found.layout, found.size) == (7, "dp_reshardable", {"fsdp": False}, 6 * 256)
     assert found.files["a.bin"].sha256 == hashlib.sha256((place / "a.bin").read_bytes()).hexdigest()
     assert manifest.problems(place, found) == []
 
 
-def test_every_flipped_bit_of_the_manifest_is_seen(place: Path) -> None:
+def test_every_flipped_bit_of_the_manifest_is_found(place: Path) -> None:
     file = place / manifest.MANIFEST
     whole = file.read_bytes()
     for position in range(len(whole)):

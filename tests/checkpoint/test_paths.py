@@ -1,4 +1,4 @@
-"""Checkpoints appear complete, crashed saves leave nothing that counts, and going back loses nothing."""
+"""Checkpoints appear complete; the remains of crashed saves are not checkpoints; setting aside deletes nothing."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def test_a_published_checkpoint_is_the_newest_and_pointed_to(tmp_path: Path) -> 
     assert paths.pointed(tmp_path) == 12_345_678 and names(tmp_path) == ["iter_0000007", "iter_12345678"]
 
 
-def test_names_are_synced_before_the_next_operation_relies_on_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_synced_before_the_next_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill does not show a missing sync, but a power cut would."""
     done: list[str] = []
     rename, sync = os.rename, paths.sync
@@ -66,7 +64,7 @@ def test_names_are_synced_before_the_next_operation_relies_on_them(
     ]
 
 
-def test_only_step_folders_count(tmp_path: Path) -> None:
+def test_only_step_folders_are_checkpoints(tmp_path: Path) -> None:
     for name in ("iter_7", "iter_0000008.bak", ".iter_0000009.partial", "tensorboard"):
         (tmp_path / name).mkdir()
     (tmp_path / "iter_0000010").write_text("a file")
@@ -74,7 +72,7 @@ def test_only_step_folders_count(tmp_path: Path) -> None:
     assert paths.steps(tmp_path) == [] and paths.pointed(tmp_path) is None
 
 
-def test_clean_removes_what_crashed_saves_left(tmp_path: Path) -> None:
+def test_clean_removes_the_remains_of_crashed_saves(tmp_path: Path) -> None:
     publish(tmp_path, 7)
     for name in (".iter_0000008.partial", ".iter_0000007.replaced", ".iter_0000006.removed"):
         (tmp_path / name).mkdir()
@@ -120,13 +118,13 @@ def test_a_checkpoint_that_was_being_replaced_is_set_aside_too(tmp_path: Path) -
     assert paths.steps(tmp_path) == [7]
 
 
-def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
+def test_a_file_is_not_a_folder_of_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert paths.steps(tmp_path / "file") == []
 
 
 class Crash(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:

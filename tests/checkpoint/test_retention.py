@@ -40,7 +40,7 @@ LAYOUT = {
 }
 
 
-def test_the_newest_for_any_layout_is_kept_and_a_nan_loss_is_never_best() -> None:
+def test_the_newest_checkpoint_for_any_layout_is_kept_and_a_nan_loss_is_never_best() -> None:
     losses = [(10, 3.0), (20, float("nan")), (30, float("inf")), (40, float("nan"))]
     assert kept(losses, 1, 0, 1, any_layout=[20, 30]) == {10: "best", 30: "any layout", 40: "last"}
 

@@ -23,7 +23,7 @@ from genlip_megatron.testing.runs import layout, run_steps, tiny_config, weights
 
 
 def saved_and_changed(config: RunConfig, behind: bool) -> dict[str, Any]:
-    """Begin a save, change everything before it is written, finish and load it: (state before, loaded state)."""
+    """Begin a save, change the state before it is written, finish and load it; (state before, loaded state)."""
     from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
     from genlip_megatron.checkpoint.parts import State
     from genlip_megatron.checkpoint.saving import Facts
@@ -177,7 +177,7 @@ def test_the_manifest_records_the_save(demo_data: Path, tmp_path: Path) -> None:
     assert weights(trained)
 
 
-def test_too_little_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(ValueError, match=r"0\.00 GB free, but a checkpoint of 1000000 parameters takes 0\.02 GB. Free"):
@@ -193,7 +193,7 @@ def test_a_run_saved_before_its_first_update_starts_like_a_new_one(last: bool, d
 
 
 def second_process(config: RunConfig, root: Path) -> str:
-    """The error of a run whose folder another process holds, or rank 1 does not see."""
+    """The error of a run whose folder is locked by another process or not visible to rank 1."""
     from genlip_megatron.train import resume
     from genlip_megatron.train.setup import set_up
 
@@ -210,7 +210,7 @@ def second_process(config: RunConfig, root: Path) -> str:
     return ""
 
 
-def test_a_folder_has_one_owner_and_is_the_same_on_all_ranks(demo_data: Path, tmp_path: Path) -> None:
+def test_one_run_at_a_time_saves_to_a_folder_that_all_ranks_share(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
     lock, _ = lock_module.acquire(root)

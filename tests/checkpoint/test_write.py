@@ -1,4 +1,4 @@
-"""A save writes the state at its moment, in the background or not, and whichever rank has a problem."""
+"""A save writes the state of its step, also in the background, and also if a rank has a problem."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def tensor_files(folder: Path, step: int) -> dict[str, manifest.FileFacts]:
 
 
 def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, Any]:
-    """Four background saves; the state changes before anything is copied. Then the last save again by a saver that
-    waits."""
+    """Make four background saves and change the state before it is copied; repeat the last save in the foreground."""
     run, planned = build(config), 0
     whole, copy = write.Planner.prepare, write.HostCopies.copy
 
@@ -82,7 +81,7 @@ def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, A
 
 @pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
 @pytest.mark.parametrize("name", ["DP2", "TP2xPP2"])
-def test_a_background_save_writes_the_same_as_one_that_waits(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_background_save_writes_the_same_as_a_foreground_save(name: str, kind: str, tmp_path: Path) -> None:
     world_size, flags = layout(name)
     results = run_distributed(world_size, save_in_both_ways, tiny_config(Path("unused"), **flags), tmp_path, kind)
     assert results == [{"planned": 1}] * world_size
@@ -92,7 +91,7 @@ def test_a_background_save_writes_the_same_as_one_that_waits(name: str, kind: st
 
 
 def train_and_save(config: RunConfig) -> int:
-    """A run whose copies to host memory begin late."""
+    """Train and save; copies to host memory begin late."""
     from genlip_megatron.train.loop import train
 
     copy = write.HostCopies.copy
@@ -121,7 +120,7 @@ DRILL = {"faults__allow_fault_injection": True, "faults__check_replicas_interval
 def test_training_does_not_change_the_saved_state(
     name: str, flags: dict[str, Any], demo_data: Path, tmp_path: Path
 ) -> None:
-    """The copy of step 2 is not done before step 3 reaches its update, or a fault without one."""
+    """Step 3 reaches its update, or skips it after a fault, before the copy of step 2 is done."""
     world_size, sizes = layout(name)
     files = []
     for behind in (True, False):

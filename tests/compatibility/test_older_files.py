@@ -25,7 +25,7 @@ from genlip_megatron.config import from_dict, load_yaml
 from genlip_megatron.testing import CHECKOUT
 
 ARCHIVE = Path(__file__).parent / "files_0.1.0.tar.gz"
-# What the earlier commit printed of steps 4 to 6, and of the validation after them.
+# Printed by the earlier commit for steps 4 to 6 and the validation after them.
 LOSSES, GRAD_NORMS, VALIDATION_LOSS = [5.7255, 5.6198, 5.5027], [0.494, 0.679, 0.866], 5.4647
 ROUNDING = 1.1e-4  # of four printed decimals
 
@@ -45,7 +45,7 @@ def run(folder: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize("checkpoint", ["run", "run_tp2"])
-def test_a_run_goes_on_from_an_older_checkpoint(older: Path, checkpoint: str, tmp_path: Path) -> None:
+def test_a_run_continues_from_an_older_checkpoint(older: Path, checkpoint: str, tmp_path: Path) -> None:
     shutil.copytree(older, tmp_path, dirs_exist_ok=True)
     entry = str(CHECKOUT / "pretrain_genlip.py")
     printed = run(tmp_path, entry, "--config", "run.yaml", "--save", checkpoint)
@@ -84,7 +84,7 @@ def test_an_older_export_captions_and_converts(older: Path, tmp_path: Path) -> N
     assert (tmp_path / "again/model.safetensors").read_bytes() == (older / "export/model.safetensors").read_bytes()
 
 
-def test_an_older_yaml_file_says_the_same(older: Path) -> None:
+def test_an_older_yaml_file_gives_the_same_settings(older: Path) -> None:
     config = from_dict(load_yaml(str(older / "run.yaml")), "run.yaml")
     assert (config.train.lr, config.model.hidden_size, config.parallel.recompute) == (0.02, 16, "none")
     assert config.checkpoint.fully_reshardable_every == 0

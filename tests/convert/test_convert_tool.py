@@ -1,4 +1,4 @@
-"""The command line: from a run to a Hugging Face folder and back; bad input gets one line of error."""
+"""The command line: from a run to a Hugging Face folder and back; bad input is a one-line error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def released(weights: dict[str, Tensor], demo_data: Path, tmp_path: Path) -> Pat
 
 @pytest.fixture
 def convert(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
-    """Runs the tool, checks its status and that a failure leaves nothing, and returns its output or its one error."""
+    """Run the tool; check its status, and that a failure leaves no files. Returns the output or the one-line error."""
 
     def run(*words: Any, status: int = 0) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -73,7 +73,7 @@ def started(released: Path, convert: Convert, demo_data: Path, tmp_path: Path) -
     return tmp_path / "start" / "iter_0000000"
 
 
-def test_both_ways_with_verify(
+def test_both_directions_with_verify(
     released: Path, weights: dict[str, Tensor], convert: Convert, demo_data: Path, tmp_path: Path
 ) -> None:
     start, back = tmp_path / "start", tmp_path / "back"
@@ -163,7 +163,7 @@ def begun(config: Any) -> Any:
     return run.iteration, full_weights(run)
 
 
-def test_a_run_begins_from_weights_only_with_finetune(
+def test_a_run_starts_from_weights_only_with_finetune(
     started: Path, weights: dict[str, Tensor], demo_data: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(demo_data, checkpoint__load=str(started.parent), checkpoint__finetune=True)

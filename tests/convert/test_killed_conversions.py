@@ -1,4 +1,4 @@
-"""A conversion that is killed or fails at any file operation leaves the old output or the new one."""
+"""A conversion that is killed or fails at any file operation leaves a whole output, the old or the new one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def released(folder: Path, weights: dict[str, Tensor], tokenizer: Path) -> Path:
         )
     ],
 )
-def test_the_old_output_or_the_new(
+def test_a_crash_leaves_the_old_output_or_the_new(
     direction: str,
     exchange: bool,
     every: bool,

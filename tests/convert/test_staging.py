@@ -70,7 +70,7 @@ def test_folders_that_only_look_like_leftovers_stay(tmp_path: Path) -> None:
         (partial / "file").write_text("new")
     assert len(names(tmp_path)) == 5 and names(kept) == ["thesis"]
     (tmp_path / ".target.replaced").mkdir()
-    refused = pytest.raises(ValueError, match="target.replaced: in the way, .*thesis.*. Move it")
+    refused = pytest.raises(ValueError, match="target.replaced: this tool needs the name, but .*thesis.*. Move it")
     with refused, new_folder(target, 1, True, lambda place: "thesis" if place.name != "target" else ""):
         raise AssertionError
     assert (tmp_path / ".target.replaced").is_dir() and names(target) == ["file"]

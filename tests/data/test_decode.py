@@ -1,4 +1,4 @@
-"""Decoding: DALI and Pillow agree, and a bad image costs only itself."""
+"""Decoding: DALI and Pillow agree, and a bad image does not affect others."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_decoders_agree_with_pillow(name: str, dali: DaliDecoder, crop: bool) ->
         assert isinstance(ours, torch.Tensor) and isinstance(oracle, torch.Tensor)
         assert ours.shape == (task.height * task.width // 256, 768)
         difference = (ours.int() - oracle.int()).abs()
-        # In 8-bit levels: the promise is a mean of at most 1; measured were 0.21 for DALI and 0.12 for torch.
+        # In 8-bit levels. The promise is a mean of at most 1; measured: 0.21 for DALI, 0.12 for torch.
         assert difference.float().mean() <= 1.0
         if name == "cpu":
-            assert difference.max() <= 2  # each of the two passes may round the other way
+            assert difference.max() <= 2  # each of the two passes may round differently
 
 
 def test_a_crop_of_hard_content_is_cut_at_the_same_place(dali: DaliDecoder) -> None:
@@ -87,14 +87,14 @@ def test_bad_images_are_named_and_the_rest_kept(name: str, dali: DaliDecoder) ->
     assert [isinstance(result, str) for result in results] == [False, True, True, False, True, False, True]
     assert all("does not decode" in result for result in results if isinstance(result, str))
     alone = decoder([ImageTask(good, 32, 32, plain_jpeg=True)])[0]
-    assert isinstance(alone, torch.Tensor) and torch.equal(results[0], alone), "the decoder must live on"
+    assert isinstance(alone, torch.Tensor) and torch.equal(results[0], alone), "the decoder must still work"
 
 
-def test_a_bad_image_costs_dali_few_batches(dali: DaliDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found by halving the batch, not by decoding every image separately."""
+def test_dali_finds_a_bad_image_in_few_batches(dali: DaliDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By halving the batch, not by decoding every image separately."""
     good = picture(64, 64)
     tasks = [ImageTask(good if i != 37 else good[: len(good) // 2], 32, 32, plain_jpeg=True) for i in range(64)]
-    tasks[5] = ImageTask(good[:400], 32, 32, plain_jpeg=True)  # the header itself is cut
+    tasks[5] = ImageTask(good[:400], 32, 32, plain_jpeg=True)  # the header itself is truncated
     sizes = []
     batch = dali._batch
 
@@ -110,7 +110,7 @@ def test_a_bad_image_costs_dali_few_batches(dali: DaliDecoder, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["dali", "cpu", "pillow"])
-def test_unusual_images_keep_their_look(name: str, dali: DaliDecoder) -> None:
+def test_unusual_images_keep_their_appearance(name: str, dali: DaliDecoder) -> None:
     """16-bit images keep their brightness, EXIF turns are applied, transparency is white, CMYK is not inverted."""
     decoder = dali if name == "dali" else CpuDecoder(1, plain=name == "pillow")
 

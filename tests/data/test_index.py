@@ -165,7 +165,7 @@ def test_ambiguous_or_dangerous_members_are_refused(tokenizer: Tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("broken", [[0], [2], [4, 5], [7], [0, 7]])
-def test_a_broken_header_costs_only_its_member(broken: list[int], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_broken_header_loses_only_its_member(broken: list[int], tokenizer: Tokenizer, tmp_path: Path) -> None:
     members = {f"{i}.{suffix}": content for i in range(4) for suffix, content in (("jpg", image()), ("json", CAPTION))}
     shard = write_shard(tmp_path / "s.tar", members)
     with tarfile.open(shard) as archive:
@@ -204,7 +204,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_malicious_headers_cost_only_themselves(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_malicious_headers_do_not_affect_other_members(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     def part(names: str) -> bytes:
         members = {f"{i}.{suffix}": c for i in names for suffix, c in (("jpg", image()), ("json", CAPTION))}
         return Path(write_shard(tmp_path / "part.tar", members)).read_bytes().rstrip(b"\0")
@@ -243,7 +243,7 @@ def test_concatenated_shards_are_read_to_the_end(tokenizer: Tokenizer, tmp_path:
         (10_240, b"\x1f\x8b" + bytes(range(256)) * 8, "the bytes after the end mark are not tar"),
     ],
 )
-def test_what_stands_where_samples_may_have_been_is_noted(
+def test_bytes_in_place_of_samples_are_reported(
     size: int, rest: bytes, reason: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     shard = Path(write_shard(tmp_path / "s.tar", {"a.jpg": image(), "a.json": CAPTION}))
@@ -292,7 +292,7 @@ def test_an_empty_file_is_a_shard_without_samples(tokenizer: Tokenizer, tmp_path
     assert not len(index.rows) and index.refused == {"(shard)": "empty file"}
 
 
-def test_a_tar_without_samples_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tar_without_samples_is_reported(tokenizer: Tokenizer, tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", {"0.cls": b"3", "readme.md": b"x"})
     index = build_index(shard, tokenizer, PROMPT)
     assert index.refused == {"(shard)": "no sample: no member is an image or a caption"}
@@ -363,7 +363,7 @@ SETS: dict[str, tuple[dict[str, bytes], list[str], dict[str, str], dict[str, int
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_what_counts_as_a_sample(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rules_of_a_sample(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     members, keys, refused, ignored = SETS[name]
     for order in (members, dict(reversed(members.items()))):
         index = build_index(write_shard(tmp_path / "s.tar", order), tokenizer, PROMPT)

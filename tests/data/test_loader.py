@@ -1,4 +1,4 @@
-"""The loader: the same stream on any number of ranks, exact resume, and a bad sample costs only itself."""
+"""The loader: the same stream on any number of ranks, exact resume, and a bad sample does not affect others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metadata: a file with any metadata decodes to the same picture as without it, in the same time and memory."""
+"""Metadata: a file with any metadata decodes to the same pixels as without it, in the same time and memory."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ ODD: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_unusual_metadata_costs_nothing(name: str) -> None:
+def test_unusual_metadata_costs_no_time_or_memory(name: str) -> None:
     content, expected = ODD[name](), decode_rgb(PICTURES[name.split(":")[0].upper()])
     tracemalloc.start()
     began = time.monotonic()

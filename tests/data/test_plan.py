@@ -1,4 +1,4 @@
-"""The plan: packs fit, every sample comes once per epoch, any number of ranks gets the same, resume is exact."""
+"""The plan: packs fit, every sample comes once per epoch, the order does not depend on the ranks, resume is exact."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_weights_set_the_mix_everywhere_and_change_at_their_step(lanes: int) -> 
     packs = [[plan.next_pack(lane) for lane in range(lanes)] for _ in range(100)]
     early = np.bincount(owner[np.concatenate([pack for step in packs[:50] for pack in step])], minlength=3)
     assert early / early.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.01)
-    for start in range(0, 50, 10):  # not only on the whole
+    for start in range(0, 50, 10):  # in every part, not only on average
         some = np.bincount(owner[np.concatenate([pack for step in packs[start : start + 10] for pack in step])])
         assert some / some.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.04)
     # Samples in the look-ahead buffer were drawn before the change.

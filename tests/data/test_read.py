@@ -32,9 +32,9 @@ class Web:
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
-    fail: int = 0  # number of next answers that are errors
-    cut: int = 0  # number of next answers that end early
-    hang: int = 0  # number of next answers that never come
+    fail: int = 0  # how many of the next answers are errors
+    cut: int = 0  # how many of the next answers end early
+    hang: int = 0  # how many of the next requests get no answer
     release: threading.Event = field(default_factory=threading.Event)
 
 
@@ -117,7 +117,7 @@ def test_local_pieces(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_file_that_shrinks_or_disappears_costs_only_its_samples(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_or_disappears_loses_only_its_samples(tmp_path: Path) -> None:
     shard = tmp_path / "s.tar"
     shard.write_bytes(CONTENT)
     ours = reader(tmp_path / "cache")
@@ -211,7 +211,7 @@ def test_the_cache_keeps_its_size_limit_and_drops_the_least_recently_used(tmp_pa
     for i in range(9):
         cache.write(str(i), b"x" * 1000)
         os.utime(cache.path(str(i)), (i, i))
-    assert cache.read("0", 0, 5) == b"xxxxx"  # now the youngest
+    assert cache.read("0", 0, 5) == b"xxxxx"  # now the most recently used
     for i in range(9, 12):
         cache.write(str(i), b"x" * 1000)
     kept = {str(i) for i in range(12) if cache.path(str(i)).is_file()}

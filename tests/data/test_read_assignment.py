@@ -88,7 +88,7 @@ def test_every_rank_has_the_same_batch_and_reads_its_part(layout: str, demo_data
     for result in results:
         for ours, theirs in zip(result["batches"], of_rank(expected, *result["data_parallel"]), strict=True):
             between = 0 < result["stage"] < last
-            # A stage that reads nothing opens no index, so it has no keys.
+            # A stage that does not read data opens no index, so it has no keys.
             assert_equal(ours, theirs, but=("patches", "first_patch", *(["keys"] if between else [])))
             if result["stage"]:
                 assert ours.patches is None
@@ -258,7 +258,7 @@ def test_the_fraction_of_bad_samples_counts_the_last_samples_and_at_least_a_thou
     long = BadShare(0.01)
     for _ in range(1000):
         long.add(10_000, 90)
-    with pytest.raises(DataFailure):  # a fault that begins late is seen within a window
+    with pytest.raises(DataFailure):  # a fault that begins late is found within a window
         for _ in range(20):
             long.add(10_000, 400)
     rolled_back = BadShare(0.01)

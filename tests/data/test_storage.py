@@ -1,4 +1,4 @@
-"""Errors of remote stores are one line that names the address, and come soon."""
+"""Errors of remote stores come quickly, as one line that names the address."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ READERS: tuple[Callable[[str], Any], ...] = (expand, storage.read_bytes, storage
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_a_store_that_does_not_answer_is_named_within_seconds(read: Callable[[str], Any]) -> None:
+def test_a_store_that_does_not_answer_is_an_error_within_seconds(read: Callable[[str], Any]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     begin = time.monotonic()
     with pytest.raises(storage.StoreError) as error:

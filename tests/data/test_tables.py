@@ -1,4 +1,4 @@
-"""Tables: every row comes out, and a bad row costs no other."""
+"""Tables: every good row is read, and a bad row does not affect others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_csv_round_trip(folder: Path, captions: list[str], end: str, quotes: Any
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(texts, min_size=1, max_size=8), st.booleans(), st.randoms(use_true_random=False))
-def test_an_extra_or_missing_quote_costs_only_its_row(
+def test_an_extra_or_missing_quote_loses_only_its_row(
     folder: Path, captions: list[str], first: bool, rng: random.Random
 ) -> None:
     rows = [[f"{i}.jpg", caption] for i, caption in enumerate(captions)]
@@ -165,7 +165,7 @@ def test_compressed_tables_are_read_and_truncated_ones_are_errors(folder: Path) 
         read(folder / "t.csv.gz")
 
 
-def test_a_cell_that_is_not_utf8_costs_only_its_row(folder: Path) -> None:
+def test_a_cell_that_is_not_utf8_loses_only_its_row(folder: Path) -> None:
     cells = pyarrow.array([b"good", b"\xff", b"good"])
     text = pyarrow.StringArray.from_buffers(3, cells.buffers()[1], cells.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({"image": ["1.jpg"] * 3, "caption": text}), folder / "t.parquet")
@@ -184,7 +184,7 @@ def test_few_parquet_images_are_in_memory_at_a_time(folder: Path) -> None:
     assert most - before < 12e6  # of 20 MB
 
 
-def test_lines_above_the_limit_cost_only_their_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_above_the_limit_lose_only_their_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_LINE_BYTES", 100)
     for suffix, separator in ((".csv", ","), (".tsv", "\t")):
         lines = [separator.join(row) for row in (COLUMNS, ["1.jpg", "x" * 250], ["2.jpg", "x" * 93], ["3.jpg", "a"])]

@@ -73,7 +73,7 @@ def test_other_captions_are_refused_with_the_reason(content: bytes, message: str
 
 
 @pytest.mark.parametrize("missing", [None, [], "", {}, float("nan")])
-def test_an_empty_field_does_not_hide_another(missing: object) -> None:
+def test_an_empty_field_does_not_hide_another_field(missing: object) -> None:
     turns = [{"from": "user", "value": "Q?"}, {"from": "gpt", "value": "A."}]
     assert parse({"conversations": missing, "caption": "A cat."}) == [("Prompt.", False), ("A cat.", True)]
     assert parse({"conversations": missing, "conversation": turns}) == [("Q?", False), ("A.", True)]

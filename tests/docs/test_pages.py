@@ -19,7 +19,7 @@ OLD = {"infer.py"}
 
 
 def commands(text: str) -> list[str]:
-    """The command lines of a page that start a training, continued lines joined."""
+    """The command lines of a page that start a training, with continued lines joined."""
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     return [line.strip() for line in lines if re.match(r"    .*pretrain_genlip\.py --", line)]
 
@@ -40,11 +40,11 @@ def test_named_files_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_accepted(page: Path) -> None:
-    """Up to the first thing that is left out of the example, written ``...``."""
+    """Checks a command up to its first ``...``, where the page leaves arguments out."""
     for line in commands(page.read_text()):
         words = shlex.split(line.split("pretrain_genlip.py", 1)[1], comments=True)
         words = words[: words.index("...")] if "..." in words else words
-        if "so16_long" not in words:  # the recipe that extending.md makes up
+        if "so16_long" not in words:  # the example recipe of extending.md
             parse_args(words)
 
 

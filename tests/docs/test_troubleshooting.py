@@ -1,8 +1,8 @@
 """Every error that the code can raise belongs to a section of docs/troubleshooting.md, which quotes real messages.
 
-Below a heading of the page stands ``<!-- errors: ... -->``. It lists settings (``data.tokenizer``, or a whole section
-``parallel``), and files or folders (``train/oom.py``, ``convert/``), which are the package's unless they start with
-``tools/``. An error belongs to the section of the setting that its text begins with, else of its file or folder.
+A comment ``<!-- errors: ... -->`` below each heading of the page lists settings (``data.tokenizer``, or a whole section
+``parallel``), and files or folders of the package (``train/oom.py``, ``convert/``) or of ``tools/``. An error belongs
+to the section of the setting that its text begins with, else of its file or folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Error(NamedTuple):
 
 
 def words(node: ast.AST) -> str:
-    """The literal text of an expression; ``…`` stands for what is filled in."""
+    """The literal text of an expression; ``…`` replaces values."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else GAP
     if isinstance(node, ast.JoinedStr):
@@ -44,14 +44,14 @@ def words(node: ast.AST) -> str:
 
 
 def sources() -> dict[str, ast.Module]:
-    """File, as the page names it -> what it says."""
+    """File, as the page names it -> its literal texts."""
     files = [ROOT / "pretrain_genlip.py", *ROOT.glob("genlip_megatron/**/*.py"), *ROOT.glob("tools/**/*.py")]
     names = {str(file.relative_to(ROOT)).removeprefix("genlip_megatron/"): file for file in sorted(files)}
     return {name: ast.parse(file.read_text()) for name, file in names.items()}
 
 
 def errors() -> Iterator[Error]:
-    """Every ``raise`` but those that pass on what they caught."""
+    """Every ``raise``, except those that pass on a caught error."""
     for name, tree in sources().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and node.exc is not None:
@@ -105,13 +105,13 @@ def test_a_section_names_only_what_exists(page: str) -> None:
     assert not gone, f"{PAGE.name} names settings or files that do not exist: {gone}"
 
 
-def test_nothing_is_named_twice(page: str) -> None:
+def test_no_setting_or_file_is_named_twice(page: str) -> None:
     names = [name for section in sections(page).values() for name in section]
     assert len(names) == len(set(names))
 
 
 def test_quoted_messages_exist(page: str) -> None:
-    """The first cell of a row quotes messages; ``…`` stands for what is filled in."""
+    """The first cell of a row quotes messages; ``…`` replaces values."""
     said = "\n".join(
         " ".join(words(node).split())
         for tree in sources().values()
@@ -122,4 +122,4 @@ def test_quoted_messages_exist(page: str) -> None:
     quoted = [message for row in rows for message in re.findall(r"`(.+?)`", row)]
     assert quoted
     stale = [message for message in quoted if not all(part.strip() in said for part in message.split(GAP))]
-    assert not stale, f"{PAGE.name} quotes messages that no code says: {stale}"
+    assert not stale, f"{PAGE.name} quotes messages that are not in the code: {stale}"

@@ -39,10 +39,10 @@ def compare(config: RunConfig, odd: str) -> str:
     ("name", "odd", "named"),
     [
         ("DP2", "", []),
-        ("DP2", "first", [0, 1]),  # of two, either may be wrong
+        ("DP2", "first", [0, 1]),  # with two ranks, either may be wrong
         ("CP2", "second", [0, 1]),
         ("TP2", "second", [0, 1]),
-        ("TP2", "first", []),  # each computes this gradient by itself
+        ("TP2", "first", []),  # each rank computes this gradient itself
     ],
 )
 def test_different_weights_are_named_on_all_ranks(name: str, odd: str, named: list[int], tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(
 ) -> None:
     flags = {"faults__allow_fault_injection": True, "faults__inject_fault": "flip@4:1"}
     if overlap:
-        # Gathering the weights, which comes first, heals what another rank owns: a run without a fault passes.
+        # The weights are gathered first, which repairs weights that another rank owns.
         flags = {"parallel__overlap_param_gather": True, "parallel__overlap_grad_reduce": True}
     config = tiny_config(
         demo_data,

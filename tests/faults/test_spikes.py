@@ -21,7 +21,7 @@ def judged(losses: list[float], norms: list[float], window: int = 128) -> list[i
 
 
 def ordinary(steps: int) -> tuple[list[float], list[float]]:
-    """A loss that falls from 10 to 2 with 2% of noise, and norms with the heavy tail that training has."""
+    """A loss that falls from 10 to 2 with 2% of noise, and gradient norms with a heavy tail, as in training."""
     draw = random.Random(7)
     losses = [(2 + 8 * math.exp(-step / 300)) * draw.gauss(1, 0.02) for step in range(steps)]
     return losses, [draw.lognormvariate(0, 0.3) for _ in range(steps)]
@@ -51,7 +51,7 @@ def test_no_spike_before_half_a_window() -> None:
     assert judged([2.0] * 64 + [9.0] + [2.0] * 10, [1.0] * 75) == [64]
 
 
-def test_state_goes_through_json() -> None:
+def test_state_survives_json() -> None:
     losses, norms = ordinary(50)
     judge, other = SpikeJudge(32, 10), SpikeJudge(32, 10)
     for loss, norm in zip(losses, norms, strict=True):

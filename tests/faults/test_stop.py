@@ -169,7 +169,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c(first: str, second: s
     try:
         process.send_signal(getattr(signal, first))
         assert process.stderr is not None and f"stop requested by {first}" in process.stderr.readline()
-        process.send_signal(signal.SIGTERM)  # what comes within a second is the same request
+        process.send_signal(signal.SIGTERM)  # signals within a second are the same request
         time.sleep(1.3)
         assert process.poll() is None
         process.send_signal(getattr(signal, second))
@@ -178,7 +178,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c(first: str, second: s
         assert errors == ""
     finally:
         process.kill()
-    fault_row("second signal", "stuck in C with the interpreter's lock", "process ended at once")
+    fault_row("second signal", "stuck in C with the GIL", "process ended at once")
 
 
 @pytest.mark.faults
@@ -186,7 +186,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck_in_c(first: str, second: s
 def test_before_training_the_first_signal_ends_a_process_that_is_stuck_in_c(
     number: signal.Signals, fault_row: FaultRow
 ) -> None:
-    """For example during the rendezvous, where it waits for other processes."""
+    """For example during the rendezvous, when it waits for other processes."""
     process = stuck_in_c("stop.leave_on_signal('')")
     try:
         process.send_signal(number)

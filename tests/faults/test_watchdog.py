@@ -27,7 +27,7 @@ def start(code: str) -> subprocess.Popen[str]:
     )
 
 
-def test_beats_keep_it_quiet_and_it_does_not_delay_the_exit() -> None:
+def test_the_watchdog_ignores_a_run_with_beats_and_does_not_delay_its_exit() -> None:
     watchdog = Watchdog(0.5 / 60)
     for _ in range(10):
         time.sleep(0.1)
@@ -43,7 +43,7 @@ def test_beats_keep_it_quiet_and_it_does_not_delay_the_exit() -> None:
     ("work", "status", "said"),
     [
         ("time.sleep(60)", EXIT_HUNG, ["no step finished for", "in stuck", "in helper"]),
-        # Matching takes years and never releases the interpreter's lock.
+        # Matching takes years and never releases the GIL.
         ("re.match('(a+)+$', 'a' * 60 + 'b')", -signal.SIGKILL, ["GIL held for", "in stuck", "in helper"]),
     ],
 )
@@ -69,7 +69,7 @@ stuck()
     for text in said:
         assert text in errors
     if status != EXIT_HUNG:
-        fault_row("interpreter's lock never released", "one process", "stacks shown, process killed")
+        fault_row("GIL never released", "one process", "stacks shown, process killed")
 
 
 @pytest.mark.faults
@@ -93,7 +93,7 @@ watchdog.close()
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    fault_row("SIGSTOP", "a process, longer than the limit, then SIGCONT", "goes on")
+    fault_row("SIGSTOP", "a process, longer than the limit, then SIGCONT", "continues")
 
 
 def test_the_minder_does_not_outlive_the_process() -> None:

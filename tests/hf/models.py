@@ -72,7 +72,7 @@ def golden_model(path: Path, kind: str = "GenLIPForCausalLM") -> tuple[Any, dict
 
 def golden_inputs(golden: dict[str, Tensor], side: str = "left") -> tuple[dict[str, Tensor], Tensor]:
     """(arguments of the model, one row for each sample, padded at ``side``; bool [rows, length], True at text of the
-    golden rows, which hold the samples in the same order)."""
+    golden rows). The golden rows hold the samples in the same order."""
     ids, labels, masks = [], [], []
     is_text = golden["inputs/valid"] & ~golden["inputs/image_mask"]
     for row in range(len(golden["inputs/input_ids"])):

@@ -119,11 +119,11 @@ def test_a_stock_processor_gives_the_same_pixels_without_the_folders_code(export
         "transformers.models.vit"
     )
     difference = stock(pictures, return_tensors="pt")["pixel_values"] - ours(pictures)["pixel_values"]
-    assert difference.abs().max() <= 2**-22  # rounding of one more operation (1.2e-7); a level is 7.8e-3
+    assert difference.abs().max() <= 2**-22  # one more operation rounds (1.2e-7); an 8-bit level is 7.8e-3
 
 
 @pytest.mark.parametrize("settings", [{"image_mode": "native"}, {"fixed_resize": "resize-center-crop"}])
-def test_no_stock_processor_is_named_where_it_would_differ(
+def test_no_stock_processor_is_named_if_it_would_differ(
     tmp_path: Path, demo_data: Path, settings: dict[str, Any]
 ) -> None:
     folder = export(tmp_path, demo_data / "tokenizer.model", **settings)

@@ -60,7 +60,7 @@ def photos(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a tool and check its status; after an error also that it left no files. Returns its output or error line."""
+    """Run a tool; check its status, and that an error leaves no files. Returns its output or error line."""
 
     def run(main: Callable[[list[str]], int], *words: Any, status: int = 0) -> str:
         before = sorted(tmp_path.rglob("*"))

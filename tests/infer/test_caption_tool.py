@@ -142,7 +142,7 @@ def test_sigterm_leaves_nothing_and_leftovers_of_kills_are_removed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGTERM comes while the first images are computed."""
+    """SIGTERM arrives while the first images are computed."""
     from genlip_megatron.infer import caption as captions
     from genlip_megatron.infer import features, readout
 

@@ -1,4 +1,4 @@
-"""A model is loaded as stored: nothing is silently dropped, rounded or left random."""
+"""A model is loaded as stored: no tensor is silently dropped, rounded or left random."""
 
 from __future__ import annotations
 

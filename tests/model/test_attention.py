@@ -136,8 +136,8 @@ def test_packs(samples: Samples, padding: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", [*EXACT, "dense"])
 @pytest.mark.parametrize("ranks", [2, 4, 7])
 @pytest.mark.parametrize("samples", PACKS.values(), ids=PACKS)
-def test_a_sequence_cut_anywhere(samples: Samples, ranks: int, backend: str) -> None:
-    """Each rank has queries only for its slots: all image, all text, all padding, samples cut in two or more."""
+def test_a_sequence_split_anywhere(samples: Samples, ranks: int, backend: str) -> None:
+    """Each rank has queries only for its slots: all image, all text, all padding, samples split in two or more."""
     used = sum(map(sum, samples))
     assert_same(samples, -used % ranks + ranks * 8, backend=backend, ranks=ranks)
 
@@ -191,11 +191,11 @@ def test_cost_grows_with_the_samples_not_with_the_pack() -> None:
 HALF, FLOAT = torch.bfloat16, torch.float32
 
 
-def test_choice_on_a_cpu_says_why() -> None:
+def test_choice_on_a_cpu_gives_the_reason() -> None:
     name, reason = choose_backend("auto", Place(CPU, FLOAT, 72))
     assert name == "grouped"
     assert reason.startswith("the first of varlen, te, grouped that runs here; ")
-    assert "varlen needs a CUDA device, here is cpu" in reason
+    assert "varlen needs a CUDA device; this is cpu" in reason
     assert "te Transformer Engine is not installed" in reason
 
 
@@ -204,7 +204,7 @@ def test_choice_on_a_cpu_says_why() -> None:
     [
         (
             "varlen",
-            "train.attention_backend = varlen: needs a CUDA device, here is cpu. Backends that run here: dense, ",
+            "train.attention_backend = varlen: needs a CUDA device; this is cpu. Backends that run here: dense, ",
         ),
         ("flex", "it has no backward pass on a CPU"),
         ("te", "Transformer Engine is not installed"),
@@ -270,7 +270,7 @@ def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_d
         out.backward(tensors[3])
         results.append((out, q.grad, k.grad, v.grad))
     for ours, oracle in zip(*results, strict=True):
-        # bfloat16 carries 8 bits: 1/128 of values up to 4.
+        # bfloat16 has 8 significant bits: 1/128 of values up to 4.
         torch.testing.assert_close(ours, oracle, atol=4e-2, rtol=4e-2)
 
 

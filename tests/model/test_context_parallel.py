@@ -63,7 +63,7 @@ def on_one_process(pack: str) -> dict[str, Any]:
 @pytest.mark.parametrize("communication", ["a2a", "all_gather"])
 @pytest.mark.parametrize("name", ["CP4", "TP2xCP2"])
 @pytest.mark.parametrize("pack", PACKS)
-def test_any_share_of_a_pack(pack: str, name: str, communication: str) -> None:
+def test_any_split_of_a_pack(pack: str, name: str, communication: str) -> None:
     expected = on_one_process(pack)
     world_size, sizes = layout(name)
     config = tiny_config(Path("unused"), **SETTINGS, **sizes, parallel__cp_comm_type=communication)

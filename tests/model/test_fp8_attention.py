@@ -65,7 +65,7 @@ def test_stacked_images_attend_by_the_rule(
     out.backward(inputs[3])
     for ours, oracle in zip((out, q.grad, k.grad, v.grad), attend(batch, "dense", head_dim), strict=True):
         torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
-    # One FP8 call for each micro-batch, of few shapes; stacked images take no other call.
+    # One FP8 call for each micro-batch, with few shapes. Stacked images take only this call.
     assert len(packed.backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
     assert kernel.shapes == [(images, length, heads, 80 if capability == (10, 0) else 128)]
 
@@ -92,16 +92,16 @@ def config(**flags: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("flags", "gpu", "message"),
     [
-        ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*here it is 8\.0"),
-        ({}, Gpu(), "needs compute capability 8.9 or above .*there is no GPU here"),
-        ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, here it is 8\.9"),
+        ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*not 8\.0"),
+        ({}, Gpu(), "needs compute capability 8.9 or above .*and there is no GPU"),
+        ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, not 8\.9"),
         (
             {"fp8_recipe": "current"},
             HOPPER,
-            "current scaling .* 10.0 .*here it is 9.0; on Hopper use --fp8-recipe d",
+            "current scaling .* 10.0 .*not 9.0; on Hopper use --fp8-recipe d",
         ),
         ({"image_mode": "native"}, HOPPER, "images of data.image_mode = native differ in length"),
-        ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*here it is 9\.6\.0"),
+        ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*installed is 9\.6\.0"),
         ({}, Gpu((9, 0), 91000), "which has a bug"),
         ({"fp8_recipe": "current"}, Gpu((12, 0), 91500), "no kernel for compute capability 12.0"),
     ],
@@ -116,7 +116,7 @@ def test_parts_that_cannot_run_are_refused_with_the_reason_or_run_in_bf16(
     assert len(chosen.notes) == 1 and chosen.notes[0].endswith("; it runs in BF16")
 
 
-def test_parts_that_can_run_do() -> None:
+def test_supported_parts_run_in_fp8() -> None:
     assert choose_fp8(config(fp8="none", fp8_attention=False), AMPERE) == Fp8()
     assert choose_fp8(config(fp8_attention=False), HOPPER) == Fp8(True, False)
     for flags, gpu in (({}, HOPPER), ({}, BLACKWELL), ({"fp8_recipe": "current"}, BLACKWELL)):
@@ -167,5 +167,5 @@ def test_fp8_kernel_is_near_the_rule() -> None:
             out.backward(grad)
         results.append((out, *(x.grad for x in inputs)))
     for ours, oracle in zip(*results, strict=True):
-        # E4M3 carries 4 bits, E5M2 3: an error of an eighth of a value, which averages out over 196 keys.
+        # E4M3 has 4 significant bits, E5M2 3: an error of an eighth of a value, which averages out over 196 keys.
         assert (ours - oracle).norm() < 0.1 * oracle.norm()

@@ -1,4 +1,4 @@
-"""FP8 scales are part of a checkpoint: a resumed run equals the uninterrupted one, and nothing else needs them."""
+"""FP8 scales are part of a checkpoint: a resumed run equals the uninterrupted one; runs without FP8 ignore them."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def test_scales_that_do_not_fit_are_reset_and_logged(
             in line for line in longer["said"]] == [True]  # fmt: skip
     root = str(tmp_path / "run")
     run_distributed(1, trained, tiny_config(demo_data, **BF16, checkpoint__save=root), 1)
-    anew = run_distributed(1, trained, tiny_config(demo_data, **DELAYED, checkpoint__save=root), 2)[0]
-    assert all((tensor == (0.0 if name in histories else 1.0)).all() for name, tensor in anew["begun"].items())
-    assert len(anew["said"]) == 1 and "fp8.amax_history_bwd and 15 more" in anew["said"][0]
+    reset = run_distributed(1, trained, tiny_config(demo_data, **DELAYED, checkpoint__save=root), 2)[0]
+    assert all((tensor == (0.0 if name in histories else 1.0)).all() for name, tensor in reset["begun"].items())
+    assert len(reset["said"]) == 1 and "fp8.amax_history_bwd and 15 more" in reset["said"][0]
 
 
-def test_scales_are_ignored_where_nothing_needs_them(
+def test_scales_are_ignored_by_runs_without_fp8(
     saved: tuple[Path, dict[str, torch.Tensor]], demo_data: Path, tmp_path: Path
 ) -> None:
     place = saved[0]
@@ -140,7 +140,7 @@ def test_scales_are_ignored_where_nothing_needs_them(
     assert len(run_distributed(1, run_steps, local, 3)[0]["losses"]) == 1
     names = set(MegatronSource(place, manifest.read(place), local.model).dtypes)
     assert names and not any("fp8" in name for name in names)
-    with pytest.raises(ValueError, match="parameters in an order of its own"):
+    with pytest.raises(ValueError, match="another order of parameters"):
         reshard(place, "dp_reshardable", tmp_path / "other", build_run)
 
 
@@ -180,7 +180,7 @@ def test_an_asynchronous_save_holds_the_scales_of_its_step(demo_data: Path, tmp_
 
 
 @pytest.mark.parametrize("fault", ["transient-nan", "nan-grad"])
-def test_a_bad_step_leaves_no_trace(fault: str, demo_data: Path) -> None:
+def test_a_bad_step_does_not_change_the_scales(fault: str, demo_data: Path) -> None:
     flags = {**DELAYED, "faults__allow_fault_injection": True, "faults__inject_fault": [f"{fault}@3:0"]}
     whole, bad = (run_distributed(1, scales_after_each, tiny_config(demo_data, **f), 3)[0] for f in (DELAYED, flags))
     assert not torch.equal(whole[1]["1.self_attention.linear_qkv.fp8.amax_history_fwd"],

@@ -1,7 +1,8 @@
 """The model equals the authors' model class: outputs of every layer, logits, loss, every gradient, image features.
 
-Float32 on a CPU. Tolerances are several times the worst difference measured (in brackets), which is rounding: sums run
-in another order here. Each gradient tensor is compared separately, since a norm over all would hide a lost reduction.
+Float32 on a CPU. Tolerances are several times the worst measured difference (in brackets), which is rounding: this
+model adds in another order. Each gradient tensor is compared separately, because a norm over all would hide a missing
+reduction.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def test_layouts_match_the_authors_model(golden_file: Path, tp: int, pp: int, cp
     results = run_distributed(tp * pp * cp, compare, str(golden_file), tp, pp, None, "fp32", cp)
     _, golden = load_golden(golden_file)
     expected = sum(name.startswith("grads/") for name in golden)
-    assert sum(worst["tensors"] for worst in results) == expected * tp * cp, "some gradient tensor was not compared"
+    assert sum(worst["tensors"] for worst in results) == expected * tp * cp, "a gradient tensor was not compared"
     for worst in results:
         check(worst)
 
@@ -58,5 +59,5 @@ def test_mask_and_rotary_equal_the_authors(golden_file: Path) -> None:
     valid = golden["inputs/valid"].flatten()
     for ours, name in ((cos, "cos"), (sin, "sin")):
         expected = golden[f"outputs/{name}"].flatten(0, 1)
-        # Angles up to 96 radians carry a float32 error of 4e-6 (seen: 3.8e-6).
+        # Angles up to 96 radians have a float32 error of 4e-6 (measured: 3.8e-6).
         torch.testing.assert_close(ours[valid], expected[valid], atol=1e-5, rtol=0)

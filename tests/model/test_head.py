@@ -83,7 +83,7 @@ def test_bfloat16_sums_its_weight_gradient_in_float32(monkeypatch: pytest.Monkey
 
 
 def test_a_scaled_loss_turns_the_gradient_in_the_buffer_into_nan() -> None:
-    """The gradient was added for the factor 1, so any other factor must be noticed."""
+    """The gradient was added for the factor 1, so any other factor must be found."""
     assert loss_and_gradients(torch.float32, True)[2].isfinite().all()
     assert loss_and_gradients(torch.float32, True, factor=2.0)[2].isnan().any()
     plain, scaled = (loss_and_gradients(torch.float32, False, factor) for factor in (1.0, 2.0))

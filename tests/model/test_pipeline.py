@@ -46,8 +46,8 @@ def test_split_is_the_best_of_all() -> None:
     assert max(chunk_costs(model, layers_per_chunk(model, parallel(3)))) == best
 
 
-def test_interleaved_chunks_even_out_their_stages() -> None:
-    """The stage that also has the head's chunk keeps fewer layers in its other one."""
+def test_interleaved_chunks_balance_their_stages() -> None:
+    """The stage with the head's chunk has fewer layers in its other chunk."""
     model = ModelConfig(12, 1152, 16, 3072, 1152)
     assert layers_per_chunk(model, parallel(4, 2)) == [1, 1, 2, 1, 2, 2, 2, 1]
 

@@ -73,7 +73,7 @@ def test_values_that_are_not_recomputable_or_need_no_gradient_stay() -> None:
         discard(normed, normed * 2)
     assert normed.untyped_storage().size()
     del norm
-    assert held() is None, "a value without a gradient holds its function"
+    assert held() is None, "a value without a gradient keeps its function alive"
 
 
 def _keeping(config: RunConfig) -> list[set[str]]:

@@ -91,7 +91,7 @@ def test_fused_norms_train_as_separate_norms(name: str, demo_data: Path) -> None
     assert [name for name, _ in fused[0]["seen"]] == ["qkv", "proj", "fc1", "fc2"] * 4
     expected = weights(alone)
     for tensor, weight in weights(fused).items():
-        # Adam turns the rounding of tiny gradients into steps of the learning rate; there were four steps.
+        # Adam turns the rounding of tiny gradients into whole steps; each of the four steps moves a weight by up to lr.
         torch.testing.assert_close(weight, expected[tensor], atol=2e-5, rtol=0, msg=tensor)
 
 
@@ -123,7 +123,7 @@ def test_dp_reshardable_state_is_not_read_in_another_order(demo_data: Path, tmp_
     run_distributed(1, run_engine_steps, tiny_config(demo_data, checkpoint__save=folder, **FUSED), 1, False)
     message = run_distributed(1, failing_set_up, tiny_config(demo_data, checkpoint__save=folder))[0]
     assert re.search("norms within the linears .*: True in the checkpoint, False here", message)
-    with pytest.raises(ValueError, match="in an order of its own, which this tool does not know"):
+    with pytest.raises(ValueError, match="another order of parameters, which this tool cannot convert"):
         reshard(Path(folder) / "iter_0000001", "fully_reshardable", tmp_path / "other", build_run)
 
 

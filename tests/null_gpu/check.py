@@ -49,7 +49,7 @@ _DELAYED = frozenset({"quantize", "fused_amax_and_scale_update_after_reduction"}
 
 @dataclass(frozen=True)
 class Part:
-    """A run: ``settings`` as section__name, flags of run.py, and what it must equal, call, print and compile.
+    """A run: its ``settings`` as section__name, flags of run.py, and its expected losses, calls, output, compiles.
 
     ``says`` is a regular expression. ``crowded``: some micro-batches run without a CUDA graph and do not fit beside the
     existing graphs. ``ranks`` processes communicate through nccl.c. ``moves``: offloading moves small tensors too.
@@ -228,7 +228,7 @@ def infer() -> dict[str, float]:
 
 
 def half(config: Any, steps: int) -> list[float]:
-    """Losses of the first half of ``steps``, which is saved, or of the second half if a save exists."""
+    """Train the first half of ``steps`` and save, or the second half if a save exists; returns the losses."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -250,7 +250,7 @@ def half(config: Any, steps: int) -> list[float]:
 
 
 def crowd() -> None:
-    """Let every fifth micro-batch run without a CUDA graph, in memory that has no room beside a graph."""
+    """Let every fifth micro-batch run without a CUDA graph, in memory without room beside a graph."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -275,7 +275,7 @@ def move_small_tensors() -> None:
 
 
 def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
-    """(whether a part passes, what was measured)."""
+    """(whether a part passes, the measured values)."""
     part, result = PARTS[name], results[name]
     for problem in ("error", "skipped"):
         if problem in result:
@@ -290,7 +290,7 @@ def judge(name: str, results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
     called = ", ".join(f"{function} {count}" for function, count in sorted(calls.items())) or "none"
     if not part.flags:
         if not re.search(part.says, result["output"], re.DOTALL):
-            return False, f"it does not say {part.says!r}"
+            return False, f"the output lacks {part.says!r}"
         compiled, without = result["compiled"], results.get(part.against, {}).get("compiled", 0)
         good = compiled > without or not part.compiles
         return good, f"{len(result['losses'])} steps, {compiled} compiled graphs"
@@ -348,7 +348,7 @@ def main() -> int:
         nargs="+",
         choices=tuple(PARTS),
         metavar="PART",
-        help="run these and what they are compared with: %(choices)s",
+        help="run these and the parts they are compared with: %(choices)s",
     )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of a training run (default: {STEPS})")
     parser.add_argument("--part", help=argparse.SUPPRESS)

@@ -92,7 +92,7 @@ def _is_float8(x: Any) -> bool:
 
 
 def _values(x: Any) -> Tensor:
-    """A tensor's values; float32 for an FP8 tensor, which may hold only its transpose."""
+    """A tensor's values, in float32 for an FP8 tensor, which may hold only its transpose."""
     if not _is_float8(x):
         return cpu_alias(x.detach())
     dtype, inverse = float8(x._fp8_dtype), cpu_alias(x._scale_inv)
@@ -315,7 +315,7 @@ def _flat(x: Any) -> Tensor:
 
 
 def _allocated_attention(*args: Any) -> list[Any]:
-    """What ``fused_attn_fwd`` returns: output, statistics of the softmax (two in FP8), random state."""
+    """The results of ``fused_attn_fwd``: output, statistics of the softmax (two in FP8), random state."""
     query, dtype, quantizer = args[13], args[16], args[22]
     statistics = torch.empty((*query.shape[:-1], 1), dtype=torch.float32, device=_device(query))
     state = torch.empty(2, dtype=torch.int64, device=statistics.device)
@@ -324,7 +324,7 @@ def _allocated_attention(*args: Any) -> list[Any]:
 
 
 def _allocated_attention_backward(*args: Any) -> list[Any]:
-    """What ``fused_attn_bwd`` returns: gradients of query, key and value, of a bias and of the softmax's offset."""
+    """The results of ``fused_attn_bwd``: gradients of query, key and value, of a bias and of the softmax's offset."""
     return [*(_allocate(x, args[18], args[25]) for x in args[13:16]), None, None]
 
 
@@ -374,7 +374,7 @@ def _check_attention(dropout: float, window: Any, mask: Any) -> None:
 
 
 def _note_one(quantizer: Any) -> None:
-    """Note an amax of 1 for attention's inner matrices, which are not rounded here and have values up to about 1."""
+    """Record an amax of 1 for attention's inner matrices, which are not rounded here and have values up to about 1."""
     if quantizer is not None:
         cpu_alias(quantizer.amax).fill_(1)
 

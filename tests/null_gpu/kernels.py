@@ -227,7 +227,7 @@ class OnCpu(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(x, FakeTensor) for x in leaves):
-            return func(*args, **kwargs)  # shapes alone
+            return func(*args, **kwargs)  # only shapes
         if any(_dispatches_itself(x) for x in leaves):
             return NotImplemented
         asked = kwargs.get("device")

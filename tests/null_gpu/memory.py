@@ -31,7 +31,7 @@ from genlip_megatron.train.setup import set_up  # noqa: E402
 from genlip_megatron.train.step import train_step  # noqa: E402
 from tools import gpu_check  # noqa: E402
 
-STEPS = 2  # the optimizer's state exists from the second step on
+STEPS = 2  # the optimizer's state exists only after the first step
 
 
 def measured(config: RunConfig) -> tuple[float, float]:

@@ -64,15 +64,15 @@ _COMPILER_HEADERS = {
 def why_not(real_driver: Iterable[Path] = REAL_DRIVER) -> str:
     """Why the null GPU cannot run on this machine, with the remedy; "" if it can."""
     if any(path.exists() for path in real_driver):
-        return "this machine has an NVIDIA driver: run the command by itself (in a container: one without --gpus)"
+        return "this machine has an NVIDIA driver: run the command without null_gpu, or in a container without --gpus"
     for program, package in (("gcc", "gcc"), ("nm", "binutils")):
         if shutil.which(program) is None:
             return f"{program} is not installed: install {package}"
     if importlib.util.find_spec("torch") is None:
-        return f"torch is not installed for {sys.executable}: make null-gpu makes an environment that has it"
+        return f"torch is not installed for {sys.executable}. Run make null-gpu, which creates an environment with it"
     if not (_packages() / "torch" / "lib" / "libtorch_cuda.so").exists():
         version = importlib.metadata.version("torch")
-        return f"torch {version} is a build without CUDA: make null-gpu makes an environment with CUDA's"
+        return f"torch {version} is a build without CUDA. Run make null-gpu, which installs a CUDA build"
     if missing := [str(folder) for folder in include_folders() if not folder.is_dir()]:
         return f"headers are missing, {', '.join(missing)}: they come with torch's build for CUDA 13"
     return ""

@@ -36,7 +36,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     if not all(map(Path.is_dir, run.include_folders())):
-        pytest.skip("needs the headers of NVIDIA's wheels, which torch's build for CUDA 13 brings")
+        pytest.skip("needs the headers of NVIDIA's wheels, which come with torch's build for CUDA 13")
     folder = tmp_path_factory.mktemp("null_gpu")
     run.compile_library(folder, run.SOURCES, folder / "library.so", "-Werror")
     return ctypes.CDLL(str(folder / "library.so"))
@@ -88,7 +88,7 @@ def test_reserved_addresses_use_no_memory_until_mapped(library: ctypes.CDLL, mon
         assert library.cuMemRelease(handle) == SUCCESS
     assert free() == 2**30 and create(handles[0]) == SUCCESS
     assert library.cuMemMap(pieces[0], ctypes.c_size_t(2**29), zero, handles[0], zero) == SUCCESS
-    assert ctypes.string_at(begin.value + 2**29 - 4, 4) == bytes(4), "what was there is gone"
+    assert ctypes.string_at(begin.value + 2**29 - 4, 4) == bytes(4), "the old content must be gone"
     assert library.cuMemRelease(handles[0]) == SUCCESS
     assert library.cuMemAddressFree(begin, size) == SUCCESS and free() == 2**30
 
@@ -186,7 +186,7 @@ def test_a_missing_rank_blocks_only_its_stream(library: ctypes.CDLL, ranks: Rank
     assert values.item() == 2
 
 
-def test_ranks_that_send_to_each_other_do_not_block(library: ctypes.CDLL, ranks: Ranks) -> None:
+def test_ranks_that_send_to_each_other_do_not_deadlock(library: ctypes.CDLL, ranks: Ranks) -> None:
     received = [torch.zeros(1), torch.zeros(1)]
     for rank in range(2):
         library.ncclGroupStart()
@@ -240,7 +240,9 @@ def test_bits_beyond_float32_count_in_a_bfloat16_sum(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for little, expected in ((2**-40, 1 + 2**-7), (0.0, 1.0), (-(2**-40), 1.0)):
         ranks, result = Ranks(library, 3), torch.zeros(1).bfloat16()
-        for rank, value in enumerate((1.0, 2**-8, little)):  # without the last one it is half-way between two numbers
+        for rank, value in enumerate(
+            (1.0, 2**-8, little)
+        ):  # without the last bit the sum is half-way between two numbers
             ranks.call(rank, "ncclAllReduce", torch.tensor([value]).bfloat16(), result, 1, 9, SUM)
         for rank in range(3):
             ranks.wait(rank)
@@ -299,11 +301,11 @@ def test_a_build_of_torch_without_cuda_is_refused(tmp_path: Path) -> None:
     script.touch()
     done = subprocess.run([sys.executable, "-m", "tests.null_gpu.run", str(script)], text=True, capture_output=True)
     assert done.returncode == 1
-    assert f"torch {importlib.metadata.version('torch')} is a build without CUDA: make null-gpu" in done.stderr
+    assert f"torch {importlib.metadata.version('torch')} is a build without CUDA. Run make null-gpu" in done.stderr
 
 
 def test_a_missing_requirement_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "has an NVIDIA driver: run the command by itself" in run.why_not([Path("/")])
+    assert "has an NVIDIA driver: run the command without null_gpu" in run.why_not([Path("/")])
     for program, package in (("gcc", "gcc"), ("nm", "binutils")):
         monkeypatch.setattr(shutil, "which", lambda name, missing=program: None if name == missing else name)
         assert run.why_not([]) == f"{program} is not installed: install {package}"

@@ -1,5 +1,5 @@
-"""How LLaVA-NeXT calls an encoder named ``hf:FOLDER``: the steps of its HFVisionTower and of its flat image path, in
-the order and with the defaults of the original (llava/model/multimodal_encoder/hf_vision.py, llava/mm_utils.py)."""
+"""LLaVA-NeXT's calls of an encoder named ``hf:FOLDER``: the steps of its HFVisionTower and of its flat image path, in
+the original's order and with its defaults (llava/model/multimodal_encoder/hf_vision.py, llava/mm_utils.py)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class HFVisionTower(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the features, which the projector is made for."""
+        """Width of the features; the projector takes this width."""
         return self.config.hidden_size * (4 if "slicefour" in self.select_feature else 1)
 
 

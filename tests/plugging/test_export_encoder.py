@@ -37,7 +37,7 @@ def test_graph_equals_the_model_on_any_size(exported: Path, tmp_path: Path, suff
             graph(torch.zeros(1, 3, *sides))
 
 
-def test_a_difference_is_noticed(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_difference_is_reported(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "encoder.pt2"
     assert export_encoder.main([str(exported), str(output)]) == 0
     assert list(tmp_path.iterdir()) == [output]
@@ -99,7 +99,7 @@ OLD = "old: vision_embeddings, pixel_values"
 
 
 @pytest.mark.parametrize("failure", ["the exporter", "the comparison", "SIGTERM"])
-def test_a_failed_export_leaves_what_was_there(
+def test_a_failed_export_keeps_the_earlier_file(
     failure: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "encoder.pt2"

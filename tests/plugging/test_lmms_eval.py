@@ -1,7 +1,7 @@
 """GenLIP as a model of lmms-eval: answers and likelihoods equal the exported model's, in the order of the requests.
 
-With lmms-eval installed, the tests run against the library and its evaluator, otherwise against a copy of the classes
-that a model needs.
+With lmms-eval installed, the tests run against the library and its evaluator. Otherwise they run against stand-ins for
+the classes that a model needs.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def model_tokens(folder: Path, text: str) -> list[int]:
     return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
 
 
-def test_loglikelihood_is_the_cost_of_the_answer_alone(model: Any, exported: Path, pictures: list[Image.Image]) -> None:
+def test_loglikelihood_is_the_cost_of_only_the_answer(model: Any, exported: Path, pictures: list[Image.Image]) -> None:
     cases = [(3, "What is it?", " a cat"), (0, "<image>\nColour?", "blue"), (1, "", lambda doc: doc["name"])]
     results = [result.text for result in model.loglikelihood([request(*case) for case in cases])]
     words = [("What is it?", "a cat"), ("Colour?", "blue"), (model.processor.prompt, "a b")]

@@ -73,7 +73,7 @@ def every_kind() -> None:
     os.chdir(work)
     Path("relative").touch()
     os.unlink("relative")
-    # None of these counts as an operation.
+    # None of these is an operation.
     file.read_bytes()
     os.listdir(work)
     file.stat()

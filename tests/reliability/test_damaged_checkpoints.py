@@ -1,4 +1,4 @@
-"""A damaged checkpoint is never loaded: the file is named, and the newest good one used instead."""
+"""A damaged checkpoint is never loaded: an error names the file, and the newest good checkpoint is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLIPS = 5
 
 
 def looking(training: Training) -> dict[str, str]:
-    """Settings of a start that saves nothing: it loads and trains."""
+    """Settings of a launch that loads and trains, but saves nothing."""
     return {"checkpoint__save": "", "checkpoint__load": str(training.run)}
 
 
@@ -160,4 +160,4 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(
     found = loading.find(training.run, True, print)
     assert found is not None and found[1].iteration == 4
     assert training.history() == trained.history()
-    fault_row("checkpoint file: one flipped bit", "the run goes on", "damaged one set aside, step saved anew")
+    fault_row("checkpoint file: one flipped bit", "the run continues", "damaged one set aside, step saved again")

@@ -39,7 +39,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path, training: Training, output: str) -> Path:
     """A file that leaves room for the estimate at the start, but not for a whole checkpoint.
 
-    The estimate counts no more than the numbers; a small model's checkpoint is a good part larger.
+    The estimate counts only the tensors; a small model's checkpoint is much larger.
     """
     found = re.search(r"parameters (\d+)", output)
     assert found is not None
@@ -74,11 +74,11 @@ def test_the_next_save_succeeds_when_there_is_space_again(
     assert checkpoints.steps(small_disk / "run")[0] == 24
     assert not [path.name for path in (small_disk / "run").iterdir() if path.name.startswith(".")]
     fault_row(
-        "full disk", "tmpfs, 2 ranks, freed later", "save fails and says so, training goes on, next save succeeds"
+        "full disk", "tmpfs, 2 ranks, freed later", "save fails with a warning, training continues, next save succeeds"
     )
 
 
-def test_a_run_whose_last_save_fails_says_so_and_keeps_the_old_checkpoint(
+def test_a_run_whose_last_save_fails_reports_it_and_keeps_the_old_checkpoint(
     zygote: Zygote, demo_data: Path, tmp_path: Path, small_disk: Path, fault_row: FaultRow
 ) -> None:
     training, output = started(zygote, demo_data, tmp_path / "training", small_disk)

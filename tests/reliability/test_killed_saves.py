@@ -1,8 +1,8 @@
 """A crash at any moment of a save leaves a complete checkpoint, from which the run resumes bit for bit.
 
-A run with a good checkpoint of step 2 is killed at every file operation of its save at step 4. Whatever it leaves,
-loading finds the checkpoint of step 2 or 4, whole, and a run started again ends in the same bits as one that was
-never killed.
+A run with a good checkpoint of step 2 is killed at every file operation of its save at step 4. Afterwards loading
+always finds a complete checkpoint of step 2 or 4, and a restarted run ends with the same bits as one that was never
+killed.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ TINY = {
 }
 # Command lines that make the save at step 4 the last one, which training waits for, or a background save.
 SAVES = {"last": ("--exit-interval", "4"), "behind": ()}
-# These name the folder or the moment of saving.
+# These depend on the folder or the time of saving.
 VARYING = ("config.yaml", ".metadata", "manifest.json")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The contents of a checkpoint's files by name, limited to what two saves of the same step share."""
+    """The contents of a checkpoint's files by name, without those that differ between two saves of a step."""
     return {
         str(path.relative_to(folder)): "empty"
         if not path.stat().st_size
@@ -65,12 +65,12 @@ class Scene:
         self.history = self.whole.history()
         self.folder = folder
         self._operations: dict[tuple[int, str], list[crash.Operation]] = {}
-        # By step and the way of saving step 4.
+        # By step and by the kind of save at step 4.
         self._complete = {(2, save): contents(checkpoints.step_folder(self.start.run, 2)) for save in SAVES}
 
     def operations(self, rank: int, save: str) -> list[crash.Operation]:
-        """Of a rank that starts from step 2, until the save of step 4 is over. All that is on the disk must be among
-        them."""
+        """The file operations of a rank, from the start at step 2 to the end of the save at step 4. They must explain
+        all files on the disk."""
         if (rank, save) in self._operations:
             return self._operations[rank, save]
         training = self.start.copy(self.folder / f"counted-{save}-{rank}")
@@ -79,7 +79,7 @@ class Scene:
         operations = training.plan(rank=rank).operations()
         if self.start.world_size == 1:
             unseen = crash.unseen_files(training.run, operations)
-            assert set(unseen) <= before, f"written without being seen: {unseen}"
+            assert set(unseen) <= before, f"writes that the hooks missed: {unseen}"
         next_save = [n for n, done in enumerate(operations) if f"iter_{LAST:07d}" in done.path]
         self._operations[rank, save] = operations[: next_save[0] if next_save else None]
         return self._operations[rank, save]
@@ -87,14 +87,14 @@ class Scene:
     def whole_checkpoint(self, step: int, save: str) -> dict[str, str]:
         """The contents of a step's checkpoint after a run that starts from step 2 and deletes nothing."""
         if (step, save) not in self._complete:
-            # Not the undisturbed run's: pickles of loaded values have other bytes.
+            # Not from the undisturbed run, because pickles of loaded values have other bytes.
             training = self.start.copy(self.folder / f"complete-{save}")
             assert all(ended.code == 0 for ended in training.go(*SAVES[save], checkpoint__keep_last=0))
             self._complete[step, save] = contents(checkpoints.step_folder(training.run, 4))
         return self._complete[step, save]
 
     def fault_of(self, run: Path, save: str) -> str | None:
-        """The problem of a folder of checkpoints, or None: its newest must be complete and of step 2 or 4."""
+        """The problem of a folder of checkpoints, or None. Its newest must be complete and of step 2 or 4."""
         said: list[str] = []
         try:
             found = loading.find(run, True, said.append)
@@ -115,7 +115,7 @@ class Scene:
         """The problem of a restarted run, or None."""
         ended = training.go()
         if any(one.code for one in ended):
-            return f"starting again ends with {[one.code for one in ended]}: {ended[0].output[-1500:]}"
+            return f"the restart ended with {[one.code for one in ended]}: {ended[0].output[-1500:]}"
         try:
             history = training.history()
         except AssertionError as error:
@@ -174,7 +174,7 @@ def kill_at(scene: Scene, tmp_path: Path, action: str, rank: int, closely: bool,
             seen[state] = number
             fault = scene.fault_of_resuming(training)
         if fault:
-            # As recorded by the killed run: parallel writers come in any order.
+            # As recorded by the killed run, because the order of parallel writers varies.
             done = training.plan().operations()
             place = f"after {done[-1] if done else 'the start'}" if action == "kill" else f"in {operations[number - 1]}"
             faults.append(f"rank {rank} killed {place} (operation {number}): {fault}")
@@ -218,13 +218,13 @@ def test_killed_at_every_operation(
     fault_row(
         "SIGKILL " + ("right after" if action == "kill" else "in the middle of") + " a file operation",
         f"{'asynchronous' if save == 'behind' else 'last, synchronous'} save, rank {rank} of {world_size}",
-        f"newest checkpoint whole; run goes on bit for bit from each of {states} states of the disk",
+        f"newest checkpoint complete; run continues bit for bit from each of {states} states of the disk",
         count=tried,
     )
 
 
 def fail_at(scene: Scene, folder: Path, number: int, error: str, lasting: bool) -> Any:
-    """Start a run whose disk fails at an operation of the save at step 4, and that later saves step 6."""
+    """Start a run whose disk fails at an operation of the save at step 4; the run saves again at step 6."""
     plan = {"action": "fail", "at": number, "error": error, "lasting": lasting}
     return scene.start.copy(folder).start(plan=plan)
 
@@ -250,30 +250,30 @@ def fault_of_failed_save(training: Training, ended: list[Ended], error: str, exp
     """The problem of a run that continued after a failed operation of its save at step 4, or None.
 
     Args:
-        expected: what it must say, followed by the reason.
+        expected: a line that it must print, followed by the reason.
         last: the step of its newest checkpoint.
     """
     output = ended[0].output
     if ended[0].code != (0 if last == LAST else EXIT_NOT_SAVED):
         return f"the run ends with {ended[0].code}: {output[-1500:]}"
     if not any(expected in line and os.strerror(getattr(errno, error)) in line for line in output.splitlines()):
-        return f"the output does not say {expected!r} and why: {output[-1500:]}"
+        return f"the output lacks {expected!r} with a reason: {output[-1500:]}"
     left = sorted(path.name for path in training.run.iterdir() if path.name.startswith("."))
     if last == LAST and left:
         return f"{left} is left over"
     said: list[str] = []
     found = loading.find(training.run, True, said.append)
     if found is None or found[1].iteration != last or (last == LAST and checkpoints.steps(training.run) != [LAST]):
-        return f"not the checkpoint of step {last} is the newest, or others are left: {sorted(training.run.iterdir())}"
-    return f"the checkpoints are not as they should be: {said}" if said and last == LAST else None
+        return f"the checkpoint of step {last} is not the newest, or others are left: {sorted(training.run.iterdir())}"
+    return f"the checkpoints are wrong: {said}" if said and last == LAST else None
 
 
 # Outcomes by the printed line and whether the run can save again.
 OUTCOMES = {
-    (NOT_SAVED, True): "save fails and says so, nothing is left over, training goes on, next save succeeds",
-    (NOT_SAVED, False): f"nothing to remove, so it stays full: each save says so, training goes on, status "
+    (NOT_SAVED, True): "save fails with a warning, leaves no files, training continues, next save succeeds",
+    (NOT_SAVED, False): f"nothing to remove, so it stays full: each save warns, training continues, status "
     f"{EXIT_NOT_SAVED}, newest checkpoint good",
-    (NOT_POINTED, True): "saved all the same, with a warning; the next save replaces the pointer",
+    (NOT_POINTED, True): "saved, with a warning that the pointer is old; the next save replaces the pointer",
     (NOT_DELETED, True): "saved, with a warning that an old checkpoint is left; the next save deletes it",
 }
 
@@ -286,7 +286,7 @@ OUTCOMES = {
         pytest.param("EIO", False, id="one failed operation", marks=pytest.mark.long),
     ],
 )
-def test_a_disk_that_fails_costs_one_checkpoint(
+def test_a_failing_disk_loses_only_one_checkpoint(
     scene: Scene, tmp_path: Path, error: str, lasting: bool, fault_row: FaultRow
 ) -> None:
     """The save fails and says why, its files are removed, training continues, and the next save succeeds."""
@@ -303,7 +303,7 @@ def test_a_disk_that_fails_costs_one_checkpoint(
         fault = fault_of_failed_save(training, ended, error, expected, last)
         history = training.history()
         if not fault and any(history.get(step) != values for step, values in scene.history.items()):
-            fault = "training did not go on as the undisturbed run did"
+            fault = "training did not continue like the undisturbed run"
         if fault:
             faults.append(f"{error} at operation {number}, {operations[number - 1]}: {fault}")
         tried[OUTCOMES[expected, last == LAST]] += 1

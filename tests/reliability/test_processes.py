@@ -26,7 +26,7 @@ def describe() -> int:
 
 
 def leave_a_helper() -> str:
-    """Exit with a message as status; leave a helper process and a thread, which is waited for."""
+    """Exit with a message as status. Leave a helper process, and a thread that the exit waits for."""
     print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
     threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
     return "a message"
@@ -36,7 +36,7 @@ def linger() -> None:
     """Rank 0 fails; the others report SIGTERM and stay."""
     if os.environ["RANK"] == "0":
         raise RuntimeError("rank 0 failed")
-    signal.signal(signal.SIGTERM, lambda *_: print("told to stop", flush=True))
+    signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM received", flush=True))
     print("waiting", flush=True)
     while True:
         time.sleep(0.01)
@@ -53,12 +53,12 @@ def test_processes_of_run_distributed_join_a_new_group_for_every_job() -> None:
     first, alone, again = (run_distributed(size, place_in_group) for size in (2, 1, 2))
     assert first == again and alone[0][0] == first[0][0] and first[0][0] != first[1][0]
     assert [rank[1:3] for rank in (*first, *alone)] == [(2, 2.0), (2, 2.0), (1, 1.0)]
-    assert first[0][3] != first[1][3], "an order of a set would be the same on all ranks"
+    assert first[0][3] != first[1][3], "the order of a set would be the same on all ranks"
     run_distributed(2, torch.distributed.destroy_process_group)
     assert run_distributed(2, place_in_group) == first
 
 
-def test_each_rank_is_its_own_process(zygote: Zygote) -> None:
+def test_each_rank_is_a_separate_process(zygote: Zygote) -> None:
     first, second = zygote.run(
         2, ["--flag"], {"EXTRA": "more"}, target="tests.reliability.test_processes:describe", restart=3
     )
@@ -77,13 +77,13 @@ def test_a_rank_ends_like_a_script_and_leaves_nothing_running(zygote: Zygote) ->
         assert time.monotonic() < deadline, "the helper of a rank outlives it"
 
 
-def test_ranks_left_alone_by_a_failed_one_are_ended(zygote: Zygote) -> None:
+def test_the_other_ranks_of_a_failed_one_are_ended(zygote: Zygote) -> None:
     """Like torchrun: SIGTERM, then SIGKILL for processes that ignore it."""
     job = zygote.start(2, [], target="tests.reliability.test_processes:linger")
     job.wait_for("waiting", rank=1)
     first, second = job.wait(end_others=1)
     assert first.code == 1 and "RuntimeError: rank 0 failed" in first.output
-    assert second == (-signal.SIGKILL, "waiting\ntold to stop\n")
+    assert second == (-signal.SIGKILL, "waiting\nSIGTERM received\n")
 
 
 def test_a_run_that_does_not_end_is_killed_and_its_output_shown(zygote: Zygote) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.faults
 
 
 def wait_for_step(job: Job, step: int) -> bool:
-    """Whether the run came to a step (True) or ended before."""
+    """Whether the run reached a step (True) or ended before."""
     while True:
         job.zygote.receive(0.005)
         reached = [int(number) for number in re.findall(r"^iteration +(\d+)/", job.output(0), re.MULTILINE)]
@@ -42,7 +42,7 @@ def test_killed_at_random(
     training = Training(zygote, demo_data, tmp_path / "killed", world_size, flags)
     draw = random.Random(kills)
     for number in range(1, kills + 1):
-        # Steps after the one that it resumes from; 0 is during the start.
+        # Steps after the step that it resumes from; 0: during the start.
         further = draw.randrange(3)
         step = max(checkpoints.steps(training.run), default=0) + further if further else 0
         job = training.start()

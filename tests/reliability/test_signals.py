@@ -1,4 +1,4 @@
-"""One of two ranks gets a stop signal, is stopped or killed, at any place: the run ends as documented and resumes."""
+"""One of two ranks gets a stop signal, is suspended or killed, at any place. The run ends as documented and resumes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def whole(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def _every(quick: set[tuple[str, int]]) -> list[Any]:
-    """(place, rank), the others marked slow."""
+    """Parameters (place, rank) for every place; all but a few are marked slow."""
     return [
         pytest.param(place, rank, marks=() if (place, rank) in quick else pytest.mark.long, id=f"{place}-rank{rank}")
         for place in PLACES
@@ -61,7 +61,7 @@ def disturbed(
 
 
 def check_resumes(training: Training, whole: Training) -> None:
-    """Started again, the run ends in the undisturbed one's bits."""
+    """Check that the restarted run ends with the same bits as the undisturbed one."""
     ended = training.go()
     assert [one.code for one in ended] == [0, 0], ended[0].output[-2000:]
     assert "resumed at step" in ended[0].output
@@ -105,7 +105,7 @@ def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row:
 
 
 def stopped_while_starting() -> int:
-    """Training whose rank 1 is stopped while the run is built."""
+    """Training in which rank 1 is suspended while the run is built."""
     from genlip_megatron.train import setup
 
     build_run = setup.build_run
@@ -122,7 +122,7 @@ def stopped_while_starting() -> int:
 
 
 def test_hung_while_starting(zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
-    """As in a step: the other ranks do not wait forever in the first collective of the start."""
+    """The other ranks do not wait forever in the first collective of the start."""
     training = Training(zygote, demo_data, tmp_path, 2, {"faults__step_timeout": TIMEOUT / 60})
     ended = training.start(target=f"{__name__}:stopped_while_starting").wait(end_others=0.5)
     assert ended[0].code == EXIT_HUNG, ended[0].output[-2000:]

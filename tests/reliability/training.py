@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One training step of one rank: exact to the bit."""
+    """One training step of one rank, exact to the bit."""
 
     loss: str
     grad_norm: str
@@ -118,9 +118,9 @@ class Training:
 
         Args:
             arguments: more of the command line.
-            plan: of crash points, see ``crash.Plan``; for the folder of checkpoints.
+            plan: crash points in the folder of checkpoints, see ``crash.Plan``.
             env: further environment variables.
-            target: what the ranks run, see ``Zygote.start``.
+            target: the function that the ranks run, see ``Zygote.start``.
             flags: settings of this start only.
         """
         history = self.folder / "history"

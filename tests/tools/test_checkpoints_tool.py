@@ -45,7 +45,7 @@ def test_list_prints_one_line_per_checkpoint(tool: ModuleType, run: Path, capsys
     assert lines["50"].endswith("good") and "TP2xDP4" in lines["50"] and "dp_reshardable" in lines["50"]
 
 
-def test_verify_names_what_is_damaged(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_damaged_files(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["verify", str(run)]) == 1
     out = capsys.readouterr().out
     assert f"damaged: {run}/iter_0000040/weights.distcp: damaged, its SHA-256 does not match the manifest's" in out
@@ -93,7 +93,7 @@ def test_info_is_yaml(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture
     assert (tree["step"], tree["optimizer_state"], tree["files"]) == (50, "dp_reshardable", 1)
 
 
-def test_rewind_sets_later_ones_aside(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rewind_sets_later_checkpoints_aside(tool: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["rewind", str(run), "--step", "40"]) == 2
     assert "its SHA-256 does not match" in capsys.readouterr().err
     assert tool.main(["rewind", str(run), "--step", "35"]) == 2

@@ -10,7 +10,7 @@ import pytest
 from tools import demo
 
 
-def test_compared_captions_are_made_in_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compared_captions_are_computed_in_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a GPU in bfloat16 two correct programs may choose different tokens."""
     calls: list[tuple[list[str], dict[str, Any]]] = []
 

@@ -52,7 +52,7 @@ def test_a_layout_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no layout on 1 x h100 fits 1.0 GiB per rank" in capsys.readouterr().out
 
 
-def test_a_cpu_has_no_rate_to_quote(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cpu_has_no_peak_rate(capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["--config", "demo", "--gpus", "2", "--gpu", "cpu", "--tp", "2"]) == 0
     text = capsys.readouterr().out
     assert "No step time: give --peak-tflops" in text and "days" not in text

@@ -170,7 +170,7 @@ def test_long_commands_refuse_before_they_begin(
 
 
 def a_run(folder: Path) -> Path:
-    """A folder as a demo leaves it."""
+    """A folder with the files of a finished demo."""
     demo.begin_run(folder)
     step = folder / "iter_0000003"
     for file in (step / "__0_0.distcp", step / "manifest.json", folder / "tensorboard" / "events.out.tfevents.1"):
@@ -200,9 +200,9 @@ def test_the_demo_keeps_a_run_with_other_files_in_it(foreign: str, tmp_path: Pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_demo_does_not_take_other_folders_or_links_for_its_own(tmp_path: Path, demo_data: Path) -> None:
+def test_the_demo_does_not_replace_other_folders_or_links(tmp_path: Path, demo_data: Path) -> None:
     another = a_run(tmp_path / "another")
-    (another / demo.MARK).unlink()  # a run like any other
+    (another / demo.MARK).unlink()  # an ordinary run
     linked = a_run(tmp_path / "linked")
     (linked / "iter_0000005").symlink_to(another / "iter_0000003")
     (tmp_path / "file").write_bytes(THESIS)

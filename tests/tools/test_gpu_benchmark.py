@@ -171,7 +171,7 @@ def head_gradients() -> dict[str, list[torch.Tensor]]:
     return results
 
 
-def test_both_heads_compute_the_same() -> None:
+def test_both_heads_compute_the_same_gradients() -> None:
     (results,) = run_distributed(1, head_gradients)
     assert torch.unique(results["ours"][1]).numel() > 2
     torch.testing.assert_close(results["ours"], results["unfused"], atol=1e-5, rtol=1e-5)

@@ -20,7 +20,7 @@ SCRIPT = Path(gpu_check.__file__)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_without_cuda_it_says_so_and_succeeds() -> None:
+def test_without_cuda_it_reports_this_and_succeeds() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=True)
     assert "no CUDA device here" in done.stdout
 
@@ -32,7 +32,7 @@ def test_the_largest_model_fits_on_80_gb() -> None:
 
 
 @pytest.mark.parametrize(("factor", "holds"), [(1.009, True), (0.98, False), (float("nan"), False)])
-def test_fp8_is_judged_by_the_mean_loss_of_the_last_steps(factor: float, holds: bool) -> None:
+def test_fp8_is_compared_by_the_mean_loss_of_the_last_steps(factor: float, holds: bool) -> None:
     reference = [9.0] * 450 + [2.0, 4.0] * 25
     results = {"loss-bf16": {"losses": reference}, "loss-fp8": {"losses": [1.0] * 450 + [3.0 * factor] * 50}}
     ((what, measured, judged),) = gpu_check.judge(results)

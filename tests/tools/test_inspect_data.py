@@ -1,4 +1,4 @@
-"""The page of a data set shows what the model gets, and text of the data never becomes markup."""
+"""The page of a data set shows the model's input, and text of the data never becomes markup."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_samples_and_packs_are_those_of_training(page: Callable[..., Page], data
     keys = [key for batch in batches for key in batch.keys]
     assert [card.title for card in shown.samples] == keys[:6]
     assert [card.title for card in shown.packs] == ["step 1, pack 1 of 2", "step 1, pack 2 of 2"]
-    assert len({len(batch.keys) for batch in batches}) > 1, "packs of different numbers of samples are what is shown"
+    assert len({len(batch.keys) for batch in batches}) > 1, "the shown packs must have different numbers of samples"
     for card in shown.samples:
         (image,) = card.images
         assert (image == pixels_of(card.title)).all()
@@ -288,7 +288,7 @@ def test_text_of_the_data_never_becomes_part_of_the_page(page: Callable[..., Pag
         (["--output", "nope/page.html"], "--output nope/page.html: its folder does not exist"),
     ],
 )
-def test_errors_are_one_line_and_leave_an_earlier_page_alone(
+def test_errors_are_one_line_and_keep_an_earlier_page(
     words: list[str], message: str, page: Callable[..., Page], data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     earlier = build_page("earlier", [], [])

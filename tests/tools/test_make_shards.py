@@ -169,7 +169,7 @@ def write_table(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
 
 @pytest.mark.parametrize("suffix", tables.TABLE_SUFFIXES)
 def test_every_kind_of_table_gives_the_same_samples(suffix: str, photos: Path, tmp_path: Path) -> None:
-    space = " " if suffix == ".tsv" else "\n\t"  # not possible in .tsv
+    space = " " if suffix == ".tsv" else "\n\t"  # impossible in .tsv
     caption = f'A "cow",{space}says she: ' + "moo " * 50_000 + "moo."  # longer than Python's own limit for a field
     images = ["c.png", str(photos / "a.JPEG")]
     write_table(photos / f"t{suffix}", ["id", "image", "caption"], [[1, images[0], caption], [2, images[1], "A cat."]])
@@ -538,7 +538,7 @@ def test_a_killed_run_leaves_no_incomplete_shard(tmp_path: Path) -> None:
             assert len(archive.getmembers()) == 2 and shard.stat().st_size > size
 
 
-def test_rows_are_read_only_as_far_ahead_as_two_windows() -> None:
+def test_rows_are_read_at_most_two_windows_ahead() -> None:
     taken = 0
 
     def rows() -> Iterator[make_shards.Row]:

@@ -1,4 +1,4 @@
-"""Preparing a data set at once, in parts or after a kill gives the same files and a full report."""
+"""Preparing a data set at once, in parts or after a kill gives the same files and a complete report."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_unchanged_shards_are_skipped_by_time_or_checksum(folder: Path, tokenize
     assert "(0 unchanged)" in prepare(folder, "--tokenizer", tokenizer, "--prompt", "Look.")
 
 
-def test_parts_make_the_same_files_as_one_call(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_parts_write_the_same_files_as_one_call(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
     whole = shutil.copytree(folder, tmp_path / "whole", copy_function=shutil.copy2)
     prepare(whole, "--tokenizer", tokenizer)
     for i in range(2):
@@ -257,7 +257,7 @@ def test_a_manifest_follows_its_shards_when_one_is_deleted(folder: Path, tokeniz
     assert "24 good samples" in prepare(folder, "--tokenizer", tokenizer)
 
 
-def test_other_samples_of_the_same_sizes_are_noticed(folder: Path, tokenizer: Path) -> None:
+def test_other_samples_of_the_same_sizes_are_found(folder: Path, tokenizer: Path) -> None:
     prepare(folder, "--tokenizer", tokenizer)
     shard = folder / "part-00003.tar"
     write_shard(shard, {f"x{name}": content for name, content in many(6, 30).items()})

@@ -1,4 +1,4 @@
-"""The parts of a step sum to the step, a device's events are read without waiting, and chosen steps are traced."""
+"""The parts of a step add up to the step, events of a device are read without waiting, and chosen steps are traced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parts_of(breakdown: Breakdown) -> dict[str, float]:
     return {part: seconds for part, seconds in zip(PARTS, breakdown.take(), strict=True) if seconds}
 
 
-def test_parts_within_parts_never_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_parts_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     breakdown = Breakdown(torch.device("cpu"))
@@ -99,16 +99,16 @@ def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
     return found, seconds
 
 
-def test_a_pipeline_s_steps_are_broken_down_and_traced(demo_data: Path, tmp_path: Path) -> None:
+def test_pipeline_steps_are_broken_down_and_traced(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         demo_data, parallel__pipeline_model_parallel_size=2, log__profile=True, log__profile_steps="2:3",
         log__profile_ranks=[1], log__tensorboard_dir=str(tmp_path),
     )  # fmt: skip
     for found, seconds in run_distributed(2, traced, config, 4):
         assert {"to device", "forward", "backward", "pipeline", "reduce", "optimizer", "other"} <= set(found)
-        # What is outside of steps: the profiler's start and its files, above all.
+        # Time outside of steps, above all the profiler's start and its files.
         assert sum(found.values()) <= seconds
-        # Not their share: one rank waits for the other, whose profiler starts.
+        # Not the forward share: one rank waits while the other's profiler starts.
         assert found["forward"] > 0 and found["backward"] > 0
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "rank1.steps2-3.pt.trace.json.gz"
@@ -121,7 +121,9 @@ def test_a_pipeline_s_steps_are_broken_down_and_traced(demo_data: Path, tmp_path
     assert b"step-parts/backward" in board
 
 
-def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "profile").write_text("in the way")
     config = override(
         RunConfig(), {"log.profile": True, "log.profile_steps": "3:4", "log.tensorboard_dir": str(tmp_path)}
@@ -156,7 +158,7 @@ def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path: Path, capsys: pyt
         ),
     ],
 )
-def test_a_trace_that_cannot_be_had_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_impossible_traces_are_refused(settings: dict[str, Any], message: str) -> None:
     good = override(RunConfig(), {"checkpoint.save": "runs/x", "log.profile": True})
     check(good, world_size=8)
     with pytest.raises(ValueError) as refused:

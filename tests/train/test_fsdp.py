@@ -40,7 +40,7 @@ def laid_out(name: str, precision: str, data: Path, **more: Any) -> tuple[int, R
 
 
 def held_values(config: RunConfig) -> tuple[int, int]:
-    """(values of weights, gradients and optimizer state on this rank after a step, parameters), as numbers."""
+    """(numbers of values in weights, gradients and optimizer state of this rank after a step; number of parameters)."""
     from genlip_megatron.train.setup import set_up
     from genlip_megatron.train.step import train_step
 
@@ -55,7 +55,7 @@ def held_values(config: RunConfig) -> tuple[int, int]:
     return sum(storages.values()), sum(p.numel() for p in parameters)
 
 
-def test_a_rank_holds_its_share(demo_data: Path) -> None:
+def test_a_rank_holds_only_its_shard(demo_data: Path) -> None:
     for held, parameters in run_distributed(2, held_values, tiny_config(demo_data, **FSDP)):
         assert held < 0.55 * 4 * parameters
 
@@ -69,7 +69,7 @@ def test_a_rank_holds_its_share(demo_data: Path) -> None:
         ("fsdp DP2", "TP2xDP2", "fp32"),
     ],
 )
-def test_checkpoints_do_not_know(
+def test_checkpoints_do_not_depend_on_fsdp(
     saving: str, loading: str, precision: str, whole: Callable, demo_data: Path, tmp_path: Path
 ) -> None:
     folder = str(tmp_path / "run")
@@ -105,6 +105,6 @@ def test_resume_is_bit_for_bit(whole: Callable, demo_data: Path, tmp_path: Path)
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(flags: dict[str, Any], message: str, demo_data: Path) -> None:
+def test_incompatible_settings_are_refused(flags: dict[str, Any], message: str, demo_data: Path) -> None:
     with pytest.raises(ValueError, match=message):
         check(tiny_config(demo_data, **flags, **FSDP))

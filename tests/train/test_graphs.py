@@ -1,6 +1,6 @@
-"""CUDA graphs of a micro-batch: their inputs, and that a run with graphs computes the same as one without.
+"""CUDA graphs of a micro-batch: a run with graphs computes the same as a run without.
 
-On a CPU a stand-in for a captured pass runs the same function again, on the tensors and numbers of the capture.
+On a CPU a stand-in replays a captured pass: it runs the same function again on the tensors and numbers of the capture.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def batch(seed: int, lengths: tuple[int, ...] = (9, 7, 10)) -> PackedBatch:
 
 
 class Poisoned(torch.autograd.Function):
-    """``x`` with NaN after row ``used``, and the same for its gradient, as in a kernel's uninitialised memory."""
+    """``x`` and its gradient with NaN after row ``used``, like the uninitialised memory of a kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, used: int) -> Tensor:
@@ -63,7 +63,7 @@ class Poisoned(torch.autograd.Function):
 def careless_kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> Tensor:
-    """The plain kernel, which leaves what is behind the last sequence as it was, as those of a GPU do."""
+    """The plain kernel, which like a GPU's leaves rows after the last sequence uninitialised."""
     from genlip_megatron.model.attention.two_calls import reference_kernel
 
     assert max_q >= int(cu_q.diff().max()) and max_k >= int(cu_k.diff().max())
@@ -130,9 +130,9 @@ def trained(
     """Losses and final weights of steps of three micro-batches each, and the number of replayed micro-batches.
 
     Args:
-        most: graphs at a time.
-        releases: if given, no memory is free beside the graphs, and this is the limit of releases.
-        fails: the capture that runs out of memory.
+        most: limit of graphs.
+        releases: limit of releases; if given, no memory is free beside the graphs.
+        fails: number of the capture that runs out of memory.
     """
     from genlip_megatron.model.attention import BACKENDS, two_calls
     from genlip_megatron.parallel import groups
@@ -150,7 +150,7 @@ def trained(
     captured: list[Any] = []
 
     def check_given_up(stage: Any, text: str) -> None:
-        gc.collect()  # the stand-in holds itself
+        gc.collect()  # the stand-in is in a reference cycle
         assert "released" not in text or all(graph() is None for graph in captured), "something keeps a graph's memory"
 
     class Again(graphs.Graph):
@@ -193,8 +193,8 @@ def trained(
 @pytest.mark.parametrize(
     ("most", "releases", "replayed", "released"), [(8, None, 11, 0), (1, None, 9, 0), (1, 8, 9, 3), (1, 1, 1, 1)]
 )
-def test_a_graphed_run_is_the_run_without(most: int, releases: int | None, replayed: int, released: int) -> None:
-    """Two shapes; the rare one has more samples than the power of two of the other has room for."""
+def test_a_run_with_graphs_equals_a_run_without(most: int, releases: int | None, replayed: int, released: int) -> None:
+    """Two shapes; the rare one has more samples than fit the other's power of two."""
     many = (5,) * 33
     micro_batches = [batch(seed, many if seed % 3 == 1 and seed < 12 else (9, 7, 10)) for seed in range(15)]
     (plain,) = run_distributed(1, trained, False, micro_batches)

@@ -1,4 +1,4 @@
-"""Bad numbers do not spread: all ranks together skip the update, use a second result, or roll back."""
+"""Bad numbers do not spread: all ranks together skip the update, use the second result, or roll back."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_bad_numbers_on_one_rank_skip_the_update_on_all(
     fault_row(
         {"nan": "NaN", "inf": "Inf"}[what],
         f"{where} of one rank, {name}",
-        "update left out on all ranks, nothing changed",
+        "update skipped on all ranks, nothing changed",
     )
 
 
@@ -169,12 +169,12 @@ def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bad_gradients_of_a_copy_are_seen(precision: str, demo_data: Path, fault_row: FaultRow) -> None:
-    """The gradient norm leaves out replicas on further tensor-parallel ranks, so it does not show NaN in them."""
+def test_bad_gradients_of_a_replica_are_found(precision: str, demo_data: Path, fault_row: FaultRow) -> None:
+    """The gradient norm counts a replicated parameter on one tensor-parallel rank, so it misses NaN in others."""
     made = settings(demo_data, "TP2", train__precision=precision)
     for verdict, updated, (before, after) in run_distributed(*_with(spoiled_copies, made)):
         assert (verdict, updated) == ("bad", False) and before == after
-    fault_row("NaN", f"grad of a copy on one rank, TP2, {precision}", "update left out on all ranks, nothing changed")
+    fault_row("NaN", f"grad of a replica on one rank, TP2, {precision}", "update skipped on all ranks, nothing changed")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU decodes to its own memory")
@@ -196,7 +196,7 @@ def _with(function: Any, made: tuple[int, RunConfig]) -> tuple[int, Any, RunConf
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2 overlapping"])
-def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Path, fault_row: FaultRow) -> None:
+def test_a_transient_fault_is_named_and_changes_nothing(name: str, demo_data: Path, fault_row: FaultRow) -> None:
     clean = run_distributed(*_with(guarded, settings(demo_data, name)), 4)
     healed = run_distributed(*_with(guarded, settings(demo_data, name, "transient-nan@3:1")), 4)
     for ours, theirs in zip(healed, clean, strict=True):
@@ -206,7 +206,9 @@ def test_a_transient_fault_is_named_and_leaves_no_trace(name: str, demo_data: Pa
     fault = next(line for line in healed[0]["said"] if "TRANSIENT FAULT" in line)
     assert "rank 1 on " in fault and "rank 0 on " not in fault
     fault_row(
-        "transient fault", f"NaN in the first pass, {name}", "rank named, second pass used, as without it bit for bit"
+        "transient fault",
+        f"NaN in the first pass, {name}",
+        "rank named, second pass used, equals a run without the fault bit for bit",
     )
 
 
@@ -227,7 +229,7 @@ def test_a_spike_is_counted_and_handled_as_configured(
         assert result["updated"][3] == updated == (result["states"][3] != result["states"][4])
         assert result["skipped"] == (int(not updated), 1)
     fault_row(
-        "spike", f"one rank, on_spike {on_spike}", f"counted, update {'made' if updated else 'left out on all ranks'}"
+        "spike", f"one rank, on_spike {on_spike}", f"counted, update {'made' if updated else 'skipped on all ranks'}"
     )
 
 
@@ -323,13 +325,13 @@ BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}
         (("nan-loss@2:1", "nan-grad@4:0"), {"faults__on_spike": "skip"}, 0),
         (("nan-loss@2:1", "nan-loss@3:0"), BACK, 0),
         (("spike@4:0",), {**BACK, "faults__max_rollbacks": 0}, EXIT_BAD_NUMBERS),
-        # Each time a newer checkpoint has been saved since.
+        # A newer checkpoint is saved between the rollbacks.
         (("spike@4:0", "spike@5:0"), {**BACK, "faults__max_rollbacks": 1}, 0),
-        # The second time none has: back to step 3 twice.
+        # No newer checkpoint: back to step 3 twice.
         (("spike@4:0", "spike@5:0"), {**BACK, "checkpoint__save_interval": 3, "faults__max_rollbacks": 1}, 19),
     ],
 )
-def test_when_bad_numbers_end_a_run(
+def test_limits_on_bad_steps_end_a_run(
     faults: tuple[str, ...], flags: dict[str, Any], status: int, demo_data: Path, tmp_path: Path
 ) -> None:
     more = {"faults__max_bad_steps": 2, "checkpoint__save": str(tmp_path), "checkpoint__save_interval": 100}
@@ -337,7 +339,7 @@ def test_when_bad_numbers_end_a_run(
     assert [result for result, _ in run_distributed(*_with(trained, made))] == [status] * 2
 
 
-def test_a_drill_of_a_full_disk_costs_one_checkpoint(demo_data: Path, tmp_path: Path) -> None:
+def test_a_drill_of_a_full_disk_loses_only_one_checkpoint(demo_data: Path, tmp_path: Path) -> None:
     made = settings(
         demo_data,
         "DP2",

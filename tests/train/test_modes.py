@@ -41,7 +41,7 @@ def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(
         data__train_data=[],
         parallel__tensor_model_parallel_size=2,
     )
-    # Sums run in another order: 2e-7 relative was seen.
+    # Sums run in another order; the measured relative difference was 2e-7.
     for loss in run_distributed(2, evaluated, config):
         assert abs(loss / before["validation"] - 1) < 1e-5
 
@@ -76,7 +76,7 @@ def test_finetune_takes_the_weights_and_nothing_else(trained: tuple[str, dict[st
         assert stage2[name] == fresh[name], name
 
 
-def test_a_run_goes_on_with_another_global_batch_size(trained: tuple[str, dict[str, Any]], demo_data: Path) -> None:
+def test_a_run_continues_with_another_global_batch_size(trained: tuple[str, dict[str, Any]], demo_data: Path) -> None:
     folder, first = trained
     changed = tiny_config(
         demo_data, checkpoint__load=folder, train__global_batch_size=2, data__change_lanes=True, data__num_workers=1
@@ -89,5 +89,5 @@ def test_a_run_goes_on_with_another_global_batch_size(trained: tuple[str, dict[s
     same = tiny_config(demo_data, checkpoint__load=folder)
     for config, world_size in ((changed, 2), (same, 1)):
         begun = run_distributed(world_size, started, config)[0]
-        # The rate after two of two warmup steps, whatever the batch.
+        # The learning rate after two of two warmup steps does not depend on the batch size.
         assert begun["iteration"] == 2 and begun["lr"] == config.train.lr

@@ -1,7 +1,8 @@
 """In a training step the host waits for the device once, for the all-reduced statistics.
 
-On a CPU nothing waits, so operations are looked at instead: none may hand a tensor's values, or a shape that depends on
-them, to the host, nor copy numbers of the host to the device. On a GPU torch's own check of synchronisations runs.
+On a CPU nothing waits, so the test checks every operation instead. None may return a tensor's values to the host, or a
+shape that depends on them, and none may copy numbers from the host to the device. On a GPU torch's own check of
+synchronisations runs.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def batch(seed: int) -> PackedBatch:
 
 
 def steps(backend: str, flags: dict[str, Any]) -> None:
-    """Two steps of two micro-batches; the second, when all caches are filled, may wait once."""
+    """Two steps of two micro-batches. The second step runs with filled caches and may wait once."""
     from genlip_megatron.model.attention import BACKENDS, two_calls
     from genlip_megatron.parallel import groups
     from genlip_megatron.train import forward_backward
@@ -126,7 +127,7 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
     from genlip_megatron.train.state import Run
     from genlip_megatron.train.step import train_step
 
-    class Stub(two_calls.TwoCalls):  # the plain kernel reads lengths on the host, which the real ones do not
+    class Stub(two_calls.TwoCalls):  # the plain kernel reads lengths on the host; real ones do not
         kernel = staticmethod(lambda q, *_, **__: q)
 
         @staticmethod
@@ -147,7 +148,7 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
     prepare, allowed, guard = forward_backward.prepare, [1], contextlib.ExitStack()
 
     def prepare_on_host(run: Run, micro_batch: PackedBatch) -> Any:
-        # Its arithmetic is the host's own; only its copies could wait, and those the GPU's check sees.
+        # It computes on the host. Only its copies could wait, and the check on a GPU finds them.
         if torch.cuda.is_available():
             return prepare(run, micro_batch)
         guard.close()
@@ -166,7 +167,7 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
         outcome = train_step(run, batches)
     assert outcome.updated
     if not torch.cuda.is_available():  # on the null GPU numbers mean nothing
-        assert outcome.grad_norm > run.config.train.clip_grad, "clipping is looked at as well"
+        assert outcome.grad_norm > run.config.train.clip_grad, "clipping must be checked as well"
     assert allowed == [0]
 
 
@@ -185,13 +186,13 @@ _needs_engine = pytest.mark.skipif(why_no_engine() is not None, reason="needs a 
         ("auto", {}, 1),
         ("two calls", {}, 1),
         ("dense", {}, 1),
-        # Recomputing attention puts random states back, which on a CPU is what a wait looks like.
+        # Recomputing attention restores random states, which on a CPU looks like a wait.
         ("auto", {"parallel.recompute": "selective", "parallel.recompute_modules": list(LINEAR_INPUTS)}, 1),
         ("auto", {"train.precision": "bf16"}, 1),
         ("auto", _OVERLAP, 1),
         ("auto", {**_OVERLAP, "train.global_batch_size": 4}, 2),
         ("auto", {**_TP, "parallel.sequence_parallel": False}, 2),
-        # Megatron-Core compares random states there, which on a CPU is what a wait looks like.
+        # Megatron-Core compares random states there, which on a CPU looks like a wait.
         pytest.param("auto", _TP, 2, id="sequence parallel", marks=_needs_gpu),
         ("auto", {"parallel.context_parallel_size": 2}, 2),
         ("auto", {"parallel.context_parallel_size": 2, "parallel.cp_comm_type": "all_gather"}, 2),

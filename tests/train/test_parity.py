@@ -1,5 +1,5 @@
-"""The same run on every layout. ``tools/parity_matrix.py`` (``make parity``) runs all layouts; these tests run the
-essential ones, and show that the comparison finds planted faults."""
+"""The same run on every layout. ``tools/parity_matrix.py`` (``make parity``) runs all layouts. These tests run the
+essential ones, and check that the comparison finds planted faults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genlip_megatron.testing.planted import FAULTS
 from genlip_megatron.testing.runs import layout
 
 STEPS = 4
-SOON = 2  # steps within which a planted fault is seen
+SOON = 2  # steps in which a planted fault must be found
 ALL_GATHER = {"parallel__cp_comm_type": "all_gather"}
 
 FSDP = {"parallel__fsdp": True}
@@ -25,7 +25,7 @@ SELECTIVE = {
 }
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 
-# Fewest processes first, so that each pool of them is started once.
+# Fewest processes first, so each process starts only once.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DP2", {}, {}),
     ("TP2", {}, {}),
@@ -65,7 +65,7 @@ def test_same_run_on_every_layout(name: str, case: dict[str, Any], flags: dict[s
     results = run_distributed(world_size, parity_run, parity_config(demo_data, **case, **sizes, **flags), STEPS)
     assert problems(results, reference(demo_data, **case)) == []
     if set(name) <= set("PVx0123456789"):
-        # Pipelines alone change no sum.
+        # A layout with only pipeline parallelism changes no sum.
         assert set(worst_errors(results, reference(demo_data, **case)).values()) == {0.0}
 
 
@@ -112,7 +112,7 @@ def test_a_checkpoint_loads_on_each_layout(demo_data: Path, tmp_path: Path) -> N
         config = parity_config(demo_data, **sizes, **flags, checkpoint__save=folder, checkpoint__load=folder)
         results = run_distributed(world_size, parity_run, config, step)
         losses += results[0]["losses"]
-    # As between layouts without a checkpoint: 1e-7 was the most seen.
+    # As between layouts without a checkpoint; the largest measured difference was 1e-7.
     assert losses == pytest.approx(whole["losses"], rel=1e-6)
 
 

@@ -116,11 +116,11 @@ def test_preempted_run_saves_and_is_not_started_again(
         assert "exitcode  : 17 " in launch.output
     steps = checkpoints.pointed(save)
     assert steps is not None and steps >= 3
-    # The mark of that launch does not stop the next one.
+    # The recorded code of that launch does not stop the next one.
     with launched(resuming(demo_data, save, train__train_iters=100_000), tmp_path / "second") as launch:
         launch.wait_for_text(f"resumed at step {steps} from")
         assert not (save / exits.FINAL_EXIT).exists()
-    fault_row(number.name, "a worker of torchrun --max-restarts", "saved, not started again; a new launch resumes")
+    fault_row(number.name, "a worker of torchrun --max-restarts", "saved, not restarted; a new launch resumes")
 
 
 @pytest.mark.faults
@@ -136,7 +136,7 @@ def test_ctrl_c_at_torchrun_saves(demo_data: Path, tmp_path: Path, fault_row: Fa
     assert launch.output.count("stop requested by SIGINT") == 1 and "KeyboardInterrupt" not in launch.output
     assert launch.output.count("Traceback") == 1, "beside torchrun's own"
     assert not [path for path in save.iterdir() if path.name.startswith(".")]
-    fault_row("SIGINT", "torchrun, as by Ctrl-C", "all save, not started again")
+    fault_row("SIGINT", "torchrun, as by Ctrl-C", "all save, not restarted")
 
 
 @pytest.mark.faults
@@ -159,7 +159,7 @@ def test_killed_worker_is_started_again_and_the_result_is_the_same(
     )
     for name, weight in whole.items():
         assert torch.equal(weight, killed[name]), name
-    fault_row("SIGKILL", "a worker of torchrun --max-restarts", "started again, equals an undisturbed run bit for bit")
+    fault_row("SIGKILL", "a worker of torchrun --max-restarts", "restarted, equals an undisturbed run bit for bit")
 
 
 def test_a_user_error_is_printed_once(demo_data: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_user_error_is_printed_once(demo_data: Path, tmp_path: Path) -> None:
         assert launch.output.count("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
         error = "pretrain_genlip.py: error: data.train_data: '/nowhere/*.tar' matches no .tar file"
         assert len(re.findall(f"^{re.escape(error)}$", launch.output, re.MULTILINE)) == 1
-        # torchrun's last lines: the workers that were started again left for the same reason.
+        # torchrun's last lines: the restarted workers left for the same reason.
         assert "exitcode  : 2 " in launch.output and "To enable traceback" not in launch.output
         _, _, cause = launch.output.partition("Root Cause")
         assert f"traceback : {error}\n" in cause and cause.count("\n") < 10
@@ -190,7 +190,7 @@ def test_preempted_before_training_began(number: signal.Signals, demo_data: Path
     def listening() -> bool:
         return len(launch.workers()) == 2 and all(
             int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text())[0], 16)
-            & 1 << signal.SIGUSR1 - 1  # Python itself listens to SIGINT
+            & 1 << signal.SIGUSR1 - 1  # Python itself handles SIGINT
             for worker in launch.workers()
         )
 
@@ -216,12 +216,12 @@ def long_ago(file: Path) -> None:
     os.utime(file, (0, 0))
 
 
-def test_a_restarted_worker_exits_with_its_launch_s_final_code(as_worker: Callable[..., None], tmp_path: Path) -> None:
+def test_a_restarted_worker_exits_with_the_launchs_code(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("launch 1")
     exits.mark_final(tmp_path, exits.EXIT_BAD_NUMBERS)
     as_worker("launch 1", restart=1, rank=1)
     assert exits.final_exit(tmp_path) == exits.EXIT_BAD_NUMBERS
-    # Restarted because another node was: not counted, but its torchrun (here pytest) is older than the mark.
+    # A restart that another node requested is not counted, but the launcher (here pytest) is older than the file.
     as_worker("launch 1", restart=0)
     assert exits.final_exit(tmp_path) == exits.EXIT_BAD_NUMBERS
 
@@ -241,7 +241,7 @@ def test_a_new_launch_removes_an_older_final_exit_file(as_worker: Callable[..., 
 
 
 @pytest.mark.parametrize("code", [0, 1, exits.EXIT_HUNG, exits.EXIT_REPLICAS_DIFFER, exits.EXIT_NOT_SAVED])
-def test_codes_that_a_restart_may_cure_are_not_recorded(
+def test_codes_that_a_restart_may_fix_are_not_recorded(
     code: int, as_worker: Callable[..., None], tmp_path: Path
 ) -> None:
     as_worker("launch")
@@ -255,7 +255,7 @@ def test_without_torchrun_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch, t
     assert exits.final_exit(tmp_path) is None and not list(tmp_path.iterdir())
 
 
-def test_a_damaged_or_unwritable_final_exit_file_stops_nothing(as_worker: Callable[..., None], tmp_path: Path) -> None:
+def test_a_damaged_or_unwritable_final_exit_file_is_ignored(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("launch", restart=1)
     (tmp_path / exits.FINAL_EXIT).write_bytes(b"\xff\x00 launch")
     assert exits.final_exit(tmp_path) is None

@@ -78,7 +78,7 @@ def test_resume_on_another_layout_continues_the_curve(
     config = tiny_config(demo_data, **flags, checkpoint__load=half)
     results = run_distributed(world_size, run_steps, config, STEPS)
     assert results[0]["losses"] == pytest.approx(reference["losses"][STEPS // 2 :], rel=1e-5)
-    # The packs that the ranks take together are those of one process after what had been trained on.
+    # Together the ranks take the packs that one process takes after the trained ones.
     packs = {tuple(keys) for result in results for keys in result["keys"]}
     expected = [tuple(keys) for keys in reference["keys"]]
     assert packs == set(expected[len(expected) // 2 :])

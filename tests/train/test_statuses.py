@@ -21,7 +21,7 @@ UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "launch"}
 
 
 def failing_in_set_up() -> int:
-    """Training whose set-up fails with a user error on every rank, the same one on two of three."""
+    """Training whose set-up fails with a user error on every rank; two of three ranks have the same error."""
     from genlip_megatron.train import setup
 
     def build_run(config: object) -> None:
@@ -32,7 +32,7 @@ def failing_in_set_up() -> int:
 
 
 def failing() -> int:
-    """Training whose first step raises a ValueError that is no user error."""
+    """Training whose first step raises a ValueError that is not a user error."""
     from genlip_megatron.train import loop
 
     def train_step(*_: object) -> None:
@@ -86,7 +86,7 @@ def test_a_run_that_stopped_on_request_without_a_save_is_not_restarted(
 
 
 def validating() -> int:
-    """A validation that gets a stop request while it runs."""
+    """A validation that gets a stop signal while it runs."""
     from genlip_megatron.train import validation
 
     def evaluate(*_: object) -> float:
@@ -123,7 +123,7 @@ def test_missing_shards_are_a_user_error_printed_once(
     flags = {"data__train_data": [str(data / "train.dataset.json")], "train__global_batch_size": 2}
     ended = Training(zygote, data, tmp_path, 2, flags).start(env=UNDER_TORCHRUN).wait()
     assert [one.code for one in ended] == [exits.EXIT_USER_ERROR] * 2, ended[0].output[-2000:]
-    # Twice where rank 0, which keeps the store, is gone before the other asks.
+    # Printed twice if rank 0, which holds the store, has ended before the other asks.
     assert sum(one.output.count("shards cannot be used") for one in ended) in (1, 2)
     assert not (tmp_path / "history" / "rank0.jsonl").exists()
 

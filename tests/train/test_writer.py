@@ -82,14 +82,14 @@ def test_steps_after_a_crash_are_shown_once(apart: None, tmp_path: Path) -> None
     first = [(step, float(step)) for step in range(21)]
     assert scalars == first + [(step, step + 0.2) for step in range(21, 32)]
     assert texts == [(0, "0 after 0"), (10, "10 after 0"), (20, "20 after 0"), (30, "30 after 20")]
-    # At the last step, where nothing is done again; and in a copy, which leaves the run's own log as it is.
+    # At the last step no step is repeated. In a copied folder the original log does not change.
     begun(folder, 31)
     assert shown(folder) == (scalars, texts)
     shutil.copytree(folder, tmp_path / "copy")
     log(begun(tmp_path / "copy", 20), 20, 21)
     assert shown(tmp_path / "copy") == (first + [(21, 21.2)], texts[:3])
     assert shown(folder) == (scalars, texts)
-    # Without a checkpoint everything is repeated, also the validation before the first step.
+    # Without a checkpoint all steps are repeated, including the validation before the first step.
     log(begun(folder, 0), 50, 0, 1)
     assert shown(folder) == ([(0, 0.5), (1, 1.5)], [(0, "0 after 50")])
 
@@ -152,7 +152,7 @@ def history(folder: Path) -> list[tuple[str, str, list[int]]]:
                     values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
                     steps.append(int(values["iteration"]))
                     internal.append(record.history.step.num)
-        assert internal == sorted(set(internal))  # W&B drops what does not go up
+        assert internal == sorted(set(internal))  # W&B drops steps that do not increase
         found.append((name, project, steps))
     return found
 

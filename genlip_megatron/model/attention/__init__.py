@@ -1,9 +1,9 @@
-"""Prefix-LM attention over packed samples: one rule (``model/mask.py``), several backends, any cut of a sequence.
+"""Prefix-LM attention over packed samples: one rule (``model/mask.py``), several backends, any split of a sequence.
 
-``core.py`` holds the modules of Megatron-Core's layer; ``packed.py`` what a micro-batch's layers share; ``backend.py``
+``core.py`` holds the modules of Megatron-Core's layer; ``packed.py`` the data that layers share; ``backend.py``
 the interface of a backend; ``registry.py`` the list of backends: ``dense.py``, ``grouped.py``, ``flex.py``,
-``varlen.py`` and ``te.py``. The last two make ``two_calls.py`` of a kernel, as does ``fp8.py``. ``context.py`` is what
-context-parallel ranks exchange.
+``varlen.py`` and ``te.py``. ``varlen.py``, ``te.py`` and ``fp8.py`` run ``two_calls.py`` with their kernels.
+``context.py`` is the exchange between context-parallel ranks.
 """
 
 from genlip_megatron.model.attention.core import GenLIPSelfAttention, PrefixLMAttention

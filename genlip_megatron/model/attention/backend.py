@@ -30,8 +30,8 @@ class Spans:
         total: slots of the micro-batch (S).
         first, last: the slots with queries are ``first <= slot < last``.
         starts: the slot of the sample's first token.
-        images, texts: its image and text tokens.
-        begins, ends: its tokens with queries are ``begins <= token < ends``, counted from its first.
+        images, texts: numbers of its image tokens and text tokens.
+        begins, ends: its tokens with queries are ``begins <= token < ends``; token 0 is its first.
         keys: its queries see its first ``keys`` tokens: the image, and the text up to the last text query.
     """
 
@@ -62,7 +62,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class Place:
-    """Where attention has to run.
+    """Where attention runs, and in which form.
 
     Attributes:
         dtype: of the activations.
@@ -80,7 +80,7 @@ class Backend(ABC):
     Args:
         spans: the samples.
         batch: the micro-batch.
-        cos, sin: [S, D] on the device, of every slot's rotary angles.
+        cos, sin: [S, D] on the device: cosine and sine of every slot's rotary angles.
 
     Attributes:
         rotate: ``rope.apply_rotary``, perhaps compiled.
@@ -96,7 +96,7 @@ class Backend(ABC):
     @staticmethod
     @abstractmethod
     def why_not(place: Place) -> str | None:
-        """Why the backend cannot run there; None when it can."""
+        """Why the backend cannot run at ``place``; None when it can."""
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:
@@ -104,7 +104,7 @@ class Backend(ABC):
 
         Args:
             scale: factor of the scores.
-            own: what the layer passes from its own state; only ``fp8.py`` uses it.
+            own: state of the layer; only ``fp8.py`` uses it.
         """
 
 

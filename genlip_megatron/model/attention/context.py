@@ -1,4 +1,4 @@
-"""What context-parallel ranks exchange around attention, so that it stays exact wherever a sequence is cut.
+"""The exchange between context-parallel ranks around attention, which stays exact wherever a sequence is split.
 
 Each rank holds S / C neighbouring slots of all its heads. ``a2a`` gives every rank all slots of H / C heads during
 attention; ``all_gather`` gives every rank the keys and values of all slots, for its own queries. a2a moves 2 / C of the

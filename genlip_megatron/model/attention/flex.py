@@ -43,8 +43,8 @@ class Flex(Backend):
     @staticmethod
     def why_not(place: Place) -> str | None:
         if place.device.type != "cuda":
-            return f"needs a CUDA device (it has no backward pass on a CPU), here is {place.device.type}"
-        return None if place.head_dim >= 16 else f"needs a head size of at least 16, here it is {place.head_dim}"
+            return f"needs a CUDA device (it has no backward pass on a CPU); this is {place.device.type}"
+        return None if place.head_dim >= 16 else f"needs a head size of at least 16, not {place.head_dim}"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
         q = self.rotate(q, self._cos[self._queries], self._sin[self._queries])

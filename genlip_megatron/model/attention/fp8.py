@@ -1,9 +1,9 @@
 """Image queries of one fixed length in FP8, everything else by the two calls in bfloat16.
 
 Transformer Engine's FP8 attention needs samples of one length in ``bshd`` and certain head sizes. So images of the
-micro-batch's most common length are stacked. Zeros pad each head's channels, and images of zeros pad the stack, so that
-few shapes occur: cuDNN plans each new shape. Zeros change nothing: they add zero to the scores, and padded channels and
-images are cut off the output.
+micro-batch's most common length are stacked. Zeros pad each head's channels, and images of zeros pad the stack: cuDNN
+plans each new shape, so few shapes should occur. Zeros change nothing: they add zero to the scores, and padded channels
+and images are cut off the output.
 
 Legend: B images, P patches of an image, H local heads, D channels of a head.
 """
@@ -38,7 +38,7 @@ class ImageKernel(Protocol):
 
 
 def commonest_length(lengths: np.ndarray) -> int:
-    """The most frequent length above 0, the larger one of a tie; 16 without any.
+    """The most frequent length above 0; the larger one in a tie; 16 if there is none.
 
     >>> commonest_length(np.array([196, 49, 196, 0])), commonest_length(np.array([0]))
     (196, 16)
@@ -88,10 +88,10 @@ class Fp8Images(Te):
 class TransformerEngineImages(torch.nn.Module):
     """One layer's ``ImageKernel`` by Transformer Engine; it keeps the scales of delayed scaling.
 
-    It computes in FP8 where Megatron-Core's context around the layer does (recipe ``fp8_dpa``), else in bfloat16.
+    It computes in FP8 inside Megatron-Core's FP8 context (recipe ``fp8_dpa``), else in bfloat16.
 
     Args:
-        heads: H at hand on this rank.
+        heads: H, on this rank.
         channels: of a head, without padding.
         scale: of the scores.
     """

@@ -54,7 +54,7 @@ class _Rows:
         return tuple(parts)
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse of ``split``; zeros at slots of no group."""
+        """The inverse of ``split``; zeros at slots outside every group."""
         # The last row collects rows past the end of a sample.
         out = parts[0].new_empty(self.total + 1, *parts[0].shape[1:])
         for slots, part in zip(self.slots, parts, strict=True):
@@ -63,7 +63,7 @@ class _Rows:
 
 
 class _ToGroups(torch.autograd.Function):
-    """The rows of each group from query, key or value, turned by their rotary angles when ``rotary``.
+    """The rows of each group from query, key or value; ``rotary`` turns them by their rotary angles.
 
     Gathers in both directions, no scatter-add: deterministic, and no buffers besides the results.
     """

@@ -1,4 +1,4 @@
-"""What all attention layers share for one micro-batch, prepared once."""
+"""Data of a micro-batch that all attention layers share, prepared once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from genlip_megatron.parallel.sequence import slot_share
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """What the layers share for one micro-batch. Takes the place of Megatron-Core's ``PackedSeqParams``, which
+    """Data of a micro-batch that the layers share. Takes the place of Megatron-Core's ``PackedSeqParams``, which
     recomputation passes on unchanged.
 
     Attributes:
@@ -55,7 +55,7 @@ def prepare_attention(
     fusion: bool = False,
     fixed_shapes: bool = False,
 ) -> PackedAttention:
-    """Prepare what every layer's attention over ``batch`` needs.
+    """Prepare the data that every layer's attention over ``batch`` shares.
 
     Args:
         batch: preferably on the CPU, where its lengths are read.

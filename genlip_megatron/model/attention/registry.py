@@ -19,11 +19,11 @@ def choose_backend(wanted: str, place: Place, transformer_engine: bool = False) 
 
     Args:
         wanted: a name of BACKENDS, or auto.
-        place: where it has to run.
+        place: where it runs.
         transformer_engine: the layers are Transformer Engine's, so its attention comes first.
 
     Raises:
-        ValueError: the wanted backend cannot run there; names the reason and the backends that can.
+        ValueError: the wanted backend cannot run; names the reason and the backends that can.
     """
     reasons = {name: backend.why_not(place) for name, backend in BACKENDS.items()}
     if wanted != "auto":

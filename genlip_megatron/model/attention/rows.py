@@ -18,7 +18,7 @@ from genlip_megatron.device import to_device
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a tensor [S, ...] a call takes; no row twice.
+    """Which rows of a tensor [S, ...] a call takes, each at most once.
 
     Attributes:
         slots: int64 [n], where output rows go; S marks padding.
@@ -40,7 +40,7 @@ class Rows:
 
 
 def split_rows(x: Tensor, rows: Sequence[Rows], covers_all: bool = False) -> tuple[Tensor, ...]:
-    """``x`` [S, ...] at each of ``rows``, which share no row; ``covers_all``: together they take every row."""
+    """``x`` [S, ...] at each of ``rows``, which do not overlap; ``covers_all``: together they take every row."""
     parts: tuple[Tensor, ...] = _Split.apply(x, covers_all, *rows)
     return parts
 

@@ -16,7 +16,7 @@ from genlip_megatron.model.te_support import why_no_engine
 
 
 def in_bf16() -> contextlib.AbstractContextManager[None]:
-    """Within it Transformer Engine computes in the tensors' own dtype."""
+    """A context in which Transformer Engine computes in the tensors' own dtype."""
     context: contextlib.AbstractContextManager[None]
     context = importlib.import_module("transformer_engine.pytorch").fp8_autocast(enabled=False)
     return context
@@ -24,7 +24,7 @@ def in_bf16() -> contextlib.AbstractContextManager[None]:
 
 @functools.cache
 def _module(heads: int, head_dim: int, causal: bool, scale: float) -> Any:
-    """Transformer Engine's attention without state; queries and keys of a causal call differ in number."""
+    """Transformer Engine's attention, without state. The causal call is "cross": it has fewer queries than keys."""
     transformer_engine = importlib.import_module("transformer_engine.pytorch")
     return transformer_engine.DotProductAttention(
         num_attention_heads=heads,
@@ -40,7 +40,7 @@ def _module(heads: int, head_dim: int, causal: bool, scale: float) -> Any:
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> Tensor:
-    # Inside the context of FP8 linears it would join their amax reduction, on only those ranks that call it.
+    # Inside the FP8 linears' context it would join their amax reduction, but not all ranks call it.
     with in_bf16():
         attended = _module(q.shape[1], q.shape[2], causal, scale)(
             q.contiguous(),

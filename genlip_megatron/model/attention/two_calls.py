@@ -5,8 +5,8 @@ and aligned to the bottom right. Each query gets all its keys in one call, so no
 Queries are split in two and outputs joined, each row once; image keys and values are gathered. The text call reads keys
 and values in place, since samples lie end to end.
 
-``varlen.py`` and ``te.py`` are backends of this form: each is a kernel and a check. ``fixed_shapes.py`` pads the calls
-for CUDA graphs.
+``varlen.py`` and ``te.py`` are such backends: each is a kernel and a check. ``fixed_shapes.py`` pads the calls for CUDA
+graphs.
 
 Legend: S slots of the micro-batch, Q slots with queries, N samples, H local heads, D channels of a head.
 """
@@ -62,7 +62,7 @@ class Sequences:
     """The sequences of one kernel call, on the host; arrays int64 [sequences].
 
     Attributes:
-        query_begins, queries: first query among the rank's own, and number of queries.
+        query_begins, queries: index of the first query among the rank's queries, and number of queries.
         key_begins, keys: the same for keys, among all slots. ``key_begins`` None: the keys are all slots, in order.
     """
 
@@ -198,8 +198,8 @@ def ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _with_padding(text: Sequences, spans: Spans) -> Sequences:
-    """The text call over all slots: the slots of no sample become sequences that attend to themselves, cut into pieces
-    so that they are no longer than the texts. Their output is zeroed."""
+    """The text call over all slots. Padding slots become sequences that attend to themselves, in pieces no longer than
+    the longest text. Their output is zeroed."""
     longest = max(int(text.queries.max(initial=0)), PADDING_PIECE)
     ends = spans.starts + spans.images + spans.texts
     begins = np.concatenate(([0], ends))

@@ -22,15 +22,15 @@ def _kernel(
 
 
 def why_no_flash(place: Place) -> str | None:
-    """Why FlashAttention cannot run there; None when it can."""
+    """Why FlashAttention cannot run at ``place``; None when it can."""
     if place.device.type != "cuda":
-        return f"needs a CUDA device, here is {place.device.type}"
+        return f"needs a CUDA device; this is {place.device.type}"
     if place.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 activations (train.precision = bf16), here are {place.dtype}".replace("torch.", "")
+        return f"needs bfloat16 activations (train.precision = bf16), not {place.dtype}".replace("torch.", "")
     if place.head_dim % 8 or place.head_dim > 256:
-        return f"needs a head size that is a multiple of 8, up to 256; here it is {place.head_dim}"
-    capability = torch.cuda.get_device_capability(place.device)
-    return None if capability >= (8, 0) else f"needs compute capability 8.0 or above, here is {capability}"
+        return f"needs a head size that is a multiple of 8, up to 256, not {place.head_dim}"
+    major, minor = torch.cuda.get_device_capability(place.device)
+    return None if major >= 8 else f"needs compute capability 8.0 or above, not {major}.{minor}"
 
 
 class Varlen(TwoCalls):
