@@ -81,7 +81,7 @@ def test_a_run_that_stopped_on_request_without_a_save_is_not_restarted(
     exits.mark_of("" if not saves else training.run, zygote.pid).unlink()
     assert again.code == status and f"this launch ended with status {status}" in again.output
     fault_row(
-        "SIGUSR1", "disk full at the last save" if saves else "without --save", f"status {status}, not started again"
+        "SIGUSR1", "disk full at the last save" if saves else "without --save", f"status {status}, not restarted"
     )
 
 
