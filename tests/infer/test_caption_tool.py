@@ -191,8 +191,8 @@ def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: 
         (["--load", "{run}", "--prompt", "a <|im_end|>"], "--prompt = 'a <|im_end|>': it spells the control token"),
         (["--load", "{run}", "--tokenizer", "{tmp}/none.json"], "no such file"),
         (["--load", "{run}", "--tokenizer", "{other}"], "not the tokenizer"),
-        (["--load", "{run}", "--output", "{empty}"], "name a file"),
-        (["--load", "{run}", "--output", "{tmp}/no/where.jsonl"], "make it first"),
+        (["--load", "{run}", "--output", "{empty}"], "Name a file"),
+        (["--load", "{run}", "--output", "{tmp}/no/where.jsonl"], "Make it first"),
         (["--load", "{run}", "--top-q", "1"], "unknown flag --top-q. Did you mean '--top-"),
     ],
 )
