@@ -216,7 +216,7 @@ def test_scales_that_are_not_saved_are_logged(ends_in_bf16: bool, monkeypatch: p
     model.config = SimpleNamespace(first_last_layers_bf16=ends_in_bf16)
     monkeypatch.setattr(parts, "unwrap", lambda chunk: chunk)
     monkeypatch.setattr(parts, "weights_of", lambda model: {})
-    monkeypatch.setattr(loading.metadata, "read", lambda place: None)
+    monkeypatch.setattr(loading.torch_metadata, "read", lambda place: None)
     said: list[str] = []
     loading._describe_weights(Path("run"), [model], said.append)
     assert ["train.first_last_layers_bf16" in line for line in said] == [True] * ends_in_bf16
