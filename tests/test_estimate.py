@@ -60,6 +60,7 @@ def peak(config: RunConfig) -> int:
 TOLERANCE = 0.04
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "precision"),
     [
@@ -79,6 +80,7 @@ def test_estimated_peak_of_one_process(case: str, precision: str) -> None:
     assert es.memory(config, 1, "cpu").total == pytest.approx(measured, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "ranks"), [("fp32", 1), ("bf16", 2)])
 @pytest.mark.parametrize("modules", ["layernorm", "mlp_act", "output_gate", "layernorm,mlp,output_gate"])
 def test_estimated_peak_with_each_recomputed_module(modules: str, precision: str, ranks: int) -> None:
@@ -166,6 +168,7 @@ def test_estimated_peak_on_a_gpu(name: str, packs: int, ranks: int, flags: dict[
     assert (found.total - found.overhead) / GIB == pytest.approx(measured, rel=0.025)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "precision", "parallel", "packs"),
     [
@@ -334,6 +337,7 @@ def test_a_layout_that_fits_is_accepted() -> None:
     es.check_fits(config, 64, es.memory(config, 64).total, "cuda")
 
 
+@pytest.mark.slow
 def test_a_layout_that_cannot_fit_is_refused_with_the_nearest_that_does() -> None:
     config = with_micro_batch(recipe("g16_stage1"), 2)
     capacity = 79.1 * GIB
@@ -351,6 +355,7 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_nearest_that_does() -> Non
         assert es.memory(layout, 64).total <= capacity
 
 
+@pytest.mark.slow
 def test_the_proposed_flags_give_the_proposed_layout() -> None:
     config = recipe(
         "so16_stage1",
@@ -381,6 +386,7 @@ def test_nothing_fits() -> None:
         es.check_fits(recipe("g16_stage1"), 1, GIB, "cuda")
 
 
+@pytest.mark.slow
 def test_best_layouts_are_sorted_by_speed_and_fit() -> None:
     machine = es.MACHINES["h100"]
     given = recipe("so16_stage1")

@@ -163,6 +163,7 @@ def begun(config: Any) -> Any:
     return run.iteration, full_weights(run)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_weights_only_with_finetune(
     started: Path, weights: dict[str, Tensor], demo_data: Path, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def released(folder: Path, weights: dict[str, Tensor], tokenizer: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "code"), [("kill", -9), ("fail", 2)])
 @pytest.mark.parametrize(
     ("direction", "exchange", "every"),

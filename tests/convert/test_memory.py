@@ -68,6 +68,7 @@ def peak(work: Path, direction: str, dtype: str) -> float:
     return most - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["keep", pytest.param("bf16", marks=pytest.mark.long)])
 def test_the_largest_parameter_bounds_the_memory(dtype: str, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def loaded(config: RunConfig, place: Path) -> dict[str, Any]:
     return {"weights": full_weights(run)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1", "TP2", "PP2", "TP2xPP2", "FSDP"])
 def test_converted_weights_load_on_any_layout(name: str, tmp_path: Path) -> None:
     model = VARIANTS["g16-release"]

@@ -258,6 +258,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.slow
 def test_training_data_in_an_object_store(bucket: str, demo_data: Path, tmp_path: Path) -> None:
     """Shards in a store give the same stream as on a disk, and a second run fetches nothing."""
     store = storage.filesystem(bucket)

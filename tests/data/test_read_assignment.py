@@ -79,6 +79,7 @@ def reference(config: RunConfig) -> tuple[list[PackedBatch], Loader]:
     return batches, loader
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_has_the_same_batch_and_reads_its_part(layout: str, demo_data: Path) -> None:
     expected, loader = reference(tiny_config(demo_data))
@@ -221,6 +222,7 @@ def validated(config: RunConfig) -> list[tuple[str, ...]]:
     return names
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_in_a_row_end_the_run(demo_data: Path, tmp_path: Path) -> None:
     """The last pipeline stage would wait forever for the first; torchrun must end it when the first leaves."""
     for file in demo_data.iterdir():

@@ -39,6 +39,7 @@ def caption(tool: Tool, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["1", "TP2"])
 def test_captions_with_a_cache_are_those_of_the_megatron_model(
     layout: str, caption: Any, checkpoints: dict[str, Path], demo_data: Path, photos: Path
@@ -62,6 +63,7 @@ def test_an_exported_folder_gives_the_same_captions(
     assert found == expected and sum(ids is not None for ids in found) == 5
 
 
+@pytest.mark.slow
 def test_an_exported_folder_needs_only_transformers(
     caption: Any, exported: Path, demo_data: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def on_one_process(pack: str) -> dict[str, Any]:
     return run_distributed(1, loss_and_gradients, tiny_config(Path("unused"), **SETTINGS), PACKS[pack])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("communication", ["a2a", "all_gather"])
 @pytest.mark.parametrize("name", ["CP4", "TP2xCP2"])
 @pytest.mark.parametrize("pack", PACKS)

@@ -74,6 +74,7 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1", "TP2"])
 def test_a_resumed_run_equals_the_uninterrupted_one(name: str, demo_data: Path, tmp_path: Path) -> None:
     world_size, flags = layout(name)
@@ -101,6 +102,7 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return paths.step_folder(root, 2), together(results, "ended")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1", "PP2xVPP2", "CP2"])
 def test_another_layout_continues_with_the_scales(
     name: str, saved: tuple[Path, dict[str, torch.Tensor]], demo_data: Path
@@ -179,6 +181,7 @@ def test_an_asynchronous_save_holds_the_scales_of_its_step(demo_data: Path, tmp_
     assert_same(after, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["transient-nan", "nan-grad"])
 def test_a_bad_step_does_not_change_the_scales(fault: str, demo_data: Path) -> None:
     flags = {**DELAYED, "faults__allow_fault_injection": True, "faults__inject_fault": [f"{fault}@3:0"]}

@@ -69,6 +69,7 @@ def compare(device: str) -> None:
     subprocess.run([sys.executable, "-c", COMPARE, device], cwd=ROOT, env=dict(os.environ), check=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_compiled_functions_trace_without_a_graph_break() -> None:
     compare("cpu")
 

@@ -39,6 +39,7 @@ def run_generate(path: str, flags: dict[str, Any]) -> list[int]:
     return generate(chunks, [request], stop_ids=(), max_new_tokens=len(golden["generation/tokens"]))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1", "TP2", "CP2", "TP2xCP2", "TP2xPP3"])
 def test_greedy_tokens_equal_the_authors(golden_file: Path, name: str) -> None:
     _, golden = load_golden(golden_file)
@@ -62,6 +63,7 @@ def captions_of_a_new_model(config: RunConfig) -> list[list[int]]:
     return generate(run.model, requests, stop_ids=(), max_new_tokens=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "flags"), [("TP2xPP2", {}), ("PP2xVPP2", {}), ("CP2xDP2", {"parallel__fsdp": True})])
 def test_several_requests_on_wrapped_models(name: str, flags: dict[str, Any]) -> None:
     expected = run_distributed(1, captions_of_a_new_model, tiny_config(Path("unused")))[0]

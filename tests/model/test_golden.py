@@ -29,6 +29,7 @@ def check(worst: dict[str, float]) -> None:
         assert worst.get(kind, 0.0) <= limit, f"{kind}: {worst[kind]:.2e} above {limit:.0e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp", "cp"), [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 3, 1), (2, 1, 2), (2, 3, 1)])
 def test_layouts_match_the_authors_model(golden_file: Path, tp: int, pp: int, cp: int) -> None:
     results = run_distributed(tp * pp * cp, compare, str(golden_file), tp, pp, None, "fp32", cp)

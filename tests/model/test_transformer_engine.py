@@ -81,6 +81,7 @@ assert clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale, cli
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1", "TP2"])
 def test_fused_norms_train_as_separate_norms(name: str, demo_data: Path) -> None:
     world_size, flags = layout(name)
@@ -100,6 +101,7 @@ def parity_run_with_stand_ins(config: RunConfig) -> dict[str, Any]:
         return parity_run(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
 def test_every_gradient_equals_that_of_the_local_layers(stage: str, demo_data: Path) -> None:
     local = run_distributed(1, parity_run, parity_config(demo_data, stage))
@@ -107,6 +109,7 @@ def test_every_gradient_equals_that_of_the_local_layers(stage: str, demo_data: P
     assert problems(fused, local[0]) == [] and len(local[0]["gradients"]) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begin", ["local", "transformer_engine"])
 def test_a_checkpoint_of_one_kind_of_layers_continues_in_the_other(begin: str, demo_data: Path, tmp_path: Path) -> None:
     runs = (run_steps, {}), (run_engine_steps, FUSED)

@@ -92,6 +92,7 @@ def faults_of(trained: Training, folder: Path, cases: list[tuple[str, str]]) -> 
     return faults
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(trained: Training, tmp_path: Path) -> None:
     cases = [(file, damage) for file in files(trained) for damage in QUICK]
     faults = faults_of(trained, tmp_path, cases)

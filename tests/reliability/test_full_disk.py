@@ -61,6 +61,7 @@ def started(zygote: Zygote, data: Path, folder: Path, disk: Path) -> tuple[Train
     return training, first.output
 
 
+@pytest.mark.slow
 def test_the_next_save_succeeds_when_there_is_space_again(
     zygote: Zygote, demo_data: Path, tmp_path: Path, small_disk: Path, fault_row: FaultRow
 ) -> None:
@@ -78,6 +79,7 @@ def test_the_next_save_succeeds_when_there_is_space_again(
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_save_fails_reports_it_and_keeps_the_old_checkpoint(
     zygote: Zygote, demo_data: Path, tmp_path: Path, small_disk: Path, fault_row: FaultRow
 ) -> None:

@@ -194,6 +194,7 @@ def two_ranks(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPath
     return Scene(zygote, demo_data, tmp_path_factory.mktemp("two"), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", SAVES)
 def test_killed_after_each_operation(scene: Scene, tmp_path: Path, save: str) -> None:
     """Restart from states of the disk that differ in more than the progress of an unfinished folder."""
@@ -278,6 +279,7 @@ OUTCOMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "lasting"),
     [

@@ -49,6 +49,7 @@ def place_in_group() -> tuple[int, int, float, int]:
     return os.getpid(), torch.distributed.get_world_size(), total.item(), hash("text")
 
 
+@pytest.mark.slow
 def test_processes_of_run_distributed_join_a_new_group_for_every_job() -> None:
     first, alone, again = (run_distributed(size, place_in_group) for size in (2, 1, 2))
     assert first == again and alone[0][0] == first[0][0] and first[0][0] != first[1][0]

@@ -29,6 +29,7 @@ def wait_for_step(job: Job, step: int) -> bool:
             return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "steps", "world_size"),
     [(3, 20, 2), pytest.param(20, 100, 2, marks=pytest.mark.long), pytest.param(20, 100, 1, marks=pytest.mark.long)],
@@ -62,6 +63,7 @@ def test_killed_at_random(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twenty_steps_are_ten_and_ten(
     precision: str, zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow

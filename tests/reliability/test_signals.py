@@ -68,6 +68,7 @@ def check_resumes(training: Training, whole: Training) -> None:
     assert training.history() == whole.history()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 1), ("validation", 0)}))
 def test_stop_requested(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
     """SIGTERM on one rank: all save and exit with status 17."""
@@ -81,6 +82,7 @@ def test_stop_requested(place: str, rank: int, whole: Training, tmp_path: Path, 
     fault_row("SIGTERM", f"{place}, rank {rank} of 2", f"all save, status {EXIT_PREEMPTED}, resumed bit for bit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 0), ("save", 1)}))
 def test_killed(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
     """SIGKILL on one rank: the launcher ends the others, and a restart resumes."""
@@ -91,6 +93,7 @@ def test_killed(place: str, rank: int, whole: Training, tmp_path: Path, fault_ro
     fault_row("SIGKILL", f"{place}, rank {rank} of 2", "others ended, resumed bit for bit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "rank"), _every({("step", 1)}))
 def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
     """SIGSTOP on one rank: the other shows its stacks, wakes it to show its own, and exits with status 20."""
@@ -121,6 +124,7 @@ def stopped_while_starting() -> int:
     return pretrain_genlip.main()
 
 
+@pytest.mark.slow
 def test_hung_while_starting(zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
     """The other ranks do not wait forever in the first collective of the start."""
     training = Training(zygote, demo_data, tmp_path, 2, {"faults__step_timeout": TIMEOUT / 60})

@@ -24,6 +24,7 @@ def run(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_every_method_is_measured(ranks: int, tmp_path: Path) -> None:
     settings = [f"model.{setting}" for setting in [*TINY, "num_layers=1", "rope_sections=[2,1,1]"]]
@@ -49,6 +50,7 @@ def test_every_method_is_measured(ranks: int, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_one_round_is_too_few(tmp_path: Path) -> None:
     done = run("--dir", str(tmp_path), "--rounds", "1")
     assert done.returncode == 2 and "--rounds 1: must be at least 2" in done.stderr

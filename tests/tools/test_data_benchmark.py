@@ -26,6 +26,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *words], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_section_prints_its_figures() -> None:
     pytest.importorskip("webdataset")
     done = run("--quick")

@@ -12,6 +12,7 @@ tool = load_tool()
 RUN = ["--config", "so16_stage1", "--gpus", "64", "--gpu", "h100"]
 
 
+@pytest.mark.slow
 def test_best_layouts(capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main([*RUN, "--top", "3"]) == 0
     text = capsys.readouterr().out
@@ -43,6 +44,7 @@ def test_one_layout_and_its_mfu(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--mbs", "1", "--answer-tokens", "1")["flops_per_sample"] < one["flops_per_sample"]
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main([*RUN, "--tp", "1", "--gpu-memory-gb", "40"]) == 1
     text = capsys.readouterr().out

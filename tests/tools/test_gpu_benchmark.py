@@ -127,6 +127,7 @@ def test_a_wrong_flag_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_or_hangs_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     (late,) = gpu.run_job(Job("head", "head", ("ours",)), 1.0, True)
     assert late.missing == "the section's time was over"
@@ -137,6 +138,7 @@ def test_a_job_that_fails_or_hangs_gives_reasons(monkeypatch: pytest.MonkeyPatch
     assert broken.missing.startswith("its process ended with status 1: ValueError")
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_beside_its_baseline_on_the_same_samples() -> None:
     job = next(job for job in gpu.all_jobs() if job.name == "so16 stage 2")
     figures = gpu.run_job(job, 200.0, True)
@@ -171,6 +173,7 @@ def head_gradients() -> dict[str, list[torch.Tensor]]:
     return results
 
 
+@pytest.mark.slow
 def test_both_heads_compute_the_same_gradients() -> None:
     (results,) = run_distributed(1, head_gradients)
     assert torch.unique(results["ours"][1]).numel() > 2

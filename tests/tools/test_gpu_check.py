@@ -19,6 +19,7 @@ from tools import gpu_check
 SCRIPT = Path(gpu_check.__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_without_cuda_it_reports_this_and_succeeds() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=True)

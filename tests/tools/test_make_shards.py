@@ -129,6 +129,7 @@ def test_a_folder_is_packed_in_sorted_order_with_its_own_bytes(photos: Path, tmp
     assert contents(tmp_path / "out") == {"train-00000.tar": members[:6], "train-00001.tar": members[6:]}
 
 
+@pytest.mark.slow
 def test_shards_are_full_and_the_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     for number in range(0, 90, 2):
         (tmp_path / f"{number}.jpg").write_bytes(bytes([number]) * (1 + number * 37 % 500))
@@ -167,6 +168,7 @@ def write_table(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
             stream.write_table(table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", tables.TABLE_SUFFIXES)
 def test_every_kind_of_table_gives_the_same_samples(suffix: str, photos: Path, tmp_path: Path) -> None:
     space = " " if suffix == ".tsv" else "\n\t"  # impossible in .tsv

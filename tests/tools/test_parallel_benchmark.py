@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_every_layout_has_its_ratio() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["--packs", "4", "--samples", "1", "--steps", "1", "--rounds", "1"]
@@ -27,6 +30,7 @@ def test_every_layout_has_its_ratio() -> None:
         assert re.search(rf"^{name} +\d+ ms a step +\d+ tokens/s   ratio \d+\.\d\d$", done.stdout, re.M), name
 
 
+@pytest.mark.slow
 def test_one_process_gets_a_hint() -> None:
     script = [sys.executable, "tools/benchmarks/parallel.py"]
     alone = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}

@@ -74,6 +74,7 @@ def test_report_manifest_and_quarantine(folder: Path, tokenizer: Path) -> None:
     assert len(plan) == 30 and plan.itemsize == 8 and set(plan["width"]) == {32, 48, 64, 80, 96}
 
 
+@pytest.mark.slow
 def test_unchanged_shards_are_skipped_by_time_or_checksum(folder: Path, tokenizer: Path) -> None:
     prepare(folder, "--tokenizer", tokenizer)
     before = files(folder)

@@ -99,6 +99,7 @@ def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
     return found, seconds
 
 
+@pytest.mark.slow
 def test_pipeline_steps_are_broken_down_and_traced(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         demo_data, parallel__pipeline_model_parallel_size=2, log__profile=True, log__profile_steps="2:3",

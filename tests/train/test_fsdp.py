@@ -60,6 +60,7 @@ def test_a_rank_holds_only_its_shard(demo_data: Path) -> None:
         assert held < 0.55 * 4 * parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saving", "loading", "precision"),
     [
@@ -80,6 +81,7 @@ def test_checkpoints_do_not_depend_on_fsdp(
     assert continued == pytest.approx(whole(saving, precision)[0]["losses"][STEPS // 2 :], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_for_bit(whole: Callable, demo_data: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     undisturbed = whole("fsdp DP2", "fp32")

@@ -73,6 +73,7 @@ def curve(config: RunConfig) -> list[float]:
     return [train_step(run, batches).loss for _ in range(STEPS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1", "TP2xPP2"])
 def test_a_hundred_steps(name: str) -> None:
     world_size, flags = layout(name)

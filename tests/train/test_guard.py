@@ -278,6 +278,7 @@ def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
     return {"weights": full_weights(run)}
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2"])
 def test_a_rollback_equals_resuming_without_the_data_of_the_spike(

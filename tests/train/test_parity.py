@@ -59,6 +59,7 @@ def reference(data: Path, steps: int = STEPS, **case: Any) -> dict[str, Any]:
     return _references[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case", "flags"), CASES, ids=lambda value: str(value) if value else "")
 def test_same_run_on_every_layout(name: str, case: dict[str, Any], flags: dict[str, Any], demo_data: Path) -> None:
     world_size, sizes = layout(name)
@@ -69,6 +70,7 @@ def test_same_run_on_every_layout(name: str, case: dict[str, Any], flags: dict[s
         assert set(worst_errors(results, reference(demo_data, **case)).values()) == {0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "flags"), [("TP2", {}), ("CP2", {}), ("PP2", {}), ("DP2", FSDP)])
 def test_same_run_in_bfloat16(name: str, flags: dict[str, Any], demo_data: Path) -> None:
     world_size, sizes = layout(name)
@@ -86,6 +88,7 @@ def test_recomputation_changes_no_bit(modules: str, precision: str, demo_data: P
     assert set(worst_errors(results, reference(demo_data, SOON, **case)).values()) == {0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, demo_data: Path) -> None:
     name, flags, _, sign = FAULTS[fault]
@@ -102,6 +105,7 @@ def test_a_planted_fault_is_found_in_bfloat16(fault: str, demo_data: Path) -> No
     assert "gradient differs" in "; ".join(problems(results, reference(demo_data, SOON, **half), BFLOAT16))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_on_each_layout(demo_data: Path, tmp_path: Path) -> None:
     """Each layout continues from the checkpoint of the previous one, on the curve of one process."""
     folder = str(tmp_path / "relay")

@@ -102,6 +102,7 @@ def loaded_weights(config: RunConfig) -> dict[str, torch.Tensor]:
     return full_weights(run)
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_preempted_run_saves_and_is_not_started_again(
@@ -123,6 +124,7 @@ def test_preempted_run_saves_and_is_not_started_again(
     fault_row(number.name, "a worker of torchrun --max-restarts", "saved, not restarted; a new launch resumes")
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_ctrl_c_at_torchrun_saves(demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
     """A terminal's Ctrl-C reaches torchrun, which passes it on to its workers in their own sessions."""
@@ -139,6 +141,7 @@ def test_ctrl_c_at_torchrun_saves(demo_data: Path, tmp_path: Path, fault_row: Fa
     fault_row("SIGINT", "torchrun, as by Ctrl-C", "all save, not restarted")
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.long
 def test_killed_worker_is_started_again_and_the_result_is_the_same(
@@ -162,6 +165,7 @@ def test_killed_worker_is_started_again_and_the_result_is_the_same(
     fault_row("SIGKILL", "a worker of torchrun --max-restarts", "restarted, equals an undisturbed run bit for bit")
 
 
+@pytest.mark.slow
 def test_a_user_error_is_printed_once(demo_data: Path, tmp_path: Path) -> None:
     config = resuming(demo_data, tmp_path / "run", data__train_data="/nowhere/*.tar")
     with launched(config, tmp_path / "launch", shared_store=True) as launch:
@@ -175,6 +179,7 @@ def test_a_user_error_is_printed_once(demo_data: Path, tmp_path: Path) -> None:
         assert f"traceback : {error}\n" in cause and cause.count("\n") < 10
 
 
+@pytest.mark.slow
 def test_a_command_line_error_is_printed_once(demo_data: Path, tmp_path: Path) -> None:
     config = resuming(demo_data, tmp_path / "run", train__global_batch_size=3)
     with launched(config, tmp_path / "launch", restarts=0) as launch:

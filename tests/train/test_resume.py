@@ -51,6 +51,7 @@ def test_loss_falls(reference: dict[str, Any]) -> None:
     assert reference["losses"][-1] < reference["losses"][0] - 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
 @pytest.mark.parametrize("name", ["DP2", pytest.param("TP2", marks=pytest.mark.long), "TP2xPP2"])
 def test_resume_is_bit_for_bit_on_the_same_layout(

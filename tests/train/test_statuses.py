@@ -48,6 +48,7 @@ def _main() -> int:
     return pretrain_genlip.main()
 
 
+@pytest.mark.slow
 def test_a_user_error_is_printed_once_by_a_rank_that_found_it(zygote: Zygote, demo_data: Path, tmp_path: Path) -> None:
     training = Training(zygote, demo_data, tmp_path, 3, {"train__global_batch_size": 3})
     ended = training.start(env=UNDER_TORCHRUN, target=f"{__name__}:failing_in_set_up").wait()
@@ -80,9 +81,7 @@ def test_a_run_that_stopped_on_request_without_a_save_is_not_restarted(
     (again,) = training.start(env=UNDER_TORCHRUN, **flags).wait()
     exits.mark_of("" if not saves else training.run, zygote.pid).unlink()
     assert again.code == status and f"this launch ended with status {status}" in again.output
-    fault_row(
-        "SIGUSR1", "disk full at the last save" if saves else "without --save", f"status {status}, not restarted"
-    )
+    fault_row("SIGUSR1", "disk full at the last save" if saves else "without --save", f"status {status}, not restarted")
 
 
 def validating() -> int:
@@ -128,6 +127,7 @@ def test_missing_shards_are_a_user_error_printed_once(
     assert not (tmp_path / "history" / "rank0.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_too_large_a_share_of_bad_samples_ends_all_ranks_also_after_a_resume(
     zygote: Zygote, demo_data: Path, tmp_path: Path
 ) -> None:

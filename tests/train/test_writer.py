@@ -181,6 +181,7 @@ def log_to_wandb() -> int:
     return 0
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_wandb_continues_the_same_run(
     zygote: Zygote, demo_data: Path, tmp_path: Path, wandb_env: dict[str, str]
@@ -199,6 +200,7 @@ def test_wandb_continues_the_same_run(
     assert first[1:] == ("genlip", [1, 2, 3, 3, 4, 5]) and second == (first[0], "genlip", [5, 6])
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_a_copied_folder_or_another_project_is_another_wandb_run(
     zygote: Zygote, tmp_path: Path, wandb_env: dict[str, str]
@@ -221,6 +223,7 @@ def test_a_copied_folder_or_another_project_is_another_wandb_run(
     assert logged(copy, "genlip", 3) != name
 
 
+@pytest.mark.slow
 @needs_wandb
 @pytest.mark.parametrize(
     ("env", "flags", "message"),
