@@ -16,21 +16,15 @@ from genlip_megatron.model.state_dict import layer_matrix_size, rank_sizes
 _IMAGE_SHARE, _ANSWER_SHARE = 0.73, 0.25
 
 
-def embedding_cost_in_layers(model: ModelConfig) -> float:
-    """Arithmetic of the patch embedding, in layers; 2/3 since its input needs no gradient."""
-    return _IMAGE_SHARE * rank_sizes(model)["embed.patch_weight"] * (2 / 3) / layer_matrix_size(model)
-
-
-def head_cost_in_layers(model: ModelConfig) -> float:
-    """Arithmetic of the LM head on answer rows, in layers."""
-    return _ANSWER_SHARE * rank_sizes(model)["head.weight"] / layer_matrix_size(model)
-
-
 def chunk_costs(model: ModelConfig, counts: list[int]) -> list[float]:
-    """Cost of each chunk of ``counts`` layers, in layers, embedding and head included."""
+    """Cost of each chunk of ``counts`` layers, in layers: its matrix arithmetic, with patch embedding and LM head.
+
+    The patch embedding counts 2/3, since its input needs no gradient.
+    """
+    sizes, layer = rank_sizes(model), layer_matrix_size(model)
     costs = [float(count) for count in counts]
-    costs[0] += embedding_cost_in_layers(model)
-    costs[-1] += head_cost_in_layers(model)
+    costs[0] += _IMAGE_SHARE * sizes["embed.patch_weight"] * (2 / 3) / layer
+    costs[-1] += _ANSWER_SHARE * sizes["head.weight"] / layer
     return costs
 
 
@@ -98,7 +92,7 @@ def describe_split(model: ModelConfig, parallel: ParallelConfig) -> str:
     text = f"layers per stage {', '.join(by_stage)}"
     if stages == 1:
         return text
-    head, embedding = head_cost_in_layers(model), embedding_cost_in_layers(model)
+    embedding, head = chunk_costs(model, [0, 0])
     return (
         f"{text} | head counts as {head:.2f} layers, embedding as {embedding:.2f} | "
         f"slowest stage {100 * imbalance(model, parallel):.1f}% above the mean"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,12 +93,16 @@ def attention_choice(config: RunConfig) -> tuple[str, str]:
     return choose_backend(config.train.attention_backend, place, layers_are_te)
 
 
+def _same(section: Any, *names: str) -> dict[str, Any]:
+    """Settings that Megatron-Core's configuration has under the same name."""
+    return {name: getattr(section, name) for name in names}
+
+
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """Megatron-Core's configuration of the layers, from the run's."""
     model, parallel, train = config.model, config.parallel, config.train
     dtype = compute_dtype(config)
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    vpp = parallel.virtual_pipeline_model_parallel_size
+    vpp, full = parallel.virtual_pipeline_model_parallel_size, parallel.recompute == "full"
     fp8 = choose_fp8(config)
     # ``layer_spec`` tells the modules of LINEAR_INPUTS to recompute themselves.
     recomputed = [name for name in parallel.recomputed if name not in LINEAR_INPUTS]
@@ -107,20 +112,17 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     )
     return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn_hidden_size,
+        **_same(model, "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "layernorm_epsilon"),
+        **_same(model, "attention_output_gate"),
+        **_same(parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        **_same(parallel, "cp_comm_type", "tp_comm_overlap", "tp_comm_overlap_ag", "tp_comm_overlap_rs"),
+        **_same(parallel, "tp_comm_overlap_rs_dgrad"),
+        **_same(train, "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=True,
-        attention_output_gate=model.attention_output_gate,
-        layernorm_epsilon=model.layernorm_epsilon,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
         gradient_accumulation_fusion=adds_gradients and torch.cuda.is_available() and not parallel.fsdp,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -128,13 +130,11 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         # Weights are filled after construction (weights.py), the same on every layout.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
-        pipeline_model_parallel_layout=pipeline_layout(model, parallel) if pp > 1 else None,
-        context_parallel_size=parallel.context_parallel_size,
-        cp_comm_type=parallel.cp_comm_type,
-        sequence_parallel=parallel.sequence_parallel and tp > 1,
+        pipeline_model_parallel_layout=pipeline_layout(model, parallel)
+        if parallel.pipeline_model_parallel_size > 1
+        else None,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         # Interleaved stages send while they compute. Batched sends cannot overlap, and gloo does not support them.
         overlap_p2p_comm=vpp > 1,
         batch_p2p_comm=torch.cuda.is_available() and vpp == 1,
@@ -148,18 +148,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         fp8_amax_compute_algo="max",
         fp8_param=fp8.linears and train.fp8_primary_weights,
         fp8_dot_product_attention=fp8.images,
-        first_last_layers_bf16=train.first_last_layers_bf16,
-        num_layers_at_start_in_bf16=train.num_layers_at_start_in_bf16,
-        num_layers_at_end_in_bf16=train.num_layers_at_end_in_bf16,
-        tp_comm_overlap=parallel.tp_comm_overlap,
-        tp_comm_overlap_ag=parallel.tp_comm_overlap_ag,
-        tp_comm_overlap_rs=parallel.tp_comm_overlap_rs,
-        tp_comm_overlap_rs_dgrad=parallel.tp_comm_overlap_rs_dgrad,
-        recompute_granularity="full" if parallel.recompute == "full" else "selective" if recomputed else None,
-        recompute_method="block" if parallel.recompute == "full" else None,
-        recompute_num_layers=parallel.recompute_num_layers or model.num_layers
-        if parallel.recompute == "full"
-        else None,
+        recompute_granularity="full" if full else "selective" if recomputed else None,
+        recompute_method="block" if full else None,
+        recompute_num_layers=(parallel.recompute_num_layers or model.num_layers) if full else None,
         recompute_modules=recomputed or None,
         fine_grained_activation_offloading=bool(parallel.offload_modules),
         offload_modules=list(parallel.offload_modules),

@@ -14,6 +14,7 @@ width, V vocabulary; T is the tensor-parallel size.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,94 +26,68 @@ from torch import Tensor
 
 from genlip_megatron.config import ModelConfig
 
-# split: full canonical tensors -> the shards of all T ranks; join is its inverse.
-Split = Callable[[list[Tensor], ModelConfig, int], list[Tensor]]
-Join = Callable[[list[Tensor], ModelConfig], list[Tensor]]
-
 
 @dataclass(frozen=True)
 class Layout:
-    """How canonical tensors become the tensor-parallel shards of one parameter, and back.
+    """How the canonical tensors of one parameter become its tensor-parallel shards, and back.
 
     Attributes:
+        pack: (full canonical tensors, model, T) -> one tensor whose T equal parts are the shards.
+        unpack: the inverse of ``pack``.
         dim: the dimension that is sharded; None when every rank holds the whole parameter.
     """
 
-    split: Split
-    join: Join
+    pack: Callable[[list[Tensor], ModelConfig, int], Tensor] = lambda full, model, size: full[0]
+    unpack: Callable[[Tensor, ModelConfig, int], list[Tensor]] = lambda whole, model, size: [whole]
     dim: int | None = None
 
+    def split(self, full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+        """The shards of all T ranks."""
+        whole = self.pack(full, model, size)
+        return [whole] * size if self.dim is None else list(whole.chunk(size, self.dim))
 
-def _replicate(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
-    return [full[0]] * size
-
-
-def _first(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
-    return [shards[0]]
-
-
-def _split_patch(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
-    return [full[0].flatten(1)] * size
+    def join(self, shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
+        """The full canonical tensors. A single shard is not copied: the largest tensors come that way."""
+        whole = shards[0] if self.dim is None or len(shards) == 1 else torch.cat(shards, self.dim)
+        return self.unpack(whole, model, len(shards))
 
 
-def _join_patch(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
-    return [shards[0].unflatten(1, (3, 16, 16))]
+def _pack_vocabulary(full: list[Tensor], model: ModelConfig, size: int) -> Tensor:
+    padding = padded_vocab_size(model.vocab_size, size) - model.vocab_size
+    return F.pad(full[0], (0, 0, 0, padding)) if padding else full[0]
 
 
-def _concatenate(shards: list[Tensor], dim: int = 0) -> Tensor:
-    """All shards as one tensor. A single shard is not copied: the largest tensors come that way."""
-    return shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)
-
-
-def _split_columns(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
-    return list(full[0].chunk(size, dim=1))
-
-
-def _join_columns(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
-    return [_concatenate(shards, dim=1)]
-
-
-def _split_vocabulary(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
-    rows = padded_vocab_size(model.vocab_size, size)
-    padded = full[0] if rows == model.vocab_size else F.pad(full[0], (0, 0, 0, rows - model.vocab_size))
-    return list(padded.chunk(size))
-
-
-def _join_vocabulary(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
-    return [_concatenate(shards)[: model.vocab_size]]
-
-
-def _split_qkv(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+def _pack_qkv(full: list[Tensor], model: ModelConfig, size: int) -> Tensor:
     """Whole q, gate, k, v -> [q, gate, k, v] head by head, the order of Megatron-Core's attention."""
     query, key, value = full
     queries = query.chunk(len(query) // len(key))  # q, and the gate where the model has one
     parts = [part.unflatten(0, (model.num_attention_heads, model.head_dim)) for part in (*queries, key, value)]
-    return list(torch.stack(parts, dim=1).flatten(0, 2).chunk(size))
+    return torch.stack(parts, dim=1).flatten(0, 2)
 
 
-def _join_qkv(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
-    parts = _concatenate(shards).unflatten(0, (model.num_attention_heads, -1, model.head_dim))
+def _unpack_qkv(whole: Tensor, model: ModelConfig, size: int) -> list[Tensor]:
+    parts = whole.unflatten(0, (model.num_attention_heads, -1, model.head_dim))
     query, *gate, key, value = (part.flatten(0, 1) for part in parts.unbind(1))
     return [torch.cat((query, *gate)), key, value]
 
 
-def _split_swiglu(full: list[Tensor], model: ModelConfig, size: int) -> list[Tensor]:
+def _pack_swiglu(full: list[Tensor], model: ModelConfig, size: int) -> Tensor:
     """Each rank stores its part of the gate above its part of the value."""
-    gate, value = (tensor.chunk(size) for tensor in full)
-    return [torch.cat(pair) for pair in zip(gate, value, strict=True)]
+    return torch.stack([tensor.unflatten(0, (size, -1)) for tensor in full], dim=1).flatten(0, 2)
 
 
-def _join_swiglu(shards: list[Tensor], model: ModelConfig) -> list[Tensor]:
-    gates, values = zip(*(shard.chunk(2) for shard in shards), strict=True)
-    return [torch.cat(gates), torch.cat(values)]
+def _unpack_swiglu(whole: Tensor, model: ModelConfig, size: int) -> list[Tensor]:
+    return [part.flatten(0, 1) for part in whole.unflatten(0, (size, 2, -1)).unbind(1)]
 
 
-REPLICATED = Layout(_replicate, _first)
-PATCH = Layout(_split_patch, _join_patch)
-COLUMNS = Layout(_split_columns, _join_columns, dim=1)
-VOCABULARY = Layout(_split_vocabulary, _join_vocabulary, dim=0)
-QKV = Layout(_split_qkv, _join_qkv, dim=0)
-SWIGLU = Layout(_split_swiglu, _join_swiglu, dim=0)
+REPLICATED = Layout()
+PATCH = Layout(
+    lambda full, model, size: full[0].flatten(1), lambda whole, model, size: [whole.unflatten(1, (3, 16, 16))]
+)
+COLUMNS = Layout(dim=1)
+VOCABULARY = Layout(_pack_vocabulary, lambda whole, model, size: [whole[: model.vocab_size]], dim=0)
+QKV = Layout(_pack_qkv, _unpack_qkv, dim=0)
+SWIGLU = Layout(_pack_swiglu, _unpack_swiglu, dim=0)
 
 # Initial values, see ``weights.initial_tensor``.
 NORMAL, XAVIER, ZEROS, ONES, LAYER_SCALE = "normal", "xavier", "zeros", "ones", "layer_scale"
@@ -153,7 +128,7 @@ class Entry:
 
 
 def _weight_and_bias(
-    local: str, canonical: Mapping[str, str], layout: Layout, init: str, bias_layout: Layout, **more: Any
+    local: str, canonical: Mapping[str, str], layout: Layout, init: str, bias_layout: Layout = REPLICATED, **more: Any
 ) -> tuple[Entry, Entry]:
     weights = tuple((f"{name}.weight", shape) for name, shape in canonical.items())
     biases = tuple((f"{name}.bias", shape.split()[0]) for name, shape in canonical.items())
@@ -164,7 +139,7 @@ def _weight_and_bias(
 
 
 def _norm(local: str, canonical: str) -> tuple[Entry, Entry]:
-    return _weight_and_bias(local, {canonical: "D"}, REPLICATED, ONES, REPLICATED)
+    return _weight_and_bias(local, {canonical: "D"}, REPLICATED, ONES)
 
 
 def _layer_entries() -> list[Entry]:
@@ -174,32 +149,22 @@ def _layer_entries() -> list[Entry]:
         *_norm(f"{LAYER}input_layernorm", f"{name}layer_norm1"),
         *_norm(f"{LAYER}pre_mlp_layernorm", f"{name}layer_norm2"),
         *_weight_and_bias(f"{LAYER}self_attention.linear_qkv", attention, QKV, XAVIER, QKV),
-        *_weight_and_bias(
-            f"{LAYER}self_attention.linear_proj", {f"{name}self_attn.out_proj": "D D"}, COLUMNS, XAVIER, REPLICATED
-        ),
+        *_weight_and_bias(f"{LAYER}self_attention.linear_proj", {f"{name}self_attn.out_proj": "D D"}, COLUMNS, XAVIER),
         *_weight_and_bias(
             f"{LAYER}mlp.linear_fc1", {f"{name}mlp.gate_fc": "F D", f"{name}mlp.fc1": "F D"}, SWIGLU, NORMAL, SWIGLU
         ),
-        *_weight_and_bias(f"{LAYER}mlp.linear_fc2", {f"{name}mlp.fc2": "D F"}, COLUMNS, NORMAL, REPLICATED),
+        *_weight_and_bias(f"{LAYER}mlp.linear_fc2", {f"{name}mlp.fc2": "D F"}, COLUMNS, NORMAL),
     ]
     scales = [
-        Entry(
-            f"{LAYER}{branch}.scale",
-            ((f"{name}layer_scale{number}.lambda1", "D"),),
-            REPLICATED,
-            LAYER_SCALE,
-            has_layer_scale,
-        )
-        for branch, number in (("self_attn_bda", 1), ("mlp_bda", 2))
+        Entry(f"{LAYER}{branch}.scale", ((f"{name}{own}.lambda1", "D"),), REPLICATED, LAYER_SCALE, has_layer_scale)
+        for branch, own in (("self_attn_bda", "layer_scale1"), ("mlp_bda", "layer_scale2"))
     ]
     # The order of tensors in exported files: weights, biases, scales.
     return sorted(entries, key=lambda entry: entry.local.endswith(".bias")) + scales
 
 
 def _projection(local: str, canonical: str, shape: str, frozen_by: str) -> tuple[Entry, Entry]:
-    return _weight_and_bias(
-        local, {canonical: shape}, REPLICATED, NORMAL, REPLICATED, present=has_projections, frozen_by=frozen_by
-    )
+    return _weight_and_bias(local, {canonical: shape}, REPLICATED, NORMAL, present=has_projections, frozen_by=frozen_by)
 
 
 _PATCHES = "vision_embeddings.patch_embedding"
@@ -327,14 +292,8 @@ class ModelParameter:
 def model_parameters(model: ModelConfig) -> Iterator[ModelParameter]:
     """Every parameter of a model, in the order of the forward pass."""
     entries = [entry for entry in TABLE if entry.present(model)]
-    layered = [entry for entry in entries if entry.local.startswith(LAYER)]
-    first = entries.index(layered[0])
-    for group, layer in (
-        (entries[:first], None),
-        *((layered, i) for i in range(model.num_layers)),
-        (entries[first + len(layered) :], None),
-    ):
-        for entry in group:
+    for layered, group in itertools.groupby(entries, lambda entry: entry.local.startswith(LAYER)):
+        for layer, entry in itertools.product(range(model.num_layers) if layered else (None,), group):
             shapes = {name.format(i=layer): _shape(shape, model) for name, shape in entry.canonical}
             key = entry.local.replace("{i}.", "")
             yield ModelParameter(key, layer, shapes, _shard_shape(entry, model, 1), entry.layout)

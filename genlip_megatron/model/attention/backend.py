@@ -90,13 +90,21 @@ class Backend(ABC):
     has_fixed_shapes = False
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(apply_rotary)
 
-    @abstractmethod
-    def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None: ...
+    def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
+        self._cos, self._sin = cos, sin
+        self._queries = slice(spans.first, spans.last)
 
     @staticmethod
-    @abstractmethod
     def why_not(place: Place) -> str | None:
-        """Why the backend cannot run at ``place``; None when it can."""
+        """Why the backend cannot run at ``place``; None when it can, as everywhere by default."""
+        return None
+
+    def turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned by their rotary angles."""
+        return (
+            self.rotate(q, self._cos[self._queries], self._sin[self._queries]),
+            self.rotate(k, self._cos, self._sin),
+        )
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:

@@ -24,8 +24,7 @@ class Flex(Backend):
     """One call over the whole pack under a block mask."""
 
     def __init__(self, spans: Spans, batch: PackedBatch, cos: Tensor, sin: Tensor) -> None:
-        self._cos, self._sin = cos, sin
-        self._queries = slice(spans.first, spans.last)
+        super().__init__(spans, batch, cos, sin)
         sample_ids, is_image = (to_device(x, cos.device) for x in (batch.sample_ids, batch.is_image))
         first = spans.first
 
@@ -47,8 +46,6 @@ class Flex(Backend):
         return None if place.head_dim >= 16 else f"needs a head size of at least 16, not {place.head_dim}"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
-        q = self.rotate(q, self._cos[self._queries], self._sin[self._queries])
-        k = self.rotate(k, self._cos, self._sin)
-        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, ., D]
+        query, key, value = (x.transpose(0, 1)[None] for x in (*self.turned(q, k), v))  # [1, H, ., D]
         out = _kernel(q.is_cuda)(query, key, value, block_mask=self._mask, scale=scale)
         return out[0].transpose(0, 1).index_fill(0, self._padding, 0.0)

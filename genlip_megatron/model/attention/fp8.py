@@ -11,7 +11,7 @@ Legend: B images, P patches of an image, H local heads, D channels of a head.
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +26,6 @@ from genlip_megatron.model.attention.te import Te
 from genlip_megatron.model.te_support import fp8_head_dim
 
 _IMAGE_MULTIPLE = 8
-
-
-class ImageKernel(Protocol):
-    """Full attention within images of one length: [B, P, H, D] from query, key and value of that shape."""
-
-    def head_dim(self, channels: int) -> int:
-        """The head size that the kernel needs for heads of ``channels`` channels."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
 
 def commonest_length(lengths: np.ndarray) -> int:
@@ -67,8 +58,8 @@ class Fp8Images(Te):
         self._rows = Rows.of(slots - spans.first, cos.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **own: Any) -> Tensor:
-        """As for every backend; ``own["image_kernel"]`` is the layer's ``ImageKernel``."""
-        image_kernel: ImageKernel = own["image_kernel"]
+        """As for every backend; ``own["image_kernel"]`` is the layer's ``TransformerEngineImages``."""
+        image_kernel: TransformerEngineImages = own["image_kernel"]
         q, k = self.turned(q, k)
         channels = q.shape[-1]
         images = max(-(-self.images // _IMAGE_MULTIPLE), 1) * _IMAGE_MULTIPLE
@@ -86,7 +77,7 @@ class Fp8Images(Te):
 
 
 class TransformerEngineImages(torch.nn.Module):
-    """One layer's ``ImageKernel`` by Transformer Engine; it keeps the scales of delayed scaling.
+    """One layer's attention within images of one length, by Transformer Engine; it keeps the scales of delayed scaling.
 
     It computes in FP8 inside Megatron-Core's FP8 context (recipe ``fp8_dpa``), else in bfloat16.
 

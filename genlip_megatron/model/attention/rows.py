@@ -23,10 +23,12 @@ class Rows:
     Attributes:
         slots: int64 [n], where output rows go; S marks padding.
         sources: int64 [n], where input rows come from: ``slots``, and row 0 for padding.
+        zeroed: int64, which of the n rows are padding that the call takes as zeros; None: the call ignores padding.
     """
 
     slots: Tensor
     sources: Tensor
+    zeroed: Tensor | None = None
 
     @classmethod
     def of(cls, slots: np.ndarray, device: torch.device, padded_to: int | None = None) -> Rows:
@@ -45,7 +47,9 @@ def split_rows(x: Tensor, rows: Sequence[Rows], covers_all: bool = False) -> tup
     return parts
 
 
-def merge_rows(length: int, rows: Sequence[Rows], parts: Sequence[Tensor], zeroed: Tensor, covers_all: bool) -> Tensor:
+def merge_rows(
+    length: int, rows: Sequence[Rows], parts: Sequence[Tensor], zeroed: Tensor | None = None, covers_all: bool = False
+) -> Tensor:
     """[length, ...] with ``parts`` at ``rows`` and zeros elsewhere.
 
     Args:
@@ -60,7 +64,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, covers_all: bool, *rows: Rows) -> tuple[Tensor, ...]:
         ctx.length, ctx.covers_all, ctx.rows = len(x), covers_all, rows
-        return tuple(x.index_select(0, each.sources) for each in rows)
+        return _take(x, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,22 +74,27 @@ class _Split(torch.autograd.Function):
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, length: int, covers_all: bool, zeroed: Tensor, rows: Sequence[Rows], *parts: Tensor
+        ctx: Any, length: int, covers_all: bool, zeroed: Tensor | None, rows: Sequence[Rows], *parts: Tensor
     ) -> Tensor:
         ctx.zeroed, ctx.rows = zeroed, rows
-        whole = _put(length, covers_all, rows, parts)
-        return _zero(whole, zeroed) if len(zeroed) else whole
+        return _zero(_put(length, covers_all, rows, parts), zeroed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _zero(grads[0].clone(), ctx.zeroed) if len(ctx.zeroed) else grads[0]
-        return None, None, None, None, *(grad.index_select(0, each.sources) for each in ctx.rows)
+        grad = grads[0] if ctx.zeroed is None else _zero(grads[0].clone(), ctx.zeroed)
+        return None, None, None, None, *_take(grad, ctx.rows)
 
 
-def _zero(x: Tensor, rows: Tensor) -> Tensor:
+def _zero(x: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None or not len(rows):
+        return x
     if rows.dtype == torch.bool:
         return x.masked_fill_(rows.view(-1, *[1] * (x.ndim - 1)), 0.0)
     return x.index_fill_(0, rows, 0.0)
+
+
+def _take(x: Tensor, rows: Sequence[Rows]) -> tuple[Tensor, ...]:
+    return tuple(_zero(x.index_select(0, each.sources), each.zeroed) for each in rows)
 
 
 def _put(length: int, covers_all: bool, rows: Sequence[Rows], parts: Sequence[Tensor]) -> Tensor:

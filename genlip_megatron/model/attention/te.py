@@ -17,9 +17,8 @@ from genlip_megatron.model.te_support import why_no_engine
 
 def in_bf16() -> contextlib.AbstractContextManager[None]:
     """A context in which Transformer Engine computes in the tensors' own dtype."""
-    context: contextlib.AbstractContextManager[None]
-    context = importlib.import_module("transformer_engine.pytorch").fp8_autocast(enabled=False)
-    return context
+    engine: Any = importlib.import_module("transformer_engine.pytorch")
+    return engine.fp8_autocast(enabled=False)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -37,28 +36,20 @@ def _module(heads: int, head_dim: int, causal: bool, scale: float) -> Any:
     )
 
 
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
-) -> Tensor:
-    # Inside the FP8 linears' context it would join their amax reduction, but not all ranks call it.
-    with in_bf16():
-        attended = _module(q.shape[1], q.shape[2], causal, scale)(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            cu_seqlens_q=cu_q,
-            cu_seqlens_kv=cu_k,
-            max_seqlen_q=max_q,
-            max_seqlen_kv=max_k,
-        )
-    return attended.view(q.shape)
-
-
 class Te(TwoCalls):
     """The two calls by ``DotProductAttention``."""
-
-    kernel = staticmethod(_kernel)
 
     @staticmethod
     def why_not(place: Place) -> str | None:
         return why_no_engine() or why_no_flash(place)
+
+    @staticmethod
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+    ) -> Tensor:
+        lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_k, "max_seqlen_q": max_q, "max_seqlen_kv": max_k}
+        # Inside the FP8 linears' context it would join their amax reduction, but not all ranks call it.
+        with in_bf16():
+            attention = _module(q.shape[1], q.shape[2], causal, scale)
+            attended: Tensor = attention(q.contiguous(), k.contiguous(), v.contiguous(), **lengths)
+        return attended.view(q.shape)

@@ -5,56 +5,28 @@ and aligned to the bottom right. Each query gets all its keys in one call, so no
 Queries are split in two and outputs joined, each row once; image keys and values are gathered. The text call reads keys
 and values in place, since samples lie end to end.
 
-``varlen.py`` and ``te.py`` are such backends: each is a kernel and a check. ``fixed_shapes.py`` pads the calls for CUDA
-graphs.
+``varlen.py`` and ``te.py`` are such backends: each is a kernel and a check.
 
 Legend: S slots of the micro-batch, Q slots with queries, N samples, H local heads, D channels of a head.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genlip_megatron.batch import PackedBatch
+from genlip_megatron.batch import PackedBatch, power_of_two
 from genlip_megatron.device import to_device
 from genlip_megatron.model.attention.backend import Backend, Spans, nothing_to_attend, padding_slots
-from genlip_megatron.model.attention.fixed_shapes import FixedShapes
 from genlip_megatron.model.attention.rows import Rows, merge_rows, split_rows
 
 # Padding attends to itself in pieces of at least this many slots, or of the longest text.
 PADDING_PIECE = 128
-
-
-class Kernel(Protocol):
-    """Attention of sequences laid end to end: [sum of query lengths, H, D].
-
-    Args:
-        q: [sum of query lengths, H, D].
-        k, v: [sum of key lengths, H, D].
-        cu_q, cu_k: int32 [sequences + 1], cumulative lengths.
-        max_q, max_k: the longest.
-        causal: query i of a sequence sees its keys up to ``keys - queries + i`` (aligned to the bottom right).
-        scale: factor of the scores.
-    """
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        causal: bool,
-        scale: float,
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -76,12 +48,13 @@ class KernelCall:
     """One kernel call over the sequences that have queries, with its tensors on the device.
 
     Args:
-        causal: as ``Kernel`` takes it.
-        fixed: shapes that do not depend on the samples, for CUDA graphs.
+        causal: as ``TwoCalls.kernel`` takes it.
+        fixed: (slots, sequences) of every call, whatever the samples, for CUDA graphs: rows behind the last sequence
+            are padding, more sequences, which is rare, are rounded up to a power of two.
     """
 
     def __init__(
-        self, sequences: Sequences, causal: bool, device: torch.device, fixed: FixedShapes | None = None
+        self, sequences: Sequences, causal: bool, device: torch.device, fixed: tuple[int, int] | None = None
     ) -> None:
         used = sequences.queries > 0
         queries, keys, key_begins = sequences.queries[used], sequences.keys[used], sequences.key_begins
@@ -91,9 +64,10 @@ class KernelCall:
         self.max_q, self.max_k = (int(lengths.max(initial=0)) for lengths in (queries, keys))
         rows = None
         if fixed is not None:
-            rows = fixed.slots
-            queries, keys = (fixed.padded(lengths) for lengths in (queries, keys))
-            self.max_q, self.max_k = (fixed.rounded(longest, PADDING_PIECE) for longest in (self.max_q, self.max_k))
+            rows, samples = fixed
+            unused = max(samples, power_of_two(len(queries))) - len(queries)
+            queries, keys = (np.pad(lengths, (0, unused)) for lengths in (queries, keys))
+            self.max_q, self.max_k = (power_of_two(max(most, PADDING_PIECE)) for most in (self.max_q, self.max_k))
 
         def cumulative(lengths: np.ndarray) -> Tensor:
             return to_device(torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)), device)
@@ -115,7 +89,6 @@ class TwoCalls(Backend):
         fixed_shapes: the shapes of all tensors follow from S and N only, for CUDA graphs; without context parallelism.
     """
 
-    kernel: Kernel
     has_fixed_shapes = True
 
     def __init__(
@@ -127,8 +100,8 @@ class TwoCalls(Backend):
         elsewhere: np.ndarray | None = None,
         fixed_shapes: bool = False,
     ) -> None:
-        self._cos, self._sin, device = cos, sin, cos.device
-        self._queries = slice(spans.first, spans.last)
+        super().__init__(spans, batch, cos, sin)
+        device = cos.device
         offset = spans.starts - spans.first
         image_queries = np.minimum(spans.ends, spans.images) - spans.begins
         if elsewhere is not None:
@@ -136,7 +109,7 @@ class TwoCalls(Backend):
         text_begins = np.maximum(spans.begins, spans.images)
         image = Sequences(offset + spans.begins, image_queries, spans.starts, spans.images)
         text = Sequences(offset + text_begins, spans.ends - text_begins, spans.starts, spans.keys)
-        self._padding = to_device(torch.zeros(0, dtype=torch.int64), device)
+        self._padding: Tensor | None = None
         # Where every slot has a query and every sample has text, the text call's keys are all slots, in order.
         self._whole = spans.last - spans.first == spans.total and bool((text.queries > 0).all())
         if self._whole:
@@ -146,20 +119,29 @@ class TwoCalls(Backend):
                 if fixed_shapes
                 else padding_slots(batch, 0, spans.total, device)
             )
-        fixed = FixedShapes(spans.total, len(batch.sample_starts)) if fixed_shapes else None
+        fixed = (spans.total, len(batch.sample_starts)) if fixed_shapes else None
         self.calls = (KernelCall(image, False, device, fixed), KernelCall(text, True, device, fixed))
+
+    @staticmethod
+    @abstractmethod
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+    ) -> Tensor:
+        """Attention of sequences laid end to end: [sum of query lengths, H, D].
+
+        Args:
+            q: [sum of query lengths, H, D].
+            k, v: [sum of key lengths, H, D].
+            cu_q, cu_k: int32 [sequences + 1], cumulative lengths.
+            max_q, max_k: the longest.
+            causal: query i of a sequence sees its keys up to ``keys - queries + i`` (aligned to the bottom right).
+            scale: factor of the scores.
+        """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: object) -> Tensor:
         if all(call.empty for call in self.calls):
             return nothing_to_attend(q, k, v)
         return self.attend(*self.turned(q, k), v, scale)
-
-    def turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys turned by their rotary angles."""
-        return (
-            self.rotate(q, self._cos[self._queries], self._sin[self._queries]),
-            self.rotate(k, self._cos, self._sin),
-        )
 
     def attend(
         self,
@@ -181,7 +163,7 @@ class TwoCalls(Backend):
         for call, query in zip(calls, queries, strict=False):
             lengths = (call.cu_q, call.cu_k, call.max_q, call.max_k)
             key, value = call.keys_of(k), call.keys_of(v)
-            outputs.append(type(self).kernel(query, key, value, *lengths, causal=call.causal, scale=scale))
+            outputs.append(self.kernel(query, key, value, *lengths, causal=call.causal, scale=scale))
         if elsewhere:
             outputs.append(elsewhere[1](queries[-1]))
         return merge_rows(len(q), rows, outputs, self._padding, self._whole)

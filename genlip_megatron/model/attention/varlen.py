@@ -9,18 +9,6 @@ from genlip_megatron.model.attention.backend import Place
 from genlip_megatron.model.attention.two_calls import TwoCalls
 
 
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # With fewer queries than keys its causal window is aligned to the bottom right.
-    window = (-1, 0) if causal else (-1, -1)
-    attended = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window)
-    assert isinstance(attended, Tensor)
-    return attended
-
-
 def why_no_flash(place: Place) -> str | None:
     """Why FlashAttention cannot run at ``place``; None when it can."""
     if place.device.type != "cuda":
@@ -36,8 +24,16 @@ def why_no_flash(place: Place) -> str | None:
 class Varlen(TwoCalls):
     """The two calls by ``torch.nn.attention.varlen``."""
 
-    kernel = staticmethod(_kernel)
+    why_not = staticmethod(why_no_flash)
 
     @staticmethod
-    def why_not(place: Place) -> str | None:
-        return why_no_flash(place)
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+    ) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # With fewer queries than keys its causal window is aligned to the bottom right.
+        window = (-1, 0) if causal else (-1, -1)
+        attended = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window)
+        assert isinstance(attended, Tensor)
+        return attended
