@@ -48,7 +48,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,14 +117,9 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def device_mode() -> Iterator[None]:
+def device_mode() -> contextlib.AbstractContextManager[Any]:
     """Inside the block ``"cuda"`` means the CPU in this thread if there is no GPU."""
-    if torch.cuda.is_available():
-        yield
-    else:
-        with _CudaMeansCpu():
-            yield
+    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
 
 
 def _nothing() -> Callable[..., None]:
@@ -190,8 +185,8 @@ def install() -> None:
     """
     global _installed
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # read when CUDA starts
-    logger = logging.getLogger("megatron.core.transformer.transformer_layer")
-    logger.addFilter(_is_wanted)  # adding the same filter again does nothing
+    # Adding the same filter again does nothing.
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_is_wanted)
     for message in (
         ".*(Transformer Engine|Apex|nvrx|flash).*not installed.*",
         ".*(Transformer Engine|Apex).*Falling back.*",

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as extension
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.parallel_state import get_amax_reduction_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import transformer_block
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model import fp8_state, specs, te_support
+from genlip_megatron.testing.runs import run_steps
 
 HISTORY = 8  # passes that delayed scaling remembers
 IN_FP8: list[bool] = [False]
@@ -54,42 +56,36 @@ class _InFp8(torch.autograd.Function):
         return ctx.meta["scaling_bwd"].quantised(grad), None
 
 
-class _Engine:
+class _Engine(torch.nn.Module):
     """The common part of Transformer Engine's linears: FP8 format, and pickled state of delayed scaling."""
 
-    ub_name: str
-    config: Any
-    fp8_meta: dict[str, Any]
+    def __init__(self, *args: Any, tp_comm_buffer_name: str, **kwargs: Any) -> None:
+        super().__init__(*args, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
+        self.ub_name, self.fp8_meta = tp_comm_buffer_name, {}
 
     def init_fp8_metadata(self) -> None:
         if IN_FP8[-1] and self.config.fp8_recipe == "delayed" and not self.fp8_meta:
             self.fp8_meta.update(scaling_fwd=_Scaling(3), scaling_bwd=_Scaling(2))
 
-    def entered(self, x: Tensor) -> Tensor:
-        """The input that the linear computes with, for ``x``."""
+    def forward(self, x: Tensor) -> Any:
         SEEN.append((self.ub_name, IN_FP8[-1]))
         self.init_fp8_metadata()
-        return _InFp8.apply(x, self.fp8_meta) if IN_FP8[-1] and self.fp8_meta else x  # type: ignore[no-any-return]
+        return super().forward(_InFp8.apply(x, self.fp8_meta) if IN_FP8[-1] and self.fp8_meta else x)
 
     def get_extra_state(self) -> Tensor:
         return torch.zeros(3, dtype=torch.uint8)
 
 
 class Column(_Engine, ColumnParallelLinear):
-    def __init__(self, *args: Any, tp_comm_buffer_name: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
-        self.ub_name, self.fp8_meta = tp_comm_buffer_name or "", {}
-
-    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
-        return super().forward(self.entered(x))
+    """As ``TEColumnParallelLinear``."""
 
 
 class LayerNormColumn(Column):
     """As ``TELayerNormColumnParallelLinear``: the norm's parameters come before the linear's."""
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        config = kwargs["config"]
         super().__init__(input_size, output_size, **kwargs)
+        config = kwargs["config"]
         self.eps = config.layernorm_epsilon
         own = [self._parameters.pop(name) for name in ("weight", "bias")]
         for name in ("layer_norm_weight", "layer_norm_bias"):
@@ -98,24 +94,17 @@ class LayerNormColumn(Column):
             self.register_parameter(name, parameter)
         self.weight, self.bias = own
 
-    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Any:
         return super().forward(F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps))
 
 
 class Row(_Engine, RowParallelLinear):
-    def __init__(self, *args: Any, tp_comm_buffer_name: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
-        self.ub_name, self.fp8_meta = tp_comm_buffer_name or "", {}
-
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(self.entered(x))
+    """As ``TERowParallelLinear``."""
 
 
 @contextlib.contextmanager
 def _autocast(transformer: Any, layer: int = -1, is_init: bool = False) -> Iterator[None]:
     """Megatron-Core's ``get_fp8_context`` as it behaves with Transformer Engine."""
-    from megatron.core.fp8_utils import is_first_last_bf16_layer
-
     IN_FP8.append(IN_FP8[-1] if is_init or is_first_last_bf16_layer(transformer, layer) else True)
     yield
     IN_FP8.pop()
@@ -139,8 +128,6 @@ def stand_ins() -> Iterator[None]:
 
 def run_engine_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any]:
     """``runs.run_steps`` with the stand-ins; ``seen``: (linear, whether in FP8) of the first pass."""
-    from genlip_megatron.testing.runs import run_steps
-
     SEEN.clear()
     with stand_ins():
         result = run_steps(config, steps, last)

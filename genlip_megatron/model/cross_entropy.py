@@ -87,7 +87,6 @@ def add_product_(total: Tensor, grad: Tensor, x: Tensor) -> None:
 def _plain(
     logits: Tensor, labels: Tensor, row_weights: Tensor, columns: int, group: Any, with_gradient: bool
 ) -> Tensor:
-    """``cross_entropy_`` by torch, on any device."""
     if columns < logits.shape[1]:
         logits[:, columns:] = float("-inf")
     scores = logits.float()  # no copy if they are float32
@@ -108,7 +107,6 @@ def _plain(
 def _in_place(
     logits: Tensor, labels: Tensor, row_weights: Tensor, columns: int, group: Any, with_gradient: bool
 ) -> Tensor:
-    """``cross_entropy_`` by Triton's kernels."""
     kernels = importlib.import_module("genlip_megatron.model.cross_entropy_kernels")
     own_top, own_sum, target = kernels.row_statistics(logits, labels, columns)
     top = _reduce(own_top.clone(), torch.distributed.ReduceOp.MAX, group)

@@ -57,8 +57,7 @@ class Embedding(MegatronModule):
     shard of the tokens, so they are marked ``sequence_parallel``: their gradients are summed over the group.
 
     Args:
-        tp_group: tensor-parallel ranks.
-        context: context-parallel ranks; None when they do not share the sequence.
+        context: context-parallel group; None when its ranks do not share the sequence.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, tp_group: Any, context: Any = None) -> None:
@@ -82,16 +81,11 @@ class Embedding(MegatronModule):
         for parameter in shared:
             parameter.sequence_parallel = config.sequence_parallel
 
-    def forward(self, batch: PackedBatch, images: ImageSlots | None = None) -> Tensor:
-        """Hidden states [S_local, 1, D] of the slots that this rank holds.
-
-        Args:
-            images: from a batch on the CPU; None: computed here, and the host waits for the device.
-        """
+    def forward(self, batch: PackedBatch, images: ImageSlots) -> Tensor:
+        """Hidden states [S_local, 1, D] of the slots that this rank holds."""
         assert batch.patches is not None
         sequence = self.tp_group if self.config.sequence_parallel else None
         slots = local_slots(batch.num_tokens, self.context, sequence)
-        images = images or ImageSlots.of(batch, slots, batch.token_ids.device)
         pixels = batch.patches
         if sequence is not None or self.context is not None:
             pixels = pixels[images.first_patch : images.first_patch + len(images.slots)]

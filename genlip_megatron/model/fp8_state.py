@@ -24,8 +24,6 @@ from torch import Tensor
 
 from genlip_megatron.model.state_dict import FP8_STATE
 
-_TENSORS = ("scale", "amax_history")
-
 
 @torch.no_grad()  # with gradients enabled, leaving the context would update the scales of existing models
 def prepare_fp8_state(layers: Iterable[Any], transformer: TransformerConfig) -> None:
@@ -42,7 +40,7 @@ def fp8_state(part: Any) -> Iterator[tuple[str, Tensor]]:
     for name, module in part.named_modules():
         for direction in ("fwd", "bwd"):
             state = getattr(module, "fp8_meta", {}).get(f"scaling_{direction}")
-            for kind in _TENSORS:
+            for kind in ("scale", "amax_history"):
                 if hasattr(state, kind):  # with current scaling only FP8 attention has it
                     yield f"{name}{FP8_STATE}{kind}_{direction}", getattr(state, kind)
 
@@ -78,13 +76,11 @@ class FP8Snapshot:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Store the current state."""
         if self._live:
             torch._foreach_copy_(self._kept, self._live)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the stored state."""
         if self._live:
             torch._foreach_copy_(self._live, self._kept)
 

@@ -42,10 +42,7 @@ def scaled_residual(
 ) -> Tensor:
     """``residual + drop_path * scale * (branch + bias)``, without the arguments that are None.
 
-    Args:
-        branch, residual: [S_local, 1, D].
-        bias, scale: [D].
-        drop_path: [S_local, 1, 1].
+    ``branch`` and ``residual`` are [S_local, 1, D], ``bias`` and ``scale`` [D], ``drop_path`` [S_local, 1, 1].
     """
     if bias is not None:
         branch = branch + bias
@@ -68,11 +65,6 @@ def scaled_residual_and_norm(
     norm_bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """(``scaled_residual``, its LayerNorm), both [S_local, 1, D].
-
-    Args:
-        norm_weight, norm_bias: [D].
-        eps: of the LayerNorm.
-    """
+    """(``scaled_residual``, its LayerNorm with weight and bias [D]), both [S_local, 1, D]."""
     out = scaled_residual(branch, bias, residual, scale, drop_path)
     return out, F.layer_norm(out, norm_weight.shape, norm_weight, norm_bias, eps)

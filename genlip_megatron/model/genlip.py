@@ -40,8 +40,7 @@ class GenLIP(MegatronModule):
     """One pipeline stage of GenLIP, or one chunk of a stage with interleaving.
 
     Args:
-        config: the run's configuration.
-        transformer: Megatron-Core's configuration, from ``specs.transformer_config``.
+        transformer: from ``specs.transformer_config``.
         vp_stage: index of the chunk in this pipeline stage; None without interleaving.
         attention_backend: name of a backend of ``attention/``; None: the configuration's.
     """
@@ -87,8 +86,7 @@ class GenLIP(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the hidden states [S_local, 1, D] of the previous chunk; None on the first chunk."""
-        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        self.decoder.set_input_tensor(tensor)
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, with the FP8 state of ``sharded_state_dict``; missing FP8 state is reset."""
@@ -133,19 +131,17 @@ class GenLIP(MegatronModule):
             fixed_shapes,
         )
         slots = local_slots(batch.num_tokens, self.context, self.tp_group if self.config.sequence_parallel else None)
-        packed = replace(packed, images=ImageSlots.of(batch, slots, device, fixed_shapes))
-        if batch.drop_path is None:
-            return packed
-        # Padding has no sample; it takes the factors of sample 0, and no token sees it.
-        samples = batch.sample_ids[slots].clamp(min=0)
-        factors, samples = (to_device(x, device) for x in (batch.drop_path, samples))
-        return replace(packed, drop_path=factors[:, :, samples][..., None, None])
+        drop_path = None
+        if batch.drop_path is not None:
+            # Padding has no sample; it takes the factors of sample 0, and no token sees it.
+            samples = batch.sample_ids[slots].clamp(min=0)
+            drop_path = to_device(batch.drop_path, device)[:, :, to_device(samples, device)][..., None, None]
+        return replace(packed, drop_path=drop_path, images=ImageSlots.of(batch, slots, device, fixed_shapes))
 
     def hidden_states(self, batch: PackedBatch, packed: PackedAttention | None = None) -> Tensor:
         """Output of this chunk's layers, [S_local, 1, D], for the slots that this rank holds.
 
         Args:
-            batch: the micro-batch, on the device.
             packed: from ``prepare``; None prepares it here.
         """
         packed = packed or self.prepare(batch)
@@ -157,7 +153,7 @@ class GenLIP(MegatronModule):
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
 
     def _begin_offloading(self) -> None:
-        """Tell Megatron-Core's offloading that a micro-batch of this chunk begins, and not to offload weights."""
+        """Tell Megatron-Core that a micro-batch of this chunk begins, and not to offload weights."""
         offloader = offloading.FineGrainedActivationOffloadingInterface
         offloader.init_chunk_handler(
             vp_size=self.config.virtual_pipeline_model_parallel_size,

@@ -50,14 +50,8 @@ class _HeadLoss(torch.autograd.Function):
         group: Any,
         with_gradient: bool,
     ) -> Tensor:
-        """float32 scalar.
-
-        Args:
-            x: [R, E].
-            weight: [V_local, E]; the rank holds the tokens from ``first`` to ``first + columns``.
-            labels: int64 [R].
-            row_weights: float32 [R], each row's weight in the sum.
-        """
+        """float32 scalar from x [R, E], weight [V_local, E] of the tokens from ``first`` to ``first + columns``, labels
+        int64 [R] and row weights float32 [R]."""
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         trained = with_gradient and weight.requires_grad
         ctx.main_grad = getattr(weight, "main_grad", None) if trained else None
@@ -105,8 +99,7 @@ class Head(MegatronModule):
     otherwise only the few ranks with text slots would compute the head.
 
     Args:
-        tp_group: tensor-parallel ranks.
-        context: context-parallel ranks; None when they do not share the sequence.
+        context: context-parallel group; None when its ranks do not share the sequence.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, tp_group: Any, context: Any = None) -> None:
@@ -133,10 +126,10 @@ class Head(MegatronModule):
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
         hidden = hidden.squeeze(1)
-        if self.context is None:
-            return hidden if rows is None else hidden.index_select(0, rows)
         if rows is None:
             return hidden
+        if self.context is None:
+            return hidden.index_select(0, rows)
         # Each rank contributes the rows it holds and zeros for the others, and receives its share of the sum.
         rows = self._padded(rows)
         local = rows - self.context.rank() * hidden.shape[0]
@@ -194,11 +187,8 @@ class Head(MegatronModule):
         """Sharded tensors for a checkpoint; padded vocabulary rows may differ between layouts."""
         state: dict[str, Any] = {}
         for name, module in self.named_children():
-            state.update(
-                make_sharded_tensors_for_checkpoint(
-                    module.state_dict(prefix="", keep_vars=True), f"{prefix}{name}.", {}, sharded_offsets
-                )
-            )
+            own = module.state_dict(prefix="", keep_vars=True)
+            state |= make_sharded_tensors_for_checkpoint(own, f"{prefix}{name}.", {}, sharded_offsets)
         state[f"{prefix}weight"] = make_tp_sharded_tensor_for_checkpoint(
             self.weight, f"{prefix}weight", allow_shape_mismatch=True, prepend_offsets=sharded_offsets
         )

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 
-class ColumnLinear(ColumnParallelLinear):
-    """As ``ColumnParallelLinear``; returns no bias if it has added it already."""
-
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """(output [S, 1, out / T], bias or None) from [S_local, 1, in]."""
+class _AddsBias(torch.nn.Module):
+    def forward(self: Any, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """(output [S, 1, out / T], bias or None if it has been added) from [S_local, 1, in]."""
         if self.tp_group.size() == 1 and not self.gradient_accumulation_fusion:
             return F.linear(input_, self.weight, self.bias), None
         return super().forward(input_, *args, **kwargs)
 
 
-class RowLinear(RowParallelLinear):
-    """As ``RowParallelLinear``; returns no bias if it has added it already."""
+class ColumnLinear(_AddsBias, ColumnParallelLinear):
+    """As ``ColumnParallelLinear``; returns no bias if it has added it already."""
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(output [S_local, 1, out], bias or None) from [S, 1, in / T]."""
-        if self.tp_group.size() == 1 and not self.gradient_accumulation_fusion:
-            return F.linear(input_, self.weight, self.bias), None
-        return super().forward(input_)
+
+class RowLinear(_AddsBias, RowParallelLinear):
+    """As ``RowParallelLinear``; returns no bias if it has added it already."""

@@ -12,11 +12,7 @@ from torch import Tensor
 
 
 def prefix_lm_mask(sample_ids: Tensor, is_image: Tensor) -> Tensor:
-    """bool [S, S], True where the query (row) sees the key (column).
-
-    Args:
-        sample_ids: int64 [S], -1 at padding.
-        is_image: bool [S].
+    """bool [S, S], True where the query (row) sees the key (column), from int64 [S], -1 at padding, and bool [S].
 
     Example: one sample of two patches and two text tokens, then one slot of padding:
 

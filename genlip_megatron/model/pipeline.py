@@ -68,13 +68,12 @@ def _split_as_set(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
     """The split for numbers of layers that the user set for the first or last stage."""
     stages = parallel.pipeline_model_parallel_size
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
-    fixed = {0: first} if first else {}
-    fixed |= {stages - 1: last} if last else {}
-    free = stages - len(fixed)
-    rest = model.num_layers - sum(fixed.values())
-    base, extra = divmod(rest, free) if free else (0, 0)
-    others = iter([base + (1 if i < extra else 0) for i in range(free)])
-    return [fixed[i] if i in fixed else next(others) for i in range(stages)]
+    counts = [first, *[0] * (stages - 2), last]
+    free = [i for i, count in enumerate(counts) if not count]
+    base, extra = divmod(model.num_layers - sum(counts), len(free) or 1)
+    for place, i in enumerate(free):
+        counts[i] = base + (place < extra)
+    return counts
 
 
 def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:

@@ -41,8 +41,7 @@ def discard(x: Tensor, used: Tensor) -> None:
     Do not read ``x`` before the backward pass restores it. It supports one backward pass.
 
     Args:
-        x: a tensor; computing ``used`` was its last use in the forward pass.
-        used: the result; the backward pass has its gradient before anything reads ``x``.
+        used: from the last use of ``x`` in the forward pass; the backward pass has its gradient before it reads ``x``.
     """
     again = getattr(x, _RECOMPUTE, None)
     if again is None or not used.requires_grad:

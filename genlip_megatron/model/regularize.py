@@ -23,7 +23,6 @@ class ScaledResidual(torch.nn.Module):
     """``bias_dropout_add`` of one residual branch.
 
     Args:
-        hidden_size: width D.
         init: initial value of LayerScale; 0: no LayerScale.
         sequence_parallel: the module sees a tensor-parallel shard of the tokens, so its gradient is summed over the
             group.
@@ -36,7 +35,8 @@ class ScaledResidual(torch.nn.Module):
         super().__init__()
         self._plain = compiled(scaled_residual) if fusion else scaled_residual
         self._with_norm = compiled(scaled_residual_and_norm) if fusion else scaled_residual_and_norm
-        self._following: list[LayerNorm] = []  # in a list, to keep its parameters out of this module
+        # The norm of the result, computed here too and handed to the norm; in a list, to keep its parameters out.
+        self.following: list[LayerNorm] = []
         self.drop_path: Tensor | None = None  # [S_local, 1, 1], set by GenLIPLayer before each call
         self.scale: torch.nn.Parameter | None = None
         if init:
@@ -47,15 +47,11 @@ class ScaledResidual(torch.nn.Module):
         """The function that Megatron-Core calls with ((output, bias), residual, dropout probability)."""
         return self._add
 
-    def follow_with(self, norm: LayerNorm) -> None:
-        """Compute the norm of the result too, and hand it to ``norm``."""
-        self._following = [norm]
-
     def _add(self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
         branch, bias = output_with_bias
-        if not self._following:
+        if not self.following:
             return self._plain(branch, bias, residual, self.scale, self.drop_path)
-        norm = self._following[0]
+        (norm,) = self.following
         own = (norm.weight, norm.bias, norm.eps)
         out, normed = self._with_norm(branch, bias, residual, self.scale, self.drop_path, *own)
         norm.hand(out, normed)
@@ -72,9 +68,9 @@ def fuse_norms(layers: Iterable[TransformerLayer], across: bool) -> None:
     """
     before: TransformerLayer | None = None
     for layer in layers:
-        layer.self_attn_bda.follow_with(layer.pre_mlp_layernorm)
+        layer.self_attn_bda.following = [layer.pre_mlp_layernorm]
         if across and before is not None:
-            before.mlp_bda.follow_with(layer.input_layernorm)
+            before.mlp_bda.following = [layer.input_layernorm]
         before = layer
 
 

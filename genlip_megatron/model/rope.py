@@ -40,7 +40,6 @@ def rotary_cos_sin(
         head_dim: channels of one head, even.
         sections: see ``axis_of_channel``.
         theta: base; channel i turns by ``position * theta ** (-2 i / head_dim)``.
-        dtype: of the result; the activations' dtype.
     """
     device = position_ids.device
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)

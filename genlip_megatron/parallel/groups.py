@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import first_of_machine
@@ -160,6 +162,30 @@ def first_to_say(text: str) -> bool:
         except RuntimeError:  # the rank with the store is gone; printing twice is better than not at all
             return True
     return first_of_machine(text)
+
+
+def prepare_user_buffers(transformer: TransformerConfig, tokens: int) -> None:
+    """Allocate Transformer Engine's user buffers, which overlap tensor-parallel communication with matrix products.
+
+    Does nothing without ``tp_comm_overlap``. Call before the first forward pass. A collective.
+
+    Args:
+        tokens: slots of a micro-batch on one context-parallel rank.
+    """
+    if not transformer.tp_comm_overlap:
+        return
+    base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
+    modes = base.UserBufferQuantizationMode
+    used = [modes.FP8 if transformer.fp8 else modes.NONE]
+    if transformer.fp8 and transformer.first_last_layers_bf16:
+        used.append(modes.NONE)
+    base.initialize_ub(
+        shape=[tokens, transformer.hidden_size],
+        tp_size=transformer.tensor_model_parallel_size,
+        quantization_modes=used,
+        dtype=transformer.params_dtype,
+        bootstrap_backend="nccl",
+    )
 
 
 def finalize() -> None:

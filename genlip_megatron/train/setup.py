@@ -31,7 +31,6 @@ from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
 from genlip_megatron.model.specs import check_machine, transformer_config
 from genlip_megatron.parallel import groups
-from genlip_megatron.parallel.user_buffers import prepare_user_buffers
 from genlip_megatron.train.breakdown import Breakdown, StepTimers
 from genlip_megatron.train.forward_backward import finalize_gradients
 from genlip_megatron.train.fsdp import FullyShardedDataParallel
@@ -138,7 +137,7 @@ def build_run(config: RunConfig) -> Run:
     """Model, optimizer and schedule on the current process groups, without data."""
     parallel = config.parallel
     transformer = transformer_config(config)
-    prepare_user_buffers(
+    groups.prepare_user_buffers(
         transformer, config.data.seq_length * config.train.micro_batch_size // parallel.context_parallel_size
     )
     model = build_model(config, transformer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import types
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -57,10 +58,6 @@ class Reference(TwoCalls):
 
     kernel = staticmethod(reference_kernel)
 
-    @staticmethod
-    def why_not(place: Place) -> str | None:
-        return None
-
 
 @pytest.fixture(autouse=True)
 def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,21 +77,37 @@ class Cut:
         return self._ranks
 
 
-def attend(batch: PackedBatch, backend: str, head_dim: int = 16, heads: int = 2, ranks: int = 1) -> list[torch.Tensor]:
-    """Output and the gradients of query, key and value; with ``ranks`` > 1, queries attend in that many parts."""
-    model = ModelConfig(hidden_size=heads * head_dim, num_attention_heads=heads, rope_sections=(2, 2, 2))
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(batch.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
-    q, k, v = (x.requires_grad_() for x in inputs[:3])
-    plans = [
-        prepare_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True)
+def forward(
+    batch: PackedBatch,
+    name: str,
+    head_dim: int = 16,
+    ranks: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    **own: Any,
+) -> tuple[list[Any], list[torch.Tensor], torch.Tensor]:
+    """(backend of each part, [query, key, value, gradient of the output], output), where queries attend in ``ranks``
+    parts."""
+    model = ModelConfig(hidden_size=2 * head_dim, num_attention_heads=2, rope_sections=(2, 2, 2))
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch.num_tokens, 2, head_dim)
+    inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(4)]
+    q, k, v = (x.requires_grad_(torch.is_grad_enabled()) for x in inputs[:3])
+    backends = [
+        prepare_attention(batch, model, dtype, name, device, Cut(rank, ranks), gather_keys=True).backend
         for rank in range(ranks)
     ]
-    parts = [plan.backend(part, k, v, head_dim**-0.5) for plan, part in zip(plans, q.chunk(ranks), strict=True)]
-    out = torch.cat(parts)
+    parts = zip(backends, q.chunk(ranks), strict=True)
+    return backends, inputs, torch.cat([backend(part, k, v, head_dim**-0.5, **own) for backend, part in parts])
+
+
+def attend(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+    """Output and the gradients of query, key and value."""
+    _, inputs, out = forward(*args, **kwargs)
     out.backward(inputs[3])
-    assert q.grad is not None and k.grad is not None and v.grad is not None
-    return [out, q.grad, k.grad, v.grad]
+    grads = [x.grad for x in inputs[:3] if x.grad is not None]
+    assert len(grads) == 3
+    return [out, *grads]
 
 
 EXACT = ["grouped", "two calls"]
@@ -103,7 +116,7 @@ EXACT = ["grouped", "two calls"]
 def assert_same(samples: Samples, padding: int, head_dim: int = 16, backend: str = "grouped", ranks: int = 1) -> None:
     batch = pack(samples, padding)
     oracle = attend(batch, "dense", head_dim)
-    for ours, theirs in zip(attend(batch, backend, head_dim, ranks=ranks), oracle, strict=True):
+    for ours, theirs in zip(attend(batch, backend, head_dim, ranks), oracle, strict=True):
         # Softmax over up to 300 keys in float32: rounding reaches 3e-6 on values up to 5.
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
@@ -158,16 +171,9 @@ def test_any_pack(samples: Samples, padding: int, backend: str, ranks: int) -> N
 def test_flex_follows_the_rule(ranks: int) -> None:
     """Only the forward pass: flex has no backward pass on a CPU."""
     batch = pack(PACKS["mixed"], 4 + -sum(map(sum, PACKS["mixed"])) % 4)
-    model = ModelConfig(hidden_size=32, num_attention_heads=2, rope_sections=(2, 2, 2))
-    q, k, v = (torch.randn(batch.num_tokens, 2, 16) for _ in range(3))
-    for rank in range(ranks):
-        ours, oracle = (
-            prepare_attention(batch, model, torch.float32, backend, CPU, Cut(rank, ranks), gather_keys=True).backend
-            for backend in ("flex", "dense")
-        )
-        part = q.chunk(ranks)[rank]
-        with torch.no_grad():
-            torch.testing.assert_close(ours(part, k, v, 0.25), oracle(part, k, v, 0.25), atol=2e-5, rtol=0)
+    with torch.no_grad():
+        ours, oracle = (forward(batch, backend, ranks=ranks)[2] for backend in ("flex", "dense"))
+    torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("backend", [*EXACT, "dense"])
@@ -202,10 +208,7 @@ def test_choice_on_a_cpu_gives_the_reason() -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (
-            "varlen",
-            "train.attention_backend = varlen: needs a CUDA device; this is cpu. Backends that run here: dense, ",
-        ),
+        ("varlen", "train.attention_backend = varlen: needs a CUDA device; this is cpu. Backends that run here: den"),
         ("flex", "it has no backward pass on a CPU"),
         ("te", "Transformer Engine is not installed"),
         ("fast", "'fast': unknown. Use auto, dense, grouped, varlen, flex, te"),
@@ -254,21 +257,7 @@ def test_gpu_backends_equal_dense_in_bf16(samples: Samples, backend: str, head_d
     if reason:
         pytest.skip(f"{backend}: {reason}")
     batch = pack(samples, 4 + -sum(map(sum, samples)) % 4)
-    model = ModelConfig(hidden_size=2 * head_dim, num_attention_heads=2, rope_sections=(8, 12, 12))
-    shape = (batch.num_tokens, 2, head_dim)
-    results = []
-    for name in (backend, "dense"):
-        generator = torch.Generator("cuda").manual_seed(0)
-        tensors = [torch.randn(shape, device="cuda", dtype=HALF, generator=generator) for _ in range(4)]
-        q, k, v = (x.requires_grad_() for x in tensors[:3])
-        plans = [
-            prepare_attention(batch, model, HALF, name, gpu, Cut(rank, ranks), gather_keys=True)
-            for rank in range(ranks)
-        ]
-        parts = [plan.backend(part, k, v, head_dim**-0.5) for plan, part in zip(plans, q.chunk(ranks), strict=True)]
-        out = torch.cat(parts)
-        out.backward(tensors[3])
-        results.append((out, q.grad, k.grad, v.grad))
+    results = [attend(batch, name, head_dim, ranks, HALF, gpu) for name in (backend, "dense")]
     for ours, oracle in zip(*results, strict=True):
         # bfloat16 has 8 significant bits: 1/128 of values up to 4.
         torch.testing.assert_close(ours, oracle, atol=4e-2, rtol=4e-2)

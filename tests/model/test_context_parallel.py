@@ -11,9 +11,12 @@ import torch
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.config import RunConfig
+from genlip_megatron.parallel import groups
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.parity import FLOAT32, gradients, merged
-from genlip_megatron.testing.runs import layout, tiny_config
+from genlip_megatron.testing.runs import build_run, layout, tiny_config
+from genlip_megatron.train.forward_backward import forward_backward
+from genlip_megatron.train.validation import sum_over_ranks
 
 SLOTS = 128
 SETTINGS: dict[str, Any] = {"train__global_batch_size": 2, "data__seq_length": SLOTS}
@@ -41,11 +44,6 @@ def make_batch(pack: list[tuple[int, int, int, int]]) -> PackedBatch:
 
 
 def loss_and_gradients(config: RunConfig, pack: list[tuple[int, int, int, int]]) -> dict[str, Any]:
-    from genlip_megatron.parallel import groups
-    from genlip_megatron.train.forward_backward import forward_backward
-    from genlip_megatron.train.setup import build_run
-    from genlip_megatron.train.validation import sum_over_ranks
-
     groups.initialize(config)
     run = build_run(config)
     # Two micro-batches; the fixed second one has a loss for every pack.
@@ -56,7 +54,6 @@ def loss_and_gradients(config: RunConfig, pack: list[tuple[int, int, int, int]])
 
 @functools.cache
 def on_one_process(pack: str) -> dict[str, Any]:
-    """The result on one process."""
     return run_distributed(1, loss_and_gradients, tiny_config(Path("unused"), **SETTINGS), PACKS[pack])[0]
 
 

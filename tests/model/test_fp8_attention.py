@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from genlip_megatron.config import ModelConfig, RunConfig, override
-from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, prepare_attention, te
+from genlip_megatron.config import RunConfig, override
+from genlip_megatron.model.attention import FP8_BACKEND, core, fp8, te
 from genlip_megatron.model.attention.two_calls import reference_kernel
 from genlip_megatron.model.te_support import Fp8, Gpu, choose_fp8, fp8_head_dim
-from tests.model.test_attention import CPU, Cut, Samples, attend, pack
+from tests.model.test_attention import Cut, Samples, attend, forward, pack
 
 HOPPER, BLACKWELL, AMPERE = Gpu((9, 0), 91300), Gpu((10, 0), 91500), Gpu((8, 0), 91300)
 
@@ -54,33 +54,21 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stacked_images_attend_by_the_rule(
     samples: Samples, images: int, length: int, capability: tuple[int, int]
 ) -> None:
-    batch, heads, head_dim = pack(samples, 3), 2, 72
-    model = ModelConfig(hidden_size=heads * head_dim, num_attention_heads=heads, rope_sections=(2, 2, 2))
-    kernel = Kernel(capability)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(batch.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
-    q, k, v = (x.requires_grad_() for x in inputs[:3])
-    packed = prepare_attention(batch, model, torch.float32, FP8_BACKEND, CPU)
-    out = packed.backend(q, k, v, head_dim**-0.5, image_kernel=kernel)
+    batch, kernel = pack(samples, 3), Kernel(capability)
+    (backend,), inputs, out = forward(batch, FP8_BACKEND, 72, image_kernel=kernel)
     out.backward(inputs[3])
-    for ours, oracle in zip((out, q.grad, k.grad, v.grad), attend(batch, "dense", head_dim), strict=True):
+    for ours, oracle in zip((out, *(x.grad for x in inputs[:3])), attend(batch, "dense", 72), strict=True):
         torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=0)
     # One FP8 call for each micro-batch, with few shapes. Stacked images take only this call.
-    assert len(packed.backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)  # type: ignore[attr-defined]
-    assert kernel.shapes == [(images, length, heads, 80 if capability == (10, 0) else 128)]
+    assert len(backend.calls[0].queries.slots) == sum(image for image, _ in samples if image != length)
+    assert kernel.shapes == [(images, length, 2, 80 if capability == (10, 0) else 128)]
 
 
 def test_images_cut_by_context_parallelism_take_the_bf16_call() -> None:
-    samples = [(9, 5), (9, 1), (9, 4), (9, 6)]
-    batch, head_dim = pack(samples, 0), 16
-    model = ModelConfig(hidden_size=32, num_attention_heads=2, rope_sections=(2, 2, 2))
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(batch.num_tokens, 2, head_dim, generator=generator) for _ in range(3))
-    plans = [prepare_attention(batch, model, torch.float32, FP8_BACKEND, CPU, Cut(i, 4), True) for i in range(4)]
-    parts = zip(plans, q.chunk(4), strict=True)
-    out = torch.cat([plan.backend(part, k, v, 0.25, image_kernel=Kernel((9, 0))) for plan, part in parts])
-    torch.testing.assert_close(out, attend(batch, "dense", head_dim)[0], atol=2e-5, rtol=0)
-    assert [plan.backend.images for plan in plans] == [1, 1, 0, 0]  # type: ignore[attr-defined]
+    batch = pack([(9, 5), (9, 1), (9, 4), (9, 6)], 0)
+    backends, _, out = forward(batch, FP8_BACKEND, ranks=4, image_kernel=Kernel((9, 0)))
+    torch.testing.assert_close(out, forward(batch, "dense")[2], atol=2e-5, rtol=0)
+    assert [backend.images for backend in backends] == [1, 1, 0, 0]
 
 
 def config(**flags: Any) -> RunConfig:
@@ -95,11 +83,7 @@ def config(**flags: Any) -> RunConfig:
         ({}, AMPERE, r"train\.fp8 = hybrid: needs compute capability 8\.9 or above .*not 8\.0"),
         ({}, Gpu(), "needs compute capability 8.9 or above .*and there is no GPU"),
         ({}, Gpu((8, 9), 91300), r"with delayed scaling needs compute capability 9\.0 or above, not 8\.9"),
-        (
-            {"fp8_recipe": "current"},
-            HOPPER,
-            "current scaling .* 10.0 .*not 9.0; on Hopper use --fp8-recipe d",
-        ),
+        ({"fp8_recipe": "current"}, HOPPER, "current scaling .* 10.0 .*not 9.0; on Hopper use --fp8-recipe d"),
         ({"image_mode": "native"}, HOPPER, "images of data.image_mode = native differ in length"),
         ({}, Gpu((9, 0), 90600), r"needs cuDNN 9\.7 or above.*installed is 9\.6\.0"),
         ({}, Gpu((9, 0), 91000), "which has a bug"),

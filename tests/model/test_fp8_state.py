@@ -12,11 +12,16 @@ import torch
 
 from genlip_megatron.checkpoint import loading, manifest, parts, paths
 from genlip_megatron.checkpoint.reshard import reshard
+from genlip_megatron.checkpoint.write import HostCopies
 from genlip_megatron.config import RunConfig
 from genlip_megatron.convert.megatron_source import MegatronSource
-from genlip_megatron.model.fp8_state import sharded_fp8_state
+from genlip_megatron.model.fp8_state import fp8_state, sharded_fp8_state
+from genlip_megatron.model.genlip import unwrap
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import build_run, layout, run_steps, tiny_config
+from genlip_megatron.train import resume
+from genlip_megatron.train.setup import set_up
+from genlip_megatron.train.step import train_step
 from tests import te_stand_ins as engine
 from tests.te_stand_ins import stand_ins
 
@@ -29,32 +34,27 @@ BF16 = {**DELAYED, "train__fp8": "none"}
 
 def state_of(run: Any) -> dict[str, torch.Tensor]:
     """Copies of this rank's scales and histories, named by the layer in the whole model."""
-    from genlip_megatron.model.fp8_state import fp8_state
-    from genlip_megatron.model.genlip import unwrap
-
     layers = [layer for chunk in run.model for layer in unwrap(chunk).decoder.layers]
     return {f"{layer.layer_number}.{name}": x.clone() for layer in layers for name, x in fp8_state(layer)}
 
 
 def trained(config: RunConfig, steps: int, history: int = 8) -> dict[str, Any]:
-    """Train to a step and save: losses, the FP8 state at the start and at the end, and log lines about FP8."""
-    from genlip_megatron.train import resume
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
+    """Train to a step and save: losses, log lines about FP8, its state at the start, after each step and at the end."""
     said: list[str] = []
     with stand_ins(), mock.patch.object(engine, "HISTORY", history), mock.patch.object(resume, "log", said.append):
         run = set_up(config)
         assert run.train_loader is not None
-        batches, losses, begun = iter(run.train_loader), [], state_of(run)
+        batches, losses, states, begun = iter(run.train_loader), [], [], state_of(run)
         while run.iteration < steps:
             losses.append(train_step(run, batches).loss)
             run.iteration += 1
+            states.append(state_of(run))
         assert resume.save(run, last=True)
         run.train_loader.close()
         return {
             "losses": losses,
             "begun": begun,
+            "states": states,
             "ended": state_of(run),
             "said": [line for line in said if "FP8" in line],
         }
@@ -148,13 +148,6 @@ def test_scales_are_ignored_by_runs_without_fp8(
 
 def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(the state when an asynchronous save begins, the state that is loaded from it); training changes it meanwhile."""
-    from genlip_megatron.checkpoint.write import HostCopies
-    from genlip_megatron.model.fp8_state import fp8_state
-    from genlip_megatron.model.genlip import unwrap
-    from genlip_megatron.train.resume import finish_saves, load, save
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
     copy = HostCopies.copy
 
     def later(self: HostCopies, planned: Any) -> None:
@@ -168,9 +161,9 @@ def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tens
         train_step(run, iter(run.train_loader))
         run.iteration += 1
         before = state_of(run)
-        assert save(run) and finish_saves(run)
+        assert resume.save(run) and resume.finish_saves(run)
         assert not any(torch.equal(before[name], tensor) for name, tensor in state_of(run).items())
-        load(run)
+        resume.load(run)
         run.train_loader.close()
         return before, state_of(run)
 
@@ -185,29 +178,11 @@ def test_an_asynchronous_save_holds_the_scales_of_its_step(demo_data: Path, tmp_
 @pytest.mark.parametrize("fault", ["transient-nan", "nan-grad"])
 def test_a_bad_step_does_not_change_the_scales(fault: str, demo_data: Path) -> None:
     flags = {**DELAYED, "faults__allow_fault_injection": True, "faults__inject_fault": [f"{fault}@3:0"]}
-    whole, bad = (run_distributed(1, scales_after_each, tiny_config(demo_data, **f), 3)[0] for f in (DELAYED, flags))
+    whole, bad = (run_distributed(1, trained, tiny_config(demo_data, **f), 3)[0]["states"] for f in (DELAYED, flags))
     assert not torch.equal(whole[1]["1.self_attention.linear_qkv.fp8.amax_history_fwd"],
                            whole[2]["1.self_attention.linear_qkv.fp8.amax_history_fwd"])  # fmt: skip
     # A rerun step equals the undisturbed one; a skipped step leaves the scales of the step before.
     assert_same(bad[2], whole[2] if fault == "transient-nan" else whole[1])
-
-
-def scales_after_each(config: RunConfig, steps: int) -> list[dict[str, torch.Tensor]]:
-    """The state after each of ``steps`` guarded steps."""
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
-    states = []
-    with stand_ins():
-        run = set_up(config)
-        assert run.train_loader is not None
-        batches = iter(run.train_loader)
-        for _ in range(steps):
-            train_step(run, batches)
-            run.iteration += 1
-            states.append(state_of(run))
-        run.train_loader.close()
-    return states
 
 
 @pytest.mark.parametrize("ends_in_bf16", [True, False])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from genlip_megatron import megatron_patches
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import ModelConfig, RunConfig, override
 from genlip_megatron.device import current_device
+from genlip_megatron.model import genlip, specs
 from genlip_megatron.model.attention import prepare_attention
 from genlip_megatron.model.fusion import fusion_choice
 from genlip_megatron.model.norm import LayerNorm
 from genlip_megatron.testing.distributed import run_distributed
+from tests.model.builds import build
+from tests.train.test_no_waits import MODEL, batch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -79,10 +83,10 @@ def test_attention_applies_rotary_positions_by_the_compiled_function(monkeypatch
         return 0 * x
 
     monkeypatch.setattr("genlip_megatron.model.attention.packed.compiled", lambda _: turn)
-    batch = pack_samples([[Sample(None, 0, 0, [1, 2, 3])]], 4)
+    packed_batch = pack_samples([[Sample(None, 0, 0, [1, 2, 3])]], 4)
     model, q = ModelConfig(rope_sections=(1, 0, 0), hidden_size=4, num_attention_heads=2), torch.randn(4, 2, 2)
     for fusion in (False, True):
-        packed = prepare_attention(batch, model, torch.float32, "dense", torch.device("cpu"), fusion=fusion)
+        packed = prepare_attention(packed_batch, model, torch.float32, "dense", torch.device("cpu"), fusion=fusion)
         # All scores are 0, so every token gets the mean of the tokens before it.
         mean = torch.allclose(packed.backend(q, q, q, 1.0)[2], q[:3].mean(0), atol=1e-6)
         assert mean == fusion
@@ -104,29 +108,13 @@ def test_a_norm_returns_a_handed_result_once_and_only_for_that_tensor() -> None:
 
 def norms_and_gradients(fusion: str, recompute: str) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
     """(norms computed separately, loss, gradients) of two layers; nothing is compiled."""
-    from genlip_megatron.model import genlip, specs
-    from genlip_megatron.parallel import groups
-    from tests.train.test_no_waits import MODEL, batch
-
-    config = override(
-        RunConfig(model=MODEL), {"train.fusion": fusion, "data.seq_length": 64, "parallel.recompute": recompute}
-    )
-    groups.initialize(config)
+    settings = {"train.fusion": fusion, "data.seq_length": 64, "parallel.recompute": recompute}
     genlip.fusion_choice = specs.fusion_choice = lambda _: False
-    model = genlip.build_model(config, specs.transformer_config(config))[0]
-    made, norm = [], torch.nn.LayerNorm.forward
-
-    def counted(self: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-        made.append(self)
-        return norm(self, x)
-
-    torch.nn.LayerNorm.forward = counted
-    try:
+    model, norm = build(override(RunConfig(model=MODEL), settings)), torch.nn.LayerNorm.forward
+    with mock.patch.object(torch.nn.LayerNorm, "forward", autospec=True, side_effect=norm) as made:
         loss = model(batch(0).to(current_device()))
         loss.backward()
-    finally:
-        torch.nn.LayerNorm.forward = norm
-    return len(made), loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return made.call_count, loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(("recompute", "norms"), [("none", (5, 2)), ("full", (9, 5))])

@@ -9,20 +9,18 @@ import pytest
 import torch
 
 from genlip_megatron.batch import Sample
-from genlip_megatron.config import RunConfig
+from genlip_megatron.config import RunConfig, override
+from genlip_megatron.infer.generate import generate
+from genlip_megatron.model.genlip import build_model
+from genlip_megatron.model.specs import transformer_config
+from genlip_megatron.model.weights import fill_weights
+from genlip_megatron.parallel import groups
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.golden import golden_run, load_golden
-from genlip_megatron.testing.runs import layout, tiny_config
+from genlip_megatron.testing.runs import build_run, layout, tiny_config
 
 
 def run_generate(path: str, flags: dict[str, Any]) -> list[int]:
-    from genlip_megatron.config import override
-    from genlip_megatron.infer.generate import generate
-    from genlip_megatron.model.genlip import build_model
-    from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.model.weights import fill_weights
-    from genlip_megatron.parallel import groups
-
     model, golden = load_golden(Path(path))
     run = override(golden_run(model, 96), {name.replace("__", "."): value for name, value in flags.items()})
     groups.initialize(run)
@@ -30,12 +28,8 @@ def run_generate(path: str, flags: dict[str, Any]) -> list[int]:
     for chunk in chunks:
         fill_weights(chunk, lambda name: golden[f"weights/{name}"])
     _, rows, columns = golden["generation/grid"][0].tolist()
-    request = Sample(
-        golden["generation/pixel_values"].flatten(1),
-        rows,
-        columns,
-        golden["generation/prompt_ids"][0, rows * columns :].tolist(),
-    )
+    prompt = golden["generation/prompt_ids"][0, rows * columns :].tolist()
+    request = Sample(golden["generation/pixel_values"].flatten(1), rows, columns, prompt)
     return generate(chunks, [request], stop_ids=(), max_new_tokens=len(golden["generation/tokens"]))[0]
 
 
@@ -49,10 +43,6 @@ def test_greedy_tokens_equal_the_authors(golden_file: Path, name: str) -> None:
 
 
 def captions_of_a_new_model(config: RunConfig) -> list[list[int]]:
-    from genlip_megatron.infer.generate import generate
-    from genlip_megatron.parallel import groups
-    from genlip_megatron.train.setup import build_run
-
     groups.initialize(config)
     run = build_run(config)
     generator = torch.Generator().manual_seed(3)

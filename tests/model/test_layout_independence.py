@@ -9,18 +9,12 @@ import torch
 
 from genlip_megatron.config import ModelConfig
 from genlip_megatron.model.state_dict import TABLE, canonical_shapes, find
-from genlip_megatron.model.weights import initial_tensor
+from genlip_megatron.model.weights import gather_canonical, initial_tensor
 from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.testing.golden import golden_run
+from tests.model.builds import build
 
-MODEL = ModelConfig(
-    num_layers=5,
-    hidden_size=32,
-    num_attention_heads=4,
-    ffn_hidden_size=48,
-    text_hidden_size=24,
-    vocab_size=61,
-    rope_sections=(2, 1, 1),
-)
+MODEL = ModelConfig(5, 32, 4, 48, 24, 61, (2, 1, 1))
 SIZES = {
     "l16": (ModelConfig(24, 1024, 16, 2816, 1024), 334_666_752, None),
     "so16": (ModelConfig(27, 1152, 16, 3072, 1152), 467_240_832, None),
@@ -43,17 +37,7 @@ def test_parameter_counts_of_the_named_sizes(name: str) -> None:
 
 def initial_weights(model: ModelConfig, tp: int, pp: int) -> dict[str, torch.Tensor]:
     """Full canonical weights of this rank's stage, gathered over tensor parallelism."""
-    from megatron.core import parallel_state
-
-    from genlip_megatron.model.genlip import build_model
-    from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.model.weights import gather_canonical
-    from genlip_megatron.testing.golden import golden_run
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
-    run = golden_run(model, 64, tp, pp)
-    built = build_model(run, transformer_config(run))[0]
+    built = build(golden_run(model, 64, tp, pp))
     return gather_canonical(built, dict(built.named_parameters()))
 
 

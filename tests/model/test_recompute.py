@@ -6,27 +6,22 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.recompute import discard, recomputable
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
+from tests.model.builds import build
+from tests.te_stand_ins import stand_ins
 
 
-class _Norm:
-    """A LayerNorm that counts its calls."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return F.layer_norm(x, x.shape[-1:])
+def _counted_norm() -> mock.Mock:
+    return mock.Mock(side_effect=lambda x: F.layer_norm(x, x.shape[-1:]))
 
 
 def test_value_is_freed_until_the_backward_pass_and_its_inputs_released_after_it() -> None:
@@ -34,15 +29,15 @@ def test_value_is_freed_until_the_backward_pass_and_its_inputs_released_after_it
     F.linear(F.layer_norm(x, (8,)), weight).square().sum().backward()
     expected = (x.grad, weight.grad)
     x.grad = weight.grad = None
-    norm = _Norm()
+    norm = _counted_norm()
     held = weakref.ref(norm)
     normed = recomputable(norm, x)
     product = F.linear(normed, weight)
     discard(normed, product)
-    assert normed.untyped_storage().size() == 0 and norm.calls == 1
+    assert normed.untyped_storage().size() == 0 and norm.call_count == 1
     loss = product.square().sum()
     loss.backward()
-    assert norm.calls == 2
+    assert norm.call_count == 2
     assert expected[0] is not None and expected[1] is not None and x.grad is not None and weight.grad is not None
     assert torch.equal(x.grad, expected[0]) and torch.equal(weight.grad, expected[1])
     # The loss still holds the graph, which must not hold the function.
@@ -53,7 +48,7 @@ def test_value_is_freed_until_the_backward_pass_and_its_inputs_released_after_it
 
 def test_a_second_backward_pass_is_an_error() -> None:
     x = torch.randn(6, 8, requires_grad=True)
-    normed = recomputable(_Norm(), x)
+    normed = recomputable(_counted_norm(), x)
     product = normed * 2
     discard(normed, product)
     product.sum().backward(retain_graph=True)
@@ -67,25 +62,20 @@ def test_values_that_are_not_recomputable_or_need_no_gradient_stay() -> None:
     discard(plain, plain * 2)
     assert plain.untyped_storage().size()
     with torch.no_grad():
-        norm = _Norm()
+        norm = _counted_norm()
         held = weakref.ref(norm)
         normed = recomputable(norm, x)
         discard(normed, normed * 2)
     assert normed.untyped_storage().size()
     del norm
+    gc.collect()
     assert held() is None, "a value without a gradient keeps its function alive"
 
 
 def _keeping(config: RunConfig) -> list[set[str]]:
     """For each layer, the linears that save their original input and not an FP8 copy of it."""
-    from genlip_megatron.model.genlip import build_model
-    from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.parallel import groups
-    from tests.te_stand_ins import stand_ins
-
-    groups.initialize(config)
     with stand_ins():
-        (model,) = build_model(config, transformer_config(config))
+        model = build(config)
     return [
         {name for name, linear in layer.named_modules() if getattr(linear, "save_original_input", False)}
         for layer in model.decoder.layers

@@ -19,12 +19,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
+from genlip_megatron.model.specs import transformer_config
 from genlip_megatron.model.state_dict import find
-from genlip_megatron.model.te_support import why_no_engine
-from genlip_megatron.parallel.user_buffers import prepare_user_buffers
+from genlip_megatron.model.te_support import fused_norms, why_no_engine
+from genlip_megatron.model.weights import fill_initial_weights
+from genlip_megatron.parallel.groups import prepare_user_buffers
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.parity import BFLOAT16, parity_config, parity_run, problems
 from genlip_megatron.testing.runs import build_run, failing_set_up, layout, run_steps, tiny_config, weights
+from tests.model.builds import build
 from tests.te_stand_ins import run_engine_steps, stand_ins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,12 +38,7 @@ FUSED: dict[str, Any] = {"train__transformer_impl": "transformer_engine"}
 @pytest.mark.parametrize(
     ("version", "code", "gpu", "reason"),
     [
-        (
-            "2.8.1",
-            "",
-            True,
-            "Transformer Engine 2.8.1 is not a version that Megatron-Core 0.16.1 supports: 2.9 and below 2.12",
-        ),
+        ("2.8.1", "", True, "2.8.1 is not a version that Megatron-Core 0.16.1 supports: 2.9 and below 2.12"),
         ("2.10.0", "", True, None),
         ("2.10.0", "", False, "Transformer Engine 2.10.0 needs a GPU, and torch sees none"),
         ("2.10.0", "raise ImportError('undefined symbol: x')", True, "does not load: undefined symbol: x (docs/ins"),
@@ -85,12 +83,12 @@ assert clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale, cli
 @pytest.mark.parametrize("name", ["1", "TP2"])
 def test_fused_norms_train_as_separate_norms(name: str, demo_data: Path) -> None:
     world_size, flags = layout(name)
-    alone = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
+    separate = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
     fused = run_distributed(world_size, run_engine_steps, tiny_config(demo_data, **flags, **FUSED), STEPS)
-    assert fused[0]["losses"] == pytest.approx(alone[0]["losses"], rel=1e-6)
-    assert fused[0]["norms"] == pytest.approx(alone[0]["norms"], rel=1e-5)
+    assert fused[0]["losses"] == pytest.approx(separate[0]["losses"], rel=1e-6)
+    assert fused[0]["norms"] == pytest.approx(separate[0]["norms"], rel=1e-5)
     assert [name for name, _ in fused[0]["seen"]] == ["qkv", "proj", "fc1", "fc2"] * 4
-    expected = weights(alone)
+    expected = weights(separate)
     for tensor, weight in weights(fused).items():
         # Adam turns the rounding of tiny gradients into whole steps; each of the four steps moves a weight by up to lr.
         torch.testing.assert_close(weight, expected[tensor], atol=2e-5, rtol=0, msg=tensor)
@@ -130,39 +128,32 @@ def test_dp_reshardable_state_is_not_read_in_another_order(demo_data: Path, tmp_
         reshard(Path(folder) / "iter_0000001", "fully_reshardable", tmp_path / "other", build_run)
 
 
-def _layers_in_fp8(result: dict[str, Any]) -> list[bool]:
-    seen = [in_fp8 for _, in_fp8 in result["seen"]]
-    layers = [set(seen[i : i + 4]) for i in range(0, len(seen), 4)]
-    assert all(len(layer) == 1 for layer in layers), "one format for all linears of a layer"
-    return [layer.pop() for layer in layers]
-
-
 def fp8_config(data: Path, **flags: Any) -> RunConfig:
     return tiny_config(data, train__precision="bf16", **FUSED, **{"train__fp8": "hybrid", **flags})
 
 
-def test_every_layer_is_in_fp8_unless_first_and_last_layers_stay_in_bf16(demo_data: Path) -> None:
-    for flags, expected in (
+_ENDS = {"train__first_last_layers_bf16": True, "train__num_layers_at_end_in_bf16": 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
         ({"train__fp8": "none"}, [False] * 4),
         ({}, [True] * 4),
         ({"train__fp8_recipe": "current"}, [True] * 4),
-        (
-            {
-                "train__fp8_recipe": "current",
-                "train__first_last_layers_bf16": True,
-                "train__num_layers_at_end_in_bf16": 2,
-            },
-            [False, True, False, False],
-        ),
-    ):
-        config = fp8_config(demo_data, **flags)
-        assert _layers_in_fp8(run_distributed(1, run_engine_steps, config, 1)[0]) == expected
+        ({"train__fp8_recipe": "current", **_ENDS}, [False, True, False, False]),
+    ],
+)
+def test_every_layer_is_in_fp8_unless_first_and_last_layers_stay_in_bf16(
+    flags: dict[str, Any], expected: list[bool], demo_data: Path
+) -> None:
+    (result,) = run_distributed(1, run_engine_steps, fp8_config(demo_data, **flags), 1)
+    for i, in_fp8 in enumerate(expected):
+        assert {seen for _, seen in result["seen"][4 * i : 4 * i + 4]} == {in_fp8}, "one format for a layer's linears"
+    assert len(result["seen"]) == 16
 
 
 def test_settings_reach_megatron_core(demo_data: Path) -> None:
-    from genlip_megatron.model.specs import transformer_config
-    from tests.te_stand_ins import stand_ins
-
     with stand_ins():
         current = transformer_config(
             fp8_config(demo_data, train__fp8_recipe="current", train__fp8_primary_weights=True)
@@ -196,8 +187,6 @@ def test_user_buffers_match_the_formats_of_the_layers(
 
 
 def test_a_recomputed_or_offloaded_norm_is_not_fused(demo_data: Path) -> None:
-    from genlip_megatron.model.te_support import fused_norms
-
     flags = {"parallel__recompute": "selective", "parallel__recompute_modules": ["layernorm"]}
     assert fused_norms(tiny_config(demo_data, **FUSED))
     assert not fused_norms(tiny_config(demo_data, **FUSED, **flags))
@@ -205,20 +194,14 @@ def test_a_recomputed_or_offloaded_norm_is_not_fused(demo_data: Path) -> None:
 
 
 def test_names_of_fused_norms() -> None:
-    for fused, alone in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
+    for fused, norm in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
         for kind in ("weight", "bias"):
             names, entry = find(f"decoder.layers.1.{fused}.layer_norm_{kind}", 2)
-            assert names == (f"visual.layers.3.{alone}.{kind}",) and entry.layout.dim is None
+            assert names == (f"visual.layers.3.{norm}.{kind}",) and entry.layout.dim is None
 
 
 def _exact_values(config: RunConfig) -> bool:
-    from genlip_megatron.model.genlip import build_model
-    from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.model.weights import fill_initial_weights
-    from genlip_megatron.parallel import groups
-
-    groups.initialize(config)
-    (model,) = build_model(config, transformer_config(config))
+    model = build(config)
     weight = model.decoder.layers[0].mlp.linear_fc2.weight
     weight._high_precision_init_val = torch.zeros(weight.shape)
     fill_initial_weights(model, config)
@@ -231,14 +214,8 @@ def test_fp8_weights_keep_their_exact_initial_values(demo_data: Path) -> None:
 
 def _state(config: RunConfig) -> tuple[list[str], str]:
     """(pickled entries of a checkpoint, the error for a state dict that lacks a weight)."""
-    from genlip_megatron.model.genlip import build_model
-    from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.parallel import groups
-    from tests.te_stand_ins import stand_ins
-
-    groups.initialize(config)
     with stand_ins():
-        (model,) = build_model(config, transformer_config(config))
+        model = build(config)
         layers = [name for name in model.sharded_state_dict() if ".layers." in name]
         state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
         model.load_state_dict(state)
@@ -265,11 +242,8 @@ def test_fifty_steps_in_bf16_follow_the_local_layers(demo_data: Path) -> None:
         "model__hidden_size": 256, "model__ffn_hidden_size": 704, "model__rope_sections": [12, 10, 10],
         "train__precision": "bf16", "train__train_iters": 50, "data__decoder": "pillow",
     }  # fmt: skip
-    alone, beside = (
-        parity_run(parity_config(demo_data, **flags)),
-        parity_run(parity_config(demo_data, **flags, **FUSED)),
-    )
-    assert problems([beside], alone, BFLOAT16) == []
+    expected, found = (parity_run(parity_config(demo_data, **flags, **more)) for more in ({}, FUSED))
+    assert problems([found], expected, BFLOAT16) == []
     local = run_steps(tiny_config(demo_data, **flags), 50)
     fused = run_steps(tiny_config(demo_data, **flags, **FUSED), 50)
     # The first step's gradients differ by rounding to bfloat16, 1/256; training amplifies that in later steps.

@@ -13,6 +13,7 @@ processes. ``make null-gpu`` creates the environment and runs this script.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,6 @@ SMALL: dict[str, Any] = {
 FLOAT32_LIMIT, LIMIT, FP8_ATTENTION_LIMIT = 1e-4, 1e-2, 2e-2
 INFERENCE_LIMITS = {"features": 1e-4, "caption": 0.0}
 
-_LAYERS = frozenset({"layernorm_fwd", "layernorm_bwd", "generic_gemm"})
-_FUSED_ATTENTION = frozenset({"fused_attn_fwd", "fused_attn_bwd"})
-_DELAYED = frozenset({"quantize", "fused_amax_and_scale_update_after_reduction"})
-
 
 @dataclass(frozen=True)
 class Part:
@@ -60,7 +57,7 @@ class Part:
     flags: tuple[str, ...] = ("--compute",)
     against: str = "cpu"
     limit: float = LIMIT
-    calls: frozenset[str] = field(default_factory=frozenset)
+    calls: frozenset[str] = frozenset()
     says: str = ""
     compiles: bool = False
     crowded: bool = False
@@ -69,109 +66,91 @@ class Part:
     resumes: bool = False
 
 
-_BF16 = {"train__precision": "bf16"}
+_FP32, _BF16 = {"train__precision": "fp32"}, {"train__precision": "bf16"}
 _TE = {**_BF16, "train__transformer_impl": "transformer_engine"}
 _FP8 = {**_TE, "train__fp8": "hybrid"}
 _CURRENT = {**_FP8, "train__fp8_recipe": "current"}
+_WEIGHTS = {"train__fp8_primary_weights": True}
 _FIXED = {"data__image_mode": "fixed"}
-_ENGINE = _LAYERS | _FUSED_ATTENTION
-_FP32 = {"train__precision": "fp32"}
+_FSDP = {**_BF16, "parallel__fsdp": True}
+_GRAPH = {**_BF16, "train__cuda_graph": True}
 _OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 _TP2 = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+_CP2, _PP2 = {"parallel__context_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 _SELECTIVE = {
     "parallel__recompute": "selective",
     "parallel__recompute_modules": ["core_attn", "layernorm", "mlp_act", "output_gate"],
 }
 _ALL_MODULES = ["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"]
-_CP2, _PP2 = {"parallel__context_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
+# Functions of Transformer Engine that a part must call.
+_FUSED_ATTENTION = frozenset({"fused_attn_fwd", "fused_attn_bwd"})
+_UNFUSED_NORMS = _FUSED_ATTENTION | {"generic_gemm"}
+_ENGINE = _UNFUSED_NORMS | {"layernorm_fwd", "layernorm_bwd"}
+_DELAYED = _ENGINE | {"quantize", "fused_amax_and_scale_update_after_reduction"}
+_NOW = _ENGINE | {"quantize"}
+_NOW_WEIGHTS = _NOW | {"multi_tensor_compute_scale_and_scale_inv"}
+_RECOMPUTED_NOW = _FUSED_ATTENTION | {"quantize"}
+
+_exact = functools.partial(Part, limit=0.0)
+_float32 = functools.partial(Part, limit=FLOAT32_LIMIT)
+_golden = functools.partial(Part, {}, flags=("--compute", "--interpret"), against="")
+_without_numbers = functools.partial(Part, flags=(), against="")
 PARTS: dict[str, Part] = {
-    "fp32": Part({"train__precision": "fp32"}, limit=FLOAT32_LIMIT),
+    "fp32": _float32(_FP32),
     "bf16": Part(_BF16),
     "te": Part(_TE, calls=_ENGINE),
-    "fp8-delayed": Part(_FP8, calls=_ENGINE | _DELAYED),
-    "fp8-current": Part(_CURRENT, calls=_ENGINE | {"quantize"}),
-    "fp8-delayed-weights": Part({**_FP8, "train__fp8_primary_weights": True}, calls=_ENGINE | _DELAYED),
-    "fp8-current-weights": Part(
-        {**_CURRENT, "train__fp8_primary_weights": True},
-        calls=_ENGINE | {"quantize", "multi_tensor_compute_scale_and_scale_inv"},
-    ),
-    "fp8-current-ends-bf16": Part({**_CURRENT, "train__first_last_layers_bf16": True}, calls=_ENGINE | {"quantize"}),
+    "fp8-delayed": Part(_FP8, calls=_DELAYED),
+    "fp8-current": Part(_CURRENT, calls=_NOW),
+    "fp8-delayed-weights": Part({**_FP8, **_WEIGHTS}, calls=_DELAYED),
+    "fp8-current-weights": Part({**_CURRENT, **_WEIGHTS}, calls=_NOW_WEIGHTS),
+    "fp8-current-ends-bf16": Part({**_CURRENT, "train__first_last_layers_bf16": True}, calls=_NOW),
     "bf16-fixed": Part({**_BF16, **_FIXED}, against="cpu-fixed"),
     "fp8-attention": Part(
         {**_FP8, **_FIXED, "train__fp8_attention": True},
         against="bf16-fixed",
         limit=FP8_ATTENTION_LIMIT,
-        calls=_ENGINE | _DELAYED,
+        calls=_DELAYED,
     ),
-    "fp8-resume": Part(
-        {**_FP8, "train__fp8_primary_weights": True},
-        against="fp8-delayed-weights",
-        limit=0.0,
-        calls=_ENGINE | _DELAYED,
-        resumes=True,
-    ),
+    "fp8-resume": _exact({**_FP8, **_WEIGHTS}, against="fp8-delayed-weights", calls=_DELAYED, resumes=True),
     "recompute-full": Part({**_BF16, "parallel__recompute": "full"}),
-    "recompute": Part({**_BF16, **_SELECTIVE}, against="bf16", limit=0.0),
-    "recompute-te": Part({**_TE, **_SELECTIVE}, calls=_FUSED_ATTENTION | {"generic_gemm"}),
-    "recompute-fp8-current": Part({**_CURRENT, **_SELECTIVE}, calls=_FUSED_ATTENTION | {"quantize"}),
+    "recompute": _exact({**_BF16, **_SELECTIVE}, against="bf16"),
+    "recompute-te": Part({**_TE, **_SELECTIVE}, calls=_UNFUSED_NORMS),
+    "recompute-fp8-current": Part({**_CURRENT, **_SELECTIVE}, calls=_RECOMPUTED_NOW),
     "offload": Part({**_BF16, "parallel__offload_modules": ["core_attn"]}, against="bf16", limit=1e-6, moves=True),
-    "offload-te": Part(
-        {**_TE, "parallel__offload_modules": _ALL_MODULES}, calls=_FUSED_ATTENTION | {"generic_gemm"}, moves=True
-    ),
-    "fsdp": Part({**_BF16, "parallel__fsdp": True}),
-    "dp2-fp32": Part({**_FP32, **_OVERLAP}, limit=FLOAT32_LIMIT, ranks=2),
-    "tp2-fp32": Part({**_FP32, **_TP2}, limit=FLOAT32_LIMIT, ranks=2),
-    "cp2-fp32": Part({**_FP32, **_CP2}, limit=FLOAT32_LIMIT, ranks=2),
-    "pp2-fp32": Part({**_FP32, **_PP2}, limit=FLOAT32_LIMIT, ranks=2),
-    "fsdp2": Part({**_BF16, "parallel__fsdp": True}, ranks=2),
+    "offload-te": Part({**_TE, "parallel__offload_modules": _ALL_MODULES}, calls=_UNFUSED_NORMS, moves=True),
+    "fsdp": Part(_FSDP),
+    "dp2-fp32": _float32({**_FP32, **_OVERLAP}, ranks=2),
+    "tp2-fp32": _float32({**_FP32, **_TP2}, ranks=2),
+    "cp2-fp32": _float32({**_FP32, **_CP2}, ranks=2),
+    "pp2-fp32": _float32({**_FP32, **_PP2}, ranks=2),
+    "fsdp2": Part(_FSDP, ranks=2),
     "tp2-te": Part({**_TE, **_TP2}, calls=_ENGINE, ranks=2),
-    "tp2-recompute-te": Part({**_TE, **_TP2, **_SELECTIVE}, calls=_FUSED_ATTENTION | {"generic_gemm"}, ranks=2),
-    "tp2-recompute-fp8-current": Part(
-        {**_CURRENT, **_TP2, **_SELECTIVE}, calls=_FUSED_ATTENTION | {"quantize"}, ranks=2
-    ),
+    "tp2-recompute-te": Part({**_TE, **_TP2, **_SELECTIVE}, calls=_UNFUSED_NORMS, ranks=2),
+    "tp2-recompute-fp8-current": Part({**_CURRENT, **_TP2, **_SELECTIVE}, calls=_RECOMPUTED_NOW, ranks=2),
     "cp2-te": Part({**_TE, **_CP2}, calls=_ENGINE, ranks=2),
-    "tp2-fp8-delayed": Part({**_FP8, **_TP2}, calls=_ENGINE | _DELAYED, ranks=2),
-    "tp2-fp8-resume": Part(
-        {**_FP8, **_TP2}, against="tp2-fp8-delayed", limit=0.0, calls=_ENGINE | _DELAYED, ranks=2, resumes=True
+    "tp2-fp8-delayed": Part({**_FP8, **_TP2}, calls=_DELAYED, ranks=2),
+    "tp2-fp8-resume": _exact({**_FP8, **_TP2}, against="tp2-fp8-delayed", calls=_DELAYED, ranks=2, resumes=True),
+    "pp2-fp8-current": Part({**_CURRENT, **_PP2}, calls=_NOW, ranks=2),
+    "dp2-fp8-weights": Part({**_FP8, **_OVERLAP, **_WEIGHTS}, calls=_DELAYED, ranks=2),
+    "dp2-fp8-resume": _exact(
+        {**_FP8, **_OVERLAP, **_WEIGHTS}, against="dp2-fp8-weights", calls=_DELAYED, ranks=2, resumes=True
     ),
-    "pp2-fp8-current": Part({**_CURRENT, **_PP2}, calls=_ENGINE | {"quantize"}, ranks=2),
-    "dp2-fp8-weights": Part(
-        {**_FP8, **_OVERLAP, "train__fp8_primary_weights": True}, calls=_ENGINE | _DELAYED, ranks=2
-    ),
-    "dp2-fp8-resume": Part(
-        {**_FP8, **_OVERLAP, "train__fp8_primary_weights": True},
-        against="dp2-fp8-weights",
-        limit=0.0,
-        calls=_ENGINE | _DELAYED,
-        ranks=2,
-        resumes=True,
-    ),
-    "tp2-pp2-fp8-weights": Part(
-        {**_CURRENT, **_TP2, **_PP2, "train__fp8_primary_weights": True},
-        calls=_ENGINE | {"quantize", "multi_tensor_compute_scale_and_scale_inv"},
-        ranks=4,
-    ),
-    "golden-fp32": Part({}, flags=("--compute", "--interpret"), against=""),
-    "golden-bf16": Part({}, flags=("--compute", "--interpret"), against=""),
+    "tp2-pp2-fp8-weights": Part({**_CURRENT, **_TP2, **_PP2, **_WEIGHTS}, calls=_NOW_WEIGHTS, ranks=4),
+    "golden-fp32": _golden(),
+    "golden-bf16": _golden(),
     "infer": Part({}, against=""),
-    "graph": Part({**_BF16, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1"),
-    "graph-again": Part(
-        {**_BF16, "train__cuda_graph": True},
-        flags=(),
-        against="",
-        says="CUDA graphs released .*CUDA graph 1",
-        crowded=True,
-    ),
-    "dp2-graph": Part({**_BF16, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1", ranks=2),
-    "te-graph": Part({**_TE, "train__cuda_graph": True}, flags=(), against="", says="CUDA graph 1"),
-    "fusion-none": Part({**_BF16, "train__fusion": "none"}, flags=(), against=""),
-    "fusion-compile": Part({**_BF16, "train__fusion": "compile"}, flags=(), against="fusion-none", compiles=True),
-    "fusion-norms": Part({**_BF16, "train__fusion": "norms"}, flags=(), against="fusion-none", compiles=True),
+    "graph": _without_numbers(_GRAPH, says="CUDA graph 1"),
+    "graph-again": _without_numbers(_GRAPH, says="CUDA graphs released .*CUDA graph 1", crowded=True),
+    "dp2-graph": _without_numbers(_GRAPH, says="CUDA graph 1", ranks=2),
+    "te-graph": _without_numbers({**_TE, **_GRAPH}, says="CUDA graph 1"),
+    "fusion-none": _without_numbers({**_BF16, "train__fusion": "none"}),
+    "fusion-compile": _without_numbers({**_BF16, "train__fusion": "compile"}, against="fusion-none", compiles=True),
+    "fusion-norms": _without_numbers({**_BF16, "train__fusion": "norms"}, against="fusion-none", compiles=True),
 }
 # On the CPU, without Transformer Engine.
 REFERENCES: dict[str, dict[str, Any]] = {
-    "cpu": {"train__precision": "fp32"},
-    "cpu-fixed": {"train__precision": "fp32", **_FIXED},
+    "cpu": _FP32,
+    "cpu-fixed": {**_FP32, **_FIXED},
 }
 
 
@@ -181,16 +160,19 @@ def run_part(name: str, data: Path, steps: int) -> dict[str, Any]:
         return {"differences": gpu_check.golden(name.removeprefix("golden-"))}
     if name == "infer":
         return {"differences": infer()}
-    settings = REFERENCES[name] if name in REFERENCES else PARTS[name].settings
-    if name in PARTS and PARTS[name].crowded:
+    from genlip_megatron import megatron_patches
+
+    megatron_patches.install()
+    part = PARTS[name] if name in PARTS else Part(REFERENCES[name])
+    if part.crowded:
         crowd()
-    if name in PARTS and PARTS[name].moves:
+    if part.moves:
         move_small_tensors()
-    if name in PARTS and PARTS[name].resumes:
+    if part.resumes:
         saved = {"checkpoint__save": str(data.parent / name)}
-        losses = half(gpu_check.configuration("demo", data, {**SMALL, **settings, **saved}), steps)
+        losses = half(gpu_check.configuration("demo", data, {**SMALL, **part.settings, **saved}), steps)
         return {"losses": losses, "calls": dict(engine_kernels.CALLS)}
-    result = gpu_check.train(gpu_check.configuration("demo", data, {**SMALL, **settings}), steps)
+    result = gpu_check.train(gpu_check.configuration("demo", data, {**SMALL, **part.settings}), steps)
     if name in REFERENCES:
         return result
     import torch._dynamo.utils
@@ -229,9 +211,6 @@ def infer() -> dict[str, float]:
 
 def half(config: Any, steps: int) -> list[float]:
     """Train the first half of ``steps`` and save, or the second half if a save exists; returns the losses."""
-    from genlip_megatron import megatron_patches
-
-    megatron_patches.install()
     from genlip_megatron.parallel import groups
     from genlip_megatron.train import resume, setup
     from genlip_megatron.train.step import train_step
@@ -251,9 +230,6 @@ def half(config: Any, steps: int) -> list[float]:
 
 def crowd() -> None:
     """Let every fifth micro-batch run without a CUDA graph, in memory without room beside a graph."""
-    from genlip_megatron import megatron_patches
-
-    megatron_patches.install()
     from genlip_megatron.train import graphs
 
     graph_of, turns = graphs.GraphedStage._graph, itertools.cycle((True, True, True, True, False))
@@ -264,9 +240,6 @@ def crowd() -> None:
 
 def move_small_tensors() -> None:
     """Let offloading move all tensors; by default it keeps those with less than a million elements."""
-    from genlip_megatron import megatron_patches
-
-    megatron_patches.install()
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as offloading
 
     handler: Any = offloading.ChunkOffloadHandler

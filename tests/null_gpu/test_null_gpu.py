@@ -144,6 +144,13 @@ class Ranks:
     def wait(self, rank: int) -> None:
         assert self.nccl.cudaStreamSynchronize(self.streams[rank]) == SUCCESS
 
+    def collective(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], *args: int) -> None:
+        """Run NCCL's ``name`` on every rank, to its end."""
+        for rank, (given, output) in enumerate(zip(inputs, outputs, strict=True)):
+            assert self.call(rank, name, given, output, *args) == SUCCESS
+        for rank in range(len(inputs)):
+            self.wait(rank)
+
 
 @pytest.fixture()
 def ranks(library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
@@ -213,25 +220,20 @@ def test_values_of_collectives(
     ranks: Ranks, name: str, extra: tuple[int, ...], count: int, given: list[list[int]], expected: list[list[float]]
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        inputs = [torch.tensor(row, dtype=dtype) for row in given]
         outputs = [torch.zeros(len(row), dtype=dtype) for row in expected]
-        for rank, output in enumerate(outputs):
-            values = torch.tensor(given[rank], dtype=dtype)
-            assert ranks.call(rank, name, values, output, count, NCCL_TYPES[dtype], *extra) == SUCCESS
-        for rank in range(2):
-            ranks.wait(rank)
+        ranks.collective(name, inputs, outputs, count, NCCL_TYPES[dtype], *extra)
         assert [output.tolist() for output in outputs] == torch.tensor(expected).to(dtype).tolist()
 
 
 def test_sums_are_rounded_once_and_nan_stays(ranks: Ranks) -> None:
     nan = float("nan")
     rows = [torch.tensor(row).bfloat16() for row in ([256.0, nan, 1.0], [1.0, 1.0, nan])]
-    for operation, first in ((SUM, 256.0), (MAX, 256.0)):  # 257 lies between two bfloat16 numbers: rounds to even
+    for operation in (SUM, MAX):  # the sum 257 lies between two bfloat16 numbers: rounds to even
         outputs = [torch.zeros(3).bfloat16() for _ in rows]
-        for rank in range(2):
-            ranks.call(rank, "ncclAllReduce", rows[rank], outputs[rank], 3, NCCL_TYPES[torch.bfloat16], operation)
-        for rank in range(2):
-            ranks.wait(rank)
-            assert outputs[rank][0].item() == first and outputs[rank][1:].isnan().all()
+        ranks.collective("ncclAllReduce", rows, outputs, 3, NCCL_TYPES[torch.bfloat16], operation)
+        for output in outputs:
+            assert output[0].item() == 256 and output[1:].isnan().all()
 
 
 def test_bits_beyond_float32_count_in_a_bfloat16_sum(
@@ -239,13 +241,9 @@ def test_bits_beyond_float32_count_in_a_bfloat16_sum(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for little, expected in ((2**-40, 1 + 2**-7), (0.0, 1.0), (-(2**-40), 1.0)):
-        ranks, result = Ranks(library, 3), torch.zeros(1).bfloat16()
-        for rank, value in enumerate(
-            (1.0, 2**-8, little)
-        ):  # without the last bit the sum is half-way between two numbers
-            ranks.call(rank, "ncclAllReduce", torch.tensor([value]).bfloat16(), result, 1, 9, SUM)
-        for rank in range(3):
-            ranks.wait(rank)
+        # Without the last bit the sum is half-way between two numbers.
+        values, result = [torch.tensor([x]).bfloat16() for x in (1.0, 2**-8, little)], torch.zeros(1).bfloat16()
+        Ranks(library, 3).collective("ncclAllReduce", values, [result] * 3, 1, NCCL_TYPES[torch.bfloat16], SUM)
         assert result.item() == expected
 
 
@@ -396,11 +394,6 @@ def test_rounding_to_float8(dtype: torch.dtype, step: float) -> None:
     assert rounded.dtype == torch.uint8 and torch.equal(rounded.view(dtype).float(), expected)
 
 
-def _result(losses: list[float], part: str) -> dict[str, Any]:
-    calls = dict.fromkeys(check.PARTS[part].calls, 1)
-    return {"losses": losses, "calls": calls, "compiled": 0, "output": ""}
-
-
 def test_a_failed_part_reports_its_own_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ours = "[rank1]: ValueError: too many"
     output = f"Traceback\n{ours}\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\n"
@@ -409,21 +402,27 @@ def test_a_failed_part_reports_its_own_error(monkeypatch: pytest.MonkeyPatch, tm
     assert check.launch("tp2-te", tmp_path, tmp_path, 2) == {"error": ours}
 
 
-def test_a_part_fails_when_losses_differ_or_the_engine_was_not_called() -> None:
-    results = {"cpu": {"losses": [2.0, 1.0]}, "te": _result([2.0, 1.009], "te")}
-    assert check.judge("te", results)[0]
-    assert not check.judge("te", {**results, "te": _result([2.0, 1.011], "te")})[0]
-    assert not check.judge("te", {**results, "te": _result([2.0, float("nan")], "te")})[0]
-    without = {**results["te"], "calls": {"generic_gemm": 1}}
-    good, measured = check.judge("te", {**results, "te": without})
-    assert not good and "fused_attn_fwd" in measured
-    plain = {"fusion-none": {"compiled": 3}, "fusion-norms": {**_result([1.0], "fusion-norms"), "compiled": 3}}
-    assert not check.judge("fusion-norms", plain)[0]
-    plain["fusion-norms"]["compiled"] = 4
-    assert check.judge("fusion-norms", plain)[0]
-    assert check.judge("graph", {"graph": {**_result([1.0], "graph"), "output": "CUDA graph 1 of 8"}})[0]
-    assert not check.judge("graph", {"graph": _result([1.0], "graph")})[0]
-    again = "CUDA graph 1 of 8\nCUDA graphs released 1 GiB\n"
-    assert not check.judge("graph-again", {"graph-again": {**_result([1.0], "graph-again"), "output": again}})[0]
-    again += "CUDA graph 1 of 8"
-    assert check.judge("graph-again", {"graph-again": {**_result([1.0], "graph-again"), "output": again}})[0]
+_AGAIN = "CUDA graph 1 of 8\nCUDA graphs released 1 GiB\n"
+
+
+@pytest.mark.parametrize(
+    ("part", "losses", "more", "good", "words"),
+    [
+        ("te", [2.0, 1.009], {}, True, "within 9.0e-03 of cpu"),
+        ("te", [2.0, 1.011], {}, False, ""),
+        ("te", [2.0, float("nan")], {}, False, ""),
+        ("te", [2.0, 1.009], {"calls": {"generic_gemm": 1}}, False, "fused_attn_fwd"),
+        ("fusion-norms", [1.0], {"compiled": 3}, False, ""),
+        ("fusion-norms", [1.0], {"compiled": 4}, True, ""),
+        ("graph", [1.0], {"output": "CUDA graph 1 of 8"}, True, ""),
+        ("graph", [1.0], {}, False, ""),
+        ("graph-again", [1.0], {"output": _AGAIN}, False, ""),
+        ("graph-again", [1.0], {"output": f"{_AGAIN}CUDA graph 1 of 8"}, True, ""),
+    ],
+)
+def test_a_part_fails_when_losses_differ_or_the_engine_was_not_called(
+    part: str, losses: list[float], more: dict[str, Any], good: bool, words: str
+) -> None:
+    result = {"losses": losses, "calls": dict.fromkeys(check.PARTS[part].calls, 1), "compiled": 0, "output": "", **more}
+    passes, measured = check.judge(part, {"cpu": {"losses": [2.0, 1.0]}, "fusion-none": {"compiled": 3}, part: result})
+    assert passes == good and words in measured

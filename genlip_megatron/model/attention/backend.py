@@ -78,8 +78,6 @@ class Backend(ABC):
     """Exact prefix-LM attention over the samples of one micro-batch, rotary positions included.
 
     Args:
-        spans: the samples.
-        batch: the micro-batch.
         cos, sin: [S, D] on the device: cosine and sine of every slot's rotary angles.
 
     Attributes:

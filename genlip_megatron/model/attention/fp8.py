@@ -80,11 +80,6 @@ class TransformerEngineImages(torch.nn.Module):
     """One layer's attention within images of one length, by Transformer Engine; it keeps the scales of delayed scaling.
 
     It computes in FP8 inside Megatron-Core's FP8 context (recipe ``fp8_dpa``), else in bfloat16.
-
-    Args:
-        heads: H, on this rank.
-        channels: of a head, without padding.
-        scale: of the scores.
     """
 
     def __init__(self, heads: int, channels: int, scale: float) -> None:

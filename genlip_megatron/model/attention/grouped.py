@@ -98,8 +98,8 @@ class Grouped(Backend):
         q, k = self.turned(q, k)
         groups = (split_rows(q, self._query_rows), split_rows(k, self._key_rows), split_rows(v, self._key_rows))
         parts = []
-        for i, (size, *_) in enumerate(self.shapes):
-            query, key, value = (x[i].unflatten(0, (size, -1)).transpose(1, 2) for x in groups)  # [G, H, rows, D]
+        for i, shape in enumerate(self.shapes):
+            query, key, value = (x[i].unflatten(0, (shape[0], -1)).transpose(1, 2) for x in groups)  # [G, H, rows, D]
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=self._biases[i], scale=scale)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         return merge_rows(len(q), self._query_rows, parts)

@@ -59,11 +59,8 @@ def prepare_attention(
 
     Args:
         batch: preferably on the CPU, where its lengths are read.
-        dtype: of the activations.
         backend: a name of BACKENDS, from ``choose_backend``, or FP8_BACKEND.
-        device: where attention runs.
-        context: context-parallel process group, or None.
-        gather_keys: with ``context``: gather keys and values (all_gather) instead of exchanging heads (a2a).
+        context, gather_keys: as in ``PackedAttention``.
         fusion: compile rotary positions.
         fixed_shapes: for CUDA graphs; needs a backend that ``has_fixed_shapes``.
     """

@@ -18,8 +18,6 @@ def choose_backend(wanted: str, place: Place, transformer_engine: bool = False) 
     """(backend, why) for ``train.attention_backend``; auto takes the first of an order that runs.
 
     Args:
-        wanted: a name of BACKENDS, or auto.
-        place: where it runs.
         transformer_engine: the layers are Transformer Engine's, so its attention comes first.
 
     Raises:

@@ -48,9 +48,8 @@ class KernelCall:
     """One kernel call over the sequences that have queries, with its tensors on the device.
 
     Args:
-        causal: as ``TwoCalls.kernel`` takes it.
-        fixed: (slots, sequences) of every call, whatever the samples, for CUDA graphs: rows behind the last sequence
-            are padding, more sequences, which is rare, are rounded up to a power of two.
+        fixed: (slots, sequences) of every call, for CUDA graphs. Rows after the last sequence are padding. More
+            sequences, which are rare, are rounded up to a power of two.
     """
 
     def __init__(
@@ -127,15 +126,10 @@ class TwoCalls(Backend):
     def kernel(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
     ) -> Tensor:
-        """Attention of sequences laid end to end: [sum of query lengths, H, D].
+        """Attention of sequences laid end to end, [sum of query lengths, H, D].
 
-        Args:
-            q: [sum of query lengths, H, D].
-            k, v: [sum of key lengths, H, D].
-            cu_q, cu_k: int32 [sequences + 1], cumulative lengths.
-            max_q, max_k: the longest.
-            causal: query i of a sequence sees its keys up to ``keys - queries + i`` (aligned to the bottom right).
-            scale: factor of the scores.
+        ``cu_q`` and ``cu_k`` are cumulative lengths, int32 [sequences + 1]; ``max_q`` and ``max_k`` the longest. Causal
+        is aligned to the bottom right: query i of a sequence sees its keys up to ``keys - queries + i``.
         """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **_: object) -> Tensor:
