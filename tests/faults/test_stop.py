@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,14 +10,15 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from genlip_megatron.checkpoint.paths import pointed
-from genlip_megatron.config import CheckpointConfig, FaultsConfig, RunConfig, TrainConfig
+from genlip_megatron.config import RunConfig
 from genlip_megatron.faults import exits
 from genlip_megatron.faults.exits import EXIT_PREEMPTED
-from genlip_megatron.faults.stop import StopRequest, stop_file
+from genlip_megatron.faults.stop import StopRequest
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.processes import Zygote
 from genlip_megatron.testing.runs import tiny_config
@@ -56,16 +58,13 @@ def train_until(config: RunConfig, how: str) -> int:
 
     def told(run: Any, batches: Any, stop: Any) -> Any:
         if run.iteration == 1 and how == "file":
-            stop_file(config).touch()  # type: ignore[union-attr]
+            Path(config.stop_file).touch()
         if run.iteration == 1 and how == "time":
             stop._deadline = 0.0
         return step(run, batches, stop)
 
-    loop.train_step = told
-    try:
+    with mock.patch.object(loop, "train_step", told):
         return loop.train(config)
-    finally:
-        loop.train_step = step
 
 
 @pytest.mark.faults
@@ -101,10 +100,8 @@ def test_the_time_limit_counts_from_the_launch(tmp_path: Path, monkeypatch: pyte
     for launched, over in ((False, 0), (True, 1)):
         if launched:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
-        stop = StopRequest(RunConfig(train=TrainConfig(exit_duration_in_mins=5)))
-        votes = stop.votes()
-        stop.close()
-        assert votes == [0, 0, over]
+        with contextlib.closing(StopRequest(minutes=5)) as stop:
+            assert stop.votes() == [0, 0, over]
 
 
 @pytest.mark.parametrize("flags", [{}, {"faults__inject_fault": "term@2:0"}])
@@ -114,28 +111,23 @@ def test_each_multiple_of_exit_interval_ends_the_run(flags: dict[str, Any], demo
         assert pointed(tmp_path) == step
 
 
-def test_signal_handlers_are_restored(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    stop = StopRequest(RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path))))
-    try:
+    with contextlib.closing(StopRequest()) as stop:
         assert stop.votes() == [0, 0, 0]
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # as from a launcher and a scheduler at once
         time.sleep(0.05)
         assert stop.votes() == [1, 0, 0]
-    finally:
-        stop.close()
     assert signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
 
 
 def test_one_process_per_machine_looks_for_the_stop_file_once_a_second(tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "halt"
-    options = RunConfig(faults=FaultsConfig(stop_file=str(file)))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    other = StopRequest(options)
+    other = StopRequest(str(file))
     monkeypatch.setenv("LOCAL_RANK", "0")
-    stop = StopRequest(options)
-    try:
+    with contextlib.closing(other), contextlib.closing(StopRequest(str(file))) as stop:
         assert stop.votes() == [0, 0, 0]
         file.touch()
         assert stop.votes() == [0, 0, 0]
@@ -145,15 +137,12 @@ def test_one_process_per_machine_looks_for_the_stop_file_once_a_second(tmp_path:
         assert file.exists()
         stop.obey()
         assert not file.exists() and (tmp_path / "halt.obeyed").exists()
-    finally:
-        stop.close()
-        other.close()
 
 
 def stuck_in_c(listen: str) -> subprocess.Popen[str]:
     """A process that spends minutes in C without the GIL, where Python handles no signals; after ``listen``."""
     code = (
-        "import hashlib; from genlip_megatron.config import RunConfig; from genlip_megatron.faults import stop\n"
+        "import hashlib; from genlip_megatron.faults import stop\n"
         f"{listen}; print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -165,7 +154,7 @@ def stuck_in_c(listen: str) -> subprocess.Popen[str]:
 @pytest.mark.faults
 @pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGUSR1"), ("SIGINT", "SIGINT")])
 def test_a_second_signal_ends_a_process_that_is_stuck_in_c(first: str, second: str, fault_row: FaultRow) -> None:
-    process = stuck_in_c("stop.StopRequest(RunConfig())")
+    process = stuck_in_c("stop.StopRequest()")
     try:
         process.send_signal(getattr(signal, first))
         assert process.stderr is not None and f"stop requested by {first}" in process.stderr.readline()

@@ -71,18 +71,14 @@ def watch(folder: Path) -> None:
 
 def digest(model: Iterable[Any]) -> str:
     """A digest of all bits of this rank's weights."""
+    import torch
+
     sha = hashlib.sha256()
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             sha.update(name.encode())
-            sha.update(parameter.detach().contiguous().view(-1).view(dtype=_bytes()).numpy())
+            sha.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 @dataclass
