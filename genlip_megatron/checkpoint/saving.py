@@ -50,18 +50,14 @@ class Facts:
     validation_loss: float | None = None
 
 
-def bytes_of(config: RunConfig, parameters: int) -> int:
-    """Bytes of a checkpoint: weights, and master weights and two moments in float32."""
-    return parameters * (compute_dtype(config).itemsize + 12)
-
-
 def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> None:
     """Raise ValueError if ``root`` cannot be created or has no room for a checkpoint of ``parameters`` parameters."""
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
-        needed, free = bytes_of(config, parameters), shutil.disk_usage(root).free
+        free = shutil.disk_usage(root).free
     except OSError as error:
         raise ValueError(f"checkpoint.save = {root}: {error}. Choose a folder that can be written to") from None
+    needed = parameters * (compute_dtype(config).itemsize + 12)  # weights; master weights, two moments in float32
     if free < needed:
         raise ValueError(
             f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, but a checkpoint of {parameters} parameters "
@@ -120,11 +116,9 @@ class Saver:
         self._versions = manifest.versions()
         self._revision = manifest.revision() if rank() == 0 else ""
         self._lock: IO[str] | None = None
-        self._hooks = [
-            part.optimizer.register_step_pre_hook(self.wait_for_copy)
-            for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-            if not part.is_stub_optimizer
-        ]
+        optimizers = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+        self._optimizers = [part for part in optimizers if not part.is_stub_optimizer]
+        self._hooks = [part.optimizer.register_step_pre_hook(self.wait_for_copy) for part in self._optimizers]
         try:
             text = on_rank_0(lambda: self._acquire(patience))
             strangers = first_of(gather(lock.why_not_shared(self.root, text)))
@@ -230,9 +224,9 @@ class Saver:
         FULLY_RESHARDABLE state is gathered from other ranks.
         """
         # The first update creates moments; there may not have been one.
-        for each in getattr(self.state.optimizer, "chained_optimizers", ()):
-            if not each.is_stub_optimizer:
-                each.init_state_fn(each.optimizer, each.config)
+        if not self.config.parallel.fsdp:
+            for part in self._optimizers:
+                part.init_state_fn(part.optimizer, part.config)
         weights = parts.weights_of(self.state.model)
         optimizer = self.state.optimizer.sharded_state_dict(weights, metadata={"distrib_optim_sharding_type": kind})
         parts.clear_padding(optimizer)

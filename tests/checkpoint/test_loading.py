@@ -148,6 +148,11 @@ def test_a_checkpoint_that_was_being_replaced_is_restored(root: Path, demo_data:
                 "data seq_length: 512 in the checkpoint, 256 here (--change-data restarts the data",
             ],
         ),
+        (
+            {"checkpoint__finetune": True, "model__num_layers": 3, "train__precision": "bf16"},
+            ["does not fit this run: model.num_layers: 4 in the checkpoint, 3 here"],
+        ),
+        ({"model__freeze_head": True}, ["model.freeze_head: False in the checkpoint, True here (--finetune starts"]),
         ({"data__max_pixels": 8192}, ["data fingerprint: ", "data.max_pixels: 16384 in the checkpoint, 8192 here"]),
         ({"train__seed": 7}, ["data seed: 1234 in the checkpoint, 7 here"]),
         ({"train__global_batch_size": 2}, ["has 4 lanes, this run 2", "--change-lanes"]),
@@ -172,10 +177,9 @@ def test_settings_that_do_not_fit_are_listed(
         (True, "or load its last save, of kind"),
     ],
 )
-def test_the_error_of_another_layout_says_what_helps(fused: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_kind_differences", lambda saved, config: ["2 there, 1 here"])
-    saved = Manifest(2, DP_RESHARDABLE, {"fused_norms": fused})
-    with pytest.raises(ValueError, match=f"2 there, 1 here. Use that layout, {advice}"):
+def test_the_error_of_another_layout_says_what_helps(fused: bool, advice: str) -> None:
+    saved = Manifest(2, DP_RESHARDABLE, {"fused_norms": fused, "tensor_model_parallel_size": 2})
+    with pytest.raises(ValueError, match=f"size: 2 in the checkpoint, 1 here; .*. Use that layout, {advice}"):
         loading.check_layout(Path("run"), saved, RunConfig())
 
 
