@@ -244,15 +244,9 @@ class Saver:
         try:
             planned = planner.plan(sharded, place)
             self._before_writing(iteration)
+            return planned, WriteBehind(self._copies, planned) if behind else planned.write()
         except Exception as error:
             return None, Written(error=f"{type(error).__name__}: {error}")
-        if not behind:
-            return planned, planned.write()
-        try:
-            return planned, WriteBehind(self._copies, planned)
-        except Exception as error:  # no thread, or a device error
-            warning = f"training waited for the disk ({type(error).__name__}: {error})"
-            return planned, replace(planned.write(), warning=warning)
 
     def wait_for_copy(self, *_: Any) -> None:
         """Wait until a save in progress allows the state to change. Optimizers call it before each update.

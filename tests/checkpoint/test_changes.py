@@ -15,6 +15,9 @@ from genlip_megatron.checkpoint.changes import RULES, accepted_changes, data_dif
 from genlip_megatron.config import SECTIONS, SETTINGS, OnResume, RunConfig, override
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import layout, run_steps, tiny_config
+from genlip_megatron.train.resume import rewind, save
+from genlip_megatron.train.setup import set_up
+from genlip_megatron.train.step import train_step
 
 STEPS = 2
 # Allowed values of settings for which ``other_value`` would give an invalid one.
@@ -105,8 +108,6 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def resumed(config: RunConfig) -> tuple[str, list[str]]:
     """(why the run is refused, settings that it prints as different)."""
-    from genlip_megatron.train.setup import set_up
-
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
@@ -174,10 +175,6 @@ NEW = {
 
 def rolled_back(config: RunConfig, steps: int) -> Any:
     """A run that has taken ``steps`` steps and rolled back to its newest checkpoint."""
-    from genlip_megatron.train.resume import rewind
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
     run = set_up(config)
     assert run.train_loader is not None
     batches = iter(run.train_loader)
@@ -193,8 +190,6 @@ def groups_of(config: RunConfig, begun: int) -> tuple[list[dict[str, Any]], list
 
     A new run is moved forward by ``begun`` steps. With ``checkpoint.save`` the run first rolls back to its checkpoint.
     """
-    from genlip_megatron.train.setup import set_up
-
     run = rolled_back(config, 1) if config.checkpoint.save else set_up(config)
     run.train_loader.close()
     if not config.checkpoint.save and not config.checkpoint.load:
@@ -245,9 +240,6 @@ def test_a_rollback_keeps_the_new_settings(world_size: int, fsdp: bool, demo_dat
 
 def back_to_the_start(config: RunConfig) -> tuple[int, list[Any], float]:
     """(step of the data, optimizer steps, largest moment) after a rollback to before the first update."""
-    from genlip_megatron.train.resume import save
-    from genlip_megatron.train.setup import set_up
-
     run = set_up(config)
     run.iteration += 1  # a step without an update
     assert save(run, last=True)
@@ -267,8 +259,6 @@ def test_a_rollback_to_before_the_first_update(fsdp: bool, demo_data: Path, tmp_
 
 def first_data_after_a_rollback(config: RunConfig) -> tuple[int, Any]:
     """(step of the data, first samples) after a rollback, or at the start without a checkpoint."""
-    from genlip_megatron.train.setup import set_up
-
     run = rolled_back(config, 1) if config.checkpoint.save else set_up(config)
     step = run.train_loader.step
     keys = next(iter(run.train_loader)).keys

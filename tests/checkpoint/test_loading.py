@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from genlip_megatron.checkpoint import loading, manifest, paths, torch_metadata
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
@@ -20,6 +21,10 @@ from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import build_run, layout, run_steps, tiny_config, weights
+from genlip_megatron.train.resume import finish_saves
+from genlip_megatron.train.resume import save as save_run
+from genlip_megatron.train.setup import set_up
+from genlip_megatron.train.validation import evaluate
 from tests.checkpoint.test_retention import flip
 from tests.fault_table import FaultRow
 
@@ -36,8 +41,6 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(config: RunConfig) -> Any:
     """(step, step of the data, learning rate) at the start of a run, or the error."""
-    from genlip_megatron.train.setup import set_up
-
     try:
         run = set_up(config)
     except ValueError as error:
@@ -208,9 +211,6 @@ def test_another_tokenizer_is_refused(root: Path, demo_data: Path) -> None:
 
 def loss_of(config: RunConfig) -> float:
     """The validation loss of an eval-only run."""
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.validation import evaluate
-
     return evaluate(set_up(config))
 
 
@@ -253,11 +253,6 @@ def test_optimizer_shards_need_their_layout_until_resharded(demo_data: Path, tmp
 
 def drawn(config: RunConfig, save: bool) -> list[float]:
     """Random numbers of this rank after a save, or after a load."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    from genlip_megatron.train.resume import finish_saves
-    from genlip_megatron.train.resume import save as save_run
-    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     if save:

@@ -23,6 +23,9 @@ from genlip_megatron.checkpoint.write import PlannedWrite
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import failing_set_up, run_steps, tiny_config
+from genlip_megatron.train import resume
+from genlip_megatron.train.resume import finish_saves, save
+from genlip_megatron.train.setup import set_up
 
 
 def failing_then_good(config: RunConfig, rank: int, report: bool) -> tuple[list[bool], list[str]]:
@@ -31,8 +34,6 @@ def failing_then_good(config: RunConfig, rank: int, report: bool) -> tuple[list[
     Args:
         report: complete the first save before the second begins.
     """
-    from genlip_megatron.train.resume import finish_saves, save
-    from genlip_megatron.train.setup import set_up
 
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -75,15 +76,6 @@ def test_replicas_share_the_writing(demo_data: Path, tmp_path: Path) -> None:
     assert sizes.keys() == {"0", "1"} and max(sizes.values()) < 1.2 * min(sizes.values())
 
 
-def test_old_checkpoints_are_pruned_and_the_best_is_kept(demo_data: Path, tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    config = tiny_config(demo_data, checkpoint__save=str(root), checkpoint__keep_last=2, checkpoint__keep_best=0)
-    for steps in (1, 2, 3, 4):
-        run_distributed(1, run_steps, config, steps)
-    # Pruning runs after the save; the next save has waited for it.
-    assert paths.steps(root)[:2] == [4, 3] and len(paths.steps(root)) <= 3
-
-
 def test_the_manifest_records_the_save(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     config = tiny_config(demo_data, checkpoint__save=str(root))
@@ -113,8 +105,6 @@ def test_a_run_saved_before_its_first_update_starts_like_a_new_one(last: bool, d
 
 def second_process(config: RunConfig, root: Path) -> str:
     """The error of a run whose folder is locked by another process or not visible to rank 1."""
-    from genlip_megatron.train import resume
-
     seen = lock_module.why_not_shared
     there = root if torch.distributed.get_rank() == 1 else config.checkpoint.save
     with (
@@ -139,9 +129,6 @@ def test_one_run_at_a_time_saves_to_a_folder_that_all_ranks_share(demo_data: Pat
 
 def with_little_memory(config: RunConfig) -> list[bool]:
     """The log of two saves for any layout on each rank; for the first, rank 1 has too little memory."""
-    from genlip_megatron.train.resume import save
-    from genlip_megatron.train.setup import set_up
-
     run, plenty = set_up(config), psutil.virtual_memory
     little = mock.Mock(return_value=mock.Mock(available=1000))
     run.iteration = 1
@@ -157,9 +144,6 @@ def test_too_little_memory_to_gather_is_found_before_gathering(demo_data: Path, 
 
 def with_slow_pruning(config: RunConfig) -> list[Any]:
     """(number of checkpoints after three saves during a slow verification, steps after it)."""
-    from genlip_megatron.train.resume import save
-    from genlip_megatron.train.setup import set_up
-
     run, prune, entered = set_up(config), Keeper.prune, threading.Event()
 
     def slow(self: Keeper, *arguments: Any) -> Any:
@@ -187,9 +171,6 @@ def test_no_save_waits_for_the_verification_of_old_checkpoints(demo_data: Path, 
 
 def onto_another_folder(config: RunConfig) -> bool:
     """Save a step whose folder name was created by something else during the run."""
-    from genlip_megatron.train.resume import save
-    from genlip_megatron.train.setup import set_up
-
     run = set_up(config)
     place = paths.step_folder(config.checkpoint.save, 1)
     place.mkdir()

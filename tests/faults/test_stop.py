@@ -22,14 +22,9 @@ from genlip_megatron.faults.stop import StopRequest
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.processes import Zygote
 from genlip_megatron.testing.runs import tiny_config
+from genlip_megatron.train import loop
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training
-
-
-def train(config: RunConfig) -> int:
-    from genlip_megatron.train.loop import train
-
-    return train(config)
 
 
 def config(demo_data: Path, folder: Path, **flags: Any) -> RunConfig:
@@ -44,7 +39,7 @@ def config(demo_data: Path, folder: Path, **flags: Any) -> RunConfig:
 def test_a_signal_on_one_rank_stops_all(
     flags: dict[str, Any], demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
-    assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
+    assert run_distributed(2, loop.train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
     name = {"term": "SIGTERM", "usr1": "SIGUSR1"}[flags["faults__inject_fault"].partition("@")[0]]
     fault_row(name, "one rank of 2", f"all save, status {EXIT_PREEMPTED}")
@@ -52,8 +47,6 @@ def test_a_signal_on_one_rank_stops_all(
 
 def train_until(config: RunConfig, how: str) -> int:
     """Train without end; in the second step the stop file appears or the time limit is reached."""
-    from genlip_megatron.train import loop
-
     step = loop.train_step
 
     def told(run: Any, batches: Any, stop: Any) -> Any:
@@ -86,7 +79,7 @@ def test_a_request_before_the_first_step_ends_the_run_without_one(
 ) -> None:
     if not flags:
         (tmp_path / "stop").touch()
-    assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
+    assert run_distributed(2, loop.train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
     assert not list(tmp_path.glob("iter_*"))
     assert (tmp_path / "stop.obeyed").exists() != bool(flags)
     fault = "exit_duration_in_mins over" if flags else "stop file"
@@ -107,7 +100,7 @@ def test_the_time_limit_counts_from_the_launch(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("flags", [{}, {"faults__inject_fault": "term@2:0"}])
 def test_each_multiple_of_exit_interval_ends_the_run(flags: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
     for step in (2, 4):
-        assert run_distributed(2, train, config(demo_data, tmp_path, train__exit_interval=2, **flags)) == [0, 0]
+        assert run_distributed(2, loop.train, config(demo_data, tmp_path, train__exit_interval=2, **flags)) == [0, 0]
         assert pointed(tmp_path) == step
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from genlip_megatron.faults.exits import EXIT_HUNG, EXIT_PREEMPTED
 from genlip_megatron.testing.processes import Zygote
+from genlip_megatron.train import setup
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training
 
@@ -91,7 +92,6 @@ def test_a_signal_at_one_rank(
 def stopped_while_starting() -> int:
     """Training in which rank 1 is suspended while the run is built."""
     import pretrain_genlip
-    from genlip_megatron.train import setup
 
     build_run = setup.build_run
 
