@@ -30,7 +30,7 @@ ROOMS = {
     "command": "",
     "megatron_patches": "device",
     "config": "faults",
-    "faults": "atomic_write config device log",
+    "faults": "atomic_write log",
     "batch": "config device",
     "outputs": "data",
     "parallel": "config faults",

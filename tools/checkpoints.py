@@ -32,6 +32,7 @@ from genlip_megatron.config import CheckpointConfig, RunConfig
 from genlip_megatron.config.command_line import StrictParser
 
 _KINDS = ("fully_reshardable", "dp_reshardable")
+_ROW = "{:>9}  {:19}  {:>8}  {:17}  {:12}  {:>9}  {}"
 
 
 def build_parser() -> StrictParser:
@@ -42,32 +43,32 @@ def build_parser() -> StrictParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str, where: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+    def add(function: Callable[[argparse.Namespace], int], text: str, where: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(function.__name__.removesuffix("_checkpoints"), help=text, description=text)
+        added.set_defaults(function=function)
         added.add_argument("path", type=Path, help=where)
         return added
 
     run, one = "folder of checkpoints", "a checkpoint, iter_NNNNNNN"
-    listing = command("list", "print one line per checkpoint", run)
-    listing.add_argument("--full", action="store_true", help="read every file instead of comparing sizes")
-    verify = command("verify", "read every file and compare checksums", f"{run}, or {one}")
-    verify.add_argument("--sizes", action="store_true", help="compare only sizes")
-    prune = command("prune", "delete good checkpoints, by default by the run's own rules", run)
-    prune.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N; 0: all")
-    prune.add_argument("--keep-every", type=int, metavar="N", help="keep every Nth step; 0: none")
-    prune.add_argument("--keep-best", type=int, metavar="N", help="keep the N lowest validation losses")
-    prune.add_argument("--damaged", action="store_true", help="also delete damaged ones older than the newest good one")
-    prune.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
-    command("info", "describe a checkpoint", f"{one}, or {run} for its newest")
-    reshard = command("reshard", "write a checkpoint with the other kind of optimizer state", one)
-    reshard.add_argument("--to", choices=_KINDS, default=_KINDS[0], help="kind of optimizer state")
-    reshard.add_argument("--output", type=Path, help="folder of checkpoints to write to (default: replace it)")
-    for size in ("tensor", "pipeline", "virtual_pipeline"):
-        flag = {"tensor": "--tp", "pipeline": "--pp", "virtual_pipeline": "--vpp"}[size]
+    added = add(list_checkpoints, "print one line per checkpoint", run)
+    added.add_argument("--full", action="store_true", help="read every file instead of comparing sizes")
+    added = add(verify, "read every file and compare checksums", f"{run}, or {one}")
+    added.add_argument("--sizes", action="store_true", help="compare only sizes")
+    added = add(prune, "delete good checkpoints, by default by the run's own rules", run)
+    added.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N; 0: all")
+    added.add_argument("--keep-every", type=int, metavar="N", help="keep every Nth step; 0: none")
+    added.add_argument("--keep-best", type=int, metavar="N", help="keep the N lowest validation losses")
+    added.add_argument("--damaged", action="store_true", help="also delete damaged ones older than the newest good one")
+    added.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
+    add(info, "describe a checkpoint", f"{one}, or {run} for its newest")
+    added = add(reshard, "write a checkpoint with the other kind of optimizer state", one)
+    added.add_argument("--to", choices=_KINDS, default=_KINDS[0], help="kind of optimizer state")
+    added.add_argument("--output", type=Path, help="folder of checkpoints to write to (default: replace it)")
+    for flag, size in (("--tp", "tensor"), ("--pp", "pipeline"), ("--vpp", "virtual_pipeline")):
         text = f"{size.replace('_', ' ')} parallel size of the run that will read dp_reshardable state"
-        reshard.add_argument(flag, type=int, dest=f"{size}_model_parallel_size", metavar="SIZE", help=text)
-    rewind = command("rewind", "set later checkpoints aside, so that the run resumes from a step", run)
-    rewind.add_argument("--step", type=int, required=True, help="step to resume from")
+        added.add_argument(flag, type=int, dest=f"{size}_model_parallel_size", metavar="SIZE", help=text)
+    added = add(rewind, "set later checkpoints aside, so that the run resumes from a step", run)
+    added.add_argument("--step", type=int, required=True, help="step to resume from")
     return parser
 
 
@@ -109,19 +110,19 @@ def list_checkpoints(options: argparse.Namespace) -> int:
     good = [(f.iteration, f.validation_loss) for _, f, wrong in looked if f is not None and not wrong]
     defaults = CheckpointConfig()
     best = [step for step, why in kept(good, len(good) and 1, 0, defaults.keep_best).items() if why == "best"]
-    print(f"{'step':>9}  {'saved (UTC)':19}  {'GB':>8}  {'optimizer state':17}  {'layout':12}  {'val. loss':>9}  state")
+    print(_ROW.format("step", "saved (UTC)", "GB", "optimizer state", "layout", "val. loss", "state"))
     for place, facts, wrong in looked:
         step = paths.step_of(place)
         if facts is None:
-            print(f"{step:>9}  {'':19}  {'':>8}  {'':17}  {'':12}  {'':>9}  damaged")
+            print(_ROW.format(step, *[""] * 5, "damaged"))
             continue
         loss = "" if facts.validation_loss is None else f"{facts.validation_loss:.4f}"
         state = "damaged" if wrong else "good, best" if step in best else "good"
         size = f"{facts.size / 1e9:.3f}"
-        print(f"{step:>9}  {facts.created[:19]:19}  {size:>8}  {facts.kind:17}  {_sizes(facts):12}  {loss:>9}  {state}")
-    pointer = paths.pointed(options.path)
-    if paths.step_of(options.path) is None and good and pointer != max(step for step, _ in good):
-        print(f"{paths.LATEST} names {pointer}; a run resumes from {max(step for step, _ in good)}")
+        print(_ROW.format(step, facts.created[:19], size, facts.kind, _sizes(facts), loss, state))
+    pointer, newest = paths.pointed(options.path), max((step for step, _ in good), default=None)
+    if paths.step_of(options.path) is None and newest is not None and pointer != newest:
+        print(f"{paths.LATEST} names {pointer}; a run resumes from {newest}")
     return 0
 
 
@@ -171,9 +172,8 @@ def _rules(options: argparse.Namespace) -> CheckpointConfig:
     rules = CheckpointConfig()
     for place in _places(options.path):
         if not _look(place, False)[1]:
-            tree = (
-                yaml.safe_load((place / CONFIG).read_text()).get("checkpoint", {}) if (place / CONFIG).exists() else {}
-            )
+            file = place / CONFIG
+            tree = yaml.safe_load(file.read_text()).get("checkpoint", {}) if file.exists() else {}
             rules = replace(rules, **{name: tree[name] for name in [*given, "fully_reshardable_every"] if name in tree})
             break
     return replace(rules, **{name: value for name, value in given.items() if value is not None})
@@ -242,18 +242,10 @@ def rewind(options: argparse.Namespace) -> int:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors end with status 2 and one line."""
-    parser = build_parser()
-    options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "list": list_checkpoints,
-        "verify": verify,
-        "prune": prune,
-        "info": info,
-        "reshard": reshard,
-        "rewind": rewind,
-    }
+    options = build_parser().parse_strict(sys.argv[1:] if argv is None else argv)
     try:
-        return commands[options.command](options)
+        status: int = options.function(options)
+        return status
     except NotSaved as error:
         raise ValueError(error) from error
 

@@ -46,18 +46,14 @@ def find(
     """
     root = Path(root)
     itself = paths.step_of(root) is not None
-    places = [root] if itself else [paths.step_folder(root, step) for step in paths.steps(root)]
-    places = from_rank_0(places)
+    places = from_rank_0([root] if itself else [paths.step_folder(root, step) for step in paths.steps(root)])
     damage: list[str] = []
     for place in places:
-        found = _verified(place, checksums, paths.step_of(place), progress)
+        found = _verified(place, checksums, progress)
         if isinstance(found, Manifest):
             if damage:
-                log(
-                    "WARNING: skipping damaged checkpoints:\n  "
-                    + "\n  ".join(damage)
-                    + f"\nWARNING: resuming from step {found.iteration} instead"
-                )
+                log("WARNING: skipping damaged checkpoints:\n  " + "\n  ".join(damage))
+                log(f"WARNING: resuming from step {found.iteration} instead")
             named = paths.pointed(root)
             if not itself and not damage and named != found.iteration:
                 log(f"WARNING: {root / paths.LATEST} names step {named}; the newest good one is {found.iteration}")
@@ -71,46 +67,24 @@ def find(
 # Entries of an optimizer's parameter group that training changes; "step" counts updates.
 _STATE_OF_A_GROUP = ("params", "step")
 # Settings that decide which rank a random state belongs to.
-_PLACES = (
-    "world_size",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-)
+_PLACES = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
-def _verified(place: Path, checksums: bool, step: int | None, progress: Callable[[int], Any]) -> Manifest | list[str]:
+def _verified(place: Path, checksums: bool, progress: Callable[[int], Any]) -> Manifest | list[str]:
     """The manifest of a good checkpoint, else its damage. A collective."""
     found: Manifest | list[str] = []
     if rank() == 0:
         try:
             found = manifest.read(place)
-            if step != found.iteration:
+            if (step := paths.step_of(place)) != found.iteration:
                 found = [f"{place}: its {manifest.MANIFEST} says step {found.iteration}, not {step}"]
         except manifest.Damaged as error:
             found = [str(error)]
     found = from_rank_0(found)
     if not isinstance(found, Manifest):
         return found
-    part = (rank(), world_size())
-    mine = manifest.problems(place, found, checksums, part, progress)
+    mine = manifest.problems(place, found, checksums, (rank(), world_size()), progress)
     return [problem for some in gather(mine) for problem in some] or found
-
-
-def _kind_differences(saved: Manifest, config: RunConfig) -> list[str]:
-    """Why ``dp_reshardable`` state cannot be read on this layout."""
-    here = parts.describe_layout(config, world_size())
-    settings = {
-        "precision": "train.precision",
-        "fused_norms": "norms within the linears (train.transformer_impl = transformer_engine, unless "
-        "parallel.recompute_modules or parallel.offload_modules name a norm)",
-        "fp8_primary_weights": "train.fp8_primary_weights",
-    }
-    return [
-        f"{settings.get(name, f'parallel.{name}')}: {saved.layout.get(name)!r} in the checkpoint, {here[name]!r} here"
-        for name in LAYOUT_OF_SHARDS
-        if saved.kind == DP_RESHARDABLE and saved.layout.get(name) != here[name]
-    ]
 
 
 def read_common(place: Path) -> dict[str, Any]:
@@ -131,25 +105,36 @@ def _describe_weights(place: Path, model: list[Any], log: Callable[[str], None])
 def load_weights(place: Path, model: list[Any], log: Callable[[str], None]) -> None:
     """Set the model's weights and any FP8 scales from a checkpoint of any layout. A collective."""
     state = {"model": _describe_weights(place, model, log)}
-    objects = read_common(place)["objects"]
-    parts.put_objects(state, objects)
+    parts.put_objects(state, read_common(place)["objects"])
     parts.set_weights(model, dist_checkpointing.load(state, str(place))["model"])
 
 
 def check_layout(place: Path, saved: Manifest, config: RunConfig) -> None:
     """Raise ValueError if this layout cannot read the optimizer state."""
-    if differing := _kind_differences(saved, config):
-        fused = saved.layout.get("fused_norms") or saved.layout.get("fp8_primary_weights")  # reshard refuses them
-        other = (
-            f"or load its last save, of kind {FULLY_RESHARDABLE}, which any layout reads"
-            if fused
-            else f"or make it readable by any layout: tools/checkpoints.py reshard {place}"
-        )
-        raise ValueError(
-            f"{place} holds optimizer state of kind {saved.kind}, which needs the layout that saved it: "
-            + "; ".join(differing)
-            + f". Use that layout, {other}"
-        )
+    here = parts.describe_layout(config, world_size())
+    settings = {
+        "precision": "train.precision",
+        "fused_norms": "norms within the linears (train.transformer_impl = transformer_engine, unless "
+        "parallel.recompute_modules or parallel.offload_modules name a norm)",
+        "fp8_primary_weights": "train.fp8_primary_weights",
+    }
+    differing = [
+        f"{settings.get(name, f'parallel.{name}')}: {saved.layout.get(name)!r} in the checkpoint, {here[name]!r} here"
+        for name in LAYOUT_OF_SHARDS
+        if saved.kind == DP_RESHARDABLE and saved.layout.get(name) != here[name]
+    ]
+    if not differing:
+        return
+    fused = saved.layout.get("fused_norms") or saved.layout.get("fp8_primary_weights")  # reshard refuses them
+    other = (
+        f"or load its last save, of kind {FULLY_RESHARDABLE}, which any layout reads"
+        if fused
+        else f"or make it readable by any layout: tools/checkpoints.py reshard {place}"
+    )
+    raise ValueError(
+        f"{place} holds optimizer state of kind {saved.kind}, which needs the layout that saved it: "
+        f"{'; '.join(differing)}. Use that layout, {other}"
+    )
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
@@ -177,11 +162,9 @@ def load(place: Path, saved: Manifest, config: RunConfig, state: State, log: Cal
     """
     check_layout(place, saved, config)
     weights = _describe_weights(place, state.model, log)
-    kind_of_state = {"distrib_optim_sharding_type": saved.kind}
-    request: dict[str, Any] = {
-        "model": weights,
-        "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=kind_of_state),
-    }
+    kind = {"distrib_optim_sharding_type": saved.kind}
+    optimizer = state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=kind)
+    request: dict[str, Any] = {"model": weights, "optimizer": optimizer}
     random = RandomStates.of_this_run()
     here = parts.describe_layout(config, world_size())
     same_place = all(saved.layout[name] == here[name] for name in _PLACES)

@@ -14,14 +14,15 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from genlip_megatron.outputs import first_other
 
+T = TypeVar("T")
 MANIFEST, COMMON, CONFIG = "manifest.json", "common.pt", "config.yaml"
 # Kinds of optimizer state.
 DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
@@ -130,18 +131,14 @@ def foreign(folder: Path) -> str:
     return first_other(folder, lambda name: name in listed or bool(_OWN.fullmatch(name)))
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest, block = hashlib.sha256(), bytearray(_BLOCK)
+def facts_of(path: Path) -> FileFacts:
+    """Size and checksum of a file, read from disk."""
+    digest, block, size = hashlib.sha256(), bytearray(_BLOCK), 0
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
-    return digest.hexdigest()
-
-
-def facts_of(path: Path) -> FileFacts:
-    """Size and checksum of a file, read from disk."""
-    return FileFacts(path.stat().st_size, sha256_of(path))
+            size += count
+    return FileFacts(size, digest.hexdigest())
 
 
 def _problem(folder: Path, name: str, facts: FileFacts, checksums: bool) -> str | None:
@@ -150,7 +147,7 @@ def _problem(folder: Path, name: str, facts: FileFacts, checksums: bool) -> str 
         size = path.stat().st_size
         if size != facts.size:
             return f"{path}: {size} bytes, {facts.size} were written"
-        if (checksums or path.suffix != TENSORS) and sha256_of(path) != facts.sha256:
+        if (checksums or path.suffix != TENSORS) and facts_of(path) != facts:
             return f"{path}: damaged, its SHA-256 does not match the manifest's"
     except FileNotFoundError:
         return f"{path}: missing"
@@ -173,21 +170,31 @@ def problems(
         part: (i, n) checks the i-th of n parts of about equal size, to divide the work over ranks.
         progress: called with the bytes of each checked file.
     """
-    shares = [0] * part[1]
-    mine: list[tuple[str, FileFacts]] = []
-    for name, facts in sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0])):
-        share = shares.index(min(shares))
-        shares[share] += facts.size + 1
-        if share == part[0]:
-            mine.append((name, facts))
+    names = sorted(manifest.files)
+    mine = balanced(names, [manifest.files[name].size + 1 for name in names], part[1])[part[0]]
 
-    def look(item: tuple[str, FileFacts]) -> str | None:
-        found = _problem(folder, *item, checksums)
-        progress(item[1].size)
+    def look(name: str) -> str | None:
+        found = _problem(folder, name, manifest.files[name], checksums)
+        progress(manifest.files[name].size)
         return found
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         return [found for found in threads.map(look, mine) if found]
+
+
+def balanced(items: Sequence[T], sizes: Sequence[int], count: int) -> list[list[T]]:
+    """``items`` in ``count`` parts of about equal size, each from large to small.
+
+    >>> balanced(["a", "b", "c"], [1, 3, 1], 2)
+    [['b'], ['a', 'c']]
+    """
+    parts: list[list[T]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for item, size in sorted(zip(items, sizes, strict=True), key=lambda pair: -pair[1]):
+        smallest = totals.index(min(totals))
+        parts[smallest].append(item)
+        totals[smallest] += size
+    return parts
 
 
 def versions() -> dict[str, str]:

@@ -91,13 +91,13 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def _hidden(root: str | Path, iteration: int, state: str) -> Path:
+    return Path(root) / f".{step_folder(root, iteration).name}.{state}"
+
+
 def partial_folder(root: str | Path, iteration: int) -> Path:
     """The hidden folder in which a step's checkpoint is written."""
-    return Path(root) / f".{step_folder(root, iteration).name}.partial"
-
-
-def _replaced_folder(root: str | Path, iteration: int) -> Path:
-    return Path(root) / f".{step_folder(root, iteration).name}.replaced"
+    return _hidden(root, iteration, "partial")
 
 
 def clean(root: str | Path) -> None:
@@ -117,7 +117,7 @@ def publish(root: str | Path, iteration: int) -> Path:
     for folder in {path.parent for path in partial.rglob("*")} | {partial}:
         sync(folder)
     if target.exists():
-        os.rename(target, _replaced_folder(root, iteration))
+        os.rename(target, _hidden(root, iteration, "replaced"))
     os.rename(partial, target)
     return target
 
@@ -125,7 +125,7 @@ def publish(root: str | Path, iteration: int) -> Path:
 def confirm(root: str | Path, iteration: int) -> None:
     """Sync a published checkpoint's name, remove the one it replaced, and point to the newest."""
     sync(Path(root))
-    shutil.rmtree(_replaced_folder(root, iteration), ignore_errors=True)
+    shutil.rmtree(_hidden(root, iteration, "replaced"), ignore_errors=True)
     point_to(root, steps(root)[0])
 
 
@@ -138,11 +138,7 @@ def point_to(root: str | Path, iteration: int) -> None:
 def set_aside(root: str | Path, after: int) -> list[Path]:
     """Move checkpoints of steps after ``after`` to ``set_aside/``; returns their new paths. Deletes nothing."""
     clean(root)  # may restore a checkpoint, which must move too
-    moved = []
-    for step in steps(root):
-        if step <= after:
-            continue
-        moved.append(move_aside(step_folder(root, step)))
+    moved = [move_aside(step_folder(root, step)) for step in steps(root) if step > after]
     if moved:
         sync(Path(root))
         if left := steps(root):
@@ -163,8 +159,7 @@ def move_aside(source: Path) -> Path:
 
 def remove(root: str | Path, iteration: int) -> None:
     """Delete a checkpoint that has no ``manifest.foreign`` files. After a crash ``clean`` removes the rest."""
-    source = step_folder(root, iteration)
-    hidden = source.with_name(f".{source.name}.removed")
+    hidden = _hidden(root, iteration, "removed")
     shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(source, hidden)
+    os.rename(step_folder(root, iteration), hidden)
     shutil.rmtree(hidden)

@@ -5,11 +5,9 @@ Imports within functions wait until ``megatron_patches.install`` has run in the 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,27 +90,11 @@ def reshard(place: Path, kind: str, output: Path, build_run: BuildRun, layout: d
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        with _without_gpus():
-            torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-                _work, (world_size, port, config, recorded, place, kind, build_run), nprocs=world_size
-            )
+        arguments = (world_size, port, config, recorded, place, kind, build_run)
+        torch.multiprocessing.spawn(_work, arguments, nprocs=world_size)  # type: ignore[attr-defined]
     except ProcessException as error:
         raise ValueError(f"{place} could not be resharded: {str(error).strip().splitlines()[-1]}") from error
     return paths.step_folder(output, saved.iteration)
-
-
-@contextlib.contextmanager
-def _without_gpus() -> Iterator[None]:
-    """Processes that start inside this context see no GPU."""
-    name = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(name)
-    os.environ[name] = ""
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def _work(
@@ -125,9 +107,9 @@ def _work(
     kind: str,
     build_run: BuildRun,
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any code asks for a device
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     from genlip_megatron import megatron_patches
 
@@ -146,9 +128,8 @@ def _work(
     loading.load(place, saved, config, state, log)
     random = RandomStates.of_another_run(saved.random, saved.layout["world_size"])
     rows = dist_checkpointing.load({"random": random.parts}, str(place))["random"]
-    random = dataclasses.replace(
-        random, parts={name: dataclasses.replace(part, data=rows[name]) for name, part in random.parts.items()}
-    )
+    for name, part in random.parts.items():
+        part.data = rows[name]
     common = {name: value for name, value in loading.read_common(place).items() if name not in _REWRITTEN}
     facts = Facts(saved.tokenizer, saved.data, saved.validation_loss)
     saver = Saver(config, state, log, recorded=recorded)

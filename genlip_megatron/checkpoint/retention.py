@@ -60,26 +60,25 @@ class Keeper:
         """Remember a checkpoint as good that this process has written and hashed."""
         self._good.add((str(place), _state(place, facts)))
 
-    def good(self, root: str | Path, checksums: bool = True) -> tuple[dict[int, manifest.Manifest], list[str]]:
+    def good(self, root: str | Path) -> tuple[dict[int, manifest.Manifest], list[str]]:
         """(step -> manifest of the good checkpoints, damage of the others)."""
         found, wrong = {}, []
         for step in paths.steps(root):
             place = paths.step_folder(root, step)
             try:
                 facts = manifest.read(place)
-                state = (str(place), _state(place, facts))
             except manifest.Damaged as error:
                 wrong.append(str(error))
                 continue
+            state = (str(place), _state(place, facts))
             if state not in self._good:
-                self.reading = checksums
-                damage = manifest.problems(place, facts, checksums)
+                self.reading = True
+                damage = manifest.problems(place, facts)
                 self.reading = False
                 if damage:
                     wrong += damage
                     continue
-                if checksums:
-                    self._good.add(state)
+                self._good.add(state)
             found[step] = facts
         return found, wrong
 

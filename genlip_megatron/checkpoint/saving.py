@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +34,7 @@ from genlip_megatron.checkpoint.manifest import COMMON, CONFIG, FULLY_RESHARDABL
 from genlip_megatron.checkpoint.parts import RandomStates, State
 from genlip_megatron.checkpoint.paths import NotSaved
 from genlip_megatron.checkpoint.retention import Keeper
-from genlip_megatron.checkpoint.write import Background, HostCopies, PlannedWrite, Planner, WriteBehind, Written
+from genlip_megatron.checkpoint.write import HostCopies, PlannedWrite, Planner, WriteBehind, Written, in_background
 from genlip_megatron.config import RunConfig
 from genlip_megatron.model.specs import compute_dtype
 
@@ -49,18 +50,14 @@ class Facts:
     validation_loss: float | None = None
 
 
-def bytes_of(config: RunConfig, parameters: int) -> int:
-    """Bytes of a checkpoint: weights, and master weights and two moments in float32."""
-    return parameters * (compute_dtype(config).itemsize + 12)
-
-
 def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> None:
     """Raise ValueError if ``root`` cannot be created or has no room for a checkpoint of ``parameters`` parameters."""
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
-        needed, free = bytes_of(config, parameters), shutil.disk_usage(root).free
+        free = shutil.disk_usage(root).free
     except OSError as error:
         raise ValueError(f"checkpoint.save = {root}: {error}. Choose a folder that can be written to") from None
+    needed = parameters * (compute_dtype(config).itemsize + 12)  # weights; master weights, two moments in float32
     if free < needed:
         raise ValueError(
             f"checkpoint.save = {root}: {free / 1e9:.2f} GB free, but a checkpoint of {parameters} parameters "
@@ -69,32 +66,15 @@ def check_free_space(root: str | Path, config: RunConfig, parameters: int) -> No
 
 
 @dataclass
-class _Plain:
-    """The parts of a save besides tensors.
-
-    Attributes:
-        common: values that are the same on every rank.
-        objects: values that this rank adds to the common part, by key.
-        random: states of all ranks' random generators.
-        gathering: seconds to describe and gather the tensors.
-    """
-
-    common: dict[str, Any]
-    objects: dict[str, Any]
-    random: RandomStates
-    gathering: float
-
-
-@dataclass
 class _Pending:
     """A save whose files are being written."""
 
-    iteration: int
-    kind: str
+    manifest: Manifest  # without files
     planned: PlannedWrite | None  # None when planning failed on this rank
     written: WriteBehind | Written
-    plain: _Plain
-    facts: Facts
+    common: dict[str, Any]  # values that are the same on every rank
+    objects: dict[str, Any]  # values that this rank adds to them, by key
+    gathering: float  # seconds until the tensors were gathered
     stopped: float  # seconds that training has waited
 
 
@@ -130,17 +110,15 @@ class Saver:
         self._planners: dict[str, Planner] = {}
         self._copies = HostCopies()
         self._keeper = Keeper()
-        self._pruning: Background | None = None
+        self._pruning: Future[str] | None = None
         self._prune_more = False  # a checkpoint was added since deletions began
         self._recorded = recorded or config
         self._versions = manifest.versions()
         self._revision = manifest.revision() if rank() == 0 else ""
         self._lock: IO[str] | None = None
-        self._hooks = [
-            part.optimizer.register_step_pre_hook(self.wait_for_copy)
-            for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-            if not part.is_stub_optimizer
-        ]
+        optimizers = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+        self._optimizers = [part for part in optimizers if not part.is_stub_optimizer]
+        self._hooks = [part.optimizer.register_step_pre_hook(self.wait_for_copy) for part in self._optimizers]
         try:
             text = on_rank_0(lambda: self._acquire(patience))
             strangers = first_of(gather(lock.why_not_shared(self.root, text)))
@@ -163,7 +141,7 @@ class Saver:
     def written(self) -> bool:
         """Whether this rank's files are written, or no save is in progress. Not a collective."""
         pending = self._pending
-        return pending is None or isinstance(pending.written, Written) or pending.written.done
+        return pending is None or isinstance(pending.written, Written) or pending.written.result.done()
 
     def save(
         self,
@@ -197,17 +175,30 @@ class Saver:
             if kind == FULLY_RESHARDABLE:
                 # Gathering waits for other ranks, so an error in it must end this process, and so the launch.
                 everywhere(self._check_host_memory)
-                sharded, plain = self._collect(iteration, common, kind, random)
+                sharded, plain, objects, random = self._collect(kind, random)
             else:
-                sharded, plain = everywhere(lambda: self._collect(iteration, common, kind, random))
+                sharded, plain, objects, random = everywhere(lambda: self._collect(kind, random))
+            gathering = time.monotonic() - begin
             # A new plan is a collective.
             if not lowest(planner.knows(sharded)):
                 planner.prepare(sharded)
         except NotSaved as error:
             raise NotSaved(self._failed(iteration, str(error))) from None
         planned, written = self._write(planner, sharded, place, behind, iteration)
+        new = Manifest(
+            iteration=iteration,
+            kind=kind,
+            layout=parts.describe_layout(self._recorded, random.world_size),
+            validation_loss=facts.validation_loss,
+            tokenizer=facts.tokenizer,
+            data=facts.data,
+            random=random.sizes,
+            versions=self._versions,
+            revision=self._revision,
+        )
+        common = {**copy.deepcopy(common), **plain, "iteration": iteration}
         stopped = time.monotonic() - begin
-        self._pending = _Pending(iteration, kind, planned, written, plain, facts, stopped)
+        self._pending = _Pending(new, planned, written, common, objects, gathering, stopped)
         if behind:
             self._log(f"saving step {iteration} in the background; training waited {stopped:.2f} s so far")
         else:
@@ -226,24 +217,25 @@ class Saver:
             )
 
     def _collect(
-        self, iteration: int, common: dict[str, Any], kind: str, random: RandomStates | None
-    ) -> tuple[dict[str, Any], _Plain]:
-        """(tensors, the rest) of the run's state. FULLY_RESHARDABLE state is gathered from other ranks."""
-        begin = time.monotonic()
+        self, kind: str, random: RandomStates | None
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], RandomStates]:
+        """(tensors, values of every rank, objects of this rank, random states) of the run's state.
+
+        FULLY_RESHARDABLE state is gathered from other ranks.
+        """
         # The first update creates moments; there may not have been one.
-        for each in getattr(self.state.optimizer, "chained_optimizers", ()):
-            if not each.is_stub_optimizer:
-                each.init_state_fn(each.optimizer, each.config)
+        if not self.config.parallel.fsdp:
+            for part in self._optimizers:
+                part.init_state_fn(part.optimizer, part.config)
         weights = parts.weights_of(self.state.model)
         optimizer = self.state.optimizer.sharded_state_dict(weights, metadata={"distrib_optim_sharding_type": kind})
-        gathering = time.monotonic() - begin
         parts.clear_padding(optimizer)
         random = random or RandomStates.of_this_run()
         state, objects = parts.take_objects({"model": weights, "optimizer": optimizer, "random": random.parts})
         sharded, plain = save_preprocess(state, validate_access_integrity=False)
-        common = {**common, **plain, "iteration": iteration, "scheduler": self.state.scheduler.state_dict()}
+        plain["scheduler"] = self.state.scheduler.state_dict()
         # Copied because the next step changes these values.
-        return sharded, _Plain(copy.deepcopy(common), copy.deepcopy(objects), random, gathering)
+        return sharded, copy.deepcopy(plain), copy.deepcopy(objects), random
 
     def _write(
         self, planner: Planner, sharded: dict[str, Any], place: Path, behind: bool, iteration: int
@@ -282,13 +274,13 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        written = pending.written if isinstance(pending.written, Written) else pending.written.result()
+        written = pending.written if isinstance(pending.written, Written) else pending.written.result.result()
         written = replace(written, stopped=pending.stopped)
-        everyone = gather_on_rank_0((written, pending.plain.objects))
+        everyone = gather_on_rank_0((written, pending.objects))
         try:
             text = on_rank_0(lambda: self._commit(pending, *zip(*everyone, strict=True)))
         except NotSaved as error:
-            raise NotSaved(self._failed(pending.iteration, str(error))) from None
+            raise NotSaved(self._failed(pending.manifest.iteration, str(error))) from None
         self._log(text)
 
     def _failed(self, iteration: int, why: str) -> str:
@@ -301,7 +293,7 @@ class Saver:
 
     def settle(self, seconds: float | None = None) -> None:
         """Wait up to ``seconds`` for deletions in progress, and log their result. Not a collective."""
-        if self._pruning is not None and self._pruning.wait(seconds):
+        if self._pruning is not None and wait([self._pruning], seconds).done:
             pruning, self._pruning = self._pruning, None
             if text := pruning.result():
                 self._log(text)
@@ -337,53 +329,40 @@ class Saver:
         if errors := first_of([part.error for part in written]):
             raise NotSaved(errors)
         assert pending.planned is not None
-        begin = time.monotonic()
-        place = paths.partial_folder(self.root, pending.iteration)
+        begin, step = time.monotonic(), pending.manifest.iteration
+        place, target = paths.partial_folder(self.root, step), paths.step_folder(self.root, step)
         pending.planned.finish([part.results for part in written])
         save_config(CheckpointingConfig("torch_dist", 1), str(place))
         paths.sync(place / "metadata.json")
         common = io.BytesIO()
         together = {key: value for some in objects for key, value in some.items()}
-        torch.save({**pending.plain.common, "objects": together}, common)
+        torch.save({**pending.common, "objects": together}, common)
         paths.write_file(place / COMMON, common.getvalue())
         paths.write_file(place / CONFIG, self._recorded.to_yaml().encode())
         files = {name: facts for part in written for name, facts in part.files.items()}
         for name in (".metadata", "metadata.json", COMMON, CONFIG):
             files[name] = manifest.facts_of(place / name)
-        saved = Manifest(
-            iteration=pending.iteration,
-            kind=pending.kind,
-            layout=parts.describe_layout(self._recorded, pending.plain.random.world_size),
-            validation_loss=pending.facts.validation_loss,
-            tokenizer=pending.facts.tokenizer,
-            data=pending.facts.data,
-            random=pending.plain.random.sizes,
-            versions=self._versions,
-            revision=self._revision,
-            created=manifest.now(),
-            files=files,
-        )
+        saved = replace(pending.manifest, created=manifest.now(), files=files)
         paths.write_file(place / manifest.MANIFEST, saved.to_bytes())
         warnings = [first_of([part.warning for part in written])]
-        target = paths.step_folder(self.root, pending.iteration)
         if os.path.lexists(target) and (other := manifest.foreign(target)):
             warnings.append(f"{target} was no checkpoint of a run ({other}); it is now {paths.move_aside(target)}")
-        paths.publish(self.root, pending.iteration)
+        paths.publish(self.root, step)
         try:
-            paths.confirm(self.root, pending.iteration)
+            paths.confirm(self.root, step)
         except OSError as error:  # loading does not need the pointer
             warnings.append(f"the checkpoint is complete, but {paths.LATEST} may name an older one: {error}")
         self._keeper.trust(target, saved)
         self._prune_more = True
         self.settle(0.0)
         if self._pruning is None:
-            self._pruning = Background(self._prune)
-        seconds = max(part.seconds for part in written)
-        hashing, copying = max(part.hashing for part in written), max(part.copying for part in written)
-        stopped = max(part.stopped for part in written)
+            self._pruning = in_background(self._prune)
+        stopped, copying, seconds, hashing = (
+            max(getattr(part, name) for part in written) for name in ("stopped", "copying", "seconds", "hashing")
+        )
         return (
-            f"saved {target}: {saved.size / 1e9:.3f} GB, {pending.kind}; training waited {stopped:.2f} s"
-            + (f" ({pending.plain.gathering:.2f} s to gather)" if pending.kind == FULLY_RESHARDABLE else "")
+            f"saved {target}: {saved.size / 1e9:.3f} GB, {saved.kind}; training waited {stopped:.2f} s"
+            + (f" ({pending.gathering:.2f} s to gather)" if saved.kind == FULLY_RESHARDABLE else "")
             + (f", copied in {copying:.2f} s" if copying else "")
             + f", written in {seconds:.2f} s at {saved.size / 1e9 / max(seconds, 1e-9):.2f} GB/s "
             f"({hashing / max(seconds, 1e-9):.0%} of it checksums), completed in {time.monotonic() - begin:.2f} s"

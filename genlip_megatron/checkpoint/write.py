@@ -14,11 +14,12 @@ import io
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -45,8 +46,9 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from genlip_megatron.checkpoint.collectives import everywhere, gather_on_rank_0, on_rank_0, rank
-from genlip_megatron.checkpoint.manifest import FileFacts
+from genlip_megatron.checkpoint.manifest import FileFacts, balanced
 
+T = TypeVar("T")
 # Files per rank, written in parallel; one thread hashes about as fast as one disk writes.
 FILES_PER_RANK = 2
 _BLOCK = 2**20
@@ -131,24 +133,29 @@ class HashingFile(io.RawIOBase):
         return FileFacts(self.size, self._digest.hexdigest())
 
 
+Item = tuple[WriteItem, Tensor]
+
+
 class PlannedWrite:
     """The tensors that this rank writes; on rank 0 also the checkpoint's metadata."""
 
-    def __init__(self, folder: Path, items: list[tuple[WriteItem, Tensor]], metadata: Metadata | None) -> None:
+    def __init__(self, folder: Path, items: list[Item], metadata: Metadata | None) -> None:
         self.folder, self.items, self._metadata = folder, items, metadata
 
     def write(self) -> Written:
         """Write, hash and sync this rank's files; never raises, because the other ranks wait for the result."""
         begin = time.monotonic()
-        written = Written()
         try:
-            groups = _balanced(self.items, FILES_PER_RANK)
+            groups = balanced(self.items, [tensor.nbytes for _, tensor in self.items], FILES_PER_RANK)
+            groups = [group for group in groups if group]
             names = [f"__{rank()}_{i}.distcp" for i in range(len(groups))]
             with ThreadPoolExecutor(FILES_PER_RANK, "checkpoint") as threads:
                 parts = list(threads.map(self._write_file, names, groups))
-            written.results = [result for results, _, _ in parts for result in results]
-            written.files = {name: facts for name, (_, facts, _) in zip(names, parts, strict=True)}
-            written.hashing = max((hashing for _, _, hashing in parts), default=0.0)
+            written = Written(
+                results=[result for results, _ in parts for result in results],
+                files={name: file.facts for name, (_, file) in zip(names, parts, strict=True)},
+                hashing=max((file.hashing for _, file in parts), default=0.0),
+            )
         except Exception as error:  # a full disk, a lost mount: training continues
             cause: BaseException = error
             while cause.__context__ is not None:  # torch.save hides the file's error behind its own
@@ -157,9 +164,7 @@ class PlannedWrite:
         written.seconds = time.monotonic() - begin
         return written
 
-    def _write_file(
-        self, name: str, items: Sequence[tuple[WriteItem, Tensor]]
-    ) -> tuple[list[WriteResult], FileFacts, float]:
+    def _write_file(self, name: str, items: Sequence[Item]) -> tuple[list[WriteResult], HashingFile]:
         with HashingFile(self.folder / name) as file:
             results = []
             for item, tensor in items:
@@ -170,23 +175,12 @@ class PlannedWrite:
                 results.append(
                     _write_item(_StorageWriterTransforms(), file, own, item, name, SerializationFormat.TORCH_SAVE)
                 )
-        return results, file.facts, file.hashing
+        return results, file
 
     def finish(self, results: list[list[WriteResult]]) -> None:
         """On rank 0: write the metadata from the results of all ranks."""
         assert self._metadata is not None
         FileSystemWriter(self.folder).finish(self._metadata, results)
-
-
-def _balanced(items: Sequence[tuple[WriteItem, Tensor]], count: int) -> list[list[tuple[WriteItem, Tensor]]]:
-    """``items`` in up to ``count`` parts of about equal size."""
-    parts: list[list[tuple[WriteItem, Tensor]]] = [[] for _ in range(count)]
-    sizes = [0] * count
-    for item, tensor in sorted(items, key=lambda pair: -pair[1].nbytes):
-        smallest = sizes.index(min(sizes))
-        parts[smallest].append((item, tensor))
-        sizes[smallest] += tensor.nbytes
-    return [part for part in parts if part]
 
 
 class Planner:
@@ -230,9 +224,8 @@ class Planner:
         planner = self._planner(state)
         # Without this check a missing tensor would be noticed only when it is loaded.
         held = [MetadataIndex(t.key, t.global_offset) for t in nested_values(state) if is_main_replica(t.replica_id)]
-        planned = {item.index for item in self._items}
-        assert len(planned) == len(self._items) == len(held), "the plan is not of this state"
-        assert planned == set(held), "the plan is not of this state"
+        planned = [item.index for item in self._items]
+        assert Counter(planned) == Counter(held), "the plan is not of this state"
         items = [(item, planner.resolve_data(item)) for item in self._items]
         for item, tensor in items:
             facts = item.tensor_data
@@ -289,39 +282,29 @@ class HostCopies:
         self._buffers, planned.items = buffers, copies
 
 
-class Background:
-    """A function in a thread, and its result."""
+def in_background(function: Callable[[], T]) -> Future[T]:
+    """Run a function in a thread that does not keep the process alive."""
+    future: Future[T] = Future()
 
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._result: Any = None
-        self._function = function
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
 
-    def _run(self) -> None:
-        self._result = self._function()
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait up to ``seconds`` for the function; returns whether it has ended."""
-        self._thread.join(seconds)
-        return self.done
-
-    def result(self) -> Any:
-        """Wait for the function; returns its result."""
-        self._thread.join()
-        return self._result
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
-class WriteBehind(Background):
+class WriteBehind:
     """A write in the background: a thread copies tensors to host memory and writes them from there.
 
     The copy runs during the next step's forward and backward pass, with a GPU on its own stream. Nothing that is saved
     changes before that step's update, which must ``wait_for_copy``; FP8 state, which the passes change, is already a
     copy. If memory for the copy is missing, the tensors themselves are written and the update waits for that.
+
+    Attributes:
+        result: of the write.
     """
 
     def __init__(self, copies: HostCopies, planned: PlannedWrite) -> None:
@@ -329,7 +312,7 @@ class WriteBehind(Background):
         self._may_change = threading.Event()
         if copies.stream is not None:
             copies.stream.wait_stream(torch.cuda.current_stream())
-        super().__init__(self._copy_and_write)
+        self.result = in_background(self._copy_and_write)
 
     def wait_for_copy(self) -> None:
         """Wait until the tensors may change."""

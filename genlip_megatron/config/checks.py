@@ -9,8 +9,9 @@ from genlip_megatron.config.error_text import divisors, nearest_multiple, with_v
 from genlip_megatron.config.fp8_checks import fp8_problems
 from genlip_megatron.config.mixture import source_epochs, source_weights
 from genlip_megatron.config.schema import RunConfig
+from genlip_megatron.config.suggest import nearest
 from genlip_megatron.config.values import check_ranges
-from genlip_megatron.faults.inject import parse_faults
+from genlip_megatron.faults.inject import KINDS, PLACES, SENT, parse_faults
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
@@ -261,7 +262,22 @@ def _faults(config: RunConfig) -> Iterator[str]:
     save = config.checkpoint.save
     if config.faults.on_spike == "rollback" and not save and not config.log.eval_only:
         yield "faults.on_spike: there are no checkpoints to roll back to. Add --save, or use --on-spike warn or skip."
-    for fault in parse_faults(config.faults):
+    faults = parse_faults(config.faults.inject_fault)
+    for fault in faults:
+        if fault.kind not in KINDS:
+            near = nearest(fault.kind, KINDS)
+            yield f"faults.inject_fault: unknown kind {fault.kind!r}{near} Allowed: {', '.join(KINDS)}."
+        if fault.place != "step" and (fault.kind not in SENT or fault.place not in PLACES):
+            yield (
+                f"faults.inject_fault: a place ({', '.join(PLACES)}) may follow one of {', '.join(SENT)}. Use for "
+                "example kill.save@4:1."
+            )
+    if faults and not config.faults.allow_fault_injection:
+        yield (
+            "faults.inject_fault: breaks the run on purpose and needs faults.allow_fault_injection. Add "
+            f"--allow-fault-injection. Allowed kinds: {', '.join(KINDS)}."
+        )
+    for fault in faults:
         what = f"{fault.kind} in step {fault.step} on rank {fault.rank} can never happen"
         if fault.step > config.train.train_iters:
             yield (f"faults.inject_fault: {what}. Use steps 1 to train.train_iters = {config.train.train_iters}.")
@@ -291,7 +307,7 @@ def _profile(config: RunConfig) -> Iterator[str]:
 
 def _world_size(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, train, processes = config.parallel, config.train, f"0 to {world_size - 1} of {world_size} processes"
-    for fault in parse_faults(config.faults):
+    for fault in parse_faults(config.faults.inject_fault):
         if fault.rank >= world_size:
             yield (
                 f"faults.inject_fault: {fault.kind} in step {fault.step} on rank {fault.rank} can never happen. Use "

@@ -403,6 +403,11 @@ class RunConfig:
         beside = self.checkpoint.save or self.log.tensorboard_dir
         return f"{beside}/profile" if beside else ""
 
+    @property
+    def stop_file(self) -> str:
+        """The file that stops the run when it appears; empty without ``faults.stop_file`` and ``checkpoint.save``."""
+        return self.faults.stop_file or (f"{self.checkpoint.save}/stop" if self.checkpoint.save else "")
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain dictionaries and lists, as written to YAML."""
         return {

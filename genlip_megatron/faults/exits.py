@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from genlip_megatron import atomic_write
+from genlip_megatron.faults.minder import process_facts
 from genlip_megatron.log import log, to_stderr
 
 EXIT_USER_ERROR = 2  # a setting or a file is wrong; a restart changes nothing
@@ -158,11 +159,8 @@ def final_exit(save: str | Path) -> int | None:
 
 def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since boot; 0 if unknown (no such process, or not Linux)."""
-    try:
-        # The command's name comes first, in parentheses, and may contain blanks.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError):
-        return 0
+    facts = process_facts(pid)
+    return int(facts[19]) if facts else 0
 
 
 def age(pid: int) -> float:

@@ -10,18 +10,18 @@ A fault does not happen again after a restart by torchrun or a rollback.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from genlip_megatron.config import FaultsConfig, nearest
 from genlip_megatron.log import to_stderr
 
 PLACES = ("step", "validation", "save")
-_SENT = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+SENT = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 _HERE = ("exit", "raise", "hang")  # at the beginning of the step
 _DONE_BY_CALLER = (
     "nan-loss",  # the rank's part of the model returns NaN, in every pass
@@ -32,7 +32,8 @@ _DONE_BY_CALLER = (
     "flip",  # one bit of a weight flips after the step
     "full-disk",  # the save of the step finds no space
 )
-KINDS = (*_SENT, *_HERE, *_DONE_BY_CALLER)
+KINDS = (*SENT, *_HERE, *_DONE_BY_CALLER)
+_FORM = re.compile(r"([^@.]*)(?:\.([^@]+))?@(\d*[1-9]\d*):(\d+)")
 
 
 class InjectedError(RuntimeError):
@@ -49,35 +50,23 @@ class Fault:
     rank: int
 
 
-def parse_faults(options: FaultsConfig) -> list[Fault]:
-    """The faults of ``faults.inject_fault``.
+def parse_faults(texts: Sequence[str]) -> list[Fault]:
+    """The faults of ``faults.inject_fault``; ``config.checks`` checks kinds, places, steps and ranks.
 
     Raises:
-        ValueError: a wrong form, an unknown kind or place, or faults.allow_fault_injection is off.
+        ValueError: a wrong form.
 
-    >>> parse_faults(FaultsConfig(inject_fault=("kill.save@4:1",), allow_fault_injection=True))
+    >>> parse_faults(["kill.save@4:1"])
     [Fault(kind='kill', place='save', step=4, rank=1)]
     """
     faults = []
-    for text in options.inject_fault:
-        what, _, where = text.partition("@")
-        kind, dot, place = what.partition(".")
-        step, _, rank = where.partition(":")
-        setting = f"faults.inject_fault: {text!r}"
-        if not (step.isdigit() and rank.isdigit() and int(step) > 0):
-            raise ValueError(f"{setting}: expected kind@step:rank with a step from 1 on, such as kill@7:0")
-        if kind not in KINDS:
-            raise ValueError(f"{setting}: unknown kind{nearest(kind, KINDS)} Allowed: {', '.join(KINDS)}.")
-        if dot and (kind not in _SENT or place not in PLACES):
+    for text in texts:
+        if not (found := _FORM.fullmatch(text)):
             raise ValueError(
-                f"{setting}: a place ({', '.join(PLACES)}) may follow one of {', '.join(_SENT)}, as in kill.save@4:1"
+                f"faults.inject_fault = {text}: not kind@step:rank with a step from 1 on. Use for example kill@7:0."
             )
+        kind, place, step, rank = found.groups()
         faults.append(Fault(kind, place or "step", int(step), int(rank)))
-    if faults and not options.allow_fault_injection:
-        raise ValueError(
-            f"faults.inject_fault = {','.join(options.inject_fault)!r} breaks the run on purpose and "
-            f"needs faults.allow_fault_injection. Add --allow-fault-injection. Allowed kinds: {', '.join(KINDS)}."
-        )
     return faults
 
 
@@ -93,13 +82,13 @@ class Injector:
     """The faults of one rank.
 
     Args:
-        options: the settings; ignored after a restart by torchrun.
+        texts: ``faults.inject_fault``; ignored after a restart by torchrun.
         rank: global rank.
     """
 
-    def __init__(self, options: FaultsConfig, rank: int) -> None:
+    def __init__(self, texts: Sequence[str], rank: int) -> None:
         first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        self._faults = [fault for fault in parse_faults(options) if first_start and fault.rank == rank]
+        self._faults = [fault for fault in parse_faults(texts) if first_start and fault.rank == rank]
         self._reached = 0
 
     def at(self, place: str, step: int) -> None:
@@ -109,7 +98,7 @@ class Injector:
             if step <= self._reached:  # the run has rolled back
                 self._faults = [fault for fault in self._faults if fault.step > self._reached]
             self._reached = max(self._reached, step)
-        for kind, number in _SENT.items():
+        for kind, number in SENT.items():
             if self._due(kind, place, step):
                 os.kill(os.getpid(), number)
         if place != "step":
@@ -117,7 +106,9 @@ class Injector:
         if self.fires("exit", step):
             sys.exit(1)
         if self.fires("raise", step):
-            raise InjectedError(f"faults.inject_fault: raise in step {step}")
+            raise InjectedError(
+                f"faults.inject_fault = raise: raised in step {step}. Remove the setting from real runs."
+            )
         while self.fires("hang", step):
             time.sleep(1)
 

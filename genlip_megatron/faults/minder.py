@@ -50,14 +50,18 @@ class Minder:
         self._process.wait()
 
 
-def stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal; False if the process or /proc does not exist."""
+def process_facts(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the state on; empty if the process or /proc does not exist."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            # The command's name, in parentheses, may contain blanks.
-            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+            return file.read().rpartition(")")[2].split()  # the command's name, in parentheses, may contain blanks
     except OSError:
-        return False
+        return []
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal; False if unknown."""
+    return process_facts(pid)[:1] in (["T"], ["t"])
 
 
 def _mind(pid: int, pipe: int, limit: float, grace: float) -> None:
@@ -73,11 +77,8 @@ def _mind(pid: int, pipe: int, limit: float, grace: float) -> None:
         elif not stopped(pid):
             quiet += min(now - before, 2 * period)
         before = now
-    print(
-        f"process {pid}: GIL held for {quiet:.0f} s; killing the process. Thread stacks:",
-        file=sys.stderr,
-        flush=True,
-    )
+    text = f"process {pid}: GIL held for {quiet:.0f} s; killing the process. Thread stacks:"
+    print(text, file=sys.stderr, flush=True)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGUSR2)
         time.sleep(grace)

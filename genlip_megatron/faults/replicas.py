@@ -26,7 +26,6 @@ import xxhash
 from megatron.core import parallel_state
 from torch import Tensor
 
-from genlip_megatron.device import current_device
 from genlip_megatron.faults.exits import EXIT_REPLICAS_DIFFER, LeaveRun
 
 Hashes = dict[str, bytes]
@@ -74,21 +73,16 @@ def check_replicas(named_parameters: Iterable[tuple[str, Tensor]], step: int) ->
     parameters = list(named_parameters)
     hashes = {name: hash_tensor(parameter) for name, parameter in parameters}
     shared = {name: hashes[name] for name, parameter in parameters if getattr(parameter, "sequence_parallel", False)}
-    comparisons = list(zip((hashes, shared), groups, strict=True))
-    differ = any([_differ(mine, group) for mine, group in comparisons])
-    flag = torch.tensor([float(differ)], device=current_device())
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    if not flag.item():
-        return
     odd: dict[int, str] = {}
-    for mine, group in comparisons:
-        everyone: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(everyone, (torch.distributed.get_rank(), mine), group=group)
-        odd = odd_ranks(dict(everyone)) | odd
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, (odd, socket.gethostname()))
-    named = {rank: name for of_rank, _ in parts for rank, name in of_rank.items()}
-    which = "; ".join(f"rank {rank} on {parts[rank][1]}, first in {name}" for rank, name in sorted(named.items()))
+    for mine, group in zip((hashes, shared), groups, strict=True):
+        digest = xxhash.xxh3_128_digest(b"".join(mine.values()))
+        if len(set(_gather(digest, group))) > 1:
+            odd = odd_ranks(dict(_gather((torch.distributed.get_rank(), mine), group))) | odd
+    everyone = _gather((odd, socket.gethostname()))
+    named = {rank: name for found, _ in everyone for rank, name in found.items()}
+    if not named:
+        return
+    which = "; ".join(f"rank {rank} on {everyone[rank][1]}, first in {name}" for rank, name in sorted(named.items()))
     raise LeaveRun(
         EXIT_REPLICAS_DIFFER,
         f"step {step}: weights that should be equal differ: {which}. Of two ranks that differ, either may be wrong. "
@@ -96,12 +90,7 @@ def check_replicas(named_parameters: Iterable[tuple[str, Tensor]], step: int) ->
     )
 
 
-def _differ(mine: Hashes, group: torch.distributed.ProcessGroup) -> bool:
-    """Whether the hashes of any rank of ``group`` differ from this rank's. A collective over the group."""
-    if group.size() == 1:
-        return False
-    digest = torch.frombuffer(bytearray(xxhash.xxh3_128_digest(b"".join(mine.values()))), dtype=torch.int64)
-    digest = digest.to(current_device())
-    everyone = [torch.empty_like(digest) for _ in range(group.size())]
-    torch.distributed.all_gather(everyone, digest, group=group)
-    return any(not torch.equal(digest, other) for other in everyone)
+def _gather(value: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values

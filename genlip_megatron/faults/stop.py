@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_PREEMPTED, age_of_launch, mark_final, tell_torchrun
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -40,13 +39,6 @@ def describe_votes(votes: Iterable[Any]) -> str:
     'a signal, train.exit_duration_in_mins'
     """
     return ", ".join(reason for reason, vote in zip(REASONS, votes, strict=True) if vote)
-
-
-def stop_file(config: RunConfig) -> Path | None:
-    """The file that stops the run when it appears; None without ``faults.stop_file`` and ``checkpoint.save``."""
-    if config.faults.stop_file:
-        return Path(config.faults.stop_file)
-    return Path(config.checkpoint.save) / "stop" if config.checkpoint.save else None
 
 
 class SignalThread:
@@ -117,14 +109,18 @@ def _say(text: str) -> None:
 
 
 class StopRequest:
-    """This rank's stop requests. Handles SIGTERM, SIGUSR1 and SIGINT until it is closed, in the main thread only."""
+    """This rank's stop requests. Handles SIGTERM, SIGUSR1 and SIGINT until it is closed, in the main thread only.
 
-    def __init__(self, config: RunConfig) -> None:
-        minutes = config.train.exit_duration_in_mins
+    Args:
+        file: stops the run when it appears; "": none.
+        minutes: from the launch to the end; 0: no limit.
+    """
+
+    def __init__(self, file: str = "", minutes: float = 0.0) -> None:
         self._deadline = time.monotonic() + 60 * minutes - age_of_launch() if minutes else float("inf")
         # One process per machine looks for the file, because it may be on a local disk.
         looks = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        self._file = stop_file(config) if looks else None
+        self._file = Path(file) if file and looks else None
         self._file_seen, self._next_look = False, 0.0
         self._signalled = 0.0  # when; 0: not yet
         self._signals = SignalThread(_SIGNALS, self._receive)

@@ -142,9 +142,8 @@ class Watchdog:
         if self._mine.rank != min(running, default=self._mine.rank):
             return
         for process in asleep:
-            to_stderr(
-                f"rank {process.rank} {process.host}:{process.pid} is stopped (SIGSTOP); waking it to show its stacks"
-            )
+            where = f"rank {process.rank} {process.host}:{process.pid}"
+            to_stderr(f"{where} is stopped (SIGSTOP); waking it to show its stacks")
             _signal_main_thread(process.pid, signal.SIGUSR2)
             os.kill(process.pid, signal.SIGCONT)
 

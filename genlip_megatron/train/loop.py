@@ -53,7 +53,7 @@ def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:
             validate(run)
             return 0
         # Until here, and throughout --eval-only, a signal ends the process at once.
-        stop = StopRequest(config)
+        stop = StopRequest(config.stop_file, config.train.exit_duration_in_mins)
         began = run.iteration
         return train_steps(run, stop)
     except torch.OutOfMemoryError as error:

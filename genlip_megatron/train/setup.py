@@ -158,7 +158,7 @@ def build_run(config: RunConfig) -> Run:
         graphed_stage=GraphedStage(model[0]) if config.train.cuda_graph else None,
         verdicts=Verdicts(config.faults),
         fp8_snapshot=FP8Snapshot(map(unwrap, model)),
-        injector=Injector(config.faults, rank),
+        injector=Injector(config.faults.inject_fault, rank),
         timers=timers,
         breakdown=breakdown,
         profiler=Profiler(config, rank, breakdown),

@@ -9,18 +9,24 @@ import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from genlip_megatron.checkpoint import loading, manifest, paths, torch_metadata
-from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE
+from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, Manifest
 from genlip_megatron.checkpoint.reshard import reshard
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import build_run, layout, run_steps, tiny_config, weights
+from genlip_megatron.train.resume import finish_saves
+from genlip_megatron.train.resume import save as save_run
+from genlip_megatron.train.setup import set_up
+from genlip_megatron.train.validation import evaluate
+from tests.checkpoint.test_retention import flip
+from tests.fault_table import FaultRow
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +41,6 @@ def saved(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(config: RunConfig) -> Any:
     """(step, step of the data, learning rate) at the start of a run, or the error."""
-    from genlip_megatron.train.setup import set_up
-
     try:
         run = set_up(config)
     except ValueError as error:
@@ -52,38 +56,36 @@ def begun_saying(config: RunConfig) -> tuple[Any, str]:
         return begun(config), said.getvalue()
 
 
-def start(config: RunConfig, processes: int = 1) -> Any:
-    return run_distributed(processes, begun, config)[0]
+def start(config: RunConfig) -> Any:
+    return run_distributed(1, begun, config)[0]
+
+
+@pytest.fixture
+def root(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the run."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("which", [0, 1])  # two files that different ranks check
-def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
-    which: int, saved: Path, demo_data: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "run"
-    shutil.copytree(saved, root)
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(which: int, root: Path, demo_data: Path) -> None:
     file = sorted((root / "iter_0000002").glob("*.distcp"))[which]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 16
-    file.write_bytes(content)
+    flip(file)
     config = tiny_config(demo_data, checkpoint__save=str(root), data__num_workers=1)
     (where, said), _ = run_distributed(2, begun_saying, config)
     assert where[:2] == (1, 1)
     assert f"WARNING: skipping damaged checkpoints:\n  {file}: damaged, its SHA-256" in said
     assert "WARNING: resuming from step 1 instead" in said and f"{root}/set_aside/iter_0000002" in said
     assert paths.steps(root) == [1] and paths.pointed(root) == 1
-    # Given directly, it is refused. A truncated file is found by its size.
+    # Given directly, it is refused.
     error = start(tiny_config(demo_data, checkpoint__load=str(root / "set_aside" / "iter_0000002")))
     assert "no good checkpoint" in error and "its SHA-256 does not match" in error
 
 
-def test_a_check_of_sizes_misses_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
-    place = tmp_path / "iter_0000002"
-    shutil.copytree(saved / "iter_0000002", place)
+def test_a_check_of_sizes_misses_a_flipped_bit(root: Path) -> None:
+    place = root / "iter_0000002"
     file = next(place.glob("*.distcp"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip(file)
+    content = file.read_bytes()
     assert loading.find(place, False, print) is not None
     with pytest.raises(ValueError, match="its SHA-256 does not match"):
         loading.find(place, True, print)
@@ -98,27 +100,37 @@ def test_a_check_of_sizes_misses_a_flipped_bit(saved: Path, tmp_path: Path) -> N
         loading.find(place, False, print)
 
 
-def test_a_checkpoint_under_another_steps_name_is_skipped(saved: Path, tmp_path: Path) -> None:
-    root, said = tmp_path / "run", []
-    shutil.copytree(saved, root)
+def test_a_checkpoint_under_another_steps_name_is_skipped(root: Path) -> None:
+    said: list[str] = []
     shutil.copytree(root / "iter_0000001", root / "iter_0000003")
     found = loading.find(root, True, said.append)
     assert found is not None and found[1].iteration == 2 and "its manifest.json says step 1, not 3" in said[0]
 
 
-def test_the_pointer_is_not_trusted(saved: Path, tmp_path: Path) -> None:
-    root, said = tmp_path / "run", []
-    shutil.copytree(saved, root)
-    for text in ("1\n", "99\n", "zwei\n", ""):
-        (root / paths.LATEST).write_text(text)
-        found = loading.find(root, True, said.append)
-        assert found is not None and found[1].iteration == 2 and "the newest good one is 2" in said[-1]
-    assert loading.find(tmp_path / "nowhere", True, said.append) is None
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "removed"),
+        (b"", "empty"),
+        (b"\xff\x00", "garbage"),
+        (b"1000\n", "missing checkpoint"),
+        (b"1\n", "older checkpoint"),
+    ],
+)
+def test_the_pointer_is_not_trusted(content: bytes | None, what: str, root: Path, fault_row: FaultRow) -> None:
+    pointer, said = root / paths.LATEST, list[str]()
+    if content is None:
+        pointer.unlink()
+    else:
+        pointer.write_bytes(content)
+    found = loading.find(root, True, said.append)
+    assert found is not None and found[1].iteration == 2 and "the newest good one is 2" in said[-1]
+    fault_row("latest_checkpointed_iteration.txt damaged", what, "newest good checkpoint used")
 
 
-def test_a_checkpoint_that_was_being_replaced_is_restored(saved: Path, demo_data: Path, tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    shutil.copytree(saved, root)
+def test_a_checkpoint_that_was_being_replaced_is_restored(root: Path, demo_data: Path) -> None:
+    assert loading.find(root / "nowhere", True, print) is None
     (root / "iter_0000002").rename(root / ".iter_0000002.replaced")
     config = tiny_config(demo_data, checkpoint__save=str(root))
     assert start(config)[:2] == (2, 2)
@@ -129,34 +141,22 @@ def test_a_checkpoint_that_was_being_replaced_is_restored(saved: Path, demo_data
     assert f"checkpoint.save = {root}: " in error and "set_aside" in error and "Move later checkpoints" in error
 
 
-def test_no_good_checkpoint_names_every_damage(saved: Path, demo_data: Path, tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    shutil.copytree(saved, root)
-    for step in (1, 2):
-        (paths.step_folder(root, step) / "common.pt").unlink()
-    error = start(tiny_config(demo_data, checkpoint__save=str(root)))
-    assert "no good checkpoint" in error
-    assert "iter_0000001/common.pt: missing" in error and "iter_0000002/common.pt: missing" in error
-
-
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
         (
-            {"model__num_layers": 3, "model__ffn_hidden_size": 32, "data__seq_length": 256},
+            {"model__num_layers": 3, "data__seq_length": 256},
             [
                 "model.num_layers: 4 in the checkpoint, 3 here",
-                "model.ffn_hidden_size: 48 in the checkpoint, 32 here",
                 "data seq_length: 512 in the checkpoint, 256 here (--change-data restarts the data",
             ],
         ),
-        ({"model__drop_path_rate": 0.1}, ["model.drop_path_rate: 0.2 in the checkpoint, 0.1 here (--change-drop-path"]),
-        ({"model__freeze_head": True}, ["model.freeze_head: False in the checkpoint, True here (--finetune starts"]),
         (
-            {"data__max_pixels": 8192},
-            ["data fingerprint: ", "data.max_pixels: 16384 in the checkpoint, 8192 here (--change-data accepts it)"],
+            {"checkpoint__finetune": True, "model__num_layers": 3, "train__precision": "bf16"},
+            ["does not fit this run: model.num_layers: 4 in the checkpoint, 3 here"],
         ),
-        ({"data__image_mode": "fixed"}, ["data.image_mode: 'native' in the checkpoint, 'fixed' here (--change-data"]),
+        ({"model__freeze_head": True}, ["model.freeze_head: False in the checkpoint, True here (--finetune starts"]),
+        ({"data__max_pixels": 8192}, ["data fingerprint: ", "data.max_pixels: 16384 in the checkpoint, 8192 here"]),
         ({"train__seed": 7}, ["data seed: 1234 in the checkpoint, 7 here"]),
         ({"train__global_batch_size": 2}, ["has 4 lanes, this run 2", "--change-lanes"]),
         (
@@ -174,6 +174,19 @@ def test_settings_that_do_not_fit_are_listed(
 
 
 @pytest.mark.parametrize(
+    ("fused", "advice"),
+    [
+        (False, "or make it readable by any layout: tools/checkpoints.py reshard"),
+        (True, "or load its last save, of kind"),
+    ],
+)
+def test_the_error_of_another_layout_says_what_helps(fused: bool, advice: str) -> None:
+    saved = Manifest(2, DP_RESHARDABLE, {"fused_norms": fused, "tensor_model_parallel_size": 2})
+    with pytest.raises(ValueError, match=f"size: 2 in the checkpoint, 1 here; .*. Use that layout, {advice}"):
+        loading.check_layout(Path("run"), saved, RunConfig())
+
+
+@pytest.mark.parametrize(
     ("flags", "step_of_data"),
     [
         ({"model__drop_path_rate": 0.1, "checkpoint__change_drop_path": True}, 2),
@@ -187,9 +200,8 @@ def test_safe_changes_have_a_flag(flags: dict[str, Any], step_of_data: int, save
     assert start(config) == (2, step_of_data, config.train.lr)
 
 
-def test_another_tokenizer_is_refused(saved: Path, demo_data: Path, tmp_path: Path) -> None:
-    place = tmp_path / "iter_0000002"
-    shutil.copytree(saved / "iter_0000002", place)
+def test_another_tokenizer_is_refused(root: Path, demo_data: Path) -> None:
+    place = root / "iter_0000002"
     facts = manifest.read(place)
     (place / manifest.MANIFEST).write_bytes(replace(facts, tokenizer="another").to_bytes())
     for finetune in (False, True):
@@ -197,12 +209,16 @@ def test_another_tokenizer_is_refused(saved: Path, demo_data: Path, tmp_path: Pa
         assert "data.tokenizer: another in the checkpoint" in start(config)
 
 
+def loss_of(config: RunConfig) -> float:
+    """The validation loss of an eval-only run."""
+    return evaluate(set_up(config))
+
+
 def test_optimizer_shards_need_their_layout_until_resharded(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     world_size, flags = layout("TP2xPP2")
     run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__save=str(root)), 2, False)
-    alone = tiny_config(demo_data, checkpoint__load=str(root))
-    error = start(alone)
+    error = start(tiny_config(demo_data, checkpoint__load=str(root)))
     assert "parallel.tensor_model_parallel_size: 2 in the checkpoint, 1 here" in error
     assert "parallel.pipeline_model_parallel_size: 2 in the checkpoint, 1 here" in error
     assert f"tools/checkpoints.py reshard {root}/iter_0000002" in error
@@ -211,23 +227,21 @@ def test_optimizer_shards_need_their_layout_until_resharded(demo_data: Path, tmp
     assert run_distributed(1, loss_of, evaluated)[0] > 0
     unbroken = run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__load=str(root)), 4)
     fully = tmp_path / "fully"
-    place = reshard(root / "iter_0000002", "fully_reshardable", fully, build_run)
-    assert manifest.read(place).kind == "fully_reshardable"
+    place = reshard(root / "iter_0000002", FULLY_RESHARDABLE, fully, build_run)
+    assert manifest.read(place).kind == FULLY_RESHARDABLE
     assert (place / "config.yaml").read_text() == (root / "iter_0000002" / "config.yaml").read_text()
     # Another layout adds in another order.
     config = tiny_config(demo_data, checkpoint__load=str(fully))
     assert run_distributed(1, run_steps, config, 4)[0]["losses"] == pytest.approx(unbroken[0]["losses"], rel=1e-5)
-    # Resharded back, on the first layout: equal bit for bit, also random states.
+    # Resharded back, on the first layout: equal bit for bit.
     shards = reshard(place, DP_RESHARDABLE, tmp_path / "shards", build_run, {"tensor_model_parallel_size": 2})
     back = tiny_config(demo_data, **flags, checkpoint__load=str(shards.parent))
     again = run_distributed(world_size, run_steps, back, 4)
     assert again[0]["losses"] == unbroken[0]["losses"] and again[0]["keys"] == unbroken[0]["keys"]
     for name, weight in weights(unbroken).items():
         assert torch.equal(weights(again)[name], weight), name
-    rows = [random_rows(paths.step_folder(path, 2)) for path in (root, tmp_path / "shards")]
-    assert rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][name], rows[1][name]) for name in rows[0])
     with pytest.raises(ValueError, match="holds fully_reshardable optimizer state already"):
-        reshard(place, "fully_reshardable", fully, build_run)
+        reshard(place, FULLY_RESHARDABLE, fully, build_run)
     fully.joinpath("file").touch()
     with pytest.raises(ValueError, match="could not be resharded: ValueError: checkpoint.save = .*. Choose a folder"):
         reshard(place, DP_RESHARDABLE, fully / "file", build_run)
@@ -237,35 +251,8 @@ def test_optimizer_shards_need_their_layout_until_resharded(demo_data: Path, tmp
     assert not (tmp_path / "other").exists()
 
 
-def loss_of(config: RunConfig) -> float:
-    """The validation loss of an eval-only run."""
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.validation import evaluate
-
-    run = set_up(config)
-    return evaluate(run)
-
-
-def random_rows(place: Path) -> dict[str, torch.Tensor]:
-    """Random states of all ranks in a checkpoint."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-
-    facts = manifest.read(place)
-    rows = {
-        f"random.{name}": torch.zeros(facts.layout["world_size"], size, dtype=torch.uint8)
-        for name, size in facts.random.items()
-    }
-    load(rows, storage_reader=FileSystemReader(place), no_dist=True)
-    return rows
-
-
 def drawn(config: RunConfig, save: bool) -> list[float]:
     """Random numbers of this rank after a save, or after a load."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    from genlip_megatron.train.resume import finish_saves
-    from genlip_megatron.train.resume import save as save_run
-    from genlip_megatron.train.setup import set_up
 
     run = set_up(config)
     if save:
@@ -280,14 +267,14 @@ def drawn(config: RunConfig, save: bool) -> list[float]:
 
 
 def test_random_states_of_every_rank_are_restored(demo_data: Path, tmp_path: Path) -> None:
-    world_size, flags = layout("DP2")  # one rank reshards it
-    config = tiny_config(demo_data, **flags, checkpoint__save=str(tmp_path / "run"))
-    before = run_distributed(world_size, drawn, config, True)
+    config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
+    before = run_distributed(2, drawn, config, True)
     assert before[0] != before[1]
-    assert run_distributed(world_size, drawn, config, False) == before
-    place = reshard(tmp_path / "run" / "iter_0000001", "fully_reshardable", tmp_path / "run", build_run)
-    assert manifest.read(place).kind == "fully_reshardable"
-    assert run_distributed(world_size, drawn, config, False) == before
+    assert run_distributed(2, drawn, config, False) == before
+    for kind in (FULLY_RESHARDABLE, DP_RESHARDABLE):  # by one rank
+        place = reshard(tmp_path / "run" / "iter_0000001", kind, tmp_path / "run", build_run)
+        assert manifest.read(place).kind == kind
+        assert run_distributed(2, drawn, config, False) == before
 
 
 def test_a_restarted_finetuned_run_continues_from_its_own_checkpoints(
@@ -306,9 +293,8 @@ class _Runs:
         return os.system, ("true",)
 
 
-def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
-    place = tmp_path / "iter_0000002"
-    shutil.copytree(saved / "iter_0000002", place)
+def test_loading_runs_no_code(root: Path) -> None:
+    place = root / "iter_0000002"
     torch_metadata.read(place)
     (place / ".metadata").write_bytes(pickle.dumps(_Runs()))
     with pytest.raises(ValueError, match=r"it would load posix\.system. Do not use it"):
@@ -316,17 +302,3 @@ def test_loading_runs_no_code(saved: Path, tmp_path: Path) -> None:
     torch.save({"objects": _Runs()}, place / "common.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         loading.read_common(place)
-
-
-@pytest.mark.parametrize(
-    ("fused", "advice"),
-    [
-        (False, "or make it readable by any layout: tools/checkpoints.py reshard"),
-        (True, "or load its last save, of kind"),
-    ],
-)
-def test_the_error_of_another_layout_says_what_helps(fused: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_kind_differences", lambda saved, config: ["2 there, 1 here"])
-    saved = SimpleNamespace(kind="dp_reshardable", layout={"fused_norms": fused})
-    with pytest.raises(ValueError, match=f"2 there, 1 here. Use that layout, {advice}"):
-        loading.check_layout(Path("run"), cast(Any, saved), RunConfig())

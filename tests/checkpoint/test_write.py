@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 
 from genlip_megatron.checkpoint import manifest, parts, saving, write
@@ -17,14 +20,14 @@ from genlip_megatron.checkpoint.collectives import rank
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE
 from genlip_megatron.checkpoint.paths import NotSaved, step_folder
 from genlip_megatron.config import RunConfig
+from genlip_megatron.parallel import groups
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import layout, tiny_config
+from genlip_megatron.train.loop import train
+from genlip_megatron.train.setup import build_run
 
 
 def build(config: RunConfig) -> Any:
-    from genlip_megatron.parallel import groups
-    from genlip_megatron.train.setup import build_run
-
     groups.initialize(config)
     return build_run(config)
 
@@ -48,23 +51,28 @@ def tensor_files(folder: Path, step: int) -> dict[str, manifest.FileFacts]:
     return {name: facts for name, facts in files.items() if name.endswith(".distcp")}
 
 
-def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, Any]:
-    """Make four background saves and change the state before it is copied; repeat the last save in the foreground."""
-    run, planned = build(config), 0
-    whole, copy = write.Planner.prepare, write.HostCopies.copy
-
-    def counted(*args: Any) -> None:
-        nonlocal planned
-        planned += 1
-        whole(*args)
+@contextlib.contextmanager
+def late_copies() -> Iterator[None]:
+    """Copies to host memory begin late."""
+    copy = write.HostCopies.copy
 
     def late(*args: Any) -> None:
-        time.sleep(0.2)
+        time.sleep(0.3)
         copy(*args)
 
-    behind, at_once = saver_of(run, folder / "behind", []), saver_of(run, folder / "at_once", [])
     with mock.patch.object(write.HostCopies, "copy", late):
-        with mock.patch.object(write.Planner, "prepare", counted):
+        yield
+
+
+def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> int:
+    """Make four background saves and change the state before it is copied; repeat the last save in the foreground.
+
+    Returns how often the background saves were planned.
+    """
+    run, whole = build(config), write.Planner.prepare
+    behind, at_once = saver_of(run, folder / "behind", []), saver_of(run, folder / "at_once", [])
+    with late_copies():
+        with mock.patch.object(write.Planner, "prepare", autospec=True, side_effect=whole) as prepare:
             for step in range(1, 5):
                 change(run)
                 behind.save(step, {}, kind, saving.Facts(), behind=True)
@@ -76,7 +84,7 @@ def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, A
         behind.finish()
     behind.close()
     at_once.close()
-    return {"planned": planned}
+    return prepare.call_count
 
 
 @pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
@@ -84,23 +92,14 @@ def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> dict[str, A
 def test_a_background_save_writes_the_same_as_a_foreground_save(name: str, kind: str, tmp_path: Path) -> None:
     world_size, flags = layout(name)
     results = run_distributed(world_size, save_in_both_ways, tiny_config(Path("unused"), **flags), tmp_path, kind)
-    assert results == [{"planned": 1}] * world_size
+    assert results == [1] * world_size
     files = tensor_files(tmp_path / "behind", 5)
     assert files == tensor_files(tmp_path / "at_once", 5)
     assert files != tensor_files(tmp_path / "behind", 4)
 
 
 def train_and_save(config: RunConfig) -> int:
-    """Train and save; copies to host memory begin late."""
-    from genlip_megatron.train.loop import train
-
-    copy = write.HostCopies.copy
-
-    def late(*args: Any) -> None:
-        time.sleep(0.5)
-        copy(*args)
-
-    with mock.patch.object(write.HostCopies, "copy", late):
+    with late_copies():
         return train(config)
 
 
@@ -132,86 +131,50 @@ def test_training_does_not_change_the_saved_state(
     assert files[0] == files[1]
 
 
-def raising(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("can't start new thread")
-
-
-def test_without_a_thread_training_waits_for_the_disk(tmp_path: Path) -> None:
-    (line,) = run_distributed(1, save_without_a_thread, tiny_config(Path("unused")), tmp_path)
-    assert "WARNING: rank 0: training waited for the disk (RuntimeError: can't start new thread)" in line
-
-
-def save_without_a_thread(config: RunConfig, folder: Path) -> str:
-    run, lines = build(config), list[str]()
-    saver = saver_of(run, folder, lines)
-    with mock.patch.object(saving, "WriteBehind", raising):
-        saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
-    change(run)
-    saver.finish()
-    saver.close()
-    return lines[-1]
-
-
 def test_a_writer_that_fails_does_not_block_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "_balanced", raising)
+    monkeypatch.setattr(write, "balanced", mock.Mock(side_effect=RuntimeError("can't start new thread")))
     behind = write.WriteBehind(write.HostCopies(), write.PlannedWrite(tmp_path, [], None))
     behind.wait_for_copy()
-    assert "can't start new thread" in behind.result().error
+    assert "can't start new thread" in behind.result.result().error
 
 
-def save_with_another_tensor(config: RunConfig, folder: Path) -> bool:
+def save_with_another_tensor(config: RunConfig, folder: Path) -> None:
     """Two saves: one with a new tensor, one whose old plan would leave it out."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
     run, whole = build(config), parts.weights_of
     saver = saver_of(run, folder, [])
     new = ShardedTensor.from_rank_offsets("new", torch.arange(4.0), replica_id=rank())
     saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
-    try:
-        parts.weights_of = lambda model: whole(model) | {"new": {"new": new}}
+    with mock.patch.object(parts, "weights_of", lambda model: whole(model) | {"new": {"new": new}}):
         saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
-    finally:
-        parts.weights_of = whole
     saver.finish()
     saver.close()
-    try:  # the safeguard if ranks disagree on the plan
+    with pytest.raises(AssertionError, match="not of this state"):  # the safeguard if ranks disagree on the plan
         saver._planners[DP_RESHARDABLE].plan({"random": {}}, folder)
-    except AssertionError as error:
-        return "not of this state" in str(error)
-    return False
 
 
 def test_a_new_tensor_is_planned_and_written(tmp_path: Path) -> None:
-    assert run_distributed(2, save_with_another_tensor, tiny_config(Path("unused")), tmp_path) == [True, True]
+    run_distributed(2, save_with_another_tensor, tiny_config(Path("unused")), tmp_path)
     sizes = [sum(facts.size for facts in tensor_files(tmp_path, step).values()) for step in (1, 2)]
     assert sizes[1] > sizes[0]
 
 
 def save_with_trouble_on_one_rank(config: RunConfig, folder: Path) -> list[str]:
-    """(log of rank 0, errors of this rank): rank 1 fails to save, then has no memory for copies."""
-    run, errors = build(config), []
-    lines: list[str] = []
+    """Errors of this rank and warnings: rank 1 fails to save, then has no memory for copies."""
+    run, lines = build(config), list[str]()
     saver = saver_of(run, folder, lines)
-    originals = parts.random_states, write.HostCopies.copy
-
-    def failing(*args: Any) -> Any:
-        raise MemoryError("no memory left")
-
-    if rank() == 1:
-        parts.random_states = failing
-    try:
+    states, copy = parts.random_states, write.HostCopies.copy
+    failing = mock.Mock(side_effect=MemoryError("no memory left"))
+    with (
+        mock.patch.object(parts, "random_states", failing if rank() else states),
+        pytest.raises(NotSaved) as error,
+    ):
         saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
-    except NotSaved as error:
-        errors.append(str(error))
-    parts.random_states = originals[0]
-    if rank() == 1:
-        write.HostCopies.copy = failing  # type: ignore[method-assign]
-    saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
-    change(run)
-    write.HostCopies.copy = originals[1]  # type: ignore[method-assign]
+    with mock.patch.object(write.HostCopies, "copy", failing if rank() else copy):
+        saver.save(2, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
+        change(run)
     saver.finish()
     saver.close()
-    return errors + [line for line in lines if "WARNING" in line]
+    return [str(error.value), *(line for line in lines if "WARNING" in line)]
 
 
 def test_an_error_on_one_rank_reaches_all(tmp_path: Path) -> None:

@@ -113,3 +113,11 @@ def test_a_missing_bucket_is_reported(bucket: str) -> None:  # noqa: F811
         expand("s3://another/x.tar")
     with pytest.raises(FileNotFoundError, match="^s3://another/x.tar: no such file, folder or bucket$"):
         storage.read_bytes("s3://another/x.tar")
+
+
+def test_an_invalid_bucket_name_is_a_user_error_and_not_retried(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    pauses: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    with pytest.raises(ValueError, match=r"^s3://a b/x\.tar: .*Invalid bucket name"):
+        storage.read_bytes("s3://a b/x.tar")
+    assert not pauses

@@ -9,19 +9,17 @@ import pytest
 import torch
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.faults.exits import EXIT_REPLICAS_DIFFER
-from genlip_megatron.faults.replicas import odd_ranks
+from genlip_megatron.faults.exits import EXIT_REPLICAS_DIFFER, LeaveRun
+from genlip_megatron.faults.replicas import check_replicas, odd_ranks
+from genlip_megatron.parallel import groups
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import layout, tiny_config
+from genlip_megatron.train import loop
 from tests.fault_table import FaultRow
 
 
 def compare(config: RunConfig, odd: str) -> str:
     """The result of comparing two parameters; ``odd`` has another value on rank 1."""
-    from genlip_megatron.faults.exits import LeaveRun
-    from genlip_megatron.faults.replicas import check_replicas
-    from genlip_megatron.parallel import groups
-
     groups.initialize(config)
     parameters = {"first": torch.zeros(3), "second": torch.full((2, 2), torch.nan, dtype=torch.bfloat16)}
     parameters["second"].sequence_parallel = True  # type: ignore[attr-defined]
@@ -62,12 +60,6 @@ def test_the_majority_is_right() -> None:
     assert odd_ranks({4: good, 5: good}) == {}
 
 
-def train(config: RunConfig) -> int:
-    from genlip_megatron.train.loop import train
-
-    return train(config)
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_flipped_bit_ends_the_run_before_it_is_saved(
@@ -86,7 +78,7 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(
         train__train_iters=4,
         log__eval_iters=1,
     )
-    assert run_distributed(2, train, config) == [0 if overlap else EXIT_REPLICAS_DIFFER] * 2
+    assert run_distributed(2, loop.train, config) == [0 if overlap else EXIT_REPLICAS_DIFFER] * 2
     assert (tmp_path / "iter_0000002").is_dir()
     assert (tmp_path / "iter_0000004").is_dir() == overlap
     if not overlap:

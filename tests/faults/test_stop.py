@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,25 +10,21 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from genlip_megatron.checkpoint.paths import pointed
-from genlip_megatron.config import CheckpointConfig, FaultsConfig, RunConfig, TrainConfig
+from genlip_megatron.config import RunConfig
 from genlip_megatron.faults import exits
 from genlip_megatron.faults.exits import EXIT_PREEMPTED
-from genlip_megatron.faults.stop import StopRequest, stop_file
+from genlip_megatron.faults.stop import StopRequest
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.processes import Zygote
 from genlip_megatron.testing.runs import tiny_config
+from genlip_megatron.train import loop
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training
-
-
-def train(config: RunConfig) -> int:
-    from genlip_megatron.train.loop import train
-
-    return train(config)
 
 
 def config(demo_data: Path, folder: Path, **flags: Any) -> RunConfig:
@@ -42,7 +39,7 @@ def config(demo_data: Path, folder: Path, **flags: Any) -> RunConfig:
 def test_a_signal_on_one_rank_stops_all(
     flags: dict[str, Any], demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
-    assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
+    assert run_distributed(2, loop.train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
     name = {"term": "SIGTERM", "usr1": "SIGUSR1"}[flags["faults__inject_fault"].partition("@")[0]]
     fault_row(name, "one rank of 2", f"all save, status {EXIT_PREEMPTED}")
@@ -50,22 +47,17 @@ def test_a_signal_on_one_rank_stops_all(
 
 def train_until(config: RunConfig, how: str) -> int:
     """Train without end; in the second step the stop file appears or the time limit is reached."""
-    from genlip_megatron.train import loop
-
     step = loop.train_step
 
     def told(run: Any, batches: Any, stop: Any) -> Any:
         if run.iteration == 1 and how == "file":
-            stop_file(config).touch()  # type: ignore[union-attr]
+            Path(config.stop_file).touch()
         if run.iteration == 1 and how == "time":
             stop._deadline = 0.0
         return step(run, batches, stop)
 
-    loop.train_step = told
-    try:
+    with mock.patch.object(loop, "train_step", told):
         return loop.train(config)
-    finally:
-        loop.train_step = step
 
 
 @pytest.mark.faults
@@ -87,7 +79,7 @@ def test_a_request_before_the_first_step_ends_the_run_without_one(
 ) -> None:
     if not flags:
         (tmp_path / "stop").touch()
-    assert run_distributed(2, train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
+    assert run_distributed(2, loop.train, config(demo_data, tmp_path, **flags)) == [EXIT_PREEMPTED] * 2
     assert not list(tmp_path.glob("iter_*"))
     assert (tmp_path / "stop.obeyed").exists() != bool(flags)
     fault = "exit_duration_in_mins over" if flags else "stop file"
@@ -101,41 +93,34 @@ def test_the_time_limit_counts_from_the_launch(tmp_path: Path, monkeypatch: pyte
     for launched, over in ((False, 0), (True, 1)):
         if launched:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
-        stop = StopRequest(RunConfig(train=TrainConfig(exit_duration_in_mins=5)))
-        votes = stop.votes()
-        stop.close()
-        assert votes == [0, 0, over]
+        with contextlib.closing(StopRequest(minutes=5)) as stop:
+            assert stop.votes() == [0, 0, over]
 
 
 @pytest.mark.parametrize("flags", [{}, {"faults__inject_fault": "term@2:0"}])
 def test_each_multiple_of_exit_interval_ends_the_run(flags: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
     for step in (2, 4):
-        assert run_distributed(2, train, config(demo_data, tmp_path, train__exit_interval=2, **flags)) == [0, 0]
+        assert run_distributed(2, loop.train, config(demo_data, tmp_path, train__exit_interval=2, **flags)) == [0, 0]
         assert pointed(tmp_path) == step
 
 
-def test_signal_handlers_are_restored(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    stop = StopRequest(RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path))))
-    try:
+    with contextlib.closing(StopRequest()) as stop:
         assert stop.votes() == [0, 0, 0]
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # as from a launcher and a scheduler at once
         time.sleep(0.05)
         assert stop.votes() == [1, 0, 0]
-    finally:
-        stop.close()
     assert signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
 
 
 def test_one_process_per_machine_looks_for_the_stop_file_once_a_second(tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "halt"
-    options = RunConfig(faults=FaultsConfig(stop_file=str(file)))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    other = StopRequest(options)
+    other = StopRequest(str(file))
     monkeypatch.setenv("LOCAL_RANK", "0")
-    stop = StopRequest(options)
-    try:
+    with contextlib.closing(other), contextlib.closing(StopRequest(str(file))) as stop:
         assert stop.votes() == [0, 0, 0]
         file.touch()
         assert stop.votes() == [0, 0, 0]
@@ -145,15 +130,12 @@ def test_one_process_per_machine_looks_for_the_stop_file_once_a_second(tmp_path:
         assert file.exists()
         stop.obey()
         assert not file.exists() and (tmp_path / "halt.obeyed").exists()
-    finally:
-        stop.close()
-        other.close()
 
 
 def stuck_in_c(listen: str) -> subprocess.Popen[str]:
     """A process that spends minutes in C without the GIL, where Python handles no signals; after ``listen``."""
     code = (
-        "import hashlib; from genlip_megatron.config import RunConfig; from genlip_megatron.faults import stop\n"
+        "import hashlib; from genlip_megatron.faults import stop\n"
         f"{listen}; print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -165,7 +147,7 @@ def stuck_in_c(listen: str) -> subprocess.Popen[str]:
 @pytest.mark.faults
 @pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGUSR1"), ("SIGINT", "SIGINT")])
 def test_a_second_signal_ends_a_process_that_is_stuck_in_c(first: str, second: str, fault_row: FaultRow) -> None:
-    process = stuck_in_c("stop.StopRequest(RunConfig())")
+    process = stuck_in_c("stop.StopRequest()")
     try:
         process.send_signal(getattr(signal, first))
         assert process.stderr is not None and f"stop requested by {first}" in process.stderr.readline()

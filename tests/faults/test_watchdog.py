@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.faults.exits import EXIT_HUNG
 from genlip_megatron.faults.watchdog import Watchdog
+from genlip_megatron.parallel import groups
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
 from tests.fault_table import FaultRow
@@ -130,9 +132,6 @@ time.sleep(1.5)
 
 def timeouts(config: RunConfig) -> list[float]:
     """Timeouts in seconds of a tensor-parallel and of a data-parallel group."""
-    from megatron.core import parallel_state
-
-    from genlip_megatron.parallel import groups
 
     groups.initialize(config)
     found = (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group())

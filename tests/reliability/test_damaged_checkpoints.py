@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +10,14 @@ import pytest
 
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint import paths as checkpoints
-from genlip_megatron.testing.processes import Zygote
+from genlip_megatron.faults.exits import EXIT_USER_ERROR
+from genlip_megatron.testing.processes import Ended, Job, Zygote
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training, all_of
 
 pytestmark = pytest.mark.faults
 
 FLIPS = 5
-
-
-def looking(training: Training) -> dict[str, str]:
-    """Settings of a launch that loads and trains, but saves nothing."""
-    return {"checkpoint__save": "", "checkpoint__load": str(training.run)}
 
 
 def flip(seed: int) -> Callable[[Path], None]:
@@ -50,7 +45,6 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)) and None,
     **{f"one flipped bit, place {seed}": flip(seed) for seed in range(1, FLIPS)},
 }
-QUICK = ("one flipped bit", "removed")
 
 
 @pytest.fixture(scope="module")
@@ -67,70 +61,49 @@ def files(training: Training) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def faults_of(trained: Training, folder: Path, cases: list[tuple[str, str]]) -> list[str]:
-    """Errors of loading after each (file, damage), one at a time."""
-
-    def start(case: tuple[str, str]) -> object:
-        training = trained.copy(folder / hashlib.sha256(str(case).encode()).hexdigest()[:12])
-        DAMAGES[case[1]](checkpoints.step_folder(training.run, 4) / case[0])
-        (training.folder / "history" / "rank0.jsonl").unlink()
-        jobs[case] = training
-        return training.start("--exit-interval", "3", **looking(training))
-
-    jobs: dict[tuple[str, str], Training] = {}
-    expected = trained.history()[0, 3]
-    faults = []
-    for (file, damage), (ended,) in all_of(cases, start):  # type: ignore[arg-type]
-        output = ended.output
-        steps = jobs[file, damage].history()
-        if ended.code or "resumed at step 2" not in output:
-            faults.append(f"{file} {damage}: not resumed at step 2 (status {ended.code}): {output[-800:]}")
-        elif Path(file).name not in output:
-            faults.append(f"{file} {damage}: the output does not name the file: {output[-800:]}")
-        elif steps != {(0, 3): expected}:
-            faults.append(f"{file} {damage}: step 3 is not the undisturbed run's")
-    return faults
+def fault_of(training: Training, ended: Ended, file: str, whole: Training) -> str:
+    """The problem of a run that resumed after a file of its newest checkpoint was damaged, or ""."""
+    output = ended.output
+    if ended.code or "resumed at step 2" not in output:
+        return f"not resumed at step 2 (status {ended.code}): {output[-800:]}"
+    if file not in output:
+        return f"the output does not name the file: {output[-800:]}"
+    step = {(0, 3): whole.history()[0, 3]}
+    return "" if training.history() == step else "step 3 is not the undisturbed run's"
 
 
 @pytest.mark.slow
-def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(trained: Training, tmp_path: Path) -> None:
-    cases = [(file, damage) for file in files(trained) for damage in QUICK]
-    faults = faults_of(trained, tmp_path, cases)
-    assert not faults, "\n".join(faults)
-
-
-@pytest.mark.long
-def test_any_damage_to_any_file_is_found(trained: Training, tmp_path: Path, fault_row: FaultRow) -> None:
+@pytest.mark.parametrize(
+    "damages",
+    [("one flipped bit", "removed"), pytest.param(tuple(DAMAGES), marks=pytest.mark.long)],
+    ids=["some", "all"],
+)
+def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(
+    damages: tuple[str, ...], trained: Training, tmp_path: Path, fault_row: FaultRow
+) -> None:
     names = files(trained)
-    faults = faults_of(trained, tmp_path, [(file, damage) for file in names for damage in DAMAGES])
-    assert not faults, "\n".join(faults)
-    for damage in DAMAGES:
-        kind = damage.split(",")[0]
+    runs: dict[tuple[str, str], Training] = {}
+
+    def start(case: tuple[str, str]) -> Job:
+        file, damage = case
+        runs[case] = training = trained.copy(tmp_path / str(len(runs)))
+        DAMAGES[damage](checkpoints.step_folder(training.run, 4) / file)
+        (training.folder / "history" / "rank0.jsonl").unlink()
+        # It loads and trains, but saves nothing.
+        return training.start("--exit-interval", "3", checkpoint__save="", checkpoint__load=str(training.run))
+
+    faults = {
+        case: fault_of(runs[case], ended, case[0], trained)
+        for case, (ended,) in all_of([(file, damage) for file in names for damage in damages], start)
+    }
+    assert not any(faults.values()), "\n".join(f"{case}: {fault}" for case, fault in faults.items() if fault)
+    for damage in damages if len(damages) == len(DAMAGES) else ():
         fault_row(
-            f"checkpoint file: {kind}",
+            f"checkpoint file: {damage.split(',')[0]}",
             f"each of the {len(names)} files",
             "not loaded, file named, previous checkpoint used",
             count=len(names),
         )
-
-
-@pytest.mark.parametrize(
-    ("content", "resumed"),
-    [(None, "removed"), (b"", "empty"), (b"\xff\x00", "garbage"), (b"1000\n", "missing checkpoint")],
-    ids=["removed", "empty", "garbage", "names a missing checkpoint"],
-)
-def test_a_damaged_pointer_does_not_hide_good_checkpoints(
-    trained: Training, tmp_path: Path, content: bytes | None, resumed: str, fault_row: FaultRow
-) -> None:
-    training = trained.copy(tmp_path / "run")
-    pointer = training.run / checkpoints.LATEST
-    if content is None:
-        pointer.unlink()
-    else:
-        pointer.write_bytes(content)
-    (ended,) = training.go("--exit-interval", "5", **looking(training))
-    assert ended.code == 0 and "resumed at step 4" in ended.output, ended.output[-1500:]
-    fault_row("latest_checkpointed_iteration.txt damaged", resumed, "newest good checkpoint used")
 
 
 def test_without_a_good_checkpoint_nothing_is_loaded(trained: Training, tmp_path: Path) -> None:
@@ -141,7 +114,8 @@ def test_without_a_good_checkpoint_nothing_is_loaded(trained: Training, tmp_path
         DAMAGES["one flipped bit"](checkpoints.step_folder(training.run, step) / ".metadata")
     (training.folder / "history" / "rank0.jsonl").unlink()
     (ended,) = training.go("--exit-interval", "5")
-    assert ended.code != 0 and ".metadata" in ended.output, ended.output[-1500:]
+    assert ended.code == EXIT_USER_ERROR and "no good checkpoint" in ended.output, ended.output[-1500:]
+    assert all(f"iter_000000{step}/.metadata: damaged" in ended.output for step in (2, 4)), ended.output[-1500:]
     assert not training.history()
     assert sorted(training.run.rglob("*")) == before
 

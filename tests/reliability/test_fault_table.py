@@ -46,16 +46,6 @@ def test_a_failed_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run(tmp_path, SUITE + FAILING, monkeypatch) == PAGE
 
 
-def test_missing_markers_are_added(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    for _ in range(2):
-        fault_table.write_table(page, {("kill", "a step", "resumed"): 1})
-        assert page.read_text().startswith(f"{fault_table.BEGIN}\n| fault |")
-    page.write_text("# Title\n")
-    fault_table.write_table(page, {("kill", "a step", "resumed"): 1})
-    assert page.read_text().startswith(f"# Title\n\n{fault_table.BEGIN}\n")
-
-
 def test_worked_examples_hold() -> None:
     failed, tried = doctest.testmod(fault_table)
     assert tried and not failed

@@ -8,10 +8,12 @@ killed.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint import paths as checkpoints
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED
-from genlip_megatron.testing.processes import Ended, Zygote
+from genlip_megatron.testing.processes import Ended, Job, Zygote
 from tests import crash
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training, all_of
@@ -64,15 +66,13 @@ class Scene:
         assert all(ended.code == 0 for ended in self.start.go("--exit-interval", "2"))
         self.history = self.whole.history()
         self.folder = folder
-        self._operations: dict[tuple[int, str], list[crash.Operation]] = {}
-        # By step and by the kind of save at step 4.
-        self._complete = {(2, save): contents(checkpoints.step_folder(self.start.run, 2)) for save in SAVES}
+        # Computed once for each rank and kind of save.
+        self.operations = functools.cache(self._operations)
+        self.whole_checkpoint = functools.cache(self._whole_checkpoint)
 
-    def operations(self, rank: int, save: str) -> list[crash.Operation]:
+    def _operations(self, rank: int, save: str) -> list[crash.Operation]:
         """The file operations of a rank, from the start at step 2 to the end of the save at step 4. They must explain
         all files on the disk."""
-        if (rank, save) in self._operations:
-            return self._operations[rank, save]
         training = self.start.copy(self.folder / f"counted-{save}-{rank}")
         before = set(contents(training.run))
         assert all(ended.code == 0 for ended in training.go(*SAVES[save], plan={"rank": rank}))
@@ -81,17 +81,16 @@ class Scene:
             unseen = crash.unseen_files(training.run, operations)
             assert set(unseen) <= before, f"writes that the hooks missed: {unseen}"
         next_save = [n for n, done in enumerate(operations) if f"iter_{LAST:07d}" in done.path]
-        self._operations[rank, save] = operations[: next_save[0] if next_save else None]
-        return self._operations[rank, save]
+        return operations[: next_save[0] if next_save else None]
 
-    def whole_checkpoint(self, step: int, save: str) -> dict[str, str]:
+    def _whole_checkpoint(self, step: int, save: str) -> dict[str, str]:
         """The contents of a step's checkpoint after a run that starts from step 2 and deletes nothing."""
-        if (step, save) not in self._complete:
-            # Not from the undisturbed run, because pickles of loaded values have other bytes.
-            training = self.start.copy(self.folder / f"complete-{save}")
-            assert all(ended.code == 0 for ended in training.go(*SAVES[save], checkpoint__keep_last=0))
-            self._complete[step, save] = contents(checkpoints.step_folder(training.run, 4))
-        return self._complete[step, save]
+        if step == 2:
+            return contents(checkpoints.step_folder(self.start.run, 2))
+        # Not from the undisturbed run, because pickles of loaded values have other bytes.
+        training = self.start.copy(self.folder / f"complete-{save}")
+        assert all(ended.code == 0 for ended in training.go(*SAVES[save], checkpoint__keep_last=0))
+        return contents(checkpoints.step_folder(training.run, 4))
 
     def fault_of(self, run: Path, save: str) -> str | None:
         """The problem of a folder of checkpoints, or None. Its newest must be complete and of step 2 or 4."""
@@ -154,17 +153,16 @@ def kill_at(scene: Scene, tmp_path: Path, action: str, rank: int, closely: bool,
     """
     operations = scene.operations(rank, save)
     numbers = list(range(1, len(operations) + 1))
-    folders = {number: tmp_path / str(number) for number in numbers}
+    runs: dict[int, Training] = {}
     seen: dict[tuple[Any, ...], int] = {}
     faults: list[str] = []
 
-    def start(number: int) -> Any:
-        training = scene.start.copy(folders[number])
-        plan = {"action": action, "at": number, "rank": rank}
-        return training.start(*SAVES[save], plan=plan)
+    def start(number: int) -> Job:
+        runs[number] = scene.start.copy(tmp_path / str(number))
+        return runs[number].start(*SAVES[save], plan={"action": action, "at": number, "rank": rank})
 
     for number, ended in all_of(numbers, start):
-        training = Training(scene.start.zygote, scene.start.data, folders[number], scene.start.world_size, TINY, 2)
+        training = runs[number]
         fault = None
         if ended[rank].code != -signal.SIGKILL:
             fault = f"the run ends with {ended[rank].code} instead of being killed: {ended[rank].output[-1500:]}"
@@ -183,51 +181,43 @@ def kill_at(scene: Scene, tmp_path: Path, action: str, rank: int, closely: bool,
 
 
 @pytest.fixture(scope="module")
-def scene(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """Runs of one process."""
-    return Scene(zygote, demo_data, tmp_path_factory.mktemp("one"), 1)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """Runs of two data-parallel processes."""
-    return Scene(zygote, demo_data, tmp_path_factory.mktemp("two"), 2)
+def scene_of(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Scene]:
+    """Runs of a number of data-parallel processes."""
+    return functools.cache(lambda size: Scene(zygote, demo_data, tmp_path_factory.mktemp(f"ranks{size}"), size))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save", SAVES)
-def test_killed_after_each_operation(scene: Scene, tmp_path: Path, save: str) -> None:
-    """Restart from states of the disk that differ in more than the progress of an unfinished folder."""
-    kill_at(scene, tmp_path, "kill", 0, closely=False, save=save)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("save", SAVES)
-@pytest.mark.parametrize("action", ["kill", "tear"])
-@pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (2, 0), (2, 1)])
-def test_killed_at_every_operation(
+@pytest.mark.parametrize(
+    ("world_size", "rank", "action", "closely"),
+    [
+        (1, 0, "kill", False),
+        *(
+            pytest.param(size, rank, action, True, marks=pytest.mark.long)
+            for size, rank in ((1, 0), (2, 0), (2, 1))
+            for action in ("kill", "tear")
+        ),
+    ],
+)
+def test_killed_at_each_operation(
     world_size: int,
     rank: int,
     action: str,
+    closely: bool,
     save: str,
-    request: pytest.FixtureRequest,
+    scene_of: Callable[[int], Scene],
     tmp_path: Path,
     fault_row: FaultRow,
 ) -> None:
-    scene = request.getfixturevalue("scene" if world_size == 1 else "two_ranks")
-    tried, states = kill_at(scene, tmp_path, action, rank, closely=True, save=save)
-    fault_row(
-        "SIGKILL " + ("right after" if action == "kill" else "in the middle of") + " a file operation",
-        f"{'asynchronous' if save == 'behind' else 'last, synchronous'} save, rank {rank} of {world_size}",
-        f"newest checkpoint complete; run continues bit for bit from each of {states} states of the disk",
-        count=tried,
-    )
-
-
-def fail_at(scene: Scene, folder: Path, number: int, error: str, lasting: bool) -> Any:
-    """Start a run whose disk fails at an operation of the save at step 4; the run saves again at step 6."""
-    plan = {"action": "fail", "at": number, "error": error, "lasting": lasting}
-    return scene.start.copy(folder).start(plan=plan)
+    """Without ``closely``, restart only from states of the disk that differ in more than an unfinished folder."""
+    tried, states = kill_at(scene_of(world_size), tmp_path, action, rank, closely, save)
+    if closely:
+        fault_row(
+            "SIGKILL " + ("right after" if action == "kill" else "in the middle of") + " a file operation",
+            f"{'asynchronous' if save == 'behind' else 'last, synchronous'} save, rank {rank} of {world_size}",
+            f"newest checkpoint complete; run continues bit for bit from each of {states} states of the disk",
+            count=tried,
+        )
 
 
 NOT_SAVED = "WARNING: NOT SAVED: the checkpoint of step 4 could not be written to "
@@ -289,15 +279,21 @@ OUTCOMES = {
     ],
 )
 def test_a_failing_disk_loses_only_one_checkpoint(
-    scene: Scene, tmp_path: Path, error: str, lasting: bool, fault_row: FaultRow
+    scene_of: Callable[[int], Scene], tmp_path: Path, error: str, lasting: bool, fault_row: FaultRow
 ) -> None:
     """The save fails and says why, its files are removed, training continues, and the next save succeeds."""
+    scene = scene_of(1)
     operations = scene.operations(0, "behind")
     first = begins(operations)
     numbers = [n for n, o in enumerate(operations, 1) if n >= first and crash.can_fail(error, o.kind)]
     faults = []
     tried: Counter[str] = Counter()
-    for number, ended in all_of(numbers, lambda n: fail_at(scene, tmp_path / str(n), n, error, lasting)):
+
+    def start(number: int) -> Job:
+        plan = {"action": "fail", "at": number, "error": error, "lasting": lasting}
+        return scene.start.copy(tmp_path / str(number)).start(plan=plan)
+
+    for number, ended in all_of(numbers, start):
         training = Training(scene.start.zygote, scene.start.data, tmp_path / str(number), 1, TINY)
         expected = said_of(operations, number)
         # Only files of the failed save can be removed, and checkpoint 2 once checkpoint 4 is complete.
@@ -315,11 +311,11 @@ def test_a_failing_disk_loses_only_one_checkpoint(
         fault_row(what, "each file operation of an asynchronous save", outcome_of_it, count=count)
 
 
-def test_kinds_of_operations_of_a_save(scene: Scene) -> None:
+def test_kinds_of_operations_of_a_save(scene_of: Callable[[int], Scene]) -> None:
     """Crash points cover a save: it creates, writes, syncs, and renames last."""
-    operations = scene.operations(0, "last")
+    operations = scene_of(1).operations(0, "last")
     operations = [operation for operation in operations[begins(operations) - 1 :] if not deletes(operation)]
-    assert operations[0] == crash.Operation("mkdir", ".iter_0000004.partial", thread="MainThread")
+    assert operations[0] == crash.Operation("mkdir", ".iter_0000004.partial")
     assert [str(operation) for operation in operations if operation.kind == "rename"] == [
         "rename .iter_0000004.partial/.metadata.tmp to .iter_0000004.partial/.metadata",
         "rename .iter_0000004.partial to iter_0000004",

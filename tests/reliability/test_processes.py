@@ -51,9 +51,9 @@ def place_in_group() -> tuple[int, int, float, int]:
 
 @pytest.mark.slow
 def test_processes_of_run_distributed_join_a_new_group_for_every_job() -> None:
-    first, alone, again = (run_distributed(size, place_in_group) for size in (2, 1, 2))
-    assert first == again and alone[0][0] == first[0][0] and first[0][0] != first[1][0]
-    assert [rank[1:3] for rank in (*first, *alone)] == [(2, 2.0), (2, 2.0), (1, 1.0)]
+    first, single, again = (run_distributed(size, place_in_group) for size in (2, 1, 2))
+    assert first == again and single[0][0] == first[0][0] and first[0][0] != first[1][0]
+    assert [rank[1:3] for rank in (*first, *single)] == [(2, 2.0), (2, 2.0), (1, 1.0)]
     assert first[0][3] != first[1][3], "the order of a set would be the same on all ranks"
     run_distributed(2, torch.distributed.destroy_process_group)
     assert run_distributed(2, place_in_group) == first

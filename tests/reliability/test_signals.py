@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from genlip_megatron.faults.exits import EXIT_HUNG, EXIT_PREEMPTED
-from genlip_megatron.testing.processes import Ended, Zygote
+from genlip_megatron.testing.processes import Zygote
+from genlip_megatron.train import setup
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training
 
@@ -42,74 +43,55 @@ def whole(zygote: Zygote, demo_data: Path, tmp_path_factory: pytest.TempPathFact
     return training
 
 
-def _every(quick: set[tuple[str, int]]) -> list[Any]:
-    """Parameters (place, rank) for every place; all but a few are marked slow."""
-    return [
-        pytest.param(place, rank, marks=() if (place, rank) in quick else pytest.mark.long, id=f"{place}-rank{rank}")
-        for place in PLACES
-        for rank in (0, 1)
-    ]
+# The other cases are marked long.
+QUICK = ("term step 1", "term validation 0", "kill step 0", "kill save 1", "stop step 1")
+CASES = [
+    pytest.param(kind, place, rank, marks=() if f"{kind} {place} {rank}" in QUICK else pytest.mark.long)
+    for kind in ("term", "stop", "kill")
+    for place in PLACES
+    for rank in (0, 1)
+]
 
 
-def disturbed(
-    whole: Training, folder: Path, kind: str, place: str, rank: int, **flags: Any
-) -> tuple[Training, list[Ended]]:
-    """(a run with the fault at step 3, how its ranks ended)."""
-    training = Training(whole.zygote, whole.data, folder, 2, whole.flags)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "place", "rank"), CASES)
+def test_a_signal_at_one_rank(
+    kind: str, place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow
+) -> None:
+    """SIGTERM: all save and exit with status 17. SIGKILL: the launcher ends the others. SIGSTOP: the other rank shows
+    its stacks, wakes the rank to show its own, and exits with status 20. A restart ends with the undisturbed run's
+    bits.
+    """
+    training = Training(whole.zygote, whole.data, tmp_path / "run", 2, whole.flags)
     fault = f"{kind}@{STEP}:{rank}" if place == "step" else f"{kind}.{place}@{STEP}:{rank}"
-    return training, training.go("--inject-fault", fault, "--allow-fault-injection", **flags)
-
-
-def check_resumes(training: Training, whole: Training) -> None:
-    """Check that the restarted run ends with the same bits as the undisturbed one."""
-    ended = training.go()
-    assert [one.code for one in ended] == [0, 0], ended[0].output[-2000:]
-    assert "resumed at step" in ended[0].output
+    timeout = {"faults__step_timeout": TIMEOUT / 60} if kind == "stop" else {}
+    ended = training.go("--inject-fault", fault, "--allow-fault-injection", **timeout)
+    this, other = ended[rank], ended[1 - rank]
+    resumed = "resumed at step"
+    if kind == "term":
+        assert this.code == other.code == EXIT_PREEMPTED, this.output[-2000:]
+        last = max(step for _, step in training.history())
+        assert last <= STEP + 1
+        resumed = f"resumed at step {last}"  # no step in flight is lost
+        name, outcome = "SIGTERM", f"all save, status {EXIT_PREEMPTED}"
+    elif kind == "kill":
+        assert this.code == -signal.SIGKILL and other.code != 0, this.output[-2000:]
+        name, outcome = "SIGKILL", "others ended"
+    else:
+        assert other.code == EXIT_HUNG, other.output[-2000:]
+        for one in ended:
+            assert "most recent call first" in one.output and "train_step" in one.output, one.output[-2000:]
+        assert f"rank {rank} " in other.output and "is stopped (SIGSTOP)" in other.output
+        name, outcome = "SIGSTOP", f"stacks shown, status {EXIT_HUNG}"
+    again = training.go()
+    assert [one.code for one in again] == [0, 0] and resumed in again[0].output, again[0].output[-2000:]
     assert training.history() == whole.history()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("place", "rank"), _every({("step", 1), ("validation", 0)}))
-def test_stop_requested(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
-    """SIGTERM on one rank: all save and exit with status 17."""
-    training, ended = disturbed(whole, tmp_path / "run", "term", place, rank)
-    assert [one.code for one in ended] == [EXIT_PREEMPTED] * 2, ended[rank].output[-2000:]
-    steps = max(step for _, step in training.history())
-    assert steps <= STEP + 1
-    ended = training.go()
-    assert f"resumed at step {steps}" in ended[0].output, "a step in flight was lost although there was time to save"
-    assert training.history() == whole.history()
-    fault_row("SIGTERM", f"{place}, rank {rank} of 2", f"all save, status {EXIT_PREEMPTED}, resumed bit for bit")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("place", "rank"), _every({("step", 0), ("save", 1)}))
-def test_killed(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
-    """SIGKILL on one rank: the launcher ends the others, and a restart resumes."""
-    training, ended = disturbed(whole, tmp_path / "run", "kill", place, rank)
-    assert ended[rank].code == -signal.SIGKILL, ended[rank].output[-2000:]
-    assert ended[1 - rank].code != 0
-    check_resumes(training, whole)
-    fault_row("SIGKILL", f"{place}, rank {rank} of 2", "others ended, resumed bit for bit")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("place", "rank"), _every({("step", 1)}))
-def test_hung(place: str, rank: int, whole: Training, tmp_path: Path, fault_row: FaultRow) -> None:
-    """SIGSTOP on one rank: the other shows its stacks, wakes it to show its own, and exits with status 20."""
-    training, ended = disturbed(whole, tmp_path / "run", "stop", place, rank, faults__step_timeout=TIMEOUT / 60)
-    other = ended[1 - rank]
-    assert other.code == EXIT_HUNG, other.output[-2000:]
-    for one in ended:
-        assert "most recent call first" in one.output and "train_step" in one.output, f"no stacks: {one.output[-2000:]}"
-    assert f"rank {rank} " in other.output and "is stopped (SIGSTOP)" in other.output
-    check_resumes(training, whole)
-    fault_row("SIGSTOP", f"{place}, rank {rank} of 2", f"stacks shown, status {EXIT_HUNG}, resumed bit for bit")
+    fault_row(name, f"{place}, rank {rank} of 2", f"{outcome}, resumed bit for bit")
 
 
 def stopped_while_starting() -> int:
     """Training in which rank 1 is suspended while the run is built."""
-    from genlip_megatron.train import setup
+    import pretrain_genlip
 
     build_run = setup.build_run
 
@@ -119,8 +101,6 @@ def stopped_while_starting() -> int:
         return build_run(config)
 
     setup.build_run = stopping
-    import pretrain_genlip
-
     return pretrain_genlip.main()
 
 

@@ -16,8 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
+from genlip_megatron.data.loader import Prefetcher
 from genlip_megatron.testing.processes import Ended, Job, Zygote
 from genlip_megatron.testing.runs import tiny_config
+from genlip_megatron.train import loop
 from tests import crash
 
 TARGET = "tests.reliability.training:train"
@@ -45,9 +49,6 @@ def train() -> int:
 
 def watch(folder: Path) -> None:
     """Add a line to ``folder``/rank<n>.jsonl after every training step of this process."""
-    from genlip_megatron.data.loader import Prefetcher
-    from genlip_megatron.train import loop
-
     step, take = loop.train_step, Prefetcher.__next__
     taken: list[str] = []
     file = folder / f"rank{os.environ['RANK']}.jsonl"
@@ -75,14 +76,8 @@ def digest(model: Iterable[Any]) -> str:
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             sha.update(name.encode())
-            sha.update(parameter.detach().contiguous().view(-1).view(dtype=_bytes()).numpy())
+            sha.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 @dataclass
@@ -119,8 +114,6 @@ class Training:
         Args:
             arguments: more of the command line.
             plan: crash points in the folder of checkpoints, see ``crash.Plan``.
-            env: further environment variables.
-            target: the function that the ranks run, see ``Zygote.start``.
             flags: settings of this start only.
         """
         history = self.folder / "history"
@@ -138,13 +131,10 @@ class Training:
         }
         file = self.folder / f"config{self.starts}.yaml"
         file.write_text(tiny_config(self.data, **settings).to_yaml())
-        variables = {_HISTORY: str(history), **(env or {})}
-        if plan is not None:
-            variables |= self.plan(**plan).env()
+        variables = {_HISTORY: str(history), **(env or {}), **(self.plan(**plan).env() if plan else {})}
+        words = ["--config", str(file), *arguments]
         self.starts += 1
-        return self.zygote.start(
-            self.world_size, ["--config", str(file), *arguments], variables, target, restart=self.starts - 1
-        )
+        return self.zygote.start(self.world_size, words, variables, target, restart=self.starts - 1)
 
     def go(self, *arguments: str, timeout: float = 180, **kwargs: Any) -> list[Ended]:
         """Start the ranks and wait for their end; see ``start``."""
