@@ -131,6 +131,26 @@ def test_training_does_not_change_the_saved_state(
     assert files[0] == files[1]
 
 
+def raising(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("can't start new thread")
+
+
+def test_without_a_thread_training_waits_for_the_disk(tmp_path: Path) -> None:
+    (line,) = run_distributed(1, save_without_a_thread, tiny_config(Path("unused")), tmp_path)
+    assert "WARNING: rank 0: training waited for the disk (RuntimeError: can't start new thread)" in line
+
+
+def save_without_a_thread(config: RunConfig, folder: Path) -> str:
+    run, lines = build(config), list[str]()
+    saver = saver_of(run, folder, lines)
+    with mock.patch.object(saving, "WriteBehind", raising):
+        saver.save(1, {}, DP_RESHARDABLE, saving.Facts(), behind=True)
+    change(run)
+    saver.finish()
+    saver.close()
+    return lines[-1]
+
+
 def test_a_writer_that_fails_does_not_block_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "balanced", mock.Mock(side_effect=RuntimeError("can't start new thread")))
     behind = write.WriteBehind(write.HostCopies(), write.PlannedWrite(tmp_path, [], None))
