@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 
 # Whether a file's content looks like the command's output.
 Recognise = Callable[[bytes], bool]

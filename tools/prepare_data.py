@@ -27,9 +27,9 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
+from genlip_megatron import storage
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import open_dataset
 from genlip_megatron.data.index import ShardIndex
 from genlip_megatron.data.manifest import Totals, check_files, manifest_paths, other_shards, write_manifest

@@ -19,8 +19,8 @@ from concurrent.futures import Executor
 
 import numpy as np
 
+from genlip_megatron import storage
 from genlip_megatron.config import PATCH_SIZE, DataConfig
-from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, load_index
 from genlip_megatron.data.manifest import Part, Shard, read_manifest
 from genlip_megatron.data.patterns import expand_shards, find

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from genlip_megatron import __version__
+from genlip_megatron import __version__, storage
 from genlip_megatron.atomic_write import atomic_path
-from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, read_index
 from genlip_megatron.data.patterns import NothingFound
 from genlip_megatron.outputs import check_file, json_lines, json_object

@@ -11,7 +11,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from genlip_megatron.data.storage import (
+from genlip_megatron.storage import (
     StoreError,
     ask_quickly,
     filesystem,

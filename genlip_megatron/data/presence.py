@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.index import index_path
 from genlip_megatron.data.manifest import Shard
 

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from genlip_megatron import atomic_write
-from genlip_megatron.data import storage
+from genlip_megatron import atomic_write, storage
 
 _OPEN_FILES = 256
 _REQUESTS_AT_ONCE = 16

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.content import COMPRESSED, describe, only_zeros
 from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, check_image
 from genlip_megatron.data.index import FORMAT_VERSION, ROW, Header, ShardIndex, index_path, load_index, write_index

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.index import (
     index_path,
     load_index,

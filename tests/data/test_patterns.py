@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.patterns import expand_shards, find
 
 TREE = ("0.tar", "a/1.tar", "a/b/2.tar", "a/b/c/3.tar")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from genlip_megatron import storage
 from genlip_megatron.config import DataConfig
-from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import open_dataset
 from genlip_megatron.data.index import index_path
 from genlip_megatron.data.manifest import Shard, write_manifest

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.read import BlockCache, Piece, ShardReader
 from genlip_megatron.testing.runs import tiny_config

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.testing.processes import free_port
 from tests.data.test_read import bucket  # noqa: F401
