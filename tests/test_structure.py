@@ -40,12 +40,13 @@ ROOMS = {
     "checkpoint": "atomic_write config device log megatron_patches model outputs parallel",
     "convert": "batch checkpoint config hf megatron_patches model optional outputs parallel tokenizer",
     "estimate": "config model",
-    "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel",
+    "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel "
+    "storage tokenizer",
     "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel "
     "user_error",
     "evaluate": "batch data model outputs",
     "integrations": "hf",
-    "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel train",
+    "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel tokenizer train",
 }
 # Files that are copied into exported folders may import only these libraries, Python's own, and each other.
 SELF_CONTAINED, LIBRARIES = "hf", {"torch", "transformers", "numpy", "PIL"}

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from genlip_megatron.batch import PATCH_SIZE, PackedBatch, to_image
-from genlip_megatron.data.text import END_OF_TURN, Tokenizer
 from genlip_megatron.model.mask import prefix_lm_mask
 from genlip_megatron.outputs import begins_with
+from genlip_megatron.tokenizer import END_OF_TURN, Tokenizer
 
 # Kinds of slots in a pack, their colours and their legend.
 PADDING, IMAGE, PROMPT, ANSWER, BAD = range(5)

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -36,7 +36,8 @@ from genlip_megatron.data.manifest import Totals, check_files, manifest_paths, o
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.plan import Plan, Source
 from genlip_megatron.data.prepare import index_shards
-from genlip_megatron.data.text import Tokenizer, encode_prompt, load_tokenizer
+from genlip_megatron.data.text import encode_prompt
+from genlip_megatron.tokenizer import Tokenizer, load_tokenizer
 
 _ESTIMATE_SAMPLES = 50_000
 _LISTED = 20  # shards listed one by one
@@ -60,15 +61,14 @@ def default_manifest(shards: Sequence[str]) -> str:
     return storage.join(folder, f"{stem}.dataset.json" if stem else "dataset.json")
 
 
-def histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> list[str]:
-    """Lines of a histogram; element i of ``counts`` is the count of value i."""
+def show_histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> None:
+    """Print a histogram; element i of ``counts`` is the count of value i."""
     total = max(int(counts.sum()), 1)
-    lines = [f"{title}:"]
+    print(f"{title}:")
     for low, high in itertools.pairwise(bins):
         if part := int(counts[low:high].sum()):
             label = f"{low} to {high - 1}" if high < bins[-1] else f"{low} and more"
-            lines.append(f"  {label:>14} {part:>12,} {100 * part / total:5.1f}% {'#' * round(40 * part / total)}")
-    return lines
+            print(f"  {label:>14} {part:>12,} {100 * part / total:5.1f}% {'#' * round(40 * part / total)}")
 
 
 def estimate(manifest: str, tokenizer: Tokenizer, prompt: str, seq_length: int) -> list[str]:
@@ -139,23 +139,21 @@ def show_list(lines: Sequence[str], rest: str) -> None:
         print(f"  and {len(lines) - _LISTED:,} more{rest}")
 
 
-def report(totals: Totals, show: Callable[[str], None] = print) -> None:
-    """Print a summary of the data set."""
+def report(totals: Totals) -> None:
     refused = sum(totals.refused.values())
-    show(f"{totals.samples:,} good samples, {refused:,} refused")
+    print(f"{totals.samples:,} good samples, {refused:,} refused")
     for reason, count in totals.refused.most_common():
-        show(f"  refused {count:,}: {reason}")
+        print(f"  refused {count:,}: {reason}")
     if totals.ignored:
-        show("  ignored " + ", ".join(f"{count:,} {kind}" for kind, count in totals.ignored.most_common()))
+        print("  ignored " + ", ".join(f"{count:,} {kind}" for kind, count in totals.ignored.most_common()))
     good = max(totals.samples, 1)
-    show(f"{totals.text_tokens / good:.1f} text tokens per sample, {totals.loss_tokens / good:.1f} of them with loss")
-    for title, counts, bins in (
-        ("image height in pixels", totals.heights, _SIDE_BINS),
-        ("image width in pixels", totals.widths, _SIDE_BINS),
-        ("text tokens", totals.tokens, _TOKEN_BINS),
+    print(f"{totals.text_tokens / good:.1f} text tokens per sample, {totals.loss_tokens / good:.1f} of them with loss")
+    for title, column, bins in (
+        ("image height in pixels", "height", _SIDE_BINS),
+        ("image width in pixels", "width", _SIDE_BINS),
+        ("text tokens", "text_tokens", _TOKEN_BINS),
     ):
-        for line in histogram(title, counts, bins):
-            show(line)
+        show_histogram(title, totals.histograms[column], bins)
 
 
 def _part(text: str) -> tuple[int, int]:

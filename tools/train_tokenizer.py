@@ -25,8 +25,9 @@ from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.scan import CAPTION_SUFFIXES
-from genlip_megatron.data.text import END_OF_TURN, parse_turns
+from genlip_megatron.data.text import parse_turns
 from genlip_megatron.outputs import check_file, write
+from genlip_megatron.tokenizer import END_OF_TURN
 
 
 def captions(shards: list[str]) -> Iterator[str]:

@@ -20,10 +20,12 @@ from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch, Sample,
 from genlip_megatron.config import DataConfig
 from genlip_megatron.data.dataset import Dataset
 from genlip_megatron.data.decode import Decoder, ImageTask
+from genlip_megatron.data.plan import by_part
 from genlip_megatron.data.quarantine import BadSample, Quarantine
 from genlip_megatron.data.read import Piece, ShardReader
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.text import Tokenizer, Turns, encode_prompt, parse_turns, tokenize_many
+from genlip_megatron.data.text import Turns, encode_prompt, parse_turns, tokenize_many
+from genlip_megatron.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class _Layout:
     text_tokens: np.ndarray  # as indexed
     room: np.ndarray  # tokens of the pack that the image leaves free
     starts: np.ndarray  # first slot
+    slots: int  # of all packs
 
     @property
     def images(self) -> np.ndarray:
@@ -50,6 +53,11 @@ class _Layout:
     def texts(self) -> np.ndarray:
         """Text tokens of each sample in its pack."""
         return np.minimum(self.text_tokens, self.room)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """End of each sample's text tokens among those of all samples."""
+        return np.cumsum(self.texts)
 
 
 class SampleReader:
@@ -98,31 +106,23 @@ class SampleReader:
 
     def _layout(self, packs: Sequence[Sequence[int]]) -> _Layout:
         ids = np.array([sample for pack in packs for sample in pack], np.int64)
-        columns = [np.empty(len(ids), np.int64) for _ in range(3)]
-        owner = np.searchsorted(self.offsets, ids, side="right") - 1
-        for i in np.unique(owner).tolist():
-            mine = owner == i
-            plan = self.datasets[i].plan_rows(ids[mine] - self.offsets[i])
-            heights, widths = self.datasets[i].image_sizes(plan)
-            for column, values in zip(columns, (heights, widths, plan["text_tokens"]), strict=True):
-                column[mine] = values
-        rows, cols, texts = columns[0] // PATCH_SIZE, columns[1] // PATCH_SIZE, columns[2]
-        room = self.data.seq_length - rows * cols
-        lengths = rows * cols + np.minimum(texts, room)
-        starts, first = np.empty(len(ids), np.int64), 0
-        for i, pack in enumerate(packs):
-            mine = slice(first, first + len(pack))
-            starts[mine] = i * self.data.seq_length + np.cumsum(lengths[mine]) - lengths[mine]
-            first += len(pack)
-        return _Layout(ids, rows, cols, texts, room, starts)
+        heights, widths, texts = np.empty((3, len(ids)), np.int64)
+        for i, mine, local in by_part(self.offsets, ids):
+            plan = self.datasets[i].plan_rows(local)
+            heights[mine], widths[mine] = self.datasets[i].image_sizes(plan)
+            texts[mine] = plan["text_tokens"]
+        rows, columns, seq_length = heights // PATCH_SIZE, widths // PATCH_SIZE, self.data.seq_length
+        room = seq_length - rows * columns
+        lengths = rows * columns + np.minimum(texts, room)
+        per_pack = np.split(lengths, np.cumsum([len(pack) for pack in packs]))
+        starts = np.concatenate([i * seq_length + np.cumsum(some) - some for i, some in enumerate(per_pack)])
+        return _Layout(ids, rows, columns, texts, room, starts, seq_length * len(packs))
 
     def _read(self, samples: Sequence[int], kind: str) -> list[tuple[memoryview, np.void] | str]:
         """For each sample (bytes of its image or caption, checked against the index; its ROW), or the error."""
         results: list[tuple[memoryview, np.void] | str] = [""] * len(samples)
-        owner = np.searchsorted(self.offsets, samples, side="right") - 1
-        for i in np.unique(owner).tolist():
-            mine = np.asarray(samples)[owner == i] - self.offsets[i]
-            self.datasets[i].preload(mine, self._pool)
+        for part, _, numbers in by_part(self.offsets, np.asarray(samples)):
+            self.datasets[part].preload(numbers, self._pool)
         pieces: dict[int, tuple[Piece, np.void]] = {}
         for i, sample in enumerate(samples):
             dataset, local = self._source(sample)
@@ -185,16 +185,15 @@ class SampleReader:
             DataFailure: too many bad samples in a row.
         """
         layout = self._layout(packs)
-        count, total = len(layout.ids), self.data.seq_length * len(packs)
-        ends = np.cumsum(layout.texts)
+        count, ends = len(layout.ids), layout.ends
         # Per sample the number of ranks that found its image bad, the same for captions, then 2 * token id + predicted.
         shared = np.zeros(2 * count + int(layout.texts.sum()), np.int32)
-        images = self._read_images(layout, total, shared[:count])
-        reasons = self._read_captions(layout, ends, shared[count : 2 * count], shared[2 * count :])
+        bad_image, bad_caption, tokens = shared[:count], shared[count : 2 * count], shared[2 * count :]
+        images = self._read_images(layout, bad_image)
+        reasons = self._read_captions(layout, bad_caption, tokens)
         self.share.add_up(torch.from_numpy(shared))
 
-        bad_image, bad_caption, tokens = shared[:count], shared[count : 2 * count], shared[2 * count :]
-        self._record(layout, step, bad_image, images, reasons, total)
+        self._record(layout, step, bad_image, images, reasons)
         # A stage that reads nothing opens no index, so it has no keys.
         reads = self.share.images or self.share.captions
         samples = []
@@ -218,9 +217,9 @@ class SampleReader:
         self.quarantine.count([sample.weight > 0 for sample in samples])
         return replace(batch, patches=patches)
 
-    def _read_images(self, layout: _Layout, total: int, bad: np.ndarray) -> dict[int, Tensor | str]:
+    def _read_images(self, layout: _Layout, bad: np.ndarray) -> dict[int, Tensor | str]:
         """{place of the sample: its patches, or the error} for the images that this rank reads."""
-        first, last = self.share.slots(total)
+        first, last = self.share.slots(layout.slots)
         mine = np.flatnonzero((layout.starts < last) & (layout.starts + layout.images > first) & (layout.images > 0))
         grids = [(int(layout.rows[i]), int(layout.columns[i])) for i in mine]
         images = dict(zip(mine.tolist(), self._images(layout.ids[mine].tolist(), grids), strict=True))
@@ -228,12 +227,12 @@ class SampleReader:
             bad[i] = isinstance(image, str)
         return images
 
-    def _read_captions(self, layout: _Layout, ends: np.ndarray, bad: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
+    def _read_captions(self, layout: _Layout, bad: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
         """Fill in the tokens of the captions that this rank reads; returns {place of a bad one: the error}."""
         mine = [i for i in range(len(layout.ids)) if self.share.reads_caption(i)]
         turns = dict(zip(mine, self._turns(layout.ids[mine].tolist()), strict=True))
         reasons = {i: reason for i, reason in turns.items() if isinstance(reason, str)}
-        good = {i: turn for i, turn in turns.items() if not isinstance(turn, str)}
+        good, ends = {i: turn for i, turn in turns.items() if not isinstance(turn, str)}, layout.ends
         for i, (ids, loss) in zip(good, tokenize_many(list(good.values()), self.tokenizer), strict=True):
             if len(ids) != layout.text_tokens[i]:
                 reasons[i] = f"its caption has {len(ids)} tokens, the index says {layout.text_tokens[i]}"
@@ -245,20 +244,14 @@ class SampleReader:
         return reasons
 
     def _record(
-        self,
-        layout: _Layout,
-        step: int,
-        bad_image: np.ndarray,
-        images: dict[int, Tensor | str],
-        captions: dict[int, str],
-        total: int,
+        self, layout: _Layout, step: int, bad: np.ndarray, images: dict[int, Tensor | str], captions: dict[int, str]
     ) -> None:
         """Record the bad samples that this rank found. An image read by two ranks is recorded by the first."""
-        first, last = self.share.slots(total)
+        first, last = self.share.slots(layout.slots)
         # One line per sample: a bad image hides a bad caption.
-        found = {i: reason for i, reason in captions.items() if not bad_image[i]}
+        found = {i: reason for i, reason in captions.items() if not bad[i]}
         for i, image in images.items():
-            if isinstance(image, str) and (bad_image[i] == 1 or first <= layout.starts[i] < last):
+            if isinstance(image, str) and (bad[i] == 1 or first <= layout.starts[i] < last):
                 found[i] = image
         for i, reason in sorted(found.items()):
             sample = int(layout.ids[i])

@@ -11,10 +11,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import itertools
 import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -24,6 +25,7 @@ from genlip_megatron.config import PATCH_SIZE, DataConfig
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, load_index
 from genlip_megatron.data.manifest import Part, Shard, read_manifest
 from genlip_megatron.data.patterns import expand_shards, find
+from genlip_megatron.data.plan import by_part
 from genlip_megatron.data.resize import most_patches, native_sizes
 
 _CLOSING_TOKENS = 2
@@ -68,9 +70,8 @@ class Dataset:
         if len(self._plans) == 1:
             return np.asarray(self._plans[0][ids])
         rows = np.empty(len(ids), PLAN_ROW)
-        owner = np.searchsorted(self._plan_offsets, ids, side="right") - 1
-        for i in np.unique(owner).tolist():
-            rows[owner == i] = self._plans[i][ids[owner == i] - self._plan_offsets[i]]
+        for i, mine, local in by_part(self._plan_offsets, ids):
+            rows[mine] = self._plans[i][local]
         return rows
 
     def image_sizes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,12 +159,15 @@ def open_dataset(
         ValueError: missing shards, manifests or indexes, no good sample, or images that do not fit a pack.
     """
     parts: list[Part] = []
-    for is_manifest, group in _grouped(patterns):
+    for is_manifest, group in itertools.groupby(patterns, lambda pattern: pattern.endswith(".json")):
         if is_manifest:
-            parts += [read_manifest(path, fingerprint, data.prompt, setting, data.cache_dir) for path in group]
+            for pattern in group:
+                found = find(pattern) if re.search(r"[*?\[{]", pattern) else {pattern: [pattern]}
+                paths = [path for part, matches in found.items() for path in matches or [part]]
+                parts += [read_manifest(path, fingerprint, data.prompt, setting, data.cache_dir) for path in paths]
             continue
         rows, shards = [], []
-        for shard in expand_shards(group, setting):
+        for shard in expand_shards(list(group), setting):
             index = load_index(shard, fingerprint, data.prompt)
             rows.append(index.plan_rows())
             shards.append(Shard(shard, len(index.rows), index.header.digest, index.header.shard_size))
@@ -196,17 +200,3 @@ def _check_images_fit(dataset: Dataset) -> None:
             f"data.seq_length = {data.seq_length}: an image of {most} patches and its closing tokens do not fit a "
             f"pack. Raise it to at least {most + _CLOSING_TOKENS}, or lower the image size."
         )
-
-
-def _grouped(patterns: Iterable[str]) -> list[tuple[bool, list[str]]]:
-    """Patterns in runs of manifests (True) and shards (False); globs of manifests are expanded."""
-    groups: list[tuple[bool, list[str]]] = []
-    for pattern in patterns:
-        is_manifest = pattern.endswith(".json")
-        if not groups or groups[-1][0] != is_manifest:
-            groups.append((is_manifest, []))
-        if is_manifest and re.search(r"[*?\[{]", pattern):
-            groups[-1][1].extend(path for part, found in find(pattern).items() for path in found or [part])
-        else:
-            groups[-1][1].append(pattern)
-    return groups

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from genlip_megatron.command import WorkerPool
 from genlip_megatron.data.scan import UnreadableShard, refresh_index
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.tokenizer import load_tokenizer
 
 # Loaded once per process: loading a large vocabulary takes longer than indexing a small shard.
 _tokenizer = functools.cache(load_tokenizer)

@@ -98,10 +98,10 @@ def test_dali_finds_a_bad_image_in_few_batches(dali: DaliDecoder, monkeypatch: p
     sizes = []
     batch = dali._batch
 
-    def counted(some: list[ImageTask], crop: bool) -> list[torch.Tensor]:
+    def counted(some: list[ImageTask]) -> list[torch.Tensor]:
         sizes.append(len(some))
         assert all(len(task.content) != 400 for task in some), "DALI 2.4 does not survive a broken header"
-        return batch(some, crop)
+        return batch(some)
 
     monkeypatch.setattr(dali, "_batch", counted)
     results = dali(tasks)

@@ -26,7 +26,7 @@ from genlip_megatron.data.index import (
 )
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.scan import FURTHER_FIELDS, SYSTEM_FILES, UnreadableShard, build_index, refresh_index
-from genlip_megatron.data.text import Tokenizer, load_tokenizer
+from genlip_megatron.tokenizer import Tokenizer, load_tokenizer
 from tests.data.shards import CAPTION, bomb, half_png, image, interlaced, rotated, scans, sixteen_bit, write_shard
 
 ROOT = Path(__file__).parent.parent.parent

@@ -21,8 +21,8 @@ from genlip_megatron.config import RunConfig, override
 from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader, Prefetcher, drop_path_factors, merge_cursors
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.text import load_tokenizer
 from genlip_megatron.testing.runs import tiny_config
+from genlip_megatron.tokenizer import load_tokenizer
 
 STEPS, LANES = 3, 4
 

@@ -16,7 +16,7 @@ from genlip_megatron.data.index import index_path
 from genlip_megatron.data.manifest import Shard, write_manifest
 from genlip_megatron.data.presence import absent
 from genlip_megatron.data.scan import build_index
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.shards import many, write_shard
 
 

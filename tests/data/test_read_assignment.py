@@ -19,9 +19,9 @@ from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.quarantine import BadShare, DataFailure, Quarantine
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.text import load_tokenizer
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
+from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.test_loader import assert_equal
 
 ROOT = Path(__file__).parent.parent.parent

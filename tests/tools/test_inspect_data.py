@@ -23,8 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from genlip_megatron.config import DEFAULT_PROMPT, from_dict
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.scan import build_index
-from genlip_megatron.data.text import END_OF_TURN, load_tokenizer, tokenize
+from genlip_megatron.data.text import tokenize_many
 from genlip_megatron.model.mask import prefix_lm_mask
+from genlip_megatron.tokenizer import END_OF_TURN, load_tokenizer
 from tools import inspect_data
 
 SIDE, SEQ_LENGTH = 48, 160
@@ -187,7 +188,7 @@ def test_chips_show_tokens_loss_and_the_predicting_slot(page: Callable[..., Page
     patches = (SIDE // 16) ** 2
     for card in shown.samples:
         turns = [(DEFAULT_PROMPT, False), (CAPTIONS[card.title], True)]
-        ids, loss = tokenize(turns, tokenizer)
+        ((ids, loss),) = tokenize_many([turns], tokenizer)
         (image, _, texts), *chips = card.chips
         assert image == "image" and texts == [f"0-{patches - 1}", f"{patches} patches", "\xa0"]
         assert [int(re.findall(r"id (\d+)", title)[0]) for _, title, _ in chips] == ids

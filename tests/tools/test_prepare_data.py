@@ -19,7 +19,7 @@ import pytest
 from genlip_megatron.config import DataConfig
 from genlip_megatron.data.dataset import open_dataset
 from genlip_megatron.data.index import PLAN_ROW
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.shards import CAPTION, many, write_shard
 
 ROOT = Path(__file__).parent.parent.parent
