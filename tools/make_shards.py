@@ -83,7 +83,6 @@ def check_record(content: bytes) -> bytes:
 
 
 def caption_file(path: str) -> bytes:
-    """The record of a caption file."""
     content = read_file(path, "caption", MAX_CAPTION_BYTES)
     is_json = path.lower().endswith(".json")
     parse_turns(content, is_json, DEFAULT_PROMPT)
@@ -224,7 +223,6 @@ def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[i
 
 @command
 def main() -> None:
-    """Check the settings, pack, and print the next command."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help=f"folder, or table: {', '.join(TABLE_SUFFIXES)}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the shards")

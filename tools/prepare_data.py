@@ -105,7 +105,7 @@ def merge(manifest: str, shards: Sequence[str], quarantine: str, problems: dict[
         problems: {skipped shard: the reason}.
     """
     lines = [json.dumps({"shard": shard, "key": "(shard)", "reason": reason}) for shard, reason in problems.items()]
-    losses: list[tuple[tuple[bool, bool, int], str]] = []
+    losses: list[tuple[tuple[bool, bool, int], str]] = []  # by severity
     bar = tqdm(total=len(shards), desc="merge", unit="shard", file=sys.stderr)
 
     def on_shard(index: ShardIndex) -> None:
@@ -113,22 +113,18 @@ def merge(manifest: str, shards: Sequence[str], quarantine: str, problems: dict[
         for key, reason in index.refused.items():
             lines.append(json.dumps({"shard": index.shard, "key": key, "reason": reason}))
         if index.refused:
-            losses.append(loss_of(index))
+            reasons = collections.Counter(reason.split(":")[0] for reason in index.refused.values())
+            # In a damaged archive one entry may stand for thousands of samples.
+            damaged = "truncated archive" in reasons or any(key.startswith("(") for key in index.refused)
+            named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+            good, bad = len(index.rows), len(index.refused)
+            line = f"{index.shard}: {good:,} good samples, {bad:,} refused ({named})"
+            losses.append(((not good, damaged, bad), line))
 
     with bar:
         totals = write_manifest(manifest, shards, on_shard)
     storage.write_bytes(quarantine, "".join(f"{line}\n" for line in lines).encode())
     return totals, [line for _, line in sorted(losses, reverse=True)]
-
-
-def loss_of(index: ShardIndex) -> tuple[tuple[bool, bool, int], str]:
-    """(severity, one line) for a shard that lost samples."""
-    reasons = collections.Counter(reason.split(":")[0] for reason in index.refused.values())
-    # In a damaged archive one entry may stand for thousands of samples.
-    damaged = any(key.startswith("(") or reason == "truncated archive" for key, reason in index.refused.items())
-    named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
-    line = f"{index.shard}: {len(index.rows):,} good samples, {len(index.refused):,} refused ({named})"
-    return (not len(index.rows), damaged, len(index.refused)), line
 
 
 def show_list(lines: Sequence[str], rest: str) -> None:
@@ -166,7 +162,6 @@ def _part(text: str) -> tuple[int, int]:
 
 @command
 def main() -> None:
-    """Index the shards of the command line, write the manifest and print a report."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", metavar="PATH", help=".tar files, folders, globs, brace lists; or URLs")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer.json or SentencePiece .model")

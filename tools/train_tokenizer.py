@@ -57,7 +57,6 @@ def is_own(content: bytes) -> bool:
 
 
 def train(texts: list[str], model: io.BytesIO, vocab_size: int) -> None:
-    """Write a SentencePiece model of the texts."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
@@ -78,7 +77,6 @@ def train(texts: list[str], model: io.BytesIO, vocab_size: int) -> None:
 
 @command
 def main() -> None:
-    """Train and write the model."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help=".tar files, folders of them, or globs")
     parser.add_argument("--output", required=True, help="the .model file to write")

@@ -22,10 +22,9 @@ def index_shard(shard: str, tokenizer_path: str, prompt: str) -> tuple[int, bool
     """(good samples of a shard, whether its index was already up to date, why it could not be indexed or "")."""
     try:
         index, unchanged = refresh_index(shard, _tokenizer(tokenizer_path), prompt)
-    except UnreadableShard as error:
-        return 0, False, str(error)
     except Exception as error:  # one bad shard must not stop the others
-        return 0, False, f"{shard}: {type(error).__name__}: {error}"
+        named = isinstance(error, UnreadableShard)
+        return 0, False, str(error) if named else f"{shard}: {type(error).__name__}: {error}"
     return len(index.rows), unchanged, ""
 
 

@@ -116,7 +116,7 @@ class ShardReader:
         retries, timeout: per request to a remote store; the timeout in seconds.
         block_bytes: size of a request.
 
-    ``bytes_read`` counts the bytes returned, ``bytes_fetched`` those from remote stores.
+    ``bytes_fetched`` counts the bytes from remote stores.
     """
 
     def __init__(
@@ -135,7 +135,6 @@ class ShardReader:
         self._pool: ThreadPoolExecutor | None = None
         self._states: dict[str, tuple[int, str]] = {}
         self._under_way: dict[str, Future[bytes]] = {}
-        self.bytes_read = 0
         self.bytes_fetched = 0
 
     def read(self, pieces: Sequence[Piece]) -> list[memoryview | OSError]:
@@ -149,7 +148,6 @@ class ShardReader:
                 results.append(error)
             except Exception as error:  # a store's own kinds of error
                 results.append(OSError(f"{type(error).__name__}: {error}"))
-        self.bytes_read += sum(len(content) for content in results if isinstance(content, memoryview))
         return results
 
     def drop(self, piece: Piece) -> bool:

@@ -156,9 +156,7 @@ def _refuse_control_tokens(text: str, control_tokens: Sequence[str]) -> None:
             raise ValueError(f"caption spells the control token {token!r}")
 
 
-def tokenize_many(
-    samples: Sequence[Sequence[tuple[str, bool]]], tokenizer: Tokenizer
-) -> list[tuple[list[int], list[bool]]]:
+def tokenize_many(samples: Sequence[Turns], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """(token ids, whether each carries loss) of every sample's text: its turns in order, then the closing pair.
 
     Every turn is tokenised separately, with nothing between turns. Assistant turns and the closing pair carry loss.

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -26,6 +25,7 @@ from genlip_megatron.data.scan import build_index
 from genlip_megatron.data.text import tokenize_many
 from genlip_megatron.model.mask import prefix_lm_mask
 from genlip_megatron.tokenizer import END_OF_TURN, load_tokenizer
+from tests.data.shards import write_shard
 from tools import inspect_data
 
 SIDE, SEQ_LENGTH = 48, 160
@@ -106,22 +106,13 @@ def data(tmp_path: Path) -> Path:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_TURN])
     backend.save(str(tmp_path / "tokenizer.json"))
-    shard = tmp_path / "t.tar"
-    with tarfile.open(shard, "w") as archive:
-
-        def add(name: str, content: bytes) -> None:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-
-        for key, caption in CAPTIONS.items():
-            file = io.BytesIO()
-            Image.fromarray(pixels_of(key)).save(file, "PNG")
-            add(f"{key}.png", file.getvalue())
-            add(f"{key}.json", json.dumps({"caption": caption}).encode())
-        add("broken.png", b"no image")
-        add("broken.json", b'{"caption": "x"}')
-    build_index(str(shard), load_tokenizer(tmp_path / "tokenizer.json"), DEFAULT_PROMPT)
+    members = {}
+    for key, caption in CAPTIONS.items():
+        file = io.BytesIO()
+        Image.fromarray(pixels_of(key)).save(file, "PNG")
+        members |= {f"{key}.png": file.getvalue(), f"{key}.json": json.dumps({"caption": caption}).encode()}
+    members |= {"broken.png": b"no image", "broken.json": b'{"caption": "x"}'}
+    build_index(write_shard(tmp_path / "t.tar", members), load_tokenizer(tmp_path / "tokenizer.json"), DEFAULT_PROMPT)
     return tmp_path
 
 
