@@ -79,8 +79,8 @@ def assemble(loader: Loader, samples: list[int], step: int, name: str) -> Pack:
     reasons = {(bad.shard, bad.key): bad.reason for bad in records}
     origins = []
     for sample in samples:
-        source = int(np.searchsorted(loader.samples.offsets, sample, side="right")) - 1
-        row = loader.datasets[source].plan_rows(np.array([sample - loader.samples.offsets[source]]))[0]
+        dataset, number = loader.samples.source(sample)
+        row = dataset.plan_rows(np.array([number]))[0]
         shard, key = loader.samples.shard(sample), loader.samples.key(sample)
         size = int(row["height"]), int(row["width"]), int(row["text_tokens"])
         origins.append(Origin(key, shard, *size, reasons.get((shard, key), "")))

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class _Layout:
         return np.cumsum(self.texts)
 
 
+@dataclass
 class SampleReader:
     """Reads, decodes and tokenises the samples of a mixture of data sets.
 
@@ -67,22 +69,18 @@ class SampleReader:
     cut because their image left too little room in the pack.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        data: DataConfig,
-        tokenizer: Tokenizer,
-        decoder: Decoder,
-        reader: ShardReader,
-        quarantine: Quarantine,
-        share: ReadAssignment,
-        device: torch.device,
-    ) -> None:
-        self.datasets, self.data, self.tokenizer = list(datasets), data, tokenizer
-        self.offsets = np.cumsum([0, *(len(dataset) for dataset in datasets)])
-        self.quarantine, self.share = quarantine, share
-        self._decoder, self._reader, self._device = decoder, reader, device
-        self._crop = data.image_mode == "fixed" and data.fixed_resize == "resize-center-crop"
+    datasets: list[Dataset]
+    data: DataConfig
+    tokenizer: Tokenizer
+    decoder: Decoder
+    reader: ShardReader
+    quarantine: Quarantine
+    share: ReadAssignment
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.offsets = np.cumsum([0, *map(len, self.datasets)])
+        self._crop = self.data.image_mode == "fixed" and self.data.fixed_resize == "resize-center-crop"
         self._pool = ThreadPoolExecutor(_INDEXES_AT_ONCE, thread_name_prefix="index")
         self.bytes_read = {"image": 0, "caption": 0}
         self.truncated = 0
@@ -90,18 +88,19 @@ class SampleReader:
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
-    def _source(self, sample: int) -> tuple[Dataset, int]:
+    def source(self, sample: int) -> tuple[Dataset, int]:
+        """(the sample's data set, its number there)."""
         number = int(np.searchsorted(self.offsets, sample, side="right")) - 1
         return self.datasets[number], sample - int(self.offsets[number])
 
     def key(self, sample: int) -> str:
         """The sample's name in its shard."""
-        dataset, local = self._source(sample)
+        dataset, local = self.source(sample)
         return dataset.key(local)
 
     def shard(self, sample: int) -> str:
         """The sample's shard."""
-        dataset, local = self._source(sample)
+        dataset, local = self.source(sample)
         return dataset.shards[dataset.locate(local)[0]].path
 
     def _layout(self, packs: Sequence[Sequence[int]]) -> _Layout:
@@ -118,63 +117,58 @@ class SampleReader:
         starts = np.concatenate([i * seq_length + np.cumsum(some) - some for i, some in enumerate(per_pack)])
         return _Layout(ids, rows, columns, texts, room, starts, seq_length * len(packs))
 
-    def _read(self, samples: Sequence[int], kind: str) -> list[tuple[memoryview, np.void] | str]:
-        """For each sample (bytes of its image or caption, checked against the index; its ROW), or the error."""
-        results: list[tuple[memoryview, np.void] | str] = [""] * len(samples)
+    def _read(self, samples: Sequence[int], kind: str) -> tuple[dict[int, tuple[memoryview, np.void]], dict[int, Any]]:
+        """({place of a sample: (bytes of its image or caption, checked by the index; its ROW)}, {place: error})."""
+        found: dict[int, tuple[memoryview, np.void]] = {}
+        errors: dict[int, Any] = {}
         for part, _, numbers in by_part(self.offsets, np.asarray(samples)):
             self.datasets[part].preload(numbers, self._pool)
         pieces: dict[int, tuple[Piece, np.void]] = {}
         for i, sample in enumerate(samples):
-            dataset, local = self._source(sample)
+            dataset, local = self.source(sample)
             shard, row = dataset.locate(local)
             try:
                 entry = dataset.index(shard).rows[row]
             except ValueError as error:
-                results[i] = str(error)
+                errors[i] = str(error)
                 continue
             piece = Piece(dataset.shards[shard].path, int(entry[f"{kind}_offset"]), int(entry[f"{kind}_size"]))
             pieces[i] = piece, entry
-        contents = self._reader.read([piece for piece, _ in pieces.values()])
+        contents = self.reader.read([piece for piece, _ in pieces.values()])
         for (i, (piece, entry)), content in zip(pieces.items(), contents, strict=True):
             crc = int(entry[f"{kind}_crc"])
             same = isinstance(content, memoryview) and zlib.crc32(content) == crc
-            if not same and isinstance(content, memoryview) and self._reader.drop(piece):
-                (content,) = self._reader.read([piece])
+            if not same and isinstance(content, memoryview) and self.reader.drop(piece):
+                (content,) = self.reader.read([piece])
                 same = isinstance(content, memoryview) and zlib.crc32(content) == crc
             if isinstance(content, OSError):
-                results[i] = f"cannot be read: {content}"
+                errors[i] = f"cannot be read: {content}"
             elif not same:
-                results[i] = f"the {kind}'s bytes changed since the index was made (crc32)"
+                errors[i] = f"the {kind}'s bytes changed since the index was made (crc32)"
             else:
-                results[i] = content, entry
+                found[i] = content, entry
                 self.bytes_read[kind] += len(content)
-        return results
+        return found, errors
 
     def _images(self, samples: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Tensor | str]:
         """uint8 patches [rows * columns, 768] of each sample, or the error."""
-        results: list[Tensor | str] = []
-        tasks: dict[int, ImageTask] = {}
-        for i, found in enumerate(self._read(samples, "image")):
-            results.append(found if isinstance(found, str) else "")
-            if not isinstance(found, str):
-                height, width = grids[i][0] * PATCH_SIZE, grids[i][1] * PATCH_SIZE
-                tasks[i] = ImageTask(found[0], height, width, self._crop, bool(found[1]["plain_jpeg"]))
-        for i, result in zip(tasks, self._decoder(list(tasks.values())), strict=True):
-            results[i] = result
-        return results
+        found, results = self._read(samples, "image")
+        tasks = []
+        for i, (content, entry) in found.items():
+            height, width = grids[i][0] * PATCH_SIZE, grids[i][1] * PATCH_SIZE
+            tasks.append(ImageTask(content, height, width, self._crop, bool(entry["plain_jpeg"])))
+        results |= zip(found, self.decoder(tasks), strict=True)
+        return [results[i] for i in range(len(samples))]
 
     def _turns(self, samples: Sequence[int]) -> list[Turns | str]:
         """The turns of each sample's caption, or the error."""
-        results: list[Turns | str] = []
-        for found in self._read(samples, "caption"):
-            if isinstance(found, str):
-                results.append(found)
-                continue
+        found, results = self._read(samples, "caption")
+        for i, (content, entry) in found.items():
             try:
-                results.append(parse_turns(bytes(found[0]), bool(found[1]["caption_is_json"]), self.data.prompt))
+                results[i] = parse_turns(bytes(content), bool(entry["caption_is_json"]), self.data.prompt)
             except ValueError as error:
-                results.append(str(error))
-        return results
+                results[i] = str(error)
+        return [results[i] for i in range(len(samples))]
 
     def micro_batch(self, packs: Sequence[Sequence[int]], step: int) -> PackedBatch:
         """One micro-batch of the given packs. A collective over the model-parallel group.
@@ -258,7 +252,7 @@ class SampleReader:
             self.quarantine.record(BadSample(self.shard(sample), self.key(sample), reason, step))
 
     def _blank(self, count: int) -> Tensor:
-        return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self._device)
+        return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self.device)
 
     def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
         """(each image with only the prompt, its true answer), for captioning. Every rank reads all of them.
@@ -269,10 +263,9 @@ class SampleReader:
         layout = self._layout([chosen])
         prompt = encode_prompt(self.data.prompt, self.tokenizer, "data.prompt")
         grids = list(zip(layout.rows.tolist(), layout.columns.tolist(), strict=True))
+        images, captions = self._images(chosen, grids), self._turns(chosen)
         requests, truths = [], []
-        for sample, grid, image, turns in zip(
-            chosen, grids, self._images(chosen, grids), self._turns(chosen), strict=True
-        ):
+        for sample, grid, image, turns in zip(chosen, grids, images, captions, strict=True):
             for reason in (image, turns):
                 if isinstance(reason, str):
                     logger.warning("%s of %s: %s", self.key(sample), self.shard(sample), reason)
@@ -285,5 +278,5 @@ class SampleReader:
     def close(self) -> None:
         """Close the shards and end the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._decoder.close()
-        self._reader.close()
+        self.decoder.close()
+        self.reader.close()

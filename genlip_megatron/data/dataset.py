@@ -9,7 +9,6 @@ thousands of shards. Both ways number the samples the same and give the same str
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
 import itertools
 import re
@@ -98,22 +97,24 @@ class Dataset:
         Raises:
             ValueError: it cannot be read or is not the one of the manifest. Raised again on every call.
         """
+        found = self._index_or_error(shard)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def _index_or_error(self, shard: int) -> ShardIndex | ValueError:
         with self._lock:
             found, until = self._open.get(shard, (None, 0.0))
             if found is not None and time.monotonic() < until:
                 self._open.move_to_end(shard)
-            else:
-                found = None
-        if found is None:
-            # Outside the lock, so that several indexes can be read at the same time.
-            found = self._read_index(shard)
-            with self._lock:
-                while len(self._open) >= self._open_shards:
-                    self._open.popitem(last=False)
-                until = time.monotonic() + _ASK_AGAIN_SECONDS if isinstance(found, ValueError) else float("inf")
-                self._open[shard] = found, until
-        if isinstance(found, ValueError):
-            raise found
+                return found
+        # Outside the lock, so that several indexes can be read at the same time.
+        found = self._read_index(shard)
+        with self._lock:
+            while len(self._open) >= self._open_shards:
+                self._open.popitem(last=False)
+            until = time.monotonic() + _ASK_AGAIN_SECONDS if isinstance(found, ValueError) else float("inf")
+            self._open[shard] = found, until
         return found
 
     def preload(self, samples: np.ndarray, pool: Executor) -> None:
@@ -121,11 +122,7 @@ class Dataset:
         shards = np.unique(np.searchsorted(self._offsets, samples, side="right") - 1).tolist()
         missing = [i for i in shards if i not in self._open and storage.is_remote(self.shards[i].path)]
         if len(missing) > 1:
-            list(pool.map(self._read_quietly, missing))
-
-    def _read_quietly(self, shard: int) -> None:
-        with contextlib.suppress(ValueError):
-            self.index(shard)
+            list(pool.map(self._index_or_error, missing))
 
     def _read_index(self, shard: int) -> ShardIndex | ValueError:
         entry = self.shards[shard]
@@ -144,10 +141,8 @@ class Dataset:
     def key(self, sample: int) -> str:
         """The sample's key in its shard, or its number if the index cannot be read."""
         shard, row = self.locate(sample)
-        try:
-            return self.index(shard).keys[row]
-        except ValueError:
-            return f"(sample {row})"
+        index = self._index_or_error(shard)
+        return f"(sample {row})" if isinstance(index, ValueError) else index.keys[row]
 
 
 def open_dataset(

@@ -103,42 +103,27 @@ class _Lane:
     buffer: Buffer = field(default_factory=Buffer)
 
 
+@dataclass
 class Plan:
-    """Packs of sample ids, lane by lane. A sample's id is its source's offset plus its local id.
+    """Packs of sample ids, lane by lane. A sample's id is its source's offset plus its local id."""
 
-    Args:
-        sources: sources to draw from.
-        seq_length: tokens of a pack; no sample may be longer.
-        lanes: packs of one step; lane i is row i of every step.
-        seed: seed of all permutations.
-        phases: weights of the sources by first step, starting with step 0; None: in proportion to their sizes.
-        chunk_size, shuffle_window, pack_buffer: see ``DataConfig``.
-        fingerprint: fingerprint of the data; a cursor of other data is refused.
-        shuffle: False keeps the samples in order and deals them one by one (validation).
-        epochs: number of epochs after which a lane gives empty packs; None: endless.
-    """
+    sources: Sequence[Source]
+    seq_length: int  # tokens of a pack; no sample may be longer
+    lanes: int  # packs of one step; lane i is row i of every step
+    seed: int  # of all permutations
+    phases: Sequence[Phase] = ()  # weights by first step, starting with step 0; by default the sources' sizes
+    chunk_size: int = 256  # this and the next two: see ``DataConfig``
+    shuffle_window: int = 4096
+    pack_buffer: int = 512
+    fingerprint: str = ""  # of the data; a cursor of other data is refused
+    shuffle: bool = True  # False keeps the samples in order and deals them one by one (validation)
+    epochs: int | None = None  # after which a lane gives empty packs; None: endless
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        seq_length: int,
-        lanes: int,
-        seed: int,
-        phases: Sequence[Phase] | None = None,
-        chunk_size: int = 256,
-        shuffle_window: int = 4096,
-        pack_buffer: int = 512,
-        fingerprint: str = "",
-        shuffle: bool = True,
-        epochs: int | None = None,
-    ) -> None:
-        assert all(source.size for source in sources), "a source without a good sample"
-        self.sources = list(sources)
-        self.offsets = np.cumsum([0, *(source.size for source in sources)]).tolist()
-        self.phases = list(phases or [Phase(0, tuple(float(source.size) for source in sources))])
-        self.seq_length, self.lanes, self.seed, self.fingerprint = seq_length, lanes, seed, fingerprint
-        self.chunk_size, self.shuffle_window, self.pack_buffer = chunk_size, shuffle_window, pack_buffer
-        self.shuffle, self.epochs = shuffle, epochs
+    def __post_init__(self) -> None:
+        sizes = [source.size for source in self.sources]
+        assert all(sizes), "a source without a good sample"
+        self.offsets = np.cumsum([0, *sizes]).tolist()
+        self.phases = self.phases or [Phase(0, tuple(map(float, sizes)))]
         self._lanes: dict[int, _Lane] = {}
         self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -91,13 +92,10 @@ class BlockCache:
         """Remove the least recently used blocks, down to 90 % of the limit."""
         found = []
         for path in self._folder.glob("*/*"):
-            if not _BLOCK.fullmatch(path.relative_to(self._folder).as_posix()) or path.is_symlink():
-                continue
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # another process was faster
-                continue
-            found.append((status.st_mtime, status.st_size, path))
+            if _BLOCK.fullmatch(path.relative_to(self._folder).as_posix()) and not path.is_symlink():
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
         total = sum(size for _, size, _ in found)
         if total <= self._max_bytes:
             return
@@ -131,11 +129,15 @@ class ShardReader:
         self._retries, self._timeout, self._block_bytes = retries, timeout, block_bytes
         self._files: collections.OrderedDict[str, BinaryIO] = collections.OrderedDict()
         self._lock = threading.Lock()
-        self._cache: BlockCache | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="fetch")
         self._states: dict[str, tuple[int, str]] = {}
         self._under_way: dict[str, Future[bytes]] = {}
         self.bytes_fetched = 0
+
+    @functools.cached_property
+    def _cache(self) -> BlockCache:
+        """Made for the first remote piece: local shards need no folder."""
+        return BlockCache(*self._cache_options)
 
     def read(self, pieces: Sequence[Piece]) -> list[memoryview | OSError]:
         """The bytes of every piece, or the error. Remote pieces are fetched concurrently."""
@@ -152,7 +154,7 @@ class ShardReader:
 
     def drop(self, piece: Piece) -> bool:
         """Remove a piece from the cache, so that it is fetched again; False if it is local, which is never cached."""
-        if self._cache is None or not storage.is_remote(piece.shard):
+        if not storage.is_remote(piece.shard):
             return False
         for block in self._blocks(piece):
             self._cache.drop(self._name(piece.shard, block))
@@ -186,12 +188,6 @@ class ShardReader:
 
     def _start(self, pieces: Sequence[Piece]) -> None:
         """Start fetching the blocks that are neither cached nor being fetched."""
-        if not pieces:
-            return
-        if self._pool is None:
-            self._cache = BlockCache(*self._cache_options)
-            self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="fetch")
-        assert self._cache is not None
         unknown = {piece.shard for piece in pieces} - self._states.keys()
         list(self._pool.map(self._ask_state, unknown))
         for piece in pieces:
@@ -206,7 +202,6 @@ class ShardReader:
             self._states[shard] = storage.state(shard)
 
     def _fetch(self, shard: str, block: int, name: str) -> bytes:
-        assert self._cache is not None
         try:
             start = block * self._block_bytes
             end = min(start + self._block_bytes, self._states[shard][0])
@@ -223,7 +218,6 @@ class ShardReader:
                 self._under_way.pop(name, None)
 
     def _remote(self, piece: Piece) -> memoryview:
-        assert self._cache is not None
         content = bytearray()
         for block in self._blocks(piece):
             name = self._name(piece.shard, block)
@@ -243,5 +237,4 @@ class ShardReader:
     def close(self) -> None:
         """Close the shards and end the threads."""
         self._files.clear()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -223,9 +223,14 @@ def _caption(
     raise problem
 
 
+def check_size(size: int, most: int) -> None:
+    """Raise ValueError for an image or caption of too many bytes."""
+    if size > most:
+        raise ValueError(f"file is too large: {size} bytes, above {most}")
+
+
 def _bytes(content: memoryview, member: tarfile.TarInfo, most: int) -> memoryview:
-    if member.size > most:
-        raise ValueError(f"file is too large: {member.size} bytes, above {most}")
+    check_size(member.size, most)
     end = member.offset_data + member.size
     if end > len(content):
         raise ValueError("truncated archive")

@@ -101,6 +101,7 @@ BAD = {
     "silence": (image(), b'{"conversations": [{"from": "gpt", "value": "<image>"}]}', "caption is empty"),
     "gif": (image("GIF"), CAPTION, "does not decode"),
     "caption": (image(), b"{", "not JSON"),
+    "keyless": (image(), b'{"url": "x"}', 'neither "caption" nor'),
     "nested": (image(), b"[" * 100_000, "not JSON"),
 }
 
@@ -118,17 +119,20 @@ def test_bad_samples_are_refused_one_by_one(tokenizer: Tokenizer, tmp_path: Path
     members |= {"good2.jpg": image(), "good2.json": CAPTION}
     shard = write_shard(tmp_path / "s.tar", members)
     with tarfile.open(shard, "a") as archive:
-        link = tarfile.TarInfo("link.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
+        for name, kind in (("link.jpg", tarfile.SYMTYPE), ("device.jpg", tarfile.CHRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    before = sorted(tmp_path.rglob("*"))
     index = build_index(shard, tokenizer, PROMPT)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, Path(index_path(shard))]), "nothing else may be written"
     assert index.keys == ["good1", "good2"]
     for name, (*_, reason) in BAD.items():
         assert any(part in index.refused[name] for part in reason.split("|")), index.refused[name]
     assert index.refused["bare"] == "missing caption" and index.refused["silent"] == "missing image"
     for name in ("../outside.jpg", "../outside.json"):
         assert "leaves the archive" in index.refused[name]
-    assert "link" in index.refused["link.jpg"]
+    assert "link" in index.refused["link.jpg"] and "device" in index.refused["device.jpg"]
 
 
 def test_unusual_but_good_images_are_kept(index_of: Any) -> None:
@@ -166,26 +170,6 @@ def test_output_of_img2dataset_is_read_unchanged(tokenizer: Tokenizer, tmp_path:
     index = build_index(shard, tokenizer, PROMPT)
     assert index.keys == ["000000000", "000000001", "000000002"] and not index.refused
     assert index.rows["caption_is_json"].all()
-
-
-def test_ambiguous_or_dangerous_members_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    members = {
-        "two.jpg": image(), "two.png": image("PNG"), "two.json": CAPTION, "a.pickle": b"x", "b.pth": b"x",
-        "good.jpg": image(), "good.json": b'{"url": "x", "caption": null}', "good.txt": b"One red circle.",
-        "bad.jpg": image(), "bad.json": b'{"url": "x"}',
-    }  # fmt: skip
-    shard = write_shard(tmp_path / "s.tar", members)
-    with tarfile.open(shard, "a") as archive:
-        device = tarfile.TarInfo("device.jpg")
-        device.type = tarfile.CHRTYPE
-        archive.addfile(device)
-    before = sorted(tmp_path.rglob("*"))
-    index = build_index(shard, tokenizer, PROMPT)
-    assert index.keys == ["good"] and not index.rows["caption_is_json"][0]
-    assert index.refused["two"] == "more than one image"
-    assert index.refused["a.pickle"] == index.refused["b.pth"] == "pickled data is never read"
-    assert 'neither "caption" nor' in index.refused["bad"] and "device.jpg" in index.refused
-    assert sorted(tmp_path.rglob("*")) == sorted([*before, Path(index_path(shard))]), "nothing else may be written"
 
 
 @pytest.mark.parametrize("broken", [[0], [2], [4, 5], [7], [0, 7]])
@@ -363,6 +347,11 @@ SETS: dict[str, tuple[dict[str, bytes], list[str], dict[str, str], dict[str, int
         ["2"],
         {i: f"image is {kind}: only JPEG, PNG and WebP are read" for i, kind in (("0", ".gif"), ("1", ".heic"))},
         {}),
+    "two images": ({"0.jpg": image(), "0.png": image("PNG"), "0.json": CAPTION}, [], {"0": "more than one image"}, {}),
+    "pickles": (
+        {"0.jpg": image(), "0.json": CAPTION, "a.pickle": b"x", "b.pth": b"x"},
+        ["0"], dict.fromkeys(("a.pickle", "b.pth"), "pickled data is never read"), {}),
+    "a .json without a caption": ({"0.jpg": image(), "0.json": b'{"caption": null}', "0.txt": b"y"}, ["0"], {}, {}),
     "other JPEG names": ({"0.jpe": image(), "0.json": CAPTION, "1.JFIF": image(), "1.txt": b"y"}, ["0", "1"], {}, {}),
 }  # fmt: skip
 

@@ -170,7 +170,7 @@ def test_training_data_in_an_object_store(bucket: str, demo_data: Path, tmp_path
         remote = Loader(tiny_config(demo_data, data__train_data=patterns, data__cache_dir=str(cache)), "train")
         for ours, expected in zip(take(remote, 12), local, strict=True):
             assert_equal(ours, expected)
-        fetched.append(remote.samples._reader.bytes_fetched)
+        fetched.append(remote.samples.reader.bytes_fetched)
         assert isinstance(remote.samples.bytes_read["image"], int) and torch.is_tensor(local[0].token_ids)
     assert fetched[0] > 0 and fetched[1] == 0
     # The samples' checksums detect a damaged block on the disk, and it is fetched again.
@@ -179,4 +179,4 @@ def test_training_data_in_an_object_store(bucket: str, demo_data: Path, tmp_path
     again = Loader(tiny_config(demo_data, data__train_data=patterns, data__cache_dir=str(cache)), "train")
     for ours, expected in zip(take(again, 12), local, strict=True):
         assert_equal(ours, expected)
-    assert again.samples._reader.bytes_fetched > 0 and again.quarantine.total == 0
+    assert again.samples.reader.bytes_fetched > 0 and again.quarantine.total == 0
