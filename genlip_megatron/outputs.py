@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 
 # Whether a file's content looks like the command's output.
 Recognise = Callable[[bytes], bool]
@@ -81,12 +81,16 @@ def check_file(target: str | Path, recognise: Recognise, setting: str = "--outpu
         ValueError: it cannot, or it would.
     """
     where = f"{setting} {target}"
-    foreign = ValueError(f"{where}: it exists, and this command did not write it. Name another file, or remove it.")
     if storage.is_remote(str(target)):
-        if storage.exists(str(target)) and not _recognised(storage.read_bytes(str(target)), recognise):
-            raise foreign
-        return
-    target = Path(target)
+        content = storage.read_bytes(str(target)) if storage.exists(str(target)) else b""
+    else:
+        content = _local_content(Path(target), where)
+    if content and not recognise(content):
+        raise ValueError(f"{where}: it exists, and this command did not write it. Name another file, or remove it.")
+
+
+def _local_content(target: Path, where: str) -> bytes:
+    """The content of a file that can be written; empty if it does not exist."""
     if target.is_dir():
         raise ValueError(f"{where}: it is a folder. Name a file.")
     if not target.parent.is_dir():
@@ -94,19 +98,13 @@ def check_file(target: str | Path, recognise: Recognise, setting: str = "--outpu
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"{where}: {target.parent} is not writable. Name another folder.")
     if not os.path.lexists(target):
-        return
+        return b""
     if not target.is_file():
         raise ValueError(f"{where}: it is not a regular file, or a broken link. Name another file.")
     try:
-        content = target.read_bytes()
+        return target.read_bytes()
     except OSError as error:
         raise ValueError(f"{where}: it exists and cannot be read ({error.strerror}). Name another file.") from None
-    if not _recognised(content, recognise):
-        raise foreign
-
-
-def _recognised(content: bytes, recognise: Recognise) -> bool:
-    return not content or recognise(content)
 
 
 def write(target: str | Path, content: bytes | str, recognise: Recognise, setting: str = "--output") -> None:

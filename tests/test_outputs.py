@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron import outputs
-from genlip_megatron.data import storage
+from genlip_megatron import outputs, storage
 from genlip_megatron.data.read import BlockCache
 
 OWN = outputs.json_object("mine")

@@ -32,19 +32,21 @@ ROOMS = {
     "config": "faults",
     "faults": "atomic_write log",
     "batch": "config device",
-    "outputs": "data",
+    "storage": "atomic_write",
+    "outputs": "storage",
     "parallel": "config faults",
     "model": "batch config device parallel",
-    "data": "__init__ atomic_write batch command config device outputs tokenizer",
+    "data": "__init__ atomic_write batch command config device outputs storage tokenizer",
     "checkpoint": "atomic_write config device log megatron_patches model outputs parallel",
     "convert": "batch checkpoint config hf megatron_patches model optional outputs parallel tokenizer",
     "estimate": "config model",
-    "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel",
+    "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel "
+    "storage tokenizer",
     "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel "
     "user_error",
     "evaluate": "batch data model outputs",
     "integrations": "hf",
-    "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel train",
+    "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel tokenizer train",
 }
 # Files that are copied into exported folders may import only these libraries, Python's own, and each other.
 SELF_CONTAINED, LIBRARIES = "hf", {"torch", "transformers", "numpy", "PIL"}

@@ -113,7 +113,7 @@ def to_hf(options: argparse.Namespace) -> int:
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.convert.tokenizer import export_tokenizer
-    from genlip_megatron.data.text import load_tokenizer
+    from genlip_megatron.tokenizer import load_tokenizer
 
     if options.verify:
         need_transformers()
@@ -159,7 +159,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     from genlip_megatron.convert.hf_folder import hf_config
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.convert.staging import check_target, new_folder
-    from genlip_megatron.data.text import load_tokenizer
+    from genlip_megatron.tokenizer import load_tokenizer
 
     if options.verify:
         need_transformers()

@@ -73,15 +73,14 @@ def configure(options: argparse.Namespace) -> RunConfig:
 
 
 def assemble(loader: Loader, samples: list[int], step: int, name: str) -> Pack:
-    """The pack of the given samples."""
     records = loader.quarantine.records
     records.clear()
     batch = loader.assemble([samples], step).to("cpu")
     reasons = {(bad.shard, bad.key): bad.reason for bad in records}
     origins = []
     for sample in samples:
-        source = int(np.searchsorted(loader.samples.offsets, sample, side="right")) - 1
-        row = loader.datasets[source].plan_rows(np.array([sample - loader.samples.offsets[source]]))[0]
+        dataset, number = loader.samples.source(sample)
+        row = dataset.plan_rows(np.array([number]))[0]
         shard, key = loader.samples.shard(sample), loader.samples.key(sample)
         size = int(row["height"]), int(row["width"]), int(row["text_tokens"])
         origins.append(Origin(key, shard, *size, reasons.get((shard, key), "")))
@@ -128,7 +127,6 @@ def find_keys(loader: Loader, keys: Sequence[str]) -> tuple[dict[str, int], dict
 
 
 def resize_rule(data: DataConfig) -> str:
-    """The resize rule in words."""
     if data.image_mode == "fixed":
         side = data.image_size // PATCH_SIZE
         return f"fixed, {data.image_size} x {data.image_size} ({data.fixed_resize}): {side * side} patches"
@@ -159,23 +157,23 @@ def inspect(loader: Loader, options: argparse.Namespace) -> tuple[str, str]:
     found, refused = find_keys(loader, keys)
     packs = first_packs(loader, options.packs, 0 if keys else options.samples)
     if keys:
-        alone = {key: assemble(loader, [sample], 0, "alone in its pack") for key, sample in found.items()}
+        single = {key: assemble(loader, [sample], 0, "alone in its pack") for key, sample in found.items()}
         cards = [
-            sample_card(alone[key], 0, tokenizer) if key in alone else refused_card(key, *refused[key]) for key in keys
+            sample_card(single[key], 0, tokenizer) if key in single else refused_card(key, *refused[key])
+            for key in keys
         ]
     else:
-        alone = {}
+        single = {}
         places = [(pack, number) for pack in packs for number in range(len(pack.samples))]
         cards = [sample_card(*place, tokenizer) for place in places[: options.samples]]
     shown = packs[: options.packs]
     page = build_page(heading(loader.config.data.train_data, totals(loader)), cards, shown)
-    bad = sum(bool(origin.reason) for pack in (*packs, *alone.values()) for origin in pack.samples) + len(refused)
+    bad = sum(bool(origin.reason) for pack in (*packs, *single.values()) for origin in pack.samples) + len(refused)
     return page, f"samples: {len(cards)}, packs: {len(shown)}, bad samples: {bad}"
 
 
 @command
 def main() -> None:
-    """Make the page."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="indexed shards or manifests, as for --train-data")
     parser.add_argument("--output", required=True, metavar="FILE", help="the page to write")

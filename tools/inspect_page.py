@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from genlip_megatron.batch import PATCH_SIZE, PackedBatch, to_image
-from genlip_megatron.data.text import END_OF_TURN, Tokenizer
 from genlip_megatron.model.mask import prefix_lm_mask
 from genlip_megatron.outputs import begins_with
+from genlip_megatron.tokenizer import END_OF_TURN, Tokenizer
 
 # Kinds of slots in a pack, their colours and their legend.
 PADDING, IMAGE, PROMPT, ANSWER, BAD = range(5)
@@ -43,21 +43,14 @@ _BLANKS = {" ": "<i>·</i>", "\n": "<i>⏎</i>", "\t": "<i>⇥</i>"}
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of a sample.
-
-    Attributes:
-        key, shard: its key and its shard.
-        height, width: pixels of its image before resizing.
-        text_tokens: tokens of its text before it was cut to fit its pack.
-        reason: why it carries no loss; "" for a good sample.
-    """
+    """The origin of a sample."""
 
     key: str
     shard: str
-    height: int
+    height: int  # of its image before resizing, in pixels
     width: int
-    text_tokens: int
-    reason: str = ""
+    text_tokens: int  # before it was cut to fit its pack
+    reason: str = ""  # why it carries no loss
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,6 @@ class Place:
 
 
 def place(batch: PackedBatch, number: int) -> Place:
-    """The slots of a sample."""
     columns = (batch.sample_starts, batch.image_lengths, batch.text_lengths)
     return Place(*(int(column[number]) for column in columns))
 
@@ -162,14 +154,6 @@ def block_shares(sample_ids: Tensor, is_image: Tensor, pixels: int = MASK_PIXELS
     return shares[:used, :used]
 
 
-def exact_mask(pack: Pack) -> np.ndarray:
-    """uint8 [n, n] of the first two samples: 0 hidden, IMAGE or ANSWER for a visible image or text token."""
-    batch = pack.batch
-    count = min(int((batch.sample_ids.numpy() // 2 == 0).sum()), _CROP_SLOTS)
-    mask = prefix_lm_mask(batch.sample_ids[:count], batch.is_image[:count]).numpy()
-    return np.where(mask, np.where(batch.is_image[:count].numpy(), IMAGE, ANSWER), 0).astype(np.uint8)
-
-
 def escape(text: str) -> str:
     """Text of the data as HTML; unprintable characters as escapes."""
     return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
@@ -192,7 +176,6 @@ def facts(pairs: dict[str, str]) -> str:
 
 
 def rgb(colour: str) -> list[int]:
-    """[red, green, blue] of "#rrggbb"."""
     return list(bytes.fromhex(colour[1:]))
 
 
@@ -323,19 +306,20 @@ def mask_pictures(pack: Pack) -> str:
     levels = np.ceil(shares * 255).astype(np.uint8)
     depth = np.sqrt(np.arange(256) / 255)[:, None]
     palette = np.rint((1 - depth) * rgb("#f1f5f9") + depth * rgb("#1e3a8a")).astype(int).ravel().tolist()
-    crop, kinds = exact_mask(pack), slot_kinds(pack)
-    edge = max(3, len(crop) // 60)
-    framed = np.full((len(crop) + edge + 1,) * 2, len(COLOURS), np.uint8)
-    framed[:edge, edge + 1 :] = kinds[: len(crop)]
-    framed[edge + 1 :, :edge] = kinds[: len(crop), None]
-    framed[edge + 1 :, edge + 1 :] = np.where(crop, crop, len(COLOURS) + 1)
+    count, kinds = min(int((batch.sample_ids.numpy() // 2 == 0).sum()), _CROP_SLOTS), slot_kinds(pack)
+    visible = prefix_lm_mask(batch.sample_ids[:count], batch.is_image[:count]).numpy()
+    edge, hidden = max(3, count // 60), len(COLOURS) + 1
+    framed = np.full((count + edge + 1,) * 2, len(COLOURS), np.uint8)
+    framed[:edge, edge + 1 :] = kinds[:count]
+    framed[edge + 1 :, :edge] = kinds[:count, None]
+    framed[edge + 1 :, edge + 1 :] = np.where(visible, np.where(batch.is_image[:count], IMAGE, ANSWER), hidden)
     colours = [value for colour in (*COLOURS, "#ffffff", "#f1f5f9") for value in rgb(colour)]
     whole = picture(levels, sharp(len(levels)), "the mask by blocks", palette)
     corner = picture(framed, sharp(len(framed)), "the mask of the first samples", colours)
     return (
         f"<div class=masks><figure>{whole}<figcaption>Attention mask of the whole pack: queries down, keys across. The "
         f"darker a block, the more of its {side} x {side} pairs are visible.</figcaption></figure>"
-        f"<figure>{corner}<figcaption>Its first {len(crop)} slots pair by pair, at most two samples: every query sees "
+        f"<figure>{corner}<figcaption>Its first {count} slots pair by pair, at most two samples: every query sees "
         "the image of its own sample (blue); text also sees the text up to itself (green); images see no text. Edges "
         "show the kind of each query and key.</figcaption></figure></div>"
     )
@@ -359,19 +343,15 @@ def pack_section(pack: Pack) -> str:
     )
 
 
-def colour_rules() -> str:
-    """Style rules of the kinds of slots."""
-    return "".join(
+def build_page(top: str, cards: Sequence[str], packs: Sequence[Pack]) -> str:
+    """The page of a heading, samples and packs."""
+    sections = "\n".join(pack_section(pack) for pack in packs)
+    rules = "".join(
         f"b.{kind}{{background:{colour}}}rect.{kind}{{fill:{colour}}}.chip.{kind}{{border-color:{colour};"
         f"background:color-mix(in srgb,{colour} 22%,white)}}"
         for kind, colour in zip(KINDS, COLOURS, strict=True)
     )
-
-
-def build_page(top: str, cards: Sequence[str], packs: Sequence[Pack]) -> str:
-    """The page of a heading, samples and packs."""
-    sections = "\n".join(pack_section(pack) for pack in packs)
-    return _PAGE.substitute(heading=top, cards="\n".join(cards), sections=sections, colours=colour_rules())
+    return _PAGE.substitute(heading=top, cards="\n".join(cards), sections=sections, colours=rules)
 
 
 _TOP = """<!DOCTYPE html>

@@ -46,21 +46,15 @@ from genlip_megatron.atomic_write import atomic_path
 from genlip_megatron.command import WorkerPool, command
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.data.content import describe
 from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
-from genlip_megatron.data.scan import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES
+from genlip_megatron.data.scan import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, check_size
 from genlip_megatron.data.tables import TABLE_SUFFIXES
 from genlip_megatron.data.text import parse_turns
 from genlip_megatron.outputs import check_file, json_lines
 
 ROWS_A_WORKER = 16  # twice as many images per worker are in memory
-# Regular expression of an image's first bytes -> suffix.
-MAGIC = {rb"\xff\xd8\xff": ".jpg", rb"\x89PNG\r\n\x1a\n": ".png", rb"RIFF....WEBP": ".webp"}
-
-
-def check_size(size: int, most: int) -> None:
-    """Raise ValueError for a file that indexing would refuse as too large."""
-    if size > most:
-        raise ValueError(f"file is too large: {size} bytes, above {most}")
+SUFFIXES = {"a JPEG image": ".jpg", "a PNG image": ".png", "a WebP image": ".webp"}
 
 
 def read_file(path: str, kind: str, most: int) -> bytes:
@@ -83,7 +77,6 @@ def check_record(content: bytes) -> bytes:
 
 
 def caption_file(path: str) -> bytes:
-    """The record of a caption file."""
     content = read_file(path, "caption", MAX_CAPTION_BYTES)
     is_json = path.lower().endswith(".json")
     parse_turns(content, is_json, DEFAULT_PROMPT)
@@ -127,9 +120,8 @@ def read_image(root: str, image: str | bytes) -> tuple[str, bytes]:
 
 def image_suffix(content: bytes) -> str:
     """The suffix for an image, from its first bytes."""
-    for magic, suffix in MAGIC.items():
-        if re.match(magic, content, re.DOTALL):
-            return suffix
+    if suffix := SUFFIXES.get(describe(content)):
+        return suffix
     try:
         kind = Image.open(io.BytesIO(content)).format
     except Exception:  # Pillow's readers raise many classes
@@ -224,7 +216,6 @@ def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[i
 
 @command
 def main() -> None:
-    """Check the settings, pack, and print the next command."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help=f"folder, or table: {', '.join(TABLE_SUFFIXES)}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the shards")

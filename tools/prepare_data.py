@@ -21,22 +21,23 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
 
+from genlip_megatron import storage
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import open_dataset
 from genlip_megatron.data.index import ShardIndex
 from genlip_megatron.data.manifest import Totals, check_files, manifest_paths, other_shards, write_manifest
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.plan import Plan, Source
 from genlip_megatron.data.prepare import index_shards
-from genlip_megatron.data.text import Tokenizer, encode_prompt, load_tokenizer
+from genlip_megatron.data.text import encode_prompt
+from genlip_megatron.tokenizer import Tokenizer, load_tokenizer
 
 _ESTIMATE_SAMPLES = 50_000
 _LISTED = 20  # shards listed one by one
@@ -60,15 +61,14 @@ def default_manifest(shards: Sequence[str]) -> str:
     return storage.join(folder, f"{stem}.dataset.json" if stem else "dataset.json")
 
 
-def histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> list[str]:
-    """Lines of a histogram; element i of ``counts`` is the count of value i."""
+def show_histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> None:
+    """Print a histogram; element i of ``counts`` is the count of value i."""
     total = max(int(counts.sum()), 1)
-    lines = [f"{title}:"]
+    print(f"{title}:")
     for low, high in itertools.pairwise(bins):
         if part := int(counts[low:high].sum()):
             label = f"{low} to {high - 1}" if high < bins[-1] else f"{low} and more"
-            lines.append(f"  {label:>14} {part:>12,} {100 * part / total:5.1f}% {'#' * round(40 * part / total)}")
-    return lines
+            print(f"  {label:>14} {part:>12,} {100 * part / total:5.1f}% {'#' * round(40 * part / total)}")
 
 
 def estimate(manifest: str, tokenizer: Tokenizer, prompt: str, seq_length: int) -> list[str]:
@@ -105,7 +105,7 @@ def merge(manifest: str, shards: Sequence[str], quarantine: str, problems: dict[
         problems: {skipped shard: the reason}.
     """
     lines = [json.dumps({"shard": shard, "key": "(shard)", "reason": reason}) for shard, reason in problems.items()]
-    losses: list[tuple[tuple[bool, bool, int], str]] = []
+    losses: list[tuple[tuple[bool, bool, int], str]] = []  # by severity
     bar = tqdm(total=len(shards), desc="merge", unit="shard", file=sys.stderr)
 
     def on_shard(index: ShardIndex) -> None:
@@ -113,22 +113,18 @@ def merge(manifest: str, shards: Sequence[str], quarantine: str, problems: dict[
         for key, reason in index.refused.items():
             lines.append(json.dumps({"shard": index.shard, "key": key, "reason": reason}))
         if index.refused:
-            losses.append(loss_of(index))
+            reasons = collections.Counter(reason.split(":")[0] for reason in index.refused.values())
+            # In a damaged archive one entry may stand for thousands of samples.
+            damaged = "truncated archive" in reasons or any(key.startswith("(") for key in index.refused)
+            named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+            good, bad = len(index.rows), len(index.refused)
+            line = f"{index.shard}: {good:,} good samples, {bad:,} refused ({named})"
+            losses.append(((not good, damaged, bad), line))
 
     with bar:
         totals = write_manifest(manifest, shards, on_shard)
     storage.write_bytes(quarantine, "".join(f"{line}\n" for line in lines).encode())
     return totals, [line for _, line in sorted(losses, reverse=True)]
-
-
-def loss_of(index: ShardIndex) -> tuple[tuple[bool, bool, int], str]:
-    """(severity, one line) for a shard that lost samples."""
-    reasons = collections.Counter(reason.split(":")[0] for reason in index.refused.values())
-    # In a damaged archive one entry may stand for thousands of samples.
-    damaged = any(key.startswith("(") or reason == "truncated archive" for key, reason in index.refused.items())
-    named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
-    line = f"{index.shard}: {len(index.rows):,} good samples, {len(index.refused):,} refused ({named})"
-    return (not len(index.rows), damaged, len(index.refused)), line
 
 
 def show_list(lines: Sequence[str], rest: str) -> None:
@@ -139,23 +135,21 @@ def show_list(lines: Sequence[str], rest: str) -> None:
         print(f"  and {len(lines) - _LISTED:,} more{rest}")
 
 
-def report(totals: Totals, show: Callable[[str], None] = print) -> None:
-    """Print a summary of the data set."""
+def report(totals: Totals) -> None:
     refused = sum(totals.refused.values())
-    show(f"{totals.samples:,} good samples, {refused:,} refused")
+    print(f"{totals.samples:,} good samples, {refused:,} refused")
     for reason, count in totals.refused.most_common():
-        show(f"  refused {count:,}: {reason}")
+        print(f"  refused {count:,}: {reason}")
     if totals.ignored:
-        show("  ignored " + ", ".join(f"{count:,} {kind}" for kind, count in totals.ignored.most_common()))
+        print("  ignored " + ", ".join(f"{count:,} {kind}" for kind, count in totals.ignored.most_common()))
     good = max(totals.samples, 1)
-    show(f"{totals.text_tokens / good:.1f} text tokens per sample, {totals.loss_tokens / good:.1f} of them with loss")
-    for title, counts, bins in (
-        ("image height in pixels", totals.heights, _SIDE_BINS),
-        ("image width in pixels", totals.widths, _SIDE_BINS),
-        ("text tokens", totals.tokens, _TOKEN_BINS),
+    print(f"{totals.text_tokens / good:.1f} text tokens per sample, {totals.loss_tokens / good:.1f} of them with loss")
+    for title, column, bins in (
+        ("image height in pixels", "height", _SIDE_BINS),
+        ("image width in pixels", "width", _SIDE_BINS),
+        ("text tokens", "text_tokens", _TOKEN_BINS),
     ):
-        for line in histogram(title, counts, bins):
-            show(line)
+        show_histogram(title, totals.histograms[column], bins)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -168,7 +162,6 @@ def _part(text: str) -> tuple[int, int]:
 
 @command
 def main() -> None:
-    """Index the shards of the command line, write the manifest and print a report."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", metavar="PATH", help=".tar files, folders, globs, brace lists; or URLs")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer.json or SentencePiece .model")

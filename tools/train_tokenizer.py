@@ -25,8 +25,9 @@ from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.scan import CAPTION_SUFFIXES
-from genlip_megatron.data.text import END_OF_TURN, parse_turns
+from genlip_megatron.data.text import parse_turns
 from genlip_megatron.outputs import check_file, write
+from genlip_megatron.tokenizer import END_OF_TURN
 
 
 def captions(shards: list[str]) -> Iterator[str]:
@@ -56,7 +57,6 @@ def is_own(content: bytes) -> bool:
 
 
 def train(texts: list[str], model: io.BytesIO, vocab_size: int) -> None:
-    """Write a SentencePiece model of the texts."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
@@ -77,7 +77,6 @@ def train(texts: list[str], model: io.BytesIO, vocab_size: int) -> None:
 
 @command
 def main() -> None:
-    """Train and write the model."""
     parser = StrictParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help=".tar files, folders of them, or globs")
     parser.add_argument("--output", required=True, help="the .model file to write")

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ from genlip_megatron.batch import PATCH_SIZE, PATCH_VALUES, PackedBatch, Sample,
 from genlip_megatron.config import DataConfig
 from genlip_megatron.data.dataset import Dataset
 from genlip_megatron.data.decode import Decoder, ImageTask
+from genlip_megatron.data.plan import by_part
 from genlip_megatron.data.quarantine import BadSample, Quarantine
 from genlip_megatron.data.read import Piece, ShardReader
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.text import Tokenizer, Turns, encode_prompt, parse_turns, tokenize_many
+from genlip_megatron.data.text import Turns, encode_prompt, parse_turns, tokenize_many
+from genlip_megatron.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class _Layout:
     text_tokens: np.ndarray  # as indexed
     room: np.ndarray  # tokens of the pack that the image leaves free
     starts: np.ndarray  # first slot
+    slots: int  # of all packs
 
     @property
     def images(self) -> np.ndarray:
@@ -51,7 +55,13 @@ class _Layout:
         """Text tokens of each sample in its pack."""
         return np.minimum(self.text_tokens, self.room)
 
+    @property
+    def ends(self) -> np.ndarray:
+        """End of each sample's text tokens among those of all samples."""
+        return np.cumsum(self.texts)
 
+
+@dataclass
 class SampleReader:
     """Reads, decodes and tokenises the samples of a mixture of data sets.
 
@@ -59,22 +69,18 @@ class SampleReader:
     cut because their image left too little room in the pack.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        data: DataConfig,
-        tokenizer: Tokenizer,
-        decoder: Decoder,
-        reader: ShardReader,
-        quarantine: Quarantine,
-        share: ReadAssignment,
-        device: torch.device,
-    ) -> None:
-        self.datasets, self.data, self.tokenizer = list(datasets), data, tokenizer
-        self.offsets = np.cumsum([0, *(len(dataset) for dataset in datasets)])
-        self.quarantine, self.share = quarantine, share
-        self._decoder, self._reader, self._device = decoder, reader, device
-        self._crop = data.image_mode == "fixed" and data.fixed_resize == "resize-center-crop"
+    datasets: list[Dataset]
+    data: DataConfig
+    tokenizer: Tokenizer
+    decoder: Decoder
+    reader: ShardReader
+    quarantine: Quarantine
+    share: ReadAssignment
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.offsets = np.cumsum([0, *map(len, self.datasets)])
+        self._crop = self.data.image_mode == "fixed" and self.data.fixed_resize == "resize-center-crop"
         self._pool = ThreadPoolExecutor(_INDEXES_AT_ONCE, thread_name_prefix="index")
         self.bytes_read = {"image": 0, "caption": 0}
         self.truncated = 0
@@ -82,99 +88,87 @@ class SampleReader:
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
-    def _source(self, sample: int) -> tuple[Dataset, int]:
+    def source(self, sample: int) -> tuple[Dataset, int]:
+        """(the sample's data set, its number there)."""
         number = int(np.searchsorted(self.offsets, sample, side="right")) - 1
         return self.datasets[number], sample - int(self.offsets[number])
 
     def key(self, sample: int) -> str:
         """The sample's name in its shard."""
-        dataset, local = self._source(sample)
+        dataset, local = self.source(sample)
         return dataset.key(local)
 
     def shard(self, sample: int) -> str:
         """The sample's shard."""
-        dataset, local = self._source(sample)
+        dataset, local = self.source(sample)
         return dataset.shards[dataset.locate(local)[0]].path
 
     def _layout(self, packs: Sequence[Sequence[int]]) -> _Layout:
         ids = np.array([sample for pack in packs for sample in pack], np.int64)
-        columns = [np.empty(len(ids), np.int64) for _ in range(3)]
-        owner = np.searchsorted(self.offsets, ids, side="right") - 1
-        for i in np.unique(owner).tolist():
-            mine = owner == i
-            plan = self.datasets[i].plan_rows(ids[mine] - self.offsets[i])
-            heights, widths = self.datasets[i].image_sizes(plan)
-            for column, values in zip(columns, (heights, widths, plan["text_tokens"]), strict=True):
-                column[mine] = values
-        rows, cols, texts = columns[0] // PATCH_SIZE, columns[1] // PATCH_SIZE, columns[2]
-        room = self.data.seq_length - rows * cols
-        lengths = rows * cols + np.minimum(texts, room)
-        starts, first = np.empty(len(ids), np.int64), 0
-        for i, pack in enumerate(packs):
-            mine = slice(first, first + len(pack))
-            starts[mine] = i * self.data.seq_length + np.cumsum(lengths[mine]) - lengths[mine]
-            first += len(pack)
-        return _Layout(ids, rows, cols, texts, room, starts)
+        heights, widths, texts = np.empty((3, len(ids)), np.int64)
+        for i, mine, local in by_part(self.offsets, ids):
+            plan = self.datasets[i].plan_rows(local)
+            heights[mine], widths[mine] = self.datasets[i].image_sizes(plan)
+            texts[mine] = plan["text_tokens"]
+        rows, columns, seq_length = heights // PATCH_SIZE, widths // PATCH_SIZE, self.data.seq_length
+        room = seq_length - rows * columns
+        lengths = rows * columns + np.minimum(texts, room)
+        per_pack = np.split(lengths, np.cumsum([len(pack) for pack in packs]))
+        starts = np.concatenate([i * seq_length + np.cumsum(some) - some for i, some in enumerate(per_pack)])
+        return _Layout(ids, rows, columns, texts, room, starts, seq_length * len(packs))
 
-    def _read(self, samples: Sequence[int], kind: str) -> list[tuple[memoryview, np.void] | str]:
-        """For each sample (bytes of its image or caption, checked against the index; its ROW), or the error."""
-        results: list[tuple[memoryview, np.void] | str] = [""] * len(samples)
-        owner = np.searchsorted(self.offsets, samples, side="right") - 1
-        for i in np.unique(owner).tolist():
-            mine = np.asarray(samples)[owner == i] - self.offsets[i]
-            self.datasets[i].preload(mine, self._pool)
+    def _read(self, samples: Sequence[int], kind: str) -> tuple[dict[int, tuple[memoryview, np.void]], dict[int, Any]]:
+        """({place of a sample: (bytes of its image or caption, checked by the index; its ROW)}, {place: error})."""
+        found: dict[int, tuple[memoryview, np.void]] = {}
+        errors: dict[int, Any] = {}
+        for part, _, numbers in by_part(self.offsets, np.asarray(samples)):
+            self.datasets[part].preload(numbers, self._pool)
         pieces: dict[int, tuple[Piece, np.void]] = {}
         for i, sample in enumerate(samples):
-            dataset, local = self._source(sample)
+            dataset, local = self.source(sample)
             shard, row = dataset.locate(local)
             try:
                 entry = dataset.index(shard).rows[row]
             except ValueError as error:
-                results[i] = str(error)
+                errors[i] = str(error)
                 continue
             piece = Piece(dataset.shards[shard].path, int(entry[f"{kind}_offset"]), int(entry[f"{kind}_size"]))
             pieces[i] = piece, entry
-        contents = self._reader.read([piece for piece, _ in pieces.values()])
+        contents = self.reader.read([piece for piece, _ in pieces.values()])
         for (i, (piece, entry)), content in zip(pieces.items(), contents, strict=True):
             crc = int(entry[f"{kind}_crc"])
             same = isinstance(content, memoryview) and zlib.crc32(content) == crc
-            if not same and isinstance(content, memoryview) and self._reader.drop(piece):
-                (content,) = self._reader.read([piece])
+            if not same and isinstance(content, memoryview) and self.reader.drop(piece):
+                (content,) = self.reader.read([piece])
                 same = isinstance(content, memoryview) and zlib.crc32(content) == crc
             if isinstance(content, OSError):
-                results[i] = f"cannot be read: {content}"
+                errors[i] = f"cannot be read: {content}"
             elif not same:
-                results[i] = f"the {kind}'s bytes changed since the index was made (crc32)"
+                errors[i] = f"the {kind}'s bytes changed since the index was made (crc32)"
             else:
-                results[i] = content, entry
+                found[i] = content, entry
                 self.bytes_read[kind] += len(content)
-        return results
+        return found, errors
 
     def _images(self, samples: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Tensor | str]:
         """uint8 patches [rows * columns, 768] of each sample, or the error."""
-        results: list[Tensor | str] = []
-        tasks: dict[int, ImageTask] = {}
-        for i, found in enumerate(self._read(samples, "image")):
-            results.append(found if isinstance(found, str) else "")
-            if not isinstance(found, str):
-                height, width = grids[i][0] * PATCH_SIZE, grids[i][1] * PATCH_SIZE
-                tasks[i] = ImageTask(found[0], height, width, self._crop, bool(found[1]["plain_jpeg"]))
-        for i, result in zip(tasks, self._decoder(list(tasks.values())), strict=True):
-            results[i] = result
-        return results
+        found, results = self._read(samples, "image")
+        tasks = []
+        for i, (content, entry) in found.items():
+            height, width = grids[i][0] * PATCH_SIZE, grids[i][1] * PATCH_SIZE
+            tasks.append(ImageTask(content, height, width, self._crop, bool(entry["plain_jpeg"])))
+        results |= zip(found, self.decoder(tasks), strict=True)
+        return [results[i] for i in range(len(samples))]
 
     def _turns(self, samples: Sequence[int]) -> list[Turns | str]:
         """The turns of each sample's caption, or the error."""
-        results: list[Turns | str] = []
-        for found in self._read(samples, "caption"):
-            if isinstance(found, str):
-                results.append(found)
-                continue
+        found, results = self._read(samples, "caption")
+        for i, (content, entry) in found.items():
             try:
-                results.append(parse_turns(bytes(found[0]), bool(found[1]["caption_is_json"]), self.data.prompt))
+                results[i] = parse_turns(bytes(content), bool(entry["caption_is_json"]), self.data.prompt)
             except ValueError as error:
-                results.append(str(error))
-        return results
+                results[i] = str(error)
+        return [results[i] for i in range(len(samples))]
 
     def micro_batch(self, packs: Sequence[Sequence[int]], step: int) -> PackedBatch:
         """One micro-batch of the given packs. A collective over the model-parallel group.
@@ -185,16 +179,15 @@ class SampleReader:
             DataFailure: too many bad samples in a row.
         """
         layout = self._layout(packs)
-        count, total = len(layout.ids), self.data.seq_length * len(packs)
-        ends = np.cumsum(layout.texts)
+        count, ends = len(layout.ids), layout.ends
         # Per sample the number of ranks that found its image bad, the same for captions, then 2 * token id + predicted.
         shared = np.zeros(2 * count + int(layout.texts.sum()), np.int32)
-        images = self._read_images(layout, total, shared[:count])
-        reasons = self._read_captions(layout, ends, shared[count : 2 * count], shared[2 * count :])
+        bad_image, bad_caption, tokens = shared[:count], shared[count : 2 * count], shared[2 * count :]
+        images = self._read_images(layout, bad_image)
+        reasons = self._read_captions(layout, bad_caption, tokens)
         self.share.add_up(torch.from_numpy(shared))
 
-        bad_image, bad_caption, tokens = shared[:count], shared[count : 2 * count], shared[2 * count :]
-        self._record(layout, step, bad_image, images, reasons, total)
+        self._record(layout, step, bad_image, images, reasons)
         # A stage that reads nothing opens no index, so it has no keys.
         reads = self.share.images or self.share.captions
         samples = []
@@ -218,9 +211,9 @@ class SampleReader:
         self.quarantine.count([sample.weight > 0 for sample in samples])
         return replace(batch, patches=patches)
 
-    def _read_images(self, layout: _Layout, total: int, bad: np.ndarray) -> dict[int, Tensor | str]:
+    def _read_images(self, layout: _Layout, bad: np.ndarray) -> dict[int, Tensor | str]:
         """{place of the sample: its patches, or the error} for the images that this rank reads."""
-        first, last = self.share.slots(total)
+        first, last = self.share.slots(layout.slots)
         mine = np.flatnonzero((layout.starts < last) & (layout.starts + layout.images > first) & (layout.images > 0))
         grids = [(int(layout.rows[i]), int(layout.columns[i])) for i in mine]
         images = dict(zip(mine.tolist(), self._images(layout.ids[mine].tolist(), grids), strict=True))
@@ -228,12 +221,12 @@ class SampleReader:
             bad[i] = isinstance(image, str)
         return images
 
-    def _read_captions(self, layout: _Layout, ends: np.ndarray, bad: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
+    def _read_captions(self, layout: _Layout, bad: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
         """Fill in the tokens of the captions that this rank reads; returns {place of a bad one: the error}."""
         mine = [i for i in range(len(layout.ids)) if self.share.reads_caption(i)]
         turns = dict(zip(mine, self._turns(layout.ids[mine].tolist()), strict=True))
         reasons = {i: reason for i, reason in turns.items() if isinstance(reason, str)}
-        good = {i: turn for i, turn in turns.items() if not isinstance(turn, str)}
+        good, ends = {i: turn for i, turn in turns.items() if not isinstance(turn, str)}, layout.ends
         for i, (ids, loss) in zip(good, tokenize_many(list(good.values()), self.tokenizer), strict=True):
             if len(ids) != layout.text_tokens[i]:
                 reasons[i] = f"its caption has {len(ids)} tokens, the index says {layout.text_tokens[i]}"
@@ -245,27 +238,21 @@ class SampleReader:
         return reasons
 
     def _record(
-        self,
-        layout: _Layout,
-        step: int,
-        bad_image: np.ndarray,
-        images: dict[int, Tensor | str],
-        captions: dict[int, str],
-        total: int,
+        self, layout: _Layout, step: int, bad: np.ndarray, images: dict[int, Tensor | str], captions: dict[int, str]
     ) -> None:
         """Record the bad samples that this rank found. An image read by two ranks is recorded by the first."""
-        first, last = self.share.slots(total)
+        first, last = self.share.slots(layout.slots)
         # One line per sample: a bad image hides a bad caption.
-        found = {i: reason for i, reason in captions.items() if not bad_image[i]}
+        found = {i: reason for i, reason in captions.items() if not bad[i]}
         for i, image in images.items():
-            if isinstance(image, str) and (bad_image[i] == 1 or first <= layout.starts[i] < last):
+            if isinstance(image, str) and (bad[i] == 1 or first <= layout.starts[i] < last):
                 found[i] = image
         for i, reason in sorted(found.items()):
             sample = int(layout.ids[i])
             self.quarantine.record(BadSample(self.shard(sample), self.key(sample), reason, step))
 
     def _blank(self, count: int) -> Tensor:
-        return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self._device)
+        return torch.zeros(count, PATCH_VALUES, dtype=torch.uint8, device=self.device)
 
     def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
         """(each image with only the prompt, its true answer), for captioning. Every rank reads all of them.
@@ -276,10 +263,9 @@ class SampleReader:
         layout = self._layout([chosen])
         prompt = encode_prompt(self.data.prompt, self.tokenizer, "data.prompt")
         grids = list(zip(layout.rows.tolist(), layout.columns.tolist(), strict=True))
+        images, captions = self._images(chosen, grids), self._turns(chosen)
         requests, truths = [], []
-        for sample, grid, image, turns in zip(
-            chosen, grids, self._images(chosen, grids), self._turns(chosen), strict=True
-        ):
+        for sample, grid, image, turns in zip(chosen, grids, images, captions, strict=True):
             for reason in (image, turns):
                 if isinstance(reason, str):
                     logger.warning("%s of %s: %s", self.key(sample), self.shard(sample), reason)
@@ -292,5 +278,5 @@ class SampleReader:
     def close(self) -> None:
         """Close the shards and end the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._decoder.close()
-        self._reader.close()
+        self.decoder.close()
+        self.reader.close()

@@ -9,21 +9,22 @@ thousands of shards. Both ways number the samples the same and give the same str
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
+import itertools
 import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import numpy as np
 
+from genlip_megatron import storage
 from genlip_megatron.config import PATCH_SIZE, DataConfig
-from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, load_index
 from genlip_megatron.data.manifest import Part, Shard, read_manifest
 from genlip_megatron.data.patterns import expand_shards, find
+from genlip_megatron.data.plan import by_part
 from genlip_megatron.data.resize import most_patches, native_sizes
 
 _CLOSING_TOKENS = 2
@@ -68,9 +69,8 @@ class Dataset:
         if len(self._plans) == 1:
             return np.asarray(self._plans[0][ids])
         rows = np.empty(len(ids), PLAN_ROW)
-        owner = np.searchsorted(self._plan_offsets, ids, side="right") - 1
-        for i in np.unique(owner).tolist():
-            rows[owner == i] = self._plans[i][ids[owner == i] - self._plan_offsets[i]]
+        for i, mine, local in by_part(self._plan_offsets, ids):
+            rows[mine] = self._plans[i][local]
         return rows
 
     def image_sizes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,22 +97,24 @@ class Dataset:
         Raises:
             ValueError: it cannot be read or is not the one of the manifest. Raised again on every call.
         """
+        found = self._index_or_error(shard)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def _index_or_error(self, shard: int) -> ShardIndex | ValueError:
         with self._lock:
             found, until = self._open.get(shard, (None, 0.0))
             if found is not None and time.monotonic() < until:
                 self._open.move_to_end(shard)
-            else:
-                found = None
-        if found is None:
-            # Outside the lock, so that several indexes can be read at the same time.
-            found = self._read_index(shard)
-            with self._lock:
-                while len(self._open) >= self._open_shards:
-                    self._open.popitem(last=False)
-                until = time.monotonic() + _ASK_AGAIN_SECONDS if isinstance(found, ValueError) else float("inf")
-                self._open[shard] = found, until
-        if isinstance(found, ValueError):
-            raise found
+                return found
+        # Outside the lock, so that several indexes can be read at the same time.
+        found = self._read_index(shard)
+        with self._lock:
+            while len(self._open) >= self._open_shards:
+                self._open.popitem(last=False)
+            until = time.monotonic() + _ASK_AGAIN_SECONDS if isinstance(found, ValueError) else float("inf")
+            self._open[shard] = found, until
         return found
 
     def preload(self, samples: np.ndarray, pool: Executor) -> None:
@@ -120,11 +122,7 @@ class Dataset:
         shards = np.unique(np.searchsorted(self._offsets, samples, side="right") - 1).tolist()
         missing = [i for i in shards if i not in self._open and storage.is_remote(self.shards[i].path)]
         if len(missing) > 1:
-            list(pool.map(self._read_quietly, missing))
-
-    def _read_quietly(self, shard: int) -> None:
-        with contextlib.suppress(ValueError):
-            self.index(shard)
+            list(pool.map(self._index_or_error, missing))
 
     def _read_index(self, shard: int) -> ShardIndex | ValueError:
         entry = self.shards[shard]
@@ -143,10 +141,8 @@ class Dataset:
     def key(self, sample: int) -> str:
         """The sample's key in its shard, or its number if the index cannot be read."""
         shard, row = self.locate(sample)
-        try:
-            return self.index(shard).keys[row]
-        except ValueError:
-            return f"(sample {row})"
+        index = self._index_or_error(shard)
+        return f"(sample {row})" if isinstance(index, ValueError) else index.keys[row]
 
 
 def open_dataset(
@@ -158,12 +154,15 @@ def open_dataset(
         ValueError: missing shards, manifests or indexes, no good sample, or images that do not fit a pack.
     """
     parts: list[Part] = []
-    for is_manifest, group in _grouped(patterns):
+    for is_manifest, group in itertools.groupby(patterns, lambda pattern: pattern.endswith(".json")):
         if is_manifest:
-            parts += [read_manifest(path, fingerprint, data.prompt, setting, data.cache_dir) for path in group]
+            for pattern in group:
+                found = find(pattern) if re.search(r"[*?\[{]", pattern) else {pattern: [pattern]}
+                paths = [path for part, matches in found.items() for path in matches or [part]]
+                parts += [read_manifest(path, fingerprint, data.prompt, setting, data.cache_dir) for path in paths]
             continue
         rows, shards = [], []
-        for shard in expand_shards(group, setting):
+        for shard in expand_shards(list(group), setting):
             index = load_index(shard, fingerprint, data.prompt)
             rows.append(index.plan_rows())
             shards.append(Shard(shard, len(index.rows), index.header.digest, index.header.shard_size))
@@ -196,17 +195,3 @@ def _check_images_fit(dataset: Dataset) -> None:
             f"data.seq_length = {data.seq_length}: an image of {most} patches and its closing tokens do not fit a "
             f"pack. Raise it to at least {most + _CLOSING_TOKENS}, or lower the image size."
         )
-
-
-def _grouped(patterns: Iterable[str]) -> list[tuple[bool, list[str]]]:
-    """Patterns in runs of manifests (True) and shards (False); globs of manifests are expanded."""
-    groups: list[tuple[bool, list[str]]] = []
-    for pattern in patterns:
-        is_manifest = pattern.endswith(".json")
-        if not groups or groups[-1][0] != is_manifest:
-            groups.append((is_manifest, []))
-        if is_manifest and re.search(r"[*?\[{]", pattern):
-            groups[-1][1].extend(path for part, found in find(pattern).items() for path in found or [part])
-        else:
-            groups[-1][1].append(pattern)
-    return groups

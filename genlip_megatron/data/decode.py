@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -80,40 +80,18 @@ def _scaled_size(height: int, width: int, task: ImageTask) -> tuple[int, int]:
     return max(task.height, round(height * scale)), max(task.width, round(width * scale))
 
 
-def _cropped(pixels: Any, task: ImageTask) -> Any:
-    """The middle [task.height, task.width, 3] of an array or tensor [height, width, 3]."""
-    top, left = (pixels.shape[0] - task.height) // 2, (pixels.shape[1] - task.width) // 2
-    return pixels[top : top + task.height, left : left + task.width]
-
-
-def resize_with_pillow(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
-    """uint8 [task.height, task.width, 3] by Pillow's antialiased bilinear filter, the reference for every decoder."""
-    height, width = _scaled_size(pixels.shape[0], pixels.shape[1], task)
-    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    return _cropped(np.asarray(image), task)
-
-
-def resize_with_torch(pixels: np.ndarray, task: ImageTask) -> np.ndarray:
-    """The same with torch's vectorised kernel: four times as fast, and at most two levels from Pillow's result."""
-    size = _scaled_size(pixels.shape[0], pixels.shape[1], task)
+def _resized(pixels: np.ndarray, size: tuple[int, int], plain: bool) -> np.ndarray:
+    """uint8 [*size, 3] by an antialiased bilinear filter: Pillow's (``plain``), the reference for every decoder, or
+    torch's vectorised kernel, four times as fast and at most two levels from Pillow's result.
+    """
     if pixels.shape[:2] == size:
-        return _cropped(pixels, task)
+        return pixels
+    if plain:
+        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
     # [1, 3, H, W], channels last in memory, is torch's fast path. torch.from_numpy wants writable memory.
     image = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(image, size=size, mode="bilinear", antialias=True)
-    return _cropped(scaled[0].permute(1, 2, 0).numpy(), task)
-
-
-class Decoder(Protocol):
-    """Decodes many images at once."""
-
-    def __call__(self, tasks: Sequence[ImageTask]) -> list[Tensor | str]:
-        """uint8 patches [n, 768] of each image, or the error."""
-        ...
-
-    def close(self) -> None:
-        """End threads."""
-        ...
+    return scaled[0].permute(1, 2, 0).numpy()
 
 
 class CpuDecoder:
@@ -130,8 +108,10 @@ class CpuDecoder:
     def _decode(self, task: ImageTask) -> Tensor | str:
         try:
             pixels = decode_rgb(task.content, task.plain_jpeg and not self._plain)
-            resize = resize_with_pillow if self._plain else resize_with_torch
-            return torch.from_numpy(to_patches(resize(pixels, task)))
+            size = _scaled_size(pixels.shape[0], pixels.shape[1], task)
+            top, left = (size[0] - task.height) // 2, (size[1] - task.width) // 2
+            middle = _resized(pixels, size, self._plain)[top : top + task.height, left : left + task.width]
+            return torch.from_numpy(to_patches(middle))
         except ValueError as error:
             return str(error)
 
@@ -191,9 +171,7 @@ class DaliDecoder:
         jpeg = [i for i in range(len(tasks)) if suited[i]]
         other = [i for i in range(len(tasks)) if not suited[i]]
         results = dict(zip(other, self._by_cpu([tasks[i] for i in other]), strict=True))
-        for crop in (False, True):
-            group = [i for i in jpeg if tasks[i].center_crop == crop]
-            results |= zip(group, self._decode([tasks[i] for i in group], crop), strict=True)
+        results |= zip(jpeg, self._decode([tasks[i] for i in jpeg]), strict=True)
         return [results[i] for i in range(len(tasks))]
 
     def _by_cpu(self, tasks: list[ImageTask]) -> list[Tensor | str]:
@@ -205,20 +183,20 @@ class DaliDecoder:
         moved = iter(torch.cat(good).to(self._target).split([len(patches) for patches in good]))
         return [next(moved) if isinstance(result, Tensor) else result for result in results]
 
-    def _decode(self, tasks: list[ImageTask], crop: bool) -> list[Tensor | str]:
+    def _decode(self, tasks: list[ImageTask]) -> list[Tensor | str]:
         if not tasks:
             return []
         try:
-            return list(self._batch(tasks, crop))
+            return list(self._batch(tasks))
         except RuntimeError as error:
             if len(tasks) == 1:
                 # The CPU codec accepts some images that the GPU codec refuses, and its errors are clearer.
                 logger.debug("DALI refuses an image: %s", error)
                 return self._by_cpu(tasks)
             half = len(tasks) // 2
-            return self._decode(tasks[:half], crop) + self._decode(tasks[half:], crop)
+            return self._decode(tasks[:half]) + self._decode(tasks[half:])
 
-    def _batch(self, tasks: list[ImageTask], crop: bool) -> list[Tensor]:
+    def _batch(self, tasks: list[ImageTask]) -> list[Tensor]:
         dali = self._dali
         encoded = dali.batch([np.frombuffer(task.content, np.uint8) for task in tasks])
         # Computed here, because DALI's own crop mode rounds the scaled size differently from the other decoders.
@@ -228,12 +206,9 @@ class DaliDecoder:
         # With "gpu" the CPU parses the headers and the GPU decodes.
         pixels = dali.decoders.image(encoded, device=self._device, output_type=self._types.RGB)
         pixels = dali.resize(pixels, size=sizes, mode="stretch", interp_type=self._types.INTERP_LINEAR, antialias=True)
-        if crop:
-            targets = [(task.height, task.width) for task in tasks]
-            corners = [
-                [(whole - part) // 2 for whole, part in zip(size, target, strict=True)]
-                for size, target in zip(scaled, targets, strict=True)
-            ]
+        targets = [(task.height, task.width) for task in tasks]
+        if scaled != targets:
+            corners = (np.array(scaled) - np.array(targets)) // 2
             start, shape = (dali.batch([np.array(x, np.int32) for x in values]) for values in (corners, targets))
             pixels = dali.slice(pixels, start=start, shape=shape, axes=(0, 1))
         images = pixels.evaluate().tensors
@@ -243,6 +218,9 @@ class DaliDecoder:
     def close(self) -> None:
         """End the CPU decoder's threads; DALI's threads live as long as the process."""
         self._cpu.close()
+
+
+Decoder = CpuDecoder | DaliDecoder
 
 
 def make_decoder(name: str, num_threads: int, device: torch.device) -> Decoder:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 
 # Increased when the layout of the table or the rules for good samples change. Training accepts an index of older rules;
 # tools/prepare_data.py replaces it.

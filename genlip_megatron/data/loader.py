@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from genlip_megatron.batch import PackedBatch, Sample
-from genlip_megatron.config import DataConfig, RunConfig, source_epochs, source_weights
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.config import RunConfig, source_epochs, source_weights
 from genlip_megatron.data.assemble import SampleReader
 from genlip_megatron.data.dataset import Dataset, open_dataset
 from genlip_megatron.data.decode import make_decoder
@@ -28,10 +28,10 @@ from genlip_megatron.data.plan import Phase, Plan, Source
 from genlip_megatron.data.quarantine import Quarantine
 from genlip_megatron.data.read import ShardReader
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.text import encode_prompt, load_tokenizer
+from genlip_megatron.data.text import encode_prompt
 from genlip_megatron.device import current_device
+from genlip_megatron.tokenizer import load_tokenizer
 
-QUARANTINE_FILE = "quarantine.jsonl"
 _MAX_WORKERS = 16
 
 # After the last micro-batch of a step: (step, the plan's cursor after it, (bad samples, cut captions) so far).
@@ -61,14 +61,6 @@ def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def num_workers(data: DataConfig) -> int:
-    """Decoder threads of this rank."""
-    if data.num_workers:
-        return data.num_workers
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // ranks_here))
-
-
 def open_split(config: RunConfig, split: str, fingerprint: str, open_shards: int = 256) -> list[Dataset]:
     """The sources of ``split`` ("train" or "valid"): one for all entries, or with weights one per entry.
 
@@ -95,7 +87,7 @@ def build_plan(config: RunConfig, split: str, datasets: list[Dataset]) -> Plan:
     if train and (epochs := source_epochs(data)):
         phases = [Phase(0, tuple(n * len(dataset) for n, dataset in zip(epochs, datasets, strict=True)))]
     return Plan(
-        [Source(len(dataset), dataset.lengths, f"source {i}") for i, dataset in enumerate(datasets)],
+        [Source(len(dataset), dataset.lengths) for dataset in datasets],
         data.seq_length,
         config.train.global_batch_size,
         config.train.seed,
@@ -207,10 +199,11 @@ class Loader:
             )
         save = config.checkpoint.save
         self.quarantine = Quarantine(
-            str(Path(save) / QUARANTINE_FILE) if save and split == "train" else "",
+            str(Path(save) / "quarantine.jsonl") if save and split == "train" else "",
             data.max_consecutive_failures,
         )
-        workers = num_workers(data)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = data.num_workers or max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // ranks_here))
         device = current_device() if data.decoder in ("auto", "dali") else torch.device("cpu")
         self.samples = SampleReader(
             self.datasets,
@@ -277,10 +270,6 @@ class Loader:
             batch = replace(batch, drop_path=factors)
         # Pinning copies, so it happens here, in the loader's thread.
         return batch.pin_memory() if torch.cuda.is_available() else batch
-
-    def requests(self, samples: Iterable[int]) -> tuple[list[Sample], list[str]]:
-        """(each image with only the prompt, its true answer), for captioning."""
-        return self.samples.requests(samples)
 
     def skip(self, steps: int) -> None:
         """Skip the next ``steps`` steps for good; their samples count as consumed. Call before iterating."""

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from genlip_megatron import __version__
+from genlip_megatron import __version__, storage
 from genlip_megatron.atomic_write import atomic_path
-from genlip_megatron.data import storage
 from genlip_megatron.data.index import PLAN_ROW, ShardIndex, read_index
 from genlip_megatron.data.patterns import NothingFound
 from genlip_megatron.outputs import check_file, json_lines, json_object
@@ -46,10 +45,10 @@ class Totals:
     ignored: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     text_tokens: int = 0
     loss_tokens: int = 0
-    # Histograms: element i counts the samples of value i.
-    heights: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1 << 16, np.int64))
-    widths: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1 << 16, np.int64))
-    tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1 << 16, np.int64))
+    # Column -> histogram: element i counts the samples of value i.
+    histograms: dict[str, np.ndarray] = dataclasses.field(
+        default_factory=lambda: {name: np.zeros(1 << 16, np.int64) for name in ("height", "width", "text_tokens")}
+    )
 
     def add(self, index: ShardIndex) -> None:
         """Add one shard."""
@@ -58,8 +57,8 @@ class Totals:
         self.ignored.update(index.ignored)
         self.text_tokens += int(index.rows["text_tokens"].sum())
         self.loss_tokens += int(index.rows["loss_tokens"].sum())
-        for counts, column in ((self.heights, "height"), (self.widths, "width"), (self.tokens, "text_tokens")):
-            counts += np.bincount(index.rows[column], minlength=1 << 16)
+        for name, counts in self.histograms.items():
+            counts += np.bincount(index.rows[name], minlength=1 << 16)
 
 
 def manifest_paths(manifest: str) -> tuple[str, str]:

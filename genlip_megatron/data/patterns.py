@@ -11,17 +11,8 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from genlip_megatron.data.storage import (
-    StoreError,
-    ask_quickly,
-    filesystem,
-    is_remote,
-    name_in_store,
-    parent,
-    sizes_in,
-    states,
-    with_retries,
-)
+from genlip_megatron import storage
+from genlip_megatron.storage import is_remote
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 # The search for hints stops after this many files and folders.
@@ -73,19 +64,19 @@ def find(pattern: str) -> dict[str, list[str]]:
 
 
 def _find_remote(pattern: str) -> dict[str, list[str]]:
-    store = filesystem(pattern)
+    store = storage.filesystem(pattern)
     found, listings = {}, dict[str, Any]()
     try:
-        literal = "{" in pattern and ask_quickly(store, "isfile", pattern)
+        literal = "{" in pattern and storage.ask_quickly(store, "isfile", pattern)
         parts = [pattern] if literal else _braces(pattern)
         for part in parts:
-            folder = parent(part)
+            folder = storage.parent(part)
             if len(parts) > 1 and folder not in listings:
                 # One listing instead of thousands of requests, if the store can list.
-                listings[folder] = sizes_in(folder) or {}
-            listed = name_in_store(part) in listings.get(folder, {})
+                listings[folder] = storage.sizes_in(folder) or {}
+            listed = storage.name_in_store(part) in listings.get(folder, {})
             found[part] = [part] if listed else _part_in_store(store, part)
-    except (PermissionError, StoreError):
+    except (PermissionError, storage.StoreError):
         raise  # already names the store and the remedy
     except OSError as error:
         raise ValueError(f"{pattern!r} cannot be listed: {error}") from error
@@ -94,12 +85,12 @@ def _find_remote(pattern: str) -> dict[str, list[str]]:
 
 def _part_in_store(store: Any, part: str) -> list[str]:
     """The file with that name, the shards in the folder with that name, or the matches of a glob."""
-    if ask_quickly(store, "isfile", part):
+    if storage.ask_quickly(store, "isfile", part):
         return [part]
-    if ask_quickly(store, "isdir", part):
-        names = [name for name in sizes_in(part) or {} if name.lower().endswith(".tar")]
+    if storage.ask_quickly(store, "isdir", part):
+        names = [name for name in storage.sizes_in(part) or {} if name.lower().endswith(".tar")]
     elif glob.has_magic(part):
-        matches = with_retries(lambda: store.glob(part, detail=True))
+        matches = storage.with_retries(lambda: store.glob(part, detail=True))
         names = [name for name, entry in matches.items() if entry["type"] == "file"]
     else:
         return []
@@ -134,29 +125,25 @@ def _beside(path: str) -> str:
     return "; ".join(hints)
 
 
-def _files(part: str, matches: list[str]) -> list[str]:
-    """The shards among the matches of a part: its files, or if there are none, the shards in its folders."""
-    if is_remote(part):
-        files, folders = matches, []
-    else:
-        are_folders = [status is not None and stat.S_ISDIR(status.st_mode) for status in states(matches)]
-        files = [path for path, is_folder in zip(matches, are_folders, strict=True) if not is_folder]
-        folders = [path for path, is_folder in zip(matches, are_folders, strict=True) if is_folder]
-    if glob.has_magic(part):
-        # "*" also matches the files that tools write beside shards; a folder called x.tar is not a shard.
-        files = [path for path in files if path.lower().endswith(".tar")] or files
-        folders = [path for path in folders if not path.rstrip("/").lower().endswith(".tar")]
-    return files or [shard for folder in folders for shard in _shards_in(folder)]
-
-
-def _shards_below(part: str, matches: Sequence[str], found: Sequence[str]) -> int:
-    """The number of shards in folders that a glob matches beside the files that are used."""
-    if is_remote(part) or not glob.has_magic(part) or not set(matches) & set(found):
-        return 0
-    others = sorted(set(matches) - set(found))
-    kinds = zip(others, states(others), strict=True)
-    folders = [path for path, status in kinds if status is not None and stat.S_ISDIR(status.st_mode)]
-    return len({shard for folder in folders for shard in _shards_in(folder)} - set(found))
+def _files(part: str, matches: list[str]) -> tuple[list[str], int]:
+    """(the shards among the matches of a part: its files, or if there are none, the shards in its folders; how many
+    shards lie in folders that a glob matches beside the files that are used).
+    """
+    folders: list[str] = []
+    if not is_remote(part):
+        kinds = zip(matches, storage.states(matches), strict=True)
+        folders = [path for path, status in kinds if status is not None and stat.S_ISDIR(status.st_mode)]
+    others = set(folders)
+    files = [path for path in matches if path not in others]
+    if not glob.has_magic(part):
+        return files or [shard for folder in folders for shard in _shards_in(folder)], 0
+    within = {folder: _shards_in(folder) for folder in folders}
+    # "*" also matches the files that tools write beside shards; a folder called x.tar is not a shard.
+    files = [path for path in files if path.lower().endswith(".tar")] or files
+    if files:
+        return files, len({shard for shards in within.values() for shard in shards} - set(files))
+    chosen = [folder for folder in folders if not folder.rstrip("/").lower().endswith(".tar")]
+    return [shard for folder in chosen for shard in within[folder]], 0
 
 
 def _same_file(paths: Sequence[str]) -> list[str]:
@@ -195,7 +182,7 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
         except ValueError as error:
             raise ValueError(f"{setting}: {error}") from error
         for part, matches in parts.items():
-            found = _files(part, matches)
+            found, below = _files(part, matches)
             beside = ""
             if not is_remote(part) and (os.path.isdir(part) or (not found and glob.has_magic(part))):
                 beside = _beside(part)
@@ -204,7 +191,7 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
             if os.environ.get("RANK", "0") == "0":
                 if beside:
                     logger.warning("%s: %s: only the shards at its top level are used; %s", setting, part, beside)
-                elif below := _shards_below(part, matches, found):
+                elif below:
                     logger.warning(
                         "%s: %r matches files and folders; only the files are used. To use the %d .tar files in the "
                         "folders too, add %r", setting, part, below, os.path.join(part, "*.tar"),
@@ -212,7 +199,7 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
             shards += found
     shards = _same_file(shards)
     local = [shard for shard in shards if check_files and not is_remote(shard)]
-    for shard, status in zip(local, states(local), strict=True):
+    for shard, status in zip(local, storage.states(local), strict=True):
         if status is None or not stat.S_ISREG(status.st_mode) or not os.access(shard, os.R_OK):
             raise ValueError(f"{setting}: {shard} is not a readable file")
         if status.st_size == 0:

@@ -15,8 +15,8 @@ Cost: per lane one window of ids and one buffer, and one permutation of the chun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,10 @@ class Source:
     Attributes:
         size: number of samples; their local ids are 0 .. size - 1.
         lengths: function from int64 [N] local ids to int64 [N] tokens.
-        name: for messages.
     """
 
     size: int
     lengths: Callable[[np.ndarray], np.ndarray]
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,18 @@ def permutation(size: int, *key: int) -> np.ndarray:
     return np.argsort(philox.random_raw(size), kind="stable").astype(np.uint32)
 
 
+def by_part(offsets: Sequence[int] | np.ndarray, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(part, which of ``ids`` lie in it, their numbers there) of each part that begins at one of ``offsets``.
+
+    >>> [(part, local.tolist()) for part, _, local in by_part([0, 4, 9], np.array([5, 1, 8]))]
+    [(0, [1]), (1, [1, 4])]
+    """
+    owner = np.searchsorted(offsets, ids, side="right") - 1
+    for part in np.unique(owner).tolist():
+        mine = owner == part
+        yield part, mine, ids[mine] - offsets[part]
+
+
 @dataclass
 class _Walk:
     """A position in one lane's part of one source, dealt to ``lanes`` lanes; it ends after ``last_epoch``, if set."""
@@ -73,9 +83,6 @@ class _Walk:
     window: int = 0
     offset: int = 0  # samples of the window that have been drawn
     last_epoch: int | None = None
-
-    def state(self) -> list[int | None]:
-        return [self.lanes, self.lane, self.epoch, self.window, self.offset, self.last_epoch]
 
 
 @dataclass
@@ -96,45 +103,27 @@ class _Lane:
     buffer: Buffer = field(default_factory=Buffer)
 
 
+@dataclass
 class Plan:
-    """Packs of sample ids, lane by lane. A sample's id is its source's offset plus its local id.
+    """Packs of sample ids, lane by lane. A sample's id is its source's offset plus its local id."""
 
-    Args:
-        sources: sources to draw from.
-        seq_length: tokens of a pack; no sample may be longer.
-        lanes: packs of one step; lane i is row i of every step.
-        seed: seed of all permutations.
-        phases: weights of the sources by first step, starting with step 0; None: in proportion to their sizes.
-        chunk_size, shuffle_window, pack_buffer: see ``DataConfig``.
-        fingerprint: fingerprint of the data; a cursor of other data is refused.
-        shuffle: False keeps the samples in order and deals them one by one (validation).
-        epochs: number of epochs after which a lane gives empty packs; None: endless.
-    """
+    sources: Sequence[Source]
+    seq_length: int  # tokens of a pack; no sample may be longer
+    lanes: int  # packs of one step; lane i is row i of every step
+    seed: int  # of all permutations
+    phases: Sequence[Phase] = ()  # weights by first step, starting with step 0; by default the sources' sizes
+    chunk_size: int = 256  # this and the next two: see ``DataConfig``
+    shuffle_window: int = 4096
+    pack_buffer: int = 512
+    fingerprint: str = ""  # of the data; a cursor of other data is refused
+    shuffle: bool = True  # False keeps the samples in order and deals them one by one (validation)
+    epochs: int | None = None  # after which a lane gives empty packs; None: endless
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        seq_length: int,
-        lanes: int,
-        seed: int,
-        phases: Sequence[Phase] | None = None,
-        chunk_size: int = 256,
-        shuffle_window: int = 4096,
-        pack_buffer: int = 512,
-        fingerprint: str = "",
-        shuffle: bool = True,
-        epochs: int | None = None,
-    ) -> None:
-        for source in sources:
-            if source.size == 0:
-                name = source.name or "the data set"
-                raise ValueError(f"{name} has no good sample. tools/prepare_data.py lists the reasons.")
-        self.sources = list(sources)
-        self.offsets = np.cumsum([0, *(source.size for source in sources)]).tolist()
-        self.phases = list(phases or [Phase(0, tuple(float(source.size) for source in sources))])
-        self.seq_length, self.lanes, self.seed, self.fingerprint = seq_length, lanes, seed, fingerprint
-        self.chunk_size, self.shuffle_window, self.pack_buffer = chunk_size, shuffle_window, pack_buffer
-        self.shuffle, self.epochs = shuffle, epochs
+    def __post_init__(self) -> None:
+        sizes = [source.size for source in self.sources]
+        assert all(sizes), "a source without a good sample"
+        self.offsets = np.cumsum([0, *sizes]).tolist()
+        self.phases = self.phases or [Phase(0, tuple(map(float, sizes)))]
         self._lanes: dict[int, _Lane] = {}
         self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
 
@@ -276,7 +265,7 @@ class Plan:
                 "packs": lane.packs,
                 "phase": lane.phase,
                 "drawn": [stream.drawn for stream in lane.streams],
-                "walks": [[walk.state() for walk in stream.walks] for stream in lane.streams],
+                "walks": [[list(astuple(walk)) for walk in stream.walks] for stream in lane.streams],
                 "buffer": list(lane.buffer.ids.values()),
             }
         phases = [[phase.start, list(phase.weights)] for phase in self.phases]
@@ -284,15 +273,8 @@ class Plan:
 
     def _identity(self) -> dict[str, Any]:
         """The settings for which a cursor is valid."""
-        return {
-            "fingerprint": self.fingerprint,
-            "seed": self.seed,
-            "chunk_size": self.chunk_size,
-            "shuffle_window": self.shuffle_window,
-            "pack_buffer": self.pack_buffer,
-            "seq_length": self.seq_length,
-            "sources": [source.size for source in self.sources],
-        }
+        names = ("fingerprint", "seed", "chunk_size", "shuffle_window", "pack_buffer", "seq_length")
+        return {name: getattr(self, name) for name in names} | {"sources": [source.size for source in self.sources]}
 
     def differences(self, state: dict[str, Any]) -> list[str]:
         """The settings that differ between a cursor and this plan, one line each."""
@@ -339,23 +321,17 @@ class Plan:
             )
 
     def _restored(self, cursor: dict[str, Any]) -> _Lane:
-        streams = []
-        for drawn, walks in zip(cursor["drawn"], cursor["walks"], strict=True):
-            streams.append(_Stream([_Walk(*walk) for walk in walks], drawn))
+        drawn = zip(cursor["walks"], cursor["drawn"], strict=True)
+        streams = [_Stream([_Walk(*walk) for walk in walks], count) for walks, count in drawn]
         lane = _Lane(streams, cursor["packs"], cursor["phase"])
         self._wait(lane, cursor["buffer"])
         return lane
 
     def _wait(self, lane: _Lane, ids: list[int]) -> None:
         """Append samples to a lane's buffer."""
-        if not ids:
-            return
-        samples = np.array(ids)
-        owner = np.searchsorted(self.offsets, samples, side="right") - 1
         lengths = np.empty(len(ids), np.int64)
-        for i in np.unique(owner).tolist():
-            chosen = owner == i
-            lengths[chosen] = self._lengths(i, samples[chosen] - self.offsets[i])
+        for i, mine, local in by_part(self.offsets, np.array(ids)):
+            lengths[mine] = self._lengths(i, local)
         lane.buffer.add(ids, lengths.tolist())
 
     def _drained(self, old: dict[int, dict[str, Any]], count: int) -> dict[int, _Lane]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from genlip_megatron.command import WorkerPool
 from genlip_megatron.data.scan import UnreadableShard, refresh_index
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.tokenizer import load_tokenizer
 
 # Loaded once per process: loading a large vocabulary takes longer than indexing a small shard.
 _tokenizer = functools.cache(load_tokenizer)
@@ -22,10 +22,9 @@ def index_shard(shard: str, tokenizer_path: str, prompt: str) -> tuple[int, bool
     """(good samples of a shard, whether its index was already up to date, why it could not be indexed or "")."""
     try:
         index, unchanged = refresh_index(shard, _tokenizer(tokenizer_path), prompt)
-    except UnreadableShard as error:
-        return 0, False, str(error)
     except Exception as error:  # one bad shard must not stop the others
-        return 0, False, f"{shard}: {type(error).__name__}: {error}"
+        named = isinstance(error, UnreadableShard)
+        return 0, False, str(error) if named else f"{shard}: {type(error).__name__}: {error}"
     return len(index.rows), unchanged, ""
 
 

@@ -7,12 +7,14 @@ Only sizes are compared, so a copy with another time stamp passes: each sample's
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.index import index_path
 from genlip_megatron.data.manifest import Shard
 
+Sizes = dict[str, int | None]  # path -> bytes, None if the store does not tell, or _MISSING
+_MISSING = -1
 _NAMED = 5
 # A listing may be incomplete, so this many missing names are asked for one by one before any counts as missing.
 _ASKED = 16
@@ -25,10 +27,10 @@ def absent(shards: Sequence[Shard], setting: str, remote: bool) -> str:
         setting: name of the setting, for the message.
         remote: check remote shards too. A store that cannot list its folders is skipped.
     """
-    local = [shard for shard in shards if not storage.is_remote(shard.path)]
-    faults = list(_local_faults(local))
+    sizes = _local_sizes([shard for shard in shards if not storage.is_remote(shard.path)])
     if remote:
-        faults += _remote_faults([shard for shard in shards if storage.is_remote(shard.path)])
+        sizes |= _remote_sizes([shard for shard in shards if storage.is_remote(shard.path)])
+    faults = [fault for shard in shards if shard.path in sizes and (fault := _fault(shard, sizes))]
     if not faults:
         return ""
     more = f"; and {len(faults) - _NAMED:,} more" if len(faults) > _NAMED else ""
@@ -39,32 +41,26 @@ def absent(shards: Sequence[Shard], setting: str, remote: bool) -> str:
     )
 
 
-def _local_faults(shards: Sequence[Shard]) -> Iterator[str]:
-    here = storage.states([shard.path for shard in shards])
-    indexes = storage.states([index_path(shard.path) for shard in shards])
-    for shard, status, index in zip(shards, here, indexes, strict=True):
-        yield from _fault(shard, status is not None, status.st_size if status else None, index is not None)
+def _local_sizes(shards: Sequence[Shard]) -> Sizes:
+    paths = [path for shard in shards for path in (shard.path, index_path(shard.path))]
+    states = zip(paths, storage.states(paths), strict=True)
+    return {path: _MISSING if status is None else status.st_size for path, status in states}
 
 
-def _remote_faults(shards: Sequence[Shard]) -> Iterator[str]:
-    folders: dict[str, list[Shard]] = {}
+def _remote_sizes(shards: Sequence[Shard]) -> Sizes:
+    folders: dict[str, list[str]] = {}
     for shard in shards:
-        folders.setdefault(storage.parent(shard.path), []).append(shard)
-    for folder, within in folders.items():
-        sizes = storage.sizes_in(folder)
-        if sizes is None:
+        folders.setdefault(storage.parent(shard.path), []).extend((shard.path, index_path(shard.path)))
+    found: Sizes = {}
+    for folder, paths in folders.items():
+        listed = storage.sizes_in(folder)
+        if listed is None:
             continue
-        names = [(storage.name_in_store(shard.path), storage.name_in_store(index_path(shard.path))) for shard in within]
-        missing = [
-            path
-            for shard, pair in zip(within, names, strict=True)
-            for path, name in zip((shard.path, index_path(shard.path)), pair, strict=True)
-            if name not in sizes
-        ]
-        if missing and any(_is_there(path) for path in missing[:_ASKED]):
-            continue
-        for shard, (name, index) in zip(within, names, strict=True):
-            yield from _fault(shard, name in sizes, sizes.get(name), index in sizes)
+        sizes = {path: listed.get(storage.name_in_store(path), _MISSING) for path in paths}
+        missing = [path for path in paths if sizes[path] == _MISSING]
+        if not any(_is_there(path) for path in missing[:_ASKED]):
+            found |= sizes
+    return found
 
 
 def _is_there(path: str) -> bool:
@@ -75,10 +71,10 @@ def _is_there(path: str) -> bool:
         return True
 
 
-def _fault(shard: Shard, exists: bool, size: int | None, has_index: bool) -> Iterator[str]:
-    if not exists:
-        yield f"{shard.path} is missing"
-    elif shard.size is not None and size is not None and size != shard.size:
-        yield f"{shard.path} has {size:,} bytes, {shard.size:,} when it was indexed"
-    elif not has_index:
-        yield f"{index_path(shard.path)} is missing"
+def _fault(shard: Shard, sizes: Sizes) -> str:
+    size = sizes[shard.path]
+    if size == _MISSING:
+        return f"{shard.path} is missing"
+    if shard.size is not None and size is not None and size != shard.size:
+        return f"{shard.path} has {size:,} bytes, {shard.size:,} when it was indexed"
+    return f"{index_path(shard.path)} is missing" if sizes[index_path(shard.path)] == _MISSING else ""

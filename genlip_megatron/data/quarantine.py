@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -43,12 +44,11 @@ class Quarantine:
         self._in_a_row = 0
         self._found = 0
         self.total = 0
-        self.records: list[BadSample] = []
+        self.records: collections.deque[BadSample] = collections.deque(maxlen=1000)
 
     def record(self, bad: BadSample) -> None:
         """Write down a bad sample, on the rank that found it."""
         self.records.append(bad)
-        del self.records[:-1000]
         self._found += 1
         if self._found <= _LOGGED or self._found % _LOGGED == 0:
             logger.warning("sample %s of %s carries no loss: %s", bad.key, bad.shard, bad.reason)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -22,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from genlip_megatron import atomic_write
-from genlip_megatron.data import storage
+from genlip_megatron import atomic_write, storage
 
 _OPEN_FILES = 256
 _REQUESTS_AT_ONCE = 16
@@ -92,13 +92,10 @@ class BlockCache:
         """Remove the least recently used blocks, down to 90 % of the limit."""
         found = []
         for path in self._folder.glob("*/*"):
-            if not _BLOCK.fullmatch(path.relative_to(self._folder).as_posix()) or path.is_symlink():
-                continue
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # another process was faster
-                continue
-            found.append((status.st_mtime, status.st_size, path))
+            if _BLOCK.fullmatch(path.relative_to(self._folder).as_posix()) and not path.is_symlink():
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
         total = sum(size for _, size, _ in found)
         if total <= self._max_bytes:
             return
@@ -117,7 +114,7 @@ class ShardReader:
         retries, timeout: per request to a remote store; the timeout in seconds.
         block_bytes: size of a request.
 
-    ``bytes_read`` counts the bytes returned, ``bytes_fetched`` those from remote stores.
+    ``bytes_fetched`` counts the bytes from remote stores.
     """
 
     def __init__(
@@ -132,12 +129,15 @@ class ShardReader:
         self._retries, self._timeout, self._block_bytes = retries, timeout, block_bytes
         self._files: collections.OrderedDict[str, BinaryIO] = collections.OrderedDict()
         self._lock = threading.Lock()
-        self._cache: BlockCache | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="fetch")
         self._states: dict[str, tuple[int, str]] = {}
         self._under_way: dict[str, Future[bytes]] = {}
-        self.bytes_read = 0
         self.bytes_fetched = 0
+
+    @functools.cached_property
+    def _cache(self) -> BlockCache:
+        """Made for the first remote piece: local shards need no folder."""
+        return BlockCache(*self._cache_options)
 
     def read(self, pieces: Sequence[Piece]) -> list[memoryview | OSError]:
         """The bytes of every piece, or the error. Remote pieces are fetched concurrently."""
@@ -150,12 +150,11 @@ class ShardReader:
                 results.append(error)
             except Exception as error:  # a store's own kinds of error
                 results.append(OSError(f"{type(error).__name__}: {error}"))
-        self.bytes_read += sum(len(content) for content in results if isinstance(content, memoryview))
         return results
 
     def drop(self, piece: Piece) -> bool:
         """Remove a piece from the cache, so that it is fetched again; False if it is local, which is never cached."""
-        if self._cache is None or not storage.is_remote(piece.shard):
+        if not storage.is_remote(piece.shard):
             return False
         for block in self._blocks(piece):
             self._cache.drop(self._name(piece.shard, block))
@@ -189,12 +188,6 @@ class ShardReader:
 
     def _start(self, pieces: Sequence[Piece]) -> None:
         """Start fetching the blocks that are neither cached nor being fetched."""
-        if not pieces:
-            return
-        if self._pool is None:
-            self._cache = BlockCache(*self._cache_options)
-            self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="fetch")
-        assert self._cache is not None
         unknown = {piece.shard for piece in pieces} - self._states.keys()
         list(self._pool.map(self._ask_state, unknown))
         for piece in pieces:
@@ -209,7 +202,6 @@ class ShardReader:
             self._states[shard] = storage.state(shard)
 
     def _fetch(self, shard: str, block: int, name: str) -> bytes:
-        assert self._cache is not None
         try:
             start = block * self._block_bytes
             end = min(start + self._block_bytes, self._states[shard][0])
@@ -226,7 +218,6 @@ class ShardReader:
                 self._under_way.pop(name, None)
 
     def _remote(self, piece: Piece) -> memoryview:
-        assert self._cache is not None
         content = bytearray()
         for block in self._blocks(piece):
             name = self._name(piece.shard, block)
@@ -246,5 +237,4 @@ class ShardReader:
     def close(self) -> None:
         """Close the shards and end the threads."""
         self._files.clear()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)

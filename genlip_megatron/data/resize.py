@@ -22,16 +22,8 @@ def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(f"{height}x{width} pixels: an aspect ratio above {MAX_ASPECT_RATIO}")
-    new_height, new_width = (max(1, round(side / PATCH_SIZE)) * PATCH_SIZE for side in (height, width))
-    if new_height * new_width > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
-        new_height, new_width = (
-            max(PATCH_SIZE, math.floor(side / scale / PATCH_SIZE) * PATCH_SIZE) for side in (height, width)
-        )
-    elif new_height * new_width < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
-        new_height, new_width = (math.ceil(side * scale / PATCH_SIZE) * PATCH_SIZE for side in (height, width))
-    return new_height, new_width
+    heights, widths = native_sizes(np.array([height]), np.array([width]), min_pixels, max_pixels)
+    return int(heights[0]), int(widths[0])
 
 
 def most_patches(min_pixels: int, max_pixels: int) -> int:
@@ -52,16 +44,12 @@ def most_patches(min_pixels: int, max_pixels: int) -> int:
 def native_sizes(
     heights: np.ndarray, widths: np.ndarray, min_pixels: int = 4096, max_pixels: int = 262144
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vectorised ``native_size``: int64 [N] heights and widths from integer [N] heights and widths.
-
-    >>> native_sizes(np.array([1080, 600]), np.array([1920, 800]))
-    (array([384, 432]), array([672, 576]))
-    """
+    """``native_size`` of many images: int64 [N] heights and widths from integer [N] heights and widths."""
     sides = np.stack((heights, widths)).astype(np.float64)
     area = sides[0] * sides[1]
     whole = np.maximum(1.0, np.rint(sides / PATCH_SIZE)) * PATCH_SIZE
     pixels = whole[0] * whole[1]
-    # The same operations in the same order as above, so that rounding cannot differ.
+    # The same operations in the same order as in hf/image_processing_genlip.py, so that rounding cannot differ.
     smaller = np.maximum(PATCH_SIZE, np.floor(sides / np.sqrt(area / max_pixels) / PATCH_SIZE) * PATCH_SIZE)
     larger = np.ceil(sides * np.sqrt(min_pixels / area) / PATCH_SIZE) * PATCH_SIZE
     chosen = np.where(pixels > max_pixels, smaller, np.where(pixels < min_pixels, larger, whole))

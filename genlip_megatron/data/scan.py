@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.content import COMPRESSED, describe, only_zeros
 from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, check_image
 from genlip_megatron.data.index import FORMAT_VERSION, ROW, Header, ShardIndex, index_path, load_index, write_index
-from genlip_megatron.data.text import Tokenizer, Turns, check_turns, parse_turns, tokenize_many
+from genlip_megatron.data.text import Turns, check_turns, parse_turns, tokenize_many
 from genlip_megatron.outputs import check_file
+from genlip_megatron.tokenizer import Tokenizer
 
 CAPTION_SUFFIXES = (".json", ".txt")
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
@@ -34,9 +35,9 @@ MAX_TEXT_TOKENS = 65_535
 BLOCK = tarfile.BLOCKSIZE
 # Larger files are not images or captions, and would only cost memory.
 MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 1 << 20
-# Each broken header costs a search, and malicious files can make it a long one.
 # The end mark is two blocks of zeros. Writers fill up records, usually of 10 KiB, at most of 256 KiB.
 MAX_END_ZEROS = 256 << 10
+# Each broken header costs a search, and malicious files can make it a long one.
 MAX_BROKEN_HEADERS = 100
 # Files that operating systems leave beside people's files, and headers that some tars contain as files: not samples.
 _SYSTEM_FILES = re.compile(
@@ -222,9 +223,14 @@ def _caption(
     raise problem
 
 
+def check_size(size: int, most: int) -> None:
+    """Raise ValueError for an image or caption of too many bytes."""
+    if size > most:
+        raise ValueError(f"file is too large: {size} bytes, above {most}")
+
+
 def _bytes(content: memoryview, member: tarfile.TarInfo, most: int) -> memoryview:
-    if member.size > most:
-        raise ValueError(f"file is too large: {member.size} bytes, above {most}")
+    check_size(member.size, most)
     end = member.offset_data + member.size
     if end > len(content):
         raise ValueError("truncated archive")
@@ -253,8 +259,9 @@ def _check(members: _Members, content: memoryview, tokenizer: Tokenizer, prompt:
 def _mapped(shard: str) -> Iterator[tuple[str, memoryview]]:
     """(a local path of the shard, its bytes)."""
     with storage.local_copy(shard) as path, open(path, "rb") as file:
-        # Not closed here: it closes with its last view.
-        yield path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        # The map is not closed here: it closes with its last view. An empty file cannot be mapped.
+        size = os.path.getsize(path)
+        yield path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
 
 
 def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
@@ -269,12 +276,9 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
     marks = (b"shard_checksum", b"shard_stamp", b"key_ends")
     check_file(index_path(shard), lambda content: any(mark in content for mark in marks), "the index")
     size, stamp = storage.state(shard)
-    if size == 0:
-        header = Header(FORMAT_VERSION, size, stamp, xxh3_128_hexdigest(b""), tokenizer.fingerprint, prompt)
-        return write_index(ShardIndex(shard, np.empty(0, ROW), [], {"(shard)": "empty file"}, header))
     with _mapped(shard) as (path, content):
         checksum = xxh3_128_hexdigest(content)
-        groups, refused, ignored = _members(shard, path, content)
+        groups, refused, ignored = _members(shard, path, content) if size else ([], {"(shard)": "empty file"}, {})
         rows, keys, texts = [], [], []
         for members in groups:
             try:
@@ -293,7 +297,7 @@ def build_index(shard: str, tokenizer: Tokenizer, prompt: str) -> ShardIndex:
         rows[i][6:8] = len(ids), sum(loss)
         good.append(i)
     if not groups:
-        refused["(shard)"] = "no sample: no member is an image or a caption"
+        refused.setdefault("(shard)", "no sample: no member is an image or a caption")
     table = np.array([tuple(rows[i]) for i in good], dtype=ROW)
     header = Header(FORMAT_VERSION, size, stamp, checksum, tokenizer.fingerprint, prompt)
     return write_index(ShardIndex(shard, table, [keys[i] for i in good], refused, header, ignored))
@@ -304,19 +308,15 @@ def refresh_index(shard: str, tokenizer: Tokenizer, prompt: str) -> tuple[ShardI
 
     A shard of the same size with another time stamp is compared by checksum, so a copy is not decoded again.
     """
-    try:
+    with contextlib.suppress(ValueError):
         index = load_index(shard, tokenizer.fingerprint, prompt)
-        if index.header.format != FORMAT_VERSION:
-            return build_index(shard, tokenizer, prompt), False
         size, stamp = storage.state(shard)
-        if (size, stamp) == (index.header.shard_size, index.header.shard_stamp):
-            return index, True
-        if size == index.header.shard_size:
+        if index.header.format == FORMAT_VERSION and index.header.shard_size == size:
+            if index.header.shard_stamp == stamp:
+                return index, True
             with _mapped(shard) as (_, content):
                 same = xxh3_128_hexdigest(content) == index.header.shard_checksum
             if same:
                 header = dataclasses.replace(index.header, shard_stamp=stamp)
                 return write_index(dataclasses.replace(index, header=header)), True
-    except ValueError:
-        pass
     return build_index(shard, tokenizer, prompt), False

@@ -105,7 +105,9 @@ def table_rows(path: str, image_column: str, columns: Sequence[str]) -> Iterator
     rows: Iterator[tuple[int, Cells | str]]
     with _naming(path, done):
         if suffix in (".csv", ".tsv"):
-            rows = _text_rows(path, suffix, image_column)
+            fields = _fields(path, suffix, image_column)
+            _, header = next(fields)
+            rows = ((n, x if isinstance(x, str) else dict(zip(header, x, strict=True))) for n, x in fields)
         elif suffix in TEXT_SUFFIXES:
             rows = _json_rows(path, suffix)
         else:
@@ -150,14 +152,6 @@ def _lines(path: str) -> Iterator[_Line]:
             while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
             yield _Line(number, text)
-
-
-def _text_rows(path: str, suffix: str, image_column: str) -> Iterator[tuple[int, Cells | str]]:
-    fields = _fields(path, suffix, image_column)
-    _, header = next(fields)
-    assert isinstance(header, list), "column_names refuses it"
-    for line, cells in fields:
-        yield line, cells if isinstance(cells, str) else dict(zip(header, cells, strict=True))
 
 
 def _fields(path: str, suffix: str, image_column: str = "") -> Iterator[tuple[int, list[str] | str]]:

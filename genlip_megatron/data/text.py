@@ -8,9 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from genlip_megatron.tokenizer import END_OF_TURN as END_OF_TURN
-from genlip_megatron.tokenizer import Tokenizer as Tokenizer
-from genlip_megatron.tokenizer import load_tokenizer as load_tokenizer
+from genlip_megatron.tokenizer import END_OF_TURN, Tokenizer
 
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 # LLaVA's format marks the place of the image; here the image always comes first.
@@ -158,9 +156,7 @@ def _refuse_control_tokens(text: str, control_tokens: Sequence[str]) -> None:
             raise ValueError(f"caption spells the control token {token!r}")
 
 
-def tokenize_many(
-    samples: Sequence[Sequence[tuple[str, bool]]], tokenizer: Tokenizer
-) -> list[tuple[list[int], list[bool]]]:
+def tokenize_many(samples: Sequence[Turns], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """(token ids, whether each carries loss) of every sample's text: its turns in order, then the closing pair.
 
     Every turn is tokenised separately, with nothing between turns. Assistant turns and the closing pair carry loss.
@@ -180,8 +176,3 @@ def tokenize_many(
         loss += [True] * len(tokenizer.closing_ids)
         results.append((ids, loss))
     return results
-
-
-def tokenize(turns: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """``tokenize_many`` for one sample."""
-    return tokenize_many([turns], tokenizer)[0]

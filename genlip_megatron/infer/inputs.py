@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from genlip_megatron.data import patterns, storage
+from genlip_megatron import storage
+from genlip_megatron.data import patterns
 from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image, decode_rgb
 from genlip_megatron.data.index import ShardIndex, read_index
 from genlip_megatron.data.read import Piece, ShardReader

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from genlip_megatron.convert.hf_folder import hf_config, preprocessor_config
 from genlip_megatron.convert.source import DTYPES, to_dtype
-from genlip_megatron.data.text import Tokenizer, load_tokenizer
 from genlip_megatron.hf.configuration_genlip import GenLIPConfig
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
 from genlip_megatron.model.state_dict import in_encoder, model_parameters
+from genlip_megatron.tokenizer import Tokenizer, load_tokenizer
 
 _PIXEL_FIELDS = ("image_mode", "size", "fixed_resize", "min_pixels", "max_pixels")
 

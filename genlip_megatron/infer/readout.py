@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from genlip_megatron.batch import to_image
-from genlip_megatron.data.text import END_OF_TURN, Tokenizer
 from genlip_megatron.infer.load import Loaded
 from genlip_megatron.infer.prepare import Prepared, packed
+from genlip_megatron.tokenizer import END_OF_TURN, Tokenizer
 
 _AT_ONCE = 256  # patches per call of the head
 _CELL, _MARGIN = 104, 4  # pixels in the picture: side of a patch, margin of its text

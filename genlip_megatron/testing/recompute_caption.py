@@ -11,12 +11,12 @@ from genlip_megatron import megatron_patches
 from genlip_megatron.batch import Sample
 from genlip_megatron.config import ONE_RANK, override
 from genlip_megatron.convert.hf_folder import preprocessor_config
-from genlip_megatron.data.text import load_tokenizer
 from genlip_megatron.device import current_device
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 from genlip_megatron.infer.caption import Decoding, prompt_ids
 from genlip_megatron.infer.load import images_of
 from genlip_megatron.infer.prepare import Prepared
+from genlip_megatron.tokenizer import load_tokenizer
 
 
 class RecomputingCaptioner:

@@ -14,7 +14,7 @@ _MAX_NEW_TOKENS = 64
 
 def write_caption_samples(config: RunConfig, model: list[Any], loader: Loader, writer: Any, step: int) -> None:
     """Caption the first validation images and write them next to the true captions. A collective over all ranks."""
-    requests, truths = loader.requests(range(min(config.log.caption_samples, len(loader))))
+    requests, truths = loader.samples.requests(range(min(config.log.caption_samples, len(loader))))
     tokens = generate(model, requests, loader.tokenizer.closing_ids[:1], _MAX_NEW_TOKENS)
     for number, (request, truth, ids) in enumerate(zip(requests, truths, tokens, strict=True)):
         assert request.patches is not None

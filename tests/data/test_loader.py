@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -18,11 +16,10 @@ import torch
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig, override
-from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader, Prefetcher, drop_path_factors, merge_cursors
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.text import load_tokenizer
 from genlip_megatron.testing.runs import tiny_config
+from genlip_megatron.tokenizer import load_tokenizer
 
 STEPS, LANES = 3, 4
 
@@ -33,6 +30,13 @@ def take(loader: Loader, count: int) -> list[PackedBatch]:
     taken = list(islice(batches, count))
     batches.close()
     return taken
+
+
+def resume(config: RunConfig, *states: dict[str, Any]) -> Loader:
+    """A loader that continues from the cursors of all ranks."""
+    loader = Loader(config, "train")
+    loader.load_state_dict(merge_cursors([*states]))
+    return loader
 
 
 def assert_equal(ours: PackedBatch, expected: PackedBatch, but: tuple[str, ...] = ()) -> None:
@@ -49,34 +53,14 @@ def reference(demo_data: Path) -> list[PackedBatch]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_the_stream_of_a_single_rank(ranks: int, reference: list[PackedBatch], demo_data: Path) -> None:
+    """With any number of decoder threads and of micro-batches ahead."""
     share = LANES // ranks
     for rank in range(ranks):
-        mine = take(Loader(tiny_config(demo_data, data__num_workers=rank + 1), "train", rank, ranks), STEPS * share)
+        config = tiny_config(demo_data, data__num_workers=rank + 1, data__prefetch=ranks)
+        mine = take(Loader(config, "train", rank, ranks), STEPS * share)
         for step in range(STEPS):
             for i in range(share):
                 assert_equal(mine[step * share + i], reference[step * LANES + rank * share + i])
-
-
-def test_the_stream_is_the_same_on_one_to_eight_ranks(demo_data: Path) -> None:
-    """(step, pack, sample) with any number of ranks, decoder threads and micro-batches ahead."""
-    streams = []
-    for ranks in (1, 2, 4, 8):
-        flags = {"train__global_batch_size": 8, "data__num_workers": 1 + ranks % 3, "data__prefetch": ranks}
-        share = 8 // ranks
-        stream = {}
-        for rank in range(ranks):
-            for i, batch in enumerate(take(Loader(tiny_config(demo_data, **flags), "train", rank, ranks), 2 * share)):
-                stream[i // share, rank * share + i % share] = batch.keys
-        streams.append(stream)
-    assert len(streams[0]) == 16 and all(stream == streams[0] for stream in streams)
-
-
-def test_without_images_the_rest_of_the_batch_is_the_same(reference: list[PackedBatch], demo_data: Path) -> None:
-    for ours, expected in zip(
-        take(Loader(tiny_config(demo_data), "train", share=ReadAssignment(images=False)), 4), reference, strict=False
-    ):
-        assert ours.patches is None
-        assert_equal(ours, expected, but=("patches",))
 
 
 def test_resume_continues_after_the_consumed_step(reference: list[PackedBatch], demo_data: Path) -> None:
@@ -85,8 +69,7 @@ def test_resume_continues_after_the_consumed_step(reference: list[PackedBatch], 
         loader = Loader(tiny_config(demo_data, data__prefetch=8), "train", rank, 2)
         take(loader, LANES // 2)  # one step is consumed; the thread has run ahead
         cursors.append(loader.state_dict())
-    resumed = Loader(tiny_config(demo_data), "train")
-    resumed.load_state_dict(merge_cursors(cursors))
+    resumed = resume(tiny_config(demo_data), *cursors)
     for ours, expected in zip(take(resumed, LANES), reference[LANES:], strict=False):
         assert_equal(ours, expected)
 
@@ -94,11 +77,8 @@ def test_resume_continues_after_the_consumed_step(reference: list[PackedBatch], 
 def test_a_step_counts_as_consumed_with_its_last_micro_batch(reference: list[PackedBatch], demo_data: Path) -> None:
     loader = Loader(tiny_config(demo_data), "train")
     take(loader, LANES + 1)
-    cursor = merge_cursors([loader.state_dict()])
-    assert cursor["step"] == 1
-    resumed = Loader(tiny_config(demo_data), "train")
-    resumed.load_state_dict(cursor)
-    assert_equal(take(resumed, 1)[0], reference[LANES])
+    assert loader.state_dict()["step"] == 1
+    assert_equal(take(resume(tiny_config(demo_data), loader.state_dict()), 1)[0], reference[LANES])
 
 
 def test_iterating_again_continues_after_the_last_consumed_step(reference: list[PackedBatch], demo_data: Path) -> None:
@@ -122,38 +102,6 @@ def test_labels_are_the_next_tokens_and_start_after_the_prompt(reference: list[P
         assert torch.equal(rows, torch.cat(expected))
         assert torch.equal(batch.token_ids[ends[:count] - 2], torch.full((count,), tokenizer.closing_ids[0]))
         assert len(batch.keys) == count and int(batch.image_lengths.sum()) == batch.patches.shape[0]
-
-
-def test_a_bad_sample_keeps_its_place_without_loss(demo_data: Path, tmp_path: Path) -> None:
-    for file in demo_data.iterdir():
-        shutil.copy2(file, tmp_path / file.name)
-    shard = tmp_path / "train-00000.tar"
-    config = tiny_config(tmp_path)
-    index = load_index(str(shard), load_tokenizer(config.data.tokenizer).fingerprint, config.data.prompt)
-    key, row = index.keys[5], index.rows[5]
-    times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
-    with open(shard, "r+b") as file:
-        file.seek(int(row["image_offset"]) + int(row["image_size"]) // 2)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
-    os.utime(shard, ns=times)
-    loader = Loader(config, "train")
-    good = {batch.keys: batch for batch in take(Loader(tiny_config(demo_data), "train"), 150)}
-    hit = 0
-    for batch in take(loader, 150):
-        if key not in batch.keys:
-            continue
-        hit += 1
-        number = batch.keys.index(key)
-        mine = batch.sample_ids[batch.loss_rows] == number
-        used = good[batch.keys].loss_weights > 0
-        assert not batch.loss_weights[mine & used].any()
-        assert torch.equal(batch.loss_weights[~mine], good[batch.keys].loss_weights[~mine])
-        assert_equal(batch, good[batch.keys], but=("patches", "loss_weights"))
-    bad = loader.quarantine.records[0]
-    assert hit and (bad.shard, bad.key) == (str(shard), key)
-    assert bad.reason == "the image's bytes changed since the index was made (crc32)"
 
 
 def test_a_long_caption_is_cut_and_counted_and_its_image_is_kept(demo_data: Path) -> None:
@@ -222,23 +170,19 @@ def test_resuming_with_other_weights_is_refused(demo_data: Path) -> None:
     loader = Loader(config, "train")
     expected = take(Loader(config, "train"), 3 * LANES)
     take(loader, LANES)
-    resumed = Loader(config, "train")
-    resumed.load_state_dict(merge_cursors([loader.state_dict()]))
-    for ours, theirs in zip(take(resumed, 2 * LANES), expected[LANES:], strict=True):
+    for ours, theirs in zip(take(resume(config, loader.state_dict()), 2 * LANES), expected[LANES:], strict=True):
         assert_equal(ours, theirs)
     with pytest.raises(ValueError, match="data fingerprint: "):
-        Loader(tiny_config(demo_data), "train").load_state_dict(merge_cursors([loader.state_dict()]))
+        resume(tiny_config(demo_data), loader.state_dict())
 
 
 def test_another_global_batch_size_continues_the_epoch(demo_data: Path) -> None:
     loader = Loader(tiny_config(demo_data), "train")
     seen = keys_of(loader, 2 * LANES)
-    cursor = merge_cursors([loader.state_dict()])
     with pytest.raises(ValueError, match=r"has 4 lanes, this run 2 \(train.global_batch_size\).*--change-lanes"):
-        Loader(tiny_config(demo_data, train__global_batch_size=2), "train").load_state_dict(cursor)
-    resumed = Loader(tiny_config(demo_data, train__global_batch_size=2, data__change_lanes=True), "train")
-    resumed.load_state_dict(cursor)
-    rest = keys_of(resumed, 60)
+        resume(tiny_config(demo_data, train__global_batch_size=2), loader.state_dict())
+    fewer = tiny_config(demo_data, train__global_batch_size=2, data__change_lanes=True)
+    rest = keys_of(resume(fewer, loader.state_dict()), 60)
     counts = Counter(seen + rest)
     # Exactly once per epoch, and lanes are never more than one epoch apart.
     assert len(counts) == 160 and max(counts.values()) - min(counts.values()) <= 2
@@ -247,13 +191,11 @@ def test_another_global_batch_size_continues_the_epoch(demo_data: Path) -> None:
 def test_skipped_steps_stay_skipped(reference: list[PackedBatch], demo_data: Path) -> None:
     loader = Loader(tiny_config(demo_data), "train")
     take(loader, LANES)
-    resumed = Loader(tiny_config(demo_data), "train")
-    resumed.load_state_dict(merge_cursors([loader.state_dict()]))
+    resumed = resume(tiny_config(demo_data), loader.state_dict())
     resumed.skip(1)
-    cursor = merge_cursors([resumed.state_dict()])
+    cursor = resumed.state_dict()
     assert cursor["skipped"] == [[2, 2]] and cursor["step"] == 2
-    third = Loader(tiny_config(demo_data), "train")
-    third.load_state_dict(cursor)
+    third = resume(tiny_config(demo_data), cursor)
     for ours, expected in zip(take(third, LANES), reference[2 * LANES :], strict=True):
         assert_equal(ours, expected)
 
@@ -263,13 +205,9 @@ def test_bad_samples_are_counted_across_resumes(demo_data: Path) -> None:
     loader.quarantine.total = 3
     assert loader.state_dict()["quarantined"] == 0, "bad samples of steps not yet taken do not count"
     take(loader, LANES)
-    states = [loader.state_dict(), {**loader.state_dict(), "quarantined": 4}]
-    resumed = Loader(tiny_config(demo_data), "train")
-    resumed.load_state_dict(merge_cursors(states))
+    resumed = resume(tiny_config(demo_data), loader.state_dict(), {**loader.state_dict(), "quarantined": 4})
     assert resumed.quarantined == (7, 0)
-    again = Loader(tiny_config(demo_data), "train")
-    again.load_state_dict(merge_cursors([resumed.state_dict()]))
-    assert again.quarantined == (7, 0)
+    assert resume(tiny_config(demo_data), resumed.state_dict()).quarantined == (7, 0)
 
 
 def test_a_failure_in_the_thread_reaches_the_step(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,9 +255,9 @@ def test_missing_data_is_named_as_it_was_parsed(demo_data: Path, tmp_path: Path)
 
 
 def test_globs_and_brace_lists_can_name_manifests(demo_data: Path) -> None:
-    alone = len(Loader(tiny_config(demo_data, data__train_data=f"{demo_data}/train.dataset.json"), "train"))
+    train = len(Loader(tiny_config(demo_data, data__train_data=f"{demo_data}/train.dataset.json"), "train"))
     for pattern in ("tr*.dataset.json", "{train,val}.dataset.json", "**/[tv]*.dataset.json"):
         config = tiny_config(demo_data, data__train_data=f"{demo_data}/{pattern}")
-        assert len(Loader(config, "train")) == alone + 24 * ("v" in pattern)
+        assert len(Loader(config, "train")) == train + 24 * ("v" in pattern)
     with pytest.raises(ValueError, match="x.dataset.json: no such manifest"):
         Loader(tiny_config(demo_data, data__train_data=f"{demo_data}/{{train,x}}.dataset.json"), "train")

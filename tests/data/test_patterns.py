@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.patterns import expand_shards, find
 
 TREE = ("0.tar", "a/1.tar", "a/b/2.tar", "a/b/c/3.tar")
@@ -124,9 +124,25 @@ def test_a_warning_mentions_shards_in_subfolders(
         assert not caplog.text
 
 
-def test_an_unclosed_brace_is_an_error_of_one_line() -> None:
-    with pytest.raises(ValueError, match="S: 'nowhere/{a,b.tar': a brace is not closed"):
-        expand_shards(["nowhere/{a,b.tar"], "S")
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ([], "S is empty: name .tar shards"),
+        (["nowhere/{a,b.tar"], "S: 'nowhere/{a,b.tar': a brace is not closed"),
+        (["{a..c}.tar"], r"c\.tar' matches no .tar file"),
+        (["c*.tar"], "matches no .tar file"),
+        (["."], r"b\.tar is empty \(0 bytes\)"),
+    ],
+)
+def test_an_error_is_one_line(
+    patterns: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "a.tar")
+    (tmp_path / "b.tar").touch()
+    with pytest.raises(ValueError, match=message) as error:
+        expand_shards(patterns, "S")
+    assert "\n" not in str(error.value)
 
 
 def test_a_brace_list_in_a_store_is_one_listing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,8 +177,6 @@ def test_lanes_cannot_change_with_a_part_of_the_cursor() -> None:
 def test_samples_that_cannot_be_planned_are_refused() -> None:
     with pytest.raises(ValueError, match="a sample of 65 tokens is longer than data.seq_length = 64"):
         Plan([source([65])], SEQ, 1, 0).next_pack(0)
-    with pytest.raises(ValueError, match="no good sample"):
-        Plan([source(np.array([], dtype=int))], SEQ, 1, 0)
 
 
 def test_order_changes_with_epoch_and_seed() -> None:
@@ -249,27 +247,20 @@ def mix(stage: int, count: int) -> np.ndarray:
     return rows * columns + np.clip(rng.lognormal(5.2, 0.5, count), 20, 2000).astype(int)
 
 
-@pytest.mark.parametrize(("stage", "least"), [(1, 0.995), (2, 0.99)])
-def test_packs_are_full(stage: int, least: float) -> None:
-    lengths = mix(stage, 60_000)
-    plan = Plan([source(lengths)], 16384, 4, 0)
-    filled = [lengths[plan.next_pack(lane)].sum() for _ in range(100) for lane in range(4)]
-    assert np.mean(filled) / 16384 >= least
-
-
-@pytest.mark.parametrize(("stage", "most"), [(1, 0.02), (2, 0.04)])
-def test_ranks_have_equal_work(stage: int, most: float) -> None:
+@pytest.mark.parametrize(("stage", "least", "most"), [(1, 0.995, 0.02), (2, 0.99, 0.04)])
+def test_packs_are_full_and_ranks_have_equal_work(stage: int, least: float, most: float) -> None:
     """The slowest of 64 ranks with 8 packs each, by the FLOPs of so16's linear layers and attention."""
-    lengths = mix(stage, 100_000).astype(float)
+    lengths = mix(stage, 100_000)
     linear, attention = 2 * 27 * (5 * 1152**2 + 3 * 1152 * 3072), 4 * 1152 * 27
-    cost = linear * lengths + attention * lengths**2
-    plan = Plan([source(lengths.astype(int))], 16384, 512, 0)
-    excess = []
+    cost = linear * lengths.astype(float) + attention * lengths.astype(float) ** 2
+    plan = Plan([source(lengths)], 16384, 512, 0)
+    filled, excess = [], []
     for _ in range(4):
-        packs = np.array([cost[plan.next_pack(lane)].sum() for lane in range(512)])
-        ranks = packs.reshape(64, 8).sum(1)
+        packs = [plan.next_pack(lane) for lane in range(512)]
+        filled += [lengths[pack].sum() for pack in packs]
+        ranks = np.array([cost[pack].sum() for pack in packs]).reshape(64, 8).sum(1)
         excess.append(ranks.max() / ranks.mean() - 1)
-    assert np.mean(excess) <= most
+    assert np.mean(filled) / 16384 >= least and np.mean(excess) <= most
 
 
 def test_memory_does_not_grow_with_the_samples() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from genlip_megatron import storage
 from genlip_megatron.config import DataConfig
-from genlip_megatron.data import storage
 from genlip_megatron.data.dataset import open_dataset
 from genlip_megatron.data.index import index_path
 from genlip_megatron.data.manifest import Shard, write_manifest
 from genlip_megatron.data.presence import absent
 from genlip_megatron.data.scan import build_index
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.shards import many, write_shard
 
 

@@ -19,28 +19,31 @@ from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.quarantine import BadShare, DataFailure, Quarantine
 from genlip_megatron.data.read_assignment import ReadAssignment
-from genlip_megatron.data.text import load_tokenizer
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
+from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.test_loader import assert_equal
 
 ROOT = Path(__file__).parent.parent.parent
-BATCHES = 12  # three steps
-LAYOUTS = {
-    "TP2": (2, {"parallel__tensor_model_parallel_size": 2}),
-    "TP2 without sequence parallelism": (
-        2,
-        {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": False},
-    ),
+TP2 = {"parallel__tensor_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, TP2),
+    "TP2 without sequence parallelism": (2, {**TP2, "parallel__sequence_parallel": False}),
     "PP2": (2, {"parallel__pipeline_model_parallel_size": 2}),
     "PP3": (3, {"parallel__pipeline_model_parallel_size": 3}),
-    "TP2xPP2": (4, {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}),
-    "TP2xDP2": (4, {"parallel__tensor_model_parallel_size": 2}),
+    "TP2xPP2": (4, {**TP2, "parallel__pipeline_model_parallel_size": 2}),
+    "TP2xDP2": (4, TP2),
 }
 
 
+def first_steps(loader: Loader) -> list[PackedBatch]:
+    """The loader's micro-batches of three steps, without prefetching."""
+    steps = range(1, 4)
+    return [loader.assemble([loader.plan.next_pack(lane)], step) for step in steps for lane in loader.lanes]
+
+
 def loaded(config: RunConfig) -> dict[str, Any]:
-    """This rank's first steps and the bytes read for them, without prefetching."""
+    """This rank's first steps and the bytes read for them."""
     from megatron.core import parallel_state
 
     from genlip_megatron.parallel import groups
@@ -50,9 +53,7 @@ def loaded(config: RunConfig) -> dict[str, Any]:
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     share = read_assignment(config)
     loader = Loader(config, "train", rank, size, share)
-    batches = []
-    for step in range(1, BATCHES // 4 + 1):
-        batches += [loader.assemble([loader.plan.next_pack(lane)], step) for lane in loader.lanes]
+    batches = first_steps(loader)
     loader.close()
     return {
         "batches": batches,
@@ -60,7 +61,7 @@ def loaded(config: RunConfig) -> dict[str, Any]:
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "data_parallel": (rank, size),
         "slots": share.slots(config.data.seq_length),
-        "bad": (loader.quarantine.total, [bad.key for bad in loader.quarantine.records]),
+        "bad": (loader.quarantine.total, [(bad.shard, bad.key) for bad in loader.quarantine.records]),
     }
 
 
@@ -70,13 +71,9 @@ def of_rank(batches: list[PackedBatch], rank: int, size: int) -> list[PackedBatc
 
 
 def reference(config: RunConfig) -> tuple[list[PackedBatch], Loader]:
-    """The micro-batches of a single rank, which reads no further ahead."""
+    """The first steps of a single rank."""
     loader = Loader(config, "train")
-    plan = loader.plan
-    batches = []
-    for step in range(1, BATCHES // 4 + 1):
-        batches += [loader.assemble([plan.next_pack(lane)], step) for lane in range(4)]
-    return batches, loader
+    return first_steps(loader), loader
 
 
 @pytest.mark.slow
@@ -175,7 +172,8 @@ def test_a_bad_sample_is_masked_on_all_ranks_and_recorded_once(
             assert_equal(ours, whole, but=same)
             masked = {whole.keys[n] for n in ours.sample_ids[ours.loss_rows[ours.loss_weights > 0]].unique().tolist()}
             assert masked == set(whole.keys) - bad
-    assert sorted(key for result in results for key in result["bad"][1]) == sorted(met)
+    shard = str(folder / "train-00000.tar")
+    assert sorted(bad for result in results for bad in result["bad"][1]) == [(shard, key) for key in sorted(met)]
 
 
 def test_training_continues_past_bad_samples_and_counts_them(damaged: tuple[Path, set[str]], tmp_path: Path) -> None:
@@ -206,8 +204,8 @@ def test_ranks_agree_on_an_empty_micro_batch(demo_data: Path) -> None:
     """A small validation set ends before the last step; without sequence parallelism patches are sent."""
     flags = LAYOUTS["TP2 without sequence parallelism"][1]
     config = tiny_config(demo_data, **flags, log__eval_iters=20)
-    alone = [batch.keys for batch in Loader(tiny_config(demo_data, log__eval_iters=20), "valid")]
-    assert not alone[-1] and run_distributed(2, validated, config) == [alone, alone]
+    single = [batch.keys for batch in Loader(tiny_config(demo_data, log__eval_iters=20), "valid")]
+    assert not single[-1] and run_distributed(2, validated, config) == [single, single]
 
 
 def validated(config: RunConfig) -> list[tuple[str, ...]]:

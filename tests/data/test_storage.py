@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from genlip_megatron.data import storage
+from genlip_megatron import storage
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.testing.processes import free_port
-from tests.data.test_read import bucket  # noqa: F401
-
-
-class Answers(http.server.BaseHTTPRequestHandler):
-    """/404 is answered with that status; /hang never."""
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/hang"):
-            time.sleep(3)
-            return
-        self.send_response(int(self.path[1:4] or 404))
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+from tests.data.conftest import Web
 
 
 def expand(url: str) -> Any:
@@ -61,36 +34,36 @@ def test_a_store_that_does_not_answer_is_an_error_within_seconds(read: Callable[
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_is_not_retried(
-    status: int, read: Callable[[str], Any], web: str, monkeypatch: pytest.MonkeyPatch
+    status: int, read: Callable[[str], Any], web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, pauses = f"{web}/{status}.tar", list[float]()
+    url, pauses = f"{web.url}/{status}.tar", list[float]()
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
     with pytest.raises(PermissionError, match=rf"^{url}: access denied \({status} .*check the store's credentials"):
         read(url)
     assert not pauses
 
 
-def test_a_missing_file_is_not_retried(web: str) -> None:
+def test_a_missing_file_is_not_retried(web: Web) -> None:
     for read in (storage.read_bytes, storage.state):
-        with pytest.raises(FileNotFoundError, match=f"^{web}/404.tar: no such file, folder or bucket$"):
-            read(f"{web}/404.tar")
+        with pytest.raises(FileNotFoundError, match=f"^{web.url}/404.tar: no such file, folder or bucket$"):
+            read(f"{web.url}/404.tar")
     with pytest.raises(ValueError, match=r"matches no \.tar file"):
-        expand(f"{web}/404.tar")
+        expand(f"{web.url}/404.tar")
 
 
-def test_a_failing_store_is_retried(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_store_is_retried(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    with pytest.raises(storage.StoreError, match=rf"^{web}/500.tar: the store does not answer \(500 "):
-        storage.read_bytes(f"{web}/500.tar")
+    with pytest.raises(storage.StoreError, match=rf"^{web.url}/500.tar: the store does not answer \(500 "):
+        storage.read_bytes(f"{web.url}/500.tar")
     assert len(pauses) == storage.RETRIES
 
 
-def test_a_hanging_store_fails_at_first_contact(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_store_fails_at_first_contact(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_FIRST_TIMEOUT_SECONDS", 0.2)
     begin = time.monotonic()
-    with pytest.raises(storage.StoreError, match=f"^{web}/hang.tar: the store does not answer"):
-        expand(f"{web}/hang.tar")
+    with pytest.raises(storage.StoreError, match=f"^{web.url}/hang.tar: the store does not answer"):
+        expand(f"{web.url}/hang.tar")
     assert time.monotonic() - begin < 10
 
 
@@ -108,7 +81,7 @@ def test_missing_credentials_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_p
     storage._filesystem.cache_clear()
 
 
-def test_a_missing_bucket_is_reported(bucket: str) -> None:  # noqa: F811
+def test_a_missing_bucket_is_reported(bucket: str) -> None:
     with pytest.raises(ValueError, match=r"matches no \.tar file"):
         expand("s3://another/x.tar")
     with pytest.raises(FileNotFoundError, match="^s3://another/x.tar: no such file, folder or bucket$"):

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from genlip_megatron import tokenizer
 from genlip_megatron.config import DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
 from genlip_megatron.convert.hf_folder import hf_config, model_card, model_config, preprocessor_config
 from genlip_megatron.convert.tokenizer import END_OF_TURN, export_tokenizer
-from genlip_megatron.data import text
 from genlip_megatron.model.state_dict import canonical_shapes
 from tests.hf.models import export, tiny
 
@@ -244,9 +244,9 @@ def test_the_card_holds_the_given_facts() -> None:
 
 
 def test_a_sentencepiece_model_is_exported_token_for_token(exported: Path, demo_data: Path) -> None:
-    ours = text.load_tokenizer(demo_data / "tokenizer.model")
+    ours = tokenizer.load_tokenizer(demo_data / "tokenizer.model")
     theirs = transformers.AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
-    assert END_OF_TURN == text.END_OF_TURN
+    assert END_OF_TURN == tokenizer.END_OF_TURN
     assert theirs.eos_token_id == theirs.pad_token_id == ours.closing_ids[0] and theirs.padding_side == "left"
     generator = random.Random(0)
     parts = [
@@ -269,7 +269,7 @@ def test_a_sentencepiece_model_is_exported_token_for_token(exported: Path, demo_
 @pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")
 def test_a_hugging_face_tokenizer_is_exported_token_for_token(tmp_path: Path) -> None:
     assert export_tokenizer(QWEN, tmp_path) == 151645
-    ours, theirs = text.load_tokenizer(QWEN), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = tokenizer.load_tokenizer(QWEN), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for words in ("Describe the image in detail.", "Ein K\u00e4se\n\n auf  dem Tisch \u732b", "a<|im_end|>b"):
         ids = ours.encode(words)
         assert theirs(words, add_special_tokens=False)["input_ids"] == ids

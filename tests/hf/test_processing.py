@@ -15,7 +15,7 @@ from torch import Tensor
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data.decode import CpuDecoder, ImageTask
 from genlip_megatron.data.resize import native_size
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.shards import image, interlaced, rotated, sixteen_bit
 from tests.hf.models import export
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from genlip_megatron.data.index import index_path
 from genlip_megatron.data.manifest import manifest_paths
 from genlip_megatron.faults import exits
 from genlip_megatron.infer import features
+from tests.data.shards import image, write_shard
 from tools import demo, export_encoder, patch_readout
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,9 +69,7 @@ def test_rendering_replaces_only_rendered_shards(run: Run, tmp_path: Path) -> No
     (tmp_path / "thesis.tar").write_bytes(THESIS)
     for _ in range(2):
         assert run("render_demo_data", *words)[0] == 0
-    with tarfile.open(tmp_path / "train-00000.tar", "w") as archive:
-        member = tarfile.TarInfo("000000000.jpg")
-        archive.addfile(member, io.BytesIO())
+    write_shard(tmp_path / "train-00000.tar", {"000000000.jpg": b""})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     status, line = run("render_demo_data", *words)
     assert status == 2 and "train-00000.tar in it was not rendered by this tool" in line
@@ -82,8 +79,7 @@ def test_rendering_replaces_only_rendered_shards(run: Run, tmp_path: Path) -> No
 def test_packing_removes_only_packed_shards(data: Path, tmp_path: Path) -> None:
     photos, output = tmp_path / "photos", tmp_path / "out"
     photos.mkdir(), output.mkdir()
-    with tarfile.open(data / "val-00000.tar") as archive:
-        (photos / "1.jpg").write_bytes(archive.extractfile(archive.next()).read())  # type: ignore[arg-type, union-attr]
+    (photos / "1.jpg").write_bytes(image())
     (photos / "1.txt").write_text("a caption")
 
     def pack() -> str:

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -23,8 +22,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from genlip_megatron.config import DEFAULT_PROMPT, from_dict
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.scan import build_index
-from genlip_megatron.data.text import END_OF_TURN, load_tokenizer, tokenize
+from genlip_megatron.data.text import tokenize_many
 from genlip_megatron.model.mask import prefix_lm_mask
+from genlip_megatron.tokenizer import END_OF_TURN, load_tokenizer
+from tests.data.shards import write_shard
 from tools import inspect_data
 
 SIDE, SEQ_LENGTH = 48, 160
@@ -105,22 +106,13 @@ def data(tmp_path: Path) -> Path:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_TURN])
     backend.save(str(tmp_path / "tokenizer.json"))
-    shard = tmp_path / "t.tar"
-    with tarfile.open(shard, "w") as archive:
-
-        def add(name: str, content: bytes) -> None:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-
-        for key, caption in CAPTIONS.items():
-            file = io.BytesIO()
-            Image.fromarray(pixels_of(key)).save(file, "PNG")
-            add(f"{key}.png", file.getvalue())
-            add(f"{key}.json", json.dumps({"caption": caption}).encode())
-        add("broken.png", b"no image")
-        add("broken.json", b'{"caption": "x"}')
-    build_index(str(shard), load_tokenizer(tmp_path / "tokenizer.json"), DEFAULT_PROMPT)
+    members = {}
+    for key, caption in CAPTIONS.items():
+        file = io.BytesIO()
+        Image.fromarray(pixels_of(key)).save(file, "PNG")
+        members |= {f"{key}.png": file.getvalue(), f"{key}.json": json.dumps({"caption": caption}).encode()}
+    members |= {"broken.png": b"no image", "broken.json": b'{"caption": "x"}'}
+    build_index(write_shard(tmp_path / "t.tar", members), load_tokenizer(tmp_path / "tokenizer.json"), DEFAULT_PROMPT)
     return tmp_path
 
 
@@ -187,7 +179,7 @@ def test_chips_show_tokens_loss_and_the_predicting_slot(page: Callable[..., Page
     patches = (SIDE // 16) ** 2
     for card in shown.samples:
         turns = [(DEFAULT_PROMPT, False), (CAPTIONS[card.title], True)]
-        ids, loss = tokenize(turns, tokenizer)
+        ((ids, loss),) = tokenize_many([turns], tokenizer)
         (image, _, texts), *chips = card.chips
         assert image == "image" and texts == [f"0-{patches - 1}", f"{patches} patches", "\xa0"]
         assert [int(re.findall(r"id (\d+)", title)[0]) for _, title, _ in chips] == ids

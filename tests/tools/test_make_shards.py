@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import io
 import itertools
 import json
 import os
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,34 +25,16 @@ import pyarrow.feather
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data import tables
 from genlip_megatron.data.scan import build_index
 from genlip_megatron.data.text import parse_turns
+from genlip_megatron.tokenizer import load_tokenizer
+from tests.data.shards import image, write_shard
 from tools import make_shards
 
 SCRIPT = make_shards.__file__
-
-
-class FakeTokenizer:
-    """Gives few tokens for any text, because caption length does not matter here."""
-
-    fingerprint, vocab_size, closing_ids = "fake", 2, [1]
-    control_tokens = ()
-
-    def encode(self, text: str) -> list[int]:
-        return [0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[0] for _ in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return ""
-
-    def lost(self, text: str) -> str:
-        return ""
 
 
 TURNS = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A dog, says “Rex”."}]
@@ -194,28 +175,32 @@ def test_rows_that_cannot_be_packed_are_skipped_counted_and_listed(photos: Path,
     (tmp_path / "secret.png").write_bytes(b"outside")
     (photos / "empty.png").touch()
     os.mkfifo(photos / "pipe.png")
-    bad = [
-        ('{"image": "gone.png", "caption": "x"}', "image file is missing"),
-        ('{"image": "../secret.png", "caption": "x"}', "image path leaves --image-root"),
-        ('{"image": "b/../../secret.png", "caption": "x"}', "image path leaves --image-root"),
-        ('{"image": "pipe.png", "caption": "x"}', "image file is missing"),
-        ('{"image": "empty.png", "caption": "x"}', "image file is empty"),
-        ('{"image": "c.GIF", "caption": "x"}', "image is .gif"),
-        ('{"image": "c.mp4", "caption": "x"}', "image path does not end in .jpg, .jpeg, .jpe, .jfif, .png, .webp"),
-        ('{"image": "b\\\\1.jpg", "caption": "x"}', "image file is missing"),
-        ('{"image": "https://x.org/c.png", "caption": "x"}', "image is a URL"),
-        ('{"image": "data:image/png;base64,iVBOR", "caption": "x"}', "image is a URL"),
-        ('{"image": ["c.png", "c.png"], "caption": "x"}', "image is a list"),
-        ('{"image": {"bytes": "iVBOR"}, "caption": "x"}', "image bytes are text"),
-        ('{"image": {"src": "c.png"}, "caption": "x"}', "image is a record without bytes and path"),
-        ('{"image": 5, "caption": "x"}', "image is neither a path nor bytes"),
-        ('{"image": {"bytes": "", "path": null}, "caption": "x"}', "image is missing or empty"),
-        ('{"image": [], "caption": "x"}', "image is missing or empty"),
-        ('{"image": "nan", "caption": "x"}', "image is missing or empty"),
-        ('{"image": "\\u0000.png", "caption": "x"}', "image file is missing"),
-        ('{"image": "c.png", "caption": " "}', "caption is missing or empty"),
-        ('{"image": "c.png"}', "caption is missing or empty"),
-        ('{"image": "c.png", "caption": NaN}', "caption is missing or empty"),
+    missing, no_caption = "image is missing or empty", "caption is missing or empty"
+    images: list[tuple[Any, str]] = [
+        ("gone.png", "image file is missing"),
+        ("../secret.png", "image path leaves --image-root"),
+        ("b/../../secret.png", "image path leaves --image-root"),
+        ("pipe.png", "image file is missing"),
+        ("empty.png", "image file is empty"),
+        ("c.GIF", "image is .gif"),
+        ("c.mp4", "image path does not end in .jpg, .jpeg, .jpe, .jfif, .png, .webp"),
+        ("b\\1.jpg", "image file is missing"),
+        ("https://x.org/c.png", "image is a URL"),
+        ("data:image/png;base64,iVBOR", "image is a URL"),
+        (["c.png", "c.png"], "image is a list"),
+        ({"bytes": "iVBOR"}, "image bytes are text"),
+        ({"src": "c.png"}, "image is a record without bytes and path"),
+        (5, "image is neither a path nor bytes"),
+        ({"bytes": "", "path": None}, missing),
+        ([], missing),
+        ("nan", missing),
+        ("\0.png", "image file is missing"),
+    ]
+    bad = [(json.dumps({"image": cell, "caption": "x"}), reason) for cell, reason in images]
+    bad += [
+        ('{"image": "c.png", "caption": " "}', no_caption),
+        ('{"image": "c.png"}', no_caption),
+        ('{"image": "c.png", "caption": NaN}', no_caption),
         ('{"image": "c.png", "caption": "\\ud800"}', refusal(b'{"caption": "\\ud800"}')),
         ('{"image": "c.png", "caption": {"a": ' + "[" * 900 + "]" * 900 + "}}", refusal(b'{"caption": {"a": []}}')),
         ('{"image": "c.png", "caption": ', "row is malformed"),
@@ -262,18 +247,13 @@ def test_missing_values_are_not_captions(photos: Path) -> None:
 
 
 def test_images_in_cells_get_their_suffix_from_their_bytes(photos: Path) -> None:
-    def encoded(kind: str) -> bytes:
-        content = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(content, kind)
-        return content.getvalue()
-
-    jpeg, png, webp, heic = encoded("JPEG"), encoded("PNG"), encoded("WEBP"), b"\0\0\0\x1cftypheic"
+    jpeg, png, webp, heic = image("JPEG"), image("PNG"), image("WEBP"), b"\0\0\0\x1cftypheic"
     expected: list[tuple[dict[str, Any] | None, str, str, bytes]] = [
         ({"bytes": jpeg, "path": "wrong.gif"}, "", ".jpg", jpeg),
         ({"bytes": png, "path": None}, "", ".png", png),
         ({"bytes": webp, "path": None}, "", ".webp", webp),
         ({"bytes": None, "path": "c.png"}, "", ".png", b"bytes of c.png"),
-        ({"bytes": encoded("GIF"), "path": "a.png"}, "image is not a JPEG, PNG or WebP: it is GIF", "", b""),
+        ({"bytes": image("GIF"), "path": "a.png"}, "image is not a JPEG, PNG or WebP: it is GIF", "", b""),
         ({"bytes": heic, "path": "a.png"}, "image is not a JPEG, PNG or WebP: it is of an unknown format", "", b""),
         ({"bytes": None, "path": None}, "image is missing or empty", "", b""),
         (None, "image is missing or empty", "", b""),
@@ -368,23 +348,20 @@ ODD_RECORDS: list[bytes] = [
 ]  # fmt: skip
 
 
-def test_exactly_what_prepare_data_accepts_is_packed(tmp_path: Path) -> None:
+def test_exactly_what_prepare_data_accepts_is_packed(demo_data: Path, tmp_path: Path) -> None:
     """A caption is packed if and only if indexing accepts it."""
-    image = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(image, "PNG")
     bodies = [(".json", body) for body in ODD_RECORDS]
     bodies += [
         (".txt", body) for body in (b"A cat.", b" ", b"", b"\xff", b"\xef\xbb\xbfA cat.", b"nan", b"<image>", b"{}")
     ]
     folder = tmp_path / "folder"
     folder.mkdir()
-    with tarfile.open(tmp_path / "raw.tar", "w") as raw:
-        for number, (suffix, body) in enumerate(bodies):
-            for name, content in ((f"{number:04d}.png", image.getvalue()), (f"{number:04d}{suffix}", body)):
-                (folder / name).write_bytes(content)
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                raw.addfile(member, io.BytesIO(content))
+    members = {}
+    for number, (suffix, body) in enumerate(bodies):
+        members |= {f"{number:04d}.png": image("PNG"), f"{number:04d}{suffix}": body}
+    for name, content in members.items():
+        (folder / name).write_bytes(content)
+    raw = write_shard(tmp_path / "raw.tar", members)
     records = []
     for body in ODD_RECORDS:
         with contextlib.suppress(ValueError, RecursionError):
@@ -393,8 +370,8 @@ def test_exactly_what_prepare_data_accepts_is_packed(tmp_path: Path) -> None:
     for kind in ("caption", "conversations"):
         rows = [{"image": "0000.png", kind: record.get(kind)} for record in records]
         (folder / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tokenizer = FakeTokenizer()
-    expected = build_index(str(tmp_path / "raw.tar"), tokenizer, DEFAULT_PROMPT)
+    tokenizer = load_tokenizer(demo_data / "tokenizer.model")
+    expected = build_index(raw, tokenizer, DEFAULT_PROMPT)
     for source in (folder, folder / "caption.jsonl", folder / "conversations.jsonl"):
         output = tmp_path / f"out-{source.stem}"
         column = ["--conversations-column", "conversations"] if source.stem == "conversations" else []
@@ -411,85 +388,61 @@ def test_exactly_what_prepare_data_accepts_is_packed(tmp_path: Path) -> None:
             assert {key: listed[key] for key in expected.refused} == expected.refused
 
 
-def test_images_of_a_folder_without_a_usable_caption_are_skipped(photos: Path, tmp_path: Path) -> None:
-    (photos / "c.txt").unlink()
-    (photos / "a.json").write_text('{"caption": null}')
-    (photos / "a.txt").write_text(" ")
-    (photos / "b/1.json").write_text(json.dumps({"conversations": TURNS[:1]}))
-    (photos / "b/2.json").write_text(json.dumps({"conversations": [{"from": "system", "value": "x"}]}))
-    (photos / "loop").symlink_to(photos)
-    assert "1 samples in 1 shards, 5 skipped;" in pack(photos, tmp_path / "out").stdout
-    assert [entry["path"] for entry in skipped(tmp_path / "out")] == ["a.JPEG", "b/1.jpg", "b/2.webp", "c.png", "loop"]
+# A source's name and content, and the error.
+BAD_SOURCES: list[tuple[str, bytes, str]] = [
+    ("list.xlsx", b"PK", r"must be a folder or end in .csv, .tsv, .jsonl, .json, .parquet, .arrow, "),
+    ("list.parquet.gz", b"x", r"must be a folder or end in .csv"),
+    ("dict.json", b'{"image": []}', r"cannot be read as .json: it must hold a list of records"),
+    ("bad.jsonl", b"[", r"cannot be read as .jsonl: none of the first 10000 rows can be read; the first one: "),
+    ("blank.csv", b"\n\n", r"cannot be read as .csv: the file is empty"),
+    ("quote.csv", b'image,"caption\n', r"cannot be read as .csv: its first line must name the columns"),
+    ("quote.tsv", b'"image"\t"caption"\n"a.jpg"\t"x"\n', r"cannot be read as .tsv: .* rename the table to .csv"),
+    ("utf16.csv", "image,caption\n".encode("utf-16"), r"cannot be read as .csv: it is UTF-16; save it as UTF-8"),
+    ("mac.tsv", b"image\tcaption\ra.jpg\tx\r", r"cannot be read as .tsv: .*end in CR only"),
+    ("mac.csv", b"image,caption\ra.jpg,x\r", r"cannot be read as .csv: .*new-line character"),
+    ("plain.csv.gz", b"image,caption\n", r"cannot be read as .csv: Not a gzipped file"),
+    ("bad.parquet", b"PAR1", r"cannot be read as .parquet: "),
+    ("bad.arrow", b"x", r"cannot be read as .arrow: "),
+    ("header.csv", b"image,caption\n", r"the table has no rows"),
+]
+BAD_SETTINGS: list[tuple[str, bytes, list[str], str]] = [
+    ("none", b"", [], r"SOURCE \S+none: no readable folder or file"),
+    ("", b"", [], r"SOURCE \S+: no .jpg, .jpeg, .jpe, .jfif, .png, .webp file in this folder"),
+    ("list.json", b" [ ]", [], r"--image-column image: no such column in \S+list.json; it has: none"),
+    ("a.csv", b"a.jpg,x\n", [], r"--image-column image: .* it has: a.jpg, x; the first line must name the columns"),
+    ("a.csv", b"image,Caption,CAPTION\n", [], r"--caption-column caption: 2 columns of \S+a.csv have this name"),
+    ("a.csv", b"image,text\n", ["--image-column", "url"], r"--image-column url: no such .* it has: image, text"),
+    ("a.csv", b"image,text\n", [], r"--caption-column caption: no such column in \S+; it has: image, text"),
+    ("a.csv", b"image\n", ["--conversations-column", "x"], r"--conversations-column x: no such column"),
+    ("a.csv", b"image\n", ["--image-root", "nowhere"], r"--image-root nowhere: no such folder"),
+    ("photos", b"", ["--image-root", "."], r"--image-root and the columns are settings for tables"),
+    ("photos", b"", ["--samples-per-shard", "0"], r"--samples-per-shard 0: must be at least 1"),
+    ("photos", b"", ["--workers", "0"], r"--workers 0: must be at least 1"),
+    ("photos", b"", ["--prefix", "../x"], r"--prefix '../x': must be letters"),
+    ("photos", b"", ["--output", "secret.txt"], r"--output secret.txt: cannot be written: File exists"),
+]
 
 
 @pytest.mark.parametrize(
-    ("source", "options", "message"),
-    [
-        ("none", [], r"SOURCE \S+none: no readable folder or file"),
-        (
-            "list.xlsx",
-            [],
-            r"SOURCE \S+list.xlsx: must be a folder or end in .csv, .tsv, .jsonl, .json, .parquet, .arrow, ",
-        ),
-        ("list.parquet.gz", [], r"SOURCE \S+list.parquet.gz: must be a folder or end in .csv"),
-        ("list.json", [], r"--image-column image: no such column in \S+list.json; it has: none"),
-        ("dict.json", [], r"SOURCE \S+dict.json: cannot be read as .json: it must hold a list of records"),
-        (
-            "bad.jsonl",
-            [],
-            r"SOURCE \S+bad.jsonl: cannot be read as .jsonl: none of the first 10000 rows can be read; the first one: ",
-        ),
-        ("blank.csv", [], r"SOURCE \S+blank.csv: cannot be read as .csv: the file is empty"),
-        ("quote.csv", [], r"SOURCE \S+quote.csv: cannot be read as .csv: its first line must name the columns"),
-        ("quote.tsv", [], r"SOURCE \S+quote.tsv: cannot be read as .tsv: .* rename the table to .csv"),
-        ("utf16.csv", [], r"SOURCE \S+utf16.csv: cannot be read as .csv: it is UTF-16; save it as UTF-8"),
-        ("mac.tsv", [], r"SOURCE \S+mac.tsv: cannot be read as .tsv: .*end in CR only"),
-        ("mac.csv", [], r"SOURCE \S+mac.csv: cannot be read as .csv: .*new-line character"),
-        ("plain.csv.gz", [], r"SOURCE \S+plain.csv.gz: cannot be read as .csv: Not a gzipped file"),
-        ("bad.parquet", [], r"SOURCE \S+bad.parquet: cannot be read as .parquet: "),
-        ("bad.arrow", [], r"SOURCE \S+bad.arrow: cannot be read as .arrow: "),
-        (
-            "headless.csv",
-            [],
-            r"--image-column image: no such .* it has: a.jpg, x; the first line must name the columns",
-        ),
-        ("twice.csv", [], r"--caption-column caption: 2 columns of \S+twice.csv have this name"),
-        ("empty", [], r"SOURCE \S+empty: no .jpg, .jpeg, .jpe, .jfif, .png, .webp file in this folder"),
-        ("header.csv", [], r"SOURCE \S+header.csv: the table has no rows"),
-        ("t.csv", ["--image-column", "url"], r"--image-column url: no such column in \S+; it has: image, text"),
-        ("t.csv", [], r"--caption-column caption: no such column in \S+; it has: image, text"),
-        ("t.csv", ["--conversations-column", "x"], r"--conversations-column x: no such column"),
-        ("t.csv", ["--image-root", "nowhere"], r"--image-root nowhere: no such folder"),
-        ("photos", ["--image-root", "."], r"--image-root and the columns are settings for tables"),
-        ("photos", ["--samples-per-shard", "0"], r"--samples-per-shard 0: must be at least 1"),
-        ("photos", ["--workers", "0"], r"--workers 0: must be at least 1"),
-        ("photos", ["--prefix", "../x"], r"--prefix '../x': must be letters"),
-        ("photos", ["--output", "list.json"], r"--output list.json: cannot be written: File exists"),
-    ],
+    ("source", "content", "options", "message"),
+    [*((name, content, [], rf"SOURCE \S+{name}: {text}") for name, content, text in BAD_SOURCES), *BAD_SETTINGS],
 )
 def test_bad_input_is_an_error_of_one_line(
-    source: str, options: list[str], message: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    source: str, content: bytes, options: list[str], message: str, photos: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    (tmp_path / "empty").mkdir()
-    for name, content in {
-        "list.json": b" [ ]", "list.xlsx": b"PK", "list.parquet.gz": b"x", "dict.json": b'{"image": []}',
-        "bad.jsonl": b"[",
-        "blank.csv": b"\n\n", "quote.csv": b'image,"caption\n', "quote.tsv": b'"image"\t"caption"\n"a.jpg"\t"x"\n',
-        "utf16.csv": "image,caption\n".encode("utf-16"), "mac.tsv": b"image\tcaption\ra.jpg\tx\r",
-        "mac.csv": b"image,caption\ra.jpg,x\r", "plain.csv.gz": b"image,caption\n", "bad.parquet": b"PAR1",
-        "bad.arrow": b"x",
-        "headless.csv": b"a.jpg,x\n", "twice.csv": b"image,Caption,CAPTION\na.jpg,x,y\n",
-    }.items():  # fmt: skip
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "header.csv").write_text("image,caption\n")
-    (tmp_path / "t.csv").write_text("image,text\na.jpg,x\n")
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "secret.txt").touch()
+    if content:
+        (folder / source).write_bytes(content)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["make_shards.py", str(tmp_path / source), "--output", "out", *options])
+    path = str(photos if source == "photos" else folder / source)
+    monkeypatch.setattr(sys, "argv", ["make_shards.py", path, "--output", "out", *options])
     with pytest.raises(SystemExit) as stopped:
         make_shards.main()
-    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
+    assert stopped.value.code == 2 and not (folder / "out").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(f"make_shards.py: error: {message}", line)
 
@@ -556,13 +509,17 @@ def test_rows_are_read_at_most_two_windows_ahead() -> None:
 def test_links_that_leave_the_folder_are_not_followed(photos: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("a secret")
-    image = next(path for path in photos.rglob("*") if path.suffix in (".jpg", ".png"))
     (photos / "linked.jpg").symlink_to(secret)
     (photos / "linked.txt").write_text("a caption")
-    (photos / "told.jpg").write_bytes(image.read_bytes())
+    (photos / "told.jpg").write_bytes(image())
     (photos / "told.txt").symlink_to(secret)
+    (photos / "loop").symlink_to(photos)
     done = pack(photos, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     refused = {row["path"]: row["reason"] for row in skipped(tmp_path / "out")}
-    assert refused["linked.jpg"] == refused["told.jpg"] == "a link that leaves the folder"
+    assert refused == {
+        "linked.jpg": "a link that leaves the folder",
+        "loop": "linked folder is not followed",
+        "told.jpg": "a link that leaves the folder",
+    }
     assert not any(b"a secret" in content for shard in contents(tmp_path / "out").values() for _, content in shard)

@@ -11,23 +11,20 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from genlip_megatron.config import DataConfig
-from genlip_megatron.data.dataset import open_dataset
+from genlip_megatron.data.dataset import Dataset, open_dataset
 from genlip_megatron.data.index import PLAN_ROW
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.shards import CAPTION, many, write_shard
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def tokenizer(demo_data: Path) -> Path:
-    return demo_data / "tokenizer.model"
 
 
 @pytest.fixture
@@ -41,12 +38,23 @@ def folder(tmp_path: Path) -> Path:
     return data
 
 
-def prepare(*words: object, status: int = 0) -> str:
-    """Run the tool; returns its output."""
-    command = [sys.executable, "tools/prepare_data.py", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done.stdout if status == 0 else done.stderr.splitlines()[-1]
+@pytest.fixture
+def prepare(demo_data: Path) -> Callable[..., str]:
+    """Run the tool with the demo's tokenizer; returns its output, or the last line of its errors."""
+
+    def run(*words: object, status: int = 0) -> str:
+        command = [sys.executable, "tools/prepare_data.py", *words, "--tokenizer", demo_data / "tokenizer.model"]
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        return done.stdout if status == 0 else done.stderr.splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def opened(demo_data: Path) -> Callable[..., Dataset]:
+    fingerprint = load_tokenizer(demo_data / "tokenizer.model").fingerprint
+    return lambda *paths, **data: open_dataset(list(map(str, paths)), DataConfig(**data), fingerprint, "S")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -54,8 +62,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tar"}
 
 
-def test_report_manifest_and_quarantine(folder: Path, tokenizer: Path) -> None:
-    printed = prepare(folder, "--tokenizer", tokenizer, "--seq-length", 190)
+def test_report_manifest_and_quarantine(prepare: Any, folder: Path, demo_data: Path) -> None:
+    printed = prepare(folder, "--seq-length", 190)
     assert "5 shards (0 unchanged)" in printed and "30 good samples, 1 refused" in printed
     assert "refused 1: image does not decode" in printed
     for title in ("image height in pixels:", "image width in pixels:", "text tokens:", "packs of 190 tokens", "fill "):
@@ -69,43 +77,44 @@ def test_report_manifest_and_quarantine(folder: Path, tokenizer: Path) -> None:
     assert record["reason"].startswith("image does not decode")
     manifest = json.loads((folder / "part.dataset.json").read_text())
     assert manifest["samples"] == 30 and [shard["samples"] for shard in manifest["shards"]] == [6] * 5
-    assert manifest["tokenizer"] == load_tokenizer(tokenizer).fingerprint
+    assert manifest["tokenizer"] == load_tokenizer(demo_data / "tokenizer.model").fingerprint
     plan = np.fromfile(folder / "part.dataset.plan", PLAN_ROW)
     assert len(plan) == 30 and plan.itemsize == 8 and set(plan["width"]) == {32, 48, 64, 80, 96}
 
 
 @pytest.mark.slow
-def test_unchanged_shards_are_skipped_by_time_or_checksum(folder: Path, tokenizer: Path) -> None:
-    prepare(folder, "--tokenizer", tokenizer)
+def test_unchanged_shards_are_skipped_by_time_or_checksum(prepare: Any, folder: Path) -> None:
+    prepare(folder)
     before = files(folder)
-    assert "(5 unchanged)" in prepare(folder, "--tokenizer", tokenizer)
+    assert "(5 unchanged)" in prepare(folder)
     assert files(folder) == before
     os.utime(folder / "part-00000.tar")
-    assert "(5 unchanged)" in prepare(folder, "--tokenizer", tokenizer)
+    assert "(5 unchanged)" in prepare(folder)
     shard = folder / "part-00001.tar"
     content = shard.read_bytes()
     shard.write_bytes(content.replace(b"One red circle.", b"Two red circles", 1))
     assert len(content) == shard.stat().st_size
-    assert "(4 unchanged)" in prepare(folder, "--tokenizer", tokenizer)
-    assert "(0 unchanged)" in prepare(folder, "--tokenizer", tokenizer, "--prompt", "Look.")
+    assert "(4 unchanged)" in prepare(folder)
+    assert "(0 unchanged)" in prepare(folder, "--prompt", "Look.")
 
 
-def test_parts_write_the_same_files_as_one_call(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_parts_write_the_same_files_as_one_call(prepare: Any, folder: Path, tmp_path: Path) -> None:
     whole = shutil.copytree(folder, tmp_path / "whole", copy_function=shutil.copy2)
-    prepare(whole, "--tokenizer", tokenizer)
+    prepare(whole)
     for i in range(2):
-        printed = prepare(folder, "--tokenizer", tokenizer, "--part", f"{i}/2")
+        printed = prepare(folder, "--part", f"{i}/2")
         assert f"{3 - i} shards (0 unchanged)" in printed and not (folder / "part.dataset.json").exists()
-    assert "(5 unchanged)" in prepare(folder, "--tokenizer", tokenizer)
+    assert "(5 unchanged)" in prepare(folder)
     ours, expected = files(folder), files(whole)
     ours.pop("part.quarantine.jsonl"), expected.pop("part.quarantine.jsonl")  # names its folder
     assert ours == expected
 
 
-def test_a_killed_run_continues_where_it_stopped(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_where_it_stopped(prepare: Any, folder: Path, demo_data: Path, tmp_path: Path) -> None:
     whole = shutil.copytree(folder, tmp_path / "whole", copy_function=shutil.copy2)
-    prepare(whole, "--tokenizer", tokenizer)
-    command = [sys.executable, "tools/prepare_data.py", str(folder), "--tokenizer", str(tokenizer), "--workers", "1"]
+    prepare(whole)
+    tokenizer = str(demo_data / "tokenizer.model")
+    command = [sys.executable, "tools/prepare_data.py", str(folder), "--tokenizer", tokenizer, "--workers", "1"]
     process = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -118,20 +127,18 @@ def test_a_killed_run_continues_where_it_stopped(folder: Path, tokenizer: Path, 
     leftover.write_bytes(b"half")
     os.utime(leftover, (0, 0))  # a recent one may belong to a running process
     assert not (folder / "part.dataset.json").exists()
-    printed = prepare(folder, "--tokenizer", tokenizer)
+    printed = prepare(folder)
     assert "(0 unchanged)" not in printed
     ours, expected = files(folder), files(whole)
     ours.pop("part.quarantine.jsonl"), expected.pop("part.quarantine.jsonl")
     assert ours == expected
 
 
-def test_manifest_and_shards_by_name_are_the_same_data(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
-    prepare(folder, "--tokenizer", tokenizer, "--manifest", tmp_path / "all.dataset.json")
-    fingerprint = load_tokenizer(tokenizer).fingerprint
-    data = DataConfig(image_mode="native", cache_dir=str(tmp_path / "cache"))
-    by_name = open_dataset([str(folder)], data, fingerprint, "S")
-    by_manifest = open_dataset([str(tmp_path / "all.dataset.json")], data, fingerprint, "S")
-    mixed = open_dataset([str(folder / "part-00000.tar"), str(tmp_path / "all.dataset.json")], data, fingerprint, "S")
+def test_manifest_and_shards_by_name_are_the_same_data(prepare: Any, opened: Any, folder: Path, tmp_path: Path) -> None:
+    prepare(folder, "--manifest", tmp_path / "all.dataset.json")
+    data = {"image_mode": "native", "cache_dir": str(tmp_path / "cache")}
+    by_name, by_manifest = opened(folder, **data), opened(tmp_path / "all.dataset.json", **data)
+    mixed = opened(folder / "part-00000.tar", tmp_path / "all.dataset.json", **data)
     assert by_name.fingerprint == by_manifest.fingerprint != mixed.fingerprint
     ids = np.arange(30)
     assert (by_name.lengths(ids) == by_manifest.lengths(ids)).all()
@@ -166,32 +173,34 @@ def without_a_shard(path: Path) -> None:
         (lambda folder: (folder / "part.dataset.json").unlink(), "no such manifest. tools/prepare_data.py writes it"),
     ],
 )
-def test_a_damaged_manifest_is_refused(damage: object, message: str, folder: Path, tokenizer: Path) -> None:
-    prepare(folder, "--tokenizer", tokenizer)
+def test_a_damaged_manifest_is_refused(damage: object, message: str, prepare: Any, opened: Any, folder: Path) -> None:
+    prepare(folder)
     damage(folder)  # type: ignore[operator]
     with pytest.raises(ValueError, match=message):
-        fingerprint = load_tokenizer(tokenizer).fingerprint
-        open_dataset([str(folder / "part.dataset.json")], DataConfig(), fingerprint, "data.train_data")
+        opened(folder / "part.dataset.json")
 
 
-def test_an_index_that_changed_after_the_manifest_is_refused(folder: Path, tokenizer: Path) -> None:
-    prepare(folder, "--tokenizer", tokenizer)
-    manifest = str(folder / "part.dataset.json")
-    write_shard(folder / "part-00003.tar", many(7))
-    printed = prepare(folder / "part-00003.tar", "--tokenizer", tokenizer)
+@pytest.mark.parametrize("samples", ["more", "others of the same sizes"])
+def test_an_index_that_changed_after_the_manifest_is_refused(
+    samples: str, prepare: Any, opened: Any, folder: Path
+) -> None:
+    prepare(folder)
+    renamed = {f"x{name}": content for name, content in many(6, 30).items()}
+    write_shard(folder / "part-00003.tar", many(7) if samples == "more" else renamed)
+    printed = prepare(folder / "part-00003.tar")
     assert "part.dataset.json stays unchanged: it lists 4 other shards. Name all shards" in printed
-    dataset = open_dataset([manifest], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S")
+    dataset = opened(folder / "part.dataset.json")
     assert len(dataset.index(2).rows) == 6
     with pytest.raises(ValueError, match="changed since the manifest was written. Run tools/prepare_data.py again"):
         dataset.index(3)
     assert dataset.key(20) == "(sample 2)"
 
 
-def test_a_restored_index_is_read_again(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(folder, "--tokenizer", tokenizer)
-    dataset = open_dataset(
-        [str(folder / "part.dataset.json")], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S"
-    )
+def test_a_restored_index_is_read_again(
+    prepare: Any, opened: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(folder)
+    dataset = opened(folder / "part.dataset.json")
     (folder / "part-00001.tar.index.safetensors").rename(folder / "away")
     for _ in range(2):
         with pytest.raises(ValueError, match="has no index"):
@@ -202,39 +211,33 @@ def test_a_restored_index_is_read_again(folder: Path, tokenizer: Path, monkeypat
     assert len(dataset.index(1).rows) == 6
 
 
-def test_an_unusable_shard_does_not_stop_the_others(folder: Path, tokenizer: Path) -> None:
+def test_an_unusable_shard_does_not_stop_the_others(prepare: Any, folder: Path, demo_data: Path) -> None:
     (folder / "part-00001.tar").write_bytes(b"")
-    printed = prepare(folder, "--tokenizer", tokenizer)
+    printed = prepare(folder)
     assert "24 good samples, 2 refused" in printed and "refused 1: empty file" in printed
-    (folder / "part-00005.tar").symlink_to(folder / "nowhere")
-    words = [f"{folder}/part-0000[0-5].tar", "--tokenizer", tokenizer]
-    assert "1 shards could not be indexed. Run it again for them, or skip them with --skip-unreadable" in prepare(
-        *words, status=1
-    )
-    assert "24 good samples" in prepare(*words, "--skip-unreadable")
-
-
-def test_shards_that_are_not_tars_are_reported(folder: Path, tokenizer: Path) -> None:
+    for written in folder.glob("part.*"):
+        written.unlink()
     (folder / "part-00005.tar").write_bytes(gzip.compress(b"x" * 5000))
     (folder / "part-00006.tar").write_bytes(bytes(10240))
-    words = [sys.executable, "tools/prepare_data.py", str(folder), "--tokenizer", str(tokenizer)]
+    (folder / "part-00007.tar").symlink_to(folder / "nowhere")
+    shards = f"{folder}/part-0000[0-7].tar"
+    words = [sys.executable, "tools/prepare_data.py", shards, "--tokenizer", demo_data / "tokenizer.model"]
     for _ in range(2):  # in the second run the others are unchanged
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and "2 shards could not be indexed" in done.stderr
+        assert done.returncode == 1
+        assert "3 shards could not be indexed. Run it again for them, or skip them with --skip-unrea" in done.stderr
         assert "part-00005.tar is not a tar file but gzip: compressed shards are not supported" in done.stdout
         assert "part-00006.tar is not a tar file but only zeros" in done.stdout
         assert not (folder / "part.dataset.json").exists()
-    assert "30 good samples" in prepare(folder, "--tokenizer", tokenizer, "--skip-unreadable")
+    assert "24 good samples" in prepare(shards, "--skip-unreadable")
     records = [json.loads(line) for line in (folder / "part.quarantine.jsonl").read_text().splitlines()]
-    assert [Path(record["shard"]).name for record in records if record["key"] == "(shard)"] == [
-        "part-00005.tar", "part-00006.tar"]  # fmt: skip
-    for i in range(5):
-        (folder / f"part-0000{i}.tar").unlink()
-    message = prepare(folder, "--tokenizer", tokenizer, "--skip-unreadable", status=1)
-    assert "none of the 2 shards can be read" in message
+    lost = {Path(record["shard"]).name for record in records if record["key"] == "(shard)"}
+    assert lost == {f"part-0000{i}.tar" for i in (1, 5, 6, 7)}
+    message = prepare(f"{folder}/part-0000[5-7].tar", "--skip-unreadable", status=1)
+    assert "none of the 3 shards can be read" in message
 
 
-def test_the_report_names_the_shards_that_lost_most(folder: Path, tokenizer: Path) -> None:
+def test_the_report_names_the_shards_that_lost_most(prepare: Any, folder: Path) -> None:
     (folder / "part-00005.tar").write_bytes(b"")
     write_shard(folder / "part-00006.tar", {"0.cls": b"3"})
     write_shard(folder / "part-00007.tar", many(4) | {f"{i}.jpg": b"x" for i in range(9)})
@@ -243,7 +246,7 @@ def test_the_report_names_the_shards_that_lost_most(folder: Path, tokenizer: Pat
     os.truncate(folder / "part-00001.tar", third)
     for i in range(8, 30):
         write_shard(folder / f"part-{i:05d}.tar", many(1, i) | {"x.jpg": b"x"})
-    lines = prepare(folder, "--tokenizer", tokenizer).splitlines()
+    lines = prepare(folder).splitlines()
     first = lines.index("27 of 30 shards lost samples, the worst first:") + 1
     names = [line.split("part-")[1][:5] for line in lines[first : first + 5]]
     assert names[:4] == ["00006", "00005", "00001", "00007"]
@@ -252,22 +255,10 @@ def test_the_report_names_the_shards_that_lost_most(folder: Path, tokenizer: Pat
     assert "and 7 more; see " in lines[first + 20] and lines[first + 21].endswith("written")
 
 
-def test_a_manifest_follows_its_shards_when_one_is_deleted(folder: Path, tokenizer: Path) -> None:
-    prepare(folder, "--tokenizer", tokenizer)
+def test_a_manifest_follows_its_shards_when_one_is_deleted(prepare: Any, folder: Path) -> None:
+    prepare(folder)
     (folder / "part-00004.tar").unlink()
-    assert "24 good samples" in prepare(folder, "--tokenizer", tokenizer)
-
-
-def test_other_samples_of_the_same_sizes_are_found(folder: Path, tokenizer: Path) -> None:
-    prepare(folder, "--tokenizer", tokenizer)
-    shard = folder / "part-00003.tar"
-    write_shard(shard, {f"x{name}": content for name, content in many(6, 30).items()})
-    prepare(shard, "--tokenizer", tokenizer)
-    dataset = open_dataset(
-        [str(folder / "part.dataset.json")], DataConfig(), load_tokenizer(tokenizer).fingerprint, "S"
-    )
-    with pytest.raises(ValueError, match="changed since the manifest was written"):
-        dataset.index(3)
+    assert "24 good samples" in prepare(folder)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +271,7 @@ def test_other_samples_of_the_same_sizes_are_found(folder: Path, tokenizer: Path
         (["nowhere://x"], "nowhere:// cannot be read"),
     ],
 )
-def test_a_user_error_is_one_line(words: list[str], message: str, folder: Path, tokenizer: Path) -> None:
+def test_a_user_error_is_one_line(words: list[str], message: str, prepare: Any, folder: Path) -> None:
     words = [str(folder) if word == "DATA" else word for word in words]
-    assert message in prepare(*words, "--tokenizer", tokenizer, status=2)
+    assert message in prepare(*words, status=2)
     assert not list(folder.glob("*.index*"))

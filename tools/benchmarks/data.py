@@ -45,7 +45,7 @@ from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data.dataset import Dataset, open_dataset
 from genlip_megatron.data.loader import build_plan
 from genlip_megatron.data.manifest import manifest_paths
-from genlip_megatron.data.text import load_tokenizer
+from genlip_megatron.tokenizer import load_tokenizer
 
 MODES = {"stage 1": "fixed", "stage 2": "native"}
 _MOST_PACKS = 48

@@ -25,7 +25,8 @@ from genlip_megatron.data.decode import to_patches
 from genlip_megatron.data.image import IMAGE_SUFFIXES
 from genlip_megatron.data.loader import Loader
 from genlip_megatron.data.resize import native_size
-from genlip_megatron.data.text import load_tokenizer, parse_turns
+from genlip_megatron.data.text import parse_turns
+from genlip_megatron.tokenizer import load_tokenizer
 
 Contents = dict[str, tuple[np.ndarray, np.ndarray]]  # key -> token ids, patches
 

@@ -27,7 +27,7 @@ from genlip_megatron.data.index import PLAN_ROW
 from genlip_megatron.data.manifest import MANIFEST_FORMAT, manifest_paths
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.prepare import index_shards
-from genlip_megatron.data.text import END_OF_TURN, load_tokenizer
+from genlip_megatron.tokenizer import END_OF_TURN, load_tokenizer
 
 PROMPT_TOKENS, CLOSING_TOKENS = 6, 2
 # Mean answer length of the two training stages, without closing tokens.

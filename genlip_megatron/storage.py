@@ -222,21 +222,17 @@ def parent(path: str) -> str:
 def states(paths: Sequence[str]) -> list[os.stat_result | None]:
     """``os.stat`` of local files, None for missing ones; in threads, because network disks answer slowly."""
 
-    def of_some(some: Sequence[str]) -> list[os.stat_result | None]:
-        found: list[os.stat_result | None] = []
-        for path in some:
-            try:
-                found.append(os.stat(path))
-            except OSError:
-                found.append(None)
-        return found
+    def state_of(path: str) -> os.stat_result | None:
+        try:
+            return os.stat(path)
+        except OSError:
+            return None
 
-    if len(paths) < _STATS_AT_ONCE:
-        return of_some(paths)
-    size = -(-len(paths) // _STATS_AT_ONCE)
+    # In parts, because a task of a pool costs more than the stat of a local file.
+    size = 1 + len(paths) // _STATS_AT_ONCE
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        parts = pool.map(of_some, [paths[start : start + size] for start in range(0, len(paths), size)])
-        return [status for part in parts for status in part]
+        parts = [paths[start : start + size] for start in range(0, len(paths), size)]
+        return [status for part in pool.map(lambda some: list(map(state_of, some)), parts) for status in part]
 
 
 def sizes_in(folder: str) -> dict[str, int | None] | None:
