@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import torch
 
 from genlip_megatron.batch import PackedBatch
 from genlip_megatron.config import RunConfig, override
+from genlip_megatron.data.index import load_index
 from genlip_megatron.data.loader import Loader, Prefetcher, drop_path_factors, merge_cursors
 from genlip_megatron.data.read_assignment import ReadAssignment
 from genlip_megatron.testing.runs import tiny_config
@@ -63,6 +66,20 @@ def test_ranks_share_the_stream_of_a_single_rank(ranks: int, reference: list[Pac
                 assert_equal(mine[step * share + i], reference[step * LANES + rank * share + i])
 
 
+def test_the_stream_is_the_same_on_one_to_eight_ranks(demo_data: Path) -> None:
+    """(step, pack, sample) with any number of ranks, decoder threads and micro-batches ahead."""
+    streams = []
+    for ranks in (1, 2, 4, 8):
+        flags = {"train__global_batch_size": 8, "data__num_workers": 1 + ranks % 3, "data__prefetch": ranks}
+        share = 8 // ranks
+        stream = {}
+        for rank in range(ranks):
+            for i, batch in enumerate(take(Loader(tiny_config(demo_data, **flags), "train", rank, ranks), 2 * share)):
+                stream[i // share, rank * share + i % share] = batch.keys
+        streams.append(stream)
+    assert len(streams[0]) == 16 and all(stream == streams[0] for stream in streams)
+
+
 def test_resume_continues_after_the_consumed_step(reference: list[PackedBatch], demo_data: Path) -> None:
     cursors = []
     for rank in range(2):
@@ -102,6 +119,38 @@ def test_labels_are_the_next_tokens_and_start_after_the_prompt(reference: list[P
         assert torch.equal(rows, torch.cat(expected))
         assert torch.equal(batch.token_ids[ends[:count] - 2], torch.full((count,), tokenizer.closing_ids[0]))
         assert len(batch.keys) == count and int(batch.image_lengths.sum()) == batch.patches.shape[0]
+
+
+def test_a_bad_sample_keeps_its_place_without_loss(demo_data: Path, tmp_path: Path) -> None:
+    for file in demo_data.iterdir():
+        shutil.copy2(file, tmp_path / file.name)
+    shard = tmp_path / "train-00000.tar"
+    config = tiny_config(tmp_path)
+    index = load_index(str(shard), load_tokenizer(config.data.tokenizer).fingerprint, config.data.prompt)
+    key, row = index.keys[5], index.rows[5]
+    times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    with open(shard, "r+b") as file:
+        file.seek(int(row["image_offset"]) + int(row["image_size"]) // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(shard, ns=times)
+    loader = Loader(config, "train")
+    good = {batch.keys: batch for batch in take(Loader(tiny_config(demo_data), "train"), 150)}
+    hit = 0
+    for batch in take(loader, 150):
+        if key not in batch.keys:
+            continue
+        hit += 1
+        number = batch.keys.index(key)
+        mine = batch.sample_ids[batch.loss_rows] == number
+        used = good[batch.keys].loss_weights > 0
+        assert not batch.loss_weights[mine & used].any()
+        assert torch.equal(batch.loss_weights[~mine], good[batch.keys].loss_weights[~mine])
+        assert_equal(batch, good[batch.keys], but=("patches", "loss_weights"))
+    bad = loader.quarantine.records[0]
+    assert hit and (bad.shard, bad.key) == (str(shard), key)
+    assert bad.reason == "the image's bytes changed since the index was made (crc32)"
 
 
 def test_a_long_caption_is_cut_and_counted_and_its_image_is_kept(demo_data: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_missing_bucket_is_reported(bucket: str) -> None:
         storage.read_bytes("s3://another/x.tar")
 
 
-def test_an_invalid_bucket_name_is_a_user_error_and_not_retried(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_an_invalid_bucket_name_is_a_user_error_and_not_retried(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
     with pytest.raises(ValueError, match=r"^s3://a b/x\.tar: .*Invalid bucket name"):
