@@ -11,6 +11,9 @@ wrong arguments.
 
 from __future__ import annotations
 
+from genlip_megatron.command import command
+
+# isort: split
 import platform
 import sys
 import tempfile
@@ -18,7 +21,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from genlip_megatron.command import command
+import torch
+
+from genlip_megatron import megatron_patches
+from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.outputs import begins_with, check_file, write
+
+megatron_patches.install()
+
+from genlip_megatron.testing.distributed import run_distributed  # noqa: E402
+from genlip_megatron.testing.parity import (  # noqa: E402  # noqa: E402
+    BFLOAT16,
+    DATA,
+    FLOAT32,
+    STEPS,
+    parity_config,
+    parity_run,
+    problems,
+    worst_errors,
+)
+from genlip_megatron.testing.runs import layout, make_data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,9 +104,6 @@ class Matrix:
 
     def reference(self, case: dict[str, Any]) -> dict[str, Any]:
         """The result of a case on one process."""
-        from genlip_megatron.testing.distributed import run_distributed
-        from genlip_megatron.testing.parity import parity_config, parity_run
-
         key = tuple(sorted(case.items()))
         if key not in self._references:
             self._references[key] = run_distributed(1, parity_run, parity_config(self.data, **case))[0]
@@ -92,10 +111,6 @@ class Matrix:
 
     def compare(self, name: str, case: dict[str, Any], flags: dict[str, Any]) -> dict[str, float]:
         """The worst errors of one layout in one case; errors above the limits go to ``failures``."""
-        from genlip_megatron.testing.distributed import run_distributed
-        from genlip_megatron.testing.parity import BFLOAT16, FLOAT32, parity_config, parity_run, problems, worst_errors
-        from genlip_megatron.testing.runs import layout
-
         world_size, sizes = layout(name)
         begin = time.monotonic()
         results = run_distributed(world_size, parity_run, parity_config(self.data, **case, **sizes, **flags))
@@ -109,10 +124,6 @@ class Matrix:
     def relay(self, names: list[str], folder: Path) -> tuple[list[str], float]:
         """(legs, worst relative error of the loss) of a run that changes its layout after every step, through a
         checkpoint."""
-        from genlip_megatron.testing.distributed import run_distributed
-        from genlip_megatron.testing.parity import parity_config, parity_run
-        from genlip_megatron.testing.runs import layout
-
         legs = [*sorted(names, key=lambda name: layout(name)[0]), "1"]
         length: dict[str, Any] = {"train__train_iters": len(legs)}
         losses: list[float] = []
@@ -141,11 +152,6 @@ def worst(errors: list[dict[str, float]]) -> list[str]:
 
 def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
     """Run everything and return the document."""
-    import torch
-
-    from genlip_megatron.testing.parity import BFLOAT16, DATA, FLOAT32, STEPS
-    from genlip_megatron.testing.runs import layout
-
     cases = [{"stage": stage, "drop_path": drop_path} for stage in DATA for drop_path in (0.0, 0.2)]
     kinds = ["loss", "gradient", "weights"]
     jobs: list[tuple[str, str, list[dict[str, Any]], dict[str, Any]]] = [("", name, cases, {}) for name in layouts]
@@ -189,8 +195,6 @@ def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
 @command
 def main() -> int:
     """Run the tool; returns the exit status."""
-    from genlip_megatron.config.command_line import StrictParser
-
     parser = StrictParser(
         prog="parity_matrix.py", description="Compare training on every parallel layout with training on one process."
     )
@@ -199,13 +203,6 @@ def main() -> int:
     )
     parser.add_argument("--output", default=str(ROOT / "docs" / "parity.md"), help="Markdown file to write")
     options = parser.parse_args()
-
-    from genlip_megatron import megatron_patches
-
-    megatron_patches.install()
-    from genlip_megatron.outputs import begins_with, check_file, write
-    from genlip_megatron.testing.runs import layout, make_data
-
     is_own = begins_with(_INTRODUCTION.partition("{")[0].encode())
 
     for name in options.layouts or ():

@@ -12,64 +12,45 @@ import multiprocessing.connection
 import os
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from genlip_megatron.testing.processes import free_port, import_training
+from genlip_megatron.testing.processes import free_port, import_training, rank_environment
 
 _workers: dict[int, Worker] = {}  # by rank
 
 
-class Job(NamedTuple):
-    """The function that a rank runs, and its process group."""
-
-    world_size: int
-    port: int
-    function: Callable
-    args: tuple
-
-
 def _serve(rank: int, pipe: Any) -> None:
     import_training()
+    from megatron.core import parallel_state
+
     from genlip_megatron.parallel import groups
 
-    while (job := _next_job(pipe)) is not None:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(job.world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(job.port),
-        )
+    while (job := _receive(pipe)) is not None:
+        world_size, port, function, args = job
+        os.environ.update(rank_environment(rank, world_size, port))
         try:
             torch.distributed.init_process_group(groups.backend())
-            answer = (True, job.function(*job.args))
+            answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
         gc.collect()  # frees this job's runs, which lock their folders
         pipe.send(answer)
         pipe.recv()  # all ranks have answered, so none needs this one
-        _leave_groups()
+        parallel_state.destroy_model_parallel()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        gc.collect()
 
 
-def _next_job(pipe: Any) -> Job | None:
+def _receive(pipe: Any) -> Any:
     try:
-        job: Job | None = pipe.recv()
+        return pipe.recv()
     except EOFError:  # the tests were killed
         return None
-    return job
-
-
-def _leave_groups() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    gc.collect()
 
 
 class Worker:
@@ -108,7 +89,7 @@ def run_distributed(world_size: int, function: Callable, *args: Any) -> list[Any
         if rank not in _workers or not _workers[rank].process.is_alive():
             _workers[rank] = Worker(rank)
     waiting = {rank: _workers[rank].pipe for rank in range(world_size)}
-    job = Job(world_size, free_port(), function, args)
+    job = (world_size, free_port(), function, args)
     for pipe in waiting.values():
         pipe.send(job)
     errors: list[str] = []

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genlip_megatron.batch import PackedBatch
+from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from genlip_megatron.device import current_device
 from genlip_megatron.testing import CHECKOUT
@@ -81,24 +81,10 @@ def golden_batch(tensors: dict[str, Tensor]) -> PackedBatch:
     )
 
 
-def vision_batch(pixels: Tensor, grid: Tensor) -> PackedBatch:
+def _vision_batch(pixels: Tensor, grid: Tensor) -> PackedBatch:
     """One image without text: pixels [P, 3, 16, 16], grid (frames, rows, columns)."""
-    height, width = int(grid[0, 1]), int(grid[0, 2])
-    count = height * width
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return PackedBatch(
-        token_ids=torch.zeros(count, dtype=torch.int64),
-        is_image=torch.ones(count, dtype=torch.bool),
-        position_ids=torch.stack((torch.zeros(count, dtype=torch.int64), rows.flatten(), columns.flatten())),
-        sample_ids=torch.zeros(count, dtype=torch.int64),
-        sample_starts=torch.zeros(1, dtype=torch.int64),
-        image_lengths=torch.tensor([count]),
-        text_lengths=torch.zeros(1, dtype=torch.int64),
-        patches=pixels.flatten(1),
-        loss_rows=torch.zeros(0, dtype=torch.int64),
-        labels=torch.zeros(0, dtype=torch.int64),
-        loss_weights=torch.zeros(0),
-    )
+    _, rows, columns = grid[0].tolist()
+    return pack_samples([[Sample(pixels.flatten(1), rows, columns, [])]], rows * columns)
 
 
 def compare(
@@ -184,7 +170,7 @@ def compare(
             logits = model.head.logits(model.hidden_states(batch))
             keep("logits", (logits[valid] - golden["outputs/logits"].flatten(0, 1)[valid]).abs().max().item())
             if tp == cp == 1:
-                image = vision_batch(golden["vision/pixel_values"].cpu(), golden["vision/grid"].cpu())
+                image = _vision_batch(golden["vision/pixel_values"].cpu(), golden["vision/grid"].cpu())
                 image = image.to(current_device())
                 hidden = model.hidden_states(image)
                 keep("features", (model.head.features(hidden) - golden["vision/ln_post"]).abs().max().item())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from genlip_megatron.config import RunConfig
-from genlip_megatron.testing.runs import full_weights, tiny_config
+from genlip_megatron.testing.runs import full_weights, merged, outcomes, tiny_config
 
 STEPS = 10
 
@@ -105,7 +105,6 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
     from genlip_megatron.testing.planted import planted
     from genlip_megatron.train.resume import gather_weights, save
     from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
     from genlip_megatron.train.validation import evaluate
 
     with planted(fault):
@@ -114,14 +113,8 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
         begin = run.iteration
         initial = full_weights(run)
         first_gradients: dict[str, Tensor] = {}
-        losses, keys, validation = [], [], 0.0
-        taken = iter(run.train_loader)
-
-        def watched() -> Any:
-            for batch in taken:
-                keys.append(batch.keys)
-                yield batch
-
+        losses, validation = [], 0.0
+        keys: list[tuple[str, ...]] = []
         prepare_grads = run.optimizer.prepare_grads
 
         def noting() -> bool:
@@ -130,11 +123,7 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
             return prepare_grads()
 
         run.optimizer.prepare_grads = noting
-        batches = watched()
-        while run.iteration < steps:
-            outcome = train_step(run, batches)
-            assert outcome.updated
-            run.iteration += 1
+        for outcome in outcomes(run, steps, keys):
             losses.append(outcome.loss)
             if run.iteration == 2:
                 # Between steps, while the layout's gathers and caches are in use.
@@ -154,11 +143,6 @@ def parity_run(config: RunConfig, steps: int = STEPS, fault: str | None = None) 
             "odd_replicas": _odd_replicas(run),
             "weights": full_weights(run),
         }
-
-
-def merged(results: list[dict[str, Any]], kind: str) -> dict[str, Tensor]:
-    """Tensors of all pipeline stages."""
-    return {name: tensor for result in results for name, tensor in result[kind].items()}
 
 
 def worst_errors(results: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
@@ -182,17 +166,13 @@ def worst_errors(results: list[dict[str, Any]], reference: dict[str, Any]) -> di
 
 def problems(results: list[dict[str, Any]], reference: dict[str, Any], tolerance: Tolerance = FLOAT32) -> list[str]:
     """How a layout's results differ from those of one process; empty if they agree."""
-    found = []
     for kind in ("initial", "gradients", "weights"):
         missing = set(reference[kind]) - set(merged(results, kind))
         if missing:
             return [f"{kind} lack {sorted(missing)}"]
     initial = merged(results, "initial")
-    found += [
-        f"initial {name} differs" for name, x in initial.items() if not torch.equal(x, reference["initial"][name])
-    ]
-    errors = worst_errors(results, reference)
-    for kind, error in errors.items():
+    found = [f"initial {name} differs" for name, x in initial.items() if not torch.equal(x, reference["initial"][name])]
+    for kind, error in worst_errors(results, reference).items():
         limit = getattr(tolerance, kind)
         if not error <= limit:
             found.append(f"{kind} differs by {error:.1e}, allowed {limit:.0e}")
@@ -202,21 +182,15 @@ def problems(results: list[dict[str, Any]], reference: dict[str, Any], tolerance
     odd = sorted({name for result in results for name in result["odd_replicas"]})
     if odd:
         found.append(f"replicas differ: {', '.join(odd)}")
-    if not same_stream(results, reference):
+    if not _same_stream(results, reference):
         found.append("the order of the samples differs")
     return found
 
 
-def same_stream(results: list[dict[str, Any]], reference: dict[str, Any]) -> bool:
+def _same_stream(results: list[dict[str, Any]], reference: dict[str, Any]) -> bool:
     """Whether in each step the data-parallel ranks together read the samples of one process, in its order."""
     by_rank = {result["data_parallel"]: result["keys"] for result in results if result["reads"]}
-    steps = reference["steps"]
-    each = len(reference["keys"]) // steps
-    share = each // len(by_rank)
-    stream = [
-        keys
-        for step in range(steps)
-        for rank in sorted(by_rank)
-        for keys in by_rank[rank][step * share : (step + 1) * share]
-    ]
+    share = len(reference["keys"]) // reference["steps"] // len(by_rank)  # micro-batches of a rank in a step
+    steps = range(0, reference["steps"] * share, share)
+    stream = [keys for i in steps for rank in sorted(by_rank) for keys in by_rank[rank][i : i + share]]
     return stream == reference["keys"]

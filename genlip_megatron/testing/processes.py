@@ -36,7 +36,6 @@ TRAINING = "pretrain_genlip:main"
 # Modules that training and its tests import late. Megatron-Core must come after ``megatron_patches.install``.
 _IMPORTS = ("pytest", "torch.utils.tensorboard", "torch._dynamo", "pretrain_genlip", "genlip_megatron.train.loop")
 
-
 _PORTS = range(15_000, 32_000)
 _next_port = _PORTS.start + os.getpid() * 61 % len(_PORTS)
 
@@ -98,7 +97,7 @@ class Job:
             AssertionError: ranks still run after ``timeout`` seconds; all are then killed.
         """
         deadline = time.monotonic() + timeout
-        failed, told = 0.0, False
+        failed, terminated = 0.0, False
         while len(self.codes) < len(self.pids):
             self.zygote.receive(0.02)
             now = time.monotonic()
@@ -111,8 +110,8 @@ class Job:
                 failed = failed or now
                 if now > failed + 2 * end_others:
                     self.kill()
-                elif now > failed + end_others and not told:
-                    told = True
+                elif now > failed + end_others and not terminated:
+                    terminated = True
                     for rank in range(len(self.pids)):
                         self.signal(rank, signal.SIGTERM)
         return [Ended(self.codes[rank], self.output(rank)) for rank in range(len(self.pids))]
@@ -168,13 +167,9 @@ class Zygote:
             output = self.folder / f"{self._started:05d}-rank{rank}.txt"
             output.touch()
             variables = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
+                **rank_environment(rank, world_size, port),
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "GROUP_RANK": "0",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
                 "TORCHELASTIC_RESTART_COUNT": str(restart),
                 **(env or {}),
             }
@@ -221,6 +216,17 @@ class Zygote:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What ``init_process_group`` reads, for ranks of one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def free_port() -> int:

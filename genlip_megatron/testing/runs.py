@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,9 @@ def layout(name: str) -> tuple[int, dict[str, Any]]:
 
 def make_data(folder: Path) -> None:
     """A small rendered data set with its tokenizer and index, made by the project's own tools."""
-    root = CHECKOUT
 
     def run(*words: str) -> None:
-        subprocess.run([sys.executable, *words], cwd=root, check=True, capture_output=True)
+        subprocess.run([sys.executable, *words], cwd=CHECKOUT, check=True, capture_output=True)
 
     run("tools/render_demo_data.py", "--output", str(folder), "--train-samples", "160", "--val-samples", "24")
     run("tools/train_tokenizer.py", str(folder / "train-*.tar"), "--output", str(folder / "tokenizer.model"))
@@ -101,6 +101,23 @@ def full_weights(run: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def outcomes(run: Any, steps: int, keys: list[tuple[str, ...]]) -> Iterator[Any]:
+    """Train up to step ``steps``; yields each step's outcome. ``keys`` gets the sample keys of every micro-batch."""
+    from genlip_megatron.train.step import train_step
+
+    def watched() -> Any:
+        for batch in run.train_loader:
+            keys.append(batch.keys)
+            yield batch
+
+    batches = watched()
+    while run.iteration < steps:
+        outcome = train_step(run, batches)
+        assert outcome.updated
+        run.iteration += 1
+        yield outcome
+
+
 def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any]:
     """Train on every rank; returns losses, gradient norms, sample keys of this rank, and final weights of this stage.
 
@@ -111,34 +128,19 @@ def run_steps(config: RunConfig, steps: int, last: bool = True) -> dict[str, Any
 
     from genlip_megatron.train.resume import finish_saves, save
     from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
     from genlip_megatron.train.validation import evaluate
 
     run = set_up(config)
-    assert run.train_loader is not None and run.valid_loader is not None
-    losses, norms, keys = [], [], []
-
-    taken = iter(run.train_loader)
-
-    def watched() -> Any:
-        for batch in taken:
-            keys.append(batch.keys)
-            yield batch
-
-    batches = watched()
-    while run.iteration < steps:
-        outcome = train_step(run, batches)
-        assert outcome.updated
-        run.iteration += 1
-        losses.append(outcome.loss)
-        norms.append(outcome.grad_norm)
+    assert run.train_loader is not None
+    keys: list[tuple[str, ...]] = []
+    taken = list(outcomes(run, steps, keys))
     validation = evaluate(run)
     save(run, last)
     finish_saves(run)
     run.train_loader.close()
     return {
-        "losses": losses,
-        "norms": norms,
+        "losses": [outcome.loss for outcome in taken],
+        "norms": [outcome.grad_norm for outcome in taken],
         "validation": validation,
         "keys": keys,
         "data_parallel": parallel_state.get_data_parallel_rank(),
@@ -157,5 +159,10 @@ def failing_set_up(config: RunConfig) -> str:
     return "no error"
 
 
+def merged(results: list[dict[str, Any]], kind: str) -> dict[str, torch.Tensor]:
+    """Tensors of all pipeline stages."""
+    return {name: tensor for result in results for name, tensor in result[kind].items()}
+
+
 def weights(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {name: tensor for result in results for name, tensor in result["weights"].items()}
+    return merged(results, "weights")

@@ -16,10 +16,11 @@ import gpu_sections
 import numpy as np
 import pytest
 import torch
-import train_step as cpu_benchmark
+from common import make_samples, tokens_of
 from gpu_report import Figure
 from gpu_sections import Job
 from plain import PlainGenLIP
+from train_step import padded
 
 from genlip_megatron.batch import pack_samples
 from genlip_megatron.config import ModelConfig
@@ -32,14 +33,14 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a mac
 def test_the_baseline_is_the_plain_model_on_packs() -> None:
     model = ModelConfig(2, 48, 2, 64, 32, 300, (4, 4, 4), drop_path_rate=0.0)
     rng = np.random.default_rng(0)
-    samples = cpu_benchmark.make_samples([(2, 3), (4, 4), (1, 1)], rng)
+    samples = make_samples([(2, 3), (4, 4), (1, 1)], rng)
     for sample in samples:
         sample.token_ids[:] = [token % model.vocab_size for token in sample.token_ids]  # type: ignore[index]
-    batch = pack_samples([samples], sum(map(cpu_benchmark.tokens_of, samples)) + 5)
+    batch = pack_samples([samples], sum(map(tokens_of, samples)) + 5)
     torch.manual_seed(0)
     plain = PlainGenLIP(model)
     answers = int((batch.loss_weights > 0).sum())
-    expected = plain(cpu_benchmark.padded(samples), "answer")
+    expected = plain(padded(samples), "answer")
     torch.testing.assert_close(
         gpu_baseline.pack_loss(plain, batch, flex=False) / answers, expected, atol=1e-5, rtol=1e-5
     )

@@ -17,13 +17,12 @@ from genlip_megatron.command import command
 # isort: split
 import contextlib
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,29 +37,24 @@ from genlip_megatron.device import current_device
 
 megatron_patches.install()
 
+from common import SMALL, device_name  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
 
 from genlip_megatron.checkpoint import loading, manifest, parts, paths  # noqa: E402
 from genlip_megatron.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE  # noqa: E402
 from genlip_megatron.checkpoint.parts import State  # noqa: E402
 from genlip_megatron.checkpoint.saving import Facts, Saver  # noqa: E402
-from genlip_megatron.config import CheckpointConfig, ModelConfig, RunConfig, from_dict, load_yaml, override  # noqa: E402
+from genlip_megatron.config import CheckpointConfig, RunConfig, from_dict, load_yaml, override  # noqa: E402
 from genlip_megatron.config.checks import check  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.setup import build_run  # noqa: E402
 from genlip_megatron.train.state import Run  # noqa: E402
 
 # l16's width, so that tensors have realistic sizes, with fewer layers and a smaller vocabulary.
-SMALL = ModelConfig(
-    num_layers=4,
-    hidden_size=1024,
-    num_attention_heads=16,
-    ffn_hidden_size=2816,
-    text_hidden_size=1024,
-    vocab_size=8192,
+MODEL = replace(
+    SMALL, num_layers=4, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=2816, text_hidden_size=1024,
     rope_sections=(8, 12, 12),
-    drop_path_rate=0.0,
-)
+)  # fmt: skip
 # Seconds of work that stand for the forward and backward pass of a step; less than in a recipe.
 _STEP = 0.3
 
@@ -69,12 +63,12 @@ class Times:
     """Seconds of each method by round; with several ranks those of the slowest."""
 
     def __init__(self) -> None:
-        self.of: dict[str, list[float]] = {}
+        self.of: defaultdict[str, list[float]] = defaultdict(list)
 
     def add(self, name: str, seconds: float) -> None:
         slowest = torch.tensor([seconds], dtype=torch.float64, device=current_device())
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-        self.of.setdefault(name, []).append(float(slowest.item()))
+        self.of[name].append(float(slowest.item()))
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -88,8 +82,8 @@ class Times:
         return statistics.median(self.of[name])
 
     def spread(self, name: str, digits: int = 2) -> str:
-        found = self.median(name), min(self.of[name]), max(self.of[name])
-        return "{} ({} to {})".format(*(f"{seconds:.{digits}f}" for seconds in found))
+        low, high = min(self.of[name]), max(self.of[name])
+        return f"{self.median(name):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def step(run: Run) -> None:
@@ -121,26 +115,22 @@ def tensors_of(run: Run) -> dict[str, torch.Tensor]:
     return {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in found.items()}
 
 
-def drop_page_cache(places: list[Path]) -> bool:
+def drop_page_cache(files: Iterable[Path]) -> bool:
     """Drop files from the page cache, so that they are read from the disk; returns whether the system supports it."""
     if not hasattr(os, "posix_fadvise"):
         return False
-    for place in places:
-        for path in [place] if place.is_file() else [found for found in place.rglob("*") if found.is_file()]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 
 def work(until: Callable[[], bool]) -> None:
     """Run matrix products until ``until()`` is true."""
-    left, right = torch.randn(512, 512, device=current_device()), torch.randn(512, 512, device=current_device())
+    matrix = torch.randn(512, 512, device=current_device())
     while not until():
-        torch.mm(left, right)
+        torch.mm(matrix, matrix)
         torch.cuda.synchronize()
 
 
@@ -165,28 +155,27 @@ class Benchmark:
         self.saver = Saver(config, self.state, self.lines.append)
         self.kinds = [FULLY_RESHARDABLE] if run.config.parallel.fsdp else [DP_RESHARDABLE, FULLY_RESHARDABLE]
 
-    def alone(self) -> None:
-        """Wait until all reads and writes are done."""
-        self.saver.settle()
-        torch.distributed.barrier()
-
     def round(self) -> None:
         """Run every method of saving and loading once."""
-        times, run = self.times, self.run
-        step(run)
+        step(self.run)
         self._torch_save()
         for kind in self.kinds:
             self._megatron_save(kind)
         for kind in self.kinds:
-            with times.timed(f"ours {kind}"):
-                self.saver.save(self._next(), {}, kind, Facts())
-            self.alone()
+            with self.times.timed(f"ours {kind}"):
+                self._save(kind)
+            self._settle()
         self._behind()
         self._load()
 
-    def _next(self) -> int:
+    def _save(self, kind: str, behind: bool = False) -> None:
         self.iteration += 1
-        return self.iteration
+        self.saver.save(self.iteration, {}, kind, Facts(), behind=behind)
+
+    def _settle(self) -> None:
+        """Wait until all reads and writes are done."""
+        self.saver.settle()
+        torch.distributed.barrier()
 
     def _torch_save(self) -> None:
         tensors = tensors_of(self.run)
@@ -218,7 +207,7 @@ class Benchmark:
         for _ in range(2):
             torch.distributed.barrier()
             begin = clock()
-            self.saver.save(self._next(), {}, self.kinds[0], Facts(), behind=True)
+            self._save(self.kinds[0], behind=True)
             started = clock()
             work(lambda: clock() - started > _STEP)  # noqa: B023 - called at once
             update = clock()
@@ -230,37 +219,37 @@ class Benchmark:
             completion = clock()
             self.saver.finish()
             finishing = clock() - completion
-            self.alone()
+            self._settle()
         self.times.add("stopped", stopped)
         self.times.add("finish", finishing)
         self.times.add("behind, written", written)
+
+    def _uncache(self, files: Iterable[Path]) -> None:
+        torch.distributed.barrier()
+        if self.rank == 0:
+            self.dropped &= drop_page_cache(files)
+        torch.distributed.barrier()
 
     def _load(self) -> None:
         """Run each method of loading, from the disk if the page cache can be dropped."""
         run, times, kind = self.run, self.times, self.kinds[0]
         ours = paths.step_folder(self.root / "run", self.iteration)
         plain = self.root / f"megatron-{kind}"
-
-        def forget(*places: Path) -> None:
-            torch.distributed.barrier()
-            self.dropped &= drop_page_cache(list(places)) if self.rank == 0 else True
-            torch.distributed.barrier()
-
         tensors = tensors_of(run)
-        forget(*self.root.glob("plain-*.pt"))
+        self._uncache(self.root.glob("plain-*.pt"))
         with times.timed("torch.load"), torch.no_grad():
             loaded = torch.load(self.file, weights_only=True)
             for name, tensor in tensors.items():
                 tensor.copy_(loaded[name])
         del loaded, tensors
-        forget(plain)
-        with times.timed(f"dist_checkpointing.load {kind}"), torch.no_grad():
+        self._uncache(filter(Path.is_file, plain.rglob("*")))
+        with times.timed("dist_checkpointing.load"), torch.no_grad():
             state = dist_checkpointing.load(sharded(run, kind, True), str(plain))
             parts.set_weights(run.model, state["model"])
             run.optimizer.load_state_dict(state["optimizer"])
         del state
         for verify in ("full", "sizes"):
-            forget(ours)
+            self._uncache(filter(Path.is_file, ours.rglob("*")))
             with times.timed(f"ours, verify {verify}"):
                 with times.timed(f"find, verify {verify}"):
                     found = loading.find(ours, verify == "full", self.lines.append)
@@ -269,67 +258,48 @@ class Benchmark:
         self.ours_bytes = manifest.read(ours).size
 
 
-def file_system(path: Path) -> str:
-    """Type of the file system that holds ``path``."""
-    try:
-        words = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=True)
-        return words.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown file system"
-
-
 def report(bench: Benchmark, rounds: int) -> None:
     """Print the tables, on rank 0."""
     whole = torch.tensor([float(bench.bytes)], dtype=torch.float64, device=current_device())
     torch.distributed.all_reduce(whole)
     if bench.rank:
         return
-    times, size, ranks = bench.times, bench.ours_bytes, torch.distributed.get_world_size()
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a rank"
-    )
-    print(f"{ranks} ranks ({device}), {os.cpu_count()} CPU cores, {platform.system()} {platform.release()}")
-    print(
-        f"disk {bench.root} ({file_system(bench.root)}); checkpoint {size / 1e9:.3f} GB; "
-        f"torch {torch.__version__}; {rounds} rounds"
-    )
-    print("\n| save | GB | seconds (lowest to highest) | GB/s | ratio |\n|---|---|---|---|---|")
+    times, size, kinds = bench.times, bench.ours_bytes, bench.kinds
+    print(f"{torch.distributed.get_world_size()} ranks ({device_name()} a rank), {os.cpu_count()} CPU cores")
+    print(f"disk {bench.root}; checkpoint {size / 1e9:.3f} GB; torch {torch.__version__}; {rounds} rounds")
 
-    def line(name: str, label: str, volume: float, baseline: str) -> None:
-        seconds = times.median(name)
-        print(
-            f"| {label} | {volume / 1e9:.3f} | {times.spread(name)} | {volume / 1e9 / seconds:.2f} "
-            f"| {times.median(baseline) / seconds:.2f} |"
-        )
+    def table(title: str, baseline: str, rows: list[tuple[str, str]]) -> None:
+        print(f"\n| {title} | GB | seconds (lowest to highest) | GB/s | ratio |\n|---|---|---|---|---|")
+        for label, name in rows:
+            volume, seconds = (whole.item() if name == baseline else size) / 1e9, times.median(name)
+            ratio = times.median(baseline) / seconds
+            print(f"| {label} | {volume:.3f} | {times.spread(name)} | {volume / seconds:.2f} | {ratio:.2f} |")
 
-    line("torch.save", "torch.save, one file a rank, synced", whole.item(), "torch.save")
-    for kind in bench.kinds:
-        line(f"dist_checkpointing.save {kind}", f"dist_checkpointing.save, {kind}", size, "torch.save")
-    for kind in bench.kinds:
-        line(f"ours {kind}", f"ours, {kind}", size, "torch.save")
-    line("behind, written", f"ours, {bench.kinds[0]}, behind work", size, "torch.save")
-    synchronous = times.median(f"ours {bench.kinds[0]}")
+    table("save", "torch.save", [
+        ("torch.save, one file a rank, synced", "torch.save"),
+        *((f"{way}, {kind}", f"{way} {kind}") for way in ("dist_checkpointing.save", "ours") for kind in kinds),
+        (f"ours, {kinds[0]}, behind work", "behind, written"),
+    ])  # fmt: skip
+    synchronous = times.median(f"ours {kinds[0]}")
     print("\n| training stops for a save behind it | seconds | of the save that waits |\n|---|---|---|")
     for name, label in (("stopped", "to begin, and before the next update"), ("finish", "to complete it")):
         print(f"| {label} | {times.spread(name, 3)} | {times.median(name) / synchronous:.1%} |")
     print()
     for warning in sorted({line for line in bench.lines if "WARNING" in line}):
         print(warning)
-    for kind in bench.kinds:
+    for kind in kinds:
         lines = [line for line in bench.lines if f" {kind};" in line]
         print(f"the last {kind}: {lines[-1].split(kind + '; ')[1]}")
     where = "read from the disk" if bench.dropped else "IN THE PAGE CACHE, which could not be dropped"
-    print(f"\n| load ({where}) | GB | seconds (lowest to highest) | GB/s | ratio |\n|---|---|---|---|---|")
-    line("torch.load", "torch.load, copied into the state", whole.item(), "torch.load")
-    line(f"dist_checkpointing.load {bench.kinds[0]}", "dist_checkpointing.load", size, "torch.load")
-    for verify in ("full", "sizes"):
-        line(f"ours, verify {verify}", f"ours, verify {verify}", size, "torch.load")
-    line("find, verify full", "of it the verification", size, "torch.load")
-    start, load = times.median("start"), times.median("ours, verify full")
+    table(f"load ({where})", "torch.load", [
+        ("torch.load, copied into the state", "torch.load"),
+        *((name, name) for name in ("dist_checkpointing.load", "ours, verify full", "ours, verify sizes")),
+        ("of it the verification", "find, verify full"),
+    ])  # fmt: skip
+    start, load, verify = (times.median(name) for name in ("start", "ours, verify full", "find, verify full"))
     print(
         f"\nresume {start + load:.2f} s without data: {start:.2f} s from the start of the processes to a built model "
-        f"and optimizer, {times.median('find, verify full'):.2f} s verification, "
-        f"{load - times.median('find, verify full'):.2f} s loading"
+        f"and optimizer, {verify:.2f} s verification, {load - verify:.2f} s loading"
     )
 
 
@@ -348,7 +318,7 @@ def main() -> int:
         parser.error(f"--rounds {options.rounds}: must be at least 2, because the first save differs from the others")
     try:
         tree = load_yaml(options.config) if options.config else {}
-        config = from_dict(tree, options.config) if tree else RunConfig(model=SMALL)
+        config = from_dict(tree, options.config) if tree else RunConfig(model=MODEL)
         settings = dict(word.split("=", 1) for word in options.set)
         config = override(config, {name: yaml.safe_load(value) for name, value in settings.items()})
         check(config, int(os.environ.get("WORLD_SIZE", "1")))

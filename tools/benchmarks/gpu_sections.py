@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -20,21 +21,13 @@ from genlip_megatron.device import current_device
 megatron_patches.install()
 
 import gpu_baseline  # noqa: E402
-import train_step as cpu_benchmark  # noqa: E402
+from common import make_samples, native_grids, tokens_of  # noqa: E402
 from data_images import BenchData  # noqa: E402
 from gpu_report import Details, Figure  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples  # noqa: E402
-from genlip_megatron.config import (  # noqa: E402
-    LINEAR_INPUTS,
-    ONE_RANK,
-    ModelConfig,
-    RunConfig,
-    from_dict,
-    load_yaml,
-    override,
-)
+from genlip_megatron.config import LINEAR_INPUTS, ONE_RANK, ModelConfig, RunConfig, from_dict, load_yaml, override  # noqa: E402  # noqa: E402
 from genlip_megatron.data.loader import Loader, drop_path_factors  # noqa: E402
 from genlip_megatron.data.plan import Plan, Source  # noqa: E402
 from genlip_megatron.model import genlip  # noqa: E402
@@ -124,7 +117,6 @@ class Bench:
         self.device = current_device()
 
     def run(self) -> None:
-        """Measure everything."""
         getattr(self, f"_{self.job.section}")()
 
     def _try(self, name: str, measure: Callable[[], tuple[float, str, Details]]) -> None:
@@ -179,29 +171,25 @@ class Bench:
         cut()
         self._try("a cut of the step breakdown", cut)
 
-    def _samples(self, stage: int, count: int, seq_length: int) -> list[Sample]:
-        grids = [(14, 14)] * count if stage == 1 else cpu_benchmark.native_grids(count, self.rng)
-        samples = cpu_benchmark.make_samples(grids, self.rng)
-        return [sample for sample in samples if cpu_benchmark.tokens_of(sample) <= seq_length]
-
-    def _packs(self, stage: int, packs: int, seq_length: int) -> tuple[list[Sample], list[list[int]]]:
-        """(samples, sample numbers of each pack), packed by the project's own plan; the same every time."""
-        self.rng = np.random.default_rng(0)
-        samples = self._samples(stage, max(packs * seq_length // 150, 8), seq_length)
-        lengths = np.array([cpu_benchmark.tokens_of(sample) for sample in samples])
+    def _packs(self, stage: int, packs: int, seq_length: int) -> list[list[Sample]]:
+        """Packs of samples, filled by the project's own plan; the same every time."""
+        rng, count = np.random.default_rng(0), max(packs * seq_length // 150, 8)
+        grids = [(14, 14)] * count if stage == 1 else native_grids(count, rng)
+        samples = [sample for sample in make_samples(grids, rng) if tokens_of(sample) <= seq_length]
+        lengths = np.array([tokens_of(sample) for sample in samples])
         plan = Plan([Source(len(lengths), lambda ids: lengths[ids])], seq_length, lanes=1, seed=0)
-        return samples, [plan.next_pack(0) for _ in range(packs)]
+        return [[samples[i] for i in plan.next_pack(0)] for _ in range(packs)]
 
     def _batches(self, config: RunConfig, stage: int, micro_batch: int) -> list[PackedBatch]:
         """``_PACKS`` packs as the loader gives them on a GPU: patches on the GPU, the rest in pinned host memory."""
-        samples, packs = self._packs(stage, _PACKS, config.data.seq_length)
+        packs = self._packs(stage, _PACKS, config.data.seq_length)
         model, batches = config.model, []
         for first in range(0, len(packs), micro_batch):
             mine = packs[first : first + micro_batch]
-            batch = pack_samples([[samples[i] for i in pack] for pack in mine], config.data.seq_length)
-            ids = [i for pack in mine for i in pack]
+            batch = pack_samples(mine, config.data.seq_length)
+            count = sum(map(len, mine))
             factors = torch.ones(model.num_layers, 2, len(batch.sample_starts))
-            factors[:, :, : len(ids)] = drop_path_factors(0, 1, ids, model.num_layers, model.drop_path_rate)
+            factors[:, :, :count] = drop_path_factors(0, 1, list(range(count)), model.num_layers, model.drop_path_rate)
             assert batch.patches is not None
             batch = replace(batch, patches=batch.patches.to(self.device), drop_path=factors)
             batches.append(batch.pin_memory() if self.device.type == "cuda" else batch)
@@ -224,8 +212,7 @@ class Bench:
             num_attention_heads=heads,
             rope_sections=(head_dim // 2 - 2 * sixth, sixth, sixth),
         )
-        samples, (pack,) = self._packs(stage, 1, slots)
-        batch = pack_samples([[samples[i] for i in pack]], slots)
+        batch = pack_samples(self._packs(stage, 1, slots), slots)
         shape = (slots, heads, head_dim)
         q, k, v, grad = (torch.randn(shape, device=self.device, dtype=dtype) for _ in range(4))
         inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
@@ -297,15 +284,12 @@ class Bench:
         """The step with the largest micro-batch that fits. The baseline's logits leave room for one pack."""
         if kind == "baseline":
             return self._baseline_step(model, stage)
-        for micro_batch in (4, 2, 1):
-            try:
+        for micro_batch in (4, 2):
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return self._our_step(kind, model, stage, micro_batch)
-            except torch.OutOfMemoryError:
-                if micro_batch == 1:
-                    raise
             gc.collect()
             torch.cuda.empty_cache()
-        raise AssertionError
+        return self._our_step(kind, model, stage, 1)
 
     def _our_step(self, kind: str, model: str, stage: int, micro_batch: int) -> tuple[float, str, Details]:
         config = recipe(model, stage, self.tiny, micro_batch_size=micro_batch, global_batch_size=_PACKS)
@@ -350,12 +334,14 @@ class Bench:
         seconds = self._seconds(step, 2.0)
         counts = torch.stack([count_batch(batch) for batch in batches]).sum(0)
         by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
+        # Memory of CUDA graphs counts as free between replays.
+        peak = torch.cuda.max_memory_reserved if config.train.cuda_graph else torch.cuda.max_memory_allocated
         details: Details = {
             "samples/s": by_name["samples"] / seconds,
             "tokens/s": by_name["tokens"] / seconds,
             "ms": 1000 * seconds,
             "packs a micro-batch": micro_batch,
-            "GiB at most": self._peak(config) / 2**30,
+            "GiB at most": peak() / 2**30,
             "attention": attention,
         }
         if breakdown is not None:
@@ -363,23 +349,20 @@ class Bench:
         rate = training_flops(counts, config.model) / seconds / 1e12
         return 100 * rate / HOPPER_TFLOPS, "% MFU", details
 
-    def _peak(self, config: RunConfig) -> int:
-        """Peak bytes. Memory of CUDA graphs counts as free between replays, so with graphs reserved bytes are taken."""
-        return torch.cuda.max_memory_reserved() if config.train.cuda_graph else torch.cuda.max_memory_allocated()
-
     def _data(self) -> None:
         """The loader by itself, over photos of web sizes in packs of stage 1."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        data = BenchData(self.folder, self.tiny, "", "")
+        data = BenchData(self.folder, self.tiny, "")
         for decoder in ("dali", "cpu"):
             self._try(f"loader, {decoder}", partial(self._loaded, data, decoder))
 
     def _loaded(self, data: BenchData, decoder: str) -> tuple[float, str, Details]:
         config = recipe("l16", 1, False, micro_batch_size=1, global_batch_size=4)
-        settings: dict[str, Any] = {"data.train_data": data.indexed["stage 1"], "data.tokenizer": data.tokenizer}
-        if self.tiny:
-            settings |= {"data.seq_length": 1200}
-        config = override(config, {**settings, "data.decoder": decoder, "model.drop_path_rate": 0.0})
+        settings: dict[str, Any] = {
+            "data.train_data": data.indexed["stage 1"], "data.tokenizer": data.tokenizer, "data.decoder": decoder,
+            "model.drop_path_rate": 0.0, **({"data.seq_length": 1200} if self.tiny else {}),
+        }  # fmt: skip
+        config = override(config, settings)
         loader = Loader(config, "train")
         batches = iter(loader)
         for _ in range(config.data.prefetch + 2):

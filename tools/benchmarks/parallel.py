@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,35 +33,19 @@ from genlip_megatron.config.command_line import StrictParser
 
 megatron_patches.install()
 
+from common import SMALL, device_name, make_samples, take_turns  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from genlip_megatron.batch import PackedBatch, Sample, pack_samples  # noqa: E402
-from genlip_megatron.config import (  # noqa: E402
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-    from_dict,
-    load_yaml,
-)
+from genlip_megatron.batch import PackedBatch, pack_samples  # noqa: E402
+from genlip_megatron.config import DataConfig, ParallelConfig, RunConfig, TrainConfig, from_dict, load_yaml  # noqa: E402
 from genlip_megatron.config.checks import check  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.setup import build_run  # noqa: E402
-from genlip_megatron.train.state import Run  # noqa: E402
 from genlip_megatron.train.step import train_step  # noqa: E402
 
-SMALL = ModelConfig(
-    num_layers=8,
-    hidden_size=256,
-    num_attention_heads=8,
-    ffn_hidden_size=704,
-    text_hidden_size=256,
-    vocab_size=8192,
-    rope_sections=(5, 5, 6),
-    drop_path_rate=0.0,
-)
-PATCHES, SIDE, TEXT, PROMPT = 196, 14, 74, 6
+_MODEL = replace(SMALL, num_layers=8, num_attention_heads=8, rope_sections=(5, 5, 6))
+SIDE, TEXT = 14, 74
+TOKENS = SIDE * SIDE + TEXT  # of a sample
 
 
 def layouts(processes: int) -> dict[str, ParallelConfig]:
@@ -86,48 +70,28 @@ def layouts(processes: int) -> dict[str, ParallelConfig]:
     return found
 
 
-def make_batches(model: ModelConfig, packs: int, samples_per_pack: int) -> list[PackedBatch]:
+def make_batches(packs: int, samples_per_pack: int) -> list[PackedBatch]:
     """Full packs of stage-1 samples with 196 patches and 74 text tokens each; the prompt carries no loss."""
-    rng = np.random.default_rng(0)
-    batches = []
-    for _ in range(packs):
-        samples = [
-            Sample(
-                torch.from_numpy(rng.integers(0, 256, (PATCHES, 768), dtype=np.uint8)),
-                SIDE,
-                SIDE,
-                rng.integers(0, model.vocab_size, TEXT).tolist(),
-                [False] * PROMPT + [True] * (TEXT - PROMPT),
-            )
-            for _ in range(samples_per_pack)
-        ]
-        batches.append(pack_samples([samples], samples_per_pack * (PATCHES + TEXT)))
-    return batches
-
-
-def build(config: RunConfig, batches: list[PackedBatch]) -> tuple[Run, list[PackedBatch]]:
-    """The run on its own process groups, and the micro-batches of this rank."""
-    groups.initialize(config)
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return build_run(config), batches[rank::ranks]
+    samples = make_samples([(SIDE, SIDE)] * packs * samples_per_pack, np.random.default_rng(0), (TEXT, TEXT))
+    starts = range(0, len(samples), samples_per_pack)
+    return [pack_samples([samples[i : i + samples_per_pack]], samples_per_pack * TOKENS) for i in starts]
 
 
 def timed(config: RunConfig, batches: list[PackedBatch], steps: int) -> tuple[list[float], float]:
     """(seconds of each step but the first, loss of the first)."""
-    run, mine = build(config, batches)
-    seconds, first = [], 0.0
-    for step in range(steps + 1):
+    groups.initialize(config)
+    mine = batches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+    run = build_run(config)
+    seconds, losses = [], []
+    for _ in range(steps + 1):
         torch.distributed.barrier()
         begin = time.perf_counter()
-        outcome = train_step(run, iter(mine))
+        losses.append(train_step(run, iter(mine)).loss)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         torch.distributed.barrier()
-        if step:
-            seconds.append(time.perf_counter() - begin)
-        else:
-            first = outcome.loss
-    return seconds, first
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:], losses[0]
 
 
 @command
@@ -144,47 +108,43 @@ def main() -> int:
     if processes < 2:
         parser.error("start it with torchrun on two processes or more: torchrun --nproc-per-node 2 ...")
     try:
-        model = from_dict(load_yaml(f"{options.size}_stage1"), options.size).model if options.size else SMALL
+        model = from_dict(load_yaml(f"{options.size}_stage1"), options.size).model if options.size else _MODEL
     except ValueError as error:
         parser.error(str(error))
+    tokens = options.samples * TOKENS
     base = RunConfig(
         model=replace(model, drop_path_rate=0.0),
-        data=DataConfig(seq_length=options.samples * (PATCHES + TEXT)),
+        data=DataConfig(seq_length=tokens),
         train=TrainConfig(global_batch_size=options.packs, lr_warmup_iters=0, train_iters=1000),
     )
-    configs, skipped = {}, {}
+    batches = make_batches(options.packs, options.samples)
+    contestants, skipped = {}, {}
     for name, parallel in layouts(processes).items():
         config = replace(base, parallel=parallel)
         try:
             check(config, processes)
-            configs[name] = config
+            contestants[name] = partial(timed, config, batches, options.steps)
         except ValueError as error:
             skipped[name] = str(error)
-    batches = make_batches(model, options.packs, options.samples)
-    seconds: dict[str, list[float]] = {name: [] for name in configs}
-    losses: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # the runs' own log lines
-        for _ in range(options.rounds):
-            for name, config in configs.items():
-                taken, losses[name] = timed(config, batches, options.steps)
-                seconds[name] += taken
-    report(seconds, losses, skipped, processes, options.packs * options.samples * (PATCHES + TEXT))
+        turns = take_turns("layouts", contestants, options.rounds)
+    report(turns, skipped, processes, options.packs * tokens)
     groups.finalize()
     return 0
 
 
 def report(
-    seconds: dict[str, list[float]], losses: dict[str, float], skipped: dict[str, str], processes: int, tokens: int
+    turns: dict[str, list[tuple[list[float], float]]], skipped: dict[str, str], processes: int, tokens: int
 ) -> None:
     """Print the table on rank 0. All layouts must have the same loss, or they did not do the same work."""
+    losses = {name: mine[-1][1] for name, mine in turns.items()}
     baseline, *_ = losses
     for name, loss in losses.items():
         assert abs(loss / losses[baseline] - 1) < 1e-2, f"{name}: loss {loss} and not {losses[baseline]}"
     if torch.distributed.get_rank():
         return
-    medians: dict[str, Any] = {name: statistics.median(times) for name, times in seconds.items()}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread each"
-    print(f"{processes} processes ({device}), torch {torch.__version__}; {tokens} tokens a step")
+    medians = {name: statistics.median(s for seconds, _ in mine for s in seconds) for name, mine in turns.items()}
+    print(f"{processes} processes ({device_name()}), torch {torch.__version__}; {tokens} tokens a step")
     for name, median in medians.items():
         ratio = medians[baseline] / median
         print(f"{name:24} {1000 * median:8.0f} ms a step {tokens / median:9.0f} tokens/s   ratio {ratio:.2f}")

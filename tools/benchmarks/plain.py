@@ -70,13 +70,7 @@ def collate(
     """
     positions, ids = [], []
     for text, (height, width) in zip(tokens, grids, strict=True):
-        image = torch.stack(
-            (
-                torch.zeros(height * width, dtype=torch.int64),
-                torch.arange(height).repeat_interleave(width),
-                torch.arange(width).repeat(height),
-            )
-        )
+        image = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width)).T
         steps = max(height, width) + torch.arange(len(text))
         positions.append(torch.cat((image, steps.expand(3, -1)), dim=1).T)
         ids.append(F.pad(text, (height * width, 0)))
@@ -147,8 +141,6 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """``fc2(silu(gate_fc(x)) * fc1(x))``."""
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
@@ -156,36 +148,23 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
         return self.fc2(F.silu(self.gate_fc(x)) * self.fc1(x))
 
 
 class LayerScale(nn.Module):
-    """One learned factor per channel."""
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
         return x * self.lambda1
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Zero a residual branch [B, T, D] for whole samples with probability ``rate``; scale the kept ones up."""
-    if not training or rate == 0:
-        return x
-    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
-    return x * (keep / (1 - rate)).to(x.dtype)
-
-
 class Block(nn.Module):
-    """Pre-norm Transformer layer with LayerScale and DropPath on both branches."""
+    """Pre-norm Transformer layer with LayerScale on both branches, without DropPath."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.drop_path_rate = config.drop_path_rate
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
         self.self_attn = Attention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
@@ -195,11 +174,8 @@ class Block(nn.Module):
         self.layer_scale2 = LayerScale(config) if scaled else nn.Identity()
 
     def forward(self, x: Tensor, mask: Any, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        y = self.layer_scale1(self.self_attn(self.layer_norm1(x), mask, cos, sin))
-        x = x + drop_path(y, self.drop_path_rate, self.training)
-        y = self.layer_scale2(self.mlp(self.layer_norm2(x)))
-        return x + drop_path(y, self.drop_path_rate, self.training)
+        x = x + self.layer_scale1(self.self_attn(self.layer_norm1(x), mask, cos, sin))
+        return x + self.layer_scale2(self.mlp(self.layer_norm2(x)))
 
 
 class PlainGenLIP(nn.Module):
@@ -263,12 +239,7 @@ class PlainGenLIP(nn.Module):
         Args:
             batch: see ``PaddedBatch``.
             head: ``"all"`` computes logits [B, T, V], including padding; ``"answer"`` only [R, V].
-
-        Raises:
-            ValueError: another ``head``.
         """
-        if head not in ("all", "answer"):
-            raise ValueError(f"head = {head!r}: expected 'all' or 'answer'")
         features, labels = self.features(batch), batch.labels
         if head == "answer":
             rows = labels != IGNORE

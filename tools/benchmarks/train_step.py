@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,60 +34,19 @@ from genlip_megatron.config.command_line import StrictParser
 
 megatron_patches.install()
 
+from common import SMALL, make_samples, native_grids, take_turns, tokens_of  # noqa: E402
 from plain import IGNORE, PaddedBatch, collate  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from genlip_megatron.batch import PATCH_SIZE, PackedBatch, Sample, pack_samples  # noqa: E402
-from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig  # noqa: E402
+from genlip_megatron.config import DataConfig, RunConfig, TrainConfig  # noqa: E402
 from genlip_megatron.data.plan import Plan, Source  # noqa: E402
-from genlip_megatron.data.resize import native_size  # noqa: E402
 from genlip_megatron.model.state_dict import canonical_shapes  # noqa: E402
 from genlip_megatron.model.weights import initial_tensor  # noqa: E402
 from genlip_megatron.parallel import groups  # noqa: E402
 from genlip_megatron.train.setup import build_run  # noqa: E402
-from genlip_megatron.train.state import Run  # noqa: E402
 from genlip_megatron.train.step import train_step  # noqa: E402
 
-MODEL = ModelConfig(
-    num_layers=6,
-    hidden_size=256,
-    num_attention_heads=4,
-    ffn_hidden_size=704,
-    text_hidden_size=256,
-    vocab_size=8192,
-    rope_sections=(10, 11, 11),
-    drop_path_rate=0.0,
-)
-PROMPT_TOKENS = 6
 LR, WEIGHT_DECAY, BETAS, CLIP = 1e-4, 0.01, (0.9, 0.95), 1.0
-
-
-def make_samples(grids: Sequence[tuple[int, int]], rng: np.random.Generator) -> list[Sample]:
-    """Random images of the given patch grids, each with 40 to 110 text tokens of which the prompt carries no loss."""
-    samples = []
-    for rows, columns in grids:
-        length = int(rng.integers(40, 111))
-        pixels = rng.integers(0, 256, (rows * columns, 768), dtype=np.uint8)
-        tokens = rng.integers(0, MODEL.vocab_size, length).tolist()
-        loss = [False] * PROMPT_TOKENS + [True] * (length - PROMPT_TOKENS)
-        samples.append(Sample(torch.from_numpy(pixels), rows, columns, tokens, loss))
-    return samples
-
-
-def native_grids(count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Patch grids of native-aspect images: areas log-uniform over 16 to 1024 patches, aspect ratios 1:2 to 2:1."""
-    grids = []
-    areas, aspects = np.exp(rng.uniform(np.log(16), np.log(1024), count)), rng.uniform(-1, 1, count)
-    for area, aspect in zip(areas, aspects, strict=True):
-        height = np.sqrt(area * 2**aspect) * PATCH_SIZE
-        rows, columns = native_size(round(height), round(area * PATCH_SIZE**2 / height))
-        grids.append((rows // PATCH_SIZE, columns // PATCH_SIZE))
-    return grids
-
-
-def tokens_of(sample: Sample) -> int:
-    """Image and text tokens of a sample."""
-    return sample.rows * sample.columns + len(sample.token_ids)
 
 
 def pack(samples: list[Sample], seq_length: int) -> list[PackedBatch]:
@@ -109,7 +68,7 @@ def ours(samples: list[Sample], packs: int) -> tuple[Callable[[], float], float]
     while len(batches := pack(samples, seq_length)) > packs:
         seq_length += 1
     config = RunConfig(
-        model=MODEL,
+        model=SMALL,
         data=DataConfig(seq_length=seq_length),
         train=TrainConfig(
             global_batch_size=len(batches), lr=LR, min_lr=LR, lr_warmup_iters=0, train_iters=1000,
@@ -117,7 +76,7 @@ def ours(samples: list[Sample], packs: int) -> tuple[Callable[[], float], float]
         ),
     )  # fmt: skip
     groups.initialize(config)
-    run: Run = build_run(config)
+    run = build_run(config)
 
     def step() -> float:
         return train_step(run, iter(batches)).loss
@@ -174,9 +133,9 @@ def compare(name: str, samples: list[Sample], rounds: int, packs: int, threads: 
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "batch.pt"
-        weights = {name: initial_tensor(name, shape, MODEL, 1234) for name, shape in canonical_shapes(MODEL).items()}
+        weights = {name: initial_tensor(name, shape, SMALL, 1234) for name, shape in canonical_shapes(SMALL).items()}
         torch.save(
-            {"model": asdict(MODEL), "weights": weights, "batch": asdict(padded(samples)), "threads": threads,
+            {"model": asdict(SMALL), "weights": weights, "batch": asdict(padded(samples)), "threads": threads,
              "lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "clip": CLIP}, file,
         )  # fmt: skip
         baselines = {f"head-{head}": Baseline(file, head) for head in ("all", "answer")}
@@ -186,16 +145,14 @@ def compare(name: str, samples: list[Sample], rounds: int, packs: int, threads: 
         spread = max(losses.values()) - min(losses.values())
         if spread > 1e-4:
             sys.exit(f"the losses differ: {losses}")
-        seconds: dict[str, list[float]] = {label: [] for label in contestants}
-        for _ in tqdm(range(rounds), desc=name, unit="round", file=sys.stderr):
-            for label, step in contestants.items():
-                seconds[label].append(step()[1])
+        turns = take_turns(name, contestants, rounds)
         for baseline in baselines.values():
             baseline.close()
+    seconds = {label: [turn[1] for turn in mine] for label, mine in turns.items()}
     rates = {label: tokens / statistics.median(times) for label, times in seconds.items()}
     print(f"{name}: {len(samples)} samples, {tokens} tokens, loss {losses['ours']:.6f} (spread {spread:.1e}); "
           f"ours {rates['ours']:.0f} tokens/s, {packs} packs {100 * fill:.1f}% full")  # fmt: skip
-    for label in ("head-all", "head-answer"):
+    for label in baselines:
         times = seconds[label]
         print(f"  {name} {label}: baseline {rates[label]:.0f} tokens/s, step {min(times):.2f} to {max(times):.2f} s, "
               f"ours {min(seconds['ours']):.2f} to {max(seconds['ours']):.2f} s, "
@@ -215,20 +172,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rng = np.random.default_rng(0)
     print(f"torch {torch.__version__}, {options.threads} threads, float32 on CPU, "
-          f"{sum(int(np.prod(s)) for s in canonical_shapes(MODEL).values()) / 1e6:.1f} M parameters")  # fmt: skip
-    side = 224 // PATCH_SIZE
-    if options.only != "native":
-        compare(
-            "fixed", make_samples([(side, side)] * options.samples, rng), options.rounds, options.packs, options.threads
-        )
-    if options.only != "fixed":
-        compare(
-            "native",
-            make_samples(native_grids(options.samples, rng), rng),
-            options.rounds,
-            options.packs,
-            options.threads,
-        )
+          f"{sum(int(np.prod(s)) for s in canonical_shapes(SMALL).values()) / 1e6:.1f} M parameters")  # fmt: skip
+    for mix in [options.only] if options.only else ["fixed", "native"]:
+        grids = native_grids(options.samples, rng) if mix == "native" else [(14, 14)] * options.samples
+        compare(mix, make_samples(grids, rng), options.rounds, options.packs, options.threads)
     groups.finalize()
 
 
