@@ -403,6 +403,11 @@ class RunConfig:
         beside = self.checkpoint.save or self.log.tensorboard_dir
         return f"{beside}/profile" if beside else ""
 
+    def value(self, name: str) -> Any:
+        """The value of a setting, given as "section.key"."""
+        section, key = name.split(".")
+        return getattr(getattr(self, section), key)
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain dictionaries and lists, as written to YAML."""
         return {

@@ -1,3 +1,4 @@
+# ruff: noqa: F401  what is imported here is what others use
 """Estimates for a layout: parameters, memory of the fullest rank, traffic, step time. Pure, allocates no tensors.
 
 ``sample.py`` defines samples and machines; ``activations.py`` and ``memory.py`` count bytes; ``cost.py`` counts
@@ -32,31 +33,3 @@ from genlip_megatron.estimate.sample import (
     micro_batches,
     sample_flops,
 )
-
-__all__ = [
-    "GIB",
-    "LAYOUT_FLAGS",
-    "MACHINES",
-    "Estimate",
-    "Machine",
-    "Memory",
-    "SampleMix",
-    "Traffic",
-    "best_layouts",
-    "bubble_fraction",
-    "changes",
-    "check_fits",
-    "default_mix",
-    "estimate",
-    "in_flight",
-    "layout_flags",
-    "layouts",
-    "memory",
-    "micro_batches",
-    "nearest_fit",
-    "recompute_sets",
-    "recomputed_fraction",
-    "sample_flops",
-    "stage_parameters",
-    "traffic",
-]

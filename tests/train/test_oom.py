@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,25 +43,15 @@ def test_settings_already_set_or_impossible_are_not_suggested() -> None:
     assert "more or larger GPUs" in text
 
 
-class _Run:
-    """The parts of a run that ``train`` uses around its steps."""
-
-    def __init__(self, began: int) -> None:
-        self.iteration = began
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize(("steps", "error"), [(0, UserError), (FIRST_STEPS - 1, UserError), (FIRST_STEPS, type(ERROR))])
 def test_running_out_of_memory_in_later_steps_is_a_crash(
     steps: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(run: _Run, stop: Any) -> int:
+    def fail(run: Any, stop: Any) -> int:
         run.iteration += steps
         raise ERROR
 
-    monkeypatch.setattr(loop, "set_up", lambda config, watchdog: _Run(began=100))
+    monkeypatch.setattr(loop, "set_up", lambda *_: SimpleNamespace(iteration=100, close=lambda: None))
     monkeypatch.setattr(loop, "train_steps", fail)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
     with pytest.raises(error, match="out of memory"):
