@@ -95,11 +95,11 @@ def run(config: RunConfig) -> int:
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
+    from genlip_megatron.command import UserError
     from genlip_megatron.data.quarantine import DataFailure
     from genlip_megatron.faults.watchdog import Watchdog
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import train
-    from genlip_megatron.user_error import UserError
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(config), flush=True)

@@ -26,7 +26,6 @@ ROOMS = {
     "log": "",
     "optional": "",
     "tokenizer": "",
-    "user_error": "",
     "command": "",
     "megatron_patches": "device",
     "config": "faults",
@@ -40,8 +39,7 @@ ROOMS = {
     "convert": "batch checkpoint config hf megatron_patches model optional outputs parallel tokenizer",
     "estimate": "config model",
     "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel",
-    "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel "
-    "user_error",
+    "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel",
     "evaluate": "batch data model outputs",
     "integrations": "hf",
     "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel train",

@@ -243,7 +243,7 @@ def rewind(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors end with status 2 and one line."""
     parser = build_parser()
-    options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(argv)
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "list": list_checkpoints,
         "verify": verify,

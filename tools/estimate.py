@@ -31,7 +31,7 @@ from genlip_megatron import estimate as es
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
 from genlip_megatron.config import LINEAR_INPUTS, PATCH_SIZE, PATCH_VALUES, RunConfig, from_dict, load_yaml, override
 from genlip_megatron.config.checks import check
-from genlip_megatron.config.command_line import build_parser
+from genlip_megatron.config.command_line import RunParser, build_parser
 
 # fmt: off
 SMALL = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 352,
@@ -231,9 +231,9 @@ def as_json(e: es.Estimate, timed: bool, fits: bool) -> dict[str, Any]:
     return plain
 
 
-def build() -> Any:
+def build() -> RunParser:
     """The parser: the flags of training and those of the estimate."""
-    parser = cast(Any, build_parser())
+    parser = build_parser()
     parser.prog = "estimate.py"
     parser.usage = "%(prog)s --config NAME|FILE --gpus N --gpu KIND [--FLAG VALUE ...]"
     parser.description = (__doc__ or "").partition("\n")[0]
@@ -300,7 +300,7 @@ def chosen_machine(options: dict[str, Any]) -> tuple[es.Machine, bool]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Estimate and print; returns the exit status."""
     parser = build()
-    options = vars(parser.parse_strict(sys.argv[1:] if argv is None else argv))
+    options = vars(parser.parse_args(argv))
     if options["measure"]:
         return measure()
     settings = {name: value for name, value in options.items() if "." in name}

@@ -7,12 +7,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from genlip_megatron.batch import to_image
+from genlip_megatron.command import UserError
 from genlip_megatron.device import current_device
 from genlip_megatron.infer.generate import generate
 from genlip_megatron.log import log
 from genlip_megatron.train.forward_backward import forward_backward
 from genlip_megatron.train.state import Run
-from genlip_megatron.user_error import UserError
 
 _MAX_NEW_TOKENS = 64  # of a caption
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from genlip_megatron.command import UserError
 from genlip_megatron.config import RunConfig, from_dict, load_yaml, override
 from genlip_megatron.parallel import groups
 from genlip_megatron.train import loop
 from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
-from genlip_megatron.user_error import UserError
 
 ERROR = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is free."
