@@ -286,10 +286,3 @@ def test_limits_on_bad_steps_end_a_run(
     more = {"faults__max_bad_steps": 2, "checkpoint__save": str(tmp_path), "checkpoint__save_interval": 100}
     results = launch(trained, demo_data, "DP2", *faults, train__train_iters=5, **{**more, **flags})
     assert [result for result, _ in results] == [status] * 2
-
-
-def test_a_drill_of_a_full_disk_loses_only_one_checkpoint(demo_data: Path, tmp_path: Path) -> None:
-    flags = {"checkpoint__save": str(tmp_path / "run"), "checkpoint__save_interval": 1, "train__train_iters": 3}
-    for status, found in launch(trained, demo_data, "DP2", "full-disk@2:1", **flags):
-        assert status == 0 and found["steps"] == (3, 3, 3)
-    assert sorted(path.name for path in (tmp_path / "run").glob("*iter_*0*")) == ["iter_0000001", "iter_0000003"]
