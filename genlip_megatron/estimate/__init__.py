@@ -5,14 +5,7 @@
 arithmetic, traffic and time; ``layouts.py`` searches for layouts that fit and refuses those that do not.
 """
 
-from genlip_megatron.estimate.cost import (
-    Estimate,
-    Traffic,
-    bubble_fraction,
-    estimate,
-    recomputed_fraction,
-    traffic,
-)
+from genlip_megatron.estimate.cost import Estimate, Traffic, bubble_fraction, estimate, recomputed_fraction, traffic
 from genlip_megatron.estimate.layouts import (
     LAYOUT_FLAGS,
     best_layouts,
@@ -24,12 +17,4 @@ from genlip_megatron.estimate.layouts import (
     recompute_sets,
 )
 from genlip_megatron.estimate.memory import Memory, in_flight, memory, stage_parameters
-from genlip_megatron.estimate.sample import (
-    GIB,
-    MACHINES,
-    Machine,
-    SampleMix,
-    default_mix,
-    micro_batches,
-    sample_flops,
-)
+from genlip_megatron.estimate.sample import GIB, MACHINES, Machine, SampleMix, default_mix, micro_batches, sample_flops

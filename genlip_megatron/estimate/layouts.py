@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from genlip_megatron.config import LINEAR_INPUTS, RunConfig
 from genlip_megatron.config.checks import check
 from genlip_megatron.estimate.cost import Estimate, estimate
@@ -139,24 +137,17 @@ def nearest_fit(
     return [e.config for e in sorted(found, key=lambda e: (changes(config, e.config), _rank(e)))]
 
 
-def check_fits(
-    config: RunConfig,
-    world_size: int,
-    capacity_bytes: float,
-    device: str | None = None,
-    mix: SampleMix | None = None,
-) -> None:
-    """Refuse a layout whose fullest rank needs more than ``capacity_bytes``; ``device`` None: this machine's.
+def check_fits(config: RunConfig, world_size: int, capacity_bytes: float, device: str) -> None:
+    """Refuse a layout whose fullest rank needs more than ``capacity_bytes``.
 
     Raises:
         ValueError: states the need, its parts, the capacity, and the flags of the nearest layout that fits.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    need = memory(config, world_size, device, mix)
+    need = memory(config, world_size, device)
     if need.total <= capacity_bytes:
         return
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.parts().items() if size)
-    nearest = nearest_fit(config, world_size, capacity_bytes, device, mix)
+    nearest = nearest_fit(config, world_size, capacity_bytes, device)
     advice = (
         f"no layout on {world_size} ranks fits; use more or larger GPUs, a shorter data.seq_length or a smaller model"
     )

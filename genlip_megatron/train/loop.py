@@ -10,14 +10,7 @@ import torch
 from genlip_megatron.command import FILE_ERRORS, UserError, one_line
 from genlip_megatron.config import RunConfig
 from genlip_megatron.device import current_device
-from genlip_megatron.faults.exits import (
-    EXIT_NOT_SAVED,
-    EXIT_PREEMPTED,
-    LeaveRun,
-    mark_final,
-    say_error,
-    tell_torchrun,
-)
+from genlip_megatron.faults.exits import EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, mark_final, say_error, tell_torchrun
 from genlip_megatron.faults.stop import StopRequest, describe_votes
 from genlip_megatron.faults.watchdog import Watchdog
 from genlip_megatron.log import log
