@@ -51,8 +51,18 @@ def test_loss_falls(whole: Callable) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
-@pytest.mark.parametrize("name", ["DP2", "fsdp DP2", pytest.param("TP2", marks=pytest.mark.long), "TP2xPP2"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("DP2", DP_RESHARDABLE),
+        ("DP2", FULLY_RESHARDABLE),
+        pytest.param("TP2", DP_RESHARDABLE, marks=pytest.mark.long),
+        pytest.param("TP2", FULLY_RESHARDABLE, marks=pytest.mark.long),
+        ("TP2xPP2", DP_RESHARDABLE),
+        ("TP2xPP2", FULLY_RESHARDABLE),
+        ("fsdp DP2", FULLY_RESHARDABLE),
+    ],
+)
 def test_resume_is_bit_for_bit_on_the_same_layout(
     name: str, kind: str, whole: Callable, demo_data: Path, tmp_path: Path
 ) -> None:
