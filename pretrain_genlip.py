@@ -74,12 +74,8 @@ def warn_of_shared_store() -> None:
 def describe(config: RunConfig) -> str:
     """One line about the run. ``--print-config`` and ``config.yaml`` in checkpoints show the whole configuration."""
     parallel, data, train = config.parallel, config.data, config.train
-    layout = {
-        "tp": parallel.tensor_model_parallel_size,
-        "pp": parallel.pipeline_model_parallel_size,
-        "cp": parallel.context_parallel_size,
-        "world_size": os.environ.get("WORLD_SIZE", "1"),
-    }
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    world_size = os.environ.get("WORLD_SIZE", "1")
     facts = {
         "train_data": ",".join(data.train_data) or "none",
         "valid_data": ",".join(data.valid_data) or "none",
@@ -88,7 +84,7 @@ def describe(config: RunConfig) -> str:
         "seq_length": data.seq_length,
         "layers": config.model.num_layers,
         "hidden_size": config.model.hidden_size,
-        "layout": " ".join(f"{name} {size}" for name, size in layout.items()),
+        "layout": f"tp {tp} pp {pp} cp {parallel.context_parallel_size} world_size {world_size}",
         "save": config.checkpoint.save or "none",
     }
     return " | ".join(f"{name} {value}" for name, value in facts.items())
@@ -99,11 +95,11 @@ def run(config: RunConfig) -> int:
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
+    from genlip_megatron.command import UserError
     from genlip_megatron.data.quarantine import DataFailure
     from genlip_megatron.faults.watchdog import Watchdog
     from genlip_megatron.parallel import groups
     from genlip_megatron.train.loop import train
-    from genlip_megatron.user_error import UserError
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(config), flush=True)
@@ -113,18 +109,12 @@ def run(config: RunConfig) -> int:
         status = train(config, watchdog)
         groups.finalize()
         return status
-    except UserError as error:
-        # Usually every rank finds the same error, but a single node may lack a file.
+    except (UserError, DataFailure, ConnectionError) as error:
+        # All ranks may find the same error, or only those of a node that lacks a file or that read the bad samples;
+        # torchrun ends the others when these leave.
         say_error(str(error), groups.first_to_say(str(error)))
-        return EXIT_USER_ERROR
-    except DataFailure as error:
-        # Only the ranks that read the bad samples know; torchrun ends the others when these leave.
-        say_error(str(error), groups.first_to_say(str(error)))
-        return EXIT_DATA_FAILURE
-    except ConnectionError as error:
-        # A store or another process may answer after a restart.
-        say_error(str(error), groups.first_to_say(str(error)))
-        return 1
+        # After a restart a store or another process may answer.
+        return {UserError: EXIT_USER_ERROR, DataFailure: EXIT_DATA_FAILURE}.get(type(error), 1)
     finally:
         watchdog.close()
 

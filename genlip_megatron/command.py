@@ -30,6 +30,13 @@ _PACKAGE = str(Path(__file__).parent)
 _GRACE = 5.0  # seconds that a worker has to remove its partial files
 
 
+class UserError(ValueError):
+    """A setting or a file is wrong: a run ends with one line and exit status 2.
+
+    Other ValueErrors of a run are crashes: a restart may help, and they keep their traceback.
+    """
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a tool's ``main``: an OSError, or a ValueError that this project raises, is one line and status 2.
 

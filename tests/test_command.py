@@ -64,7 +64,7 @@ def work():
 
 @command.command
 def main():
-    if sys.argv[1] == "alone":
+    if sys.argv[1] == "tool":
         work()
     with command.WorkerPool(1) as pool:
         pool.submit(work).result()
@@ -83,29 +83,26 @@ def in_terminal(*words: str) -> tuple[int, int]:
     return pid, terminal
 
 
-def until(terminal: int, text: bytes, seconds: float = 60) -> bytes:
-    """The output of a command up to a text."""
+def output_of(terminal: int, text: bytes | None = None, seconds: float = 60) -> str:
+    """The output of a command up to a text, or to its end."""
     output, deadline = b"", time.monotonic() + seconds
-    while text not in output:
+    while text is None or text not in output:
         assert time.monotonic() < deadline, output
-        if select.select([terminal], [], [], 0.1)[0]:
-            output += os.read(terminal, 4096)
-    return output
-
-
-def ended(pid: int, terminal: int, seconds: float = 60) -> tuple[int, str]:
-    """(exit status or minus the signal, output) of a command in a terminal."""
-    output, deadline = b"", time.monotonic() + seconds
-    while time.monotonic() < deadline:
         try:
             if select.select([terminal], [], [], 0.1)[0]:
                 output += os.read(terminal, 4096)
         except OSError:  # the other side is closed
             break
-    else:
-        os.kill(pid, signal.SIGKILL)
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode()
+    return output.decode()
+
+
+def ended(pid: int, terminal: int, seconds: float = 60) -> tuple[int, str]:
+    """(exit status or minus the signal, output) of a command in a terminal."""
+    try:
+        output = output_of(terminal, seconds=seconds)
+    finally:
+        os.close(terminal)  # SIGHUP ends a command that still runs
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -131,20 +128,20 @@ def test_an_interrupted_tool_ends_its_workers_and_leaves_no_files(number: int, t
     assert not [worker for worker in workers if worker.is_running()]
 
 
-@pytest.mark.parametrize("place", ["alone", "worker"])
+@pytest.mark.parametrize("place", ["tool", "worker"])
 def test_processes_that_ignore_ctrl_c_are_killed(place: str, tmp_path: Path) -> None:
     """A second Ctrl-C kills the tool; the tool kills its workers."""
     tool = tmp_path / "tool.py"
     tool.write_text(STUBBORN)
     pid, terminal = in_terminal(str(tool), place)
-    seen = until(terminal, b"working")
+    seen = output_of(terminal, b"working")
     workers = psutil.Process(pid).children(recursive=True)
     os.write(terminal, b"\x03")
-    seen += until(terminal, b"cleaning up")
-    if place == "alone":
+    seen += output_of(terminal, b"cleaning up")
+    if place == "tool":
         os.write(terminal, b"\x03")
     status, output = ended(pid, terminal, 15)
-    assert status == -signal.SIGINT and "Traceback" not in seen.decode() + output, output
+    assert status == -signal.SIGINT and "Traceback" not in seen + output, output
     _, alive = psutil.wait_procs(workers, timeout=5)
     for worker in alive:
         worker.kill()

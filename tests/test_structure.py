@@ -26,7 +26,6 @@ ROOMS = {
     "log": "",
     "optional": "",
     "tokenizer": "",
-    "user_error": "",
     "command": "",
     "megatron_patches": "device",
     "config": "faults",
@@ -42,8 +41,7 @@ ROOMS = {
     "estimate": "config model",
     "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel "
     "storage tokenizer",
-    "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel "
-    "user_error",
+    "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel",
     "evaluate": "batch data model outputs",
     "integrations": "hf",
     "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel tokenizer train",

@@ -242,7 +242,7 @@ def rewind(options: argparse.Namespace) -> int:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors end with status 2 and one line."""
-    options = build_parser().parse_strict(sys.argv[1:] if argv is None else argv)
+    options = build_parser().parse_args(argv)
     try:
         status: int = options.function(options)
         return status

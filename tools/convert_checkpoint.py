@@ -205,7 +205,7 @@ def _compared(*models: Any, **how: Any) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors exit with status 2 and one line."""
     parser = build_parser()
-    options = parser.parse_strict(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(argv)
     commands: dict[str, Callable[[argparse.Namespace], int]] = {"to-hf": to_hf, "to-megatron": to_megatron}
     return commands[options.command](options)
 

@@ -29,11 +29,10 @@ import torch
 
 from genlip_megatron import estimate as es
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
-from genlip_megatron.config import LINEAR_INPUTS, RunConfig, from_dict, load_yaml, override
+from genlip_megatron.config import LINEAR_INPUTS, PATCH_SIZE, PATCH_VALUES, RunConfig, from_dict, load_yaml, override
 from genlip_megatron.config.checks import check
-from genlip_megatron.config.command_line import build_parser
+from genlip_megatron.config.command_line import RunParser, build_parser
 
-LAYOUT = {f"{section}.{name}" for section, name, _ in es.LAYOUT_FLAGS}
 # fmt: off
 SMALL = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 352,
          "text_hidden_size": 128, "vocab_size": 512, "rope_sections": [5, 5, 6], "drop_path_rate": 0.1}
@@ -64,11 +63,11 @@ def small_run(name: str, precision: str, parallel: dict[str, Any] | None = None,
 def synthetic_batch(config: RunConfig, with_patches: bool) -> PackedBatch:
     """A micro-batch of random samples of the default mix, with DropPath factors."""
     mix, model = es.default_mix(config), config.model
-    side = config.data.image_size // 16
+    side = config.data.image_size // PATCH_SIZE
     generator = torch.Generator().manual_seed(0)
 
     def sample() -> Sample:
-        pixels = torch.randint(0, 256, (side**2, 768), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(0, 256, (side**2, PATCH_VALUES), generator=generator, dtype=torch.uint8)
         tokens = torch.randint(0, model.vocab_size, (mix.text_tokens,), generator=generator).tolist()
         loss = [i >= mix.text_tokens - mix.answer_tokens for i in range(mix.text_tokens)]
         return Sample(pixels if with_patches else None, side, side, tokens, loss)
@@ -141,9 +140,9 @@ def measure() -> int:
         for precision in ("fp32", "bf16"):
             config = small_run(name, precision)
             found, expected = measured_peak(config), es.memory(config, 1, device)
-            error = (expected.total - expected.overhead) / found - 1
-            worst = max(worst, abs(error))
             total = expected.total - expected.overhead
+            error = total / found - 1
+            worst = max(worst, abs(error))
             rows.append([name, precision, f"{found / 1e6:.1f}", f"{total / 1e6:.1f}", f"{100 * error:+.1f}%"])
     print(f"peak of torch's {device} allocator over 2 training steps, one process, torch {torch.__version__}")
     print(aligned(rows, left=2))
@@ -153,12 +152,8 @@ def measure() -> int:
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
     """``rows`` as aligned columns; the first ``left`` columns flush left, the others flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    lines = ["  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows]
     return "\n".join(lines)
 
 
@@ -218,34 +213,27 @@ def table(found: Sequence[es.Estimate], timed: bool) -> str:
     """One line for each layout."""
     rows = [["layout", "GiB per rank", "bubble", "sent GB", "step s", "samples/s", "MFU", "days"]]
     for e in found:
-        times = [
-            f"{e.step_seconds:.3f}",
-            f"{e.samples_per_step / e.step_seconds:.0f}",
-            f"{100 * e.mfu:.1f}%",
-            f"{e.days:.2f}",
-        ]
-        sent = sum(asdict(e.traffic).values()) / 1e9
+        speed = f"{e.samples_per_step / e.step_seconds:.0f}"
+        times = [f"{e.step_seconds:.3f}", speed, f"{100 * e.mfu:.1f}%", f"{e.days:.2f}"] if timed else ["-"] * 4
+        sent = f"{sum(asdict(e.traffic).values()) / 1e9:.1f}"
         memory = f"{e.memory.total / es.GIB:.1f}"
-        rows.append(
-            [es.layout_flags(e.config), memory, f"{100 * e.bubble:.1f}%", f"{sent:.1f}", *(times if timed else "----")]
-        )
+        rows.append([es.layout_flags(e.config), memory, f"{100 * e.bubble:.1f}%", sent, *times])
     return aligned(rows, left=1)
 
 
 def as_json(e: es.Estimate, timed: bool, fits: bool) -> dict[str, Any]:
     """An estimate as plain values; times are null without a peak rate."""
-    plain = asdict(e)
-    plain |= {"config": None, "layout": es.layout_flags(e.config), "fits": fits}
-    plain["memory"] |= {"total": e.memory.total}
+    plain = {**asdict(e), "layout": es.layout_flags(e.config), "fits": fits}
+    plain["memory"]["total"] = e.memory.total
     del plain["config"]
     if not timed:
         plain |= dict.fromkeys(("step_seconds", "communication_seconds", "days", "mfu"))
     return plain
 
 
-def build() -> Any:
+def build() -> RunParser:
     """The parser: the flags of training and those of the estimate."""
-    parser = cast(Any, build_parser())
+    parser = build_parser()
     parser.prog = "estimate.py"
     parser.usage = "%(prog)s --config NAME|FILE --gpus N --gpu KIND [--FLAG VALUE ...]"
     parser.description = (__doc__ or "").partition("\n")[0]
@@ -312,60 +300,49 @@ def chosen_machine(options: dict[str, Any]) -> tuple[es.Machine, bool]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Estimate and print; returns the exit status."""
     parser = build()
-    options = vars(parser.parse_strict(sys.argv[1:] if argv is None else argv))
+    options = vars(parser.parse_args(argv))
     if options["measure"]:
         return measure()
     settings = {name: value for name, value in options.items() if "." in name}
-    name, count = options["config"], options["gpus"]
+    name, count, mfu = options["config"], options["gpus"], options["mfu"]
     device = "cpu" if options["gpu"] == "cpu" else "cuda"
-    given = bool(LAYOUT & set(settings))
+    given = bool(es.LAYOUT_FLAGS.keys() & settings)
     try:
         config = override(from_dict(load_yaml(name) if name else {}, f"--config {name}"), settings)
         machine, timed = chosen_machine(options)
         mix = sample_mix(config, options)
         # A recipe's own layout may not suit this number of ranks; the search then finds others.
         check(config, count if given else None)
-        own = es.estimate(config, count, machine, options["mfu"], mix, device) if given else None
+        if options["print_config"]:
+            print(config.to_yaml(), end="")
+            return 0
+        own = es.estimate(config, count, machine, mfu, mix, device) if given else None
     except ValueError as error:
         parser.error(str(error))
     fits = own is not None and own.memory.total <= machine.memory
     if own is None:
-        found = es.best_layouts(config, count, machine, options["mfu"], mix, device)[: options["top"]]
+        found = es.best_layouts(config, count, machine, mfu, mix, device)[: options["top"]]
     elif fits:
         found = [own]
     else:
         nearest = es.nearest_fit(config, count, machine.memory, device, mix)[: options["top"]]
-        found = [es.estimate(layout, count, machine, options["mfu"], mix, device) for layout in nearest]
+        found = [es.estimate(layout, count, machine, mfu, mix, device) for layout in nearest]
+    shown = own or (found[0] if found else None)
     if options["json"]:
         listed = [as_json(e, timed, True) for e in found]
-        shown = as_json(own, timed, fits) if own is not None else None
-        print(json.dumps({"layout": shown, "fitting": listed, "sample": asdict(mix)}, indent=2))
+        layout = as_json(own, timed, fits) if own is not None else None
+        print(json.dumps({"layout": layout, "fitting": listed, "sample": asdict(mix)}, indent=2))
+    elif shown is None:
+        print(f"no layout on {count} x {machine.name} fits {machine.memory / es.GIB:.1f} GiB per rank")
     else:
-        report(config, options, machine, mix, own, found, timed)
+        print(describe_run(config, name, count, machine, mix, shown), end="\n\n")
+        if own is None:
+            print(f"the fastest layouts that fit\n{table(found, timed)}", end="\n\n")
+        print(describe_layout(shown, machine, timed, mfu))
+        if own is not None and not fits:
+            nearest_fits = f"The nearest that fit:\n{table(found, timed)}" if found else "No other layout fits either."
+            print(f"\nThis layout does not fit. {nearest_fits}")
     return int(not (fits or (own is None and found)))
-
-
-def report(
-    config: RunConfig,
-    options: dict[str, Any],
-    machine: es.Machine,
-    mix: es.SampleMix,
-    own: es.Estimate | None,
-    found: Sequence[es.Estimate],
-    timed: bool,
-) -> None:
-    """Print the run, the list of layouts if there is a choice, and one layout in detail."""
-    shown = own or (found[0] if found else None)
-    if shown is None:
-        print(f"no layout on {options['gpus']} x {machine.name} fits {machine.memory / es.GIB:.1f} GiB per rank")
-        return
-    print(describe_run(config, options["config"], options["gpus"], machine, mix, shown), end="\n\n")
-    if own is None:
-        print(f"the fastest layouts that fit\n{table(found, timed)}", end="\n\n")
-    print(describe_layout(shown, machine, timed, options["mfu"]))
-    if own is not None and own.memory.total > machine.memory:
-        nearest = f"The nearest that fit:\n{table(found, timed)}" if found else "No other layout fits either."
-        print(f"\nThis layout does not fit. {nearest}")
 
 
 if __name__ == "__main__":

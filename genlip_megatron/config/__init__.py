@@ -1,3 +1,4 @@
+# ruff: noqa: F401  what is imported here is what others use
 """The settings of a run: what they are, how they are read, and which combinations are refused."""
 
 from genlip_megatron.config.mixture import source_epochs, source_weights
@@ -22,31 +23,3 @@ from genlip_megatron.config.schema import (
 )
 from genlip_megatron.config.suggest import nearest
 from genlip_megatron.config.values import LOCAL_LAYERS, ONE_RANK, from_dict, override
-
-__all__ = [
-    "ATTENTION_BACKENDS",
-    "DEFAULT_PROMPT",
-    "LINEAR_INPUTS",
-    "LOCAL_LAYERS",
-    "ONE_RANK",
-    "PATCH_SIZE",
-    "PATCH_VALUES",
-    "SECTIONS",
-    "SETTINGS",
-    "CheckpointConfig",
-    "DataConfig",
-    "FaultsConfig",
-    "LogConfig",
-    "ModelConfig",
-    "OnResume",
-    "ParallelConfig",
-    "RunConfig",
-    "TrainConfig",
-    "from_dict",
-    "load_yaml",
-    "nearest",
-    "override",
-    "recipe_names",
-    "source_epochs",
-    "source_weights",
-]

@@ -24,20 +24,9 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         ValueError: a setting is out of range, settings contradict each other, or the layout does not fit.
     """
     check_ranges(config)
-    parts = [
-        _model,
-        _local_paths,
-        _schedule,
-        _data,
-        _checkpoint,
-        _layout,
-        _stages,
-        _recompute,
-        _fsdp,
-        _cuda_graph,
-        fp8_problems,
-    ]
-    problems = [part(config) for part in (*parts, _faults, _profile)]
+    layout = (_layout, _stages, _recompute, _fsdp, _cuda_graph, fp8_problems)
+    parts = (_model, _local_paths, _schedule, _data, _checkpoint, *layout, _faults, _profile)
+    problems = [part(config) for part in parts]
     if world_size is not None:
         problems.append(_world_size(config, world_size))
     for problem in itertools.chain(*problems):
@@ -62,15 +51,8 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 
 def _local_paths(config: RunConfig) -> Iterator[str]:
-    paths = {
-        "checkpoint.save": config.checkpoint.save,
-        "checkpoint.load": config.checkpoint.load,
-        "log.tensorboard_dir": config.log.tensorboard_dir,
-        "faults.stop_file": config.faults.stop_file,
-        "data.cache_dir": config.data.cache_dir,
-    }
-    for name, path in paths.items():
-        if "://" in path:
+    for name in ("checkpoint.save", "checkpoint.load", "log.tensorboard_dir", "faults.stop_file", "data.cache_dir"):
+        if "://" in config.value(name):
             yield f"{name}: is a URL; only shards and manifests are read from stores. Name a local path."
 
 

@@ -22,14 +22,12 @@ RUN = "pretrain_genlip.py"
 class StrictParser(argparse.ArgumentParser):
     """An ArgumentParser with one-line errors that suggest the flag or value that may be meant."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        return self.parse_strict(sys.argv[1:] if args is None else args)
-
     def error(self, message: str) -> typing.NoReturn:
         # The usage of a hundred flags, printed by each rank, would push this line off the screen.
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')} (see --help)\n")
 
-    def parse_strict(self, argv: Sequence[str]) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        argv = sys.argv[1:] if args is None else args
         self._check_switches(argv)
         known, unknown = self.parse_known_args(argv)
         if unknown:
@@ -80,7 +78,7 @@ class RunParser(StrictParser):
         self.exit(2)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> RunParser:
     """The command line of ``pretrain_genlip.py``: one flag per setting, grouped by section."""
     parser = RunParser(
         prog=RUN,
@@ -120,8 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     """(configuration, print_config) from a command line. A user's error ends the process with one line and status 2."""
-    parser = typing.cast(StrictParser, build_parser())
-    options = vars(parser.parse_strict(sys.argv[1:] if argv is None else argv))
+    parser = build_parser()
+    options = vars(parser.parse_args(argv))
     name, print_config = options.pop("config"), options.pop("print_config")
     try:
         config = from_dict(load_yaml(name), f"--config {name}") if name else RunConfig()

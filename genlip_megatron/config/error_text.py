@@ -17,8 +17,7 @@ def with_values(config: RunConfig, problem: str) -> str:
 
 
 def _show(config: RunConfig, name: str) -> str:
-    section, key = name.split(".")
-    value = getattr(getattr(config, section), key)
+    value = config.value(name)
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -408,6 +408,11 @@ class RunConfig:
         """The file that stops the run when it appears; empty without ``faults.stop_file`` and ``checkpoint.save``."""
         return self.faults.stop_file or (f"{self.checkpoint.save}/stop" if self.checkpoint.save else "")
 
+    def value(self, name: str) -> Any:
+        """The value of a setting, given as "section.key"."""
+        section, key = name.split(".")
+        return getattr(getattr(self, section), key)
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain dictionaries and lists, as written to YAML."""
         return {

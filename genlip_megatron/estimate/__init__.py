@@ -1,17 +1,11 @@
+# ruff: noqa: F401  what is imported here is what others use
 """Estimates for a layout: parameters, memory of the fullest rank, traffic, step time. Pure, allocates no tensors.
 
 ``sample.py`` defines samples and machines; ``activations.py`` and ``memory.py`` count bytes; ``cost.py`` counts
 arithmetic, traffic and time; ``layouts.py`` searches for layouts that fit and refuses those that do not.
 """
 
-from genlip_megatron.estimate.cost import (
-    Estimate,
-    Traffic,
-    bubble_fraction,
-    estimate,
-    recomputed_fraction,
-    traffic,
-)
+from genlip_megatron.estimate.cost import Estimate, Traffic, bubble_fraction, estimate, recomputed_fraction, traffic
 from genlip_megatron.estimate.layouts import (
     LAYOUT_FLAGS,
     best_layouts,
@@ -23,40 +17,4 @@ from genlip_megatron.estimate.layouts import (
     recompute_sets,
 )
 from genlip_megatron.estimate.memory import Memory, in_flight, memory, stage_parameters
-from genlip_megatron.estimate.sample import (
-    GIB,
-    MACHINES,
-    Machine,
-    SampleMix,
-    default_mix,
-    micro_batches,
-    sample_flops,
-)
-
-__all__ = [
-    "GIB",
-    "LAYOUT_FLAGS",
-    "MACHINES",
-    "Estimate",
-    "Machine",
-    "Memory",
-    "SampleMix",
-    "Traffic",
-    "best_layouts",
-    "bubble_fraction",
-    "changes",
-    "check_fits",
-    "default_mix",
-    "estimate",
-    "in_flight",
-    "layout_flags",
-    "layouts",
-    "memory",
-    "micro_batches",
-    "nearest_fit",
-    "recompute_sets",
-    "recomputed_fraction",
-    "sample_flops",
-    "stage_parameters",
-    "traffic",
-]
+from genlip_megatron.estimate.sample import GIB, MACHINES, Machine, SampleMix, default_mix, micro_batches, sample_flops

@@ -132,16 +132,13 @@ class Activations:
         # The largest are SwiGLU's gradients; on a CPU with a product of two of them.
         return recomputed + (4 if self.device == "cpu" else 3) * self.inner + self.hidden - freed
 
-    def head_rows(self) -> float:
-        """Answer rows of a micro-batch, shared by the context-parallel ranks."""
-        return self.all_tokens / self.mix.tokens * self.mix.answer_tokens / self.cp
-
     def head(self) -> float:
         """The most that the head holds: inputs and gradients of its rows, and one chunk of logits.
 
         The weight's gradient goes straight into DDP's buffer; under FSDP it is a separate float32 matrix.
         """
-        model, rows = self.config.model, self.head_rows()
+        # The context-parallel ranks share the answer rows of the micro-batch.
+        model, rows = self.config.model, self.tokens / self.mix.tokens * self.mix.answer_tokens
         vocabulary = rank_sizes(model, self.tp)["head.weight"]
         columns = vocabulary // model.text_hidden_size
         chunk = min(rows, chunk_rows(int(rows), columns, self.device, self.e))

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from genlip_megatron.config import LINEAR_INPUTS, RunConfig
 from genlip_megatron.config.checks import check
 from genlip_megatron.estimate.cost import Estimate, estimate
@@ -71,37 +69,36 @@ def layouts(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
             yield changed
 
 
-LAYOUT_FLAGS = (
-    ("parallel", "tensor_model_parallel_size", "--tp"),
-    ("parallel", "pipeline_model_parallel_size", "--pp"),
-    ("parallel", "virtual_pipeline_model_parallel_size", "--vpp"),
-    ("parallel", "context_parallel_size", "--cp"),
-    ("train", "micro_batch_size", "--micro-batch-size"),
-    ("parallel", "fsdp", "--fsdp"),
-    ("parallel", "overlap_grad_reduce", "--overlap-grad-reduce"),
-    ("parallel", "overlap_param_gather", "--overlap-param-gather"),
-    ("parallel", "recompute", "--recompute"),
-    ("parallel", "recompute_modules", "--recompute-modules"),
-    ("parallel", "recompute_num_layers", "--recompute-num-layers"),
-    ("parallel", "num_layers_in_first_pipeline_stage", "--num-layers-in-first-pipeline-stage"),
-    ("parallel", "num_layers_in_last_pipeline_stage", "--num-layers-in-last-pipeline-stage"),
-)
-# Always shown; other flags only if they differ.
-_CORE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "recompute")
+LAYOUT_FLAGS = {
+    "parallel.tensor_model_parallel_size": "--tp",
+    "parallel.pipeline_model_parallel_size": "--pp",
+    "parallel.virtual_pipeline_model_parallel_size": "--vpp",
+    "parallel.context_parallel_size": "--cp",
+    "train.micro_batch_size": "--micro-batch-size",
+    "parallel.fsdp": "--fsdp",
+    "parallel.overlap_grad_reduce": "--overlap-grad-reduce",
+    "parallel.overlap_param_gather": "--overlap-param-gather",
+    "parallel.recompute": "--recompute",
+    "parallel.recompute_modules": "--recompute-modules",
+    "parallel.recompute_num_layers": "--recompute-num-layers",
+    "parallel.num_layers_in_first_pipeline_stage": "--num-layers-in-first-pipeline-stage",
+    "parallel.num_layers_in_last_pipeline_stage": "--num-layers-in-last-pipeline-stage",
+}
+_ALWAYS_SHOWN = ("--tp", "--pp", "--micro-batch-size", "--recompute")
 
 
 def layout_flags(config: RunConfig, given: RunConfig | None = None) -> str:
     """The flags of ``pretrain_genlip.py`` that change ``given`` (None: the defaults) into the layout of ``config``."""
     given, words = given or RunConfig(), []
-    for section, name, flag in LAYOUT_FLAGS:
-        value = getattr(getattr(config, section), name)
-        differs = value != getattr(getattr(given, section), name)
-        if name == "recompute_modules":
+    for name, flag in LAYOUT_FLAGS.items():
+        value = config.value(name)
+        differs = value != given.value(name)
+        if flag == "--recompute-modules":
             differs = differs and config.parallel.recompute == "selective"
             value = ",".join(value)
         if isinstance(value, bool):
             words += [flag if value else flag.replace("--", "--no-", 1)] if differs else []
-        elif differs or name in _CORE:
+        elif differs or flag in _ALWAYS_SHOWN:
             words.append(f"{flag} {value}")
     return " ".join(words)
 
@@ -110,9 +107,9 @@ def changes(config: RunConfig, other: RunConfig) -> int:
     """Number of layout settings that differ. Overlap follows ``fsdp`` and does not count."""
     both = config.parallel.recompute == other.parallel.recompute == "selective"
     return sum(
-        getattr(getattr(config, section), name) != getattr(getattr(other, section), name)
-        for section, name, _ in LAYOUT_FLAGS
-        if (both or name != "recompute_modules") and not name.startswith("overlap_")
+        config.value(name) != other.value(name)
+        for name, flag in LAYOUT_FLAGS.items()
+        if (both or flag != "--recompute-modules") and not flag.startswith("--overlap-")
     )
 
 
@@ -140,24 +137,17 @@ def nearest_fit(
     return [e.config for e in sorted(found, key=lambda e: (changes(config, e.config), _rank(e)))]
 
 
-def check_fits(
-    config: RunConfig,
-    world_size: int,
-    capacity_bytes: float,
-    device: str | None = None,
-    mix: SampleMix | None = None,
-) -> None:
-    """Refuse a layout whose fullest rank needs more than ``capacity_bytes``; ``device`` None: this machine's.
+def check_fits(config: RunConfig, world_size: int, capacity_bytes: float, device: str) -> None:
+    """Refuse a layout whose fullest rank needs more than ``capacity_bytes``.
 
     Raises:
         ValueError: states the need, its parts, the capacity, and the flags of the nearest layout that fits.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    need = memory(config, world_size, device, mix)
+    need = memory(config, world_size, device)
     if need.total <= capacity_bytes:
         return
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.parts().items() if size)
-    nearest = nearest_fit(config, world_size, capacity_bytes, device, mix)
+    nearest = nearest_fit(config, world_size, capacity_bytes, device)
     advice = (
         f"no layout on {world_size} ranks fits; use more or larger GPUs, a shorter data.seq_length or a smaller model"
     )

@@ -24,22 +24,15 @@ from typing import Any
 import torch
 
 PARTS = ("data wait", "to device", "forward", "backward", "pipeline", "reduce", "optimizer", "other")
-_TRANSFERS = (
-    "forward-recv", "backward-recv", "forward-send", "backward-send", "forward-send-backward-recv",
-    "backward-send-forward-recv", "forward-send-forward-recv", "backward-send-backward-recv",
-    "forward-backward-send-forward-backward-recv",
-)  # fmt: skip
-_REDUCTIONS = (
-    "all-grads-sync", "conditional-embedder-grads-all-reduce", "non-tensor-parallel-grads-all-reduce",
-    "embedding-grads-all-reduce",
-)  # fmt: skip
-# Part of each of Megatron-Core's timers.
-_PART_OF = {
-    "forward-compute": "forward",
-    "backward-compute": "backward",
-    **dict.fromkeys(_TRANSFERS, "pipeline"),
-    **dict.fromkeys(_REDUCTIONS, "reduce"),
-}
+
+
+def _part_of(timer: str) -> str | None:
+    """The part that one of Megatron-Core's timers marks."""
+    if timer.endswith(("-send", "-recv")):
+        return "pipeline"
+    if timer.endswith(("-grads-sync", "-grads-all-reduce")):
+        return "reduce"
+    return {"forward-compute": "forward", "backward-compute": "backward"}.get(timer)
 
 
 class Breakdown:
@@ -70,17 +63,9 @@ class Breakdown:
         self._cuts.append((moment, self._open[-1][0] if self._open else ""))
 
     def begin(self, part: str) -> None:
-        """Begin ``part`` (one of PARTS); does nothing outside a step."""
-        if not self._open:
+        """Begin ``part`` (one of PARTS); outside a step only ``step`` begins one."""
+        if not self._open and part != "other":
             return
-        self._push(part)
-
-    def end(self) -> None:
-        """End the part that began last."""
-        if len(self._open) > 1:
-            self._pop()
-
-    def _push(self, part: str) -> None:
         shown = torch.profiler.record_function(part) if self.annotate else None
         if shown is not None:
             torch.cuda.nvtx.range_push(part)
@@ -88,7 +73,10 @@ class Breakdown:
         self._open.append((part, shown))
         self._cut()
 
-    def _pop(self) -> None:
+    def end(self) -> None:
+        """End the part that began last."""
+        if not self._open:
+            return
         _, shown = self._open.pop()
         self._cut()
         if shown is not None:
@@ -107,12 +95,12 @@ class Breakdown:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Measure the code inside as one step; time in no other part is "other"."""
-        self._push("other")
+        self.begin("other")
         try:
             yield
         finally:
             while self._open:
-                self._pop()
+                self.end()
             self._unread.append(self._cuts)
             self._cuts = []
             self._read()
@@ -150,7 +138,7 @@ class StepTimers:
         self._timers, self._breakdown = timers, breakdown
 
     def __call__(self, name: str, log_level: int | None = None) -> Any:
-        timer, part = self._timers(name, log_level=log_level), _PART_OF.get(name)
+        timer, part = self._timers(name, log_level=log_level), _part_of(name)
         return timer if part is None else _Listening(timer, part, self._breakdown)
 
 

@@ -7,17 +7,10 @@ from typing import Any
 
 import torch
 
-from genlip_megatron.command import FILE_ERRORS, one_line
+from genlip_megatron.command import FILE_ERRORS, UserError, one_line
 from genlip_megatron.config import RunConfig
 from genlip_megatron.device import current_device
-from genlip_megatron.faults.exits import (
-    EXIT_NOT_SAVED,
-    EXIT_PREEMPTED,
-    LeaveRun,
-    mark_final,
-    say_error,
-    tell_torchrun,
-)
+from genlip_megatron.faults.exits import EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, mark_final, say_error, tell_torchrun
 from genlip_megatron.faults.stop import StopRequest, describe_votes
 from genlip_megatron.faults.watchdog import Watchdog
 from genlip_megatron.log import log
@@ -29,7 +22,6 @@ from genlip_megatron.train.setup import set_up
 from genlip_megatron.train.state import Run
 from genlip_megatron.train.step import train_step
 from genlip_megatron.train.validation import validate
-from genlip_megatron.user_error import UserError
 
 
 def train(config: RunConfig, watchdog: Watchdog | None = None) -> int:

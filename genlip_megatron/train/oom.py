@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from genlip_megatron import estimate
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.config.checks import check
@@ -20,9 +23,11 @@ def out_of_memory(config: RunConfig, world_size: int, error: BaseException, devi
     """
     need = estimate.memory(config, world_size, device).total
     helps: dict[str, str] = {}
-    for kind, flags, change in _remedies(config, world_size):
+    for kind, flags, changes in _remedies(config):
         try:
-            saved = need - estimate.memory(change, world_size, device).total
+            changed = override(config, changes)
+            check(changed, world_size)
+            saved = need - estimate.memory(changed, world_size, device).total
         except ValueError:
             continue
         if saved > 0:
@@ -34,29 +39,17 @@ def out_of_memory(config: RunConfig, world_size: int, error: BaseException, devi
     )
 
 
-def _remedies(config: RunConfig, world_size: int) -> list[tuple[str, str, RunConfig]]:
-    """(kind, flags, configuration) of settings that may lower memory, cheapest first; one per kind is enough."""
-    train, parallel = config.train, config.parallel
-    tp = parallel.tensor_model_parallel_size
-    wanted: list[tuple[str, str, dict[str, object]]] = []
-    if train.micro_batch_size > 1:
-        size = train.micro_batch_size // 2
-        wanted.append(("batch", f"--micro-batch-size {size}", {"train.micro_batch_size": size}))
+def _remedies(config: RunConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(kind, flags, settings) of changes that may lower memory, cheapest first; one per kind is enough.
+
+    Some may be impossible, such as half of a micro-batch of one pack.
+    """
+    half, twice = config.train.micro_batch_size // 2, 2 * config.parallel.tensor_model_parallel_size
+    yield "batch", f"--micro-batch-size {half}", {"train.micro_batch_size": half}
     for modules in estimate.recompute_sets(config):
-        flags = f"--recompute selective --recompute-modules {','.join(modules)}"
-        recompute: dict[str, object] = {"parallel.recompute": "selective", "parallel.recompute_modules": modules}
-        wanted.append(("selective", flags, recompute))
-    wanted.append(("full", "--recompute full", {"parallel.recompute": "full"}))
-    if parallel.pipeline_model_parallel_size == 1 and not parallel.fsdp and train.fp8 == "none":
-        off = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
-        wanted.append(("sharding", "--fsdp", {"parallel.fsdp": True, **off}))
-    wanted.append(("split", f"--tp {2 * tp}", {"parallel.tensor_model_parallel_size": 2 * tp}))
-    fitting = []
-    for kind, flags, changes in wanted:
-        changed = override(config, changes)
-        try:
-            check(changed, world_size)
-        except ValueError:
-            continue
-        fitting.append((kind, flags, changed))
-    return fitting
+        settings = {"parallel.recompute": "selective", "parallel.recompute_modules": modules}
+        yield "selective", f"--recompute selective --recompute-modules {','.join(modules)}", settings
+    yield "full", "--recompute full", {"parallel.recompute": "full"}
+    off = {"parallel.overlap_grad_reduce": False, "parallel.overlap_param_gather": False}
+    yield "sharding", "--fsdp", {"parallel.fsdp": True, **off}
+    yield "split", f"--tp {twice}", {"parallel.tensor_model_parallel_size": twice}

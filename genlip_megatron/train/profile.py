@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.utils import configure_nvtx_profiling
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.log import to_stderr
@@ -56,8 +57,6 @@ class Profiler:
             self.close()
 
     def _start(self) -> None:
-        from megatron.core.utils import configure_nvtx_profiling
-
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -71,8 +70,6 @@ class Profiler:
         """Write the files, also when the run ends early. If the disk is full, the run continues without them."""
         if self._trace is None:
             return
-        from megatron.core.utils import configure_nvtx_profiling
-
         trace, self._trace, self._left = self._trace, None, False
         self._breakdown.annotate = False
         configure_nvtx_profiling(False)

@@ -18,13 +18,7 @@ from genlip_megatron.train.state import Run
 from genlip_megatron.train.statistics import Statistics
 
 # Listed here because ranks must agree on the names, and each pipeline stage has other timers.
-_TIMERS = [
-    "forward-backward",
-    "all-grads-sync",
-    "optimizer",
-    "optimizer-clip-main-grad",
-    "optimizer-inner-step",
-]
+_TIMERS = ["forward-backward", "all-grads-sync", "optimizer", "optimizer-clip-main-grad", "optimizer-inner-step"]
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,25 +205,21 @@ def save(run: Run, last: bool = False) -> bool:
     every = options.save_interval * options.fully_reshardable_every
     whole = last or (every > 0 and run.iteration % every == 0)
     step, loss = run.validated
-    facts = Facts(
-        run.train_loader.tokenizer.fingerprint,
-        run.train_loader.plan.fingerprint,
-        loss if step == run.iteration else None,
-    )
+    loader = run.train_loader
+    facts = Facts(loader.tokenizer.fingerprint, loader.plan.fingerprint, loss if step == run.iteration else None)
     kind = FULLY_RESHARDABLE if whole else DP_RESHARDABLE
-    try:
-        run.saver.save(run.iteration, common, kind, facts, behind=options.async_save and not whole)
-    except NotSaved as error:
-        log(f"WARNING: NOT SAVED: {error}")
-        return False
-    return True
+    behind = options.async_save and not whole
+    return _succeeds(partial(run.saver.save, run.iteration, common, kind, facts, behind=behind))
 
 
 def finish_saves(run: Run) -> bool:
     """Complete the save in progress; returns False if it failed. A collective."""
+    return run.saver is None or _succeeds(run.saver.finish)
+
+
+def _succeeds(save: Callable[[], None]) -> bool:
     try:
-        if run.saver is not None:
-            run.saver.finish()
+        save()
     except NotSaved as error:
         log(f"WARNING: NOT SAVED: {error}")
         return False

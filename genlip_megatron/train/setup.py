@@ -61,7 +61,7 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     watchdog.beat()
     log(check_machine(config))
     if config.train.check_memory and not config.log.eval_only:
-        check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank())
+        check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank(), current_device().type)
     # Cheap checks come first: the log, then the data.
     writer = Writer(config, torch.distributed.get_rank() == 0)
     data_parallel = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())

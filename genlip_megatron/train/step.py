@@ -10,12 +10,7 @@ from genlip_megatron.batch import PackedBatch
 from genlip_megatron.faults.stop import NO_STOP_VOTES, StopRequest
 from genlip_megatron.train import drills
 from genlip_megatron.train.forward_backward import forward_backward
-from genlip_megatron.train.gradients import (
-    clip_gradients,
-    global_norm,
-    loss_and_gradients_finite,
-    zero_gradients,
-)
+from genlip_megatron.train.gradients import clip_gradients, global_norm, loss_and_gradients_finite, zero_gradients
 from genlip_megatron.train.rerun import Replay, rerun
 from genlip_megatron.train.state import Run
 from genlip_megatron.train.statistics import all_reduce_statistics

@@ -6,12 +6,15 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from genlip_megatron.batch import to_image
+from genlip_megatron.command import UserError
 from genlip_megatron.device import current_device
+from genlip_megatron.infer.generate import generate
 from genlip_megatron.log import log
-from genlip_megatron.train.caption_samples import write_caption_samples
 from genlip_megatron.train.forward_backward import forward_backward
 from genlip_megatron.train.state import Run
-from genlip_megatron.user_error import UserError
+
+_MAX_NEW_TOKENS = 64  # of a caption
 
 
 def validate(run: Run) -> None:
@@ -26,8 +29,21 @@ def validate(run: Run) -> None:
         return
     run.writer.scalars({"lm loss validation": loss}, run.iteration)
     if run.config.log.caption_samples:
-        write_caption_samples(run.config, run.model, run.valid_loader, run.writer, run.iteration)
+        write_captions(run)
         run.watchdog.beat()
+
+
+def write_captions(run: Run) -> None:
+    """Caption the first validation images and write them next to the true captions. A collective over all ranks."""
+    loader, writer = run.valid_loader, run.writer
+    assert loader is not None and writer is not None
+    requests, truths = loader.samples.requests(range(min(run.config.log.caption_samples, len(loader))))
+    tokens = generate(run.model, requests, loader.tokenizer.closing_ids[:1], _MAX_NEW_TOKENS)
+    for number, (request, truth, ids) in enumerate(zip(requests, truths, tokens, strict=True)):
+        assert request.patches is not None
+        image = to_image(request.patches.cpu(), request.rows, request.columns)
+        text = f"caption: {loader.tokenizer.decode(ids)}\n\ntruth: {truth}"
+        writer.caption(number, image, text, run.iteration)
 
 
 def evaluate(run: Run) -> float:

@@ -55,6 +55,10 @@ class Writer:
         if self._active:
             try:
                 function()
+            except OSError as error:
+                folder, save = self._config.log.tensorboard_dir, self._save
+                setting = f"log.tensorboard_dir = {folder}" if folder else f"checkpoint.save = {save}"
+                problem = f"{setting}: {error}. Choose a folder that can be written to"
             except ValueError as error:
                 problem = str(error)
         if problem := from_rank_0(problem):
@@ -63,12 +67,9 @@ class Writer:
     def _check(self) -> None:
         log = self._config.log
         if self._folder:
-            try:
-                Path(self._folder).mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self._folder):
-                    pass
-            except OSError as error:
-                raise self._not_writable(error) from None
+            Path(self._folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
         if log.wandb_project:
             if importlib.util.find_spec("wandb") is None:
                 raise ValueError(
@@ -85,10 +86,7 @@ class Writer:
         if self._folder:
             from torch.utils.tensorboard import SummaryWriter
 
-            try:
-                self._board = SummaryWriter(self._folder)
-            except OSError as error:
-                raise self._not_writable(error) from None
+            self._board = SummaryWriter(self._folder)
             if not self._config.log.eval_only:  # a validation only appends to the log of a run
                 self.rewind(step)
         if self._config.log.wandb_project:
@@ -112,11 +110,6 @@ class Writer:
         if self._wandb_file is not None:
             self._wandb_file.write_text(json.dumps({**place, "id": run.id}) + "\n")
         return run
-
-    def _not_writable(self, error: OSError) -> ValueError:
-        log, save = self._config.log.tensorboard_dir, self._save
-        setting = f"log.tensorboard_dir = {log}" if log else f"checkpoint.save = {save}"
-        return ValueError(f"{setting}: {error}. Choose a folder that can be written to")
 
     @contextlib.contextmanager
     def _wandb_errors(self) -> Iterator[None]:

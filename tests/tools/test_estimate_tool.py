@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
-from tests.test_estimate import load_tool
+from genlip_megatron.config import from_dict
+from genlip_megatron.config.command_line import parse_args
+from tools import estimate as tool
 
-tool = load_tool()
 RUN = ["--config", "so16_stage1", "--gpus", "64", "--gpu", "h100"]
 
 
@@ -52,6 +54,11 @@ def test_a_layout_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tp 1 --pp 1 --micro-batch-size 1 --overlap-grad-reduce --overlap-param-gather --recompute none" in text
     assert tool.main(["--config", "g16_stage1", "--gpu-memory-gb", "1"]) == 1
     assert "no layout on 1 x h100 fits 1.0 GiB per rank" in capsys.readouterr().out
+
+
+def test_the_configuration_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([*RUN, "--tp", "2", "--print-config"]) == 0
+    assert from_dict(yaml.safe_load(capsys.readouterr().out), "printed") == parse_args([*RUN[:2], "--tp", "2"])[0]
 
 
 def test_a_cpu_has_no_peak_rate(capsys: pytest.CaptureFixture[str]) -> None:

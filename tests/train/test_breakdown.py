@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from genlip_megatron.config import RunConfig, override
-from genlip_megatron.config.checks import check
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
 from genlip_megatron.train.breakdown import PARTS, Breakdown
 from genlip_megatron.train.profile import Profiler
+from genlip_megatron.train.report import Tally, report
+from tests.train.steps import take_steps
 
 
 def parts_of(breakdown: Breakdown) -> dict[str, float]:
@@ -79,24 +80,13 @@ def test_on_a_device_steps_are_read_once_they_are_over(monkeypatch: pytest.Monke
 
 def traced(config: RunConfig, steps: int) -> tuple[dict[str, float], float]:
     """(parts of a run's steps on this rank, measured seconds per step)."""
-    from genlip_megatron.train.report import Tally, report
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
-    run = set_up(config)
-    assert run.train_loader is not None
-    batches, tally = iter(run.train_loader), Tally()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        tally.add(train_step(run, batches))
-        run.iteration += 1
-    seconds = (time.perf_counter() - begin) / steps
-    found = parts_of(run.breakdown)
-    run.train_loader.close()
+    run, outcomes, seen = take_steps(config, steps, see=lambda run: time.perf_counter())
+    found, tally = parts_of(run.breakdown), Tally()
+    for outcome in outcomes:
+        tally.add(outcome)
     report(run, tally)
-    if run.writer is not None:
-        run.writer.close()
-    return found, seconds
+    run.close()
+    return found, (seen[-1] - seen[0]) / steps
 
 
 @pytest.mark.slow
@@ -138,30 +128,3 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(
     with late.step(5):
         pass
     assert "steps 3 to 4 are over" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"log.profile_steps": "12"}, "log.profile_steps = '12': expected FIRST:LAST"),
-        ({"log.profile_steps": "0:3"}, "log.profile_steps = '0:3': expected FIRST:LAST"),
-        ({"log.profile_steps": "9:5"}, "log.profile_steps = '9:5': expected FIRST:LAST"),
-        ({"log.profile_steps": "5:257493"}, "log.profile_steps = 5:257493: the run has only 257492 steps"),
-        ({"log.profile_ranks": ""}, "log.profile_ranks = none: expected ranks"),
-        (
-            {"log.profile_ranks": "0,8"},
-            "log.profile_ranks = 0,8: there is no such rank. Use ranks 0 to 7 of 8 processes",
-        ),
-        ({"checkpoint.save": ""}, "log.profile = true: neither checkpoint.save nor log.tensorboard_dir names a folder"),
-        (
-            {"log.eval_only": True, "checkpoint.load": "x", "data.valid_data": "v.tar"},
-            "log.profile = true, log.eval_only = true",
-        ),
-    ],
-)
-def test_impossible_traces_are_refused(settings: dict[str, Any], message: str) -> None:
-    good = override(RunConfig(), {"checkpoint.save": "runs/x", "log.profile": True})
-    check(good, world_size=8)
-    with pytest.raises(ValueError) as refused:
-        check(override(good, settings), world_size=8)
-    assert str(refused.value).startswith(message)

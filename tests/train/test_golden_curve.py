@@ -26,14 +26,9 @@ STEPS, PACKS = 100, 2
 
 def curve_config(**flags: Any) -> RunConfig:
     """The tiny model with DropPath, warmup and cosine over the hundred steps."""
-    settings = {
-        "train__train_iters": STEPS,
-        "train__lr_warmup_iters": 10,
-        "train__global_batch_size": PACKS,
-        "data__seq_length": 256,
-        "train__lr": 3e-3,
-    }
-    return tiny_config(Path("unused"), **{**settings, **flags})
+    settings = {"train__train_iters": STEPS, "train__lr_warmup_iters": 10, "train__lr": 3e-3}
+    settings |= {"train__global_batch_size": PACKS, "data__seq_length": 256}
+    return tiny_config(Path("unused"), **settings, **flags)
 
 
 def drawn_batches(config: RunConfig, lane: int, lanes: int) -> Iterator[PackedBatch]:

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import xxhash
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from genlip_megatron.batch import Sample, pack_samples
 from genlip_megatron.config import RunConfig
@@ -18,8 +19,13 @@ from genlip_megatron.faults.exits import EXIT_BAD_NUMBERS
 from genlip_megatron.model.flops import COUNTS
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import full_weights, layout, tiny_config, weights
+from genlip_megatron.train import drills, loop, rerun, verdict
+from genlip_megatron.train.gradients import global_norm
 from genlip_megatron.train.rerun import Replay
+from genlip_megatron.train.resume import gather_weights
+from genlip_megatron.train.state import Run
 from tests.fault_table import FaultRow
+from tests.train.steps import take_steps
 
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 LAYOUTS = {
@@ -40,10 +46,14 @@ def settings(demo_data: Path, name: str, *faults: str, **flags: Any) -> tuple[in
     return world_size, tiny_config(demo_data, **{**parallel, **LAYOUTS[name][1], **drill, **more, **flags})
 
 
-def state(run: Any) -> bytes:
-    """A hash of the bits of this rank's weights, moments, master weights and schedule."""
-    from genlip_megatron.train.resume import gather_weights
+def launch(function: Any, demo_data: Path, name: str, *faults: str, steps: tuple = (), **flags: Any) -> list[Any]:
+    """What ``function`` returns on each rank of a layout, with ``faults``."""
+    world_size, config = settings(demo_data, name, *faults, **flags)
+    return run_distributed(world_size, function, config, *steps)
 
+
+def state(run: Run) -> bytes:
+    """A hash of the bits of this rank's weights, moments, master weights and schedule."""
     gather_weights(run)
     tensors = [p for chunk in run.model for p in chunk.parameters()]
     for group in run.optimizer.param_groups:
@@ -56,32 +66,18 @@ def state(run: Any) -> bytes:
 
 def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
     """Verdicts, updates, the state before the first step and after each, and rank 0's warnings."""
-    from genlip_megatron.train import rerun, verdict
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
     said: list[str] = []
     rerun.warn = verdict.warn = said.append  # type: ignore[assignment]
-    run = set_up(config)
-    assert run.train_loader is not None
-    batches = iter(run.train_loader)
-    outcomes, states, held = [], [state(run)], run.counts.clone()
-    for _ in range(steps):
-        outcomes.append(train_step(run, batches))
-        run.iteration += 1
-        states.append(state(run))
-        held = run.counts.clone()
-    run.train_loader.close()
+    run, outcomes, seen = take_steps(config, steps, see=lambda run: (state(run), run.counts.tolist()))
     return {
         "verdicts": [outcome.verdict for outcome in outcomes],
         "updated": [outcome.updated for outcome in outcomes],
         "losses": [outcome.loss for outcome in outcomes],
         "answer_tokens": sum(outcome.loss_count for outcome in outcomes),
-        "states": states,
-        "counts": held.tolist(),
+        "states": [state for state, _ in seen],
+        "counts": seen[-1][1],
         "skipped": (run.verdicts.skipped, run.verdicts.spikes),
         "said": said,
-        "weights": full_weights(run),
     }
 
 
@@ -103,7 +99,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
 def test_bad_numbers_on_one_rank_skip_the_update_on_all(
     name: str, fault: str, demo_data: Path, fault_row: FaultRow
 ) -> None:
-    for result in run_distributed(*_with(guarded, settings(demo_data, name, fault)), 4):
+    for result in launch(guarded, demo_data, name, fault, steps=(4,)):
         assert result["verdicts"] == ["good", "good", "bad", "good"]
         assert result["updated"] == [True, True, False, True]
         states = result["states"]
@@ -123,20 +119,13 @@ def test_bad_numbers_on_one_rank_skip_the_update_on_all(
 
 def both_norms(config: RunConfig) -> tuple[float, float]:
     """(our gradient norm, Megatron-Core's) of the same gradients."""
-    from genlip_megatron.train.gradients import global_norm
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
-    run = set_up(config)
-    assert run.train_loader is not None
-    train_step(run, iter(run.train_loader))
-    run.train_loader.close()
+    run, _, _ = take_steps(config, 1)
     return float(global_norm(run.optimizer)), float(run.optimizer.get_grad_norm())
 
 
 @pytest.mark.parametrize("name", ["DP2", "fsdp", "PP2", "TP2"])
 def test_the_norm_on_the_device_is_megatron_cores(name: str, demo_data: Path) -> None:
-    results = run_distributed(*_with(both_norms, settings(demo_data, name)))
+    results = launch(both_norms, demo_data, name)
     for ours, expected in results:
         assert ours == pytest.approx(expected, rel=1e-6) and ours > 0
         assert ours == results[0][0]
@@ -144,36 +133,25 @@ def test_the_norm_on_the_device_is_megatron_cores(name: str, demo_data: Path) ->
 
 def spoiled_copies(config: RunConfig) -> tuple[str, bool, list[bytes]]:
     """(verdict, updated, states) of a step with NaN in rank 1's gradients of replicated parameters."""
-    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-    from genlip_megatron.train import drills
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
-    run = set_up(config)
-
-    def spoil(run: Any, step: int) -> None:
+    def spoil(run: Run, step: int) -> None:
         if torch.distributed.get_rank() == 1:
             for group in run.optimizer.param_groups:
                 for parameter in group["params"]:
                     if not param_is_not_tensor_parallel_duplicate(parameter):
                         parameter.grad.view(-1)[-1] = torch.nan
 
-    states = [state(run)]
-    assert run.train_loader is not None
     with mock.patch.object(drills, "spoil_gradients", spoil):
-        outcome = train_step(run, iter(run.train_loader))
-    run.train_loader.close()
-    return outcome.verdict, outcome.updated, [*states, state(run)]
+        _, (outcome,), states = take_steps(config, 1, see=state)
+    return outcome.verdict, outcome.updated, states
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bad_gradients_of_a_replica_are_found(precision: str, demo_data: Path, fault_row: FaultRow) -> None:
     """The gradient norm counts a replicated parameter on one tensor-parallel rank, so it misses NaN in others."""
-    made = settings(demo_data, "TP2", train__precision=precision)
-    for verdict, updated, (before, after) in run_distributed(*_with(spoiled_copies, made)):
-        assert (verdict, updated) == ("bad", False) and before == after
+    for kind, updated, (before, after) in launch(spoiled_copies, demo_data, "TP2", train__precision=precision):
+        assert (kind, updated) == ("bad", False) and before == after
     fault_row("NaN", f"grad of a replica on one rank, TP2, {precision}", "update skipped on all ranks, nothing changed")
 
 
@@ -190,15 +168,11 @@ def test_micro_batches_kept_for_a_rerun_take_no_device_memory() -> None:
     assert first.patches is not None and torch.equal(first.patches.cpu(), again.patches)
 
 
-def _with(function: Any, made: tuple[int, RunConfig]) -> tuple[int, Any, RunConfig]:
-    return made[0], function, made[1]
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2 overlapping"])
 def test_a_transient_fault_is_named_and_changes_nothing(name: str, demo_data: Path, fault_row: FaultRow) -> None:
-    clean = run_distributed(*_with(guarded, settings(demo_data, name)), 4)
-    healed = run_distributed(*_with(guarded, settings(demo_data, name, "transient-nan@3:1")), 4)
+    clean = launch(guarded, demo_data, name, steps=(4,))
+    healed = launch(guarded, demo_data, name, "transient-nan@3:1", steps=(4,))
     for ours, theirs in zip(healed, clean, strict=True):
         assert ours["losses"] == theirs["losses"] and ours["states"] == theirs["states"]
         assert ours["counts"] == theirs["counts"]
@@ -213,8 +187,8 @@ def test_a_transient_fault_is_named_and_changes_nothing(name: str, demo_data: Pa
 
 
 def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path) -> None:
-    made = settings(demo_data, "DP2", "transient-nan@3:1", faults__rerun_bad_steps=False)
-    for result in run_distributed(*_with(guarded, made), 3):
+    flags = {"faults__rerun_bad_steps": False}
+    for result in launch(guarded, demo_data, "DP2", "transient-nan@3:1", steps=(3,), **flags):
         assert result["verdicts"] == ["good", "good", "bad"]
 
 
@@ -223,8 +197,7 @@ def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path)
 def test_a_spike_is_counted_and_handled_as_configured(
     on_spike: str, updated: bool, demo_data: Path, fault_row: FaultRow
 ) -> None:
-    made = settings(demo_data, "DP2", "spike@4:1", faults__on_spike=on_spike)
-    for result in run_distributed(*_with(guarded, made), 4):
+    for result in launch(guarded, demo_data, "DP2", "spike@4:1", steps=(4,), faults__on_spike=on_spike):
         assert result["verdicts"] == ["good", "good", "good", "spike"]
         assert result["updated"][3] == updated == (result["states"][3] != result["states"][4])
         assert result["skipped"] == (int(not updated), 1)
@@ -235,45 +208,28 @@ def test_a_spike_is_counted_and_handled_as_configured(
 
 def trained(config: RunConfig) -> tuple[int, dict[str, Any]]:
     """(exit status of a whole run, its weights and skipped data)."""
-    from genlip_megatron.train import loop
-
     runs: list[Any] = []
     set_up = loop.set_up
 
-    def noting(*args: Any) -> Any:
+    def noting(*args: Any) -> Run:
         runs.append(set_up(*args))
         return runs[0]
 
-    loop.set_up = noting
-    try:
+    with mock.patch.object(loop, "set_up", noting):
         status = loop.train(config)
-    finally:
-        loop.set_up = set_up
     run = runs[0]
-    found = {
+    return status, {
         "weights": full_weights(run),
         "skipped": run.train_loader.skipped,
         "steps": (run.iteration, run.train_loader.step, run.scheduler.num_steps),
         "counts": (run.verdicts.skipped, run.verdicts.spikes, run.verdicts.rollbacks),
-        "samples": run.consumed_samples,
     }
-    return status, found
 
 
 def resumed(config: RunConfig, skipped: int, steps: int) -> dict[str, Any]:
     """A run that resumes from a checkpoint and skips the data of the next ``skipped`` steps."""
-    from genlip_megatron.train.resume import gather_weights
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.step import train_step
-
-    run = set_up(config)
-    assert run.train_loader is not None
-    run.train_loader.skip(skipped)
-    batches = iter(run.train_loader)
-    for _ in range(steps):
-        assert train_step(run, batches).updated
-        run.iteration += 1
-    run.train_loader.close()
+    run, outcomes, _ = take_steps(config, steps, skipped)
+    assert all(outcome.updated for outcome in outcomes)
     gather_weights(run)
     return {"weights": full_weights(run)}
 
@@ -285,17 +241,9 @@ def test_a_rollback_equals_resuming_without_the_data_of_the_spike(
     name: str, demo_data: Path, tmp_path: Path, fault_row: FaultRow
 ) -> None:
     folder = tmp_path / "run"
-    made = settings(
-        demo_data,
-        name,
-        "spike@4:1",
-        faults__on_spike="rollback",
-        checkpoint__save=str(folder),
-        checkpoint__save_interval=2,
-        train__train_iters=5,
-        log__log_interval=1,
-    )
-    results = run_distributed(*_with(trained, made))
+    flags = {"faults__on_spike": "rollback", "checkpoint__save_interval": 2, "log__log_interval": 1}
+    flags |= {"checkpoint__save": str(folder), "train__train_iters": 5}
+    results = launch(trained, demo_data, name, "spike@4:1", **flags)
     for status, found in results:
         assert status == 0
         assert found["skipped"] == [[3, 4]]
@@ -304,8 +252,8 @@ def test_a_rollback_equals_resuming_without_the_data_of_the_spike(
     for step in (4, 5):
         shutil.rmtree(folder / f"iter_{step:07d}")
     (folder / "latest_checkpointed_iteration.txt").write_text("2\n")
-    made = settings(demo_data, name, checkpoint__load=str(folder), train__train_iters=5)
-    expected = weights(run_distributed(*_with(resumed, made), 2, 3))
+    flags = {"checkpoint__load": str(folder), "train__train_iters": 5}
+    expected = weights(launch(resumed, demo_data, name, steps=(2, 3), **flags))
     found = weights([found for _, found in results])
     assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected)
     fault_row(
@@ -336,19 +284,5 @@ def test_limits_on_bad_steps_end_a_run(
     faults: tuple[str, ...], flags: dict[str, Any], status: int, demo_data: Path, tmp_path: Path
 ) -> None:
     more = {"faults__max_bad_steps": 2, "checkpoint__save": str(tmp_path), "checkpoint__save_interval": 100}
-    made = settings(demo_data, "DP2", *faults, train__train_iters=5, **{**more, **flags})
-    assert [result for result, _ in run_distributed(*_with(trained, made))] == [status] * 2
-
-
-def test_a_drill_of_a_full_disk_loses_only_one_checkpoint(demo_data: Path, tmp_path: Path) -> None:
-    made = settings(
-        demo_data,
-        "DP2",
-        "full-disk@2:1",
-        checkpoint__save=str(tmp_path / "run"),
-        checkpoint__save_interval=1,
-        train__train_iters=3,
-    )
-    for status, found in run_distributed(*_with(trained, made)):
-        assert status == 0 and found["steps"] == (3, 3, 3)
-    assert sorted(path.name for path in (tmp_path / "run").glob("*iter_*0*")) == ["iter_0000001", "iter_0000003"]
+    results = launch(trained, demo_data, "DP2", *faults, train__train_iters=5, **{**more, **flags})
+    assert [result for result, _ in results] == [status] * 2

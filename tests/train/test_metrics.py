@@ -6,14 +6,11 @@ import pytest
 import torch
 
 from genlip_megatron.batch import Sample, pack_samples
-from genlip_megatron.config import ModelConfig
+from genlip_megatron.config import ModelConfig, from_dict, load_yaml
+from genlip_megatron.estimate import SampleMix, default_mix, sample_flops
 from genlip_megatron.model.flops import COUNTS, count_batch, training_flops
 
-SIZES = {
-    "l16": (ModelConfig(24, 1024, 16, 2816, 1024), 0.620),
-    "so16": (ModelConfig(27, 1152, 16, 3072, 1152), 0.847),
-    "g16": (ModelConfig(40, 1536, 24, 4096, 1536), 2.124),
-}
+SIZES = {"l16_stage1": 0.620, "so16_stage1": 0.847, "g16_stage1": 2.124}  # TFLOP
 
 
 def stage1_sample() -> Sample:
@@ -23,16 +20,17 @@ def stage1_sample() -> Sample:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_stage1_sample_costs_what_the_formula_says(name: str) -> None:
-    model, teraflop = SIZES[name]
-    flops = training_flops(count_batch(pack_samples([[stage1_sample()]], 270)), model)
-    assert flops / 1e12 == pytest.approx(teraflop, abs=0.001)
+    config = from_dict(load_yaml(name), name)
+    flops = training_flops(count_batch(pack_samples([[stage1_sample()]], 270)), config.model)
+    assert flops / 1e12 == pytest.approx(SIZES[name], abs=0.001)
+    mix = default_mix(config)
+    assert mix == SampleMix(196, 74, 68) and sample_flops(config.model, mix) == pytest.approx(flops)
 
 
 def test_padding_and_masked_samples_are_not_useful_work() -> None:
-    model = SIZES["l16"][0]
-    alone = training_flops(count_batch(pack_samples([[stage1_sample()]], 270)), model)
-    padded = training_flops(count_batch(pack_samples([[stage1_sample()], []], 1000)), model)
-    assert padded == alone
+    full = training_flops(count_batch(pack_samples([[stage1_sample()]], 270)), ModelConfig())
+    padded = training_flops(count_batch(pack_samples([[stage1_sample()], []], 1000)), ModelConfig())
+    assert padded == full
 
 
 def test_counts_of_two_samples() -> None:

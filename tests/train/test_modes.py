@@ -10,7 +10,9 @@ import torch
 
 from genlip_megatron.config import RunConfig
 from genlip_megatron.testing.distributed import run_distributed
-from genlip_megatron.testing.runs import run_steps, tiny_config
+from genlip_megatron.testing.runs import full_weights, run_steps, tiny_config
+from genlip_megatron.train.setup import set_up
+from genlip_megatron.train.validation import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +24,6 @@ def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def evaluated(config: RunConfig) -> float:
     """The validation loss of an eval-only run."""
-    from genlip_megatron.train.setup import set_up
-    from genlip_megatron.train.validation import evaluate
-
     run = set_up(config)
     assert run.train_loader is None
     return evaluate(run)
@@ -34,13 +33,8 @@ def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(
     trained: tuple[str, dict[str, Any]], demo_data: Path
 ) -> None:
     folder, before = trained
-    config = tiny_config(
-        demo_data,
-        checkpoint__load=folder,
-        log__eval_only=True,
-        data__train_data=[],
-        parallel__tensor_model_parallel_size=2,
-    )
+    flags = {"log__eval_only": True, "data__train_data": [], "parallel__tensor_model_parallel_size": 2}
+    config = tiny_config(demo_data, checkpoint__load=folder, **flags)
     # Sums run in another order; the measured relative difference was 2e-7.
     for loss in run_distributed(2, evaluated, config):
         assert abs(loss / before["validation"] - 1) < 1e-5
@@ -48,17 +42,12 @@ def test_eval_only_gives_the_validation_loss_of_the_run_on_another_layout(
 
 def started(config: RunConfig) -> dict[str, Any]:
     """The state in which a run starts."""
-    from genlip_megatron.model.genlip import unwrap
-    from genlip_megatron.model.weights import gather_canonical
-    from genlip_megatron.train.setup import set_up
-
     run = set_up(config)
     assert run.train_loader is not None
-    model = unwrap(run.model[0])
     batch = next(iter(run.train_loader))
     run.train_loader.close()
     return {
-        "weights": gather_canonical(model, dict(model.named_parameters())),
+        "weights": full_weights(run),
         "iteration": run.iteration,
         "step": run.train_loader.step,
         "lr": run.optimizer.param_groups[0]["lr"],

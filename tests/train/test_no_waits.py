@@ -12,19 +12,25 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genlip_megatron.batch import PackedBatch, Sample, pack_samples
-from genlip_megatron.config import LINEAR_INPUTS, DataConfig, ModelConfig, RunConfig, TrainConfig, override
+from genlip_megatron.batch import PackedBatch
+from genlip_megatron.config import LINEAR_INPUTS, DataConfig, RunConfig, TrainConfig, override
+from genlip_megatron.model.attention import BACKENDS, two_calls
+from genlip_megatron.model.specs import transformer_config
 from genlip_megatron.model.te_support import why_no_engine
+from genlip_megatron.parallel import groups
 from genlip_megatron.testing.distributed import run_distributed
+from genlip_megatron.train import forward_backward
+from genlip_megatron.train.setup import build_run
+from genlip_megatron.train.state import Run
+from genlip_megatron.train.step import train_step
+from tests.train.steps import MODEL, drawn_batch
 
-MODEL = ModelConfig(2, 32, 4, 48, 24, 61, (2, 1, 1), drop_path_rate=0.2)
 _ATEN = torch.ops.aten
 _WAITS = {
     _ATEN._local_scalar_dense,
@@ -85,61 +91,35 @@ def no_waits(allowed: list[int]) -> Iterator[None]:
     def synchronize(device: Any = None) -> None:  # torch's own check does not count it
         raise AssertionError("torch.cuda.synchronize waits for the device")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "synchronize", synchronize)
-        with _checked(allowed):
-            yield
-
-
-@contextlib.contextmanager
-def _checked(allowed: list[int]) -> Iterator[None]:
-    if torch.cuda.is_available():
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with _Methods(allowed):
-                yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    else:
-        with _Methods(allowed), _Operations():
-            yield
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.cuda, "synchronize", synchronize))
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error")
+            stack.callback(torch.cuda.set_sync_debug_mode, "default")
+        else:
+            stack.enter_context(_Operations())
+        stack.enter_context(_Methods(allowed))
+        yield
 
 
 def batch(seed: int) -> PackedBatch:
-    """Three samples in one pack of 64, the second without an image."""
-    rng = np.random.default_rng(seed)
-    samples = []
-    for rows, length in ((3, 9), (0, 7), (4, 10)):
-        patches = torch.from_numpy(rng.integers(0, 256, (rows * 4, 768), dtype=np.uint8))
-        tokens = rng.integers(0, 61, length).tolist()
-        samples.append(Sample(patches, rows, 4 * (rows > 0), tokens, [False] * 2 + [True] * (length - 2)))
-    made = pack_samples([samples], 64)
-    factors = torch.ones(MODEL.num_layers, 2, len(made.sample_starts))
-    return PackedBatch(**{**vars(made), "drop_path": factors})
+    return drawn_batch(seed, 64)
+
+
+class Stub(two_calls.TwoCalls):
+    """Attention without the plain kernel, which reads lengths on the host; real ones do not."""
+
+    kernel = staticmethod(lambda q, *_, **__: q)
+
+    @staticmethod
+    def why_not(place: Any) -> None:
+        return None
 
 
 def steps(backend: str, flags: dict[str, Any]) -> None:
     """Two steps of two micro-batches. The second step runs with filled caches and may wait once."""
-    from genlip_megatron.model.attention import BACKENDS, two_calls
-    from genlip_megatron.parallel import groups
-    from genlip_megatron.train import forward_backward
-    from genlip_megatron.train.setup import build_run
-    from genlip_megatron.train.state import Run
-    from genlip_megatron.train.step import train_step
-
-    class Stub(two_calls.TwoCalls):  # the plain kernel reads lengths on the host; real ones do not
-        kernel = staticmethod(lambda q, *_, **__: q)
-
-        @staticmethod
-        def why_not(place: Any) -> None:
-            return None
-
-    config = RunConfig(
-        model=MODEL,
-        data=DataConfig(seq_length=64),
-        train=TrainConfig(global_batch_size=2, lr_warmup_iters=0, clip_grad=1e-3),
-    )
-    config = override(config, flags)
+    train = TrainConfig(global_batch_size=2, lr_warmup_iters=0, clip_grad=1e-3)
+    config = override(RunConfig(model=MODEL, data=DataConfig(seq_length=64), train=train), flags)
     groups.initialize(config)
     run = build_run(config)
     train_step(run, iter([batch(0), batch(1)]))
@@ -208,6 +188,4 @@ def test_a_step_waits_for_the_device_once(backend: str, flags: dict[str, Any], r
 
 
 def test_stages_do_not_wait_for_each_other_on_the_host() -> None:
-    from genlip_megatron.model.specs import transformer_config
-
     assert not transformer_config(RunConfig(model=MODEL)).batch_p2p_sync  # on a CPU there are no batches of sends

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from genlip_megatron.command import UserError
 from genlip_megatron.config import RunConfig, from_dict, load_yaml, override
 from genlip_megatron.parallel import groups
 from genlip_megatron.train import loop
 from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
-from genlip_megatron.user_error import UserError
 
 ERROR = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is free."
@@ -42,25 +43,15 @@ def test_settings_already_set_or_impossible_are_not_suggested() -> None:
     assert "more or larger GPUs" in text
 
 
-class _Run:
-    """The parts of a run that ``train`` uses around its steps."""
-
-    def __init__(self, began: int) -> None:
-        self.iteration = began
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize(("steps", "error"), [(0, UserError), (FIRST_STEPS - 1, UserError), (FIRST_STEPS, type(ERROR))])
 def test_running_out_of_memory_in_later_steps_is_a_crash(
     steps: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(run: _Run, stop: Any) -> int:
+    def fail(run: Any, stop: Any) -> int:
         run.iteration += steps
         raise ERROR
 
-    monkeypatch.setattr(loop, "set_up", lambda config, watchdog: _Run(began=100))
+    monkeypatch.setattr(loop, "set_up", lambda *_: SimpleNamespace(iteration=100, close=lambda: None))
     monkeypatch.setattr(loop, "train_steps", fail)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
     with pytest.raises(error, match="out of memory"):

@@ -3,6 +3,7 @@ essential ones, and check that the comparison finds planted faults."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("TP2xPP2xDP2", {"stage": "stage 1"}, {}),
 ]
 
-_references: dict[tuple, dict[str, Any]] = {}
 
-
+@functools.cache
 def reference(data: Path, steps: int = STEPS, **case: Any) -> dict[str, Any]:
     """A case's run on one process."""
-    key = (steps, *sorted(case.items()))
-    if key not in _references:
-        _references[key] = run_distributed(1, parity_run, parity_config(data, **case), steps)[0]
-    return _references[key]
+    return run_distributed(1, parity_run, parity_config(data, **case), steps)[0]
 
 
 @pytest.mark.slow

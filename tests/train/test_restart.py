@@ -23,6 +23,7 @@ from genlip_megatron.faults import exits
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import full_weights, tiny_config
 from tests.fault_table import FaultRow
+from tests.train.steps import take_steps
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -94,12 +95,7 @@ def resuming(data: Path, save: Path, **flags: Any) -> RunConfig:
 
 
 def loaded_weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    from genlip_megatron.train.setup import set_up
-
-    run = set_up(config)
-    assert run.train_loader is not None
-    run.train_loader.close()
-    return full_weights(run)
+    return full_weights(take_steps(config, 0)[0])
 
 
 @pytest.mark.slow
@@ -217,10 +213,6 @@ def as_worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return set_environment
 
 
-def long_ago(file: Path) -> None:
-    os.utime(file, (0, 0))
-
-
 def test_a_restarted_worker_exits_with_the_launchs_code(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("launch 1")
     exits.mark_final(tmp_path, exits.EXIT_BAD_NUMBERS)
@@ -234,7 +226,7 @@ def test_a_restarted_worker_exits_with_the_launchs_code(as_worker: Callable[...,
 def test_a_new_launch_removes_an_older_final_exit_file(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("none")
     exits.mark_final(tmp_path, exits.EXIT_PREEMPTED)
-    long_ago(tmp_path / exits.FINAL_EXIT)
+    os.utime(tmp_path / exits.FINAL_EXIT, (0, 0))
     as_worker("none", rank=1)
     assert exits.final_exit(tmp_path) is None and (tmp_path / exits.FINAL_EXIT).exists()
     as_worker("none", rank=0)

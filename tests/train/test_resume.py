@@ -19,21 +19,20 @@ from genlip_megatron.testing.runs import failing_set_up, layout, run_steps, tiny
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def reference(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """An uninterrupted run on one process."""
-    folder = tmp_path_factory.mktemp("reference")
-    return run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=str(folder)), STEPS)[0]
+def train(name: str, steps: int, data: Path, *last: bool, **flags: Any) -> list[dict[str, Any]]:
+    """The results of ``run_steps`` on a layout such as "TP2" or "fsdp DP2"."""
+    world_size, sizes = layout(name.removeprefix("fsdp "))
+    config = tiny_config(data, parallel__fsdp=name.startswith("fsdp"), **sizes, **flags)
+    return run_distributed(world_size, run_steps, config, steps, *last)
 
 
 @pytest.fixture(scope="module")
-def whole(demo_data: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """An uninterrupted run on a layout."""
+def whole(demo_data: Path) -> Callable[..., list[dict[str, Any]]]:
+    """An uninterrupted run on a layout in a precision."""
 
     @functools.cache
-    def run(name: str) -> list[dict[str, Any]]:
-        world_size, flags = layout(name)
-        return run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS)
+    def run(name: str, precision: str = "fp32") -> list[dict[str, Any]]:
+        return train(name, STEPS, demo_data, train__precision=precision)
 
     return run
 
@@ -41,29 +40,37 @@ def whole(demo_data: Path) -> Callable[[str], list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def half(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint of half the run on two tensor-parallel ranks."""
-    world_size, flags = layout("TP2")
     folder = str(tmp_path_factory.mktemp("half"))
-    run_distributed(world_size, run_steps, tiny_config(demo_data, **flags, checkpoint__save=folder), STEPS // 2)
+    train("TP2", STEPS // 2, demo_data, checkpoint__save=folder)
     return folder
 
 
-def test_loss_falls(reference: dict[str, Any]) -> None:
-    assert reference["losses"][-1] < reference["losses"][0] - 0.01
+def test_loss_falls(whole: Callable) -> None:
+    losses = whole("1")[0]["losses"]
+    assert losses[-1] < losses[0] - 0.01
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
-@pytest.mark.parametrize("name", ["DP2", pytest.param("TP2", marks=pytest.mark.long), "TP2xPP2"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("DP2", DP_RESHARDABLE),
+        ("DP2", FULLY_RESHARDABLE),
+        pytest.param("TP2", DP_RESHARDABLE, marks=pytest.mark.long),
+        pytest.param("TP2", FULLY_RESHARDABLE, marks=pytest.mark.long),
+        ("TP2xPP2", DP_RESHARDABLE),
+        ("TP2xPP2", FULLY_RESHARDABLE),
+        ("fsdp DP2", FULLY_RESHARDABLE),
+    ],
+)
 def test_resume_is_bit_for_bit_on_the_same_layout(
     name: str, kind: str, whole: Callable, demo_data: Path, tmp_path: Path
 ) -> None:
-    world_size, flags = layout(name)
-    undisturbed = whole(name)
-    folder = str(tmp_path / "run")
-    config = tiny_config(demo_data, **flags, checkpoint__save=folder, checkpoint__load=folder)
-    first = run_distributed(world_size, run_steps, config, STEPS // 2, kind == FULLY_RESHARDABLE)
+    undisturbed, folder = whole(name), str(tmp_path / "run")
+    flags = {"checkpoint__save": folder, "checkpoint__load": folder}
+    first = train(name, STEPS // 2, demo_data, kind == FULLY_RESHARDABLE, **flags)
     assert manifest.read(step_folder(folder, STEPS // 2)).kind == kind
-    second = run_distributed(world_size, run_steps, config, STEPS)
+    second = train(name, STEPS, demo_data, **flags)
     assert first[0]["losses"] + second[0]["losses"] == undisturbed[0]["losses"]
     assert first[0]["keys"] + second[0]["keys"] == undisturbed[0]["keys"]
     expected = weights(undisturbed)
@@ -72,12 +79,8 @@ def test_resume_is_bit_for_bit_on_the_same_layout(
 
 
 @pytest.mark.parametrize("name", ["DP2", "PP2"])
-def test_resume_on_another_layout_continues_the_curve(
-    name: str, reference: dict[str, Any], half: str, demo_data: Path
-) -> None:
-    world_size, flags = layout(name)
-    config = tiny_config(demo_data, **flags, checkpoint__load=half)
-    results = run_distributed(world_size, run_steps, config, STEPS)
+def test_resume_on_another_layout_continues_the_curve(name: str, whole: Callable, half: str, demo_data: Path) -> None:
+    results, reference = train(name, STEPS, demo_data, checkpoint__load=half), whole("1")[0]
     assert results[0]["losses"] == pytest.approx(reference["losses"][STEPS // 2 :], rel=1e-5)
     # Together the ranks take the packs that one process takes after the trained ones.
     packs = {tuple(keys) for result in results for keys in result["keys"]}
@@ -85,13 +88,23 @@ def test_resume_on_another_layout_continues_the_curve(
     assert packs == set(expected[len(expected) // 2 :])
 
 
-def test_checkpoint_of_another_model_is_refused(demo_data: Path, tmp_path: Path) -> None:
-    folder = str(tmp_path / "run")
-    run_distributed(1, run_steps, tiny_config(demo_data, checkpoint__save=folder), 1)
-    config = tiny_config(demo_data, checkpoint__load=folder, model__num_layers=3, model__ffn_hidden_size=32)
-    message = run_distributed(1, failing_set_up, config)[0]
-    assert "model.num_layers: 4 in the checkpoint, 3 here" in message
-    assert "model.ffn_hidden_size: 48 in the checkpoint, 32 here" in message
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("saving", "loading", "precision"),
+    [
+        ("fsdp DP2", "1", "bf16"),
+        ("1", "fsdp DP2", "fp32"),
+        ("fsdp TP2xDP2", "fsdp DP2", "fp32"),
+        ("fsdp DP2", "TP2xDP2", "fp32"),
+    ],
+)
+def test_checkpoints_do_not_depend_on_fsdp(
+    saving: str, loading: str, precision: str, whole: Callable, demo_data: Path, tmp_path: Path
+) -> None:
+    folder, half = str(tmp_path / "run"), {"train__precision": precision}
+    train(saving, STEPS // 2, demo_data, checkpoint__save=folder, **half)
+    continued = train(loading, STEPS, demo_data, checkpoint__load=folder, **half)[0]["losses"]
+    assert continued == pytest.approx(whole(saving, precision)[0]["losses"][STEPS // 2 :], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from genlip_megatron.faults import exits
 from genlip_megatron.testing.processes import Zygote
+from genlip_megatron.train import loop, setup, validation
 from tests.fault_table import FaultRow
 from tests.reliability.training import Training
 
@@ -22,7 +23,6 @@ UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "launch"}
 
 def failing_in_set_up() -> int:
     """Training whose set-up fails with a user error on every rank; two of three ranks have the same error."""
-    from genlip_megatron.train import setup
 
     def build_run(config: object) -> None:
         raise ValueError("the disk of this node" if os.environ["RANK"] == "1" else "the same for all")
@@ -33,7 +33,6 @@ def failing_in_set_up() -> int:
 
 def failing() -> int:
     """Training whose first step raises a ValueError that is not a user error."""
-    from genlip_megatron.train import loop
 
     def train_step(*_: object) -> None:
         json.loads("{")
@@ -86,7 +85,6 @@ def test_a_run_that_stopped_on_request_without_a_save_is_not_restarted(
 
 def validating() -> int:
     """A validation that gets a stop signal while it runs."""
-    from genlip_megatron.train import validation
 
     def evaluate(*_: object) -> float:
         os.kill(os.getpid(), signal.SIGUSR1)
