@@ -21,9 +21,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from .configuration_genlip import GenLIPConfig
+from .shared_genlip import PATCH_SIZE, PATCH_VALUES
 
-PATCH_SIZE = 16
-PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 IGNORED_LABEL = -100
 # The name of the key-value cache in arguments and outputs depends on the version of transformers.
 _CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

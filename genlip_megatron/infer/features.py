@@ -31,7 +31,7 @@ def features(loaded: Loaded, images: Sequence[Prepared], mean: bool = False) -> 
         images: images without errors; they form one pack.
         mean: average over each image's patches.
     """
-    patches, grid = packed(images, loaded.device)
+    patches, grid = packed(images, loaded.model.device)
     output = loaded.model(patches, grid)
     if mean:
         return list(output.pooler_output.split(1))

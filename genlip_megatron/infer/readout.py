@@ -49,9 +49,9 @@ def readout(loaded: Loaded, image: Prepared, top: int = 5) -> list[list[Token]]:
     """
     assert loaded.tokenizer is not None
     model, tokenizer = loaded.model, loaded.tokenizer
-    patches, grid = packed([image], loaded.device)
+    patches, grid = packed([image], loaded.model.device)
     # The model needs text as input, but patches do not see it.
-    text = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
+    text = torch.zeros(1, 1, dtype=torch.int64, device=loaded.model.device)
     states = model(text, patches, grid, output_hidden_states=True, use_cache=False).hidden_states[-1]
     found: list[list[Token]] = []
     for part in model.ln_post(states[: len(patches)]).split(_AT_ONCE):

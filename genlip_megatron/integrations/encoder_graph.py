@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genlip_megatron.hf.shared_genlip import PATCH_SIZE, PATCH_VALUES
+
 if TYPE_CHECKING:
     from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 
-PATCH_SIZE = 16
-PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 MAX_BATCH, MAX_SIDE = 4096, 512  # images; patches
 CHECKED_SIZES = ((2, 3, 64, 96), (1, 3, 224, 224), (3, 3, 32, 160))
 # Relative to the largest feature; the graph sums in another order than the model.

@@ -106,7 +106,7 @@ def test_verify_reads_the_configuration_as_transformers_does(
 ) -> None:
     from genlip_megatron.convert import hf_folder
 
-    monkeypatch.setattr(hf_folder, "_rope", lambda fields: {"mrope_section": [4, 0, 0]})
+    monkeypatch.setattr(hf_folder, "rope_settings", lambda fields: {"mrope_section": [4, 0, 0]})
     words = ("--tokenizer", demo_data / "tokenizer.model", "--verify")
     said = convert("to-megatron", released, "--output", tmp_path / "start", *words, status=1)
     assert "ABOVE the tolerance" in said
