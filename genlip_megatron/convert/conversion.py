@@ -73,7 +73,6 @@ def export_weights(
         for name, tensor in zip(wanted, source.read(parameter) if wanted else (), strict=True):
             writer.write(name, tensor)
             progress(tensors[name].nbytes)
-    writer.close()
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -128,9 +128,9 @@ def model_config(
         raise ValueError(f"config.json: {error}") from None
     values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     values["rope_sections"] = tuple(rope.get("mrope_section") or (release.rope_sections if release else ()))
-    if num_attention_heads is not None and num_attention_heads < 1:
-        raise ValueError(f"num_attention_heads = {num_attention_heads}: must be a whole number of at least 1")
     if num_attention_heads is not None:
+        if num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads = {num_attention_heads}: must be a whole number of at least 1")
         known = values.setdefault("num_attention_heads", num_attention_heads)
         if known != num_attention_heads:
             raise ValueError(f"num_attention_heads = {num_attention_heads}: config.json has {known}")

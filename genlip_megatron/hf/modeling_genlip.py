@@ -301,9 +301,7 @@ class GenLIPLayer(nn.Module):
 class GenLIPTransformer(nn.Module):
     """The layers."""
 
-    _gradient_checkpointing_func: Callable[
-        ..., Any
-    ]  # set by gradient_checkpointing_enable, as is gradient_checkpointing
+    _gradient_checkpointing_func: Callable[..., Any]  # set by gradient_checkpointing_enable
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__()
@@ -503,12 +501,7 @@ class GenLIPVisionTower(nn.Module):
 class GenLIPVisionModel(GenLIPPreTrainedModel):
     """The vision encoder. It ignores the text parts of a checkpoint."""
 
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        r"^embeddings\.",
-        r"^in_proj\.",
-        r"^proj\.",
-        r"^lm_head\.",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^(embeddings|in_proj|proj|lm_head)\."]  # noqa: RUF012
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__(config)
@@ -569,10 +562,7 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         )
         return output.to_tuple() if return_dict is False else output
 
-    @staticmethod
-    def split_images(features: Tensor, image_grid_hw: Tensor) -> list[Tensor]:
-        """Features of each image, [patches, D], from packed ones [P, D]."""
-        return split_images(features, image_grid_hw)
+    split_images = staticmethod(split_images)
 
 
 class _Rows:
@@ -584,6 +574,7 @@ class _Rows:
     """
 
     def __init__(self, grid: Tensor, mask: Tensor) -> None:
+        self.mask = mask
         images, texts = grid.prod(dim=1), mask.sum(dim=1)
         self.image_lengths, self.text_lengths = images.tolist(), texts.tolist()
         self.lengths = images + texts  # [B]
@@ -694,8 +685,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             if use_cache and cache is None:
                 cache = DynamicCache()
             rows, states = self._begin(input_ids, pixel_values, image_grid_hw, attention_mask, cache)
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            logits, loss = self._outputs(states[-1], rows, mask.bool(), labels, logits_to_keep)
+            logits, loss = self._outputs(states[-1], rows, labels, logits_to_keep)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=tuple(states) if wanted else None, **{_CACHE_NAME: cache}
         )
@@ -768,11 +758,11 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         return x if self.in_proj is None else self.in_proj(x)
 
     def _outputs(
-        self, hidden: Tensor, rows: _Rows, mask: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor
+        self, hidden: Tensor, rows: _Rows, labels: Tensor | None, logits_to_keep: int | Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """(logits [B, kept, V], loss) from the last layer's output [N, D]; the head computes each text slot once."""
-        columns = _columns(mask.shape[1], logits_to_keep)
-        kept, kept_slots = mask[:, columns], rows.text_slots[:, columns]
+        columns = _columns(rows.mask.shape[1], logits_to_keep)
+        kept, kept_slots = rows.mask[:, columns], rows.text_slots[:, columns]
         slots = kept_slots[kept]
         if labels is not None:
             predicted = rows.has_previous & (labels != IGNORED_LABEL)

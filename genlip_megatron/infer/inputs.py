@@ -158,6 +158,8 @@ def _expand(pattern: str) -> Iterator[str]:
     if pattern.endswith(".dataset.json"):
         yield from patterns.expand_shards(_listed(pattern), "INPUT")
         return
+    if storage.is_remote(pattern) and pattern.lower().endswith(SUFFIXES):
+        raise ValueError(f"INPUT {pattern}: only .tar shards are read from a store. Copy the image to a local disk")
     if storage.is_remote(pattern) or pattern.lower().endswith(".tar"):
         yield from patterns.expand_shards([pattern], "INPUT")
         return

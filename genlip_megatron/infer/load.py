@@ -6,7 +6,7 @@ there is one inference path, with a key-value cache, and it needs neither proces
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,34 +179,20 @@ def _tokenizer(path: str, vocab_size: int) -> Tokenizer:
     return load_tokenizer(path, vocab_size)
 
 
-def override_images(
-    processor: GenLIPImageProcessor,
-    image_mode: str | None = None,
-    image_size: int | None = None,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-) -> GenLIPImageProcessor:
-    """``processor`` with the given settings replaced.
-
-    Args:
-        image_mode: "fixed" or "native".
-        image_size: side in pixels, in fixed mode.
-        min_pixels, max_pixels: area, in native mode.
+def override_images(processor: GenLIPImageProcessor, flags: Mapping[str, Any]) -> GenLIPImageProcessor:
+    """``processor`` with the flags that are not None: "image_mode", "image_size", "min_pixels" and "max_pixels".
 
     Raises:
-        ValueError: a value is not allowed, or a setting belongs to the other mode.
+        ValueError: a value is not allowed, or a flag belongs to the other mode.
     """
-    mode = image_mode or processor.image_mode
-    given = {"image_size": image_size, "min_pixels": min_pixels, "max_pixels": max_pixels}
-    for name, value in given.items():
-        needed = "fixed" if name == "image_size" else "native"
-        if value is not None and mode != needed:
+    mode = flags["image_mode"] or processor.image_mode
+    settings = {name: getattr(processor, name) for name in ("size", "fixed_resize", "min_pixels", "max_pixels")}
+    for name, needed in (("image_size", "fixed"), ("min_pixels", "native"), ("max_pixels", "native")):
+        value = flags[name]
+        if value is None:
+            continue
+        if mode != needed:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {value}: needs --image-mode {needed}; this model's images are {mode}")
-    return GenLIPImageProcessor(
-        image_mode=mode,
-        size=processor.size if image_size is None else image_size,
-        fixed_resize=processor.fixed_resize,
-        min_pixels=processor.min_pixels if min_pixels is None else min_pixels,
-        max_pixels=processor.max_pixels if max_pixels is None else max_pixels,
-    )
+        settings["size" if name == "image_size" else name] = value
+    return GenLIPImageProcessor(image_mode=mode, **settings)

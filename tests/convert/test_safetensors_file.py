@@ -29,7 +29,6 @@ def write(folder: Path, limit: int, dtype: torch.dtype | None = None) -> None:
     )
     for name in reversed(TENSORS):  # in any order
         writer.write(name, TENSORS[name])
-    writer.close()
 
 
 @pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (60, 3), (1, 5)])

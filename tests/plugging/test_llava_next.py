@@ -109,7 +109,7 @@ def test_tensors_computed_from_hidden_states_are_plain(exported: Path) -> None:
     for derived in (state + 1, state[:, torch.tensor([1, 2])], state[0], state[:, 1], torch.stack([state, state])):
         assert type(derived) is torch.Tensor
     with torch.no_grad():
-        alone = model(torch.zeros(2, 3, 32, 32), output_hidden_states=True).hidden_states[-1]
-    assert type(pickle.loads(pickle.dumps(alone))) is torch.Tensor
+        plain = model(torch.zeros(2, 3, 32, 32), output_hidden_states=True).hidden_states[-1]
+    assert type(pickle.loads(pickle.dumps(plain))) is torch.Tensor
     state.sum().backward()
     assert model.ln_post.weight.grad is None and model.visual.layers[2].mlp.fc2.weight.grad is not None
