@@ -144,9 +144,9 @@ def to_hf(options: argparse.Namespace) -> int:
         name = str(stored).removeprefix("torch.")
         write_side_files(partial, config.model, config.data, end, name, options.license, facts, options.encoder_only)
     print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")
-    if not options.verify:
-        return 0
-    return _compared(place, config, options.output, encoder_only=options.encoder_only, dtype=dtype)
+    if options.verify:
+        return _compared(place, config, options.output, encoder_only=options.encoder_only, dtype=dtype)
+    return 0
 
 
 def to_megatron(options: argparse.Namespace) -> int:

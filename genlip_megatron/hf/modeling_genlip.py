@@ -43,10 +43,7 @@ def to_patches(pixels: Tensor) -> Tensor:
 def pack_images(pixel_values: Tensor | Sequence[Tensor], image_grid_hw: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(patches [P, 768] of all images end to end, int64 [images, 2] rows and columns of each image's patches).
 
-    Args:
-        pixel_values: normalised floats: images of one size [B, 3, height, width], a list of images
-            [3, height, width] of any sizes, or packed patches [P, 768] with their ``image_grid_hw``.
-        image_grid_hw: int64 [images, 2], only with packed patches; an image of (0, 0) has no patches.
+    The arguments are those of ``GenLIPVisionModel.forward``; an image of (0, 0) has no patches.
 
     Raises:
         ValueError: another shape or dtype, or a grid that does not match the patches.

@@ -110,7 +110,6 @@ class Inputs(Sequence[FileImage | ShardImage]):
     def __init__(self, patterns: Sequence[str], limit: int = 0) -> None:
         if limit < 0:
             raise ValueError(f"--limit {limit}: must be at least 0, which means all")
-        reader = ShardReader(*_CACHE)
         # Image files and indexes of shards.
         self._parts: list[str | ShardIndex] = []
         ends, total = [], 0
@@ -121,7 +120,7 @@ class Inputs(Sequence[FileImage | ShardImage]):
             ends.append(total)
             if 0 < limit <= total:
                 break
-        self._ends, self._reader = np.array(ends, np.int64), reader
+        self._ends, self._reader = np.array(ends, np.int64), ShardReader(*_CACHE)
         self._length = min(limit or total, total)
         if not self._length:
             raise ValueError(f"{' '.join(patterns)}: no image; {_EXPECTED}")

@@ -56,12 +56,6 @@ class OneSizeEncoder(nn.Module):
         return self.model.ln_post(states[-1]).unflatten(0, (batch, -1))
 
 
-def check_ending(output: Path) -> None:
-    """Raise ValueError unless the file ends in ``.onnx`` or ``.pt2``."""
-    if output.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"{output}: the ending selects the format. Allowed are .onnx and .pt2.")
-
-
 def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor], Tensor]:
     """Write the encoder in float32, load the file again, and return it as a function.
 
@@ -73,10 +67,8 @@ def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor],
         A function from ``pixel_values`` float32 [B, 3, height, width] to ``features`` float32 [B, patches, D].
 
     Raises:
-        ValueError: another ending.
         ImportError: an ONNX file needs the packages onnx, onnxscript and onnxruntime.
     """
-    check_ending(output)
     encoder = OneSizeEncoder(model.float()).eval()
     example = (torch.zeros(CHECKED_SIZES[0]),)
     # torch.export specialises sizes of 0 and 1, so images of a single row or column are left out.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,22 +59,19 @@ def test_padded_images_and_bfloat16(exported: Path, pictures: list[Image.Image])
     assert features.shape == (2, 16, 96) and features.dtype == pixels.dtype and bool(features.isfinite().all())
 
 
-@pytest.mark.parametrize("feature", [None, "patch"])
-def test_dropping_a_class_token_is_an_error(exported: Path, feature: str | None) -> None:
-    with pytest.raises(ValueError, match="mm_vision_select_feature = 'cls_patch'"):
-        tower(exported, feature=feature)(torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.parametrize("layer", [-2, 0, 2])
-def test_another_layer_is_an_error(exported: Path, layer: int) -> None:
-    with pytest.raises(IndexError, match="mm_vision_select_layer = -1"):
-        tower(exported, layer=layer)(torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.parametrize("feature", ["slicefour_patch", "slicefour_cls_patch"])
-def test_concatenated_layers_are_an_error(exported: Path, feature: str) -> None:
-    with pytest.raises(ValueError):
-        tower(exported, feature=feature)(torch.zeros(1, 3, 64, 64))
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        *(({"feature": feature}, ValueError, "mm_vision_select_feature = 'cls_patch'") for feature in (None, "patch")),
+        *(({"layer": layer}, IndexError, "mm_vision_select_layer = -1") for layer in (-2, 0, 2)),
+        *(({"feature": f"slicefour_{kind}"}, ValueError, "") for kind in ("patch", "cls_patch")),
+    ],
+)
+def test_a_class_token_and_other_layers_are_errors(
+    settings: dict[str, Any], error: type[Exception], message: str, exported: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        tower(exported, **settings)(torch.zeros(1, 3, 64, 64))
 
 
 def test_pixels_of_the_fallback_processor_are_an_error(exported_native: Path, pictures: list[Image.Image]) -> None:
