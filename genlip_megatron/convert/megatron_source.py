@@ -80,7 +80,8 @@ class MegatronSource:
         if layer is not None:
             shape = shape[1:]
             pieces = [piece for piece in pieces if piece.offsets[0] <= layer < piece.offsets[0] + piece.sizes[0]]
-        if sum(_numel(piece, layer) for piece in pieces) != shape.numel():
+        sizes = [piece.sizes if layer is None else piece.sizes[1:] for piece in pieces]
+        if sum(size.numel() for size in sizes) != shape.numel():
             raise ValueError(f"{self._place}: the stored pieces of {key} do not cover it. Use another checkpoint")
         dtype = facts.properties.dtype
         whole = None
@@ -120,7 +121,3 @@ class MegatronSource:
         strides = tuple(step * size for step in shape.stride())
         begin += shape.storage_offset() * size
         return np.ndarray(tuple(shape.shape), f"i{size}", self._maps[path], begin, strides)
-
-
-def _numel(piece: ChunkStorageMetadata, layer: int | None) -> int:
-    return piece.sizes.numel() if layer is None else piece.sizes[1:].numel()

@@ -10,6 +10,7 @@ key-value cache, H heads, C channels of a head, D hidden size, E text width, V v
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -143,9 +144,7 @@ class PrefixAttention:
     ) -> None:
         self.cache = cache
         lengths = [image + text for image, text in zip(image_lengths, text_lengths, strict=True)]
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
+        starts = [0, *itertools.accumulate(lengths)]
         groups: dict[tuple[int, int], list[int]] = {}
         for row, sizes in enumerate(zip(image_lengths, text_lengths, strict=True)):
             if sum(sizes):
@@ -279,19 +278,17 @@ class GenLIPLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = GenLIPAttention(config, layer)
         self.mlp = GenLIPMLP(config)
-        self.scaled = bool(config.ls_init_value)
-        if self.scaled:
-            self.layer_scale1, self.layer_scale2 = GenLIPLayerScale(config), GenLIPLayerScale(config)
+        self.layer_scale1, self.layer_scale2 = (
+            GenLIPLayerScale(config) if config.ls_init_value else nn.Identity() for _ in range(2)
+        )
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention, drop: Tensor | None = None
     ) -> Tensor:
         """[N, D] from [N, D]; ``drop`` [2, N] are the DropPath factors of both branches."""
-        branch = self.self_attn(self.layer_norm1(x), rotary, attention)
-        branch = self.layer_scale1(branch) if self.scaled else branch
+        branch = self.layer_scale1(self.self_attn(self.layer_norm1(x), rotary, attention))
         x = x + (branch if drop is None else branch * drop[0, :, None])
-        branch = self.mlp(self.layer_norm2(x))
-        branch = self.layer_scale2(branch) if self.scaled else branch
+        branch = self.layer_scale2(self.mlp(self.layer_norm2(x)))
         return x + (branch if drop is None else branch * drop[1, :, None])
 
 
@@ -602,8 +599,8 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         self._add_vision_parts(config)
         width, text = config.hidden_size, config.text_embed_dim
         self.embeddings = nn.Embedding(config.vocab_size, text)
-        self.in_proj = nn.Linear(text, width) if text != width else None
-        self.proj = nn.Linear(width, text) if text != width else None
+        self.in_proj = nn.Linear(text, width) if text != width else nn.Identity()
+        self.proj = nn.Linear(width, text) if text != width else nn.Identity()
         self.lm_head = nn.Linear(text, config.vocab_size, bias=False)
         self.post_init()
 
@@ -625,7 +622,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
 
     def read_out(self, features: Tensor) -> Tensor:
         """Logits [..., V] of features after ``ln_post`` [..., D], of text or patches."""
-        return self.lm_head(features if self.proj is None else self.proj(features))
+        return self.lm_head(self.proj(features))
 
     def forward(
         self,
@@ -704,7 +701,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         if pixel_values is None:
             if image_grid_hw is not None and bool(image_grid_hw.any()):
                 raise ValueError("image_grid_hw without pixel_values: give both or neither")
-            patches, grid = None, torch.zeros(batch, 2, dtype=torch.int64, device=input_ids.device)
+            patches, grid = None, input_ids.new_zeros(batch, 2)
         else:
             patches, grid = pack_images(pixel_values, image_grid_hw)
         if len(grid) != batch:
@@ -713,7 +710,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
                 "has (0, 0) in image_grid_hw"
             )
         rows = _Rows(grid.to(input_ids.device), mask)
-        text = self._embed_text(input_ids[mask])
+        text = self.in_proj(self.embeddings(input_ids[mask]))
         x = text.new_zeros(rows.positions.shape[1], text.shape[1]).index_copy(0, rows.text_slots[mask], text)
         if patches is not None:
             x = x.index_copy(0, rows.image_slots, self.vision_embeddings(patches).to(text.dtype))
@@ -725,9 +722,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
     ) -> list[Tensor]:
         """The input and output of every layer [B * L, D], of tokens after those in the cache."""
         batch, count = input_ids.shape
-        grid = image_grid_hw
-        if grid is None:
-            grid = torch.zeros(batch, 2, dtype=torch.int64, device=input_ids.device)
+        grid = input_ids.new_zeros(batch, 2) if image_grid_hw is None else image_grid_hw
         images = grid.prod(dim=1)
         if attention_mask is None:
             texts = (cache.get_seq_length() + count - images.amax()).expand(batch)
@@ -747,12 +742,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         order = texts[:, None] - count + torch.arange(count, device=input_ids.device)
         positions = (grid.amax(dim=1)[:, None] + order).flatten().expand(3, -1)
         attention = CachedAttention(cache, images + texts, count)
-        return self.visual(self._embed_text(input_ids.flatten()), positions, attention)
-
-    def _embed_text(self, ids: Tensor) -> Tensor:
-        """[N, D] of token ids [N]."""
-        x = self.embeddings(ids)
-        return x if self.in_proj is None else self.in_proj(x)
+        return self.visual(self.in_proj(self.embeddings(input_ids.flatten())), positions, attention)
 
     def _outputs(
         self, hidden: Tensor, rows: _Rows, labels: Tensor | None, logits_to_keep: int | Tensor
