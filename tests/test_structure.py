@@ -35,7 +35,7 @@ ROOMS = {
     "outputs": "storage",
     "parallel": "config faults",
     "model": "batch config device parallel",
-    "data": "__init__ atomic_write batch command config device outputs storage tokenizer",
+    "data": "__init__ atomic_write batch command config device hf outputs storage tokenizer",
     "checkpoint": "atomic_write config device log megatron_patches model outputs parallel",
     "convert": "batch checkpoint config hf megatron_patches model optional outputs parallel tokenizer",
     "estimate": "config model",

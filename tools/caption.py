@@ -63,18 +63,16 @@ def _captioner(options: argparse.Namespace) -> tuple[Any, Any, str]:
     return Captioner(loaded, prompt, decoding), processor, prompt
 
 
-def caption(options: argparse.Namespace) -> int:
-    """Caption everything; returns the exit status.
-
-    Raises:
-        ValueError: a setting or a file is wrong.
-    """
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Caption everything; user errors end with status 2 and one line."""
+    options = build_parser().parse_args(argv)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size}: must be at least 1")
     images = command_line.open_images(options)
     from genlip_megatron.convert.staging import new_file
     from genlip_megatron.infer.inputs import check_not_input
-    from genlip_megatron.infer.prepare import batches, prepared
+    from genlip_megatron.infer.prepare import batches, computed, prepared
     from genlip_megatron.outputs import captions, check_file
 
     check_not_input(options.output, options.inputs)
@@ -82,33 +80,24 @@ def caption(options: argparse.Namespace) -> int:
     captioner, processor, prompt = _captioner(options)
     failed = 0
     with new_file(options.output, captions) as out, command_line.progress_bar(images, "caption") as bar:
-        for batch in batches(prepared(images, processor, prompt), size=options.batch_size):
-            good = [image for image in batch if not image.error]
-            found = iter(captioner.tokens(good) if good else [])
-            for image in batch:
-                row: dict[str, Any] = dict(image.name)
-                if image.error:
-                    row["error"] = image.error
-                else:
-                    ids = next(found)
-                    row["caption"] = captioner.text(ids)
-                    if image.truth is not None:
-                        row["truth"] = image.truth
-                    if options.token_ids:
-                        row["token_ids"] = ids
-                print(json.dumps(row, ensure_ascii=False), file=out)
-            failed += len(batch) - len(good)
-            bar.update(len(batch))
+        ready = batches(prepared(images, processor, prompt), size=options.batch_size)
+        for image, ids in computed(ready, captioner.tokens):
+            row: dict[str, Any] = dict(image.name)
+            if ids is None:
+                row["error"] = image.error
+                failed += 1
+            else:
+                row["caption"] = captioner.text(ids)
+                if image.truth is not None:
+                    row["truth"] = image.truth
+                if options.token_ids:
+                    row["token_ids"] = ids
+            print(json.dumps(row, ensure_ascii=False), file=out)
+            bar.update()
     captioner.close()
     bad = f', {failed} images could not be used (see "error" in their rows)' if failed else ""
     print(f"{len(images) - failed} captions in {options.output}{bad}")
     return 1 if failed == len(images) else 0
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; user errors end with status 2 and one line."""
-    return caption(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

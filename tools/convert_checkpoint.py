@@ -21,7 +21,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,42 +57,38 @@ def build_parser() -> StrictParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str, source: str, output: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str, source: str, output: str, dtypes: Sequence[str], tokenizer: str) -> StrictParser:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         added.add_argument("source", type=Path, help=source)
         added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=output)
         added.add_argument("--overwrite", action="store_true", help="replace the output of an earlier conversion")
         added.add_argument("--verify", action="store_true", help="afterwards compare both models on one batch")
-        return added
-
-    def dtype(added: argparse.ArgumentParser, choices: Sequence[str]) -> None:
         text = "dtype of the written weights; keep: unchanged (default)"
-        added.add_argument("--dtype", choices=choices, default="keep", help=text)
+        added.add_argument("--dtype", choices=("keep", *dtypes), default="keep", help=text)
+        added.add_argument("--tokenizer", type=Path, help=tokenizer)
+        return added
 
     to_hf = command(
         "to-hf",
         "Megatron checkpoint to Hugging Face folder",
         "a checkpoint iter_NNNNNNN, or a run folder for its newest good checkpoint",
         "folder to write: weights, configuration, tokenizer and the model's code",
+        ("fp32", "bf16", "fp16"),
+        "file of the run's tokenizer, if it has moved",
     )
-    dtype(to_hf, ("keep", "fp32", "bf16", "fp16"))
-    to_hf.add_argument(
-        "--encoder-only", action="store_true", help="leave out the token embedding, the projections and the LM head"
-    )
+    text = "leave out the token embedding, the projections and the LM head"
+    to_hf.add_argument("--encoder-only", action="store_true", help=text)
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="largest weight file (default: 5GB)")
-    to_hf.add_argument("--tokenizer", type=Path, help="file of the run's tokenizer, if it has moved")
-    to_hf.add_argument(
-        "--license", default="unknown", help="licence of the weights, for the model card (default: unknown)"
-    )
+    text = "licence of the weights, for the model card (default: unknown)"
+    to_hf.add_argument("--license", default="unknown", help=text)
     to_megatron = command(
         "to-megatron",
         "Hugging Face folder to Megatron checkpoint of weights only",
         "a folder with config.json and safetensors, exported or released by the authors",
         "folder of checkpoints to write; load with --load --finetune",
+        ("fp32", "bf16"),
+        "tokenizer.json or SentencePiece .model of the weights (default: the folder's tokenizer.json)",
     )
-    dtype(to_megatron, ("keep", "fp32", "bf16"))
-    text = "tokenizer.json or SentencePiece .model of the weights (default: the folder's tokenizer.json)"
-    to_megatron.add_argument("--tokenizer", type=Path, help=text)
     to_megatron.add_argument("--num-attention-heads", type=int, help="needed if config.json does not give it")
     return parser
 
@@ -148,9 +144,9 @@ def to_hf(options: argparse.Namespace) -> int:
         name = str(stored).removeprefix("torch.")
         write_side_files(partial, config.model, config.data, end, name, options.license, facts, options.encoder_only)
     print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")
-    if not options.verify:
-        return 0
-    return _compared(place, config, options.output, encoder_only=options.encoder_only, dtype=dtype)
+    if options.verify:
+        return _compared(place, config, options.output, encoder_only=options.encoder_only, dtype=dtype)
+    return 0
 
 
 def to_megatron(options: argparse.Namespace) -> int:
@@ -206,8 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors exit with status 2 and one line."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {"to-hf": to_hf, "to-megatron": to_megatron}
-    return commands[options.command](options)
+    return to_hf(options) if options.command == "to-hf" else to_megatron(options)
 
 
 if __name__ == "__main__":

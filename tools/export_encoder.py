@@ -25,13 +25,7 @@ from pathlib import Path
 import torch
 
 from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.integrations.encoder_graph import (
-    CHECKED_SIZES,
-    TOLERANCE,
-    check_ending,
-    export_encoder,
-    worst_difference,
-)
+from genlip_megatron.integrations.encoder_graph import CHECKED_SIZES, TOLERANCE, export_encoder, worst_difference
 from genlip_megatron.log import to_stderr
 
 
@@ -69,7 +63,8 @@ def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     from genlip_megatron.convert.staging import hidden_folder
     from genlip_megatron.optional import need_transformers
 
-    check_ending(output)
+    if output.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{output}: the ending selects the format. Allowed are .onnx and .pt2.")
     if not output.parent.is_dir():
         raise ValueError(f"{output}: no folder {output.parent}. Create it first.")
     if output.is_dir():

@@ -23,7 +23,6 @@ Exit status: 0 done, even with some bad images; 1 no image could be used; 2 a se
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from genlip_megatron.command import command
@@ -44,12 +43,10 @@ def build_parser() -> StrictParser:
     return parser
 
 
-def extract(options: argparse.Namespace) -> int:
-    """Extract everything; returns the exit status.
-
-    Raises:
-        ValueError: a setting or a file is wrong.
-    """
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Extract everything; user errors end with status 2 and one line."""
+    options = build_parser().parse_args(argv)
     for flag, value in (("max-patches", options.max_patches), ("max-file-size", options.max_file_size)):
         if not 0 < value < float("inf"):
             raise ValueError(f"--{flag} {value}: must be above 0 and finite")
@@ -60,9 +57,8 @@ def extract(options: argparse.Namespace) -> int:
 
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.convert.staging import check_target, new_folder
-    from genlip_megatron.infer.features import FeatureWriter, foreign
-    from genlip_megatron.infer.features import extract as run
-    from genlip_megatron.infer.prepare import batches, prepared
+    from genlip_megatron.infer.features import FeatureWriter, features, foreign
+    from genlip_megatron.infer.prepare import batches, computed, prepared
 
     check_target(options.output, options.overwrite, foreign)
     loaded, processor = command_line.load_model(options, encoder_only=True)
@@ -75,34 +71,23 @@ def extract(options: argparse.Namespace) -> int:
     ):
         writer = FeatureWriter(partial, options.format, stored, int(options.max_file_size * 1e9))
         ready = batches(prepared(images, processor), max_patches=options.max_patches)
-        for done in run(loaded, ready, writer, options.pool == "mean"):
-            bar.update(done)
+        for image, rows in computed(ready, lambda good: features(loaded, good, options.pool == "mean")):
+            writer.add(image, rows)
+            bar.update()
+        sizes = ("size", "fixed_resize") if processor.image_mode == "fixed" else ("min_pixels", "max_pixels")
         facts = {
             "model": str(loaded.place),
             "step": loaded.step,
             "pool": options.pool,
             "dtype": str(stored).removeprefix("torch."),
             "hidden_size": loaded.model.config.hidden_size,
-            "images_resized": {
-                "image_mode": processor.image_mode,
-                **(
-                    {"size": processor.size, "fixed_resize": processor.fixed_resize}
-                    if processor.image_mode == "fixed"
-                    else {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
-                ),
-            },
+            "images_resized": {name: getattr(processor, name) for name in ("image_mode", *sizes)},
         }
         writer.close(facts)
     failed = len(writer.failed)
     bad = f', {failed} could not be used (see "failed" in its index.json)' if failed else ""
     print(f"features of {len(writer.entries)} images in {options.output}{bad}")
     return 0 if writer.entries else 1
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; user errors end with status 2 and one line."""
-    return extract(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Exit status: 0 done, even with some bad images; 1 no image could be used; 2 a se
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -60,21 +59,19 @@ def file_name(name: str, number: int) -> str:
     return f"{number:05}-{re.sub('[^A-Za-z0-9._-]', '_', Path(name).stem)[:100]}"
 
 
-def write_readouts(options: argparse.Namespace) -> int:
-    """Write all readouts; returns the exit status.
-
-    Raises:
-        ValueError: a setting or a file is wrong.
-    """
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write all readouts; user errors end with status 2 and one line."""
+    options = build_parser().parse_args(argv)
     if not 1 <= options.top <= 5:
         raise ValueError(f"--top {options.top}: must be from 1 to 5, which is what fits a patch")
     images = command_line.open_images(options)
     from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.infer.features import NOT_FINITE
     from genlip_megatron.infer.prepare import prepared
-    from genlip_megatron.infer.readout import as_json, check_font, picture, readout
+    from genlip_megatron.infer.readout import as_json, load_fonts, picture, readout
 
-    check_font(options.font)
+    fonts = load_fonts(options.font)
     check_target(options.output, options.overwrite, foreign)
     loaded, processor = command_line.load_model(options)
     failed = 0
@@ -92,7 +89,7 @@ def write_readouts(options: argparse.Namespace) -> int:
                 to_stderr(f"{name}: {image.error or NOT_FINITE}")
                 continue
             target = partial / file_name(name, image.number)
-            picture(image, tokens, options.font).save(f"{target}.png")
+            picture(image, tokens, fonts).save(f"{target}.png")
             text = json.dumps(as_json(image, tokens), ensure_ascii=False, allow_nan=False)
             Path(f"{target}.json").write_text(text + "\n", encoding="utf-8")
             files += [f"{target.name}.png", f"{target.name}.json"]
@@ -100,12 +97,6 @@ def write_readouts(options: argparse.Namespace) -> int:
         (partial / INDEX).write_text(index + "\n", encoding="utf-8")
     print(f"readouts of {len(images) - failed} images in {options.output}")
     return 1 if failed == len(images) else 0
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; user errors end with status 2 and one line."""
-    return write_readouts(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

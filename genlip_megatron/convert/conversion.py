@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,17 @@ import torch
 
 from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint.manifest import Manifest
-from genlip_megatron.config import DEFAULT_PROMPT, PATCH_SIZE, DataConfig, ModelConfig, RunConfig, override
+from genlip_megatron.config import DEFAULT_PROMPT, ModelConfig, RunConfig, override
 from genlip_megatron.convert.hf_folder import model_config
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
 from genlip_megatron.convert.source import Source
+from genlip_megatron.hf.shared_genlip import image_settings
 from genlip_megatron.model.state_dict import in_encoder, model_parameters
 
 
 def open_checkpoint(
-    path: Path, log: Callable[[str], None], progress: Callable[[int], Any]
+    path: Path, log: Callable[[str], None], progress: Callable[[int], Any] = lambda size: None
 ) -> tuple[Path, Manifest, MegatronSource]:
     """(folder, manifest, weights) of the checkpoint ``path``, or of the newest good checkpoint of a run's folder.
 
@@ -71,7 +73,6 @@ def export_weights(
         for name, tensor in zip(wanted, source.read(parameter) if wanted else (), strict=True):
             writer.write(name, tensor)
             progress(tensors[name].nbytes)
-    writer.close()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def open_released(folder: Path, num_attention_heads: int | None = None, heads_hi
 
 
 def folder_images(folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Fields of a folder's image processor; empty, with a log line, if the folder has none of this project.
+    """``image_settings`` of a folder; the defaults, with a log line, if it has none of this project.
 
     transformers 5 saves the image processor inside ``processor_config.json``.
 
@@ -127,26 +128,13 @@ def folder_images(folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: image_processor = {fields!r}: expected an object")
     if "image_mode" not in fields:
-        side = DataConfig.image_size
-        log(f"no image settings in {folder}: using images of {side} x {side} pixels (fixed, squash)")
-        return {}
-    size = fields.get("size", {"height": DataConfig.image_size, "width": DataConfig.image_size})
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    sides: list[Any] = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else []
-    if len(sides) != 2 or any(not _whole(side) or side % PATCH_SIZE for side in sides):
-        raise ValueError(f"{file}: size = {size!r}: expected height and width, multiples of {PATCH_SIZE}")
-    for name in ("min_pixels", "max_pixels"):
-        if name in fields and not _whole(fields[name]):
-            raise ValueError(f"{file}: {name} = {fields[name]!r}: expected a whole number above 0")
-    for name, allowed in (("image_mode", ("fixed", "native")), ("fixed_resize", ("squash", "resize-center-crop"))):
-        if name in fields and fields[name] not in allowed:
-            raise ValueError(f"{file}: {name} = {fields[name]!r}: use {' or '.join(allowed)}")
-    return {**fields, "size": size}
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        log(f"no image settings in {folder}: using images of 224 x 224 pixels (fixed, squash)")
+        return image_settings()
+    names = inspect.signature(image_settings).parameters
+    try:
+        return image_settings(**{name: fields[name] for name in names if name in fields})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def folder_prompt(folder: Path) -> str:
@@ -168,16 +156,14 @@ def recorded_run(
     """The run configuration to record in a checkpoint of a folder's weights: model, tokenizer, and the folder's image
     settings and prompt. ``log`` gets a line if image settings are missing."""
     images = folder_images(folder, log)
-    data: dict[str, Any] = {
+    size = images.pop("size")
+    if images["image_mode"] == "fixed" and size["height"] != size["width"]:
+        raise ValueError(f"{folder}: size = {size!r}: training supports only square images")
+    data = {
         "data.tokenizer": str(tokenizer.resolve()),
         "data.prompt": folder_prompt(folder),
         "train.precision": precision,
+        "data.image_size": size["height"],
+        **{f"data.{name}": value for name, value in images.items()},
     }
-    if images:
-        names = ("image_mode", "fixed_resize", "min_pixels", "max_pixels")
-        data |= {f"data.{name}": images[name] for name in names if name in images}
-        size = images["size"]
-        if images["image_mode"] == "fixed" and size["height"] != size["width"]:
-            raise ValueError(f"{folder}: size = {size!r}: training supports only square images")
-        data["data.image_size"] = size["height"]
     return override(RunConfig(model=model), data)

@@ -14,11 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genlip_megatron.config import PATCH_SIZE, SETTINGS, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
+from genlip_megatron.config import SETTINGS, DataConfig, ModelConfig, from_dict, load_yaml, recipe_names
+from genlip_megatron.hf.shared_genlip import FIXED, IMAGE_STEPS, rope_settings
 from genlip_megatron.model.state_dict import sizes_of
 from genlip_megatron.outputs import first_other
 
-SOURCES = ("configuration_genlip.py", "image_processing_genlip.py", "modeling_genlip.py", "processing_genlip.py")
+SOURCES = (
+    "configuration_genlip.py",
+    "image_processing_genlip.py",
+    "modeling_genlip.py",
+    "processing_genlip.py",
+    "shared_genlip.py",
+)
 # All files of an exported folder except the weights.
 SIDE_FILES = {
     *SOURCES,
@@ -34,19 +41,6 @@ SIDE_FILES = {
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 MAX_NEW_TOKENS = 256  # as in the paper's captions
 
-# Fields of the authors' configuration for which this project supports one value.
-_FIXED = {
-    "patch_size": PATCH_SIZE,
-    "num_channels": 3,
-    "hidden_act": "silu",
-    "use_swiglu_ffn": True,
-    "attention_dropout": 0.0,
-    "spatial_merge_size": 1,
-    "mrope_interleaved": True,
-    "use_llm_head": False,
-    "llm_decoder": None,
-    "tie_word_embeddings": False,
-}
 # Field of the authors' configuration -> our setting.
 _NAMES = {
     "vocab_size": "vocab_size",
@@ -89,7 +83,7 @@ def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = 
         "model_type": "genlip",
         **{name: getattr(model, ours) for name, ours in _NAMES.items()},
         "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": list(model.rope_sections)},
-        **_FIXED,
+        **FIXED,
         "dtype": dtype,
     }
 
@@ -111,7 +105,7 @@ def model_config(
         ValueError: an unsupported value, a contradiction between configuration and weights, or a missing size; names
             the field.
     """
-    for name, allowed in _FIXED.items():
+    for name, allowed in FIXED.items():
         if fields.get(name, allowed) != allowed:
             raise ValueError(f"config.json: {name} = {fields[name]!r}: only {allowed!r} is supported")
     values = sizes_of(shapes)
@@ -128,12 +122,15 @@ def model_config(
             raise ValueError(f"config.json: {name} = {value!r}: the weights have {known!r}")
         values[ours] = value
     release = _release(values)
-    rope = _rope(fields)
+    try:
+        rope = rope_settings(fields)
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from None
     values.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     values["rope_sections"] = tuple(rope.get("mrope_section") or (release.rope_sections if release else ()))
-    if num_attention_heads is not None and num_attention_heads < 1:
-        raise ValueError(f"num_attention_heads = {num_attention_heads}: must be a whole number of at least 1")
     if num_attention_heads is not None:
+        if num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads = {num_attention_heads}: must be a whole number of at least 1")
         known = values.setdefault("num_attention_heads", num_attention_heads)
         if known != num_attention_heads:
             raise ValueError(f"num_attention_heads = {num_attention_heads}: config.json has {known}")
@@ -149,43 +146,6 @@ def model_config(
         )
     _check(values)
     return ModelConfig(**values)
-
-
-def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a configuration, from their two names, as ``GenLIPConfig`` reads them."""
-    older, newer = (_rope_object(fields, name) for name in ("rope_scaling", "rope_parameters"))
-    for key in ("mrope_section", "rope_theta"):
-        if key in older and key in newer and older[key] != newer[key]:
-            raise ValueError(
-                f"config.json: rope_scaling.{key} = {older[key]!r}: rope_parameters.{key} = {newer[key]!r} is another "
-                "name of this setting. Remove the wrong one"
-            )
-    return older | newer
-
-
-def _rope_object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The rotary settings under one name; empty if there are none."""
-    rope = fields.get(name) or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: {name} = {rope!r}: expected an object")
-    allowed: dict[str, tuple[Any, ...]] = {
-        "type": ("default", "mrope"),
-        "rope_type": ("default", "mrope"),
-        "mrope_interleaved": (True,),
-    }
-    for key, value in rope.items():
-        if key in allowed and value not in allowed[key]:
-            raise ValueError(f"config.json: {name}.{key} = {value!r}: only {allowed[key][0]!r} is supported")
-        if key not in (*allowed, "mrope_section", "rope_theta"):
-            raise ValueError(f"config.json: {name}.{key} = {value!r}: this setting is not supported")
-    section = rope.get("mrope_section")
-    if section is not None and not (isinstance(section, list) and len(section) == 3 and all(map(_is_count, section))):
-        raise ValueError(f"config.json: {name}.mrope_section = {section!r}: must be three whole numbers")
-    return rope
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -235,33 +195,7 @@ def preprocessor_config(data: DataConfig) -> dict[str, Any]:
         "fixed_resize": data.fixed_resize,
         "min_pixels": data.min_pixels,
         "max_pixels": data.max_pixels,
-        "do_resize": True,
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "do_convert_rgb": True,
-    }
-
-
-def processor_config(prompt: str) -> dict[str, Any]:
-    """``processor_config.json``: the processor of images and text, and the prompt of the training captions."""
-    return {
-        "processor_class": "GenLIPProcessor",
-        "auto_map": {"AutoProcessor": "processing_genlip.GenLIPProcessor"},
-        "prompt": prompt,
-    }
-
-
-def generation_config(end_token_id: int) -> dict[str, Any]:
-    """``generation_config.json`` of the paper's captions: greedy, equivalent to its temperature of 1e-6."""
-    return {
-        "do_sample": False,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "eos_token_id": end_token_id,
-        "pad_token_id": end_token_id,
+        **IMAGE_STEPS,
     }
 
 
@@ -391,9 +325,18 @@ def write_side_files(
     if end_token_id is None:
         code.remove("processing_genlip.py")
     else:
-        files["processor_config.json"] = processor_config(data.prompt)
+        files["processor_config.json"] = {
+            "processor_class": "GenLIPProcessor",
+            "auto_map": {"AutoProcessor": "processing_genlip.GenLIPProcessor"},
+            "prompt": data.prompt,
+        }
         if not encoder_only:
-            files["generation_config.json"] = generation_config(end_token_id)
+            files["generation_config.json"] = {
+                "do_sample": False,  # equivalent to the paper's temperature of 1e-6
+                "max_new_tokens": MAX_NEW_TOKENS,
+                "eos_token_id": end_token_id,
+                "pad_token_id": end_token_id,
+            }
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     card = model_card(model, data, license_id, facts or {}, encoder_only)

@@ -1,16 +1,13 @@
 """The weights of a Megatron checkpoint of any layout, read from its files without a model or a process group.
 
 Torch's distributed checkpoint stores a tensor as the pieces that ranks held, each a ``torch.save`` archive inside a
-file. An archive stores values uncompressed, so a piece is a view into the mapped file.
+file. ``torch.save`` stores values uncompressed, so a piece is a view into the mapped file.
 """
 
 from __future__ import annotations
 
-import io
 import mmap
-import struct
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from genlip_megatron.checkpoint import torch_metadata
 from genlip_megatron.checkpoint.manifest import Manifest
@@ -27,34 +25,6 @@ from genlip_megatron.model.state_dict import VOCABULARY, ModelParameter, is_fp8_
 
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_LOCAL_HEADER = 30  # bytes of a zip member's header before its name
-
-
-class _Part(io.RawIOBase):
-    """A part of a mapped file as a separate file object, without a copy."""
-
-    def __init__(self, mapped: mmap.mmap, offset: int, length: int) -> None:
-        self._view, self._at = memoryview(mapped)[offset : offset + length], 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        target = memoryview(buffer).cast("B")
-        values = self._view[self._at : self._at + len(target)]
-        target[: len(values)] = values
-        self._at += len(values)
-        return len(values)
 
 
 class MegatronSource:
@@ -95,7 +65,7 @@ class MegatronSource:
         compare(str(place), found, needed, "Does its config.yaml belong to these weights?")
         if wrong := [name for name, dtype in self.dtypes.items() if dtype not in DTYPES.values()]:
             raise ValueError(f"{place}: {listed(wrong)}: expected one of {', '.join(DTYPES)}")
-        self._maps: dict[str, mmap.mmap] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def read(self, parameter: ModelParameter) -> list[Tensor]:
         """The canonical tensors of a parameter; views into the mapped file where one piece holds all of it."""
@@ -110,7 +80,8 @@ class MegatronSource:
         if layer is not None:
             shape = shape[1:]
             pieces = [piece for piece in pieces if piece.offsets[0] <= layer < piece.offsets[0] + piece.sizes[0]]
-        if sum(_numel(piece, layer) for piece in pieces) != shape.numel():
+        sizes = [piece.sizes if layer is None else piece.sizes[1:] for piece in pieces]
+        if sum(size.numel() for size in sizes) != shape.numel():
             raise ValueError(f"{self._place}: the stored pieces of {key} do not cover it. Use another checkpoint")
         dtype = facts.properties.dtype
         whole = None
@@ -131,39 +102,22 @@ class MegatronSource:
         """The values of one piece as integers of the same size, a view into the mapped file. The view may be unaligned:
         numpy copies from such a view, torch does not."""
         info = self._pieces[key, tuple(piece.offsets)]
-        mapped = self._mapped(info.relative_path)
-        archive = io.BufferedReader(_Part(mapped, info.offset, info.length))
-        with zipfile.ZipFile(archive) as members:
-            stored = [m for m in members.infolist() if m.filename.endswith("/data/0")]
-            orders = [members.read(m).decode() for m in members.infolist() if m.filename.endswith("/byteorder")]
-        if [m.compress_type for m in stored] != [zipfile.ZIP_STORED] or set(orders) - {sys.byteorder}:
-            raise ValueError(f"{self._place / info.relative_path}: {key} is compressed or has another byte order")
-        (member,) = stored
-        lengths = info.offset + member.header_offset + 26
-        archive.seek(0)
-        shape = torch.load(archive, map_location="meta", weights_only=True)
-        if tuple(shape.shape) != tuple(piece.sizes):
-            raise ValueError(
-                f"{self._place / info.relative_path}: {key} is {list(shape.shape)}, expected {list(piece.sizes)}"
-            )
-        begin = info.offset + member.header_offset + _LOCAL_HEADER
-        begin += sum(struct.unpack("<HH", mapped[lengths : lengths + 4]))
-        size = dtype.itemsize
-        return np.ndarray(
-            tuple(shape.shape),
-            f"i{size}",
-            mapped,
-            begin + shape.storage_offset() * size,
-            tuple(step * size for step in shape.stride()),
-        )
-
-    def _mapped(self, name: str) -> mmap.mmap:
-        if name not in self._maps:
-            with open(self._place / name, "rb") as file:
+        path = self._place / info.relative_path
+        with open(path, "rb") as file:
+            if path not in self._maps:
                 # Private and writable, since torch needs writable memory; it stays unchanged.
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[name]
-
-
-def _numel(piece: ChunkStorageMetadata, layer: int | None) -> int:
-    return piece.sizes.numel() if layer is None else piece.sizes[1:].numel()
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            view: Any = _create_file_view(file, info.offset, info.length)
+            shape = torch.load(view, map_location="meta", weights_only=True)
+            view.seek(0)
+            archive: Any = torch._C.PyTorchFileReader(view)
+            begin = info.offset + archive.get_record_offset("data/0")
+            order = archive.get_record("byteorder").decode() if archive.has_record("byteorder") else sys.byteorder
+        if order != sys.byteorder:
+            raise ValueError(f"{path}: {key} has another byte order")
+        if tuple(shape.shape) != tuple(piece.sizes):
+            raise ValueError(f"{path}: {key} is {list(shape.shape)}, expected {list(piece.sizes)}")
+        size = dtype.itemsize
+        strides = tuple(step * size for step in shape.stride())
+        begin += shape.storage_offset() * size
+        return np.ndarray(tuple(shape.shape), f"i{size}", self._maps[path], begin, strides)

@@ -6,7 +6,6 @@ schedule, data, random states.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
@@ -111,9 +110,7 @@ def write_checkpoint(
             progress(whole.nbytes)
     FileSystemWriter(place).finish(Metadata(state_dict_metadata={**tensors}), [results])
     save_config(CheckpointingConfig("torch_dist", 1), str(place))
-    common = io.BytesIO()
-    torch.save({"iteration": ITERATION, "objects": {}}, common)
-    (place / COMMON).write_bytes(common.getvalue())
+    torch.save({"iteration": ITERATION, "objects": {}}, place / COMMON)
     (place / CONFIG).write_text(config.to_yaml())
     files = {_WEIGHTS: file.facts}
     for name in (".metadata", "metadata.json", COMMON, CONFIG):

@@ -43,36 +43,32 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     index, single = folder / INDEX, (folder / SINGLE).is_file()
     if single and index.is_file():
         raise ValueError(f"{folder}: both {SINGLE} and {INDEX} exist, each a whole model. Keep one of them")
+    placed: dict[str, str] | None = None
     if single:
-        _check_unnamed(folder, [SINGLE])
-        return [folder / SINGLE], None
-    if not index.is_file():
-        if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")):
-            raise ValueError(
-                f"{folder}: its weights are pickles ({listed(pickles)}), which can run code when loaded. Save them as "
-                "safetensors"
-            )
+        names = [SINGLE]
+    elif index.is_file():
+        try:
+            placed = dict(json.loads(index.read_text())["weight_map"])
+            names = sorted(set(placed.values()))
+        except (OSError, ValueError, KeyError, TypeError):
+            names = []
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise ValueError(f"{index}: damaged. Expected JSON with a weight_map from tensors to file names")
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ValueError(f"{index}: files are missing: {listed(missing)}. Download them")
+    elif pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")):
+        raise ValueError(
+            f"{folder}: its weights are pickles ({listed(pickles)}), which can run code when loaded. Save them as "
+            "safetensors"
+        )
+    else:
         raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} exists. Is it a Hugging Face folder?")
-    try:
-        placed = dict(json.loads(index.read_text())["weight_map"])
-        names = sorted(set(placed.values()))
-    except (OSError, ValueError, KeyError, TypeError):
-        names = []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"{index}: damaged. Expected JSON with a weight_map from tensors to file names")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{index}: files are missing: {listed(missing)}. Download them")
-    _check_unnamed(folder, names)
-    return [folder / name for name in names], placed
-
-
-def _check_unnamed(folder: Path, names: Sequence[str]) -> None:
-    """Raise ValueError if the folder has more weight files than those that are read."""
     if others := sorted({path.name for path in folder.glob("model*.safetensors")} - set(names)):
         raise ValueError(
             f"{folder}: {listed(others)} would be ignored beside {listed(names)}. Move or remove the files of another "
             "model"
         )
+    return [folder / name for name in names], placed
 
 
 def contents(folder: Path) -> dict[str, Facts]:
@@ -222,10 +218,6 @@ class SafetensorsWriter:
                 left = to_dtype(name, block, planned.dtype).contiguous().view(torch.uint8).numpy().data
                 while len(left):  # the system may write less
                     left = left[out.write(left) :]
-
-    def close(self) -> None:
-        """Check that every tensor has been written."""
-        assert not self._places, "some tensors were not written"
 
 
 def _shards(tensors: Mapping[str, Planned], limit: int) -> Iterator[list[str]]:

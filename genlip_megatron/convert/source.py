@@ -54,20 +54,18 @@ def compare(where: str, found: Mapping[str, tuple[int, ...]], needed: Mapping[st
         found, needed: name -> shape.
         hint: what to do; ends the error.
     """
-    wrong = []
-    if missing := [name for name in needed if name not in found]:
-        wrong.append(f"missing: {listed(missing)}")
-    if unexpected := [name for name in found if name not in needed]:
-        wrong.append(f"unexpected: {listed(unexpected)}")
-    shapes = [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
-        for name, shape in needed.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    if shapes:
-        wrong.append(f"wrong shape: {listed(shapes)}")
-    if wrong:
-        raise ValueError(f"{where}: its tensors do not match the model: {'; '.join(wrong)}. {hint}")
+    wrong = {
+        "missing": [name for name in needed if name not in found],
+        "unexpected": [name for name in found if name not in needed],
+        "wrong shape": [
+            f"{name} is {list(found[name])}, expected {list(shape)}"
+            for name, shape in needed.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ],
+    }
+    if any(wrong.values()):
+        said = "; ".join(f"{kind}: {listed(names)}" for kind, names in wrong.items() if names)
+        raise ValueError(f"{where}: its tensors do not match the model: {said}. {hint}")
 
 
 def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,7 @@
-"""Write a folder or a file of results that appears complete, or not at all."""
+"""Write a folder or a file of results that appears complete, or not at all.
+
+SIGTERM must raise an exception, as ``command.command`` arranges, so that partial output is removed.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,8 @@ import os
 import re
 import secrets
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TextIO
 
 from genlip_megatron.checkpoint import paths
@@ -22,33 +23,17 @@ _SUFFIX = re.compile(r"[0-9a-f]{8}")
 
 
 @contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM raises SystemExit with status 143, so that partial output is removed."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the clean-up
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def hidden_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside ``target`` to prepare it in, removed when the block ends.
 
     Leftovers of killed processes are removed first."""
-    with ending_on_sigterm():
-        _remove_leftovers(target)
-        partial, descriptor = _make_partial(target)
-        try:
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(descriptor)
+    _remove_leftovers(target)
+    partial, descriptor = _make_partial(target)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -90,38 +75,33 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
     """
     target = target.resolve()  # follow a link, so that the link stays
     replaced = _replaced(target)
-    with ending_on_sigterm():
-        try:
-            if replaced.exists() and not target.exists():
-                os.rename(replaced, target)
-            check_target(target, overwrite, foreign)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if replaced.exists():
-                if other := foreign(replaced):
-                    raise ValueError(f"{replaced}: this tool needs the name, but did not write it ({other}). Move it")
-                os.rename(replaced, _partial(target))  # under this name a half-removed folder counts as a leftover
-            _remove_leftovers(target)
+    try:
+        if replaced.exists() and not target.exists():
+            os.rename(replaced, target)
+        check_target(target, overwrite, foreign)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if replaced.exists():
+            if other := foreign(replaced):
+                raise ValueError(f"{replaced}: this tool needs the name, but did not write it ({other}). Move it")
+            os.rename(replaced, _partial(target))  # under this name a half-removed folder counts as a leftover
+        with hidden_folder(target) as partial:
             if (free := shutil.disk_usage(target.parent).free) < size:
                 raise ValueError(f"{target}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-            partial, written = _make_partial(target)
+            written = partial.stat()
+            yield partial
             try:
-                yield partial
                 for path in [*partial.rglob("*"), partial]:
                     paths.sync(path)
                 check_target(target, overwrite, foreign)  # another process may have written it
                 _swap_in(partial, target)
                 paths.sync(target.parent)
             except BaseException:
-                if target.exists() and os.path.samestat(os.fstat(written), target.stat()):
+                if target.exists() and os.path.samestat(written, target.stat()):
                     _swap_out(partial, target)  # already swapped in, but not confirmed on disk
-                shutil.rmtree(partial, ignore_errors=True)
                 raise
-            finally:
-                os.close(written)
-            for old in (partial, replaced):
-                shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise ValueError(f"{target}: cannot be written: {error}. Nothing was left behind") from error
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise ValueError(f"{target}: cannot be written: {error}. Nothing was left behind") from error
 
 
 def _make_partial(target: Path) -> tuple[Path, int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from genlip_megatron.config import ONE_RANK, PATCH_VALUES, RunConfig, override
 from genlip_megatron.optional import need_transformers
@@ -73,15 +74,25 @@ def compare_models(
     patches = [torch.empty(r * c, PATCH_VALUES).uniform_(-1, 1, generator=generator) for r, c, _ in _SAMPLES]
     texts = [torch.randint(config.model.vocab_size, (count,), generator=generator).tolist() for *_, count in _SAMPLES]
     hidden, logits, is_image = _megatron_outputs(checkpoint, config, patches, texts, dtype)
-    model = _released_model(released, encoder_only, fields)
+    from genlip_megatron.hf.configuration_genlip import GenLIPConfig
+    from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
+
+    kind: Any = GenLIPVisionModel if encoder_only else GenLIPForCausalLM
+    given = None if fields is None else GenLIPConfig(**fields)
+    model = kind.from_pretrained(released, config=given, dtype=torch.float32).eval()
     _round(model, dtype)
-    if encoder_only:
-        hidden = [states[is_image] for states in hidden]
-        theirs, read = _encoder_outputs(model, patches), None
-    else:
-        theirs, read = _released_outputs(model, patches, texts)
-    found = [_difference("hidden states", torch.stack(hidden), torch.stack(theirs))]
-    return found if read is None else [*found, _difference("logits", logits, read)]
+    images = (torch.cat(patches), torch.tensor([(rows, columns) for rows, columns, _ in _SAMPLES]))
+    with torch.no_grad():
+        if encoder_only:
+            theirs = model(*images, output_hidden_states=True).hidden_states
+            return [_difference("hidden states", torch.stack(hidden)[:, is_image], torch.stack(theirs))]
+        ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+        mask = pad_sequence([torch.ones(len(text), dtype=torch.bool) for text in texts], batch_first=True)
+        output = model(ids, *images, attention_mask=mask, output_hidden_states=True)
+    return [
+        _difference("hidden states", torch.stack(hidden), torch.stack(output.hidden_states)),
+        _difference("logits", logits, output.logits[mask]),
+    ]
 
 
 def _difference(what: str, ours: Tensor, theirs: Tensor) -> Difference:
@@ -140,35 +151,3 @@ def _megatron_outputs(
     logits = model.head.logits(hidden, (~batch.is_image).nonzero()[:, 0])
     groups.finalize()
     return states, logits, batch.is_image
-
-
-def _grid() -> Tensor:
-    return torch.tensor([(rows, columns) for rows, columns, _ in _SAMPLES])
-
-
-def _released_model(folder: Path, encoder_only: bool, fields: dict[str, Any] | None) -> Any:
-    from genlip_megatron.hf.configuration_genlip import GenLIPConfig
-    from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
-
-    kind = GenLIPVisionModel if encoder_only else GenLIPForCausalLM
-    config = None if fields is None else GenLIPConfig(**fields)
-    return kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def _released_outputs(
-    model: Any, patches: Sequence[Tensor], texts: Sequence[Sequence[int]]
-) -> tuple[list[Tensor], Tensor]:
-    """(the embedding's and each layer's output [N, D], logits [T, V] of the text)."""
-    length = max(map(len, texts))
-    ids, mask = torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), length, dtype=torch.bool)
-    for i, text in enumerate(texts):
-        ids[i, : len(text)], mask[i, : len(text)] = torch.tensor(text), True
-    output = model(ids, torch.cat(list(patches)), _grid(), attention_mask=mask, output_hidden_states=True)
-    return list(output.hidden_states), output.logits[mask]
-
-
-@torch.no_grad()
-def _encoder_outputs(model: Any, patches: Sequence[Tensor]) -> list[Tensor]:
-    """The embedding's and each layer's output [N, D], N patches."""
-    return list(model(torch.cat(list(patches)), _grid(), output_hidden_states=True).hidden_states)

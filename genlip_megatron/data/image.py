@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from genlip_megatron.data.content import describe
 from genlip_megatron.data.metadata import END_OF_IMAGE, JPEG_MARKER, START_OF_SCAN, without_metadata
-from genlip_megatron.data.resize import MAX_ASPECT_RATIO
+from genlip_megatron.hf.shared_genlip import MAX_ASPECT_RATIO, UPRIGHT, upright_rgb
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 # File suffix in lower case -> suffix inside a shard. tools/make_shards.py and the index share them.
@@ -37,15 +37,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # A progressive JPEG has about ten scans, and each costs as much time as a whole image.
 MAX_JPEG_SCANS = 64
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def open_image(content: bytes | memoryview) -> tuple[Image.Image, int]:
@@ -81,16 +72,7 @@ def to_rgb(image: Image.Image, orientation: int) -> np.ndarray:
         ValueError: it does not decode completely.
     """
     try:
-        image.load()
-        upright = _UPRIGHT.get(orientation)
-        pixels: Image.Image = image if upright is None else image.transpose(upright)
-        if pixels.mode.startswith("I"):
-            # Pillow's own conversion clips 16-bit greys to white instead of scaling them.
-            pixels = Image.fromarray((np.asarray(pixels).astype(np.uint32) >> 8).astype(np.uint8))
-        elif pixels.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            pixels = pixels.convert("RGBA")
-            pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
-        return np.asarray(pixels.convert("RGB"))
+        return np.asarray(upright_rgb(image, orientation))
     except Exception as error:
         raise ValueError(f"image does not decode: {error}") from error
 
@@ -130,7 +112,7 @@ def check_image(content: bytes | memoryview) -> tuple[int, int, bool]:
         return height, width, False
     if (scans := _count_scans(content)) > MAX_JPEG_SCANS:
         raise ValueError(f"image does not decode: {scans} scans, above {MAX_JPEG_SCANS}")
-    plain = image.mode in ("RGB", "L") and orientation not in _UPRIGHT
+    plain = image.mode in ("RGB", "L") and orientation not in UPRIGHT
     try:
         height, width, _ = decode_rgb(content, plain_jpeg=True).shape
     except ValueError:

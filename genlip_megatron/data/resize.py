@@ -7,23 +7,8 @@ import math
 import numpy as np
 
 from genlip_megatron.config import PATCH_SIZE
-
-MAX_ASPECT_RATIO = 200
-
-
-def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int = 262144) -> tuple[int, int]:
-    """(height, width) in pixels, multiples of 16, that keep the aspect ratio and the area within the two limits.
-
-        >>> native_size(1080, 1920), native_size(600, 800)
-        ((384, 672), (432, 576))
-
-    Raises:
-        ValueError: an aspect ratio above 200.
-    """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"{height}x{width} pixels: an aspect ratio above {MAX_ASPECT_RATIO}")
-    heights, widths = native_sizes(np.array([height]), np.array([width]), min_pixels, max_pixels)
-    return int(heights[0]), int(widths[0])
+from genlip_megatron.hf.shared_genlip import MAX_ASPECT_RATIO as MAX_ASPECT_RATIO
+from genlip_megatron.hf.shared_genlip import native_size as native_size
 
 
 def most_patches(min_pixels: int, max_pixels: int) -> int:
@@ -49,7 +34,7 @@ def native_sizes(
     area = sides[0] * sides[1]
     whole = np.maximum(1.0, np.rint(sides / PATCH_SIZE)) * PATCH_SIZE
     pixels = whole[0] * whole[1]
-    # The same operations in the same order as in hf/image_processing_genlip.py, so that rounding cannot differ.
+    # The same operations in the same order as in native_size, so that rounding cannot differ.
     smaller = np.maximum(PATCH_SIZE, np.floor(sides / np.sqrt(area / max_pixels) / PATCH_SIZE) * PATCH_SIZE)
     larger = np.ceil(sides * np.sqrt(min_pixels / area) / PATCH_SIZE) * PATCH_SIZE
     chosen = np.where(pixels > max_pixels, smaller, np.where(pixels < min_pixels, larger, whole))

@@ -6,19 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Fields for which the model supports one value: another value would mean another computation.
-_FIXED = {
-    "patch_size": 16,
-    "num_channels": 3,
-    "hidden_act": "silu",
-    "use_swiglu_ffn": True,
-    "attention_dropout": 0.0,
-    "spatial_merge_size": 1,
-    "mrope_interleaved": True,
-    "use_llm_head": False,
-    "llm_decoder": None,
-    "tie_word_embeddings": False,
-}
+from .shared_genlip import FIXED, is_count, rope_settings
 
 
 class GenLIPConfig(PretrainedConfig):
@@ -36,14 +24,11 @@ class GenLIPConfig(PretrainedConfig):
         drop_path_rate: fraction of residual branches dropped in training, drawn for each sample.
         rope_theta: base of the rotary frequencies.
         rope_scaling: ``{"rope_type": "default", "mrope_section": [T, H, W]}``; T is not read.
-        rope_parameters: the same with ``rope_theta``, as newer versions of transformers write it; if both are given,
-            they must agree.
+        rope_parameters: the same with ``rope_theta``, as newer versions of transformers write it.
         layer_norm_eps: epsilon of every LayerNorm.
         initializer_range: standard deviation of normally initialised weights.
 
-    ``patch_size``, ``num_channels``, ``hidden_act``, ``use_swiglu_ffn``, ``attention_dropout``,
-    ``spatial_merge_size``, ``mrope_interleaved``, ``use_llm_head``, ``llm_decoder`` and ``tie_word_embeddings`` accept
-    only the value of this model.
+    The fields of ``FIXED`` accept only the value of this model.
 
     Raises:
         ValueError: an unsupported value; names the field, the value and the allowed value.
@@ -69,7 +54,7 @@ class GenLIPConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        for name, allowed in _FIXED.items():
+        for name, allowed in FIXED.items():
             value = kwargs.pop(name, allowed)
             if value != allowed:
                 raise ValueError(f"{name} = {value!r}: only {allowed!r} is supported")
@@ -84,7 +69,7 @@ class GenLIPConfig(PretrainedConfig):
             "text_embed_dim": hidden_size if text_embed_dim is None else text_embed_dim,
         }
         for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"{name} = {value!r}: must be a whole number of at least 1")
             setattr(self, name, value)
         if hidden_size % (2 * num_attention_heads):
@@ -94,17 +79,9 @@ class GenLIPConfig(PretrainedConfig):
             )
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate = {drop_path_rate!r}: must be in [0, 1)")
-        older, newer = dict(rope_scaling or {}), dict(rope_parameters or {})
-        for name in ("mrope_section", "rope_theta"):
-            if name in older and name in newer and older[name] != newer[name]:
-                raise ValueError(
-                    f"rope_scaling.{name} = {older[name]!r}: rope_parameters.{name} = {newer[name]!r} is another "
-                    "name of this setting. Remove the wrong one"
-                )
-        rope = older | newer
-        theta = rope.pop("rope_theta", None)
-        self.rope_theta = float(rope_theta or theta or 10000.0)
-        self._set_rope(rope)
+        rope = rope_settings({"rope_scaling": rope_scaling, "rope_parameters": rope_parameters})
+        self.rope_theta = float(rope_theta or rope.get("rope_theta") or 10000.0)
+        self.mrope_section = list(rope.get("mrope_section", [12, 12, 12]))
         self.gated_attention = gated_attention
         self.ls_init_value = ls_init_value
         self.drop_path_rate = drop_path_rate
@@ -112,22 +89,6 @@ class GenLIPConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
-
-    def _set_rope(self, rope: dict[str, Any]) -> None:
-        for name in ("type", "rope_type"):
-            if rope.get(name, "default") not in ("default", "mrope"):
-                raise ValueError(f"rope_scaling.{name} = {rope[name]!r}: allowed is 'default'")
-        unknown = sorted(set(rope) - {"type", "rope_type", "mrope_section", "mrope_interleaved"})
-        if unknown:
-            raise ValueError(
-                f"rope_scaling.{unknown[0]} = {rope[unknown[0]]!r}: allowed are rope_type and mrope_section"
-            )
-        if not rope.get("mrope_interleaved", True):
-            raise ValueError("rope_scaling.mrope_interleaved = False: only True is supported")
-        section = rope.get("mrope_section", [12, 12, 12])
-        if len(section) != 3 or any(not isinstance(part, int) or part < 0 for part in section):
-            raise ValueError(f"rope_scaling.mrope_section = {section!r}: must be three whole numbers, for T, H and W")
-        self.mrope_section = list(section)
 
     @property
     def head_dim(self) -> int:
@@ -143,12 +104,10 @@ class GenLIPConfig(PretrainedConfig):
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        self._set_rope(dict(value or {}))
+        self.mrope_section = list(rope_settings({"rope_scaling": value}).get("mrope_section", [12, 12, 12]))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field under its name in ``config.json``."""
         fields = super().to_dict()
         fields.pop("mrope_section", None)
-        fields["rope_scaling"] = self.rope_scaling
-        fields["tie_word_embeddings"] = False
-        return fields
+        return fields | {"rope_scaling": self.rope_scaling, "tie_word_embeddings": False}

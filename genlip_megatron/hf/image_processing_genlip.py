@@ -6,7 +6,6 @@ keep their high byte. Pillow's antialiased bilinear filter resizes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,73 +14,27 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-PATCH_SIZE = 16
-PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
-MAX_ASPECT_RATIO = 200
+from .shared_genlip import (
+    IMAGE_STEPS,
+    PATCH_SIZE,
+    PATCH_VALUES,
+    check_aspect_ratio,
+    image_settings,
+    native_size,
+    upright_rgb,
+)
+
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# The steps of a stock processor, by its names, so that a stock processor can replace this class.
-_STEPS = {
-    "do_resize": True,
-    "resample": 2,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "do_convert_rgb": True,
-}
-
-
-def native_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in pixels, multiples of 16, that keep the aspect ratio and an area within the limits."""
-    new_height, new_width = (max(1, round(side / PATCH_SIZE)) * PATCH_SIZE for side in (height, width))
-    if new_height * new_width > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
-        new_height, new_width = (
-            max(PATCH_SIZE, math.floor(side / scale / PATCH_SIZE) * PATCH_SIZE) for side in (height, width)
-        )
-    elif new_height * new_width < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
-        new_height, new_width = (math.ceil(side * scale / PATCH_SIZE) * PATCH_SIZE for side in (height, width))
-    return new_height, new_width
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image upright in RGB, transparency over white.
-
-    Raises:
-        ValueError: values that are not 8-bit or 16-bit levels.
-    """
+    """``upright_rgb`` by the image's own EXIF orientation."""
     image.load()
     try:
-        upright = _UPRIGHT.get(int(image.getexif().get(_EXIF_ORIENTATION, 1)))
+        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # broken metadata does not make the image bad
-        upright = None
-    pixels = image if upright is None else image.transpose(upright)
-    if pixels.mode == "F":
-        raise ValueError("an image of mode F has no known range. Convert it to 8-bit grey, mode L")
-    if pixels.mode.startswith("I"):
-        # Pillow's own conversion would clip 16-bit greys to white instead of scaling them.
-        levels = np.asarray(pixels)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(
-                f"an image of mode {pixels.mode} with values from {levels.min()} to {levels.max()}: expected 16-bit "
-                "greys, from 0 to 65535"
-            )
-        pixels = Image.fromarray((levels.astype(np.uint32) >> 8).astype(np.uint8))
-    elif pixels.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        pixels = pixels.convert("RGBA")
-        pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
-    return pixels.convert("RGB")
+        orientation = 1
+    return upright_rgb(image, orientation)
 
 
 def open_array(image: Any) -> Image.Image:
@@ -128,6 +81,11 @@ class GenLIPImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "image_grid_hw"]  # noqa: RUF012
+    image_mode: str
+    size: dict[str, int]
+    fixed_resize: str
+    min_pixels: int
+    max_pixels: int
 
     def __init__(
         self,
@@ -138,31 +96,19 @@ class GenLIPImageProcessor(BaseImageProcessor):
         max_pixels: int = 262144,
         **kwargs: Any,
     ) -> None:
-        for name, allowed in _STEPS.items():
+        for name, allowed in IMAGE_STEPS.items():
             value = kwargs.pop(name, allowed)
             if (list(value) if isinstance(value, tuple) else value) != allowed:
                 raise ValueError(f"{name} = {value!r}: allowed is {allowed!r}")
         super().__init__(**kwargs)
-        if image_mode not in ("fixed", "native"):
-            raise ValueError(f"image_mode = {image_mode!r}: allowed are 'fixed' and 'native'")
-        if fixed_resize not in ("squash", "resize-center-crop"):
-            raise ValueError(f"fixed_resize = {fixed_resize!r}: allowed are 'squash' and 'resize-center-crop'")
-        size = {"height": size, "width": size} if isinstance(size, int) else dict(size or {"height": 224, "width": 224})
-        if set(size) != {"height", "width"} or any(side < 1 or side % PATCH_SIZE for side in size.values()):
-            raise ValueError(f"size = {size!r}: expected height and width, multiples of {PATCH_SIZE}")
-        if not PATCH_SIZE**2 <= min_pixels <= max_pixels:
-            raise ValueError(
-                f"min_pixels = {min_pixels}, max_pixels = {max_pixels}: expected {PATCH_SIZE**2} <= min <= max"
-            )
-        self.image_mode, self.size, self.fixed_resize = image_mode, size, fixed_resize
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        vars(self).update(image_settings(image_mode, size, fixed_resize, min_pixels, max_pixels))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of ``preprocessor_config.json``.
 
         If a stock processor gives the same pixels, they name it, for callers that do not allow this file to run.
         """
-        fields = {**super().to_dict(), **_STEPS}
+        fields = {**super().to_dict(), **IMAGE_STEPS}
         if self.image_mode == "fixed" and self.fixed_resize == "squash":
             fields["image_processor_type"] = "ViTImageProcessor"
         return fields
@@ -207,8 +153,7 @@ class GenLIPImageProcessor(BaseImageProcessor):
         """float32 [3, height, width]."""
         rgb = to_rgb(open_array(image))
         width, height = rgb.size
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(f"{height}x{width} pixels: an aspect ratio above {MAX_ASPECT_RATIO}")
+        check_aspect_ratio(height, width)
         pixels = np.asarray(self._resized(rgb), np.float32)
         # (x / 255 - 0.5) / 0.5, rounded as in training.
         pixels = pixels * np.float32(1 / 127.5) - np.float32(1)

@@ -10,6 +10,7 @@ key-value cache, H heads, C channels of a head, D hidden size, E text width, V v
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,9 +22,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from .configuration_genlip import GenLIPConfig
+from .shared_genlip import PATCH_SIZE, PATCH_VALUES
 
-PATCH_SIZE = 16
-PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 IGNORED_LABEL = -100
 # The name of the key-value cache in arguments and outputs depends on the version of transformers.
 _CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -44,10 +44,7 @@ def to_patches(pixels: Tensor) -> Tensor:
 def pack_images(pixel_values: Tensor | Sequence[Tensor], image_grid_hw: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(patches [P, 768] of all images end to end, int64 [images, 2] rows and columns of each image's patches).
 
-    Args:
-        pixel_values: normalised floats: images of one size [B, 3, height, width], a list of images
-            [3, height, width] of any sizes, or packed patches [P, 768] with their ``image_grid_hw``.
-        image_grid_hw: int64 [images, 2], only with packed patches; an image of (0, 0) has no patches.
+    The arguments are those of ``GenLIPVisionModel.forward``; an image of (0, 0) has no patches.
 
     Raises:
         ValueError: another shape or dtype, or a grid that does not match the patches.
@@ -147,9 +144,7 @@ class PrefixAttention:
     ) -> None:
         self.cache = cache
         lengths = [image + text for image, text in zip(image_lengths, text_lengths, strict=True)]
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
+        starts = [0, *itertools.accumulate(lengths)]
         groups: dict[tuple[int, int], list[int]] = {}
         for row, sizes in enumerate(zip(image_lengths, text_lengths, strict=True)):
             if sum(sizes):
@@ -283,28 +278,24 @@ class GenLIPLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = GenLIPAttention(config, layer)
         self.mlp = GenLIPMLP(config)
-        self.scaled = bool(config.ls_init_value)
-        if self.scaled:
-            self.layer_scale1, self.layer_scale2 = GenLIPLayerScale(config), GenLIPLayerScale(config)
+        self.layer_scale1, self.layer_scale2 = (
+            GenLIPLayerScale(config) if config.ls_init_value else nn.Identity() for _ in range(2)
+        )
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention, drop: Tensor | None = None
     ) -> Tensor:
         """[N, D] from [N, D]; ``drop`` [2, N] are the DropPath factors of both branches."""
-        branch = self.self_attn(self.layer_norm1(x), rotary, attention)
-        branch = self.layer_scale1(branch) if self.scaled else branch
+        branch = self.layer_scale1(self.self_attn(self.layer_norm1(x), rotary, attention))
         x = x + (branch if drop is None else branch * drop[0, :, None])
-        branch = self.mlp(self.layer_norm2(x))
-        branch = self.layer_scale2(branch) if self.scaled else branch
+        branch = self.layer_scale2(self.mlp(self.layer_norm2(x)))
         return x + (branch if drop is None else branch * drop[1, :, None])
 
 
 class GenLIPTransformer(nn.Module):
     """The layers."""
 
-    _gradient_checkpointing_func: Callable[
-        ..., Any
-    ]  # set by gradient_checkpointing_enable, as is gradient_checkpointing
+    _gradient_checkpointing_func: Callable[..., Any]  # set by gradient_checkpointing_enable
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__()
@@ -504,12 +495,7 @@ class GenLIPVisionTower(nn.Module):
 class GenLIPVisionModel(GenLIPPreTrainedModel):
     """The vision encoder. It ignores the text parts of a checkpoint."""
 
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        r"^embeddings\.",
-        r"^in_proj\.",
-        r"^proj\.",
-        r"^lm_head\.",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^(embeddings|in_proj|proj|lm_head)\."]  # noqa: RUF012
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__(config)
@@ -570,10 +556,7 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         )
         return output.to_tuple() if return_dict is False else output
 
-    @staticmethod
-    def split_images(features: Tensor, image_grid_hw: Tensor) -> list[Tensor]:
-        """Features of each image, [patches, D], from packed ones [P, D]."""
-        return split_images(features, image_grid_hw)
+    split_images = staticmethod(split_images)
 
 
 class _Rows:
@@ -585,6 +568,7 @@ class _Rows:
     """
 
     def __init__(self, grid: Tensor, mask: Tensor) -> None:
+        self.mask = mask
         images, texts = grid.prod(dim=1), mask.sum(dim=1)
         self.image_lengths, self.text_lengths = images.tolist(), texts.tolist()
         self.lengths = images + texts  # [B]
@@ -615,8 +599,8 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         self._add_vision_parts(config)
         width, text = config.hidden_size, config.text_embed_dim
         self.embeddings = nn.Embedding(config.vocab_size, text)
-        self.in_proj = nn.Linear(text, width) if text != width else None
-        self.proj = nn.Linear(width, text) if text != width else None
+        self.in_proj = nn.Linear(text, width) if text != width else nn.Identity()
+        self.proj = nn.Linear(width, text) if text != width else nn.Identity()
         self.lm_head = nn.Linear(text, config.vocab_size, bias=False)
         self.post_init()
 
@@ -638,7 +622,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
 
     def read_out(self, features: Tensor) -> Tensor:
         """Logits [..., V] of features after ``ln_post`` [..., D], of text or patches."""
-        return self.lm_head(features if self.proj is None else self.proj(features))
+        return self.lm_head(self.proj(features))
 
     def forward(
         self,
@@ -695,8 +679,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             if use_cache and cache is None:
                 cache = DynamicCache()
             rows, states = self._begin(input_ids, pixel_values, image_grid_hw, attention_mask, cache)
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            logits, loss = self._outputs(states[-1], rows, mask.bool(), labels, logits_to_keep)
+            logits, loss = self._outputs(states[-1], rows, labels, logits_to_keep)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=tuple(states) if wanted else None, **{_CACHE_NAME: cache}
         )
@@ -718,7 +701,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         if pixel_values is None:
             if image_grid_hw is not None and bool(image_grid_hw.any()):
                 raise ValueError("image_grid_hw without pixel_values: give both or neither")
-            patches, grid = None, torch.zeros(batch, 2, dtype=torch.int64, device=input_ids.device)
+            patches, grid = None, input_ids.new_zeros(batch, 2)
         else:
             patches, grid = pack_images(pixel_values, image_grid_hw)
         if len(grid) != batch:
@@ -727,7 +710,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
                 "has (0, 0) in image_grid_hw"
             )
         rows = _Rows(grid.to(input_ids.device), mask)
-        text = self._embed_text(input_ids[mask])
+        text = self.in_proj(self.embeddings(input_ids[mask]))
         x = text.new_zeros(rows.positions.shape[1], text.shape[1]).index_copy(0, rows.text_slots[mask], text)
         if patches is not None:
             x = x.index_copy(0, rows.image_slots, self.vision_embeddings(patches).to(text.dtype))
@@ -739,9 +722,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
     ) -> list[Tensor]:
         """The input and output of every layer [B * L, D], of tokens after those in the cache."""
         batch, count = input_ids.shape
-        grid = image_grid_hw
-        if grid is None:
-            grid = torch.zeros(batch, 2, dtype=torch.int64, device=input_ids.device)
+        grid = input_ids.new_zeros(batch, 2) if image_grid_hw is None else image_grid_hw
         images = grid.prod(dim=1)
         if attention_mask is None:
             texts = (cache.get_seq_length() + count - images.amax()).expand(batch)
@@ -761,19 +742,14 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         order = texts[:, None] - count + torch.arange(count, device=input_ids.device)
         positions = (grid.amax(dim=1)[:, None] + order).flatten().expand(3, -1)
         attention = CachedAttention(cache, images + texts, count)
-        return self.visual(self._embed_text(input_ids.flatten()), positions, attention)
-
-    def _embed_text(self, ids: Tensor) -> Tensor:
-        """[N, D] of token ids [N]."""
-        x = self.embeddings(ids)
-        return x if self.in_proj is None else self.in_proj(x)
+        return self.visual(self.in_proj(self.embeddings(input_ids.flatten())), positions, attention)
 
     def _outputs(
-        self, hidden: Tensor, rows: _Rows, mask: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor
+        self, hidden: Tensor, rows: _Rows, labels: Tensor | None, logits_to_keep: int | Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """(logits [B, kept, V], loss) from the last layer's output [N, D]; the head computes each text slot once."""
-        columns = _columns(mask.shape[1], logits_to_keep)
-        kept, kept_slots = mask[:, columns], rows.text_slots[:, columns]
+        columns = _columns(rows.mask.shape[1], logits_to_keep)
+        kept, kept_slots = rows.mask[:, columns], rows.text_slots[:, columns]
         slots = kept_slots[kept]
         if labels is not None:
             predicted = rows.has_previous & (labels != IGNORED_LABEL)

@@ -85,13 +85,13 @@ class Captioner:
         assert loaded.tokenizer is not None
         self._loaded, self._tokenizer = loaded, loaded.tokenizer
         self._arguments = decoding.arguments()
-        self._prompt = torch.tensor([prompt_ids(loaded.tokenizer, prompt)], device=loaded.device)
+        self._prompt = torch.tensor([prompt_ids(loaded.tokenizer, prompt)], device=loaded.model.device)
         torch.manual_seed(decoding.seed)
 
     @torch.inference_mode()
     def tokens(self, images: Sequence[Prepared]) -> list[list[int]]:
         """New tokens of each good image, without the end token."""
-        patches, grid = packed(images, self._loaded.device)
+        patches, grid = packed(images, self._loaded.model.device)
         ids = self._prompt.expand(len(images), -1)
         end = self._tokenizer.closing_ids[0]
         found = self._loaded.model.generate(

@@ -91,7 +91,7 @@ def load_model(options: argparse.Namespace, encoder_only: bool = False) -> tuple
     )
     names = ("image_mode", "image_size", "min_pixels", "max_pixels")
     flags = {name: getattr(options, name, None) for name in names}
-    return loaded, override_images(loaded.image_processor, **flags)
+    return loaded, override_images(loaded.image_processor, flags)
 
 
 def progress_bar(images: Inputs, what: str) -> Any:

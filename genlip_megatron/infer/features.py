@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def features(loaded: Loaded, images: Sequence[Prepared], mean: bool = False) -> 
         images: images without errors; they form one pack.
         mean: average over each image's patches.
     """
-    patches, grid = packed(images, loaded.device)
+    patches, grid = packed(images, loaded.model.device)
     output = loaded.model(patches, grid)
     if mean:
         return list(output.pooler_output.split(1))
@@ -58,16 +57,16 @@ class FeatureWriter:
         self.entries: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
 
-    def add(self, image: Prepared, rows: Tensor) -> None:
-        """Add one image's features [n, D]; an image with NaN or Inf counts as failed.
+    def add(self, image: Prepared, rows: Tensor | None) -> None:
+        """Add one image's features [n, D]; an image with an error, NaN or Inf counts as failed.
 
         Raises:
             ValueError: a value does not fit the dtype.
         """
-        rows = rows.detach().cpu()
-        if not bool(rows.isfinite().all()):
-            self.fail(replace(image, error=NOT_FINITE))
+        if rows is None or not bool(rows.isfinite().all()):
+            self.failed.append(image.name | {"error": image.error or NOT_FINITE})
             return
+        rows = rows.detach().cpu()
         stored = rows.to(self._dtype)
         if not bool(stored.isfinite().all()):
             raise ValueError(f"--feature-dtype fp16: a feature of {rows.abs().max():.3g} is out of range. Use fp32.")
@@ -82,10 +81,6 @@ class FeatureWriter:
         self.entries.append(entry)
         self._rows.append(stored)
         self._count, self._size = self._count + len(stored), self._size + stored.nbytes
-
-    def fail(self, image: Prepared) -> None:
-        """Record an image that could not be used."""
-        self.failed.append(image.name | {"error": image.error})
 
     def close(self, facts: dict[str, Any]) -> None:
         """Write the remaining features and the index, which begins with ``facts``."""
@@ -122,16 +117,3 @@ def foreign(folder: Path) -> str:
     if files is None:
         return f"no {INDEX} of features"
     return first_other(folder, lambda path: path in (INDEX, *files))
-
-
-def extract(loaded: Loaded, batches: Iterable[Sequence[Prepared]], writer: FeatureWriter, mean: bool) -> Iterable[int]:
-    """Compute and write every batch; yields the number of images of each."""
-    for batch in batches:
-        good = [image for image in batch if not image.error]
-        found = iter(features(loaded, good, mean) if good else ())
-        for image in batch:
-            if image.error:
-                writer.fail(image)
-            else:
-                writer.add(image, next(found))
-        yield len(batch)

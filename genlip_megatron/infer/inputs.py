@@ -111,7 +111,6 @@ class Inputs(Sequence[FileImage | ShardImage]):
     def __init__(self, patterns: Sequence[str], limit: int = 0) -> None:
         if limit < 0:
             raise ValueError(f"--limit {limit}: must be at least 0, which means all")
-        reader = ShardReader(*_CACHE)
         # Image files and indexes of shards.
         self._parts: list[str | ShardIndex] = []
         ends, total = [], 0
@@ -122,7 +121,7 @@ class Inputs(Sequence[FileImage | ShardImage]):
             ends.append(total)
             if 0 < limit <= total:
                 break
-        self._ends, self._reader = np.array(ends, np.int64), reader
+        self._ends, self._reader = np.array(ends, np.int64), ShardReader(*_CACHE)
         self._length = min(limit or total, total)
         if not self._length:
             raise ValueError(f"{' '.join(patterns)}: no image; {_EXPECTED}")
@@ -159,6 +158,8 @@ def _expand(pattern: str) -> Iterator[str]:
     if pattern.endswith(".dataset.json"):
         yield from patterns.expand_shards(_listed(pattern), "INPUT")
         return
+    if storage.is_remote(pattern) and pattern.lower().endswith(SUFFIXES):
+        raise ValueError(f"INPUT {pattern}: only .tar shards are read from a store. Copy the image to a local disk")
     if storage.is_remote(pattern) or pattern.lower().endswith(".tar"):
         yield from patterns.expand_shards([pattern], "INPUT")
         return

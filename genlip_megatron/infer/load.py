@@ -6,7 +6,7 @@ there is one inference path, with a key-value cache, and it needs neither proces
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
 from genlip_megatron.model.state_dict import in_encoder, model_parameters
 from genlip_megatron.tokenizer import Tokenizer, load_tokenizer
-
-_PIXEL_FIELDS = ("image_mode", "size", "fixed_resize", "min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,6 @@ class Loaded:
     prompt: str
     place: Path
     step: int | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return next(self.model.parameters()).device
 
 
 def pick_device(name: str) -> torch.device:
@@ -77,7 +70,6 @@ def load(
     device: torch.device | str = "cpu",
     dtype: str = "auto",
     tokenizer: str = "",
-    progress: Callable[[int], Any] = lambda size: None,
 ) -> Loaded:
     """The model of a run's newest good checkpoint, of one checkpoint, or of a Hugging Face folder.
 
@@ -88,7 +80,6 @@ def load(
         device: device to put the model on.
         dtype: "fp32", "bf16" or "fp16"; "auto": that of the stored weights.
         tokenizer: file to use instead of the one that the checkpoint or folder names.
-        progress: called with the number of bytes read from a checkpoint.
 
     Raises:
         ValueError: no usable model, another tokenizer, or a weight that does not fit the dtype.
@@ -100,24 +91,16 @@ def load(
         raise ValueError(
             f"--load {place}: no such folder. Name a run, a checkpoint iter_NNNNNNN or an exported folder."
         )
-    wanted = None if dtype == "auto" else DTYPES[dtype]
-    kind = GenLIPVisionModel if encoder_only else GenLIPForCausalLM
     released = bool([*place.glob("*.safetensors"), *place.glob("*.safetensors.index.json")])
     read = _from_released if released else _from_checkpoint
-    loaded = read(place, kind, wanted, tokenizer, log, progress)
+    loaded = read(place, not encoder_only, DTYPES.get(dtype), tokenizer, log)
     loaded.model.requires_grad_(False).eval().to(device)
     return loaded
 
 
 def _from_checkpoint(
-    place: Path,
-    kind: Any,
-    dtype: torch.dtype | None,
-    tokenizer: str,
-    log: Callable[[str], None],
-    progress: Callable[[int], Any],
+    place: Path, whole: bool, dtype: torch.dtype | None, tokenizer: str, log: Callable[[str], None]
 ) -> Loaded:
-    """Load a Megatron checkpoint."""
     from genlip_megatron import megatron_patches
 
     megatron_patches.install()
@@ -125,19 +108,19 @@ def _from_checkpoint(
     from genlip_megatron.convert.conversion import open_checkpoint
 
     try:
-        place, saved, source = open_checkpoint(place, log, progress)
+        place, saved, source = open_checkpoint(place, log)
     except ValueError as error:
         raise ValueError(f"--load {error}") from None
     config = loading.read_config(place)
-    whole = kind is GenLIPForCausalLM
-    reader = _tokenizer(tokenizer or config.data.tokenizer, config.model.vocab_size) if whole else None
+    tokenizer = tokenizer or config.data.tokenizer
+    reader = _tokenizer(tokenizer, config.model.vocab_size) if whole else None
     if reader is not None and reader.fingerprint != saved.tokenizer:
         raise ValueError(
-            f"--tokenizer {tokenizer or config.data.tokenizer}: not the tokenizer of {place}: its fingerprint is "
-            f"{reader.fingerprint}, the checkpoint's {saved.tokenizer}. Name the right file."
+            f"--tokenizer {tokenizer}: not the tokenizer of {place}: its fingerprint is {reader.fingerprint}, the "
+            f"checkpoint's {saved.tokenizer}. Name the right file."
         )
     with torch.device("meta"):
-        model = kind(GenLIPConfig(**_model_fields(hf_config(config.model))))
+        model = _kind(whole)(_config(hf_config(config.model)))
     weights: dict[str, Tensor] = {}
     for parameter in model_parameters(source.model):
         if whole or any(map(in_encoder, parameter.shapes)):
@@ -145,26 +128,17 @@ def _from_checkpoint(
                 # Cloned, because the tensor may be a view of the mapped file.
                 weights[name] = to_dtype(name, tensor, dtype or tensor.dtype).clone()
     model.load_state_dict(weights, assign=True)
-    return Loaded(
-        model, images_of(preprocessor_config(config.data)), reader, config.data.prompt, place, saved.iteration
-    )
+    images = GenLIPImageProcessor(**preprocessor_config(config.data))
+    return Loaded(model, images, reader, config.data.prompt, place, saved.iteration)
 
 
 def _from_released(
-    place: Path,
-    kind: Any,
-    dtype: torch.dtype | None,
-    tokenizer: str,
-    log: Callable[[str], None],
-    progress: Callable[[int], Any],
+    place: Path, whole: bool, dtype: torch.dtype | None, tokenizer: str, log: Callable[[str], None]
 ) -> Loaded:
-    """Load a folder in the authors' format."""
-    from genlip_megatron.convert.conversion import folder_images, folder_prompt, in_encoder, open_released, read_json
+    from genlip_megatron.convert.conversion import folder_images, folder_prompt, open_released, read_json
     from genlip_megatron.convert.safetensors_file import check_dtype, contents
 
-    stored = contents(place)
-    whole = kind is GenLIPForCausalLM
-    if "embeddings.weight" in stored:
+    if "embeddings.weight" in contents(place):
         # Released configurations lack some sizes; the shapes of the weights give them.
         fields = hf_config(open_released(place, heads_hint="in its config.json").model)
     elif whole:
@@ -176,25 +150,25 @@ def _from_released(
     else:
         fields = read_json(place / "config.json")
     try:
-        config = GenLIPConfig(**_model_fields(fields))
+        config = _config(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--load {place}: config.json: {error}") from None
     reader = _tokenizer(tokenizer or str(place / "tokenizer.json"), config.vocab_size) if whole else None
-    images, prompt = images_of(folder_images(place, log)), folder_prompt(place)
+    images, prompt = GenLIPImageProcessor(**folder_images(place, log)), folder_prompt(place)
     if dtype is not None:
         check_dtype(place, dtype, lambda name: whole or in_encoder(name))
-    model = kind.from_pretrained(place, config=config, dtype=dtype or "auto")
+    model = _kind(whole).from_pretrained(place, config=config, dtype=dtype or "auto")
     return Loaded(model, images, reader, prompt, place)
 
 
-def _model_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a ``config.json`` that are arguments of ``GenLIPConfig``."""
-    return {name: value for name, value in fields.items() if name not in ("architectures", "auto_map", "dtype")}
+def _kind(whole: bool) -> Any:
+    return GenLIPForCausalLM if whole else GenLIPVisionModel
 
 
-def images_of(fields: dict[str, Any]) -> GenLIPImageProcessor:
-    """The image processor that a ``preprocessor_config.json`` describes."""
-    return GenLIPImageProcessor(**{name: fields[name] for name in _PIXEL_FIELDS if name in fields})
+def _config(fields: dict[str, Any]) -> GenLIPConfig:
+    """The model's configuration from the fields of a ``config.json``."""
+    not_arguments = ("architectures", "auto_map", "dtype")
+    return GenLIPConfig(**{name: value for name, value in fields.items() if name not in not_arguments})
 
 
 def _tokenizer(path: str, vocab_size: int) -> Tokenizer:
@@ -205,34 +179,20 @@ def _tokenizer(path: str, vocab_size: int) -> Tokenizer:
     return load_tokenizer(path, vocab_size)
 
 
-def override_images(
-    processor: GenLIPImageProcessor,
-    image_mode: str | None = None,
-    image_size: int | None = None,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-) -> GenLIPImageProcessor:
-    """``processor`` with the given settings replaced.
-
-    Args:
-        image_mode: "fixed" or "native".
-        image_size: side in pixels, in fixed mode.
-        min_pixels, max_pixels: area, in native mode.
+def override_images(processor: GenLIPImageProcessor, flags: Mapping[str, Any]) -> GenLIPImageProcessor:
+    """``processor`` with the flags that are not None: "image_mode", "image_size", "min_pixels" and "max_pixels".
 
     Raises:
-        ValueError: a value is not allowed, or a setting belongs to the other mode.
+        ValueError: a value is not allowed, or a flag belongs to the other mode.
     """
-    mode = image_mode or processor.image_mode
-    given = {"image_size": image_size, "min_pixels": min_pixels, "max_pixels": max_pixels}
-    for name, value in given.items():
-        needed = "fixed" if name == "image_size" else "native"
-        if value is not None and mode != needed:
+    mode = flags["image_mode"] or processor.image_mode
+    settings = {name: getattr(processor, name) for name in ("size", "fixed_resize", "min_pixels", "max_pixels")}
+    for name, needed in (("image_size", "fixed"), ("min_pixels", "native"), ("max_pixels", "native")):
+        value = flags[name]
+        if value is None:
+            continue
+        if mode != needed:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {value}: needs --image-mode {needed}; this model's images are {mode}")
-    return GenLIPImageProcessor(
-        image_mode=mode,
-        size=processor.size if image_size is None else image_size,
-        fixed_resize=processor.fixed_resize,
-        min_pixels=processor.min_pixels if min_pixels is None else min_pixels,
-        max_pixels=processor.max_pixels if max_pixels is None else max_pixels,
-    )
+        settings["size" if name == "image_size" else name] = value
+    return GenLIPImageProcessor(image_mode=mode, **settings)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 from genlip_megatron.hf.modeling_genlip import to_patches
 from genlip_megatron.infer.inputs import FileImage, ShardImage
 
+T = TypeVar("T")
 _MAX_THREADS = 16
 _AHEAD = 4  # prepared images per thread
 
@@ -103,6 +105,17 @@ def batches(images: Iterable[Prepared], size: int = 0, max_patches: int = 0) -> 
         good, patches = good + bool(count), patches + count
     if batch:
         yield batch
+
+
+def computed(
+    batches: Iterable[Sequence[Prepared]], compute: Callable[[list[Prepared]], Iterable[T]]
+) -> Iterator[tuple[Prepared, T | None]]:
+    """Every image with its result, None for a bad image; ``compute`` gets the good images of a batch."""
+    for batch in batches:
+        good = [image for image in batch if not image.error]
+        results = iter(compute(good) if good else ())
+        for image in batch:
+            yield image, None if image.error else next(results)
 
 
 def packed(images: Sequence[Prepared], device: torch.device) -> tuple[Tensor, Tensor]:

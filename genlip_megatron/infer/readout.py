@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,7 @@ _BLANKS = str.maketrans({" ": "\u00b7", "\n": "\u00ac", "\r": "\u00ac", "\t": "\
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-@dataclass(frozen=True)
-class Token:
-    """One of a patch's likeliest tokens.
-
-    Attributes:
-        id: its id in the vocabulary.
-        text: its text; "#" and its id if that is not printable.
-        probability: softmax over the vocabulary.
-    """
-
-    id: int
-    text: str
-    probability: float
+Token = dict[str, Any]  # "id" in the vocabulary, "text" or "#" and the id if that is not printable, "probability"
 
 
 @torch.inference_mode()
@@ -49,9 +37,9 @@ def readout(loaded: Loaded, image: Prepared, top: int = 5) -> list[list[Token]]:
     """
     assert loaded.tokenizer is not None
     model, tokenizer = loaded.model, loaded.tokenizer
-    patches, grid = packed([image], loaded.device)
+    patches, grid = packed([image], loaded.model.device)
     # The model needs text as input, but patches do not see it.
-    text = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
+    text = torch.zeros(1, 1, dtype=torch.int64, device=loaded.model.device)
     states = model(text, patches, grid, output_hidden_states=True, use_cache=False).hidden_states[-1]
     found: list[list[Token]] = []
     for part in model.ln_post(states[: len(patches)]).split(_AT_ONCE):
@@ -59,7 +47,8 @@ def readout(loaded: Loaded, image: Prepared, top: int = 5) -> list[list[Token]]:
         if not bool(best.values.isfinite().all()):
             return []
         for ids, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            found.append([Token(i, _text(tokenizer, i), round(p, 6)) for i, p in zip(ids, probabilities, strict=True)])
+            best_first = zip(ids, probabilities, strict=True)
+            found.append([{"id": i, "text": _text(tokenizer, i), "probability": round(p, 6)} for i, p in best_first])
     return found
 
 
@@ -74,24 +63,19 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
 def as_json(image: Prepared, tokens: list[list[Token]]) -> dict[str, Any]:
     """{"path" or "key", "grid", "patches"}; a patch is {"row", "column", "tokens"}."""
     patches = [
-        {"row": i // image.columns, "column": i % image.columns, "tokens": [asdict(token) for token in best]}
-        for i, best in enumerate(tokens)
+        {"row": i // image.columns, "column": i % image.columns, "tokens": best} for i, best in enumerate(tokens)
     ]
     return {**image.name, "grid": [image.rows, image.columns], "patches": patches}
 
 
-def picture(image: Prepared, tokens: list[list[Token]], font: str = "") -> Image.Image:
+def picture(image: Prepared, tokens: list[list[Token]], fonts: Sequence[_Font]) -> Image.Image:
     """The darkened image with the tokens of each patch written over it, the likeliest on top in yellow.
 
     Args:
         image: the image.
         tokens: the result of ``readout``.
-        font: TrueType or OpenType file, for scripts other than Latin, which Pillow's own font lacks.
-
-    Raises:
-        ValueError: the font cannot be read.
+        fonts: the result of ``load_fonts``.
     """
-    fonts = _fonts(font)
     pixels = to_image((image.patches + 1) * 127.5, image.rows, image.columns).round().clamp(0, 255).byte()
     width, height = image.columns * _CELL, image.rows * _CELL
     canvas = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
@@ -103,7 +87,7 @@ def picture(image: Prepared, tokens: list[list[Token]], font: str = "") -> Image
         line = (_CELL - 2 * _MARGIN) / max(len(best), 5)
         for place, token in enumerate(best):
             later = int(place > 0)
-            label = _fit(draw, token.text.translate(_BLANKS), fonts[later], _CELL - 2 * _MARGIN)
+            label = _fit(draw, token["text"].translate(_BLANKS), fonts[later], _CELL - 2 * _MARGIN)
             draw.text(
                 (left + _MARGIN, top + _MARGIN + place * line),
                 label,
@@ -115,12 +99,12 @@ def picture(image: Prepared, tokens: list[list[Token]], font: str = "") -> Image
     return canvas
 
 
-def check_font(file: str) -> None:
-    """Raise ValueError if a font cannot be read."""
-    _fonts(file)
+def load_fonts(file: str) -> list[_Font]:
+    """Fonts of the likeliest token and of the others, from a TrueType or OpenType file; "": Pillow's own.
 
-
-def _fonts(file: str) -> list[_Font]:
+    Raises:
+        ValueError: the file cannot be read.
+    """
     if not file:
         return [ImageFont.load_default(size) for size in _SIZES]
     try:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genlip_megatron.hf.shared_genlip import PATCH_SIZE, PATCH_VALUES
+
 if TYPE_CHECKING:
     from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 
-PATCH_SIZE = 16
-PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 MAX_BATCH, MAX_SIDE = 4096, 512  # images; patches
 CHECKED_SIZES = ((2, 3, 64, 96), (1, 3, 224, 224), (3, 3, 32, 160))
 # Relative to the largest feature; the graph sums in another order than the model.
@@ -56,12 +56,6 @@ class OneSizeEncoder(nn.Module):
         return self.model.ln_post(states[-1]).unflatten(0, (batch, -1))
 
 
-def check_ending(output: Path) -> None:
-    """Raise ValueError unless the file ends in ``.onnx`` or ``.pt2``."""
-    if output.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"{output}: the ending selects the format. Allowed are .onnx and .pt2.")
-
-
 def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor], Tensor]:
     """Write the encoder in float32, load the file again, and return it as a function.
 
@@ -73,10 +67,8 @@ def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor],
         A function from ``pixel_values`` float32 [B, 3, height, width] to ``features`` float32 [B, patches, D].
 
     Raises:
-        ValueError: another ending.
         ImportError: an ONNX file needs the packages onnx, onnxscript and onnxruntime.
     """
-    check_ending(output)
     encoder = OneSizeEncoder(model.float()).eval()
     example = (torch.zeros(CHECKED_SIZES[0]),)
     # torch.export specialises sizes of 0 and 1, so images of a single row or column are left out.

@@ -14,7 +14,6 @@ from genlip_megatron.convert.hf_folder import preprocessor_config
 from genlip_megatron.device import current_device
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 from genlip_megatron.infer.caption import Decoding, prompt_ids
-from genlip_megatron.infer.load import images_of
 from genlip_megatron.infer.prepare import Prepared
 from genlip_megatron.tokenizer import load_tokenizer
 
@@ -70,7 +69,7 @@ class RecomputingCaptioner:
         config = override(loading.read_config(found[0]), {**ONE_RANK, **precision})
         self.place = found[0]
         self.prompt = config.data.prompt if prompt is None else prompt
-        self.image_processor: GenLIPImageProcessor = images_of(preprocessor_config(config.data))
+        self.image_processor = GenLIPImageProcessor(**preprocessor_config(config.data))
         self._tokenizer = load_tokenizer(tokenizer or config.data.tokenizer, config.model.vocab_size)
         self._prompt, self._decoding = prompt_ids(self._tokenizer, self.prompt), decoding
         groups.initialize(config)

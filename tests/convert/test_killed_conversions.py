@@ -8,20 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 from torch import Tensor
 
 from genlip_megatron.checkpoint import paths as checkpoints
-from genlip_megatron.config import ModelConfig
 from genlip_megatron.convert.hf_folder import hf_config
+from genlip_megatron.convert.tokenizer import export_tokenizer
 from genlip_megatron.testing.processes import Zygote
 from tests import crash
-from tests.convert.weights import differing, random_weights, read_released
+from tests.convert.weights import differing, random_weights, read_released, small, write_released
 from tools.convert_checkpoint import main
 
-MODEL = ModelConfig(
-    num_layers=1, hidden_size=32, num_attention_heads=4, ffn_hidden_size=40, text_hidden_size=32, vocab_size=511
-)
+MODEL = small(1, 32, 4, 40, 32, 511)
 
 
 def convert() -> int:
@@ -30,14 +27,6 @@ def convert() -> int:
         checkpoints.exchange = lambda first, second: False
     crash.install_from_environment()
     return main(sys.argv[1:])
-
-
-def released(folder: Path, weights: dict[str, Tensor], tokenizer: Path) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config(MODEL, "float32")))
-    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    save_file(weights, folder / "model.safetensors")
-    return folder
 
 
 @pytest.mark.slow
@@ -71,8 +60,9 @@ def test_a_crash_leaves_the_old_output_or_the_new(
     weights = random_weights(MODEL)
     rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
     start, work = tmp_path / "start", tmp_path / "work"
-    given = tmp_path / "given"
-    released(given, weights, exported_tokenizer(demo_data, tmp_path))
+    given = write_released(tmp_path / "given", weights)
+    (given / "config.json").write_text(json.dumps(hf_config(MODEL, "float32")))
+    export_tokenizer(demo_data / "tokenizer.model", given)
     assert main(["to-megatron", str(given), "--output", str(start)]) == 0
     source = str(start if direction == "to-hf" else given)
     target = work / "target"
@@ -120,11 +110,3 @@ def test_a_crash_leaves_the_old_output_or_the_new(
             assert hidden == [], said
         assert main(words) == 0
         assert differing(held(target), weights) == [] and not list(work.glob(".*")), said
-
-
-def exported_tokenizer(data: Path, folder: Path) -> Path:
-    """The demo's tokenizer as the ``tokenizer.json`` of an export."""
-    from genlip_megatron.convert.tokenizer import export_tokenizer
-
-    export_tokenizer(data / "tokenizer.model", folder / "tokenizer")
-    return folder / "tokenizer" / "tokenizer.json"

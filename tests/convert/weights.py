@@ -9,53 +9,34 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig, override
 from genlip_megatron.convert.source import Source
-from genlip_megatron.model.state_dict import canonical_shapes, model_parameters
+from genlip_megatron.model.state_dict import model_parameters
+from tests.hf.models import random_weights as random_weights
+
+
+def small(layers: int, width: int, heads: int, inner: int, text: int, vocabulary: int = 53, **more: Any) -> ModelConfig:
+    """A model of the given sizes."""
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        ffn_hidden_size=inner,
+        text_hidden_size=text,
+        vocab_size=vocabulary,
+        **more,
+    )
+
 
 # The structures of named sizes and ablations, scaled down.
 VARIANTS = {
-    "l16": ModelConfig(
-        num_layers=2, hidden_size=32, num_attention_heads=2, ffn_hidden_size=88, text_hidden_size=32, vocab_size=53
-    ),
-    "so16-release": ModelConfig(
-        num_layers=3, hidden_size=36, num_attention_heads=2, ffn_hidden_size=96, text_hidden_size=32, vocab_size=54
-    ),
-    "g16": ModelConfig(
-        num_layers=2, hidden_size=48, num_attention_heads=6, ffn_hidden_size=64, text_hidden_size=48, vocab_size=53
-    ),
-    "g16-release": ModelConfig(
-        num_layers=2, hidden_size=48, num_attention_heads=4, ffn_hidden_size=64, text_hidden_size=32, vocab_size=53
-    ),
-    "no gate": ModelConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        ffn_hidden_size=40,
-        text_hidden_size=24,
-        vocab_size=53,
-        attention_output_gate=False,
-    ),
-    "no LayerScale, no DropPath": ModelConfig(
-        num_layers=1,
-        hidden_size=32,
-        num_attention_heads=4,
-        ffn_hidden_size=40,
-        text_hidden_size=32,
-        vocab_size=53,
-        layer_scale_init=0.0,
-        drop_path_rate=0.0,
-    ),
+    "l16": small(2, 32, 2, 88, 32),
+    "so16-release": small(3, 36, 2, 96, 32, 54),
+    "g16": small(2, 48, 6, 64, 48),
+    "g16-release": small(2, 48, 4, 64, 32),
+    "no gate": small(2, 32, 4, 40, 24, attention_output_gate=False),
+    "no LayerScale, no DropPath": small(1, 32, 4, 40, 32, layer_scale_init=0.0, drop_path_rate=0.0),
 }
-
-
-def random_weights(model: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Canonical tensors of a model, each value different."""
-    generator = torch.Generator().manual_seed(5)
-    return {
-        name: torch.empty(shape).normal_(0.0, 0.2, generator=generator).to(dtype)
-        for name, shape in canonical_shapes(model).items()
-    }
 
 
 def write_released(folder: Path, weights: dict[str, Tensor]) -> Path:
@@ -90,7 +71,5 @@ def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str
 
 def run_of(model: ModelConfig, **parallel: Any) -> RunConfig:
     """A run of a model, without data."""
-    from genlip_megatron.config import override
-
     config = RunConfig(model=model, data=DataConfig(seq_length=64), train=TrainConfig(global_batch_size=4))
     return override(config, {f"parallel.{name}": value for name, value in parallel.items()})

@@ -32,9 +32,9 @@ def tiny(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**SIZES, **changes})
 
 
-def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+def random_weights(model: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Weights large enough that tokens and images change the output, by their released names."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in canonical_shapes(model).items():
         draw = torch.randn(shape, generator=generator)
@@ -44,7 +44,7 @@ def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
             weights[name] = draw * 3
         else:
             weights[name] = draw * 0.3 if len(shape) == 1 else draw * 1.5 / (draw[0].numel() ** 0.5)
-    return weights
+    return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
 def hf_model(kind: str, model: ModelConfig, weights: dict[str, Tensor]) -> Any:
@@ -52,10 +52,8 @@ def hf_model(kind: str, model: ModelConfig, weights: dict[str, Tensor]) -> Any:
     from genlip_megatron.hf import modeling_genlip
     from genlip_megatron.hf.configuration_genlip import GenLIPConfig
 
-    config = GenLIPConfig(**{name: value for name, value in hf_config(model).items() if name != "dtype"})
-    made = getattr(modeling_genlip, kind)(config)
-    state = {name: weights[name] for name in made.state_dict()}
-    made.load_state_dict(state)
+    made = getattr(modeling_genlip, kind)(GenLIPConfig(**hf_config(model, "float32")))
+    made.load_state_dict({name: weights[name] for name in made.state_dict()})
     return made.eval()
 
 

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genlip_megatron.config import ModelConfig
+from genlip_megatron.hf.configuration_genlip import GenLIPConfig
+from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, pack_images
 from genlip_megatron.model.state_dict import canonical_shapes
 from tests.hf.models import golden_inputs, golden_model, hf_model, images, random_weights, tiny
-
-transformers = pytest.importorskip("transformers")
 
 # Absolute, float32 on CPU; the worst difference measured is in brackets.
 OUTPUTS = 2e-5  # logits (6.5e-6), features (2.9e-6), hidden states (5.5e-6), loss (4.8e-7)
@@ -25,9 +24,9 @@ SAME = 2e-5  # the same sums in another order (2.9e-6, of logits up to 11)
 SHAPES = [(2, 3), (1, 1), (4, 2), (2, 3)]
 
 
-def causal(model: ModelConfig | None = None) -> Any:
-    model = model or tiny()
-    return hf_model("GenLIPForCausalLM", model, random_weights(model))
+def build(kind: str = "GenLIPForCausalLM", **changes: Any) -> Any:
+    model = tiny(**changes)
+    return hf_model(kind, model, random_weights(model))
 
 
 def prompts(lengths: tuple[int, ...] = (3, 5, 1, 3), side: str = "left") -> dict[str, Tensor]:
@@ -95,7 +94,7 @@ def test_greedy_tokens_equal_the_authors(golden_file: Path, use_cache: bool) -> 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_does_not_depend_on_its_batch(side: str) -> None:
-    model, batch = causal(), prompts(side=side)
+    model, batch = build(), prompts(side=side)
     pictures = images(*SHAPES)
     with torch.no_grad():
         together = model(**batch, pixel_values=pictures).logits
@@ -121,7 +120,7 @@ def test_a_row_does_not_depend_on_its_batch(side: str) -> None:
     ids=["greedy", "beams", "beams-returned", "top-p", "top-k"],
 )
 def test_generation_is_the_same_with_and_without_a_cache(options: dict[str, Any]) -> None:
-    model, batch = causal(), prompts()
+    model, batch = build(), prompts()
     outputs = []
     for use_cache in (True, False):
         torch.manual_seed(5)
@@ -153,28 +152,25 @@ def test_generation_is_the_same_with_and_without_a_cache(options: dict[str, Any]
             assert torch.equal(single[:, prompt.shape[1] :], new[row * count : (row + 1) * count])
 
 
-def test_prompts_padded_on_the_right_are_refused() -> None:
-    model = causal()
-    for options in ({}, {"use_cache": False}, {"num_beams": 2}):
-        with pytest.raises(ValueError, match="Pad on the left"):
-            model.generate(**prompts(side="right"), max_new_tokens=2, pad_token_id=0, **options)
-
-
-def test_attention_weights_cannot_be_requested() -> None:
-    with pytest.raises(ValueError, match="output_attentions = True: packed attention has no matrix"):
-        causal().generate(
-            **prompts(),
-            max_new_tokens=2,
-            pad_token_id=0,
-            output_attentions=True,
-            return_dict_in_generate=True,
+@pytest.mark.parametrize(
+    ("side", "options", "message"),
+    [
+        ("right", {}, "Pad on the left"),
+        ("right", {"use_cache": False}, "Pad on the left"),
+        ("right", {"num_beams": 2}, "Pad on the left"),
+        ("left", {"output_attentions": True}, "output_attentions = True: packed attention has no matrix"),
+        ("left", {"cache_implementation": "static"}, "images need a DynamicCache"),
+    ],
+)
+def test_unsupported_generation_is_refused(side: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build().generate(
+            **prompts(side=side), max_new_tokens=2, pad_token_id=0, return_dict_in_generate=True, **options
         )
 
 
 def test_every_form_of_images_generates_the_same() -> None:
-    from genlip_megatron.hf.modeling_genlip import pack_images
-
-    model, batch = causal(), prompts()
+    model, batch = build(), prompts()
     same_size = images((2, 3), (2, 3), (2, 3), (2, 3))
     patches, grid = pack_images(same_size)
     results = [
@@ -189,7 +185,7 @@ def test_every_form_of_images_generates_the_same() -> None:
 
 
 def test_a_stop_token_ends_only_its_row() -> None:
-    model, batch = causal(), prompts()
+    model, batch = build(), prompts()
     free = model.generate(**batch, pixel_values=images(*SHAPES), max_new_tokens=8, do_sample=False, pad_token_id=0)
     new = free[:, batch["input_ids"].shape[1] :]
     stop = int(new[1, 3])
@@ -203,7 +199,7 @@ def test_a_stop_token_ends_only_its_row() -> None:
 
 
 def test_a_cache_continues_with_several_tokens_and_with_text_only() -> None:
-    model = causal()
+    model = build()
     ids = prompts((6, 6))["input_ids"]
     for pictures in (images((2, 3), (3, 1)), None):
         grid = None if pictures is None else torch.tensor([[2, 3], [3, 1]])
@@ -217,7 +213,7 @@ def test_a_cache_continues_with_several_tokens_and_with_text_only() -> None:
 
 def test_a_cache_that_lacks_tokens_is_refused() -> None:
     """For example a cache cropped to the length of the text."""
-    model, ids, grid = causal(), prompts((6, 6))["input_ids"], torch.tensor([[2, 3], [3, 1]])
+    model, ids, grid = build(), prompts((6, 6))["input_ids"], torch.tensor([[2, 3], [3, 1]])
     first = model(ids[:, :5], pixel_values=images((2, 3), (3, 1)), use_cache=True)
     cache = first["cache" if "cache" in first else "past_key_values"]
     message = "a cache of {} tokens and 1 new ones.*Remove prompt_lookup_num_tokens"
@@ -232,7 +228,7 @@ def test_a_cache_that_lacks_tokens_is_refused() -> None:
 @pytest.mark.parametrize("shape", [(4, 6), (1, 1)])
 def test_assisted_generation_is_greedy_or_refused(shape: tuple[int, int]) -> None:
     """Versions of transformers before 5 crop the cache to the text's length."""
-    model, ids = causal(), torch.tensor([[319, 337, 330, 298, 324, 383, 319, 337]])
+    model, ids = build(), torch.tensor([[319, 337, 330, 298, 324, 383, 319, 337]])
     words: dict[str, Any] = {"pixel_values": images(shape), "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": 0}
     expected = model.generate(ids, **words)
     try:
@@ -244,7 +240,7 @@ def test_assisted_generation_is_greedy_or_refused(shape: tuple[int, int]) -> Non
 
 
 def test_a_first_answer_token_is_predicted_from_the_image() -> None:
-    model, ids = causal(), prompts((3,))["input_ids"]
+    model, ids = build(), prompts((3,))["input_ids"]
     with torch.no_grad():
         output = model(ids, pixel_values=images((2, 3)), labels=ids, output_hidden_states=True)
         logits = model.read_out(model.ln_post(output.hidden_states[-1]))
@@ -266,10 +262,9 @@ def test_a_first_answer_token_is_predicted_from_the_image() -> None:
     ids=["full", "no-gate", "no-layer-scale", "one-width", "sections"],
 )
 def test_every_variant_has_the_released_names_and_learns(changes: dict[str, Any]) -> None:
-    model = tiny(**changes)
-    made = causal(model)
+    made = build(**changes)
     shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
-    assert shapes == canonical_shapes(model)
+    assert shapes == canonical_shapes(tiny(**changes))
     batch = prompts()
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     made(**batch, pixel_values=images(*SHAPES), labels=labels).loss.backward()
@@ -277,9 +272,7 @@ def test_every_variant_has_the_released_names_and_learns(changes: dict[str, Any]
 
 
 def test_every_form_of_images_gives_the_same_features() -> None:
-    from genlip_megatron.hf.modeling_genlip import pack_images
-
-    model = hf_model("GenLIPVisionModel", tiny(), random_weights(tiny()))
+    model = build("GenLIPVisionModel")
     pictures = images(*SHAPES)
     patches, grid = pack_images(pictures)
     assert torch.equal(patches[7 + 3].unflatten(0, (3, 16, 16)), pictures[2][:, 16:32, 16:32])  # row 1, column 1
@@ -301,8 +294,7 @@ def test_every_form_of_images_gives_the_same_features() -> None:
 
 
 def test_drop_path_drops_whole_samples() -> None:
-    model = tiny(drop_path_rate=0.5, num_layers=1)
-    made = hf_model("GenLIPVisionModel", model, random_weights(model))
+    made = build("GenLIPVisionModel", drop_path_rate=0.5, num_layers=1)
     pictures = torch.stack(images((2, 2)) * 64)
     with torch.no_grad():
         calm = made(pictures, output_hidden_states=True).hidden_states
@@ -319,7 +311,7 @@ def test_drop_path_drops_whole_samples() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(dtype: torch.dtype) -> None:
-    model, batch = causal(), prompts()
+    model, batch = build(), prompts()
     half = copy.deepcopy(model).to(dtype)
     with torch.no_grad():
         exact = model(**batch, pixel_values=images(*SHAPES), labels=batch["input_ids"])
@@ -332,10 +324,9 @@ def test_half_precision_is_close(dtype: torch.dtype) -> None:
 
 
 def test_checkpointed_layers_have_the_same_gradients() -> None:
-    model = tiny(drop_path_rate=0.3)
     gradients = []
     for again in (False, True):
-        made = causal(model).train()
+        made = build(drop_path_rate=0.3).train()
         if again:
             made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         runs = []
@@ -348,9 +339,6 @@ def test_checkpointed_layers_have_the_same_gradients() -> None:
 
 
 def test_initial_weights_follow_the_authors() -> None:
-    from genlip_megatron.hf.configuration_genlip import GenLIPConfig
-    from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM
-
     torch.manual_seed(0)
     made = GenLIPForCausalLM(
         GenLIPConfig(
@@ -394,9 +382,4 @@ IDS = torch.tensor([[5, 6]])
 )
 def test_invalid_inputs_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        causal()(**{"input_ids": IDS, **arguments})
-
-
-def test_a_cache_of_fixed_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="images need a DynamicCache"):
-        causal().generate(input_ids=IDS, pixel_values=ONE, max_new_tokens=2, cache_implementation="static")
+        build()(**{"input_ids": IDS, **arguments})

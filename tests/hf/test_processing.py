@@ -11,15 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data.decode import CpuDecoder, ImageTask
 from genlip_megatron.data.resize import native_size
+from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
+from genlip_megatron.hf.modeling_genlip import pack_images, split_images
 from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.shards import image, interlaced, rotated, sixteen_bit
 from tests.hf.models import export
-
-transformers = pytest.importorskip("transformers")
 
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen3-tokenizer" / "tokenizer.json"
 
@@ -55,12 +56,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def processor(**settings: Any) -> Any:
-    from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
-
-    return GenLIPImageProcessor(**settings)
-
-
 def training_pixels(content: bytes, settings: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
     """(normalised patches, their grid) by the plain reference of training."""
     if settings.get("image_mode") == "native":
@@ -81,9 +76,7 @@ def training_pixels(content: bytes, settings: dict[str, Any]) -> tuple[Tensor, t
 
 @pytest.mark.parametrize("mode", MODES)
 def test_pixels_equal_training(mode: str) -> None:
-    from genlip_megatron.hf.modeling_genlip import pack_images, split_images
-
-    made = processor(**MODES[mode])(
+    made = GenLIPImageProcessor(**MODES[mode])(
         [Image.open(io.BytesIO(content)) for content in PICTURES.values()], return_tensors="pt"
     )
     patches, grid = pack_images(made["pixel_values"], made.get("image_grid_hw"))
@@ -99,25 +92,15 @@ def test_sixteen_bit_greys_keep_their_high_byte() -> None:
         picture = Image.frombytes("I;16B" if mode == "I;16B" else "I;16", (32, 32), levels.tobytes())
         picture = picture.convert("I") if mode == "I" else picture
         assert picture.mode == mode
-        assert torch.equal(processor()(picture)["pixel_values"], processor()(grey)["pixel_values"])
-
-
-def test_sizes_equal_training() -> None:
-    from genlip_megatron.hf import image_processing_genlip
-
-    sides = [1, 7, 8, 16, 24, 39, 40, 64, 199, 224, 511, 513, 1000, 3001]
-    for height in sides:
-        for width in sides:
-            if max(height, width) <= 200 * min(height, width):
-                for bounds in ((4096, 262144), (256, 16384)):
-                    ours = image_processing_genlip.native_size(height, width, *bounds)
-                    assert ours == native_size(height, width, *bounds)
+        assert torch.equal(
+            GenLIPImageProcessor()(picture)["pixel_values"], GenLIPImageProcessor()(grey)["pixel_values"]
+        )
 
 
 def test_arrays_and_tensors_are_accepted_like_images() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), np.uint8)
     grey, alpha = pixels[0, :, :, 0], np.concatenate((pixels[0], pixels[1, :, :, :1]), axis=2)
-    made = processor(image_mode="native")
+    made = GenLIPImageProcessor(image_mode="native")
     for one, other in (
         (pixels[0], Image.fromarray(pixels[0])),
         (pixels, [Image.fromarray(picture) for picture in pixels]),
@@ -159,7 +142,7 @@ GOOD = np.zeros((32, 32, 3), np.uint8)
 def test_an_invalid_image_is_named(images: Any, message: str) -> None:
     for settings in ({}, {"image_mode": "native"}):
         with pytest.raises(ValueError, match=message):
-            processor(**settings)(images)
+            GenLIPImageProcessor(**settings)(images)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +159,9 @@ def test_an_invalid_image_is_named(images: Any, message: str) -> None:
 )
 def test_settings_that_change_pixels_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        processor(**settings)
+        GenLIPImageProcessor(**settings)
     with pytest.raises(ValueError, match="size: not an option of a call"):
-        processor()(GOOD, size=32)
-
-
-def whole_processor(folder: Path) -> Any:
-    return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        GenLIPImageProcessor()(GOOD, size=32)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +170,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
 
 
 def test_images_and_prompts_become_the_models_input(exported: Path, demo_data: Path) -> None:
-    made, tokenizer = whole_processor(exported), load_tokenizer(demo_data / "tokenizer.model")
+    made, tokenizer = (
+        AutoProcessor.from_pretrained(exported, trust_remote_code=True),
+        load_tokenizer(demo_data / "tokenizer.model"),
+    )
     pictures = [Image.open(io.BytesIO(PICTURES[name])) for name in ("wide", "tall")]
     inputs = made(images=pictures, text=["Describe.", " Describe the image. "])
     texts = [tokenizer.encode(text) for text in ("Describe.", "Describe the image.")]
@@ -204,13 +186,16 @@ def test_images_and_prompts_become_the_models_input(exported: Path, demo_data: P
     marked = made(images=pictures[0], text="<image>\nDescribe.")
     assert marked["input_ids"].tolist() == [tokenizer.encode("Describe.")]
     assert made(text="Describe.").keys() == {"input_ids", "attention_mask"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     tokens = model.generate(**inputs, max_new_tokens=3)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def test_text_ends_at_the_end_token(exported: Path, demo_data: Path) -> None:
-    made, tokenizer = whole_processor(exported), load_tokenizer(demo_data / "tokenizer.model")
+    made, tokenizer = (
+        AutoProcessor.from_pretrained(exported, trust_remote_code=True),
+        load_tokenizer(demo_data / "tokenizer.model"),
+    )
     text = "Two red crosses at the top left."
     ids = tokenizer.encode(text)
     end = tokenizer.closing_ids[0]
@@ -235,11 +220,11 @@ def test_text_ends_at_the_end_token(exported: Path, demo_data: Path) -> None:
 )
 def test_invalid_input_is_refused(exported: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        whole_processor(exported)(**arguments)
+        AutoProcessor.from_pretrained(exported, trust_remote_code=True)(**arguments)
 
 
 @pytest.mark.skipif(not QWEN.is_file(), reason="the Qwen3 tokenizer is not beside the project")
 def test_prompt_ids_equal_the_authors(tmp_path: Path) -> None:
-    inputs = whole_processor(export(tmp_path, QWEN))(images=[GOOD, GOOD])
+    inputs = AutoProcessor.from_pretrained(export(tmp_path, QWEN), trust_remote_code=True)(images=[GOOD, GOOD])
     assert inputs["input_ids"].tolist() == [[74785, 279, 2168, 304, 7716, 13]] * 2
     assert inputs["pixel_values"].shape == (2, 3, 224, 224)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tools.caption import main
+from tools.caption import main as caption_images
 from tools.demo import PLAIN_TRANSFORMERS
 from tools.extract_features import main as extract_features
 from tools.patch_readout import main as patch_readout
@@ -32,7 +33,7 @@ def caption(tool: Tool, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
     def run(*words: Any, status: int = 0) -> list[dict[str, Any]]:
         target = tmp_path / "captions.jsonl"
-        tool(main, *words, "--output", target, "--max-new-tokens", 12, status=status)
+        tool(caption_images, *words, "--output", target, "--max-new-tokens", 12, status=status)
         assert [entry.name for entry in tmp_path.glob("*captions*")] == ["captions.jsonl"]
         return rows(target)
 
@@ -111,10 +112,16 @@ def test_sampled_captions_repeat_with_their_seed(caption: Any, checkpoints: dict
     assert caption(photos, "--load", checkpoints["1"], "--num-beams", 3) != greedy
 
 
-def test_only_bad_images_end_with_status_1(caption: Any, checkpoints: dict[str, Path], photos: Path) -> None:
-    (row,) = caption(photos / "broken.jpg", "--load", checkpoints["1"], status=1)
+def test_only_bad_images_end_with_status_1(
+    caption: Any, tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    words = (photos / "broken.jpg", "--load", checkpoints["1"])
+    (row,) = caption(*words, status=1)
     assert row["path"] == str(photos / "broken.jpg")
     assert row["error"].startswith("image does not decode: not a JPEG, PNG or WebP file, but text")
+    tool(extract_features, *words, "--output", tmp_path / "features", status=1)
+    index = json.loads((tmp_path / "features" / "index.json").read_text())
+    assert not index["images"] and index["failed"] == [row]
 
 
 def test_unusual_file_names_and_pipes(
@@ -149,7 +156,7 @@ def test_sigterm_leaves_nothing_and_leftovers_of_kills_are_removed(
     from genlip_megatron.infer import features, readout
 
     place, name, other = {
-        "caption": (captions.Captioner, "tokens", main),
+        "caption": (captions.Captioner, "tokens", caption_images),
         "extract_features": (features, "features", extract_features),
         "patch_readout": (readout, "readout", patch_readout),
     }[killed]
@@ -171,35 +178,45 @@ def test_no_input_is_replaced(tool: Tool, checkpoints: dict[str, Path], photos: 
     (tmp_path / "link").symlink_to(copied)
     for words in ([copied], [copied / "more" / "*"], [copied, "--limit", 1]):
         target = tmp_path / "link" / "more" / "image1.jpg"
-        line = tool(main, *words, "--load", checkpoints["1"], "--output", target, status=2)
+        line = tool(caption_images, *words, "--load", checkpoints["1"], "--output", target, status=2)
         assert f"--output {target}: it is one of the inputs" in line
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("main", "words", "message"),
     [
-        (["--load", "{empty}"], "no checkpoint found"),
-        (["--load", "{tmp}/missing"], "no such folder"),
-        (["--load", "{run}", "--dtype", "fp8"], "--dtype"),
-        (["--load", "{run}", "--device", "abacus"], "--device abacus"),
-        (["--load", "{run}", "--device", "meta"], "--device meta: cannot be used"),
-        (["--load", "{run}", "--seed", str(10**23)], "--seed 1" + "0" * 23 + ": must be from 0 to 2**64 - 1"),
-        (["--load", "{run}", "--top-p", "0.9"], "Set --temperature above"),
-        (["--load", "{run}", "--top-p", "0"], "above 0 and at most 1"),
-        (["--load", "{run}", "--num-beams", "2", "--recompute"], "not with --recompute"),
-        (["--load", "{run}", "--batch-size", "0"], "at least 1"),
-        (["--load", "{run}", "--prompt", " "], "it is empty"),
-        (["--load", "{run}", "--prompt", "<image>"], "it is empty"),
-        (["--load", "{run}", "--prompt", "a <|im_end|>"], "--prompt = 'a <|im_end|>': it spells the control token"),
-        (["--load", "{run}", "--tokenizer", "{tmp}/none.json"], "no such file"),
-        (["--load", "{run}", "--tokenizer", "{other}"], "not the tokenizer"),
-        (["--load", "{run}", "--output", "{empty}"], "Name a file"),
-        (["--load", "{run}", "--output", "{tmp}/no/where.jsonl"], "Make it first"),
-        (["--load", "{run}", "--top-q", "1"], "unknown flag --top-q. Did you mean '--top-"),
+        (caption_images, "--load {empty}", "no checkpoint found"),
+        (caption_images, "--load {tmp}/missing", "no such folder"),
+        (caption_images, "--dtype fp8", "--dtype"),
+        (caption_images, "--device abacus", "--device abacus"),
+        (caption_images, "--device meta", "--device meta: cannot be used"),
+        (caption_images, f"--seed {10**23}", f"--seed {10**23}: must be from 0 to 2**64 - 1"),
+        (caption_images, "--top-p 0.9", "Set --temperature above"),
+        (caption_images, "--top-p 0", "above 0 and at most 1"),
+        (caption_images, "--num-beams 2 --recompute", "not with --recompute"),
+        (caption_images, "--batch-size 0", "at least 1"),
+        (caption_images, "--prompt ' '", "it is empty"),
+        (caption_images, "--prompt <image>", "it is empty"),
+        (caption_images, "--prompt 'a <|im_end|>'", "--prompt = 'a <|im_end|>': it spells the control token"),
+        (caption_images, "--tokenizer {tmp}/none.json", "no such file"),
+        (caption_images, "--tokenizer {other}", "not the tokenizer"),
+        (caption_images, "--output {empty}", "Name a file"),
+        (caption_images, "--output {tmp}/no/where.jsonl", "Make it first"),
+        (caption_images, "--top-q 1", "unknown flag --top-q. Did you mean '--top-"),
+        (extract_features, "--image-size 50 --image-mode fixed", "multiples of 16"),
+        (extract_features, "--image-size 64", "needs --image-mode fixed; this model's images are native"),
+        (extract_features, "--max-patches 0", "must be above 0"),
+        (extract_features, "--max-file-size inf", "--max-file-size inf: must be above 0 and finite"),
+        (extract_features, "--feature-dtype bf16 --format npy", "NumPy has no such type"),
+        (extract_features, "--output {full}", "not empty"),
+        (extract_features, "--output {full} --overwrite", "holds something else"),
+        (patch_readout, "--top 6", "--top 6: must be from 1 to 5"),
+        (patch_readout, "--font {other}", "TrueType"),
     ],
 )
 def test_a_user_error_is_one_line(
-    words: list[str],
+    main: Callable[[list[str]], int],
+    words: str,
     message: str,
     tool: Tool,
     checkpoints: dict[str, Path],
@@ -207,18 +224,16 @@ def test_a_user_error_is_one_line(
     photos: Path,
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    shutil.copy(demo_data / "tokenizer.model", tmp_path / "other.model")
-    with open(tmp_path / "other.model", "ab") as file:
-        file.write(b"\x1a\x00")  # an extra empty field: the same model with another fingerprint
-    places = {
-        "run": checkpoints["1"],
-        "tmp": tmp_path,
-        "empty": tmp_path / "empty",
-        "other": tmp_path / "other.model",
-    }
-    filled = [word.format(**places) for word in words]
-    assert message in tool(main, photos, "--output", tmp_path / "captions.jsonl", *filled, status=2)
+    places = {name: tmp_path / name for name in ("empty", "full", "other")}
+    for name in ("empty", "full"):
+        places[name].mkdir()
+    (places["full"] / "thesis.txt").write_text("years")
+    places["other"] = tmp_path / "other.model"
+    # An extra empty field: the same model with another fingerprint.
+    places["other"].write_bytes((demo_data / "tokenizer.model").read_bytes() + b"\x1a\x00")
+    filled = [word.format(tmp=tmp_path, **places) for word in shlex.split(words)]
+    place = ["--load", checkpoints["1"], "--output", tmp_path / "output"]
+    assert message in tool(main, photos, *place, *filled, status=2)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +243,13 @@ def test_a_user_error_is_one_line(
         ("notes.txt", "not an image"),
         ("*.gif", "no such file"),
         ("{}", "no image"),
+        ("s3://bucket/cat.jpg", "only .tar shards are read from a store"),
     ],
 )
 def test_inputs_without_images(
     name: str, message: str, tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "{}").mkdir()
-    place = (tmp_path if name == "{}" else photos) / name
-    line = tool(main, place, "--load", checkpoints["1"], "--output", tmp_path / "captions.jsonl", status=2)
+    place = name if "://" in name else (tmp_path if name == "{}" else photos) / name
+    line = tool(caption_images, place, "--load", checkpoints["1"], "--output", tmp_path / "captions.jsonl", status=2)
     assert message in line and name in line

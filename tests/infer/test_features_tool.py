@@ -85,28 +85,6 @@ def test_other_sizes_and_types(tool: Tool, exported: Path, photos: Path, tmp_pat
     assert [entry["grid"][0] * entry["grid"][1] <= 16 for entry in index["images"]] == [True]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--image-size", "50", "--image-mode", "fixed"], "multiples of 16"),
-        (["--image-size", "64"], "needs --image-mode fixed; this model's images are native"),
-        (["--max-patches", "0"], "must be above 0"),
-        (["--max-file-size", "inf"], "--max-file-size inf: must be above 0 and finite"),
-        (["--feature-dtype", "bf16", "--format", "npy"], "NumPy has no such type"),
-        (["--output", "{tmp}/full"], "not empty"),
-        (["--output", "{tmp}/full", "--overwrite"], "holds something else"),
-    ],
-)
-def test_a_user_error_is_one_line(
-    words: list[str], message: str, tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("years")
-    filled = [word.format(tmp=tmp_path) for word in words]
-    place = ["--load", checkpoints["1"], "--output", tmp_path / "features"]
-    assert message in tool(main, photos, *place, *filled, status=2)
-
-
 def test_images_with_nan_features_count_as_failed(
     tool: Tool, exported: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,11 +110,3 @@ def test_images_with_nan_features_count_as_failed(
     words = [photos / "image0.png", "--load", harmed, "--output", tmp_path / "readout"]
     tool(patch_readout, *words, status=1)
     assert [file.name for file in (tmp_path / "readout").iterdir()] == ["index.json"]
-
-
-def test_only_bad_images_end_with_status_1(
-    tool: Tool, checkpoints: dict[str, Path], photos: Path, tmp_path: Path
-) -> None:
-    tool(main, photos / "short.jpg", "--load", checkpoints["1"], "--output", tmp_path / "features", status=1)
-    index, found = read(tmp_path / "features")
-    assert not found and len(index["failed"]) == 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,22 +59,19 @@ def test_padded_images_and_bfloat16(exported: Path, pictures: list[Image.Image])
     assert features.shape == (2, 16, 96) and features.dtype == pixels.dtype and bool(features.isfinite().all())
 
 
-@pytest.mark.parametrize("feature", [None, "patch"])
-def test_dropping_a_class_token_is_an_error(exported: Path, feature: str | None) -> None:
-    with pytest.raises(ValueError, match="mm_vision_select_feature = 'cls_patch'"):
-        tower(exported, feature=feature)(torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.parametrize("layer", [-2, 0, 2])
-def test_another_layer_is_an_error(exported: Path, layer: int) -> None:
-    with pytest.raises(IndexError, match="mm_vision_select_layer = -1"):
-        tower(exported, layer=layer)(torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.parametrize("feature", ["slicefour_patch", "slicefour_cls_patch"])
-def test_concatenated_layers_are_an_error(exported: Path, feature: str) -> None:
-    with pytest.raises(ValueError):
-        tower(exported, feature=feature)(torch.zeros(1, 3, 64, 64))
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        *(({"feature": feature}, ValueError, "mm_vision_select_feature = 'cls_patch'") for feature in (None, "patch")),
+        *(({"layer": layer}, IndexError, "mm_vision_select_layer = -1") for layer in (-2, 0, 2)),
+        *(({"feature": f"slicefour_{kind}"}, ValueError, "") for kind in ("patch", "cls_patch")),
+    ],
+)
+def test_a_class_token_and_other_layers_are_errors(
+    settings: dict[str, Any], error: type[Exception], message: str, exported: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        tower(exported, **settings)(torch.zeros(1, 3, 64, 64))
 
 
 def test_pixels_of_the_fallback_processor_are_an_error(exported_native: Path, pictures: list[Image.Image]) -> None:
@@ -109,7 +107,7 @@ def test_tensors_computed_from_hidden_states_are_plain(exported: Path) -> None:
     for derived in (state + 1, state[:, torch.tensor([1, 2])], state[0], state[:, 1], torch.stack([state, state])):
         assert type(derived) is torch.Tensor
     with torch.no_grad():
-        alone = model(torch.zeros(2, 3, 32, 32), output_hidden_states=True).hidden_states[-1]
-    assert type(pickle.loads(pickle.dumps(alone))) is torch.Tensor
+        plain = model(torch.zeros(2, 3, 32, 32), output_hidden_states=True).hidden_states[-1]
+    assert type(pickle.loads(pickle.dumps(plain))) is torch.Tensor
     state.sum().backward()
     assert model.ln_post.weight.grad is None and model.visual.layers[2].mlp.fc2.weight.grad is not None

@@ -107,7 +107,7 @@ def request(document: int, context: str, second: Any, visuals: Any = None) -> An
     return SimpleNamespace(args=arguments)
 
 
-def alone(folder: Path, picture: Image.Image, prompt: str, answer: str) -> torch.Tensor:
+def one_sample(folder: Path, picture: Image.Image, prompt: str, answer: str) -> torch.Tensor:
     """Log-probabilities [answer, V] that predict each token of the answer, computed for one sample."""
     model = GenLIPForCausalLM.from_pretrained(folder).eval()
     tokens = model_tokens(folder, prompt) + model_tokens(folder, answer)
@@ -129,7 +129,7 @@ def test_loglikelihood_is_the_cost_of_only_the_answer(model: Any, exported: Path
     results = [result.text for result in model.loglikelihood([request(*case) for case in cases])]
     words = [("What is it?", "a cat"), ("Colour?", "blue"), (model.processor.prompt, "a b")]
     for (cost, greedy), (document, *_), (prompt, answer) in zip(results, cases, words, strict=True):
-        predicted = alone(exported, pictures[document], prompt, answer)
+        predicted = one_sample(exported, pictures[document], prompt, answer)
         ids = torch.tensor(model_tokens(exported, answer))
         assert cost == pytest.approx(-float(predicted.gather(1, ids[:, None]).sum()), abs=1e-3)
         assert greedy == bool((predicted.argmax(-1) == ids).all())
@@ -230,7 +230,7 @@ doc_to_visual: !function visuals.images
     for image, answer in zip(rows["image"], rows["answer"], strict=True):
         costs = []
         for word in NAMES:
-            predicted = alone(exported, image, "Which colour?", word)
+            predicted = one_sample(exported, image, "Which colour?", word)
             ids = torch.tensor(model_tokens(exported, word))
             costs.append(-float(predicted.gather(1, ids[:, None]).sum()))
         right += int(np.argmin(costs)) == answer

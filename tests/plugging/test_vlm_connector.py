@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ def example() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def encoder(exported: Path) -> Any:
+    return AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32).eval()
 
 
 def test_random_encoder_suffices_for_colours(example: ModuleType) -> None:
@@ -42,8 +48,7 @@ def test_an_encoder_of_native_images_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])
-def test_the_encoder_learns_only_with_train_encoder(example: ModuleType, exported: Path, train_encoder: bool) -> None:
-    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
+def test_the_encoder_learns_only_with_train_encoder(example: ModuleType, encoder: Any, train_encoder: bool) -> None:
     before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
     model = example.VisionLanguageModel(encoder, example.small_llm(), train_encoder)
     assert [weight.requires_grad for weight in encoder.parameters()] == [train_encoder] * len(before)
@@ -60,15 +65,13 @@ def test_the_encoder_learns_only_with_train_encoder(example: ModuleType, exporte
     assert len(moved) == (len(before) if train_encoder else 0)
 
 
-def test_frozen_encoder_draws_no_drop_path_while_the_rest_trains(example: ModuleType, exported: Path) -> None:
-    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
+def test_frozen_encoder_draws_no_drop_path_while_the_rest_trains(example: ModuleType, encoder: Any) -> None:
     model = example.VisionLanguageModel(encoder, example.small_llm()).train()
     pixels, ids = torch.rand(2, 3, 32, 48) * 2 - 1, torch.tensor([[7], [8]])
     assert torch.equal(model.embed(pixels, ids), model.embed(pixels, ids))
 
 
-def test_every_patch_in_row_order_goes_before_the_text(example: ModuleType, exported: Path) -> None:
-    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32).eval()
+def test_every_patch_in_row_order_goes_before_the_text(example: ModuleType, encoder: Any) -> None:
     model = example.VisionLanguageModel(encoder, example.small_llm()).eval()
     pixels, ids = torch.rand(1, 3, 32, 48) * 2 - 1, torch.tensor([[7, 8]])
     with torch.no_grad():
@@ -82,8 +85,7 @@ def test_every_patch_in_row_order_goes_before_the_text(example: ModuleType, expo
     torch.testing.assert_close(loss, -logits[6].log_softmax(-1)[8])
 
 
-def test_generated_tokens_are_those_of_greedy_steps(example: ModuleType, exported: Path) -> None:
-    encoder = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32).eval()
+def test_generated_tokens_are_those_of_greedy_steps(example: ModuleType, encoder: Any) -> None:
     torch.manual_seed(1)
     model = example.VisionLanguageModel(encoder, example.small_llm()).eval()
     pixels, ids = torch.rand(2, 3, 48, 48) * 2 - 1, torch.tensor([[257], [257]])
