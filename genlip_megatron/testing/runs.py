@@ -105,8 +105,10 @@ def outcomes(run: Any, steps: int, keys: list[tuple[str, ...]]) -> Iterator[Any]
     """Train up to step ``steps``; yields each step's outcome. ``keys`` gets the sample keys of every micro-batch."""
     from genlip_megatron.train.step import train_step
 
+    taken = iter(run.train_loader)  # now: ranks that share a micro-batch must all prefetch it
+
     def watched() -> Any:
-        for batch in run.train_loader:
+        for batch in taken:
             keys.append(batch.keys)
             yield batch
 
