@@ -19,11 +19,14 @@ $(STAMP): setup.py
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
+# A test file stays in one process, because its tests share runs and data.
+PARALLEL := -n auto --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not long"
+	$(BIN)/python -m pytest -m "not slow and not long" $(PARALLEL)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" $(PARALLEL)
 
 plugging:
 	test -x $(VENV)-hf4/bin/python || $(PYTHON) -m venv $(VENV)-hf4

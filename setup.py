@@ -37,6 +37,7 @@ setup(
         "hf": ["transformers>=4.56,<6"],
         "dev": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff>=0.12,<0.18",
             "mypy>=1.15,<3",
