@@ -149,6 +149,7 @@ def test_processes_that_ignore_ctrl_c_are_killed(place: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["estimate.py", "export_encoder.py", "inspect_data.py", "prepare_data.py"])
+@pytest.mark.slow
 def test_ctrl_c_while_a_tool_imports_is_one_line(name: str) -> None:
     pid, terminal = in_terminal(str(ROOT / "tools" / name), "--help")
     process = psutil.Process(pid)

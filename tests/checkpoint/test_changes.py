@@ -122,6 +122,7 @@ def resumed(config: RunConfig) -> tuple[str, list[str]]:
     return "", line.partition(": ")[2].split("; ")
 
 
+@pytest.mark.slow
 def test_every_free_setting_is_used_and_printed(saved: dict[str, str], demo_data: Path) -> None:
     base = tiny_config(demo_data, checkpoint__load=saved["1"])
     values = changed(base, OnResume.FREE)

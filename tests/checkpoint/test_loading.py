@@ -214,6 +214,7 @@ def loss_of(config: RunConfig) -> float:
     return evaluate(set_up(config))
 
 
+@pytest.mark.slow
 def test_optimizer_shards_need_their_layout_until_resharded(demo_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     world_size, flags = layout("TP2xPP2")
@@ -266,6 +267,7 @@ def drawn(config: RunConfig, save: bool) -> list[float]:
         return values + torch.rand(2).tolist()
 
 
+@pytest.mark.slow
 def test_random_states_of_every_rank_are_restored(demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     before = run_distributed(2, drawn, config, True)

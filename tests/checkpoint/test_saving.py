@@ -96,6 +96,7 @@ def test_too_little_disk_space_is_found_before_training(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.slow
 def test_a_run_saved_before_its_first_update_starts_like_a_new_one(last: bool, demo_data: Path, tmp_path: Path) -> None:
     config = tiny_config(demo_data, checkpoint__save=str(tmp_path / "run"))
     unbroken = run_distributed(1, run_steps, tiny_config(demo_data), 3)[0]

@@ -89,6 +89,7 @@ def save_in_both_ways(config: RunConfig, folder: Path, kind: str) -> int:
 
 @pytest.mark.parametrize("kind", [DP_RESHARDABLE, FULLY_RESHARDABLE])
 @pytest.mark.parametrize("name", ["DP2", "TP2xPP2"])
+@pytest.mark.slow
 def test_a_background_save_writes_the_same_as_a_foreground_save(name: str, kind: str, tmp_path: Path) -> None:
     world_size, flags = layout(name)
     results = run_distributed(world_size, save_in_both_ways, tiny_config(Path("unused"), **flags), tmp_path, kind)
@@ -116,6 +117,7 @@ DRILL = {"faults__allow_fault_injection": True, "faults__check_replicas_interval
     ],
     ids=["overlap", "no update", "fsdp"],
 )
+@pytest.mark.slow
 def test_training_does_not_change_the_saved_state(
     name: str, flags: dict[str, Any], demo_data: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def run(folder: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize("checkpoint", ["run", "run_tp2"])
+@pytest.mark.slow
 def test_a_run_continues_from_an_older_checkpoint(older: Path, checkpoint: str, tmp_path: Path) -> None:
     shutil.copytree(older, tmp_path, dirs_exist_ok=True)
     entry = str(CHECKOUT / "pretrain_genlip.py")
@@ -72,6 +73,7 @@ def test_an_older_index_and_manifest_are_kept(older: Path, tmp_path: Path) -> No
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_an_older_export_captions_and_converts(older: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     images = str(older / "data/val-00000.tar")

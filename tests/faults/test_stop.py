@@ -181,6 +181,7 @@ def test_before_training_the_first_signal_ends_a_process_that_is_stuck_in_c(
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_saves(zygote: Zygote, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
     """The terminal sends SIGINT to the foreground process group: the run and its child processes."""
     training = Training(zygote, demo_data, tmp_path)

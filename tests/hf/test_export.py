@@ -49,6 +49,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 @pytest.mark.parametrize("mode", ["fixed", "native"])
+@pytest.mark.slow
 def test_the_cards_code_runs_without_this_package(tmp_path: Path, demo_data: Path, mode: str) -> None:
     folder = export(tmp_path / "model", demo_data / "tokenizer.model", image_mode=mode)
     picture = np.random.default_rng(0).integers(0, 256, (70, 130, 3), np.uint8)

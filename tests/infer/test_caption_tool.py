@@ -53,6 +53,7 @@ def test_captions_with_a_cache_are_those_of_the_megatron_model(
         assert len({row["caption"] for row in found if "caption" in row}) > 5
 
 
+@pytest.mark.slow
 def test_an_exported_folder_gives_the_same_captions(
     caption: Any, checkpoints: dict[str, Path], exported: Path, photos: Path
 ) -> None:

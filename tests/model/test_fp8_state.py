@@ -113,6 +113,7 @@ def test_another_layout_continues_with_the_scales(
     assert_same(together(results, "begun"), saved[1])
 
 
+@pytest.mark.slow
 def test_scales_that_do_not_fit_are_reset_and_logged(
     saved: tuple[Path, dict[str, torch.Tensor]], demo_data: Path, tmp_path: Path
 ) -> None:

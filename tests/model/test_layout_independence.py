@@ -43,6 +43,7 @@ def initial_weights(model: ModelConfig, tp: int, pp: int) -> dict[str, torch.Ten
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 3)])
 @pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.slow
 def test_initial_weights_are_bit_equal_on_every_layout(tp: int, pp: int, gate: bool) -> None:
     model = replace(MODEL, attention_output_gate=gate)
     seen = set()

@@ -96,6 +96,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
         ("CP2", "nan-grad@3:1"),
     ],
 )
+@pytest.mark.slow
 def test_bad_numbers_on_one_rank_skip_the_update_on_all(
     name: str, fault: str, demo_data: Path, fault_row: FaultRow
 ) -> None:
@@ -170,6 +171,7 @@ def test_micro_batches_kept_for_a_rerun_take_no_device_memory() -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2 overlapping"])
+@pytest.mark.slow
 def test_a_transient_fault_is_named_and_changes_nothing(name: str, demo_data: Path, fault_row: FaultRow) -> None:
     clean = launch(guarded, demo_data, name, steps=(4,))
     healed = launch(guarded, demo_data, name, "transient-nan@3:1", steps=(4,))
@@ -280,6 +282,7 @@ BACK = {"faults__on_spike": "rollback", "checkpoint__save_interval": 1}
         (("spike@4:0", "spike@5:0"), {**BACK, "checkpoint__save_interval": 3, "faults__max_rollbacks": 1}, 19),
     ],
 )
+@pytest.mark.slow
 def test_limits_on_bad_steps_end_a_run(
     faults: tuple[str, ...], flags: dict[str, Any], status: int, demo_data: Path, tmp_path: Path
 ) -> None:

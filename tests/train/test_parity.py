@@ -78,6 +78,7 @@ def test_same_run_in_bfloat16(name: str, flags: dict[str, Any], demo_data: Path)
 
 @pytest.mark.parametrize("modules", ["layernorm", "mlp_act", "output_gate", "layernorm,mlp,output_gate"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_recomputation_changes_no_bit(modules: str, precision: str, demo_data: Path) -> None:
     recomputed = {"parallel__recompute": "selective", "parallel__recompute_modules": modules}
     case = {"train__precision": precision}

@@ -185,6 +185,7 @@ def test_a_command_line_error_is_printed_once(demo_data: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.slow
 def test_preempted_before_training_began(number: signal.Signals, demo_data: Path, tmp_path: Path) -> None:
     """After a signal during the import of torch there is nothing to save, and torchrun must not start training."""
 

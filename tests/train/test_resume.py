@@ -79,6 +79,7 @@ def test_resume_is_bit_for_bit_on_the_same_layout(
 
 
 @pytest.mark.parametrize("name", ["DP2", "PP2"])
+@pytest.mark.slow
 def test_resume_on_another_layout_continues_the_curve(name: str, whole: Callable, half: str, demo_data: Path) -> None:
     results, reference = train(name, STEPS, demo_data, checkpoint__load=half), whole("1")[0]
     assert results[0]["losses"] == pytest.approx(reference["losses"][STEPS // 2 :], rel=1e-5)
