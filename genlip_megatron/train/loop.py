@@ -83,7 +83,6 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     while run.iteration < config.train.train_iters:
         outcome = train_step(run, batches, stop)
         run.watchdog.beat()
-        run.iteration += 1
         tally.add(outcome)
         stopping = any(outcome.stop)
         if outcome.roll_back and not stopping:

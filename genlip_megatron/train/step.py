@@ -18,7 +18,7 @@ from genlip_megatron.train.verdict import Outcome
 
 
 def train_step(run: Run, batches: Iterator[PackedBatch], stop: StopRequest | None = None) -> Outcome:
-    """Train step ``run.iteration + 1``. A collective over all ranks; the outcome is the same on each.
+    """Train step ``run.iteration + 1`` and count it. A collective over all ranks; the outcome is the same on each.
 
     A step without an update leaves weights, moments, schedule and FP8 scales as they were, bit for bit.
 
@@ -63,4 +63,5 @@ def train_step(run: Run, batches: Iterator[PackedBatch], stop: StopRequest | Non
         outcome = run.verdicts.count(step, statistics, verdict)
 
     drills.flip_weight(run, step)
+    run.iteration = step
     return outcome
