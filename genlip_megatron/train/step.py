@@ -33,7 +33,8 @@ def train_step(run: Run, batches: Iterator[PackedBatch], stop: StopRequest | Non
 
     def compute(second_pass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         zero_gradients(run)
-        loss = forward_backward(run, source, spoil=drills.spoils_loss(run, step, second_pass))
+        spoil = drills.spoils_loss(run, step, second_pass)
+        loss = forward_backward(run, source, counted=not second_pass, spoil=spoil)
         with run.breakdown.part("optimizer"):
             run.optimizer.prepare_grads()  # it reports overflow, which only a loss scale causes
             drills.spoil_gradients(run, step)
