@@ -87,8 +87,8 @@ def prepare(run: Run, batch: PackedBatch, counted: bool) -> tuple[PackedBatch, P
         run.counts += count_batch(batch)
     graphed = run.graphed_stage is not None
     batch = batch.with_fixed_shapes() if graphed else batch
-    plan = unwrap(run.model[0]).prepare(batch, fixed_shapes=graphed)
-    return batch.to(current_device()), plan
+    packed = unwrap(run.model[0]).prepare(batch, fixed_shapes=graphed)
+    return batch.to(current_device()), packed
 
 
 def _prepared(
@@ -122,8 +122,8 @@ def forward_backward(
     """
 
     def forward(prepared: Iterator[tuple[PackedBatch, PackedAttention]], stage: Any) -> tuple[Tensor, Any]:
-        batch, plan = next(prepared)
-        output = (run.graphed_stage or stage)(batch, plan)
+        batch, packed = next(prepared)
+        output = (run.graphed_stage or stage)(batch, packed)
         return output * math.nan if spoil else output, partial(loss_sum, batch)
 
     number = get_num_microbatches()
