@@ -109,8 +109,8 @@ class Matrix:
             self._references[key] = run_distributed(1, parity_run, parity_config(self.data, **case))[0]
         return self._references[key]
 
-    def compare(self, name: str, case: dict[str, Any], flags: dict[str, Any]) -> dict[str, float]:
-        """The worst errors of one layout in one case; errors above the limits go to ``failures``."""
+    def compare(self, name: str, case: dict[str, Any], flags: dict[str, Any]) -> dict[str, tuple[float, str]]:
+        """The ``worst_errors`` of one layout in one case; errors above the limits go to ``failures``."""
         world_size, sizes = layout(name)
         begin = time.monotonic()
         results = run_distributed(world_size, parity_run, parity_config(self.data, **case, **sizes, **flags))
@@ -145,9 +145,9 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def worst(errors: list[dict[str, float]]) -> list[str]:
+def worst(errors: list[dict[str, tuple[float, str]]]) -> list[str]:
     """The largest error of each kind, as table cells."""
-    return [f"{max(error[kind] for error in errors):.1e}" for kind in ("loss", "gradient", "weight")]
+    return [f"{max(error[kind][0] for error in errors):.1e}" for kind in ("loss", "gradient", "weight")]
 
 
 def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:

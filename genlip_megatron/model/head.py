@@ -7,7 +7,7 @@ buffer serves all chunks: first logits, then their gradient.
 So the forward pass computes the weight's gradient too. It adds it to the float32 buffer of Megatron-Core's
 DistributedDataParallel (``main_grad``) at once, which saves a matrix of 0.9 GB at E = 1536. This assumes that the
 backward pass multiplies the loss by 1, which holds: ``calculate_per_token_loss`` divides by the tokens after the last
-micro-batch, and there is no loss scale. Any other factor turns the gradient into NaN, and the guarded step skips the
+micro-batch, and there is no loss scale. Any other factor turns the gradient into NaN, and the step's verdict skips the
 update. Without such a buffer (FSDP, a bare module) the gradient waits for its factor.
 """
 

@@ -158,7 +158,14 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
-    """The spec of every layer; ``check_machine`` has checked that its modules are available."""
+    """The spec of every layer; ``check_machine`` has checked that its modules are available. A layer computes::
+
+        h = x + drop1 * scale1 * out_proj(sigmoid(gate) * attention(q, k, v)),  (q, k, v, gate) = qkv(norm1(x))
+        out = h + drop2 * scale2 * mlp(norm2(h))
+
+    ``scale`` is LayerScale and ``drop`` the DropPath factor (``regularize.py``). Models without
+    ``model.attention_output_gate`` have no gate.
+    """
     column, row, norm, fused = ColumnLinear, RowLinear, LayerNorm, fused_norms(config)
     if config.train.transformer_impl == "transformer_engine":
         extension = importlib.import_module("megatron.core.extensions.transformer_engine")

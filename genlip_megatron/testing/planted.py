@@ -34,8 +34,8 @@ def _changed_batch(change: Any) -> Any:
 
     prepare = forward_backward.prepare
 
-    def changed(run: Any, batch: Any) -> Any:
-        return prepare(run, change(batch, parallel_state.get_context_parallel_rank()))
+    def changed(run: Any, batch: Any, counted: bool) -> Any:
+        return prepare(run, change(batch, parallel_state.get_context_parallel_rank()), counted)
 
     return mock.patch.object(forward_backward, "prepare", changed)
 

@@ -116,7 +116,6 @@ def outcomes(run: Any, steps: int, keys: list[tuple[str, ...]]) -> Iterator[Any]
     while run.iteration < steps:
         outcome = train_step(run, batches)
         assert outcome.updated
-        run.iteration += 1
         yield outcome
 
 

@@ -81,36 +81,40 @@ def for_each_chunk(items: Iterator[Any], chunks: int) -> list[Iterator[Any]]:
     return [take(mine) for mine in waiting]
 
 
-def prepare(run: Run, batch: PackedBatch) -> tuple[PackedBatch, PackedAttention]:
+def prepare(run: Run, batch: PackedBatch, counted: bool) -> tuple[PackedBatch, PackedAttention]:
     """The micro-batch on the device, and the ``PackedAttention`` that all model chunks of this rank share."""
-    run.counts += count_batch(batch)
+    if counted:
+        run.counts += count_batch(batch)
     graphed = run.graphed_stage is not None
     batch = batch.with_fixed_shapes() if graphed else batch
-    plan = unwrap(run.model[0]).prepare(batch, fixed_shapes=graphed)
-    return batch.to(current_device()), plan
+    packed = unwrap(run.model[0]).prepare(batch, fixed_shapes=graphed)
+    return batch.to(current_device()), packed
 
 
-def _prepared(run: Run, batches: Iterator[PackedBatch], count: int) -> Iterator[tuple[PackedBatch, PackedAttention]]:
-    """The next ``count`` micro-batches, prepared."""
-    for _ in range(count):
+def _prepared(
+    run: Run, batches: Iterator[PackedBatch], number: int, counted: bool
+) -> Iterator[tuple[PackedBatch, PackedAttention]]:
+    """The next ``number`` micro-batches, prepared."""
+    for _ in range(number):
         with run.breakdown.part("data wait"):
             batch = next(batches, None)
         if batch is None:
             return
         with run.breakdown.part("to device"):
-            prepared = prepare(run, batch)
+            prepared = prepare(run, batch, counted)
         del batch  # frees it while the model works
         yield prepared
         del prepared
 
 
 def forward_backward(
-    run: Run, batches: Iterator[PackedBatch], forward_only: bool = False, spoil: bool = False
+    run: Run, batches: Iterator[PackedBatch], forward_only: bool = False, counted: bool = False, spoil: bool = False
 ) -> Tensor:
     """Run one global batch through the pipeline; gradients add up in the buffers and are reduced over ranks.
 
     Args:
         batches: this rank's micro-batches.
+        counted: add what the micro-batches hold to ``run.counts``.
         spoil: for drills, this rank's part of the model gives NaN.
 
     Returns:
@@ -118,16 +122,16 @@ def forward_backward(
     """
 
     def forward(prepared: Iterator[tuple[PackedBatch, PackedAttention]], stage: Any) -> tuple[Tensor, Any]:
-        batch, plan = next(prepared)
-        output = (run.graphed_stage or stage)(batch, plan)
+        batch, packed = next(prepared)
+        output = (run.graphed_stage or stage)(batch, packed)
         return output * math.nan if spoil else output, partial(loss_sum, batch)
 
-    count = get_num_microbatches()
+    number = get_num_microbatches()
     reports = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=for_each_chunk(_prepared(run, batches, count), len(run.model)),
+        data_iterator=for_each_chunk(_prepared(run, batches, number, counted), len(run.model)),
         model=run.model,
-        num_microbatches=count,
+        num_microbatches=number,
         seq_length=run.config.data.seq_length * run.config.train.micro_batch_size,
         micro_batch_size=1,
         forward_only=forward_only,

@@ -89,15 +89,15 @@ class Graph:
 
     Args:
         stage: the model, wrapped; its loss is a scalar.
-        batch, plan: an example of the shape, on the device; its values do not matter.
+        batch, packed: an example of the shape, on the device; its values do not matter.
         pool: memory that all graphs share.
 
     Attributes:
         taken: bytes that this graph added to the pool.
     """
 
-    def __init__(self, stage: Any, batch: PackedBatch, plan: PackedAttention, pool: Any) -> None:
-        self._stage, self._arguments = stage, _map((batch, plan), torch.clone)
+    def __init__(self, stage: Any, batch: PackedBatch, packed: PackedAttention, pool: Any) -> None:
+        self._stage, self._arguments = stage, _map((batch, packed), torch.clone)
         self._inputs = tensors_of(self._arguments)
         self._parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         self._loss: Any = None
@@ -129,9 +129,9 @@ class Graph:
             if gradient is not None and not parameter.grad_added_to_main_grad:
                 parameter.main_grad.add_(gradient)
 
-    def forward(self, batch: PackedBatch, plan: PackedAttention) -> Tensor:
+    def forward(self, batch: PackedBatch, packed: PackedAttention) -> Tensor:
         """The loss of a micro-batch of the graph's shape."""
-        for held, new in zip(self._inputs, tensors_of((batch, plan)), strict=True):
+        for held, new in zip(self._inputs, tensors_of((batch, packed)), strict=True):
             held.copy_(new, non_blocking=True)
         self._replays[0]()
         return self._loss.detach().clone()
@@ -146,9 +146,9 @@ class _Replayed(torch.autograd.Function):
     """A graph's loss as an autograd function, whose backward pass replays the graph's."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, graph: Graph, batch: PackedBatch, plan: PackedAttention) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, graph: Graph, batch: PackedBatch, packed: PackedAttention) -> Tensor:
         ctx.graph = graph
-        return graph.forward(batch, plan)
+        return graph.forward(batch, packed)
 
     @staticmethod
     def backward(ctx: Any, *factors: Tensor) -> tuple[None, ...]:
@@ -178,20 +178,20 @@ class GraphedStage:
         self._anchor = torch.zeros((), device=current_device(), requires_grad=True)
         self.replayed = self.run = self.released = 0
 
-    def __call__(self, batch: PackedBatch, plan: PackedAttention) -> Tensor:
+    def __call__(self, batch: PackedBatch, packed: PackedAttention) -> Tensor:
         """The loss of a micro-batch, on the device."""
         batch = replace(batch, keys=())
-        graph = self._graph(batch, plan) if torch.is_grad_enabled() and self._stage.training else None
+        graph = self._graph(batch, packed) if torch.is_grad_enabled() and self._stage.training else None
         if graph is None:
             self.run += 1
             if torch.is_grad_enabled():
                 self._make_room()
-            return self._stage(batch, plan)
+            return self._stage(batch, packed)
         self.replayed += 1
-        return _Replayed.apply(self._anchor, graph, batch, plan)
+        return _Replayed.apply(self._anchor, graph, batch, packed)
 
-    def _graph(self, batch: PackedBatch, plan: PackedAttention) -> Graph | None:
-        shape = shape_of((batch, plan))
+    def _graph(self, batch: PackedBatch, packed: PackedAttention) -> Graph | None:
+        shape = shape_of((batch, packed))
         graph = self._graphs.get(shape)
         if graph is not None:
             return graph
@@ -200,7 +200,7 @@ class GraphedStage:
         if self._seen[shape] <= _WARM_UP or full:
             return None
         with contextlib.suppress(torch.OutOfMemoryError):  # its traceback holds the captured memory
-            graph = self._kind(self._stage, batch, plan, self._pool)
+            graph = self._kind(self._stage, batch, packed, self._pool)
         if graph is None:
             self._release("a capture that ran out of memory")
             return None

@@ -79,11 +79,10 @@ def train_steps(run: Run, stop: StopRequest) -> int:
     if run.iteration == 0:
         validate(run)
     batches: Iterator[Any] = iter(run.train_loader)
-    last_save, save_ok, tally, status, stopping = run.iteration, True, Tally(), 0, False
+    last_save, save_ok, tally, stopping = run.iteration, True, Tally(), False
     while run.iteration < config.train.train_iters:
         outcome = train_step(run, batches, stop)
         run.watchdog.beat()
-        run.iteration += 1
         tally.add(outcome)
         stopping = any(outcome.stop)
         if outcome.roll_back and not stopping:
@@ -111,20 +110,21 @@ def train_steps(run: Run, stop: StopRequest) -> int:
                 run.watchdog.beat()
                 last_save = run.iteration
             tally = Tally()
-        if stopping:
-            text = f"stop requested by {describe_votes(outcome.stop)}: leaving after step {run.iteration}"
-            text += "; nothing is saved, because checkpoint.save is not set" if run.saver is None else ""
-            log(text)
-            tell_torchrun(text)
-            status = 0 if exit_due or last else EXIT_PREEMPTED
         if at_end:
             break
+    if stopping:
+        text = f"stop requested by {describe_votes(outcome.stop)}: leaving after step {run.iteration}"
+        text += "; nothing is saved, because checkpoint.save is not set" if run.saver is None else ""
+        log(text)
+        tell_torchrun(text)
     save_ok = finish_saves(run) and save_ok
     if stopping and not save_ok:
         # Without this torchrun would restart the run despite the stop request: the stop file is gone.
         mark_final(config.checkpoint.save, EXIT_NOT_SAVED, stop_requested=True)
     stop.obey()
-    return status if save_ok else EXIT_NOT_SAVED
+    if not save_ok:
+        return EXIT_NOT_SAVED
+    return EXIT_PREEMPTED if stopping and not (exit_due or last) else 0
 
 
 def _stop_before_the_first_step(stop: StopRequest) -> bool:

@@ -79,11 +79,9 @@ def rerun(
         loss, first: this rank's loss and the statistics of the first pass.
     """
     before = _own_numbers(run, loss)
-    counts = run.counts.clone()
     source.rewind()
     run.fp8_snapshot.restore()
     loss, grad_norm, finite = compute(True)
-    run.counts = counts  # the first pass has counted the micro-batches
     after = _own_numbers(run, loss)
     second = all_reduce_statistics(loss, grad_norm, finite, NO_STOP_VOTES)
     differs = [not _same(a, b) for a, b in zip(before, after, strict=True)]

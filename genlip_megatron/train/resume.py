@@ -200,7 +200,7 @@ def save(run: Run, last: bool = False) -> bool:
         "data": merge_cursors(cursors),
         "consumed_samples": run.consumed_samples,
         "consumed_tokens": run.consumed_tokens,
-        "guard": run.verdicts.state_dict(),
+        "guard": run.verdicts.state_dict(),  # the key of every earlier checkpoint
     }
     every = options.save_interval * options.fully_reshardable_every
     whole = last or (every > 0 and run.iteration % every == 0)

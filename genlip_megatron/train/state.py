@@ -34,7 +34,7 @@ class Run:
         graphed_stage: replays CUDA graphs in place of the model; None without ``train.cuda_graph``.
         verdicts: judges each step, and counts spikes, skipped steps and rollbacks.
         fp8_snapshot: FP8 scales before the current step.
-        counts: float64 [len(COUNTS)] on the CPU, what this rank's micro-batches held since the last report.
+        counts: float64 [len(COUNTS)] on the CPU, what this rank trained on since the last report.
         iteration: steps done.
         consumed_samples, consumed_tokens: of the whole run, up to the last report.
         quarantined: bad samples of the whole run, up to the last report.

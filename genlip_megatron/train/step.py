@@ -18,7 +18,7 @@ from genlip_megatron.train.verdict import Outcome
 
 
 def train_step(run: Run, batches: Iterator[PackedBatch], stop: StopRequest | None = None) -> Outcome:
-    """Train step ``run.iteration + 1``. A collective over all ranks; the outcome is the same on each.
+    """Train step ``run.iteration + 1`` and count it. A collective over all ranks; the outcome is the same on each.
 
     A step without an update leaves weights, moments, schedule and FP8 scales as they were, bit for bit.
 
@@ -33,7 +33,8 @@ def train_step(run: Run, batches: Iterator[PackedBatch], stop: StopRequest | Non
 
     def compute(second_pass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         zero_gradients(run)
-        loss = forward_backward(run, source, spoil=drills.spoils_loss(run, step, second_pass))
+        spoil = drills.spoils_loss(run, step, second_pass)
+        loss = forward_backward(run, source, counted=not second_pass, spoil=spoil)
         with run.breakdown.part("optimizer"):
             run.optimizer.prepare_grads()  # it reports overflow, which only a loss scale causes
             drills.spoil_gradients(run, step)
@@ -63,4 +64,5 @@ def train_step(run: Run, batches: Iterator[PackedBatch], stop: StopRequest | Non
         outcome = run.verdicts.count(step, statistics, verdict)
 
     drills.flip_weight(run, step)
+    run.iteration = step
     return outcome

@@ -55,7 +55,7 @@ def evaluate(run: Run) -> float:
     assert run.valid_loader is not None
     for chunk in run.model:
         chunk.eval()
-    counts, batches = run.counts.clone(), iter(run.valid_loader)
+    batches = iter(run.valid_loader)
     loss = torch.zeros(2, dtype=torch.float64, device=current_device())
     with torch.no_grad():
         for _ in range(run.config.log.eval_iters):
@@ -63,7 +63,6 @@ def evaluate(run: Run) -> float:
             run.watchdog.beat()
     for chunk in run.model:
         chunk.train()
-    run.counts = counts  # those of training
     total, tokens = sum_over_ranks(loss).tolist()
     if not tokens:
         raise UserError("data.valid_data holds no answer token: name other validation shards")

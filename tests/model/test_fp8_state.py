@@ -47,7 +47,6 @@ def trained(config: RunConfig, steps: int, history: int = 8) -> dict[str, Any]:
         batches, losses, states, begun = iter(run.train_loader), [], [], state_of(run)
         while run.iteration < steps:
             losses.append(train_step(run, batches).loss)
-            run.iteration += 1
             states.append(state_of(run))
         assert resume.save(run, last=True)
         run.train_loader.close()
@@ -160,7 +159,6 @@ def changed_before_it_is_copied(config: RunConfig) -> tuple[dict[str, torch.Tens
         run = set_up(config)
         assert run.train_loader is not None
         train_step(run, iter(run.train_loader))
-        run.iteration += 1
         before = state_of(run)
         assert resume.save(run) and resume.finish_saves(run)
         assert not any(torch.equal(before[name], tensor) for name, tensor in state_of(run).items())

@@ -220,7 +220,6 @@ def half(config: Any, steps: int) -> list[float]:
     batches, first = iter(run.train_loader), run.iteration == 0
     losses: list[float] = [train_step(run, batches).loss for _ in range(steps // 2 if first else steps - steps // 2)]
     if first:
-        run.iteration = steps // 2
         assert resume.save(run) and resume.finish_saves(run)
     run.train_loader.close()
     run.saver.close()

@@ -42,7 +42,6 @@ def measured(config: RunConfig) -> tuple[float, float]:
     for _ in range(STEPS):
         torch.cuda.reset_peak_memory_stats()
         train_step(run, batches)
-        run.iteration += 1
     run.train_loader.close()
     peaks = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], dtype=torch.float64)
     torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)

@@ -63,7 +63,7 @@ def watch(folder: Path) -> None:
         outcome = step(run, *args, **kwargs)
         line = [outcome.loss.hex(), outcome.grad_norm.hex(), taken, digest(run.model)]
         with open(file, "ab", buffering=0) as stream:
-            stream.write(json.dumps([run.iteration + 1, *line]).encode() + b"\n")
+            stream.write(json.dumps([run.iteration, *line]).encode() + b"\n")
         return outcome
 
     Prefetcher.__next__ = watched_take  # type: ignore[method-assign]

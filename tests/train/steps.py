@@ -34,7 +34,6 @@ def take_steps(
     batches, outcomes, seen = iter(run.train_loader), [], [see(run)]
     for _ in range(steps):
         outcomes.append(train_step(run, batches))
-        run.iteration += 1
         seen.append(see(run))
     run.train_loader.close()
     return run, outcomes, seen

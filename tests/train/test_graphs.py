@@ -161,7 +161,6 @@ def trained(
             outcome = train_step(run, batches)
             assert outcome.updated
             losses.append(outcome.loss)
-            run.iteration += 1
     weights = {name: parameter.detach().cpu() for name, parameter in run.model[0].named_parameters()}
     stage = run.graphed_stage
     counts = {"replayed": stage.replayed, "released": stage.released} if stage else {}

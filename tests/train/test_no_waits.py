@@ -27,7 +27,6 @@ from genlip_megatron.parallel import groups
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.train import forward_backward
 from genlip_megatron.train.setup import build_run
-from genlip_megatron.train.state import Run
 from genlip_megatron.train.step import train_step
 from tests.train.steps import MODEL, drawn_batch
 
@@ -127,13 +126,13 @@ def steps(backend: str, flags: dict[str, Any]) -> None:
         run.model[0].module.attention_backend = backend
     prepare, allowed, guard = forward_backward.prepare, [1], contextlib.ExitStack()
 
-    def prepare_on_host(run: Run, micro_batch: PackedBatch) -> Any:
+    def prepare_on_host(*args: Any) -> Any:
         # It computes on the host. Only its copies could wait, and the check on a GPU finds them.
         if torch.cuda.is_available():
-            return prepare(run, micro_batch)
+            return prepare(*args)
         guard.close()
         try:
-            return prepare(run, micro_batch)
+            return prepare(*args)
         finally:
             guard.enter_context(no_waits(allowed))
 

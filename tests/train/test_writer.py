@@ -22,7 +22,7 @@ from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.processes import Ended, Zygote
 from genlip_megatron.testing.runs import failing_set_up, tiny_config
 from genlip_megatron.train.writer import WANDB_FILE, Writer
-from tests.train.test_guard import settings, trained
+from tests.train.test_verdict import settings, trained
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 KEY = "0123456789" * 4

@@ -232,10 +232,10 @@ class Bench:
         else:
             if reason := BACKENDS[kernel].why_not(Place(self.device, dtype, head_dim)):
                 raise ValueError(reason)
-            plan = prepare_attention(batch, model, dtype, kernel, self.device, fusion=self.device.type == "cuda")
+            packed = prepare_attention(batch, model, dtype, kernel, self.device, fusion=self.device.type == "cuda")
 
             def forward() -> torch.Tensor:
-                return plan.backend(q, k, v, head_dim**-0.5)
+                return packed.backend(q, k, v, head_dim**-0.5)
 
         seconds = self._seconds(lambda: torch.autograd.grad(forward(), inputs, grad))
         counts = dict(zip(COUNTS, count_batch(batch).tolist(), strict=True))

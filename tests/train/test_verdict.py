@@ -64,7 +64,7 @@ def state(run: Run) -> bytes:
     return xxhash.xxh3_128_digest(b"".join(value.tobytes() for value in values)) + bytes(steps)
 
 
-def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
+def judged(config: RunConfig, steps: int) -> dict[str, Any]:
     """Verdicts, updates, the state before the first step and after each, and rank 0's warnings."""
     said: list[str] = []
     rerun.warn = verdict.warn = said.append  # type: ignore[assignment]
@@ -100,7 +100,7 @@ def guarded(config: RunConfig, steps: int) -> dict[str, Any]:
 def test_bad_numbers_on_one_rank_skip_the_update_on_all(
     name: str, fault: str, demo_data: Path, fault_row: FaultRow
 ) -> None:
-    for result in launch(guarded, demo_data, name, fault, steps=(4,)):
+    for result in launch(judged, demo_data, name, fault, steps=(4,)):
         assert result["verdicts"] == ["good", "good", "bad", "good"]
         assert result["updated"] == [True, True, False, True]
         states = result["states"]
@@ -173,8 +173,8 @@ def test_micro_batches_kept_for_a_rerun_take_no_device_memory() -> None:
 @pytest.mark.parametrize("name", ["DP2", "DP2 overlapping", "fsdp", "PP2 overlapping"])
 @pytest.mark.slow
 def test_a_transient_fault_is_named_and_changes_nothing(name: str, demo_data: Path, fault_row: FaultRow) -> None:
-    clean = launch(guarded, demo_data, name, steps=(4,))
-    healed = launch(guarded, demo_data, name, "transient-nan@3:1", steps=(4,))
+    clean = launch(judged, demo_data, name, steps=(4,))
+    healed = launch(judged, demo_data, name, "transient-nan@3:1", steps=(4,))
     for ours, theirs in zip(healed, clean, strict=True):
         assert ours["losses"] == theirs["losses"] and ours["states"] == theirs["states"]
         assert ours["counts"] == theirs["counts"]
@@ -190,7 +190,7 @@ def test_a_transient_fault_is_named_and_changes_nothing(name: str, demo_data: Pa
 
 def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path) -> None:
     flags = {"faults__rerun_bad_steps": False}
-    for result in launch(guarded, demo_data, "DP2", "transient-nan@3:1", steps=(3,), **flags):
+    for result in launch(judged, demo_data, "DP2", "transient-nan@3:1", steps=(3,), **flags):
         assert result["verdicts"] == ["good", "good", "bad"]
 
 
@@ -199,7 +199,7 @@ def test_without_the_second_pass_a_transient_fault_costs_a_step(demo_data: Path)
 def test_a_spike_is_counted_and_handled_as_configured(
     on_spike: str, updated: bool, demo_data: Path, fault_row: FaultRow
 ) -> None:
-    for result in launch(guarded, demo_data, "DP2", "spike@4:1", steps=(4,), faults__on_spike=on_spike):
+    for result in launch(judged, demo_data, "DP2", "spike@4:1", steps=(4,), faults__on_spike=on_spike):
         assert result["verdicts"] == ["good", "good", "good", "spike"]
         assert result["updated"][3] == updated == (result["states"][3] != result["states"][4])
         assert result["skipped"] == (int(not updated), 1)
