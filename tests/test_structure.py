@@ -42,7 +42,8 @@ ROOMS = {
     "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel",
     "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel "
     "user_error",
-    "evaluate": "batch data model outputs",
+    "encoders": "__init__ atomic_write convert hf infer optional outputs",
+    "evaluate": "atomic_write batch command config data encoders hf infer log model optional outputs",
     "integrations": "hf",
     "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel train",
 }
