@@ -91,7 +91,7 @@ class FeatureCache:
         if differing:
             key = differing[0]
             raise ValueError(
-                f"--cache {self.folder}: made with another {key} ({found[key]}, now {record[key]}). Name another folder."
+                f"--cache {self.folder}: made with another {key}, {found[key]}, not {record[key]}. Name another folder."
             )
 
     def _path(self, part: int) -> Path:

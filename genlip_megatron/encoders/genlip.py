@@ -24,7 +24,7 @@ class GenLIPEncoder(Encoder):
             module,
             dim=module.config.hidden_size,
             patch=16,
-            size=None if native else processor.size,
+            size=None if native else processor.size["height"],
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
             layer=layer,

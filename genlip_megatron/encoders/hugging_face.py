@@ -1,8 +1,8 @@
 """Encoders that ``transformers`` loads: CLIP, SigLIP, SigLIP 2, AIMv2, MLCD, RICE, DINOv2 and DINOv3.
 
-Features "after_norm" are ``last_hidden_state``. CLIP's and MLCD's final norm covers only the class token, so for them it
-is the last block's output. Other layers are read from the blocks themselves: some versions of ``transformers`` put the
-normalised output into ``hidden_states[-1]``.
+Features "after_norm" are ``last_hidden_state``. CLIP's and MLCD's final norm covers only the class token, so for them
+it is the last block's output. Other layers are read from the blocks themselves: some versions of ``transformers`` put
+the normalised output into ``hidden_states[-1]``.
 """
 
 from __future__ import annotations

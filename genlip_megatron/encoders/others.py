@@ -29,6 +29,8 @@ class TimmEncoder(Encoder):
         )
         self._state = layer_from_end(layer, len(module.blocks), name)
 
+    module: Any  # timm's models have no common class
+
     def _encode_batch(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if self._state is None:
             tokens = self.module.forward_features(pixels)
