@@ -157,8 +157,8 @@ class FeatureCache:
         needed, free = missing * part * image_bytes, shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
-                f"--cache {self.folder}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Name a folder on a "
-                "larger disk, use fewer images, or a preset without a cache."
+                f"--cache {self.folder}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Name a "
+                "folder on a larger disk, use fewer images, or a preset without a cache."
             )
 
     def __len__(self) -> int:

@@ -162,7 +162,9 @@ class Options:
     rand_augment: bool = True
 
 
-def training_view(augment: str, size: int, rand_augment: bool) -> Callable[[Image.Image, np.random.Generator], Image.Image]:
+def training_view(
+    augment: str, size: int, rand_augment: bool
+) -> Callable[[Image.Image, np.random.Generator], Image.Image]:
     """The augmentation "crop" or "aim": image, generator -> image [size, size].
 
     Raises:
@@ -453,7 +455,8 @@ def nearest_neighbours(
     truth = torch.tensor([sample.label for sample in val], device=device)
     measured = accuracy(np.arange(len(train)), features(val, "val"), truth)
     rows = [
-        {"neighbours": k, "held_out_accuracy": round(float(value), 6)} for k, value in zip(NEIGHBOURS, found, strict=True)
+        {"neighbours": k, "held_out_accuracy": round(float(value), 6)}
+        for k, value in zip(NEIGHBOURS, found, strict=True)
     ]
     return {
         "accuracy": round(float(measured[best]), 6),

@@ -46,7 +46,7 @@ class BatchNorm(nn.Module):
                 self.mean.lerp_(mean, self.momentum)
                 self.variance.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
         y = (x - mean) * (variance + self.eps).rsqrt()
-        return y if self.weight is None else y * self.weight + self.bias
+        return y if self.weight is None or self.bias is None else y * self.weight + self.bias
 
 
 class AttentiveHeads(nn.Module):
@@ -64,8 +64,8 @@ class AttentiveHeads(nn.Module):
         token_norm: BatchNorm without scale over the patches first (AIM).
         final_norm: BatchNorm without scale over the pooled vectors (OpenCLIP's variant).
         bias: whether V and the classifier have a bias.
-        truncated: initial weights are N(0, 0.02), cut at two units (CAPI), and the biases 0; else K, V and the classifier
-            are initialised as ``nn.Linear`` and the query is N(0, 0.02) (AIM).
+        truncated: initial weights are N(0, 0.02), cut at two deviations (CAPI); else those of ``nn.Linear`` (AIM). The
+            query is N(0, 0.02), the biases are 0.
     """
 
     def __init__(
@@ -89,9 +89,7 @@ class AttentiveHeads(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, classes, dim))
         self.value_bias = nn.Parameter(torch.zeros(heads, dim)) if bias else None
         self.bias = nn.Parameter(torch.zeros(heads, classes)) if bias else None
-        nn.init.trunc_normal_(self.query, std=0.02, a=-0.04, b=0.04) if truncated else nn.init.normal_(
-            self.query, std=0.02
-        )
+        nn.init.normal_(self.query, std=0.02)
         for weight in (self.key, self.value, self.weight):
             if truncated:
                 nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
@@ -210,35 +208,38 @@ class StackedOptimizer:
     def step(self, learning_rates: Sequence[float] | Tensor) -> None:
         """Update with a learning rate for each head [N], then drop the gradients."""
         self.steps += 1
-        gradients = {name: parameter.grad for name, parameter in self._named.items()}
-        scale = torch.ones(())
-        if self._clip:
-            squares = sum(gradient.flatten(1).square().sum(1) for gradient in gradients.values() if gradient is not None)
-            scale = (self._clip / (torch.as_tensor(squares).sqrt() + 1e-6)).clamp(max=1)
+        scale = self._clip_scale() if self._clip else None
         for name, parameter in self._named.items():
-            gradient = gradients[name]
+            gradient = parameter.grad
             if gradient is None:
                 continue
-
-            def per_head(values: Sequence[float] | Tensor, like: Tensor = parameter) -> Tensor:
-                values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
-                return values.view(-1, *[1] * (like.ndim - 1))
-
-            gradient = gradient * per_head(scale)
-            rates = per_head(learning_rates)
+            if scale is not None:
+                gradient = gradient * _per_head(scale, parameter)
+            rates = _per_head(learning_rates, parameter)
             if self._betas is None:
                 momentum = self.state[f"momentum.{name}"].mul_(0.9).add_(gradient)
-                parameter -= rates * momentum
-                continue
-            first, second = self.state[f"first.{name}"], self.state[f"second.{name}"]
-            first.lerp_(gradient, 1 - self._betas[0])
-            second.lerp_(gradient.square(), 1 - self._betas[1])
-            if not name.endswith("bias"):
-                parameter *= 1 - rates * per_head(self._decays)
-            corrected = (second / (1 - self._betas[1] ** self.steps)).sqrt() + 1e-8
-            parameter -= rates / (1 - self._betas[0] ** self.steps) * first / corrected
-        for parameter in self._named.values():
+                parameter.sub_(rates * momentum)
+            else:
+                slow, fast = self._betas
+                first, second = self.state[f"first.{name}"], self.state[f"second.{name}"]
+                first.lerp_(gradient, 1 - slow)
+                second.mul_(fast).addcmul_(gradient, gradient, value=1 - fast)
+                if not name.endswith("bias"):
+                    parameter.mul_(1 - rates * _per_head(self._decays, parameter))
+                divisor = second.sqrt().mul_((1 - fast**self.steps) ** -0.5).add_(1e-8)
+                parameter.sub_((first / divisor).mul_(rates / (1 - slow**self.steps)))
             parameter.grad = None
+
+    def _clip_scale(self) -> Tensor:
+        """Factor of each head's gradient [N], at most 1."""
+        gradients = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
+        squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
+        return (self._clip / (squares.sqrt() + 1e-6)).clamp(max=1)
+
+
+def _per_head(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """A number for each head [N] in the shape [N, 1, ...] that multiplies ``like`` [N, ...]."""
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 def cosine(step: int, steps: int, warmup: int, peak: Tensor, minimum: float = 0.0) -> Tensor:

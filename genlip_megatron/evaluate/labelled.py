@@ -279,9 +279,7 @@ def _pairs(
     if table_suffix(first) and os.path.isfile(first):
         yield from _table(first, flag, image_column, label_column, masks)
     elif not os.path.isdir(first):
-        raise ValueError(
-            f"{flag} {first}: no such folder or table. Expected {_MASK_LAYOUTS if masks else _LAYOUTS}."
-        )
+        raise ValueError(f"{flag} {first}: no such folder or table. Expected {_MASK_LAYOUTS if masks else _LAYOUTS}.")
     else:
         yield from _annotated(Path(first), flag) if masks else _class_folders(first, flag)
 
@@ -357,7 +355,9 @@ def _table(path: str, flag: str, image_column: str, label_column: str, masks: bo
         columns = column_names(path)
         for column, setting in ((image_column, "--image-column"), (label_column, "--label-column")):
             if column not in columns:
-                raise ValueError(f"SOURCE {path}: no column {column}, only {', '.join(columns)}. Name it with {setting}.")
+                raise ValueError(
+                    f"SOURCE {path}: no column {column}, only {', '.join(columns)}. Name it with {setting}."
+                )
         for place, cells in table_rows(path, image_column, (image_column, label_column)):
             if isinstance(cells, str):
                 raise ValueError(f"SOURCE {path}: row {place['row']}: {cells}")

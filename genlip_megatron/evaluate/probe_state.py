@@ -91,7 +91,9 @@ class ProbeFolder:
             state = torch.load(path, map_location=device, weights_only=True)
             return int(state["step"]), state["tensors"]
         except Exception as error:  # torch raises many kinds for damaged files
-            raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]}). Remove it; the probe then starts again.") from None
+            raise ValueError(
+                f"{path}: damaged ({str(error).splitlines()[0]}). Remove it; the probe then starts again."
+            ) from None
 
 
 def progress_bar(total: int, done: int, what: str, unit: str) -> Any:

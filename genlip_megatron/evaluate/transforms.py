@@ -6,8 +6,8 @@ Every random transform takes a NumPy generator, so a sample's augmentation depen
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -116,9 +116,9 @@ def segmentation_crop(
 ) -> tuple[Image.Image, np.ndarray]:
     """The training crop of DINOv2's linear segmentation, before photometric changes and padding.
 
-    The short side becomes ``size`` x U[0.5, 2]: bilinear for the image, nearest for the labels. Then a random crop of at
-    most ``size`` x ``size``, drawn again up to ten times while one class covers more than 75 % of its labelled pixels;
-    then a flip with probability 1/2.
+    The short side becomes ``size`` x U[0.5, 2]: bilinear for the image, nearest for the labels. Then a random crop of
+    at most ``size`` x ``size``, up to ten times until no class covers more than 75 % of its labelled pixels, then a
+    flip with probability 1/2.
 
     Args:
         image: RGB.
@@ -143,8 +143,8 @@ def segmentation_crop(
 
 
 def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """SSD's colour changes, each with probability 1/2: brightness +-32 of 255, contrast and saturation times 0.5 to 1.5,
-    hue +-18 of 180 degrees. Contrast comes before or after saturation and hue, each with probability 1/2.
+    """SSD's colour changes, each with probability 1/2: brightness +-32 of 255, contrast and saturation times 0.5 to
+    1.5, hue +-18 of 180 degrees. Contrast comes before or after saturation and hue, each with probability 1/2.
     """
     pixels = np.asarray(image, np.float32)
 
@@ -186,11 +186,8 @@ def seeded(seed: int, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([seed, *numbers])
 
 
-def seed_globals(rng: np.random.Generator) -> Any:
+def seed_globals(rng: np.random.Generator) -> None:
     """Seed ``random`` and NumPy's global generator, for libraries that draw from them."""
-    import random
-
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
-    return seed
