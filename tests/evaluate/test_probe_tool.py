@@ -125,7 +125,11 @@ BAD = {
     "an empty class": (_empty_class, (), "class folder pink holds no image"),
     "a class of only the validation data": (_unknown_class, (), "has label pink, outside the 3 classes of --train"),
     "a missing label": (_table("train/red/0.png,\n"), TABLE, "row 1 has no label"),
-    "a negative label": (_table("train/red/0.png,-1\ntrain/red/1.png,1\n"), TABLE, "has label -1. The first class is 0"),
+    "a negative label": (
+        _table("train/red/0.png,-1\ntrain/red/1.png,1\n"),
+        TABLE,
+        "has label -1. The first class is 0",
+    ),
     "a missing image": (_table("train/red/99.png,0\n"), TABLE, "names train/red/99.png, which does not exist"),
     "no such column": (_table("train/red/0.png,0\n"), (*TABLE, "--label-column", "class"), "no column class, only"),
     "no such data": (None, ("--train", "nowhere"), "--train nowhere: no such folder or table"),

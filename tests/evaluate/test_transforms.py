@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genlip_megatron.evaluate import labelled, miou, segment, transforms
 from genlip_megatron.evaluate import heads as heads_module
+from genlip_megatron.evaluate import labelled, miou, segment, transforms
 
 
 @pytest.mark.parametrize("module", [transforms, labelled, miou, segment, heads_module])
@@ -38,7 +38,9 @@ def test_random_resized_crop_takes_the_areas_and_shapes_it_should() -> None:
 
 
 def test_a_crop_that_never_fits_is_the_centre() -> None:
-    crop = np.asarray(transforms.random_resized_crop(gradient(250, 10), 32, np.random.default_rng(0), (1.0, 1.0)), float)
+    crop = np.asarray(
+        transforms.random_resized_crop(gradient(250, 10), 32, np.random.default_rng(0), (1.0, 1.0)), float
+    )
     assert crop[..., 0].mean() == pytest.approx(124.5, abs=1)
 
 
@@ -72,12 +74,12 @@ def test_segmentation_crop_moves_image_and_labels_together() -> None:
 
 def test_segmentation_crop_avoids_one_class() -> None:
     labels = np.zeros((64, 256), np.uint8)
-    labels[:, 224:] = 1
+    labels[:, 192:] = 1
     image = Image.fromarray(np.repeat(labels[..., None], 3, axis=2))
     shares = [
-        (transforms.segmentation_crop(image, labels, 64, np.random.default_rng(seed))[1] == 1).any() for seed in range(60)
+        transforms.segmentation_crop(image, labels, 64, np.random.default_rng(seed))[1].mean() for seed in range(100)
     ]
-    assert np.mean(shares) > 0.75  # 1 of 3 without the rule
+    assert np.mean([0.25 < share < 0.75 for share in shares]) > 0.6  # about 0.15 with one try
 
 
 def test_photometric_distortion_keeps_grey_grey_and_in_range() -> None:
