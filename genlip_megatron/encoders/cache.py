@@ -86,7 +86,7 @@ class FeatureCache:
     def _check(self, record: dict[str, Any]) -> None:
         path = self.folder / RECORD
         if not path.is_file():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
                 raise ValueError(f"--cache {self.folder}: not a feature cache. Name a new or empty folder.")
             return
         try:
@@ -120,14 +120,14 @@ class FeatureCache:
         Args:
             batch_size: images in a batch.
             progress: called with the number of images that each step finished.
-            rank, world_size: this process computes every ``world_size``-th part. The caller waits for the others.
+            rank, world_size: this process computes every ``world_size``-th part. The caller waits for the other
+                processes, before the call until they have opened the cache, after it until they have filled it.
 
         Raises:
             ValueError: an image cannot be read, or the disk is too small.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            atomic_write.write(self.folder / RECORD, json.dumps(self._record, indent=1))
+        atomic_write.write(self.folder / RECORD, json.dumps(self._record, indent=1), label=str(rank))
         for part in range(rank, (len(self._images) + _PART - 1) // _PART, world_size):
             numbers = range(part * _PART, min((part + 1) * _PART, len(self._images)))
             if self._path(part).is_file():

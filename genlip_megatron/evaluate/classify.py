@@ -26,7 +26,7 @@ from genlip_megatron.evaluate import ranks, transforms
 from genlip_megatron.evaluate.heads import AttentiveHeads, MeanLinearHeads, StackedOptimizer, cosine
 from genlip_megatron.evaluate.labelled import Labelled, held_out
 from genlip_megatron.evaluate.loading import TrainingBatches, flat, in_workers, padded, this_ranks
-from genlip_megatron.evaluate.probe_state import ProbeFolder, digest, progress_bar
+from genlip_megatron.evaluate.probe_state import ProbeFolder, digest, fill, progress_bar
 
 NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07  # of DINOv2's kNN evaluation
 _ENCODE_BATCH = 256
@@ -247,15 +247,6 @@ def feature_cache(
         return flat(in_workers(lambda job: [view(samples[number].read()) for number in job], jobs, options.workers))
 
     return FeatureCache(options.cache / part, encoder, samples, view, name, options.cache_dtype, pool, read)
-
-
-def fill(cache: FeatureCache, what: str) -> FeatureCache:
-    """Compute a cache's missing features on all ranks."""
-    world_size = ranks.world_size()
-    with progress_bar(len(cache), 0, what, "image") as bar:
-        cache.fill(32, lambda images: bar.update(images * world_size), ranks.rank(), world_size)
-    ranks.wait()
-    return cache
 
 
 class _Cached:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genlip_megatron import atomic_write
+from genlip_megatron.encoders.cache import FeatureCache
 from genlip_megatron.evaluate import ranks
 
 _STATE, _RESULT = "state.pt", "result.json"
@@ -94,6 +95,16 @@ class ProbeFolder:
             raise ValueError(
                 f"{path}: damaged ({str(error).splitlines()[0]}). Remove it; the probe then starts again."
             ) from None
+
+
+def fill(cache: FeatureCache, what: str) -> FeatureCache:
+    """Compute a cache's missing features on all ranks."""
+    world_size = ranks.world_size()
+    ranks.wait()  # a rank that still opens the cache must not see it half made
+    with progress_bar(len(cache), 0, what, "image") as bar:
+        cache.fill(32, lambda images: bar.update(images * world_size), ranks.rank(), world_size)
+    ranks.wait()
+    return cache
 
 
 def progress_bar(total: int, done: int, what: str, unit: str) -> Any:

@@ -26,7 +26,7 @@ from genlip_megatron.evaluate.heads import SegmentationHead
 from genlip_megatron.evaluate.labelled import Masked, held_out
 from genlip_megatron.evaluate.loading import TrainingBatches, flat, in_workers
 from genlip_megatron.evaluate.miou import IoU
-from genlip_megatron.evaluate.probe_state import ProbeFolder, digest, progress_bar
+from genlip_megatron.evaluate.probe_state import ProbeFolder, digest, fill, progress_bar
 from genlip_megatron.evaluate.transforms import IGNORE
 
 NEIGHBOURS = (1, 3, 10, 30)
@@ -364,10 +364,7 @@ def nearest_patches(
 
         name = f"squash {size}"
         cache = FeatureCache(options.cache / part, encoder, samples, squash, name, options.cache_dtype, False, read)
-        with progress_bar(len(cache), 0, f"{part} features", "image") as bar:
-            cache.fill(32, lambda images: bar.update(images * ranks.world_size()), ranks.rank(), ranks.world_size())
-        ranks.wait()
-        return cache
+        return fill(cache, f"{part} features")
 
     train_cache = cached(train, "train")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
