@@ -34,6 +34,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "s3": ["s3fs>=2024.6"],
+        "evaluate": ["transformers>=4.56,<6", "matplotlib>=3.9", "jinja2>=3.1"],
         "hf": ["transformers>=4.56,<6"],
         "dev": [
             "pytest>=8,<10",
@@ -47,6 +48,9 @@ setup(
             "flask>=3,<4",
             "flask-cors>=5",
             "webdataset>=1,<2",
+            "matplotlib>=3.9",
+            "jinja2>=3.1",
+            "scikit-learn>=1.5",
             "transformers>=4.56,<6",
             "wandb>=0.19,<1",
         ],
