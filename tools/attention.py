@@ -3,7 +3,8 @@
 
     tools/attention.py photos/ --load runs/so16 --output attention
     tools/attention.py data/val-00000.tar --limit 100 --load runs/so16 runs/no-gate random:runs/so16 --output attention
-    tools/attention.py photos/ --load exported hf:openai/clip-vit-large-patch14 --image-size 224 --output attention
+    tools/attention.py photos/ --load exported hf:openai/clip-vit-large-patch14 \\
+        --image-mode fixed --image-size 224 --output attention
 
 Each image is captioned greedily with the cache; then one pass over image, prompt and caption is measured, one block of
 queries at a time. An encoder without text gets what applies to patches. The folder holds:
@@ -15,8 +16,8 @@ queries at a time. An encoder without text gets what applies to patches. The fol
     attention.json  all numbers, the settings, and what was not applicable
 
 A text token's own key counts to its own group. The sink is the first two tokens of the prompt. Dotted lines show
-chance: a query that sees N keys gives each of them 1/N. Settings that only some models know, such as --max-pixels, are
-errors for the others. The folder appears when it is complete; an image that cannot be used is reported on standard
+chance: a query that sees N keys gives each of them 1/N. Models must see equally many patches: give them images of one
+size, or --allow-unequal. The folder appears when it is complete; an image that cannot be used is reported on standard
 error and listed under "failed".
 
 Exit status: 0 done, even with some bad images; 1 no image could be used; 2 a setting or a file is wrong.

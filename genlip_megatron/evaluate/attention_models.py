@@ -161,8 +161,10 @@ def open_subject(
         processor = override_images(encoder.processor, **images)
         return Subject(name, GenLIPEncoder(name, encoder.module, processor), None)
     for flag, value in images.items():
-        if value is not None and flag != "image_size":
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: {name} is no GenLIP. It takes only --image-size.")
+        if value is not None and flag != "image_size" and value != "fixed":
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {value}: {name} is no GenLIP. Use --image-mode fixed and --image-size."
+            )
     return Subject(name, encoder, None, size=images.get("image_size"))
 
 

@@ -23,17 +23,17 @@ MASS = (
 )
 ALLOCATION = (
     ("generated", "image", "generated \u2192 image"),
-    ("generated", "sink", "generated \u2192 sink (prompt's first two)"),
-    ("generated", "prompt", "generated \u2192 prompt (with sink)"),
+    ("generated", "sink", "generated \u2192 sink"),
+    ("generated", "prompt", "generated \u2192 prompt"),
     ("generated", "generated", "generated \u2192 generated"),
 )
 EXTRAS = (
-    ("gate", "mean output gate", "linear"),
-    ("closed", "share of gate values below 0.05", "linear"),
-    ("largest_image", "largest |activation|, image", "log"),
-    ("largest_text", "largest |activation|, text", "log"),
-    ("cosine", "mean cosine between patches", "linear"),
-    ("outliers", "share of patches with norm > 3 x median", "linear"),
+    ("gate", "mean output gate"),
+    ("closed", "share of gate values < 0.05"),
+    ("largest_image", "largest |activation|, image"),
+    ("largest_text", "largest |activation|, text"),
+    ("cosine", "mean cosine between patches"),
+    ("outliers", "share of norms > 3 x median"),
 )
 _PANEL = 3.6, 3.0  # inches
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c510a")
@@ -73,18 +73,28 @@ def draw_allocation(results: Sequence[Result], path: Path) -> None:
         for axis, (query, key, title) in zip(axes[row], ALLOCATION, strict=True):
             _draw_curves(axis, results, what, query, key)
             axis.set(title=title, ylabel=f"attention {what}")
-    _finish(figure, results, path, "density = mass / tokens of the group; dashed: mean over layers; dotted: chance")
+    _finish(
+        figure,
+        results,
+        path,
+        "sink: the first two of the prompt; density: mass / tokens of the group; dashed: mean over layers; dotted: chance",
+    )
 
 
 def draw_extras(results: Sequence[Result], path: Path) -> None:
     """Gates, largest activations, cosine between patches, and norms of patches."""
     figure, axes = _panels(2, 4)
     panels = list(axes.flat)
-    for axis, (name, title, scale) in zip(panels, EXTRAS, strict=False):
+    for axis, (name, title) in zip(panels, EXTRAS, strict=False):
         for number, result in enumerate(results):
             if values := _numbers(result.get(name)):
                 axis.plot(range(1, len(values) + 1), values, color=_colour(number), marker=_marker(values))
-        axis.set(title=title, xlabel="layer", yscale=scale if axis.lines else "linear")
+        low, high = axis.get_ylim()
+        if "largest" in name and axis.lines and high > 30 * max(low, 1e-6):
+            axis.set_yscale("log")
+        elif "share" in title:
+            axis.set_ylim(bottom=0)
+        axis.set(title=title, xlabel="layer")
         _say_if_empty(axis)
     axis = panels[len(EXTRAS)]
     for number, result in enumerate(results):
@@ -133,7 +143,9 @@ def draw_maps(name: str, maps: dict[int, Tensor], tokens: Tokens, path: Path) ->
 def _panels(rows: int, columns: int) -> tuple[Any, Any]:
     pyplot = need_matplotlib()
     size = (_PANEL[0] * columns, _PANEL[1] * rows + 0.9)
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    return figure, axes
 
 
 def _draw_curves(axis: Any, results: Sequence[Result], what: str, query: str, key: str) -> None:
