@@ -77,7 +77,7 @@ def draw_allocation(results: Sequence[Result], path: Path) -> None:
         figure,
         results,
         path,
-        "sink: the first two of the prompt; density: mass / tokens of the group; dashed: mean over layers; dotted: chance",
+        "sink: first two of the prompt; density: mass / tokens of the group; dashed: mean over layers; dotted: chance",
     )
 
 
