@@ -108,12 +108,13 @@ class Subject:
 
     def blocks(self) -> list[nn.Module]:
         """Its layers; [] if it is no Transformer."""
-        module = self.encoder.module
+        module: Any = self.encoder.module
         if isinstance(self.encoder, TimmEncoder):
             return list(module.blocks)
         if not isinstance(self.encoder, (GenLIPEncoder, HuggingFaceEncoder)):
             return []
-        return list(max((child for child in module.modules() if isinstance(child, nn.ModuleList)), key=len))
+        lists = [list(child) for child in module.modules() if isinstance(child, nn.ModuleList)]
+        return max(lists, key=len)
 
     def with_images_of(self, size: int) -> Subject:
         """The same GenLIP, with square images of ``size`` pixels."""
@@ -385,7 +386,9 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def _plain(values: np.ndarray) -> Any:
     """Nested lists with None for NaN."""
-    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+    if values.ndim:
+        return [_plain(row) for row in values]
+    return None if np.isnan(values) else float(values)
 
 
 def _table(values: np.ndarray) -> dict[str, dict[str, Any]]:
