@@ -152,7 +152,6 @@ def analyse(options: argparse.Namespace, words: Sequence[str]) -> int:
             if recorder is not None and recorder.tokens is not None:
                 maps = {layer: values for layer in layers if (values := recorder.layers[layer - 1].map) is not None}
                 plots.draw_maps(subject.name, maps, recorder.tokens, partial / f"maps-{number:02}.png")
-            print(_line(results[-1]))
         if results:
             plots.draw_mass(results, partial / "mass.png")
             plots.draw_allocation(results, partial / "allocation.png")
@@ -168,6 +167,8 @@ def analyse(options: argparse.Namespace, words: Sequence[str]) -> int:
         }
         text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
         (partial / INDEX).write_text(text + "\n", encoding="utf-8")
+    for result in results:
+        print(_line(result))
     print(f"attention of {len(results)} models on {len(images) - len(failed)} images in {options.output}")
     return 0 if results else 1
 

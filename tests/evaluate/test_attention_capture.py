@@ -62,7 +62,7 @@ def recorder(model: Any, **settings: Any) -> Recorder:
 @pytest.mark.parametrize("gated", [True, False])
 @torch.no_grad()
 def test_genlip_equals_eager_maps(gated: bool, eager: list[Tensor]) -> None:
-    config = tiny(gated_attention=gated)
+    config = tiny(attention_output_gate=gated)
     model = hf_model("GenLIPForCausalLM", config, random_weights(config))
     inputs = sequence(model)
     plain = model(**inputs, output_hidden_states=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from genlip_megatron.evaluate import attention_models
-from genlip_megatron.evaluate.attention_models import Settings, generate, measure, open_subject, summarise
+from genlip_megatron.evaluate.attention_models import Settings, check_grids, generate, measure, open_subject, summarise
 from genlip_megatron.infer.inputs import FileImage
 from tests.hf.models import export
 from tools.attention import main
@@ -89,7 +89,7 @@ def test_models_are_compared_in_numbers_and_pictures(
             assert density["image"][layer] == pytest.approx(mass["image"][layer] / 9)
             assert density["sink"][layer] == pytest.approx(mass["sink"][layer] / 2)
     # Again into the same folder only with --overwrite; a folder of others is never replaced.
-    assert "exists" in run(capsys, *words)[1]
+    assert "the folder is not empty" in run(capsys, *words)[1]
     (target / "notes.txt").write_text("mine")
     status, said = run(capsys, *words, "--overwrite")
     assert status == 2 and "notes.txt" in said and (target / "notes.txt").exists()
@@ -152,7 +152,7 @@ def test_the_papers_layers_are_drawn_as_far_as_they_exist() -> None:
         (["--load", "MODEL", "--map-size", "40"], "--map-size 40: must be a multiple of 16"),
         (["--load", "MODEL", "--block-size", "0"], "--block-size 0: must be at least 1"),
         (["--load", "MODEL", "--prompt", ""], "--prompt '': it is empty"),
-        (["--load", "MODEL", "hf:CLIP", "--image-size", "50"], "must be"),
+        (["--load", "MODEL", "hf:CLIP", "--image-size", "50"], "multiples of 16"),
         (["--load", "MODEL", "hf:CLIP", "--image-mode", "native"], "is no GenLIP"),
         (["--load", "MODEL", "efficientnet:lite9"], "efficientnet:lite9: unknown"),
     ],
@@ -186,11 +186,11 @@ def test_unequal_grids_need_a_flag(
             patch_size=16,
         )
     ).save_pretrained(tmp_path / "clip")
-    words = [photos, "--load", model, f"hf:{tmp_path}/clip", "--output", tmp_path / "out", "--maps"]
+    words = [photos, "--load", model, f"hf:{tmp_path}/clip", "--output", tmp_path / "out"]
     status, said = run(capsys, *words)
     assert status == 2 and "3x3, hf:" in said and "--allow-unequal" in said
-    assert run(capsys, *words, "--allow-unequal", "--max-new-tokens", 2)[0] == 0
-    assert not list((tmp_path / "out").glob("maps*"))
+    subjects = [open_subject(str(name), device=torch.device("cpu"), dtype="auto") for name in words[2:4]]
+    check_grids(subjects, [FileImage(str(photos / "0.png"))], allow_unequal=True)
     assert run(capsys, photos / "0-broken.png", "--load", model, "--output", tmp_path / "none")[0] == 1
 
 
