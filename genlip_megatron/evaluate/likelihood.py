@@ -7,10 +7,11 @@ is a token after a given beginning, so that "a photo of a" is computed once for 
 as one sequence whose mask lets a node see the prefix, its ancestors and itself. Leaves need no pass: only the
 probability of their token does.
 
-Cost of one image with a prefix of S tokens and N texts of L tokens: S + (nodes with children) tokens through the layers,
-where separate passes need N * (S + L).
+Cost of one image with a prefix of S tokens and N texts of L tokens: S + (nodes with children) tokens through the
+layers, where separate passes need N * (S + L).
 
-Legend: B images, T nodes of a tree that run, S slots of the prefix, N texts, H heads, C channels of a head, V vocabulary.
+Legend: B images, T nodes of a tree that run, S slots of the prefix, N texts, H heads, C channels of a head,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from genlip_megatron.evaluate.likelihood import LikelihoodScorer, TokenTree, trees  # noqa: E402
-from genlip_megatron.hf.configuration_genlip import GenLIPConfig  # noqa: E402
-from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM  # noqa: E402
-from genlip_megatron.infer.prepare import Prepared  # noqa: E402
+from genlip_megatron.evaluate.likelihood import LikelihoodScorer, TokenTree, trees
+from genlip_megatron.hf.configuration_genlip import GenLIPConfig
+from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM
+from genlip_megatron.infer.prepare import Prepared
 
 PROMPT = [3, 1, 4]
 
