@@ -83,9 +83,7 @@ def _add_shared(parser: argparse.ArgumentParser, priors: Sequence[str]) -> None:
     parser.add_argument("--prior", choices=priors, default="none", help=text)
     parser.add_argument("--end-token", action="store_true", help="score also the token that ends a caption")
     parser.add_argument("--prompt", help="text between image and texts (default: the prompt of the training)")
-    parser.add_argument(
-        "--tokenizer", default="", help="the models' tokenizer file, if it was moved"
-    )
+    parser.add_argument("--tokenizer", default="", help="the models' tokenizer file, if it was moved")
     parser.add_argument("--batch-size", type=int, default=16, help="most images at a time (default: 16)")
     parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto, a GPU if there is one)")
     text = "dtype to compute in (default: auto, the dtype of the stored weights)"

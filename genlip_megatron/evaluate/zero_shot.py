@@ -232,9 +232,9 @@ def read_candidates(path: Path) -> list[tuple[str, list[str]]]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"FILE {path}: line {number} is not JSON ({error})") from None
-        image = row.get("path") if isinstance(row, dict) else None
-        candidates = row.get("candidates") if isinstance(row, dict) else None
-        if not _is_text(image) or not isinstance(candidates, list) or not all(map(_is_text, candidates)):
+        fields = row if isinstance(row, dict) else {}
+        image, candidates = str(fields.get("path", "")), fields.get("candidates")
+        if not image or not isinstance(candidates, list) or not all(map(_is_text, candidates)):
             raise ValueError(
                 f'FILE {path}: line {number}: expected {{"path": an image file, "candidates": a list of texts}}'
             )
