@@ -109,7 +109,7 @@ def zeroshot(options: argparse.Namespace) -> int:
     if options.task != "select":
         need_matplotlib()
     if options.output.is_dir():
-        check_file(options.output / "results.json", json_object("command", "task", "encoders"))
+        check_file(options.output / "results.json", json_object("command", "task", "normalise"))
     {"classify": _classify, "retrieve": _retrieve, "select": _select}[options.task](options)
     return 0
 

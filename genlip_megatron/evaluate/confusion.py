@@ -31,10 +31,10 @@ def confusion_picture(counts: Tensor, names: Sequence[str], title: str) -> bytes
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    shares = (100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     classes = len(names)
     named = classes <= _MOST_NAMES
-    side = 3.5 + 0.32 * min(classes, _MOST_NAMES)
+    side = 3.5 + 0.32 * classes if named else 8  # inches
     with pyplot.rc_context({"font.size": 9}):
         figure, axes = pyplot.subplots(figsize=(side + 1, side), layout="constrained")
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest" if named else "auto")
@@ -45,7 +45,7 @@ def confusion_picture(counts: Tensor, names: Sequence[str], title: str) -> bytes
             axes.set_yticks(range(classes), shown)
         axes.set_xlabel("predicted class")
         axes.set_ylabel("class of the image")
-        axes.set_title(title if len(title) <= 60 else f"...{title[-57:]}", wrap=True)
+        axes.set_title(title if len(title) <= 48 else f"...{title[-45:]}", fontsize=9)
         if classes <= 15:
             for row in range(classes):
                 for column in range(classes):
