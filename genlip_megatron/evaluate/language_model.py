@@ -77,37 +77,31 @@ class LanguageModel:
         The image stands first in the first question, where LLaVA moves ``<image>`` too. Answers and the end token
         after each carry loss.
         """
-        ids: list[int] = [self._start()]
-        loss: list[bool] = [False]
-
-        def add(tokens: list[int], answer: bool = False) -> None:
-            ids.extend(tokens)
-            loss.extend([answer] * len(tokens))
-
         vocabulary = self.tokenizer.get_vocab()
         chatml = all(token in vocabulary for token in _CHATML)
-        begin = [vocabulary[_CHATML[0]]] if chatml else []
-        end = [vocabulary[_CHATML[1]] if chatml else int(self.tokenizer.eos_token_id)]
-        line = self._ids("\n") if chatml else []
         if chatml:
-            ids.clear(), loss.clear()
-            add([*begin, *self._ids(f"system\n{_SYSTEM}"), *end, *line])
-        if turns[0][1]:
-            turns = [("", False), *turns]
-        image_at = -1
-        for text, is_answer in turns:
+            user, assistant, newline = "user\n", "assistant\n", self._ids("\n")
+            begin, end = ([vocabulary[token]] for token in _CHATML)
+            start = [*begin, *self._ids(f"system\n{_SYSTEM}"), *end, *newline]
+        else:
+            user, assistant, newline = "USER: ", "ASSISTANT: ", []
+            begin, end, start = [], [int(self.tokenizer.eos_token_id)], [self._start()]
+        parts, image_at = [(start, False)], 0  # (ids, whether they are an answer)
+        for text, is_answer in turns if not turns[0][1] else [("", False), *turns]:
+            parts.append(([*begin, *self._ids(assistant if is_answer else user)], False))
             if is_answer:
-                add([*begin, *self._ids("assistant\n" if chatml else "ASSISTANT: ")])
-                add([*self._ids(text), *end], answer=True)
-                add(line)
+                parts += [([*self._ids(text), *end], True), (newline, False)]
                 continue
-            add([*begin, *self._ids("user\n" if chatml else "USER: ")])
-            if image_at < 0:
-                image_at = len(ids)
+            if not image_at:
+                image_at = sum(len(ids) for ids, _ in parts)
                 text = f"\n{text}" if text else ""
-            add(self._ids(text) if chatml else self._ids(f"{text} "))
-            add([*end, *line] if chatml else [])
-        return Text(ids, loss, image_at, sum(len(text.encode()) for text, is_answer in turns if is_answer))
+            parts.append(([*self._ids(text), *end, *newline] if chatml else self._ids(f"{text} "), False))
+        return Text(
+            [token for ids, _ in parts for token in ids],
+            [answer for ids, answer in parts for _ in ids],
+            image_at,
+            sum(len(text.encode()) for text, is_answer in turns if is_answer),
+        )
 
 
 def open_language_model(name: str, device: torch.device | str = "cpu") -> LanguageModel:
