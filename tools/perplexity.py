@@ -14,7 +14,7 @@ PPL = exp(sum NLL / sum tokens) over the answers and end tokens of held-out samp
 and without an image. Lower is better; an encoder helps as far as PPL with its image is below the other two.
 
 --data and --data2: LLaVA's json ("conversations" with <image>), a table of images and captions (CSV, TSV, JSON, JSONL,
-Parquet, Arrow), or indexed WebDataset shards. Samples without an image are left out. docs/evaluation.md has the protocol.
+Parquet, Arrow), or indexed WebDataset shards. Samples without an image are left out. The protocol: docs/evaluation.md.
 
 The output folder holds results.json, results.png, and for each encoder the projectors. A killed command continues where
 it was when it is run again; what is finished is not measured again.

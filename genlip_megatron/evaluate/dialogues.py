@@ -3,7 +3,7 @@
 | source | image | text |
 |---|---|---|
 | LLaVA's .json or .jsonl | "image", a path | "conversations" with ``<image>`` |
-| table (CSV, TSV, JSON, JSONL, Parquet, Arrow) | a column of paths or bytes | a column of captions, or "conversations" |
+| table (CSV, TSV, JSON, Parquet, Arrow) | a column of paths or bytes | a column of captions, or "conversations" |
 | indexed WebDataset shards | the sample's image | the sample's caption file |
 """
 
@@ -107,14 +107,6 @@ def read_dialogues(
     if not found:
         raise ValueError(f"{flag} {' '.join(where)}: no sample with an image ({without} without one)")
     return found, without
-
-
-def distinct_images(dialogues: Sequence[Dialogue], images: dict[str, CacheImage]) -> list[str]:
-    """Add the images of ``dialogues`` to ``images`` by their stamps, each once; returns the stamp of each dialogue."""
-    stamps = [dialogue.image.stamp for dialogue in dialogues]
-    for stamp, dialogue in zip(stamps, dialogues, strict=True):
-        images.setdefault(stamp, dialogue.image)
-    return stamps
 
 
 def split_by_image(images: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -72,7 +72,7 @@ class LanguageModel:
         return Text([self._start(), *ids, end], loss, 1, len(answers.encode()))
 
     def conversation(self, turns: Turns) -> Text:
-        """The turns as ChatML if the tokenizer has its control tokens, else as in LLaVA-1.5 (``USER:``, ``ASSISTANT:``).
+        """The turns as ChatML if the tokenizer has its control tokens, else as in LLaVA-1.5: ``USER:``, ``ASSISTANT:``.
 
         The image stands first in the first question, where LLaVA moves ``<image>`` too. Answers and the end token
         after each carry loss.
@@ -168,9 +168,10 @@ def _load(name: str) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"--llm {name}: its weights cannot be loaded ({_first_line(error)}).{_hint(name)}") from None
+    return tuple(loaded)  # (model, report)
 
 
 @torch.no_grad()

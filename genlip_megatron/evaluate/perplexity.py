@@ -1,8 +1,8 @@
 """How well a language model reads an encoder: perplexity after tuning the projector (PPL1), then also the LLM (PPL2).
 
-``PPL = exp(sum NLL / sum tokens)`` over the answer tokens and end tokens of held-out samples, with NLL in nats: one ratio
-of sums, not a mean over samples or batches. Bits per answer byte, ``sum NLL / (ln 2 * sum bytes)``, also count the end
-tokens' NLL, and compare language models with different tokenizers.
+``PPL = exp(sum NLL / sum tokens)`` over the answer tokens and end tokens of held-out samples, with NLL in nats: one
+ratio of sums, not a mean over samples or batches. Bits per answer byte, ``sum NLL / (ln 2 * sum bytes)``, also count
+the end tokens' NLL, and compare language models with different tokenizers.
 
 Both stages use AdamW without weight decay, warm-up over 3 % of the steps, then a cosine to 0, and gradients clipped to
 norm 1 (LLaVA-NeXT's scripts, and the default of the trainer they use). Weights are float32 in any case: updates of 1e-5
@@ -287,8 +287,8 @@ def train(
 ) -> None:
     """Train the projector, and with ``stage.train_llm`` the language model, in place.
 
-    The loss of an update is the mean over the answer tokens of its whole batch, so it does not depend on the micro-batch
-    size or the number of ranks.
+    The loss of an update is the mean over the answer tokens of its whole batch, so it does not depend on the
+    micro-batch size or the number of ranks.
 
     Args:
         stage, projector, language, features, options: as in ``measure``.
@@ -322,8 +322,8 @@ def train(
             loss = float(ranks.total(total)) / tokens
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"--lr{1 + stage.train_llm} {stage.learning_rate}: the loss of {name} is {loss} at step {step + 1}. "
-                    "Choose a lower learning rate, or --dtype fp32."
+                    f"--lr{1 + stage.train_llm} {stage.learning_rate}: the loss of {name} is {loss} at step "
+                    f"{step + 1}. Choose a lower learning rate, or --dtype fp32."
                 )
             ranks.average_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
