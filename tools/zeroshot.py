@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genlip_megatron.evaluate.image_scores import Image
-    from genlip_megatron.evaluate.language_model import LanguageModel
+    from genlip_megatron.evaluate.scoring_model import ScoringModel
     from genlip_megatron.evaluate.zero_shot import Texts
 
 _NORMALISATIONS, _PRIORS = ("tokens", "none", "bytes"), ("none", "no-image", "shuffled")
@@ -129,13 +129,13 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "model"
 
 
-def _models(options: argparse.Namespace) -> list[LanguageModel]:
-    from genlip_megatron.evaluate.language_model import open_language_model
+def _models(options: argparse.Namespace) -> list[ScoringModel]:
+    from genlip_megatron.evaluate.scoring_model import open_scoring_model
     from genlip_megatron.infer.load import pick_device
     from genlip_megatron.log import to_stderr
 
     return [
-        open_language_model(
+        open_scoring_model(
             name,
             device=pick_device(options.device),
             log=to_stderr,
@@ -155,7 +155,7 @@ def _scores_folder(options: argparse.Namespace) -> Path:
 
 
 def _score(
-    options: argparse.Namespace, model: LanguageModel, images: Sequence[Image], texts: Texts
+    options: argparse.Namespace, model: ScoringModel, images: Sequence[Image], texts: Texts
 ) -> tuple[Tensor, Tensor]:
     """(float32 [images, texts] log-likelihoods, float32 [texts] those after the prompt only)."""
     from genlip_megatron.evaluate.image_scores import score_images
@@ -213,7 +213,7 @@ def _classify(options: argparse.Namespace) -> None:
 
 def _classified(
     options: argparse.Namespace,
-    model: LanguageModel,
+    model: ScoringModel,
     texts: Texts,
     images: Sequence[Image],
     labels: Tensor,
@@ -271,7 +271,7 @@ def _retrieve(options: argparse.Namespace) -> None:
 
 
 def _retrieved(
-    options: argparse.Namespace, model: LanguageModel, texts: Texts, images: Sequence[Image], text_of: Tensor
+    options: argparse.Namespace, model: ScoringModel, texts: Texts, images: Sequence[Image], text_of: Tensor
 ) -> dict[str, Any]:
     """The row of one model."""
     from genlip_megatron.evaluate.zero_shot import class_scores, every_choice, recall_at_1
@@ -311,7 +311,7 @@ def _select(options: argparse.Namespace) -> None:
 
 def _selected(
     options: argparse.Namespace,
-    model: LanguageModel,
+    model: ScoringModel,
     lines: Sequence[tuple[str, list[str]]],
     ids: Sequence[list[list[int]]],
 ) -> list[dict[str, Any]]:

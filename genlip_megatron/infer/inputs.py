@@ -18,7 +18,7 @@ from genlip_megatron.data import patterns
 from genlip_megatron.data.image import IMAGE_SUFFIXES, check_image, decode_rgb
 from genlip_megatron.data.index import ShardIndex, read_index
 from genlip_megatron.data.read import Piece, ShardReader
-from genlip_megatron.data.text import parse_turns
+from genlip_megatron.data.text import Turns, parse_turns
 
 SUFFIXES = tuple(IMAGE_SUFFIXES)
 _EXPECTED = f"expected {', '.join(SUFFIXES)} or indexed .tar files, folders of them, or globs"
@@ -86,14 +86,18 @@ class ShardImage:
         """
         return decode_rgb(self._content("image"), bool(self.index.rows[self.number]["plain_jpeg"]))
 
-    def truth(self, prompt: str) -> str:
-        """The answer of its caption.
+    def turns(self, prompt: str) -> Turns:
+        """The turns of its caption file, as ``parse_turns``.
 
         Raises:
             ValueError: it cannot be read, or has changed since.
         """
         is_json = bool(self.index.rows[self.number]["caption_is_json"])
-        return " ".join(text for text, answers in parse_turns(self._content("caption"), is_json, prompt) if answers)
+        return parse_turns(self._content("caption"), is_json, prompt)
+
+    def truth(self, prompt: str) -> str:
+        """The answers of its caption; errors as ``turns``."""
+        return " ".join(text for text, answers in self.turns(prompt) if answers)
 
 
 class Inputs(Sequence[FileImage | ShardImage]):
