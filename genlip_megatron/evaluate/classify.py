@@ -1,7 +1,8 @@
 """Top-1 accuracy of a frozen encoder: attentive probe, linear probe of the mean patch, and nearest neighbours.
 
 Heads of all learning rates and weight decays train at once on the same features. 10 % of the training images (seed 42)
-select one of them; the validation images are read once, for that head.
+select the most accurate, of equally accurate ones that of the lowest loss. The validation images are read once, for
+that head.
 """
 
 from __future__ import annotations
@@ -351,9 +352,7 @@ def trained_probe(
     heads.train()
     with progress_bar(steps, first, f"{encoder.name} heads", "step") as bar:
         for step, (x, valid, labels) in zip(range(first, steps), data.training(jobs), strict=True):
-            logits = heads(x, valid)  # [N, B, C]
-            losses = F.cross_entropy(logits.transpose(1, 2), labels.expand(len(grid), -1), reduction="none").mean(1)
-            losses.sum().backward()
+            _losses(heads(x, valid), labels).mean(dim=1).sum().backward()
             ranks.average_gradients(optimizer.parameters)
             optimizer.step(cosine(step, steps, round(preset.warmup * steps), peak, preset.minimum))
             bar.update()
@@ -362,10 +361,10 @@ def trained_probe(
     if steps > first:
         folder.save(steps, _state(heads, optimizer))
     heads.eval()
-    found = _accuracy(heads, data.evaluation(train, this_ranks(selection, 128), "train"), len(grid), device)
-    best = int(found.argmax())
+    found, losses = _scores(heads, data.evaluation(train, this_ranks(selection, 128), "train"), len(grid), device)
+    best = min(range(len(grid)), key=lambda number: (-float(found[number]), float(losses[number])))
     everything = np.arange(len(val))
-    measured = _accuracy(heads, data.evaluation(val, this_ranks(everything, 128), "val"), len(grid), device)
+    measured, _ = _scores(heads, data.evaluation(val, this_ranks(everything, 128), "val"), len(grid), device)
     rows = [
         {"learning_rate": rate, "weight_decay": decay, "held_out_accuracy": round(float(accuracy), 6)}
         for (rate, decay), accuracy in zip(grid, found, strict=True)
@@ -390,13 +389,22 @@ def _state(heads: nn.Module, optimizer: StackedOptimizer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _accuracy(heads: nn.Module, batches: Iterator[Batch], count: int, device: torch.device) -> Tensor:
-    """float64 [N], over the batches of all ranks."""
-    right, images = torch.zeros(count, device=device), torch.zeros((), device=device)
+def _scores(heads: nn.Module, batches: Iterator[Batch], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(accuracy, mean loss) of each head, float64 [N], over the batches of all ranks."""
+    right, loss = torch.zeros(count, device=device), torch.zeros(count, device=device)
+    images = torch.zeros((), device=device)
     for x, valid, labels in batches:
-        right += (heads(x, valid).argmax(dim=2) == labels).sum(dim=1)
+        logits = heads(x, valid)  # [N, B, C]
+        right += (logits.argmax(dim=2) == labels).sum(dim=1)
+        loss += _losses(logits, labels).sum(dim=1)
         images += len(labels)
-    return (ranks.total(right).double() / ranks.total(images).double()).cpu()
+    images = ranks.total(images).double()
+    return (ranks.total(right) / images).cpu(), (ranks.total(loss) / images).cpu()
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy [N, B] of logits [N, B, C] and labels [B]."""
+    return F.cross_entropy(logits.transpose(1, 2), labels.expand(len(logits), -1), reduction="none")
 
 
 def neighbour_votes(
@@ -418,7 +426,7 @@ def neighbour_votes(
         nearest, numbers = (part @ bank.T).topk(most, dim=1)
         weights = (nearest / temperature).exp()
         votes = [
-            torch.zeros(len(part), classes, device=bank.device).scatter_add_(1, labels[numbers[:, :k]], weights[:, :k])
+            weights.new_zeros(len(part), classes).scatter_add_(1, labels[numbers[:, :k]], weights[:, :k])
             for k in neighbours
         ]
         predicted.append(torch.stack([vote.argmax(dim=1) for vote in votes]))

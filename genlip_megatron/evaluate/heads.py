@@ -63,7 +63,7 @@ class AttentiveHeads(nn.Module):
         classes: C.
         token_norm: BatchNorm without scale over the patches first (AIM).
         final_norm: BatchNorm without scale over the pooled vectors (OpenCLIP's variant).
-        bias: whether V and the classifier have a bias.
+        bias: whether V and the classifier have a bias. Before ``final_norm``, which would remove it, V has none.
         truncated: initial weights are N(0, 0.02), cut at two deviations (CAPI); else those of ``nn.Linear`` (AIM). The
             query is N(0, 0.02), the biases are 0.
     """
@@ -87,7 +87,7 @@ class AttentiveHeads(nn.Module):
         self.key = nn.Parameter(torch.empty(heads, dim, dim))  # [N, out, in], as the next two
         self.value = nn.Parameter(torch.empty(heads, dim, dim))
         self.weight = nn.Parameter(torch.empty(heads, classes, dim))
-        self.value_bias = nn.Parameter(torch.zeros(heads, dim)) if bias else None
+        self.value_bias = nn.Parameter(torch.zeros(heads, dim)) if bias and not final_norm else None
         self.bias = nn.Parameter(torch.zeros(heads, classes)) if bias else None
         nn.init.normal_(self.query, std=0.02)
         for weight in (self.key, self.value, self.weight):

@@ -90,6 +90,8 @@ class TrainingBatches(Sequence[list[tuple[int, int]]]):
         return self._steps - self._start
 
     def __getitem__(self, step: Any) -> Any:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
         first = (self._start + step) * self._batch_size + ranks.rank() * self._share
         return training_order(self._numbers, self._seed, first, first + self._share)
 
