@@ -15,6 +15,7 @@ from genlip_megatron.encoders.hugging_face import open_hugging_face
 from genlip_megatron.encoders.interface import Encoder
 from genlip_megatron.encoders.others import PixelEncoder, open_efficientnet, open_open_clip, open_timm
 
+_BASELINES = ("pixels", "colour")
 _KINDS = {"hf": open_hugging_face, "timm": open_timm, "open_clip": open_open_clip, "efficientnet": open_efficientnet}
 
 
@@ -41,21 +42,36 @@ def open_encoder(
     device = torch.device(device)
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" else "fp32"
-    rest = name.removeprefix("random:")
-    random_weights = rest != name
-    kind, colon, where = rest.partition(":")
-    if rest in ("pixels", "colour"):
+    kind, where, random_weights = parse_name(name)
+    if kind in _BASELINES:
         if layer != AFTER_NORM or random_weights:
             raise ValueError(f"--encoder {name}, --layer {layer}: this baseline has no layers and no weights")
-        return PixelEncoder(name, colour=rest == "colour")
-    if not colon or kind not in (*_KINDS, "genlip"):
-        if not Path(rest).exists():
-            kinds = ", ".join(("genlip:", *(f"{kind}:" for kind in _KINDS), "pixels", "colour"))
-            raise ValueError(f"--encoder {name}: no such folder. Name a folder, or one of the kinds {kinds}.")
-        kind, where = _kind_of(Path(rest)), rest
+        return PixelEncoder(name, colour=kind == "colour")
     if kind == "genlip":
         return open_genlip(where, name, layer=layer, device=device, dtype=dtype, random_weights=random_weights, log=log)
     return _KINDS[kind](where, name, layer=layer, device=device, dtype=DTYPES[dtype], random_weights=random_weights)
+
+
+def parse_name(name: str, flag: str = "--encoder") -> tuple[str, str, bool]:
+    """(kind, where, whether its weights are to be random) of ``[random:][KIND:]WHERE``.
+
+    Args:
+        name: what the user wrote; without a kind, WHERE is a folder or a baseline.
+        flag: named in the error.
+
+    Raises:
+        ValueError: no known kind, and no folder of this name.
+    """
+    rest = name.removeprefix("random:")
+    kind, colon, where = rest.partition(":")
+    if rest in _BASELINES:
+        kind, where = rest, ""
+    elif not colon or kind not in (*_KINDS, "genlip"):
+        if not Path(rest).exists():
+            kinds = ", ".join(("genlip:", *(f"{kind}:" for kind in _KINDS), *_BASELINES))
+            raise ValueError(f"{flag} {name}: no such folder. Name a folder, or one of the kinds {kinds}.")
+        kind, where = _kind_of(Path(rest)), rest
+    return kind, where, rest != name
 
 
 def _kind_of(folder: Path) -> str:

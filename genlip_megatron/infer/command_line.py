@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from genlip_megatron.infer.load import Loaded
 
 
-def build_parser(prog: str, doc: str, output: str = "") -> StrictParser:
+def build_parser(prog: str, doc: str, output: str = "", load: str = "") -> StrictParser:
     """The shared flags.
 
     Args:
@@ -28,6 +29,7 @@ def build_parser(prog: str, doc: str, output: str = "") -> StrictParser:
         doc: its module docstring.
         output: what the output folder holds, which adds ``--overwrite`` and the flags of image sizes; "" for a tool
             that writes one JSON Lines file.
+        load: help of ``--load`` of a tool that compares several models; "": it takes one.
     """
     summary, _, rest = doc.partition("\n")
     parser = StrictParser(
@@ -38,7 +40,8 @@ def build_parser(prog: str, doc: str, output: str = "") -> StrictParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, indexed .tar shards, folders, or globs")
-    parser.add_argument("--load", required=True, help="folder of a run, of one checkpoint, or an exported folder")
+    text = load or "folder of a run, of one checkpoint, or an exported folder"
+    parser.add_argument("--load", required=True, nargs="+" if load else None, help=text)
     parser.add_argument("--limit", type=int, default=0, help="use only the first N images (default: 0, all)")
     parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto, a GPU if there is one)")
     text = "dtype to compute in: fp32, bf16, fp16, or auto (default: the dtype of the stored weights)"
@@ -94,7 +97,7 @@ def load_model(options: argparse.Namespace, encoder_only: bool = False) -> tuple
     return loaded, override_images(loaded.image_processor, **flags)
 
 
-def progress_bar(images: Inputs, what: str) -> Any:
+def progress_bar(images: Sized, what: str) -> Any:
     """A progress bar over images, on standard error."""
     from tqdm import tqdm
 
