@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,7 @@ def captions(log: RunLog, folder: Path, run: Path, command: str) -> Part:
         pictures = [Picture(f"Validation image {number}", log.images[tag])] if tag in log.images else []
         facts = {"true caption": parsed[-1][2]}
         blocks.append(Block(facts=facts, pictures=pictures, table=Table(("step", "generated caption"), rows)))
-    return Part(title, [*blocks[:-1], _with_commands(blocks[-1], [command])])
-
-
-def _with_commands(block: Block, commands: Sequence[str]) -> Block:
-    return Block(block.title, block.text, block.facts, block.pictures, block.table, commands, block.missing)
+    return Part(title, [*blocks[:-1], replace(blocks[-1], commands=[command])])
 
 
 def _number(tag: str) -> tuple[int, str]:
@@ -151,7 +148,7 @@ def checkpoint(run: Path, inputs: Sequence[str], limit: int, device: str, dtype:
         else Block("Patch readouts", missing="no image could be used."),
     ]
     commands = (f"tools/caption.py {flags} --output captions.jsonl", f"tools/patch_readout.py {flags} --output readout")
-    blocks = [_with_commands(block, [made]) for block, made in zip(blocks, commands, strict=True)]
+    blocks = [replace(block, commands=[made]) for block, made in zip(blocks, commands, strict=True)]
     if bad:
         blocks.append(Block("Images that could not be used", table=Table(("image", "reason"), bad)))
     return Part(title, blocks)
@@ -161,9 +158,7 @@ def check_attention(folders: Sequence[Path]) -> None:
     """Raise ValueError unless each folder holds results of ``tools/attention.py``."""
     for folder in folders:
         if _read(folder / ATTENTION, "--attention").get("kind") != _ATTENTION_KIND:
-            raise ValueError(
-                f"--attention {folder}: its {ATTENTION} is not one of tools/attention.py. Name its folder."
-            )
+            raise ValueError(f"--attention {folder}: its {ATTENTION} is not of tools/attention.py. Name its folder.")
 
 
 def attention(folders: Sequence[Path], run: Path, config: RunConfig | None) -> Part:
