@@ -28,7 +28,7 @@ _TOKENS = (0, 16, 32, 64, 128, 256, 512, 1024)
 _TOOLS = {
     "probe.py": "classify --encoder {load} --train imagenet/train --val imagenet/val --output {run}/probe",
     "zeroshot.py": "classify imagenet/val --load {load} --output {run}/zeroshot",
-    "perplexity.py": "--help",
+    "perplexity.py": "--encoder {load} --llm LLM --data captions.json --image-folder images --output {run}/perplexity",
     "sweep.py": "--output {run}/sweep -- tools/probe.py classify --encoder {load} --train imagenet/train "
     "--val imagenet/val",
 }
@@ -44,7 +44,7 @@ def training(log: RunLog, folder: Path, run: Path, command: str) -> Part:
     kinds = [mark.kind for mark in log.marks]
     steps = max((step for curve in log.curves.values() for step, _ in curve.kept), default=0)
     facts = {"last logged step": f"{steps:,}"}
-    facts |= {kind: f"{count} times" for kind in ("resumed", "rolled back") if (count := kinds.count(kind))}
+    facts |= {f"times {kind}": str(kinds.count(kind)) for kind in ("resumed", "rolled back") if kind in kinds}
     names = {
         "lm loss": "loss",
         "lm loss validation": "validation loss",
@@ -55,7 +55,7 @@ def training(log: RunLog, folder: Path, run: Path, command: str) -> Part:
         "skipped-steps": "skipped steps",
         "spikes": "loss spikes",
     }
-    facts |= {name: f"{value:,.4g}" for tag, name in names.items() if (value := log.last(tag)) is not None}
+    facts |= {name: _number(value) for tag, name in names.items() if (value := log.last(tag)) is not None}
     shown = f"tensorboard --logdir {quoted(folder)}"
     return Part("Training", [Block(facts=facts, pictures=pictures, commands=[command, shown])])
 
@@ -72,7 +72,7 @@ def captions(log: RunLog, folder: Path, run: Path, command: str) -> Part:
         reason = "the run wrote no captions: it had no validation data, or --caption-samples 0."
         return Part(title, [Block(missing=reason, commands=[validate])])
     blocks = []
-    for number, (tag, texts) in enumerate(sorted(log.captions.items(), key=lambda item: _number(item[0]))):
+    for number, (tag, texts) in enumerate(sorted(log.captions.items(), key=lambda item: _order(item[0]))):
         parsed = [(step, *_parse(text)) for step, text in texts]
         last = len(parsed) - 1
         chosen = sorted({round(i * last / (_SHOWN_STEPS - 1)) for i in range(_SHOWN_STEPS)})
@@ -83,7 +83,12 @@ def captions(log: RunLog, folder: Path, run: Path, command: str) -> Part:
     return Part(title, [*blocks[:-1], replace(blocks[-1], commands=[command])])
 
 
-def _number(tag: str) -> tuple[int, str]:
+def _number(value: float) -> str:
+    """Four digits; a whole number has all of its digits."""
+    return f"{value:,.0f}" if value == round(value, 0) else f"{value:,.4g}"
+
+
+def _order(tag: str) -> tuple[int, str]:
     last = tag.rsplit("/", 1)[-1]
     return (int(last) if last.isdigit() else 0, tag)
 
@@ -201,22 +206,37 @@ def results(folders: Sequence[Path], run: Path) -> Part:
 
 
 def _result(folder: Path, facts: Mapping[str, Any]) -> Block:
-    measure = str(facts.get("measure", ""))
-    columns, rows = ["encoder", *([measure] if measure else [])], []
-    for row in facts.get("encoders", []):
-        scores = row.get("scores", {measure: row.get(measure)})
-        if "scores" in row:
-            columns = ["encoder", *(f"{name} px" for name in scores)]
-        rows.append([str(row["settings"]["encoder"]), *map(_score, scores.values())])
+    scores = {
+        str(row["settings"]["encoder"]): _scores(row, str(facts.get("measure", "")))
+        for row in facts.get("encoders", [])
+    }
+    columns = list(dict.fromkeys(name for found in scores.values() for name in found))
+    rows = [
+        [encoder, *(f"{found[name]:.4g}" if name in found else "-" for name in columns)]
+        for encoder, found in scores.items()
+    ]
     names = ("task", "protocol", "classes", "images", "tool")
     shown = {name: str(facts[name]) for name in names if isinstance(facts.get(name), (str, int))}
-    table = Table(columns, rows) if rows else None
+    table = Table(["encoder", *columns], rows) if rows else None
     command = _command(facts.get("command", ""))
     return Block(folder.name, facts=shown, pictures=_pictures(folder), table=table, commands=[command])
 
 
-def _score(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else "-"
+def _scores(row: Mapping[str, Any], measure: str) -> dict[str, float]:
+    """The scores of an encoder: the measure, or the scores of a sweep, or else all numbers, also those one level below.
+
+    >>> _scores({"accuracy": 0.5, "steps": 3}, "accuracy"), _scores({"ppl1": {"image": 8.0}, "steps": 3}, "")
+    ({'accuracy': 0.5}, {'ppl1 image': 8.0, 'steps': 3})
+    """
+    if measure in row:
+        return {measure: row[measure]}
+    if "scores" in row:
+        return {f"{size} px": score for size, score in row["scores"].items()}
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        inner = {f"{name} {key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        found |= inner if name != "settings" else {}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 
 
 def _command(words: str | Sequence[str]) -> str:
@@ -273,7 +293,7 @@ def data(config: RunConfig | None, command: str) -> Part:
             ("Lengths of texts", totals.tokens, _TOKENS, "tokens"),
         )
         pictures = [
-            Picture(name, report_plots.histogram(counts, bins, name, label)) for name, counts, bins, label in histograms
+            Picture(name, report_plots.histogram(counts, bins, label)) for name, counts, bins, label in histograms
         ]
         text = f"Histograms of {totals.samples:,} samples, from up to {_READ_SHARDS} shards of each source."
         commands = [command, f"{_inspect(config)} --output page.html"]

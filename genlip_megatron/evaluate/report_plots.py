@@ -26,7 +26,7 @@ class Panel:
     """A picture of some of a run's curves.
 
     Attributes:
-        title: of the picture.
+        title: above the picture.
         unit: label of the vertical axis.
         tags: TensorBoard tag -> label.
     """
@@ -47,7 +47,7 @@ PANELS = (
 
 
 @contextmanager
-def _figure(title: str) -> Iterator[tuple[Any, io.BytesIO]]:
+def _figure() -> Iterator[tuple[Any, io.BytesIO]]:
     """(axes, the PNG once the block has ended)."""
     import matplotlib
 
@@ -57,7 +57,6 @@ def _figure(title: str) -> Iterator[tuple[Any, io.BytesIO]]:
     content = io.BytesIO()
     with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = pyplot.subplots(figsize=(5, 3.3), layout="constrained")
-        axes.set_title(title)
         yield axes, content
         figure.savefig(content, format="png", dpi=192)
         pyplot.close(figure)
@@ -71,7 +70,9 @@ def curves(log: RunLog, panel: Panel) -> bytes | None:
     drawn = {label: log.curves[tag] for tag, label in panel.tags.items() if tag in log.curves}
     if not any(curve.kept for curve in drawn.values()):
         return None
-    with _figure(panel.title) as (axes, content):
+    from matplotlib import ticker
+
+    with _figure() as (axes, content):
         grey = "repeated steps"
         for curve in drawn.values():
             for points in curve.repeated:
@@ -89,6 +90,9 @@ def curves(log: RunLog, panel: Panel) -> bytes | None:
         values = [value for curve in drawn.values() for _, value in curve.kept if np.isfinite(value)]
         if values and min(values) > 0 and max(values) > _LOG_SCALE * min(values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.set(xlabel="step", ylabel=panel.unit)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(frameon=False, fontsize=10)
@@ -101,34 +105,32 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
     return [step for step, _ in ordered], [value for _, value in ordered]
 
 
-def histogram(counts: np.ndarray, bins: Sequence[int], title: str, label: str) -> bytes:
+def histogram(counts: np.ndarray, bins: Sequence[int], label: str) -> bytes:
     """Shares of samples by value.
 
     Args:
         counts: int64 [n]; element i counts the samples of value i.
         bins: edges of the bars; the last bar has no upper limit.
-        title: of the picture.
         label: what is counted.
     """
     pairs = list(itertools.pairwise([*bins, len(counts)]))
     shares = [100 * int(counts[low:high].sum()) / max(int(counts.sum()), 1) for low, high in pairs]
     names = [f"{low}+" if high == len(counts) else f"<{high}" for low, high in pairs]
-    with _figure(title) as (axes, content):
+    with _figure() as (axes, content):
         axes.bar(range(len(shares)), shares, color=_COLOURS[0])
         axes.set_xticks(range(len(shares)), names, rotation=45)
         axes.set(xlabel=label, ylabel="% of samples")
     return content.getvalue()
 
 
-def sweep(scores: Mapping[str, Mapping[int, float]], measure: str, title: str) -> bytes:
+def sweep(scores: Mapping[str, Mapping[int, float]], measure: str) -> bytes:
     """Scores over image sizes.
 
     Args:
         scores: encoder -> {side of the images in pixels: score}.
         measure: what the scores are.
-        title: of the picture.
     """
-    with _figure(title) as (axes, content):
+    with _figure() as (axes, content):
         for colour, (name, found) in zip(itertools.cycle(_COLOURS), scores.items(), strict=False):
             sizes = sorted(found)
             label = name if len(name) <= 40 else f"...{name[-37:]}"

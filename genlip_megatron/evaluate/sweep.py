@@ -133,4 +133,4 @@ def write(
     ]
     facts = {"kind": _KIND, "tool": " ".join(words), "measure": measure, "grids": grids, "encoders": rows}
     atomic_write.write(output / "results.json", json.dumps({**provenance(), **facts}, indent=1))
-    atomic_write.write(output / "results.png", report_plots.sweep(scores, measure, "Resolution sweep"))
+    atomic_write.write(output / "results.png", report_plots.sweep(scores, measure))
