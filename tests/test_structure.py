@@ -175,6 +175,7 @@ def test_cuda_calls_mean_the_cpu() -> None:
         "evaluate.attention_mass",
         "evaluate.attributes",
         "evaluate.patch_statistics",
+        "evaluate.report_parts",
         "evaluate.scenes",
         "train.breakdown",
         "config.paths",
