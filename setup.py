@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["genlip_megatron", "genlip_megatron.*"]),
-    package_data={"genlip_megatron": ["recipes/*.yaml"]},
+    package_data={"genlip_megatron": ["recipes/*.yaml", "evaluate/*.jinja"]},
     entry_points={"lmms_eval.models": ["genlip = genlip_megatron.integrations.lmms_eval:manifest"]},
     install_requires=[
         "torch>=2.11,<2.14",
