@@ -138,7 +138,7 @@ def naflex_size(width: int, height: int, patch: int, most: int) -> tuple[int, in
     """(width, height) in whole patches, at most ``most``, of an image at the largest scale, each side rounded up.
 
     >>> naflex_size(640, 480, 16, 256)
-    (288, 208)
+    (288, 224)
     """
     # The largest scale makes one of the sides a whole number of patches; the other is rounded up.
     by_width = ((Fraction(columns, width), columns, -(-columns * height // width)) for columns in range(1, most + 1))

@@ -119,7 +119,7 @@ class Subject:
     def with_images_of(self, size: int) -> Subject:
         """The same GenLIP, with square images of ``size`` pixels."""
         assert isinstance(self.encoder, GenLIPEncoder)
-        processor = override_images(self.encoder.processor, image_mode="fixed", image_size=size)
+        processor = override_images(self.encoder.processor, {"image_mode": "fixed", "image_size": size})
         return replace(self, encoder=GenLIPEncoder(self.name, self.encoder.module, processor))
 
 
@@ -153,13 +153,13 @@ def open_subject(
         loaded = load(place, to_stderr, device=device, dtype=dtype, tokenizer=tokenizer)
         if random_weights:
             loaded = replace(loaded, model=randomised(loaded.model))
-        processor = override_images(loaded.image_processor, **images)
+        processor = override_images(loaded.image_processor, images)
         encoder: Encoder = GenLIPEncoder(name, loaded.model, processor)
         prompt = loaded.prompt if prompt is None else prompt
         return Subject(name, encoder, loaded, prompt, prompt_ids(loaded.tokenizer, prompt))
     encoder = open_encoder(name, device=device, dtype=dtype, log=to_stderr)
     if isinstance(encoder, GenLIPEncoder):
-        processor = override_images(encoder.processor, **images)
+        processor = override_images(encoder.processor, images)
         return Subject(name, GenLIPEncoder(name, encoder.module, processor), None)
     for flag, value in images.items():
         if value is not None and flag != "image_size" and value != "fixed":

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from genlip_megatron import storage
 from genlip_megatron.config import RunConfig
-from genlip_megatron.data import patterns, storage
+from genlip_megatron.data import patterns
 from genlip_megatron.data.index import read_index
 from genlip_megatron.data.manifest import Totals
 from genlip_megatron.evaluate import report_plots
@@ -123,12 +124,12 @@ def checkpoint(run: Path, inputs: Sequence[str], limit: int, device: str, dtype:
     from genlip_megatron.infer.inputs import Inputs
     from genlip_megatron.infer.load import load, pick_device
     from genlip_megatron.infer.prepare import prepared
-    from genlip_megatron.infer.readout import picture, readout
+    from genlip_megatron.infer.readout import load_fonts, picture, readout
     from genlip_megatron.log import to_stderr
 
     images = Inputs(inputs, limit)
     loaded = load(run, to_stderr, device=pick_device(device), dtype=dtype, tokenizer=tokenizer)
-    captioner = Captioner(loaded, loaded.prompt, Decoding())
+    captioner, fonts = Captioner(loaded, loaded.prompt, Decoding()), load_fonts("")
     rows, pictures, bad = [], [], []
     for image in prepared(images, loaded.image_processor, loaded.prompt):
         (name,) = image.name.values()
@@ -138,7 +139,7 @@ def checkpoint(run: Path, inputs: Sequence[str], limit: int, device: str, dtype:
             continue
         rows.append((name, captioner.text(captioner.tokens([image])[0]), image.truth or ""))
         content = io.BytesIO()
-        picture(image, tokens).save(content, "PNG", optimize=True)
+        picture(image, tokens, fonts).save(content, "PNG", optimize=True)
         pictures.append(Picture(f"{name}: likeliest tokens of each patch", content.getvalue()))
     place = quoted(loaded.place)
     flags = f"{_given(inputs)} --limit {len(images)} --load {place}"
@@ -288,9 +289,9 @@ def data(config: RunConfig | None, command: str) -> Part:
     if rows:
         names = ("source", "shards", "samples", "text tokens per sample", "with loss", "refused samples")
         histograms = (
-            ("Image heights", totals.heights, _SIDES, "pixels"),
-            ("Image widths", totals.widths, _SIDES, "pixels"),
-            ("Lengths of texts", totals.tokens, _TOKENS, "tokens"),
+            ("Image heights", totals.histograms["height"], _SIDES, "pixels"),
+            ("Image widths", totals.histograms["width"], _SIDES, "pixels"),
+            ("Lengths of texts", totals.histograms["text_tokens"], _TOKENS, "tokens"),
         )
         pictures = [
             Picture(name, report_plots.histogram(counts, bins, label)) for name, counts, bins, label in histograms

@@ -85,7 +85,7 @@ def open_scoring_model(
     loaded = load(where, log, device=device, dtype=dtype, tokenizer=tokenizer)
     if rest != name:
         loaded = replace(loaded, model=randomised(loaded.model))
-    processor = override_images(loaded.image_processor, **(images or {}))
+    processor = override_images(loaded.image_processor, images or {})
     text = loaded.prompt if prompt is None else prompt
     ids = prompt_ids(loaded.tokenizer, text)
     # The digest of an encoder covers all weights of its module.

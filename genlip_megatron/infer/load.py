@@ -185,10 +185,10 @@ def override_images(processor: GenLIPImageProcessor, flags: Mapping[str, Any]) -
     Raises:
         ValueError: a value is not allowed, or a flag belongs to the other mode.
     """
-    mode = flags["image_mode"] or processor.image_mode
+    mode = flags.get("image_mode") or processor.image_mode
     settings = {name: getattr(processor, name) for name in ("size", "fixed_resize", "min_pixels", "max_pixels")}
     for name, needed in (("image_size", "fixed"), ("min_pixels", "native"), ("max_pixels", "native")):
-        value = flags[name]
+        value = flags.get(name)
         if value is None:
             continue
         if mode != needed:
