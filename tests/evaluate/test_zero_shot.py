@@ -19,12 +19,12 @@ pytest.importorskip("matplotlib")
 
 from genlip_megatron.data.index import write_index
 from genlip_megatron.data.scan import build_index
-from genlip_megatron.data.text import load_tokenizer
 from genlip_megatron.evaluate import image_scores, zero_shot
 from genlip_megatron.evaluate.confusion import confusion_picture
 from genlip_megatron.evaluate.likelihood import LikelihoodScorer
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM
+from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.shards import write_shard
 from tests.hf.models import export, tiny
 from tests.infer.conftest import tool as tool
