@@ -189,7 +189,7 @@ def _image(cell: Any, folder: str, name: str) -> Source | None:
         return Source(name, content=cell)
     if cell is None or not str(cell).strip():
         return None
-    path = os.path.join(folder, str(cell))
+    path = str(Path(folder, str(cell)))
     return Source(path, path)
 
 

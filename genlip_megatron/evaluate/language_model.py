@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from genlip_megatron.data.text import Turns
 from genlip_megatron.evaluate.projector import Text
@@ -169,7 +170,7 @@ def _load(name: str) -> tuple[Any, dict[str, Any]]:
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"--llm {name}: its weights cannot be loaded ({_first_line(error)}).{_hint(name)}") from None
     return tuple(loaded)  # (model, report)
 

@@ -175,7 +175,7 @@ class LikelihoodScorer:
                 depths = tree.depths[tree.inner].to(grid.device)
                 positions = (starts[:, None] + depths).flatten().expand(3, -1)
                 attention = TreeAttention(prefix, rows.lengths, tree.sees)
-                output = model.visual(model._embed_text(tokens.repeat(batch)), positions, attention)[-1]
+                output = model.visual(model.in_proj(model.embeddings(tokens.repeat(batch))), positions, attention)[-1]
                 hidden = torch.cat((hidden, model.ln_post(output).unflatten(0, (batch, -1))), dim=1)
             scores[:, numbers] = tree.path_sums(self._token_scores(hidden, tree))
         return scores

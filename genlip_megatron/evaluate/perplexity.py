@@ -196,8 +196,9 @@ class VisualFeatures:
             yield from ([cache[number][0].to(self.encoder.device) for number in job] for job in jobs)
             return
         for views in in_workers(self._views, jobs, self.options.workers):
-            with torch.no_grad():
-                yield [features.patches for features in self.encoder.encode(views)]
+            with torch.no_grad():  # not around ``yield``: it would stay off for the caller
+                found = [features.patches for features in self.encoder.encode(views)]
+            yield found
 
 
 def settings(encoder: Encoder, language: LanguageModel, stages: Sequence[Stage], options: Options) -> dict[str, Any]:
@@ -247,10 +248,11 @@ def measure(
     """
     results = []
     weights = folders[0].folder / PROJECTOR
+    if any(folder.result() is None for folder in folders):
+        features.fill()
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         result = folder.result()
         if result is None:
-            features.fill()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(options.seed)
                 projector = Projector(encoder.dim, language.dim)

@@ -66,11 +66,13 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
                 axes.annotate(
                     f"{value:.3g}", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=9
                 )
-            axes.set_xscale("log")
             axes.margins(x=0.1)
-            axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            shown = [row[stage][condition]["perplexity"] for row in rows for condition in _CONDITIONS]
+            if max(shown) > 5 * min(shown):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylim(len(rows) - 0.5, -0.7)
             axes.grid(axis="y", color="#e5e5e5", zorder=0)
             axes.set_xlabel("perplexity, held out (lower is better)")
