@@ -118,7 +118,7 @@ def split_by_image(images: Sequence[Any], share: float, seed: int) -> tuple[list
         seed: of the choice.
 
     >>> split_by_image("aabbcdef", 0.5, 0)
-    ([0, 1, 2, 3, 5], [4, 6, 7])
+    ([4, 5, 7], [0, 1, 2, 3, 6])
     """
     distinct = list(dict.fromkeys(images))
     _, chosen = held_out(len(distinct), seed, share)
