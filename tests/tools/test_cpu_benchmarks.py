@@ -54,22 +54,6 @@ def test_every_layout_has_its_ratio() -> None:
 
 
 @pytest.mark.slow
-def test_the_data_pipeline_has_its_ratios() -> None:
-    pytest.importorskip("webdataset")
-    done = run("data", "--quick")
-    assert done.returncode == 0, done.stdout + done.stderr
-    machine, *lines = done.stdout.splitlines()
-    assert "torch" in machine and "cores" in machine
-    for line in lines:
-        assert re.search(r"(ratio [\d.]+|value [\d.]+ \S+)$", line), line
-    for figure in (
-        *("stage 1, samples/s", "stage 1, tokens/s", "stage 2, samples/s"),
-        "stage 1, samples a CPU second: ours with decoder",
-    ):
-        assert re.search(rf"^pipeline {figure}.* ratio [\d.]+$", done.stdout, re.M), figure
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [

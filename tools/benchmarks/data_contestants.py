@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import torch
-from common import tokens_of
 from PIL import Image
 
 from genlip_megatron.batch import PATCH_SIZE, PackedBatch, Sample, pack_samples
@@ -28,40 +29,54 @@ from genlip_megatron.data.text import parse_turns
 from genlip_megatron.tokenizer import load_tokenizer
 
 Contents = dict[str, tuple[np.ndarray, np.ndarray]]  # key -> token ids, patches
-_contestant: Any = None  # in the contestant's process
 
 
-def run_config(data: list[str], tokenizer: str, mode: str, seq_length: int, decoder: str) -> RunConfig:
-    """A run on one core."""
+def run_config(
+    data: list[str], tokenizer: str, mode: str = "fixed", seq_length: int = 16384, lanes: int = 1, decoder: str = "cpu"
+) -> RunConfig:
+    """A run on one core; the decoder "auto" means "cpu" on a machine without a GPU."""
     return RunConfig(
         model=ModelConfig(drop_path_rate=0.0),
         data=DataConfig(
             train_data=tuple(data), tokenizer=tokenizer, image_mode=mode, seq_length=seq_length, decoder=decoder,
             num_workers=1,
         ),
-        train=TrainConfig(global_batch_size=1),
+        train=TrainConfig(global_batch_size=lanes),
     )  # fmt: skip
 
 
-def apart(make: Callable[..., Any], *args: Any) -> ProcessPoolExecutor:
-    """A process on one core that holds the object ``make(*args)``."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (make, *args))
-
-
-def _begin(make: Callable[..., Any], *args: Any) -> None:
-    global _contestant
+def _serve(pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    _contestant = make(*args)
+    contestant = make(*args)
+    with contextlib.suppress(EOFError):  # the benchmark ended early and printed the reason
+        while (call := pipe.recv()) is not None:
+            pipe.send(getattr(contestant, call[0])(*call[1:]))
 
 
-def call(process: ProcessPoolExecutor, method: str, *args: Any) -> Any:
-    """The result of a method of the object in ``process``."""
-    return process.submit(_call, method, *args).result()
+class Apart:
+    """An object in its own process on one core."""
 
+    def __init__(self, make: Callable[..., Any], *args: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "genlip_megatron.data.loader"])
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, make, args), daemon=True)
+        self._process.start()
+        other.close()
 
-def _call(method: str, *args: Any) -> Any:
-    return getattr(_contestant, method)(*args)
+    def __call__(self, method: str, *args: Any) -> Any:
+        """Call a method of the object and return its result."""
+        self._pipe.send((method, *args))
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            sys.exit("a contestant's process ended; its error stands above")
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(None)
+        self._process.join()
 
 
 @dataclass(frozen=True)
@@ -158,11 +173,12 @@ class Baseline:
         pack: list[Sample] = []
         room = self.data.seq_length
         for sample in samples:
-            if tokens_of(sample) > room:
+            length = sample.rows * sample.columns + len(sample.token_ids)
+            if length > room:
                 yield pack_samples([pack], self.data.seq_length)
                 pack, room = [], self.data.seq_length
             pack.append(sample)
-            room -= tokens_of(sample)
+            room -= length
 
     def contents(self) -> Contents:
         """Contents of the next pack."""

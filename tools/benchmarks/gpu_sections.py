@@ -352,7 +352,7 @@ class Bench:
     def _data(self) -> None:
         """The loader by itself, over photos of web sizes in packs of stage 1."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        data = BenchData(self.folder, self.tiny, "")
+        data = BenchData(self.folder, self.tiny, "", "")
         for decoder in ("dali", "cpu"):
             self._try(f"loader, {decoder}", partial(self._loaded, data, decoder))
 
