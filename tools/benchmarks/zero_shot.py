@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Zero-shot scores of 100 classes: images per second, and the ratio to recomputing the image for every caption.
 
-    python tools/benchmarks/zeroshot.py                 (24 layers; several minutes on a CPU)
-    python tools/benchmarks/zeroshot.py --layers 6      (fewer layers, as the output says)
-    python tools/benchmarks/zeroshot.py --device cuda --dtype bf16 --images 64 --baseline-images 4
+    python tools/benchmarks/zero_shot.py                 (24 layers; several minutes on a CPU)
+    python tools/benchmarks/zero_shot.py --layers 6      (fewer layers, as the output says)
+    python tools/benchmarks/zero_shot.py --device cuda --dtype bf16 --images 64 --baseline-images 4
 
 Both score "a photo of a NAME." for 100 names of one to three random tokens, after an image of 224 x 224 pixels and a
 prompt of six tokens, with random weights of L/16 and a vocabulary of 151,936. Their scores are compared, too.
@@ -99,7 +99,7 @@ def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = StrictParser(prog="zeroshot.py", description=__doc__, formatter_class=raw)
+    parser = StrictParser(prog="zero_shot.py", description=__doc__, formatter_class=raw)
     parser.add_argument("--layers", type=int, default=0, help="default: 24, those of L/16")
     parser.add_argument("--images", type=int, default=4, help="of ours, in one batch (default: 4)")
     parser.add_argument("--baseline-images", type=int, default=1, help="one after the other (default: 1)")
