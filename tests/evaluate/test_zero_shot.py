@@ -256,6 +256,13 @@ def test_priors_and_lengths_by_hand() -> None:
         torch.testing.assert_close(scores, likelihoods / torch.tensor(lengths))
 
 
+def test_recall_of_a_text_counts_each_of_its_images() -> None:
+    scores = torch.tensor([[1.0, 0.0], [3.0, 2.0], [0.0, 5.0]])
+    assert zero_shot.recall_at_1(scores, torch.tensor([0, 0, 1])) == {"image_to_text": 1.0, "text_to_image": 1.0}
+    found = zero_shot.recall_at_1(scores, torch.tensor([0, 1, 0]))
+    assert found == {"image_to_text": pytest.approx(1 / 3), "text_to_image": 0.0}
+
+
 def test_names_of_classes(tmp_path: Path) -> None:
     file = tmp_path / "names.json"
     assert zero_shot.read_names(None, ["tree_frog", "elk"]) == ["tree frog", "elk"]

@@ -99,7 +99,7 @@ def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = StrictParser(prog="zeroshot.py", description=__doc__, formatter_class=raw)
+    parser = StrictParser(prog="zero_shot.py", description=__doc__, formatter_class=raw)
     parser.add_argument("--layers", type=int, default=0, help="default: 24, those of L/16")
     parser.add_argument("--images", type=int, default=4, help="of ours, in one batch (default: 4)")
     parser.add_argument("--baseline-images", type=int, default=1, help="one after the other (default: 1)")
