@@ -98,8 +98,7 @@ class Encoder(ABC):
 
     def resize(self, image: Image.Image) -> Image.Image:
         """An RGB image as the encoder wants it by default: squashed to ``size`` x ``size``, bicubic."""
-        if self.size is None:
-            raise NotImplementedError
+        assert self.size is not None, "encoders of native sizes have their own resize"
         return to_rgb(image).resize((self.size, self.size), Image.Resampling.BICUBIC)
 
     def to_tensor(self, image: Image.Image | np.ndarray) -> Tensor:
