@@ -43,7 +43,8 @@ ROOMS = {
     "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel "
     "user_error",
     "encoders": "__init__ atomic_write convert hf infer optional outputs",
-    "evaluate": "atomic_write batch checkpoint command config convert data encoders hf infer log model optional outputs",
+    "evaluate": "atomic_write batch checkpoint command config convert data encoders hf infer log model optional "
+    "outputs",
     "integrations": "hf",
     "testing": "batch checkpoint config convert data device hf infer megatron_patches model parallel train",
 }
