@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import io
 import json
 import re
 import shlex
@@ -15,17 +16,16 @@ import pytest
 import report
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing import event_accumulator
-from tensorboard.util import tensor_util
 
 from genlip_megatron.config.command_line import build_parser
 from genlip_megatron.evaluate import attention_plots, probe_results, report_parts, sweep
+from genlip_megatron.evaluate.report_page import Picture
 from genlip_megatron.evaluate.run_log import Mark, read_log
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
 from tests.convert.test_round_trips import saved
 from tests.evaluate.browser import look
-from tests.train.test_writer import apart, begun, log
+from tests.train.test_writer import apart, begun, log, shown
 
 __all__ = ["apart"]
 PARTS = ["Training", "Captions", "Newest checkpoint", "Attention", "Probes", "Training data"]
@@ -40,16 +40,12 @@ def test_curves_are_those_of_tensorboard_and_repeated_steps_are_kept_apart(tmp_p
     log(writer, 24, *range(25, 28))
     log(begun(tmp_path, 20), 20, *range(21, 32))
     found = read_log(tmp_path / "tensorboard")
-    shown = event_accumulator.EventAccumulator(
-        f"{tmp_path}/tensorboard", size_guidance={kind: 0 for kind in event_accumulator.DEFAULT_SIZE_GUIDANCE}
-    ).Reload()
+    scalars, texts = shown(tmp_path)
     curve = found.curves["lm loss"]
-    assert curve.kept == [(event.step, event.value) for event in shown.Scalars("lm loss")]
-    texts = shown.Tensors("validation/0/text_summary")
-    assert found.captions["validation/0"] == [
-        (event.step, tensor_util.make_ndarray(event.tensor_proto)[0].decode()) for event in texts
-    ]
-    assert found.images["validation/0"] == shown.Images("validation/0")[-1].encoded_image_string
+    assert [(step, round(value, 2)) for step, value in curve.kept] == scalars
+    assert found.captions["validation/0"] == texts and len(texts) == 4
+    with Image.open(io.BytesIO(found.images["validation/0"])) as picture:
+        assert picture.getpixel((0, 0)) == (30, 30, 30)
     assert [[step for step, _ in points] for points in curve.repeated] == [[*range(25, 32)], [*range(21, 28)]]
     assert found.marks == [Mark("started", 0), Mark("rolled back", 24), Mark("resumed", 20)]
 
@@ -123,14 +119,14 @@ def test_a_browser_shows_everything_at_both_widths(
         assert not outside and "<script" not in page and "&lt;b&gt;caption 20&lt;/b&gt;" in page
     assert "<td>0.25</td>" in pages["full"] and "<td>0.71</td>" in pages["full"] and "512 px" in pages["full"]
     # Six curves, a validation image, three histograms; two readouts, and a picture of each folder.
-    shown = look(pages, tmp_path)
-    assert [(one["page"], one["width"], one["images"]) for one in shown] == [
+    seen = look(pages, tmp_path)
+    assert [(one["page"], one["width"], one["images"]) for one in seen] == [
         ("full", 1280, 15),
         ("full", 400, 15),
         ("empty", 1280, 10),
         ("empty", 400, 10),
     ]
-    for one in shown:
+    for one in seen:
         assert one["problems"] == [], one
 
 
@@ -215,12 +211,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_a_picture_of_many_panels_stays_readable() -> None:
-    from io import BytesIO
-
-    from genlip_megatron.evaluate.report_page import Picture
-
     def picture(width: int, dpi: int) -> Picture:
-        content = BytesIO()
+        content = io.BytesIO()
         Image.fromarray(np.zeros((10, width), np.uint8)).save(content, "PNG", dpi=(dpi, dpi))
         return Picture("", content.getvalue())
 
