@@ -215,7 +215,7 @@ def _result(folder: Path, facts: Mapping[str, Any]) -> Block:
         [encoder, *(f"{found[name]:.4g}" if name in found else "-" for name in columns)]
         for encoder, found in scores.items()
     ]
-    names = ("task", "protocol", "classes", "images", "tool")
+    names = ("task", "protocol", "classes", "images")
     shown = {name: str(facts[name]) for name in names if isinstance(facts.get(name), (str, int))}
     table = Table(["encoder", *columns], rows) if rows else None
     command = _command(facts.get("command", ""))
