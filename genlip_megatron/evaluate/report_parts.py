@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -64,10 +65,16 @@ def captions(log: RunLog, folder: Path, run: Path, command: str) -> Part:
     """What the run wrote for its first validation images, over time."""
     title = "Captions of the validation"
     if not log.captions:
-        place = found[0] if (found := newest(run)) else run
+        found, ranks = newest(run), 1
+        if found is not None:
+            sizes = found[1].parallel
+            ranks = math.prod(
+                (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
+            )
+        place = found[0] if found else run
         validate = (
-            f"torchrun pretrain_genlip.py --config {quoted(place / 'config.yaml')} --load {quoted(run)} --eval-only "
-            f"--caption-samples 4 --tensorboard-dir {quoted(folder)}"
+            f"torchrun --nproc-per-node {ranks} pretrain_genlip.py --config {quoted(place / 'config.yaml')} "
+            f"--load {quoted(run)} --eval-only --caption-samples 4 --tensorboard-dir {quoted(folder)}"
         )
         reason = "the run wrote no captions: it had no validation data, or --caption-samples 0."
         return Part(title, [Block(missing=reason, commands=[validate])])

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from genlip_megatron.config.command_line import build_parser
-from genlip_megatron.evaluate import attention_plots, probe_results, report_parts, sweep
+from genlip_megatron.evaluate import attention_plots, probe_results, report_parts, report_plots, sweep
 from genlip_megatron.evaluate.report_page import Picture
-from genlip_megatron.evaluate.run_log import Mark, read_log
+from genlip_megatron.evaluate.run_log import Curve, Mark, RunLog, read_log
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
 from tests.convert.test_round_trips import saved
@@ -126,6 +126,18 @@ def test_a_browser_shows_everything_at_both_widths(pages: dict[str, tuple[str, s
     assert (full.count("<img"), empty.count("<img")) == (14, 10)
 
 
+def test_no_label_of_a_curve_is_cut_off() -> None:
+    """Long tick labels, which matplotlib adds after it has laid out the picture."""
+    points = [(20, 1.74), (40, 1.0), (60, 0.3), (120, 0.83), (480, 0.12)]
+    for panel in report_plots.PANELS:
+        curves = {tag: Curve(points, [points[:2]]) for tag in panel.tags}
+        picture = report_plots.curves(RunLog(curves, [Mark("resumed", 240)]), panel)
+        assert picture is not None
+        pixels = np.array(Image.open(io.BytesIO(picture)).convert("L"))
+        rim = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
+        assert pixels.min() < 100 and all(side.min() == 255 for side in rim), panel.title
+
+
 def test_every_command_on_the_page_is_one_that_its_tool_accepts(run: Path, pages: dict[str, tuple[str, str]]) -> None:
     lines = [line for page, _ in pages.values() for line in re.findall(r"<pre>(.+?)</pre>", page, re.DOTALL)]
     checked = set()
@@ -139,8 +151,8 @@ def test_every_command_on_the_page_is_one_that_its_tool_accepts(run: Path, pages
             checked.add(path.name)
     assert checked >= {"report.py", "attention.py", "probe.py", "sweep.py", "caption.py", "patch_readout.py"}
     (validation,) = report_parts.captions(read_log(run), run, run, "").blocks[0].commands
-    program, script, *words = shlex.split(validation)
-    assert script == "pretrain_genlip.py" and build_parser().parse_args(words)
+    launch, script, flags = validation.partition(" pretrain_genlip.py ")
+    assert launch == "torchrun --nproc-per-node 1" and script and build_parser().parse_args(shlex.split(flags))
 
 
 def test_data_that_moved_are_missing_with_the_reason(demo_data: Path, tmp_path: Path) -> None:
