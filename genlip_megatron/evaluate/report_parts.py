@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -65,10 +66,16 @@ def captions(log: RunLog, folder: Path, run: Path, command: str) -> Part:
     """What the run wrote for its first validation images, over time."""
     title = "Captions of the validation"
     if not log.captions:
-        place = found[0] if (found := newest(run)) else run
+        found, ranks = newest(run), 1
+        if found is not None:
+            sizes = found[1].parallel
+            ranks = math.prod(
+                (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
+            )
+        place = found[0] if found else run
         validate = (
-            f"torchrun pretrain_genlip.py --config {quoted(place / 'config.yaml')} --load {quoted(run)} --eval-only "
-            f"--caption-samples 4 --tensorboard-dir {quoted(folder)}"
+            f"torchrun --nproc-per-node {ranks} pretrain_genlip.py --config {quoted(place / 'config.yaml')} "
+            f"--load {quoted(run)} --eval-only --caption-samples 4 --tensorboard-dir {quoted(folder)}"
         )
         reason = "the run wrote no captions: it had no validation data, or --caption-samples 0."
         return Part(title, [Block(missing=reason, commands=[validate])])
@@ -216,7 +223,7 @@ def _result(folder: Path, facts: Mapping[str, Any]) -> Block:
         [encoder, *(f"{found[name]:.4g}" if name in found else "-" for name in columns)]
         for encoder, found in scores.items()
     ]
-    names = ("task", "protocol", "classes", "images", "tool")
+    names = ("task", "protocol", "classes", "images")
     shown = {name: str(facts[name]) for name in names if isinstance(facts.get(name), (str, int))}
     table = Table(["encoder", *columns], rows) if rows else None
     command = _command(facts.get("command", ""))

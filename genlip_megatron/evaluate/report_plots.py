@@ -58,7 +58,8 @@ def _figure() -> Iterator[tuple[Any, io.BytesIO]]:
     with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = pyplot.subplots(figsize=(5, 3.3), layout="constrained")
         yield axes, content
-        figure.savefig(content, format="png", dpi=192)
+        # The layout may be decided before the last tick labels; "tight" never cuts a label.
+        figure.savefig(content, format="png", dpi=192, bbox_inches="tight")
         pyplot.close(figure)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib
+import io
 import json
 import re
 import shlex
@@ -15,17 +17,16 @@ import pytest
 import report
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing import event_accumulator
-from tensorboard.util import tensor_util
 
 from genlip_megatron.config.command_line import build_parser
-from genlip_megatron.evaluate import attention_plots, probe_results, report_parts, sweep
-from genlip_megatron.evaluate.run_log import Mark, read_log
+from genlip_megatron.evaluate import attention_plots, probe_results, report_parts, report_plots, sweep
+from genlip_megatron.evaluate.report_page import Picture
+from genlip_megatron.evaluate.run_log import Curve, Mark, RunLog, read_log
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.runs import tiny_config
 from tests.convert.test_round_trips import saved
 from tests.evaluate.browser import look
-from tests.train.test_writer import apart, begun, log
+from tests.train.test_writer import apart, begun, log, shown
 
 __all__ = ["apart"]
 PARTS = ["Training", "Captions", "Newest checkpoint", "Attention", "Probes", "Training data"]
@@ -40,16 +41,12 @@ def test_curves_are_those_of_tensorboard_and_repeated_steps_are_kept_apart(tmp_p
     log(writer, 24, *range(25, 28))
     log(begun(tmp_path, 20), 20, *range(21, 32))
     found = read_log(tmp_path / "tensorboard")
-    shown = event_accumulator.EventAccumulator(
-        f"{tmp_path}/tensorboard", size_guidance={kind: 0 for kind in event_accumulator.DEFAULT_SIZE_GUIDANCE}
-    ).Reload()
+    scalars, texts = shown(tmp_path)
     curve = found.curves["lm loss"]
-    assert curve.kept == [(event.step, event.value) for event in shown.Scalars("lm loss")]
-    texts = shown.Tensors("validation/0/text_summary")
-    assert found.captions["validation/0"] == [
-        (event.step, tensor_util.make_ndarray(event.tensor_proto)[0].decode()) for event in texts
-    ]
-    assert found.images["validation/0"] == shown.Images("validation/0")[-1].encoded_image_string
+    assert [(step, round(value, 2)) for step, value in curve.kept] == scalars
+    assert found.captions["validation/0"] == texts and len(texts) == 4
+    with Image.open(io.BytesIO(found.images["validation/0"])) as picture:
+        assert picture.getpixel((0, 0)) == (30, 30, 30)
     assert [[step for step, _ in points] for points in curve.repeated] == [[*range(25, 32)], [*range(21, 28)]]
     assert found.marks == [Mark("started", 0), Mark("rolled back", 24), Mark("resumed", 20)]
 
@@ -57,7 +54,9 @@ def test_curves_are_those_of_tensorboard_and_repeated_steps_are_kept_apart(tmp_p
 @pytest.fixture(scope="module")
 def run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and the log of a run that was rolled back once."""
-    folder = tmp_path_factory.mktemp("runs") / "a run with a rather long name, for narrow pages"
+    folder = (
+        tmp_path_factory.mktemp("runs") / "run of_a_very_long_name_without_any_space_or_hyphen_where_a_line_could_break"
+    )
     run_distributed(1, saved, tiny_config(demo_data, checkpoint__save=str(folder), data__num_workers=1), True)
     writer = begun(folder, 0)
     for step in range(0, 60):
@@ -97,62 +96,63 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return places
 
 
-def made(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
-    """What the tool prints."""
-    assert report.main([str(word) for word in words]) == 0
-    return capsys.readouterr().out
-
-
-def commands(page: str) -> list[list[str]]:
-    return [shlex.split(html.unescape(line)) for line in re.findall(r"<pre>(.+?)</pre>", page, re.DOTALL)]
-
-
-def test_a_browser_shows_everything_at_both_widths(
-    run: Path, folders: dict[str, Path], demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    images = [demo_data / "val-00000.tar", "--limit", 2, "--device", "cpu"]
+@pytest.fixture(scope="module")
+def pages(
+    run: Path, folders: dict[str, Path], demo_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, str]]:
+    """{"full", "empty": (the page, what the tool printed)}."""
+    root, found = tmp_path_factory.mktemp("pages"), {}
+    images = ["--images", demo_data / "val-00000.tar", "--limit", "1", "--device", "cpu"]
     results = ["--results", folders["probe"], folders["sweep"], "--attention", folders["attention"]]
-    said = made(capsys, run, "--output", tmp_path / "full.html", "--images", *images, *results)
-    assert said.strip() == f"report in {tmp_path}/full.html"
-    said = made(capsys, run, "--output", tmp_path / "empty.html", "--tensorboard", run / "tensorboard")
-    assert said.endswith("missing: Newest checkpoint, Attention, Probes, zero-shot, perplexity, sweeps\n")
-    pages = {name: (tmp_path / f"{name}.html").read_text() for name in ("full", "empty")}
-    for page in pages.values():
+    for name, flags in (("full", [*images, *results]), ("empty", ["--tensorboard", run / "tensorboard"])):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert report.main([str(word) for word in (run, "--output", root / f"{name}.html", *flags)]) == 0
+        found[name] = ((root / f"{name}.html").read_text(), said.getvalue())
+    return found
+
+
+def test_a_browser_shows_everything_at_both_widths(pages: dict[str, tuple[str, str]], tmp_path: Path) -> None:
+    (full, said), (empty, missing) = pages["full"], pages["empty"]
+    assert "missing" not in said
+    assert missing.endswith(" | missing: Newest checkpoint, Attention, Probes, zero-shot, perplexity, sweeps\n")
+    for page in (full, empty):
         assert [title in page for title in PARTS] == [True] * 6
         outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!data:image/png|#)[^"\'\s>]+', page)
         assert not outside and "<script" not in page and "&lt;b&gt;caption 20&lt;/b&gt;" in page
-    assert "<td>0.25</td>" in pages["full"] and "<td>0.71</td>" in pages["full"] and "512 px" in pages["full"]
-    # Six curves, a validation image, three histograms; two readouts, and a picture of each folder.
-    shown = look(pages, tmp_path)
-    assert [(one["page"], one["width"], one["images"]) for one in shown] == [
-        ("full", 1280, 15),
-        ("full", 400, 15),
-        ("empty", 1280, 10),
-        ("empty", 400, 10),
-    ]
-    for one in shown:
-        assert one["problems"] == [], one
+    assert "<td>0.25</td>" in full and "<td>0.71</td>" in full and "512 px" in full
+    # Six curves, a validation image, three histograms; a readout, and a picture of each of three folders.
+    assert [one for one in look({"full": full, "empty": empty}, tmp_path) if one["problems"]] == []
+    assert (full.count("<img"), empty.count("<img")) == (14, 10)
 
 
-def test_every_command_on_the_page_is_one_that_its_tool_accepts(
-    run: Path, folders: dict[str, Path], demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pages = []
-    for flags in ([], ["--attention", folders["attention"], "--images", demo_data / "val-00000.tar", "--limit", 1]):
-        made(capsys, run, *flags)
-        pages.append((run / "report.html").read_text())
-    found = {words[0]: words for page in pages for words in commands(page)}
-    for program, *words in (words for page in pages for words in commands(page)):
-        stem = Path(program).stem
-        if program.startswith("tools/") and (Path(report.__file__).parent / f"{stem}.py").is_file():
-            tool = importlib.import_module(stem)
-            own = words[: words.index("--")] if "--" in words else words
-            if hasattr(tool, "build_parser"):
-                tool.build_parser().parse_args(own)
-    assert {"attention.py", "probe.py", "sweep.py", "caption.py", "patch_readout.py"} <= {Path(p).name for p in found}
-    empty = report_parts.captions(read_log(run), run, run, "").blocks[0]
-    _, program, *words = shlex.split(empty.commands[0])
-    assert program == "pretrain_genlip.py" and build_parser().parse_args(words)
+def test_no_label_of_a_curve_is_cut_off() -> None:
+    """Long tick labels, which matplotlib adds after it has laid out the picture."""
+    points = [(20, 1.74), (40, 1.0), (60, 0.3), (120, 0.83), (480, 0.12)]
+    for panel in report_plots.PANELS:
+        curves = {tag: Curve(points, [points[:2]]) for tag in panel.tags}
+        picture = report_plots.curves(RunLog(curves, [Mark("resumed", 240)]), panel)
+        assert picture is not None
+        pixels = np.array(Image.open(io.BytesIO(picture)).convert("L"))
+        rim = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
+        assert pixels.min() < 100 and all(side.min() == 255 for side in rim), panel.title
+
+
+def test_every_command_on_the_page_is_one_that_its_tool_accepts(run: Path, pages: dict[str, tuple[str, str]]) -> None:
+    lines = [line for page, _ in pages.values() for line in re.findall(r"<pre>(.+?)</pre>", page, re.DOTALL)]
+    checked = set()
+    for program, *words in (shlex.split(html.unescape(line)) for line in lines):
+        path = Path(program)
+        if path.parent.name != "tools" or not Path(report.__file__).with_name(path.name).is_file():
+            continue
+        tool = importlib.import_module(path.stem)
+        if hasattr(tool, "build_parser"):
+            tool.build_parser().parse_args(words[: words.index("--")] if "--" in words else words)
+            checked.add(path.name)
+    assert checked >= {"report.py", "attention.py", "probe.py", "sweep.py", "caption.py", "patch_readout.py"}
+    (validation,) = report_parts.captions(read_log(run), run, run, "").blocks[0].commands
+    launch, script, flags = validation.partition(" pretrain_genlip.py ")
+    assert launch == "torchrun --nproc-per-node 1" and script and build_parser().parse_args(shlex.split(flags))
 
 
 def test_data_that_moved_are_missing_with_the_reason(demo_data: Path, tmp_path: Path) -> None:
@@ -215,12 +215,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_a_picture_of_many_panels_stays_readable() -> None:
-    from io import BytesIO
-
-    from genlip_megatron.evaluate.report_page import Picture
-
     def picture(width: int, dpi: int) -> Picture:
-        content = BytesIO()
+        content = io.BytesIO()
         Image.fromarray(np.zeros((10, width), np.uint8)).save(content, "PNG", dpi=(dpi, dpi))
         return Picture("", content.getvalue())
 
