@@ -71,13 +71,11 @@ def golden(precision: str) -> dict[str, Any]:
 
     megatron_patches.install()
     from genlip_megatron.parallel import groups
-    from genlip_megatron.testing.golden import GOLDEN_DIR, compare, golden_run, load_golden
+    from genlip_megatron.testing.golden import GOLDEN_DIR, compare
 
     worst: dict[str, float] = {}
     for file in sorted(GOLDEN_DIR.glob("*.safetensors")):
-        model, _ = load_golden(file)
-        groups.initialize(golden_run(model, 64))
-        for kind, error in compare(str(file), 1, 1, precision=precision).items():
+        for kind, error in compare(str(file), {"train__precision": precision}).items():
             worst[kind] = max(worst.get(kind, 0.0), error)
     groups.finalize()
     return worst

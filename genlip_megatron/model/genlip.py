@@ -42,16 +42,9 @@ class GenLIP(MegatronModule):
     Args:
         transformer: from ``specs.transformer_config``.
         vp_stage: index of the chunk in this pipeline stage; None without interleaving.
-        attention_backend: name of a backend of ``attention/``; None: the configuration's.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        transformer: TransformerConfig,
-        vp_stage: int | None = None,
-        attention_backend: str | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, transformer: TransformerConfig, vp_stage: int | None = None) -> None:
         super().__init__(config=transformer)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.model_type = ModelType.encoder_or_decoder
@@ -60,7 +53,7 @@ class GenLIP(MegatronModule):
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.share_embeddings_and_output_weights = False
-        self.attention_backend = attention_backend or attention_choice(config)[0]
+        self.attention_backend = attention_choice(config)[0]
         self.fusion = fusion_choice(config.train.fusion)
         self.gather_keys = config.parallel.cp_comm_type == "all_gather"
         self.tp_group = groups.tp
@@ -172,14 +165,12 @@ class GenLIP(MegatronModule):
         return self.head(hidden, batch.loss_rows, batch.labels, batch.loss_weights)
 
 
-def build_model(
-    config: RunConfig, transformer: TransformerConfig, attention_backend: str | None = None
-) -> list[GenLIP]:
+def build_model(config: RunConfig, transformer: TransformerConfig) -> list[GenLIP]:
     """This rank's model chunks, on its device, with initial weights that do not depend on the layout."""
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     models = []
     for vp_stage in range(chunks) if chunks else (None,):
-        model = GenLIP(config, transformer, vp_stage, attention_backend)
+        model = GenLIP(config, transformer, vp_stage)
         fill_initial_weights(model, config)
         prepare_fp8_state(model.decoder.layers, transformer)
         models.append(model.to(torch.cuda.current_device()))

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
-from genlip_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from genlip_megatron.config import DataConfig, ModelConfig, RunConfig, TrainConfig, override
 from genlip_megatron.device import current_device
+from genlip_megatron.model.genlip import unwrap
+from genlip_megatron.model.weights import fill_weights
+from genlip_megatron.parallel import groups
 from genlip_megatron.testing import CHECKOUT
+from genlip_megatron.testing.parity import gradients
+from genlip_megatron.testing.runs import build_run
+from genlip_megatron.train.forward_backward import forward_backward
+from genlip_megatron.train.validation import sum_over_ranks
 
 GOLDEN_DIR = CHECKOUT / "tests/golden"
 
@@ -36,18 +44,11 @@ def load_golden(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return model, load_file(path)
 
 
-def golden_run(
-    model: ModelConfig, seq_length: int, tp: int = 1, pp: int = 1, precision: str = "fp32", cp: int = 1
-) -> RunConfig:
-    """A run of a golden model."""
-    return RunConfig(
-        model=model,
-        data=DataConfig(seq_length=seq_length),
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
-        ),
-        train=TrainConfig(precision=precision),
-    )
+def golden_run(model: ModelConfig, seq_length: int, **flags: Any) -> RunConfig:
+    """A run of a golden model with one pack per step; ``flags`` as in ``tiny_config``."""
+    train = TrainConfig(global_batch_size=1, precision="fp32")
+    config = RunConfig(model=model, data=DataConfig(seq_length=seq_length), train=train)
+    return override(config, {name.replace("__", "."): value for name, value in flags.items()})
 
 
 def golden_batch(tensors: dict[str, Tensor]) -> PackedBatch:
@@ -87,34 +88,22 @@ def _vision_batch(pixels: Tensor, grid: Tensor) -> PackedBatch:
     return pack_samples([[Sample(pixels.flatten(1), rows, columns, [])]], rows * columns)
 
 
-def compare(
-    path: str, tp: int, pp: int, backend: str | None = None, precision: str = "fp32", cp: int = 1
-) -> dict[str, float]:
-    """The largest difference of each kind in this rank's part of the model. A collective over tp * pp * cp ranks.
+def compare(path: str, flags: dict[str, Any]) -> dict[str, float]:
+    """The largest difference of each kind in this rank's part of the model. A collective over all ranks.
 
     ``hidden``, ``logits`` and ``features`` are absolute. ``loss`` is relative. ``gradient`` is the norm of a tensor's
     difference over the tensor's norm. ``tensors`` is the number of gradients that were compared.
+
+    Args:
+        flags: of ``golden_run``, for one data-parallel rank.
     """
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from genlip_megatron.model.genlip import build_model
-    from genlip_megatron.model.specs import transformer_config
-    from genlip_megatron.model.weights import fill_weights, gather_canonical
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
-    model_parallel_cuda_manual_seed(1)
     model_config, golden = load_golden(Path(path))
+    batch = golden_batch(golden)
     golden = {name: tensor.to(current_device()) for name, tensor in golden.items()}
-    batch = golden_batch({name: tensor.cpu() for name, tensor in golden.items()}).to(current_device())
-    run = golden_run(model_config, batch.num_tokens, tp, pp, precision, cp)
-    config = transformer_config(run)
-    config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = None
-    model = build_model(run, config, backend)[0]
+    config = golden_run(model_config, batch.num_tokens, **flags)
+    groups.initialize(config)
+    run = build_run(config)
+    model = unwrap(run.model[0])
     fill_weights(model, lambda name: golden[f"weights/{name}"])
     valid = golden["inputs/valid"].flatten()
     worst: dict[str, float] = {}
@@ -123,7 +112,7 @@ def compare(
         worst[kind] = max(worst.get(kind, 0.0), error)
 
     def gathered(hidden: Tensor) -> Tensor:
-        for group in ([model.tp_group] if config.sequence_parallel else []) + ([model.context] if cp > 1 else []):
+        for group in filter(None, (model.tp_group if model.config.sequence_parallel else None, model.context)):
             shards = [torch.empty_like(hidden) for _ in range(group.size())]
             torch.distributed.all_gather(shards, hidden.contiguous(), group=group)
             hidden = torch.cat(shards)
@@ -134,47 +123,23 @@ def compare(
         keep("hidden", (gathered(output[0].detach())[valid] - expected[valid]).abs().max().item())
 
     hooks = [layer.register_forward_hook(check_layer) for layer in model.decoder.layers]
-    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
-    wrapped.zero_grad_buffer()
-
-    def forward_step(iterator: object, stage: torch.nn.Module) -> tuple:
-        def loss_function(total: Tensor) -> tuple[Tensor, Tensor, dict]:
-            count = batch.loss_weights.numel()
-            whole = total.detach().clone()
-            torch.distributed.all_reduce(whole, group=parallel_state.get_context_parallel_group())
-            keep("loss", abs(whole.item() / count / golden["outputs/loss"].item() - 1))
-            count = count if parallel_state.get_context_parallel_rank() == 0 else 0
-            return total, torch.tensor(count, dtype=torch.int), {}
-
-        return stage(batch), loss_function
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=None,
-        model=[wrapped],
-        num_microbatches=1,
-        seq_length=batch.num_tokens,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    gradients = gather_canonical(model, {name: p.main_grad for name, p in model.named_parameters()})
-    for name, gradient in gradients.items():
-        expected = golden[f"grads/{name}"].cpu()
-        keep("gradient", ((gradient.float() - expected).norm() / expected.norm()).item())
+    total, count = sum_over_ranks(forward_backward(run, iter([batch]))).tolist()
     for hook in hooks:
         hook.remove()
-
-    if pp == 1:
+    keep("loss", abs(total / count / golden["outputs/loss"].item() - 1))
+    found = gradients(run)
+    for name, gradient in found.items():
+        expected = golden[f"grads/{name}"].cpu()
+        keep("gradient", ((gradient.float() - expected).norm() / expected.norm()).item())
+    worst["tensors"] = len(found)
+    if model.embed is not None and model.head is not None:
         with torch.no_grad():
-            assert model.head is not None
-            logits = model.head.logits(model.hidden_states(batch))
+            logits = model.head.logits(model.hidden_states(batch.to(current_device())))
             keep("logits", (logits[valid] - golden["outputs/logits"].flatten(0, 1)[valid]).abs().max().item())
-            if tp == cp == 1:
+            if torch.distributed.get_world_size() == 1:
                 image = _vision_batch(golden["vision/pixel_values"].cpu(), golden["vision/grid"].cpu())
-                image = image.to(current_device())
-                hidden = model.hidden_states(image)
+                hidden = model.hidden_states(image.to(current_device()))
                 keep("features", (model.head.features(hidden) - golden["vision/ln_post"]).abs().max().item())
                 read = model.head.logits(hidden)
                 keep("logits", (read - golden["vision/patch_logits"]).abs().max().item())
-    worst["tensors"] = len(gradients)
     return worst

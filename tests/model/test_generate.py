@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genlip_megatron.batch import Sample
-from genlip_megatron.config import RunConfig, override
+from genlip_megatron.config import RunConfig
 from genlip_megatron.infer.generate import generate
 from genlip_megatron.model.genlip import build_model
 from genlip_megatron.model.specs import transformer_config
@@ -22,7 +22,7 @@ from genlip_megatron.testing.runs import build_run, layout, tiny_config
 
 def run_generate(path: str, flags: dict[str, Any]) -> list[int]:
     model, golden = load_golden(Path(path))
-    run = override(golden_run(model, 96), {name.replace("__", "."): value for name, value in flags.items()})
+    run = golden_run(model, 96, **flags)
     groups.initialize(run)
     chunks = build_model(run, transformer_config(run))
     for chunk in chunks:

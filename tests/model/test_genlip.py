@@ -57,7 +57,7 @@ def test_drop_path_is_per_sample_and_off_in_evaluation() -> None:
 def prepare_with_an_id_too_large(tp: int) -> str:
     model, tensors = load_golden(GOLDEN_DIR / "tiny.safetensors")
     batch = golden_batch(tensors)
-    built = build(golden_run(model, batch.num_tokens, tp))
+    built = build(golden_run(model, batch.num_tokens, parallel__tensor_model_parallel_size=tp))
     built.prepare(batch)
     ids = batch.token_ids.clone()
     ids[int(torch.nonzero(~batch.is_image)[0])] = model.vocab_size

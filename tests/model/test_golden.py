@@ -16,6 +16,7 @@ from genlip_megatron.model.mask import prefix_lm_mask
 from genlip_megatron.model.rope import rotary_cos_sin
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.golden import compare, golden_batch, load_golden
+from genlip_megatron.testing.runs import layout
 
 LIMITS = {
     "hidden": 3e-5,  # absolute, values up to 4 (6.1e-6)
@@ -33,18 +34,20 @@ def check(worst: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "pp", "cp"), [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 3, 1), (2, 1, 2), (2, 3, 1)])
-def test_layouts_match_the_authors_model(golden_file: Path, tp: int, pp: int, cp: int) -> None:
-    results = run_distributed(tp * pp * cp, compare, str(golden_file), tp, pp, None, "fp32", cp)
+@pytest.mark.parametrize("name", ["1", "TP2", "CP2", "PP3", "TP2xCP2", "TP2xPP3"])
+def test_layouts_match_the_authors_model(golden_file: Path, name: str) -> None:
+    world_size, flags = layout(name)
+    results = run_distributed(world_size, compare, str(golden_file), flags)
     _, golden = load_golden(golden_file)
-    expected = sum(name.startswith("grads/") for name in golden)
-    assert sum(worst["tensors"] for worst in results) == expected * tp * cp, "a gradient tensor was not compared"
+    expected = sum(tensor.startswith("grads/") for tensor in golden)
+    copies = world_size // flags.get("parallel__pipeline_model_parallel_size", 1)
+    assert sum(worst["tensors"] for worst in results) == expected * copies, "a gradient tensor was not compared"
     for worst in results:
         check(worst)
 
 
 def test_dense_oracle_matches_the_authors_model(golden_file: Path) -> None:
-    check(run_distributed(1, compare, str(golden_file), 1, 1, "dense")[0])
+    check(run_distributed(1, compare, str(golden_file), {"train__attention_backend": "dense"})[0])
 
 
 def test_mask_and_rotary_equal_the_authors(golden_file: Path) -> None:

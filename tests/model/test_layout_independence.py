@@ -12,6 +12,7 @@ from genlip_megatron.model.state_dict import TABLE, canonical_shapes, find
 from genlip_megatron.model.weights import gather_canonical, initial_tensor
 from genlip_megatron.testing.distributed import run_distributed
 from genlip_megatron.testing.golden import golden_run
+from genlip_megatron.testing.runs import layout
 from tests.model.builds import build
 
 MODEL = ModelConfig(5, 32, 4, 48, 24, 61, (2, 1, 1))
@@ -35,23 +36,24 @@ def test_parameter_counts_of_the_named_sizes(name: str) -> None:
         assert sum(sizes.values()) == total
 
 
-def initial_weights(model: ModelConfig, tp: int, pp: int) -> dict[str, torch.Tensor]:
+def initial_weights(model: ModelConfig, flags: dict[str, int]) -> dict[str, torch.Tensor]:
     """Full canonical weights of this rank's stage, gathered over tensor parallelism."""
-    built = build(golden_run(model, 64, tp, pp))
+    built = build(golden_run(model, 64, **flags))
     return gather_canonical(built, dict(built.named_parameters()))
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 3)])
+@pytest.mark.parametrize("name", ["1", "TP2", "TP2xPP3"])
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.slow
-def test_initial_weights_are_bit_equal_on_every_layout(tp: int, pp: int, gate: bool) -> None:
+def test_initial_weights_are_bit_equal_on_every_layout(name: str, gate: bool) -> None:
+    world_size, flags = layout(name)
     model = replace(MODEL, attention_output_gate=gate)
     seen = set()
-    for weights in run_distributed(tp * pp, initial_weights, model, tp, pp):
-        for name, weight in weights.items():
-            expected = initial_tensor(name, canonical_shapes(model)[name], model, 1234)
-            assert torch.equal(weight, expected), name
-            seen.add(name)
+    for weights in run_distributed(world_size, initial_weights, model, flags):
+        for tensor, weight in weights.items():
+            expected = initial_tensor(tensor, canonical_shapes(model)[tensor], model, 1234)
+            assert torch.equal(weight, expected), tensor
+            seen.add(tensor)
     assert seen == set(canonical_shapes(model))
 
 

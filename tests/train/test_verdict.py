@@ -128,6 +128,7 @@ def both_norms(config: RunConfig) -> tuple[float, float]:
 def test_the_norm_on_the_device_is_megatron_cores(name: str, demo_data: Path) -> None:
     results = launch(both_norms, demo_data, name)
     for ours, expected in results:
+        # Squares are added in another order; the largest relative difference measured was 5e-8.
         assert ours == pytest.approx(expected, rel=1e-6) and ours > 0
         assert ours == results[0][0]
 
