@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from genlip_megatron import atomic_write
@@ -45,6 +47,9 @@ class FeatureCache:
         transform: makes an image tensor [3, height, width] of an image.
         transform_name: what the transform is; another one makes other features.
         dtype: of the files.
+        pool: keep only the mean over the patches of an image, [1, D].
+        read: reads and transforms images of ``images`` by their numbers, in order, perhaps in worker processes; None:
+            one by one. An error is a text.
 
     Raises:
         ValueError: the folder holds something else, or features of another encoder, transform or list of images.
@@ -58,24 +63,25 @@ class FeatureCache:
         transform: Callable[[Image.Image], Tensor],
         transform_name: str,
         dtype: torch.dtype = torch.float32,
+        pool: bool = False,
+        read: Callable[[Sequence[int]], Iterable[Tensor]] | None = None,
     ) -> None:
         self.folder, self._encoder, self._images = Path(folder), encoder, images
-        self._transform, self._dtype = transform, dtype
+        self._transform, self._dtype, self._pool, self._read = transform, dtype, pool, read
         digest = hashlib.blake2b(digest_size=16)
         for image in images:
             digest.update(image.stamp.encode() + b"\n")
-        record = {
+        self._record = {
             "encoder": encoder.name,
             "fingerprint": encoder.fingerprint,
             "transform": transform_name,
             "images": len(images),
             "image list": digest.hexdigest(),
             "dtype": str(dtype).removeprefix("torch."),
+            "pool": "mean" if pool else "none",
         }
-        self._check(record)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write.write(self.folder / RECORD, json.dumps(record, indent=1))
-        self._open: tuple[int, dict[str, Tensor]] = (-1, {})
+        self._check(self._record)
+        self._open: dict[int, tuple[Any, list[int], list[tuple[int, int]]]] = {}
 
     def _check(self, record: dict[str, Any]) -> None:
         path = self.folder / RECORD
@@ -88,6 +94,11 @@ class FeatureCache:
             differing = [key for key, value in record.items() if key != "encoder" and found[key] != value]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"--cache {self.folder}: its {RECORD} is not that of a feature cache") from None
+        if "fingerprint" in differing:
+            raise ValueError(
+                f"--cache {self.folder}: made with another encoder, {found['encoder']} with other weights or settings. "
+                "Name another folder."
+            )
         if differing:
             key = differing[0]
             raise ValueError(
@@ -97,43 +108,69 @@ class FeatureCache:
     def _path(self, part: int) -> Path:
         return self.folder / f"features-{part:05d}.safetensors"
 
-    def fill(self, batch_size: int = 32, progress: Callable[[int], Any] = lambda images: None) -> None:
+    def fill(
+        self,
+        batch_size: int = 32,
+        progress: Callable[[int], Any] = lambda images: None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         """Compute the parts that are missing.
 
         Args:
             batch_size: images in a batch.
             progress: called with the number of images that each step finished.
+            rank, world_size: this process computes every ``world_size``-th part. The caller waits for the others.
 
         Raises:
-            ValueError: an image cannot be read.
+            ValueError: an image cannot be read, or the disk is too small.
         """
-        for part in range((len(self._images) + _PART - 1) // _PART):
-            chosen = self._images[part * _PART : (part + 1) * _PART]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            atomic_write.write(self.folder / RECORD, json.dumps(self._record, indent=1))
+        for part in range(rank, (len(self._images) + _PART - 1) // _PART, world_size):
+            numbers = range(part * _PART, min((part + 1) * _PART, len(self._images)))
             if self._path(part).is_file():
-                progress(len(chosen))
+                progress(len(numbers))
                 continue
             patches, grids = [], []
-            for start in range(0, len(chosen), batch_size):
-                tensors = [self._transform(image.read()) for image in chosen[start : start + batch_size]]
+            ready = iter(self._read(numbers) if self._read else map(self._tensor, numbers))
+            for start in range(0, len(numbers), batch_size):
+                tensors = [next(ready) for _ in range(min(batch_size, len(numbers) - start))]
                 with torch.inference_mode():
                     for features in self._encoder.encode(tensors):
-                        patches.append(features.patches.to("cpu", self._dtype))
-                        grids.append(features.grid)
+                        kept = features.patches.float().mean(0, keepdim=True) if self._pool else features.patches
+                        patches.append(kept.to("cpu", self._dtype))
+                        grids.append((1, 1) if self._pool else features.grid)
+                if part == rank and start == 0:
+                    self._check_space(sum(kept.nbytes for kept in patches) / len(patches), len(numbers))
                 progress(len(tensors))
-            partial = self._path(part).with_suffix(".partial")
-            save_file({"patches": torch.cat(patches), "grids": torch.tensor(grids)}, partial)
-            partial.replace(self._path(part))
+            with atomic_write.atomic_path(self._path(part)) as partial:
+                save_file({"patches": torch.cat(patches), "grids": torch.tensor(grids)}, partial)
+
+    def _tensor(self, number: int) -> Tensor:
+        return self._transform(self._images[number].read())
+
+    def _check_space(self, image_bytes: float, part: int) -> None:
+        """Raise ValueError if the parts that are missing do not fit on the disk."""
+        missing = sum(not self._path(n).is_file() for n in range((len(self._images) + _PART - 1) // _PART))
+        needed, free = missing * part * image_bytes, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"--cache {self.folder}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Name a "
+                "folder on a larger disk, use fewer images, or a preset without a cache."
+            )
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, number: int) -> tuple[Tensor, tuple[int, int]]:
-        """(features [h * w, D], (h, w)) of one image; consecutive numbers are fast."""
+        """(features [h * w, D], (h, w)) of one image. Only this image is read from the disk."""
         part, row = divmod(number, _PART)
-        if self._open[0] != part:
-            self._open = part, load_file(self._path(part))
-        tensors = self._open[1]
-        counts = tensors["grids"].prod(dim=1)
-        start = int(counts[:row].sum())
-        rows, columns = tensors["grids"][row].tolist()
-        return tensors["patches"][start : start + rows * columns], (rows, columns)
+        if part not in self._open:
+            file = safe_open(self._path(part), "pt")
+            grids = file.get_tensor("grids")
+            starts = [0, *grids.prod(dim=1).cumsum(0).tolist()]
+            self._open[part] = file, starts, [(rows, columns) for rows, columns in grids.tolist()]
+        file, starts, shapes = self._open[part]
+        return file.get_slice("patches")[starts[row] : starts[row + 1]], shapes[row]

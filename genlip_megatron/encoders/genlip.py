@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genlip_megatron.encoders.interface import AFTER_NORM, Encoder, layer_from_end
+from genlip_megatron.encoders.flags import AFTER_NORM
+from genlip_megatron.encoders.interface import Encoder, layer_from_end
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
 
 

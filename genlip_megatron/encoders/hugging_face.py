@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from genlip_megatron.encoders.interface import AFTER_NORM, BlockOutput, Encoder, layer_from_end
+from genlip_megatron.encoders.flags import AFTER_NORM
+from genlip_megatron.encoders.interface import BlockOutput, Encoder, layer_from_end
 from genlip_megatron.encoders.random_weights import randomised
 from genlip_megatron.hf.image_processing_genlip import to_rgb
 from genlip_megatron.optional import need_transformers

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from genlip_megatron.encoders.flags import AFTER_NORM, LAST_BLOCK
 from genlip_megatron.hf.image_processing_genlip import to_rgb
-
-AFTER_NORM, LAST_BLOCK = "after_norm", "last_block"
 
 
 @dataclass(frozen=True)

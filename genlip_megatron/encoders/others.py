@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genlip_megatron.encoders.interface import AFTER_NORM, BlockOutput, Encoder, layer_from_end
+from genlip_megatron.encoders.flags import AFTER_NORM
+from genlip_megatron.encoders.interface import BlockOutput, Encoder, layer_from_end
 
 
 class TimmEncoder(Encoder):

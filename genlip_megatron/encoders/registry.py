@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,28 +9,14 @@ from pathlib import Path
 import torch
 
 from genlip_megatron.convert.source import DTYPES
+from genlip_megatron.encoders.flags import AFTER_NORM
 from genlip_megatron.encoders.genlip import open_genlip
 from genlip_megatron.encoders.hugging_face import open_hugging_face
-from genlip_megatron.encoders.interface import AFTER_NORM, LAST_BLOCK, Encoder
+from genlip_megatron.encoders.interface import Encoder
 from genlip_megatron.encoders.others import PixelEncoder, open_efficientnet, open_open_clip, open_timm
 
-_HELP = (
-    "a run, a checkpoint iter_NNNNNNN, an exported folder, or a transformers folder; KIND: genlip, hf (also a name on "
-    "the hub), timm, open_clip, efficientnet:lite0, pixels or colour (baselines). A leading random: keeps only the "
-    "shape, with random weights"
-)
 _BASELINES = ("pixels", "colour")
 _KINDS = {"hf": open_hugging_face, "timm": open_timm, "open_clip": open_open_clip, "efficientnet": open_efficientnet}
-
-
-def add_encoder_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """``--encoder``, ``--layer``, ``--size``, ``--device`` and ``--dtype``, for ``open_encoders``."""
-    parser.add_argument("--encoder", required=True, nargs="+" if several else None, metavar="[KIND:]WHERE", help=_HELP)
-    text = f"{AFTER_NORM} (default), {LAST_BLOCK}, or -1, -2 ...: a block from the end, before the final norm"
-    parser.add_argument("--layer", default=AFTER_NORM, help=text)
-    parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto, a GPU if there is one)")
-    text = "dtype to compute in (default: fp32 on a CPU, bf16 on a GPU)"
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help=text)
 
 
 def open_encoder(

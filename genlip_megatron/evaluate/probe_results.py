@@ -1,0 +1,78 @@
+"""The table and the picture of a comparison of encoders."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genlip_megatron import atomic_write
+
+_PACKAGES = ("genlip-megatron", "torch", "transformers", "timm", "open-clip-torch", "numpy", "pillow")
+
+
+def need_matplotlib() -> None:
+    """Check that matplotlib is installed, without importing it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is not installed. Run pip install 'genlip-megatron[evaluate]'.")
+
+
+def provenance() -> dict[str, Any]:
+    """The command and the versions that made a result."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"command": sys.argv, "versions": versions}
+
+
+def write(folder: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], measure: str, title: str) -> None:
+    """``results.json`` with ``facts`` and a row for each encoder, and ``results.png`` with a bar for each.
+
+    Args:
+        folder: where they go.
+        facts: of the whole comparison.
+        rows: each with the encoder's name under ``settings`` and a score from 0 to 1 under ``measure``.
+        measure: "accuracy" or "miou".
+        title: of the picture.
+    """
+    text = json.dumps({**provenance(), **facts, "measure": measure, "encoders": list(rows)}, indent=1)
+    atomic_write.write(folder / "results.json", text)
+    names = [str(row["settings"]["encoder"]) for row in rows]
+    atomic_write.write(folder / "results.png", bar_chart(names, [row[measure] for row in rows], title))
+
+
+def bar_chart(names: Sequence[str], scores: Sequence[float], title: str) -> bytes:
+    """A PNG with one horizontal bar for each name, labelled with its score in percent; the first is on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [name if len(name) <= 40 else f"...{name[-37:]}" for name in names]
+    with pyplot.rc_context({"font.size": 10}):
+        figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(names)), layout="constrained")
+        bars = axes.barh(range(len(names)), [100 * score for score in scores], height=0.65, color="#3b6ea8")
+        axes.bar_label(bars, [f"{100 * score:.1f}" for score in scores], padding=4)
+        axes.set_yticks(range(len(names)), shown)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(0, max(1.0, 112 * max(scores)))
+        axes.set_xlabel(title)
+        axes.spines[["top", "right"]].set_visible(False)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=150)
+        pyplot.close(figure)
+    return content.getvalue()
