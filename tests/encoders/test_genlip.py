@@ -31,6 +31,7 @@ class _Image:
 
 
 @pytest.mark.parametrize("kind", ["1", "TP2", "exported"])
+@pytest.mark.slow
 def test_features_are_those_of_extract_features(
     kind: str, checkpoints: dict[str, Path], exported: Path, photos: Path
 ) -> None:
@@ -45,6 +46,7 @@ def test_features_are_those_of_extract_features(
     assert found.grid == (ready.rows, ready.columns) and found.prefix.shape == (0, encoder.dim)
 
 
+@pytest.mark.slow
 def test_layers_and_the_random_control(exported: Path) -> None:
     pixels = torch.randn(3, 32, 48)
     with torch.inference_mode():

@@ -57,6 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
     return status, said.out + said.err
 
 
+@pytest.mark.slow
 def test_models_are_compared_in_numbers_and_pictures(
     model: Path, clip: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ def words(data: Path, *flags: str, encoder: str = "colour", size: str = "32") ->
     return [*fixed, *where, "--batch-size", "6", *flags]
 
 
+@pytest.mark.slow
 def test_a_comparison_is_one_table_and_one_picture(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

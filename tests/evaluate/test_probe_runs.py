@@ -64,6 +64,7 @@ def test_a_killed_probe_resumes_as_if_it_had_not_been(
     assert steps == [2, 4, 6]  # the second run did steps 5 and 6
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(classes: Path, masks: Path, tmp_path: Path) -> None:
     one = probes.several(classes, masks, tmp_path / "one")
     for rank in run_distributed(2, probes.several, classes, masks, tmp_path / "two"):

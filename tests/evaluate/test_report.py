@@ -112,6 +112,7 @@ def pages(
     return found
 
 
+@pytest.mark.slow
 def test_a_browser_shows_everything_at_both_widths(pages: dict[str, tuple[str, str]], tmp_path: Path) -> None:
     (full, said), (empty, missing) = pages["full"], pages["empty"]
     assert "missing" not in said
@@ -138,6 +139,7 @@ def test_no_label_of_a_curve_is_cut_off() -> None:
         assert pixels.min() < 100 and all(side.min() == 255 for side in rim), panel.title
 
 
+@pytest.mark.slow
 def test_every_command_on_the_page_is_one_that_its_tool_accepts(run: Path, pages: dict[str, tuple[str, str]]) -> None:
     lines = [line for page, _ in pages.values() for line in re.findall(r"<pre>(.+?)</pre>", page, re.DOTALL)]
     checked = set()
