@@ -125,12 +125,29 @@ def test_perplexity_does_not_depend_on_the_batch(cached: bool, setup: Callable[.
     assert len({(score.tokens, score.answer_bytes) for score in found}) == 1
 
 
-def test_an_update_depends_neither_on_the_micro_batch_nor_on_the_cache(setup: Callable[..., Setup]) -> None:
+def test_ppl2_starts_from_ppl1_and_leaves_the_language_model_as_it_was(setup: Callable[..., Setup]) -> None:
+    made = setup(rates=(1e-2, 1e-12))
+    before = weights(made.language)
+    first, second = made.run()
+    for kind in ("image", "shuffled", "without_image"):
+        assert first[kind]["perplexity"] == pytest.approx(second[kind]["perplexity"], rel=1e-4)
+    made = setup("other", rates=(1e-2, 1e-2))
+    made.run()
+    assert all(torch.equal(value, before[name]) for name, value in weights(made.language).items())
+
+
+def test_an_update_depends_neither_on_the_micro_batch_nor_on_the_cache(
+    setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: norms.append(float(clip(*given))))
     whole, parts = setup("12"), setup("5", micro_batch_size=5)
     parts.features = VisualFeatures(parts.encoder, parts.images, dataclasses.replace(parts.options, cache=None))
     results = [whole.run(), parts.run()]
     for one, other in zip(*results, strict=True):
         assert one["image"]["perplexity"] == pytest.approx(other["image"]["perplexity"], rel=1e-3)
+    assert len(norms) == 16 and norms[:8] == pytest.approx(norms[8:], rel=1e-2)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
