@@ -64,8 +64,8 @@ def permutation(size: int, *key: int) -> np.ndarray:
 def by_part(offsets: Sequence[int] | np.ndarray, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(part, which of ``ids`` lie in it, their numbers there) of each part that begins at one of ``offsets``.
 
-    >>> [(part, local.tolist()) for part, _, local in by_part([0, 4, 9], np.array([5, 1, 8]))]
-    [(0, [1]), (1, [1, 4])]
+    >>> {part: local.tolist() for part, _, local in by_part([0, 4, 9], np.array([5, 1, 8]))}
+    {0: [1], 1: [1, 4]}
     """
     owner = np.searchsorted(offsets, ids, side="right") - 1
     for part in np.unique(owner).tolist():

@@ -245,8 +245,8 @@ def _per_head(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
 def cosine(step: int, steps: int, warmup: int, peak: Tensor, minimum: float = 0.0) -> Tensor:
     """Learning rates [N] of a step: linear from 0 over ``warmup`` steps to ``peak`` [N], then cosine to ``minimum``.
 
-    >>> [round(cosine(step, 10, 2, torch.tensor([1.0])).item(), 2) for step in (0, 1, 2, 6, 10)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
+    >>> tuple(round(cosine(step, 10, 2, torch.tensor([1.0])).item(), 2) for step in (0, 1, 2, 6, 10))
+    (0.0, 0.5, 1.0, 0.5, 0.0)
     """
     if step < warmup:
         return peak * (step / warmup)

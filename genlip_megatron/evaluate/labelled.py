@@ -246,8 +246,8 @@ def per_class(samples: Sequence[Labelled], most: int, seed: int) -> list[Labelle
 def held_out(count: int, seed: int = 42, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """(numbers to train on, numbers to select on): the last ``share`` of a random order, at least one (CAPI's split).
 
-    >>> [len(part) for part in held_out(1000)]
-    [900, 100]
+    >>> tuple(len(part) for part in held_out(1000))
+    (900, 100)
     """
     order = np.random.default_rng(seed).permutation(count)
     train = min(round((1 - share) * count), count - 1)

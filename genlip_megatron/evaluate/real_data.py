@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -181,7 +182,7 @@ def smollm2(gguf: Path, folder: Path) -> Path:
     fields = {
         name: value for name, value in read.config.to_dict().items() if name not in ("quantization_config", "dtype")
     }
-    plain = LlamaForCausalLM(LlamaConfig(**fields))
+    plain: Any = LlamaForCausalLM(LlamaConfig(**fields))
     plain.load_state_dict(read.state_dict())
     plain.to(torch.bfloat16).save_pretrained(partial)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)

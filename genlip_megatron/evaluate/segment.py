@@ -122,8 +122,8 @@ def sliding_logits(
 def rate_factor(step: int, steps: int, cosine: bool) -> float:
     """Learning rate of a step relative to the peak: to 0 at the end, times a linear rise from 1e-6 in the first 3.75 %.
 
-    >>> [round(rate_factor(step, 40_000, False), 4) for step in (0, 750, 1500, 20_000, 40_000)]
-    [0.0, 0.4906, 0.9625, 0.5, 0.0]
+    >>> tuple(round(rate_factor(step, 40_000, False), 4) for step in (0, 750, 1500, 20_000, 40_000))
+    (0.0, 0.4906, 0.9625, 0.5, 0.0)
     """
     done = step / steps
     factor = (1 + float(np.cos(np.pi * done))) / 2 if cosine else 1 - done
