@@ -1,6 +1,7 @@
 # make demo: train a small GenLIP from scratch and caption unseen images.
 # make test: the quick CPU tests.  make test-all: all that CI runs.
 # make parity: the same run on every parallel layout, into docs/parity.md.
+# make evaluate: every evaluation on real data and a small GenLIP trained on it; takes about an hour.
 # make docs: the documentation site, into site/.
 # make plugging: tests of exports with transformers 4, ONNX and lmms-eval, in separate environments.
 # make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-all plugging null-gpu faults parity docs check format clean
+.PHONY: demo evaluate test test-all plugging null-gpu faults parity docs check format clean
 
 $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +22,10 @@ demo: $(STAMP)
 
 # A test file stays in one process, because its tests share runs and data.
 PARALLEL := -n auto --dist loadfile
+
+evaluate: $(STAMP)
+	$(BIN)/python -m pip install --quiet "gguf>=0.10" "accelerate>=1.0"
+	$(BIN)/python tools/evaluate.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not long" $(PARALLEL)
