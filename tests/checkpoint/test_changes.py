@@ -231,6 +231,7 @@ def test_optimizer_and_schedule_use_the_new_settings(
 
 
 @pytest.mark.parametrize(("world_size", "fsdp"), [(1, False), (2, True)])
+@pytest.mark.slow
 def test_a_rollback_keeps_the_new_settings(world_size: int, fsdp: bool, demo_data: Path, tmp_path: Path) -> None:
     flags = {"parallel__fsdp": fsdp, "checkpoint__save": str(tmp_path / "run")}
     run_distributed(world_size, run_steps, tiny_config(demo_data, **flags), STEPS, False)

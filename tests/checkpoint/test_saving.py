@@ -57,6 +57,7 @@ def failing_then_good(config: RunConfig, rank: int, report: bool) -> tuple[list[
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("behind", "report"), [(False, True), (True, True), (True, False)])
+@pytest.mark.slow
 def test_a_full_disk_on_one_rank_fails_only_that_save_on_all_ranks(
     rank: int, behind: bool, report: bool, demo_data: Path, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def test_the_time_limit_counts_from_the_launch(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("flags", [{}, {"faults__inject_fault": "term@2:0"}])
+@pytest.mark.slow
 def test_each_multiple_of_exit_interval_ends_the_run(flags: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
     for step in (2, 4):
         assert run_distributed(2, loop.train, config(demo_data, tmp_path, train__exit_interval=2, **flags)) == [0, 0]

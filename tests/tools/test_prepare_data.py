@@ -98,6 +98,7 @@ def test_unchanged_shards_are_skipped_by_time_or_checksum(prepare: Any, folder: 
     assert "(0 unchanged)" in prepare(folder, "--prompt", "Look.")
 
 
+@pytest.mark.slow
 def test_parts_write_the_same_files_as_one_call(prepare: Any, folder: Path, tmp_path: Path) -> None:
     whole = shutil.copytree(folder, tmp_path / "whole", copy_function=shutil.copy2)
     prepare(whole)
@@ -173,6 +174,7 @@ def without_a_shard(path: Path) -> None:
         (lambda folder: (folder / "part.dataset.json").unlink(), "no such manifest. tools/prepare_data.py writes it"),
     ],
 )
+@pytest.mark.slow
 def test_a_damaged_manifest_is_refused(damage: object, message: str, prepare: Any, opened: Any, folder: Path) -> None:
     prepare(folder)
     damage(folder)  # type: ignore[operator]

@@ -170,6 +170,7 @@ def trained(
 @pytest.mark.parametrize(
     ("most", "releases", "replayed", "released"), [(8, None, 11, 0), (1, None, 9, 0), (1, 8, 9, 3), (1, 1, 1, 1)]
 )
+@pytest.mark.slow
 def test_a_run_with_graphs_equals_a_run_without(most: int, releases: int | None, replayed: int, released: int) -> None:
     """Two shapes; the rare one has more samples than fit the other's power of two."""
     micro_batches = [batch(seed, *([MANY] if seed % 3 == 1 and seed < 12 else [])) for seed in range(15)]

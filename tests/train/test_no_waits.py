@@ -182,6 +182,7 @@ _needs_engine = pytest.mark.skipif(why_no_engine() is not None, reason="needs a 
         pytest.param("auto", _CURRENT, 1, id="engine fp8 current", marks=_needs_engine),
     ],
 )
+@pytest.mark.slow
 def test_a_step_waits_for_the_device_once(backend: str, flags: dict[str, Any], ranks: int) -> None:
     run_distributed(ranks, steps, backend, flags)
 
