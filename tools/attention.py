@@ -7,7 +7,7 @@
         --image-mode fixed --image-size 224 --output attention
 
 Each image is captioned greedily with the cache; then one pass over image, prompt and caption is measured, one block of
-queries at a time. An encoder without text gets what applies to patches. The folder holds:
+queries at a time. Encoders without a text decoder get the patch measures only. The folder holds:
 
     mass.png        attention mass: image -> first token, generated -> first token, generated -> image (paper, Fig. 3)
     allocation.png  generated -> image, sink, prompt, generated; as mass and as density, mass / tokens (Fig. 10)
@@ -53,7 +53,7 @@ def build_parser() -> StrictParser:
     command_line.add_tokenizer(parser)
     parser.add_argument("--prompt", help="text before the generated tokens (default: the prompt of the training)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="most generated tokens (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images that generate at once (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per generation batch (default: 16)")
     text = "image -> first token: leave out the first token's attention to itself"
     parser.add_argument("--exclude-self", action="store_true", help=text)
     text = "numbers of layers, from 1, to draw maps of (default: 2, 3, 15 and the last); without a number: none"
@@ -82,11 +82,13 @@ def foreign(folder: Path) -> str:
 def _check(options: argparse.Namespace) -> None:
     for flag in ("max_new_tokens", "batch_size", "block_size"):
         if getattr(options, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1")
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1. Choose a larger number."
+            )
     if options.map_size < 16 or options.map_size % 16:
-        raise ValueError(f"--map-size {options.map_size}: must be a multiple of 16")
+        raise ValueError(f"--map-size {options.map_size}: must be a multiple of 16. Choose 128, for example.")
     if len(set(options.load)) < len(options.load):
-        raise ValueError(f"--load {' '.join(options.load)}: a model is named twice")
+        raise ValueError(f"--load {' '.join(options.load)}: a model is named twice. Name each model once.")
 
 
 def analyse(options: argparse.Namespace, words: Sequence[str]) -> int:

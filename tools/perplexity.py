@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Measure how well a language model reads an encoder: perplexity of held-out answers after a short tuning.
 
-    tools/perplexity.py --encoder runs/so16 random:runs/so16 --llm Qwen2.5-1.5B-Instruct \\
+    tools/perplexity.py --encoder runs/so16 random:runs/so16 --llm Qwen/Qwen2.5-1.5B-Instruct \\
         --data blip_laion_cc_sbu_558k.json --image-folder LLaVA-Pretrain/images --val-fraction 0.005 --output ppl
-    tools/perplexity.py --encoder runs/so16 hf:siglip2 --size 384 --llm SmolLM2-135M --data captions.csv --output ppl
-    tools/perplexity.py --encoder runs/so16 --llm SmolLM2-135M --data 'train-*.tar' --val 'val-*.tar' \\
-        --data2 llava_v1_5_mix665k.json --image-folder images llava --output ppl --no-cache
+    tools/perplexity.py --encoder runs/so16 hf:google/siglip2-so400m-patch16-384 --size 384 \\
+        --llm HuggingFaceTB/SmolLM2-135M --data captions.csv --output ppl
+    tools/perplexity.py --encoder runs/so16 --llm HuggingFaceTB/SmolLM2-135M --data 'train-*.tar' \\
+        --val 'val-*.tar' --data2 llava_v1_5_mix665k.json --image-folder images llava --output ppl --no-cache
     torchrun --nproc-per-node 8 tools/perplexity.py --encoder runs/so16 --llm ... --data ... --output ppl
 
 PPL1 tunes only the projector (Linear, GELU, Linear) on captions: image, then caption, without a prompt. PPL2 continues
 with projector and language model on --data2 as conversations, or on --data again. The encoder is frozen.
 PPL = exp(sum NLL / sum tokens) over the answers and end tokens of held-out samples, also with another sample's image
-and without an image. Lower is better; an encoder helps as far as PPL with its image is below the other two.
+and without an image. Lower is better. PPL with another sample's image shows what the language model knows
+without looking; the gap to it is what the encoder adds.
 
 --data and --data2: LLaVA's json ("conversations" with <image>), a table of images and captions (CSV, TSV, JSON, JSONL,
 Parquet, Arrow), or indexed WebDataset shards. Samples without an image are left out. The protocol: docs/evaluation.md.
@@ -75,7 +77,7 @@ def build_parser() -> StrictParser:
     parser.add_argument("--lr2", type=float, default=1e-5, help="learning rate of PPL2 (default: 1e-5)")
     text = "samples of an update, of all ranks together (default: 128)"
     parser.add_argument("--batch-size", type=int, default=128, help=text)
-    text = "samples of a forward pass, as memory allows (default: 8)"
+    text = "samples per forward pass and rank, as memory allows (default: 8)"
     parser.add_argument("--micro-batch-size", type=int, default=8, help=text)
     parser.add_argument("--epochs", type=int, default=1, help="of each stage (default: 1)")
     text = "at most N updates in each stage; the learning rate falls to its end within them (default: 0, no limit)"
@@ -216,7 +218,7 @@ def _stages(
         if not found[flag]:
             raise ValueError(
                 f"--{flag}: no sample has at most {limit} text tokens, which --seq-length {options.seq_length} and the "
-                f"language model leave beside {visual_tokens} visual tokens. Choose a smaller --size."
+                f"language model leave after {visual_tokens} visual tokens. Choose a smaller --size."
             )
 
     def stage(name: str, train_llm: bool, rate: float, data_flag: str, val_flag: str) -> Stage:

@@ -2,13 +2,15 @@
 """Measure frozen vision encoders: classification by a probe, and semantic segmentation by a linear layer.
 
     tools/probe.py classify --encoder runs/so16 --train imagenet/train --val imagenet/val --output probes/so16
-    tools/probe.py classify --encoder runs/so16 hf:siglip2 --size 384 --preset cached --train ... --val ... --output x
+    tools/probe.py classify --encoder runs/so16 hf:google/siglip2-so400m-patch16-384 --size 384 \\
+        --preset cached --train ... --val ... --output x
     tools/probe.py classify --head knn --encoder exported --train 'train-*.tar' --val 'val-*.tar' --output knn
     tools/probe.py segment --encoder runs/so16 --train ADE/images/training --val ADE/images/validation --output ade
     torchrun --nproc-per-node 8 tools/probe.py classify --encoder runs/so16 --train ... --val ... --output probes/so16
 
-classify  top-1 accuracy. The attentive probe (default) trains a head for each learning rate and weight decay at once;
-          --head mean-linear and --head knn use the mean patch. 10 % of --train select, --val is measured once.
+classify  top-1 accuracy. The attentive probe (default) trains one classifier per learning rate and weight decay,
+          all at once. --head mean-linear and --head knn use the mean of the patches. 10 % of --train select the
+          classifier; --val is measured once.
 segment   mIoU of BatchNorm and one linear layer per patch, or of nearest patches (--preset knn-capi).
 
 --train and --val: a folder with one subfolder for each class (ImageNet); for segment .../images/... beside
@@ -147,7 +149,7 @@ def _check_flags(options: argparse.Namespace) -> None:
     if options.task == "segment":
         return
     if options.head != "attentive" and options.preset:
-        raise ValueError(f"--preset {options.preset}: is a protocol of --head attentive, not of --head {options.head}.")
+        raise ValueError(f"--preset {options.preset}: works only with --head attentive. Leave out --preset or --head.")
     if options.per_class is not None and options.per_class < 0:
         raise ValueError(f"--per-class {options.per_class}: must be at least 0, which means all")
     options.protocol = (options.preset or "capi") if options.head == "attentive" else options.head

@@ -8,8 +8,8 @@
 Curves and captions of the validation come from the run's TensorBoard files; steps that were repeated after a crash or a
 rollback are grey. Data and settings come from the newest checkpoint. --images adds that checkpoint's captions and patch
 readouts, --attention a folder of tools/attention.py, --results folders of tools/probe.py, zeroshot.py, perplexity.py or
-sweep.py (a results.json with pictures). Everything names the command that made it; what is missing names the command
-that would make it. The page replaces an earlier report, but no other file.
+sweep.py (a results.json with pictures). Each part shows the command that made it, or would make it.
+The page replaces an earlier report, but no other file.
 
 Exit status: 0 done; 2 a setting or a file is wrong.
 """

@@ -2,7 +2,8 @@
 """Run another tool at several image sizes and draw its scores as one curve for each encoder.
 
     tools/sweep.py --output sweep -- tools/probe.py classify --encoder runs/so16 --train train/ --val val/
-    tools/sweep.py --output sweep --sizes 224 336 448 -- tools/zeroshot.py classify imagenet/val --load runs/so16
+    tools/sweep.py --output sweep --sizes 224 336 448 -- tools/zeroshot.py classify imagenet/val --load runs/so16 \\
+        --class-names names.json
     tools/sweep.py --output sweep --measure mass.generated.image -- tools/attention.py photos/ --load runs/so16
     tools/sweep.py --output sweep -- torchrun --nproc-per-node 8 tools/probe.py segment --encoder runs/so16 ...
 
@@ -48,8 +49,8 @@ def build_parser() -> StrictParser:
     text = f"sides of the images in pixels (default: {' '.join(map(str, SIZES))})"
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help=text)
     text = (
-        "number in the rows of the tool's results, with dots for inner keys, for example accuracies.bytes.none; of a "
-        "list the mean (default: the tool's own measure; of tools/attention.py mass.image.first)"
+        "number in the rows of the tool's results, with dots for inner keys, for example accuracies.bytes.none; "
+        "lists are averaged (default: the tool's own measure; of tools/attention.py mass.image.first)"
     )
     parser.add_argument("--measure", default="", metavar="KEY", help=text)
     return parser

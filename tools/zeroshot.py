@@ -77,14 +77,14 @@ def _add_shared(parser: argparse.ArgumentParser, priors: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of the results")
     text = "length that divides log-likelihoods: tokens (default), UTF-8 bytes, or none"
     parser.add_argument("--normalise", choices=_NORMALISATIONS, default="tokens", help=text)
-    text = "what log-likelihoods are compared with: none (default); no-image: after the prompt only" + (
+    text = "log-prior to subtract: none (default); no-image: after the prompt only" + (
         "; shuffled: mean probability over all images" if "shuffled" in priors else ""
     )
     parser.add_argument("--prior", choices=priors, default="none", help=text)
     parser.add_argument("--end-token", action="store_true", help="score also the token that ends a caption")
     parser.add_argument("--prompt", help="text between image and texts (default: the prompt of the training)")
     parser.add_argument("--tokenizer", default="", help="the models' tokenizer file, if it was moved")
-    parser.add_argument("--batch-size", type=int, default=16, help="most images at a time (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per batch (default: 16)")
     parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto, a GPU if there is one)")
     text = "dtype to compute in (default: auto, the dtype of the stored weights)"
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)

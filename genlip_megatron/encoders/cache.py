@@ -93,7 +93,9 @@ class FeatureCache:
             found = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key, value in record.items() if key != "encoder" and found[key] != value]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"--cache {self.folder}: its {RECORD} is not that of a feature cache") from None
+            raise ValueError(
+                f"--cache {self.folder}: its {RECORD} is not that of a feature cache. Name another folder."
+            ) from None
         if "fingerprint" in differing:
             raise ValueError(
                 f"--cache {self.folder}: made with another encoder, {found['encoder']} with other weights or settings. "

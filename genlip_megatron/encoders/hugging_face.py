@@ -173,20 +173,27 @@ def open_hugging_face(
     try:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
-        hint = "" if is_folder else " Without a network, name a folder that holds config.json and the weights."
+        hint = (
+            " Check its config.json."
+            if is_folder
+            else " Without a network, name a folder that holds config.json and the weights."
+        )
         raise ValueError(f"--encoder {name}: cannot be opened ({_first_line(error)}).{hint}") from None
     if not family_of(config.model_type):
         raise ValueError(
             f"--encoder {name}: its config.json says model_type {config.model_type!r}. Known are "
-            f"{', '.join(FAMILIES)}, their two-tower models, and GenLIP."
+            f"{', '.join(FAMILIES)}, their two-tower models, and GenLIP. Name one of these."
         )
     try:
         model, report = AutoModel.from_pretrained(where, dtype=dtype, output_loading_info=True)
     except Exception as error:  # damaged files raise what their format's library raises
-        raise ValueError(f"--encoder {name}: its weights cannot be loaded ({_first_line(error)})") from None
+        raise ValueError(
+            f"--encoder {name}: its weights cannot be loaded ({_first_line(error)}). Download it again."
+        ) from None
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise ValueError(
-            f"--encoder {name}: its weights lack {missing[0]} ({len(missing)} in all), or its shape differs"
+            f"--encoder {name}: its weights lack {missing[0]} ({len(missing)} in all), or its shape differs. Download "
+            "it again."
         )
     if hasattr(model, "text_model"):
         model = model.vision_model

@@ -93,7 +93,7 @@ class Encoder(ABC):
         return digest.hexdigest()
 
     def preprocessing_facts(self) -> tuple[Any, ...]:
-        """What decides ``resize`` beside ``size``."""
+        """Settings besides ``size`` that change ``resize``."""
         return ()
 
     def resize(self, image: Image.Image) -> Image.Image:

@@ -50,7 +50,9 @@ class CNNEncoder(Encoder):
     def _encode_batch(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         features = self.module(pixels)
         if features.shape[2:] != grid:
-            raise ValueError(f"--encoder {self.name}: a map of {tuple(features.shape[2:])}, expected {grid}")
+            raise ValueError(
+                f"--encoder {self.name}: a map of {tuple(features.shape[2:])}, expected {grid}. Choose another size."
+            )
         patches = features.flatten(2).transpose(1, 2)
         return patches[:, :0], patches
 
@@ -113,7 +115,9 @@ def open_timm(
                 f"local-dir:{where}" if is_folder else where, pretrained=not random_weights, num_classes=0
             )
     except Exception as error:  # timm raises what its hub library raises
-        raise ValueError(f"--encoder {name}: timm cannot open it ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"--encoder {name}: timm cannot open it ({str(error).splitlines()[0]}). Check the name and the network."
+        ) from None
     return _timm_encoder(name, model, timm.data.resolve_model_data_config(model), layer, device, dtype)
 
 
@@ -131,7 +135,9 @@ def open_open_clip(
         with seeded():
             model = open_clip.create_model(model_name, pretrained=None if random_weights else pretrained or None)
     except Exception as error:  # open_clip raises what its hub library raises
-        raise ValueError(f"--encoder {name}: open_clip cannot open it ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"--encoder {name}: open_clip cannot open it ({str(error).splitlines()[0]}). Check name and network."
+        ) from None
     trunk = getattr(model.visual, "trunk", None)
     if trunk is None:
         raise ValueError(f"--encoder {name}: its vision tower is not timm's. Use the transformers folder of the model.")
@@ -148,7 +154,9 @@ def _timm_encoder(
     name: str, model: Any, data: dict[str, Any], layer: str, device: torch.device, dtype: torch.dtype
 ) -> TimmEncoder:
     if not hasattr(model, "blocks") or not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(f"--encoder {name}: {type(model).__name__} is not a vision Transformer with blocks")
+        raise ValueError(
+            f"--encoder {name}: {type(model).__name__} is not a vision Transformer with blocks. Name another model."
+        )
     if hasattr(model, "set_input_size"):
         model.patch_embed.strict_img_size = False
         model.dynamic_img_size = True

@@ -45,7 +45,10 @@ def open_encoder(
     kind, where, random_weights = parse_name(name)
     if kind in _BASELINES:
         if layer != AFTER_NORM or random_weights:
-            raise ValueError(f"--encoder {name}, --layer {layer}: this baseline has no layers and no weights")
+            raise ValueError(
+                f"--encoder {name}, --layer {layer}: this baseline has no layers and no weights. Leave out --layer and "
+                "random:."
+            )
         return PixelEncoder(name, colour=kind == "colour")
     if kind == "genlip":
         return open_genlip(where, name, layer=layer, device=device, dtype=dtype, random_weights=random_weights, log=log)

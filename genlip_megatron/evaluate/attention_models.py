@@ -254,7 +254,7 @@ def measure(
         subject: the model.
         images: to measure, each as one sequence.
         settings: what decides the numbers.
-        batch_size: images that generate at once.
+        batch_size: images per generation batch.
     """
     for start in range(0, len(images), batch_size):
         batch = [subject.prepare(images[number]) for number in range(start, min(start + batch_size, len(images)))]

@@ -1,8 +1,8 @@
 """Top-1 accuracy of a frozen encoder: attentive probe, linear probe of the mean patch, and nearest neighbours.
 
-Heads of all learning rates and weight decays train at once on the same features. 10 % of the training images (seed 42)
-select the most accurate, of equally accurate ones that of the lowest loss. The validation images are read once, for
-that head.
+Classifiers of all learning rates and weight decays train at once on the same features. 10 % of the training images
+(seed 42) select the classifier with the highest accuracy; ties go to the lowest loss. The validation images are read
+once, for that classifier.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line decides beside the preset.
+    """What the command line sets in addition to the preset.
 
     Attributes:
         size: side of the images in pixels; None: native shapes.

@@ -49,7 +49,9 @@ class ShardPicture:
         try:
             return Image.fromarray(self.sample.read())
         except ValueError as error:
-            raise ValueError(f"{self.sample.index.shard}: {self.sample.name['key']}: {error}") from error
+            raise ValueError(
+                f"{self.sample.index.shard}: {self.sample.name['key']}: {error}. Replace the image and index again."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def read_dialogues(
     for path in where:
         if table_suffix(path) and not path.endswith(".dataset.json"):
             if not os.path.isfile(path):
-                raise ValueError(f"{flag} {path}: no such file")
+                raise ValueError(f"{flag} {path}: no such file. Check the path.")
             for image, turns in _table(path, flag, image_folder, image_column, caption_column):
                 if image is None:
                     without += 1
@@ -105,7 +107,10 @@ def read_dialogues(
             f"{missing[0]}. Name their folder with --image-folder."
         )
     if not found:
-        raise ValueError(f"{flag} {' '.join(where)}: no sample with an image ({without} without one)")
+        raise ValueError(
+            f"{flag} {' '.join(where)}: no sample with an image ({without} without one). Name other data, or check "
+            "--image-column."
+        )
     return found, without
 
 
@@ -162,7 +167,7 @@ def _table(
             )
         for place, cells in table_rows(path, image_column, (image_column, *text_columns)):
             if isinstance(cells, str):
-                raise ValueError(f"SOURCE {path}: row {place['row']}: {cells}")
+                raise ValueError(f"SOURCE {path}: row {place['row']}: {cells}. Repair or remove the row.")
             image = _image(cells.get(image_column), image_folder or str(Path(path).parent), f"{path}:{place['row']}")
             yield image, [] if image is None else _turns(cells, caption_column, f"SOURCE {path}: row {place['row']}")
     except ValueError as error:
@@ -176,7 +181,7 @@ def _turns(cells: dict[str, Any], caption_column: str, place: str) -> Turns:
     try:
         turns = parse_turns(json.dumps(record).encode(), True, "")
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise ValueError(f"{place}: {error}. Repair or remove the row.") from None
     return turns if name else turns[1:]  # without the empty prompt of a caption
 
 
@@ -205,5 +210,5 @@ def _shards(path: str, flag: str) -> Iterator[Dialogue]:
         try:
             turns = sample.turns("")
         except ValueError as error:
-            raise ValueError(f"{flag} {path}: {sample.name['key']}: {error}") from None
+            raise ValueError(f"{flag} {path}: {sample.name['key']}: {error}. Repair the sample.") from None
         yield Dialogue(ShardPicture(sample), [turn for turn in turns if turn[0]])

@@ -7,7 +7,7 @@
 | table (CSV, TSV, JSON, Parquet, Arrow) | a column of names or of numbers | a column of PNG files |
 
 The images of a table are paths relative to the table, or bytes as Hugging Face's data sets hold them. Bytes stay in
-memory, so a large data set belongs into shards or folders.
+memory, so a large data set belongs in shards or folders.
 """
 
 from __future__ import annotations
@@ -95,9 +95,11 @@ class Source:
             with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
                 labels = np.asarray(image)
         except Exception as error:  # every codec error means a bad mask
-            raise ValueError(f"{self.name}: not a PNG mask ({error})") from error
+            raise ValueError(f"{self.name}: not a PNG mask ({error}). Replace the file.") from error
         if labels.ndim != 2 or labels.dtype != np.uint8:
-            raise ValueError(f"{self.name}: a mask needs one 8-bit number for each pixel, a PNG of mode L or P")
+            raise ValueError(
+                f"{self.name}: a mask needs one 8-bit number for each pixel. Save it as PNG of mode L or P."
+            )
         return reduce_zero_label(labels) if reduce_zero else labels
 
 
@@ -166,7 +168,7 @@ def read_classes(
     for image, label in pairs:
         if str(label) not in numbers:
             if known is None:
-                raise ValueError(f"{flag} {_text(where)}: {image.name} has label {label}. The first class is 0.")
+                raise ValueError(f"{flag} {_text(where)}: {image.name} has label {label}. Number classes from 0.")
             listed = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
             raise ValueError(
                 f"{flag} {_text(where)}: {image.name} has label {label}, outside the {len(classes)} classes of --train "
@@ -325,7 +327,7 @@ def _shards(where: Sequence[str], flag: str, masks: bool) -> Iterator[tuple[Sour
     for pattern in where:
         shards = [shard for part in patterns.find(pattern).values() for shard in part]
         if not shards:
-            raise ValueError(f"{flag} {pattern}: no such shard.")
+            raise ValueError(f"{flag} {pattern}: no such shard. Check the path or the pattern.")
         for shard in shards:
             members: dict[str, dict[str, Source]] = {}
             try:
@@ -337,16 +339,16 @@ def _shards(where: Sequence[str], flag: str, masks: bool) -> Iterator[tuple[Sour
                             place = Source(f"{shard}:{member.name}", shard, member.offset_data, member.size)
                             members.setdefault(f"{folder}/{stem}", {})[kind.lower()] = place
             except (tarfile.TarError, OSError) as error:
-                raise ValueError(f"{flag} {shard}: cannot be read as a shard ({error})") from None
+                raise ValueError(f"{flag} {shard}: cannot be read as a shard ({error}). Replace it.") from None
             for parts in members.values():
                 image = next((parts[kind] for kind in parts if f".{kind}" in IMAGE_SUFFIXES), None)
                 if image is None:
                     continue
                 if wanted not in parts:
-                    raise ValueError(f"{flag} {shard}: {image.name} has no label, a member .{wanted}")
+                    raise ValueError(f"{flag} {shard}: {image.name} has no label. Add a member .{wanted}.")
                 label = parts[wanted] if masks else parts[wanted]._bytes().decode(errors="replace").strip()
                 if not label:
-                    raise ValueError(f"{flag} {shard}: the label of {image.name}, its member .cls, is empty")
+                    raise ValueError(f"{flag} {shard}: the label of {image.name}, its member .cls, is empty. Fill it.")
                 yield image, label
 
 
@@ -360,10 +362,10 @@ def _table(path: str, flag: str, image_column: str, label_column: str, masks: bo
                 )
         for place, cells in table_rows(path, image_column, (image_column, label_column)):
             if isinstance(cells, str):
-                raise ValueError(f"SOURCE {path}: row {place['row']}: {cells}")
+                raise ValueError(f"SOURCE {path}: row {place['row']}: {cells}. Repair or remove the row.")
             name, label = f"{path}:{place['row']}", cells[label_column]
             if cells[image_column] in (None, ""):
-                raise ValueError(f"SOURCE {path}: row {place['row']} has no image")
+                raise ValueError(f"SOURCE {path}: row {place['row']} has no image. Fill it or remove the row.")
             if label in (None, ""):
                 raise ValueError(f"SOURCE {path}: row {place['row']} has no label. Fill it or remove the row.")
             image = _cell(cells[image_column], path, name)
@@ -379,5 +381,5 @@ def _cell(cell: Any, table: str, name: str) -> Source:
         return Source(name, content=cell)
     path = os.path.join(os.path.dirname(table), str(cell))
     if not os.path.isfile(path):
-        raise ValueError(f"SOURCE {table}: {name} names {cell}, which does not exist")
+        raise ValueError(f"SOURCE {table}: {name} names {cell}, which does not exist. Correct the path.")
     return Source(path, path)

@@ -121,11 +121,14 @@ def open_language_model(name: str, device: torch.device | str = "cpu") -> Langua
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise ValueError(
             f"--llm {name}: not a causal language model, or its weights are incomplete: they lack {missing[0]} "
-            f"({len(missing)} in all)."
+            f"({len(missing)} in all). Name a text model, or download it again."
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise ValueError(f"--llm {name}: its tokenizer has {len(tokenizer)} tokens, and its embedding {rows}.")
+        raise ValueError(
+            f"--llm {name}: its tokenizer has {len(tokenizer)} tokens, and its embedding {rows}. Copy the model's own "
+            "tokenizer files into the folder."
+        )
     model.requires_grad_(False).eval().to(device)
     _check_causal(model, name)
     return LanguageModel(name, model, tokenizer)
@@ -136,7 +139,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _hint(name: str) -> str:
-    return "" if Path(name).is_dir() else " Without a network, name a folder that holds config.json and the weights."
+    if Path(name).is_dir():
+        return " Download the folder again."
+    return " Without a network, name a folder that holds config.json and the weights."
 
 
 def _tokenizer(name: str) -> Any:
@@ -183,6 +188,6 @@ def _check_causal(model: Any, name: str) -> None:
     try:
         first, second = model(inputs_embeds=embedding(pairs)).logits[:, 0].float()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--llm {name}: does not take inputs_embeds ({_first_line(error)}).") from None
+        raise ValueError(f"--llm {name}: does not take inputs_embeds ({_first_line(error)}). Name another.") from None
     if not torch.allclose(first, second, rtol=0, atol=1e-3 * float(first.abs().max())):
-        raise ValueError(f"--llm {name}: not a causal language model: a token sees those after it.")
+        raise ValueError(f"--llm {name}: not a causal language model: a token sees those after it. Name another.")

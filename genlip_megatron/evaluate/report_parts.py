@@ -29,7 +29,7 @@ _TOKENS = (0, 16, 32, 64, 128, 256, 512, 1024)
 # What measures an encoder, and its picture in the report: tool -> rest of an example of its command line.
 _TOOLS = {
     "probe.py": "classify --encoder {load} --train imagenet/train --val imagenet/val --output {run}/probe",
-    "zeroshot.py": "classify imagenet/val --load {load} --output {run}/zeroshot",
+    "zeroshot.py": "classify imagenet/val --load {load} --class-names names.json --output {run}/zeroshot",
     "perplexity.py": "--encoder {load} --llm LLM --data captions.json --image-folder images --output {run}/perplexity",
     "sweep.py": "--output {run}/sweep -- tools/probe.py classify --encoder {load} --train imagenet/train "
     "--val imagenet/val",

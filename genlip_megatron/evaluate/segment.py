@@ -62,7 +62,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line decides beside the preset.
+    """What the command line sets in addition to the preset.
 
     Attributes:
         size: side of crops and windows in pixels.
@@ -248,7 +248,7 @@ def _pair(sample: Masked, reduce_zero: bool) -> tuple[Image.Image, np.ndarray]:
     if labels.shape != (image.height, image.width):
         raise ValueError(
             f"{sample.mask.name}: a mask of {labels.shape[1]}x{labels.shape[0]} pixels, but its image has "
-            f"{image.width}x{image.height}"
+            f"{image.width}x{image.height}. Replace the mask or remove the image."
         )
     return image, labels
 

@@ -129,7 +129,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, flag: str, end_token: boo
     for text in texts:
         ids = encode_prompt(text, tokenizer, flag)
         if not ids:
-            raise ValueError(f"{flag} = {text!r}: no text to score")
+            raise ValueError(f"{flag} = {text!r}: no text to score. Write at least one word.")
         found.append(ids + tokenizer.closing_ids[:1] if end_token else ids)
     return found
 
@@ -168,7 +168,9 @@ def _names_of_file(path: Path, classes: Sequence[str]) -> list[str]:
     content = _read_json(path, "--class-names")
     if isinstance(content, dict):
         if missing := [name for name in classes if name not in content]:
-            raise ValueError(f"--class-names {path}: no name for class {missing[0]} ({len(missing)} are missing)")
+            raise ValueError(
+                f"--class-names {path}: no name for class {missing[0]} ({len(missing)} are missing). Add all."
+            )
         content = [content[name] for name in classes]
     numbered = list(classes) == [str(number) for number in range(len(classes))]
     if (
@@ -177,7 +179,8 @@ def _names_of_file(path: Path, classes: Sequence[str]) -> list[str]:
         or (len(content) < len(classes) if numbered else len(content) != len(classes))
     ):
         raise ValueError(
-            f"--class-names {path}: expected {len(classes)} texts, as a list or as an object {{class: text}}"
+            f"--class-names {path}: expected {len(classes)} texts, as a list or as an object {{class: text}}. Correct "
+            "the file."
         )
     return content
 
@@ -192,11 +195,11 @@ def read_templates(values: Sequence[str]) -> list[str]:
     for value in values:
         found = _read_json(Path(value), "--template") if value.endswith(".json") else [value]
         if not isinstance(found, list) or not found:
-            raise ValueError(f"--template {value}: expected a JSON list of texts")
+            raise ValueError(f"--template {value}: expected a JSON list of texts. Correct the file.")
         templates += found
     for template in templates:
         if not _is_text(template) or template.count("{}") != 1:
-            raise ValueError(f"--template {template!r}: needs one {{}}, the place of the class name")
+            raise ValueError(f"--template {template!r}: needs one {{}}, the place of the class name. Add it.")
     return templates
 
 
@@ -208,9 +211,9 @@ def _read_json(path: Path, flag: str) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be read: {error.strerror}") from None
+        raise ValueError(f"{flag} {path}: cannot be read: {error.strerror}. Check the path.") from None
     except ValueError as error:
-        raise ValueError(f"{flag} {path}: not JSON ({error})") from None
+        raise ValueError(f"{flag} {path}: not JSON ({error}). Correct the file.") from None
 
 
 def read_candidates(path: Path) -> list[tuple[str, list[str]]]:
@@ -223,7 +226,7 @@ def read_candidates(path: Path) -> list[tuple[str, list[str]]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ValueError(f"FILE {path}: cannot be read: {reason}") from None
+        raise ValueError(f"FILE {path}: cannot be read: {reason}. Check the path and save it as UTF-8.") from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -231,18 +234,19 @@ def read_candidates(path: Path) -> list[tuple[str, list[str]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"FILE {path}: line {number} is not JSON ({error})") from None
+            raise ValueError(f"FILE {path}: line {number} is not JSON ({error}). Correct it.") from None
         fields = row if isinstance(row, dict) else {}
         image, candidates = str(fields.get("path", "")), fields.get("candidates")
         if not image or not isinstance(candidates, list) or not all(map(_is_text, candidates)):
             raise ValueError(
-                f'FILE {path}: line {number}: expected {{"path": an image file, "candidates": a list of texts}}'
+                f'FILE {path}: line {number}: expected {{"path": an image file, "candidates": a list of texts}}. '
+                "Correct the line."
             )
         if len(candidates) < 2:
             raise ValueError(f"FILE {path}: line {number}: {len(candidates)} candidates. A choice needs two or more.")
         if not Path(image).is_file():
-            raise ValueError(f"FILE {path}: line {number}: {image}: no such file")
+            raise ValueError(f"FILE {path}: line {number}: {image}: no such file. Correct the path.")
         found.append((image, candidates))
     if not found:
-        raise ValueError(f"FILE {path}: no lines")
+        raise ValueError(f"FILE {path}: no lines. Write one for each image.")
     return found

@@ -139,7 +139,7 @@ BAD = {
     "a size without whole patches": (None, ("--size", "40"), "no whole number of 16 x 16 patches"),
     "too many sizes": (None, ("--size", "32", "64"), "2 sizes for 1 encoders"),
     "an encoder twice": (None, ("--encoder", "colour", "colour"), "two of the same name"),
-    "a preset of another head": (None, ("--head", "knn", "--preset", "capi"), "--preset capi: is a protocol of"),
+    "a preset of another head": (None, ("--head", "knn", "--preset", "capi"), "--preset capi: works only with"),
     "another encoder's cache": (_other_cache, ("--preset", "cached", "--cache", "cache"), "another encoder, runs/old"),
     "a negative number": (None, ("--max-steps", "-1"), "--max-steps -1: must be at least 0"),
     "no RandAugment": (None, ("--preset", "aimv2"), "RandAugment needs timm"),
