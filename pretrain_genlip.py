@@ -114,7 +114,9 @@ def run(config: RunConfig) -> int:
         # torchrun ends the others when these leave.
         say_error(str(error), groups.first_to_say(str(error)))
         # After a restart a store or another process may answer.
-        return {UserError: EXIT_USER_ERROR, DataFailure: EXIT_DATA_FAILURE}.get(type(error), 1)
+        if isinstance(error, UserError):
+            return EXIT_USER_ERROR
+        return EXIT_DATA_FAILURE if isinstance(error, DataFailure) else 1
     finally:
         watchdog.close()
 

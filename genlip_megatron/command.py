@@ -42,8 +42,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     A ValueError that Python or a library raises is a bug and keeps its traceback.
 
-    SIGINT and SIGTERM raise exceptions, so that partial files are removed and workers end. A second signal ends the
-    process at once. The exit status is the signal's, in a shell 130 or 143.
+    SIGINT and SIGTERM raise exceptions, so that partial files are removed and workers end. A second SIGINT ends the
+    process at once, a second SIGTERM is ignored. The exit status is the signal's, in a shell 130 or 143.
     """
     prog = Path(main.__code__.co_filename).name
 
@@ -83,7 +83,8 @@ def one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
     def interrupt(number: int, _: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_DFL)
+        # Batch systems send SIGTERM twice; the second must not interrupt the clean-up.
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)

@@ -30,7 +30,7 @@ from genlip_megatron.outputs import begins_with, check_file, write
 megatron_patches.install()
 
 from genlip_megatron.testing.distributed import run_distributed  # noqa: E402
-from genlip_megatron.testing.parity import (  # noqa: E402  # noqa: E402
+from genlip_megatron.testing.parity import (  # noqa: E402
     BFLOAT16,
     DATA,
     FLOAT32,

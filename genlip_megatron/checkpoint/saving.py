@@ -172,19 +172,21 @@ class Saver:
         planner = self._planner(kind)
         try:
             place = on_rank_0(lambda: self._prepare(iteration))
+            # Copied because the next step changes these values.
+            common = everywhere(lambda: copy.deepcopy(common))
+            gathering = time.monotonic()
             if kind == FULLY_RESHARDABLE:
                 # Gathering waits for other ranks, so an error in it must end this process, and so the launch.
                 everywhere(self._check_host_memory)
                 sharded, plain, objects, random = self._collect(kind, random)
             else:
                 sharded, plain, objects, random = everywhere(lambda: self._collect(kind, random))
-            gathering = time.monotonic() - begin
+            gathering = time.monotonic() - gathering
             # A new plan is a collective.
             if not lowest(planner.knows(sharded)):
                 planner.prepare(sharded)
         except NotSaved as error:
             raise NotSaved(self._failed(iteration, str(error))) from None
-        planned, written = self._write(planner, sharded, place, behind, iteration)
         new = Manifest(
             iteration=iteration,
             kind=kind,
@@ -196,7 +198,8 @@ class Saver:
             versions=self._versions,
             revision=self._revision,
         )
-        common = {**copy.deepcopy(common), **plain, "iteration": iteration}
+        common = {**common, **plain, "iteration": iteration}
+        planned, written = self._write(planner, sharded, place, behind, iteration)
         stopped = time.monotonic() - begin
         self._pending = _Pending(new, planned, written, common, objects, gathering, stopped)
         if behind:

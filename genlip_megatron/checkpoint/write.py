@@ -225,6 +225,7 @@ class Planner:
         # Without this check a missing tensor would be noticed only when it is loaded.
         held = [MetadataIndex(t.key, t.global_offset) for t in nested_values(state) if is_main_replica(t.replica_id)]
         planned = [item.index for item in self._items]
+        assert len(set(planned)) == len(planned), "the plan writes a tensor twice"
         assert Counter(planned) == Counter(held), "the plan is not of this state"
         items = [(item, planner.resolve_data(item)) for item in self._items]
         for item, tensor in items:

@@ -73,6 +73,7 @@ def export_weights(
         for name, tensor in zip(wanted, source.read(parameter) if wanted else (), strict=True):
             writer.write(name, tensor)
             progress(tensors[name].nbytes)
+    assert not writer.unwritten, "some tensors were not written"
 
 
 def read_json(file: Path) -> dict[str, Any]:

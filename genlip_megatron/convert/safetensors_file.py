@@ -203,6 +203,11 @@ class SafetensorsWriter:
             out.truncate(begin + end)
         self._places |= {name: (file, begin + offset) for name, offset in places.items()}
 
+    @property
+    def unwritten(self) -> list[str]:
+        """Names of tensors that are still missing."""
+        return list(self._places)
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the planned shape, cast to the planned dtype a block at a time.
 

@@ -104,7 +104,10 @@ class GenLIPConfig(PretrainedConfig):
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        self.mrope_section = list(rope_settings({"rope_scaling": value}).get("mrope_section", [12, 12, 12]))
+        rope = rope_settings({"rope_scaling": value})
+        if "rope_theta" in rope:
+            raise ValueError(f"rope_scaling.rope_theta = {rope['rope_theta']!r}: set rope_theta instead")
+        self.mrope_section = list(rope.get("mrope_section", [12, 12, 12]))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field under its name in ``config.json``."""

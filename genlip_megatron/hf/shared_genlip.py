@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image  # only images need Pillow, not a model or its configuration
 
 PATCH_SIZE = 16
 PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
@@ -36,15 +38,15 @@ IMAGE_STEPS: dict[str, Any] = {
     "image_std": [0.5, 0.5, 0.5],
     "do_convert_rgb": True,
 }
-# EXIF orientation -> how to turn the image upright.
+# EXIF orientation -> the member of PIL.Image.Transpose that turns the image upright.
 UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
 }
 _ROPE: dict[str, tuple[Any, ...]] = {
     "type": ("default", "mrope"),
@@ -107,6 +109,8 @@ def image_settings(
         raise ValueError(f"fixed_resize = {fixed_resize!r}: allowed are 'squash' and 'resize-center-crop'")
     sides: Any = {"height": 224, "width": 224} if size is None else size
     sides = {"height": sides, "width": sides} if isinstance(sides, int) else sides
+    if hasattr(sides, "height") and hasattr(sides, "width"):  # the SizeDict of newer versions of transformers
+        sides = {"height": sides.height, "width": sides.width}
     known = isinstance(sides, Mapping) and set(sides) == {"height", "width"}
     if not known or any(not is_count(side) or side % PATCH_SIZE for side in sides.values()):
         raise ValueError(f"size = {sides!r}: expected height and width, multiples of {PATCH_SIZE}")
@@ -133,6 +137,8 @@ def check_aspect_ratio(height: int, width: int) -> None:
 def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int = 262144) -> tuple[int, int]:
     """(height, width) in pixels, multiples of 16, that keep the aspect ratio and the area within the two limits.
 
+    ``data.resize.native_sizes`` is the same rule for arrays.
+
         >>> native_size(1080, 1920), native_size(600, 800)
         ((384, 672), (432, 576))
 
@@ -158,9 +164,11 @@ def upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
     Raises:
         ValueError: values that are not 8-bit or 16-bit levels.
     """
+    from PIL import Image
+
     image.load()
     upright = UPRIGHT.get(orientation)
-    pixels: Image.Image = image if upright is None else image.transpose(upright)
+    pixels: Image.Image = image if upright is None else image.transpose(Image.Transpose[upright])
     if pixels.mode == "F":
         raise ValueError("an image of mode F has no known range. Convert it to 8-bit grey, mode L")
     if pixels.mode.startswith("I"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,29 @@ import pytest
 
 from genlip_megatron.checkpoint import paths
 from genlip_megatron.convert.staging import new_folder
+
+
+# A tool that receives SIGTERM while it writes, and again while it removes its folder.
+TWICE = """
+import os, shutil, signal, sys
+from pathlib import Path
+from genlip_megatron.command import command
+from genlip_megatron.convert import staging
+
+remove = shutil.rmtree
+def again(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    remove(*args, **kwargs)
+shutil.rmtree = again
+
+@command
+def main():
+    with staging.new_folder(Path(sys.argv[1]), 1, True, lambda _: "") as partial:
+        (partial / "file").write_text("new")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+sys.exit(main())
+"""
 
 
 def names(folder: Path) -> list[str]:
@@ -140,3 +165,11 @@ def test_an_empty_folder_is_filled_and_any_other_refused(tmp_path: Path) -> None
     ):
         raise AssertionError
     assert names(tmp_path) == ["target"] and names(target) == ["file"]
+
+
+def test_a_second_sigterm_does_not_interrupt_the_clean_up(tmp_path: Path) -> None:
+    target = tmp_path / "old"
+    target.mkdir()
+    (target / "file").write_text("old")
+    assert subprocess.run([sys.executable, "-c", TWICE, str(target)], check=False).returncode == 143
+    assert names(tmp_path) == ["old"] and (target / "file").read_text() == "old"

@@ -235,6 +235,12 @@ def test_impossible_sizes_are_refused(fields: dict[str, Any], message: str) -> N
         GenLIPConfig(**fields)
 
 
+def test_an_assigned_rope_theta_is_not_ignored() -> None:
+    config = GenLIPConfig()
+    with pytest.raises(ValueError, match=r"rope_scaling.rope_theta = 500.0: set rope_theta instead"):
+        config.rope_scaling = {"rope_type": "default", "rope_theta": 500.0}
+
+
 def test_rotary_sections_survive_every_spelling(tmp_path: Path) -> None:
     newer = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [8, 12, 12]}
     for config in (

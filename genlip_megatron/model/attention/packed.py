@@ -70,6 +70,6 @@ def prepare_attention(
     spans = Spans.of(batch, own.start, own.stop)
     kind: Any = Fp8Images if backend == FP8_BACKEND else BACKENDS[backend]
     prepared: Backend = kind(spans, batch, cos, sin, **({"fixed_shapes": True} if fixed_shapes else {}))
-    if fusion:
+    if fusion and kind.rotate is apply_rotary:  # "grouped" has its own
         prepared.rotate = compiled(apply_rotary)
     return PackedAttention(prepared, context, gather_keys)
