@@ -329,7 +329,7 @@ def perplexity(work: Work, run: Path) -> list[str]:
     )  # fmt: skip
     rows = []
     for name, row in zip(encoders, _rows(output)["encoders"], strict=True):
-        values = " / ".join(f"{row[key]:.1f}" for key in ("ppl1", "ppl1_shuffled", "ppl1_no_image") if key in row)
+        values = " / ".join(f"{row[key]:.1f}" for key in ("ppl1", "ppl1_shuffled", "ppl1_without_image"))
         rows.append(
             f"| captions through SmolLM2, PPL1 with its / another / no image | {_label(name, run)} | {values} |"
         )
