@@ -109,6 +109,7 @@ def analyse(options: argparse.Namespace, words: Sequence[str]) -> int:
         measure,
         open_subject,
         summarise,
+        unify_dtypes,
     )
     from genlip_megatron.infer.load import pick_device
 
@@ -126,6 +127,7 @@ def analyse(options: argparse.Namespace, words: Sequence[str]) -> int:
         )
         for name in options.load
     ]
+    unify_dtypes(subjects)
     for subject in subjects:
         if subject.loaded is not None:
             map_layers(len(subject.blocks()), options.maps)

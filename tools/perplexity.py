@@ -273,6 +273,7 @@ def _job(
 
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.evaluate import perplexity as library
+    from genlip_megatron.evaluate import perplexity_results
     from genlip_megatron.evaluate.probe_state import ProbeFolder
 
     place = options.output / _slug(encoder.name)
@@ -295,7 +296,7 @@ def _job(
         results = library.measure(encoder, language, features, stages, chosen, folders)
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
-        return {"encoder": encoder.name, **{s.name: result for s, result in zip(stages, results, strict=True)}}
+        return perplexity_results.row({s.name: result for s, result in zip(stages, results, strict=True)})
 
     return run
 

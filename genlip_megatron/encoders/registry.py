@@ -33,7 +33,8 @@ def open_encoder(
         name: ``[random:][KIND:]WHERE``.
         layer: "after_norm", "last_block", or "-1", "-2" and so on.
         device: where its weights go.
-        dtype: "fp32", "bf16", "fp16", or "auto": fp32 on a CPU, bf16 on a GPU.
+        dtype: "fp32", "bf16", "fp16", or "auto": fp32 on a CPU, bf16 on a GPU; "stored": that of the
+            stored weights, where the library that opens them does not make them fp32.
         log: called with a line about each damaged checkpoint that is skipped.
 
     Raises:
@@ -51,8 +52,12 @@ def open_encoder(
             )
         return PixelEncoder(name, colour=kind == "colour")
     if kind == "genlip":
+        dtype = "auto" if dtype == "stored" else dtype
         return open_genlip(where, name, layer=layer, device=device, dtype=dtype, random_weights=random_weights, log=log)
-    return _KINDS[kind](where, name, layer=layer, device=device, dtype=DTYPES[dtype], random_weights=random_weights)
+    if kind == "hf" and dtype == "stored":
+        return open_hugging_face(where, name, layer=layer, device=device, dtype="auto", random_weights=random_weights)
+    wanted = DTYPES["fp32" if dtype == "stored" else dtype]
+    return _KINDS[kind](where, name, layer=layer, device=device, dtype=wanted, random_weights=random_weights)
 
 
 def parse_name(name: str, flag: str = "--encoder") -> tuple[str, str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from genlip_megatron.infer.prepare import Prepared
 from genlip_megatron.log import to_stderr
 
 MAP_LAYERS, MAP_GENERATED = (2, 3, 15), 30  # layers from 1, and the last one; generated tokens: Fig. 11
-_CURVES = ("gate", "closed", "largest_image", "largest_text", "cosine", "outliers")
+CURVES = ("gate", "closed", "largest_image", "largest_text", "cosine", "outliers")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def open_subject(
         name: ``[random:]PLACE``, a run, checkpoint or folder that ``infer/load.py`` loads, or an encoder as
             ``encoders/registry.py`` names it.
         device: where its weights go.
-        dtype: "fp32", "bf16", "fp16" or "auto".
+        dtype: "fp32", "bf16", "fp16", or "auto": that of the stored weights.
         tokenizer: as ``load``.
         prompt: text before the generated tokens; None: that of the training.
         images: arguments of ``override_images``; an encoder of others takes only ``image_size``.
@@ -157,7 +158,7 @@ def open_subject(
         encoder: Encoder = GenLIPEncoder(name, loaded.model, processor)
         prompt = loaded.prompt if prompt is None else prompt
         return Subject(name, encoder, loaded, prompt, prompt_ids(loaded.tokenizer, prompt))
-    encoder = open_encoder(name, device=device, dtype=dtype, log=to_stderr)
+    encoder = open_encoder(name, device=device, dtype="stored" if dtype == "auto" else dtype, log=to_stderr)
     if isinstance(encoder, GenLIPEncoder):
         processor = override_images(encoder.processor, images)
         return Subject(name, GenLIPEncoder(name, encoder.module, processor), None)
@@ -174,11 +175,18 @@ def _is_encoder_only(place: Path) -> bool:
     return any(place.glob("*.safetensors*")) and "embeddings.weight" not in contents(place)
 
 
+def unify_dtypes(subjects: Sequence[Subject]) -> None:
+    """Convert all models to the smallest dtype that holds the weights of each, so that no number is lost."""
+    dtypes = [subject.encoder.dtype for subject in subjects]
+    for subject in subjects:
+        subject.encoder.module.to(functools.reduce(torch.promote_types, dtypes))
+
+
 def check_grids(subjects: Sequence[Subject], images: Sequence[FileImage | ShardImage], allow_unequal: bool) -> None:
-    """Compare the grids of patches that the models make of the first usable image.
+    """Compare the grids of patches that the models make of each usable image.
 
     Raises:
-        ValueError: they differ, or a model cannot read the image.
+        ValueError: they differ, or a model cannot read an image.
     """
     for image in images:
         prepared = [subject.prepare(image) for subject in subjects]
@@ -191,7 +199,6 @@ def check_grids(subjects: Sequence[Subject], images: Sequence[FileImage | ShardI
                 f"--load: unequal grids of patches: {listed}. Attention mass depends on the number of keys. Choose "
                 "--image-size, or pass --allow-unequal."
             )
-        return
 
 
 def generate(subject: Subject, images: Sequence[ImageInput], max_new_tokens: int) -> list[list[int]]:
@@ -306,6 +313,7 @@ def summarise(subject: Subject, recorders: Sequence[Recorder]) -> dict[str, Any]
         "place": str(subject.loaded.place) if subject.loaded else None,
         "step": subject.loaded.step if subject.loaded else None,
         "fingerprint": subject.encoder.fingerprint,
+        "dtype": str(subject.encoder.dtype).removeprefix("torch."),
         "prompt": subject.prompt,
         "images": len(recorders),
         "layers": len(recorders[0].layers),
@@ -320,7 +328,7 @@ def summarise(subject: Subject, recorders: Sequence[Recorder]) -> dict[str, Any]
         sizes[sizes == 0] = np.nan
         found["density"] = _table(_mean(masses / sizes[:, None, None, :]))
         found["chance_density"] = _table(_mean(chances / sizes[:, None, :]))
-    for name in _CURVES:
+    for name in CURVES:
         values = [[getattr(layer, name) for layer in recorder.layers] for recorder in recorders]
         curve = np.array(values, float)  # None becomes NaN
         if not np.isnan(curve).all():

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from genlip_megatron.data import patterns
-from genlip_megatron.data.image import IMAGE_SUFFIXES, decode_rgb
+from genlip_megatron.data.image import IMAGE_SUFFIXES, decode_rgb, open_image
 from genlip_megatron.data.tables import column_names, table_rows, table_suffix
 from genlip_megatron.evaluate.transforms import IGNORE, reduce_zero_label
 
@@ -80,6 +80,18 @@ class Source:
             return Image.fromarray(decode_rgb(content))
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of the upright image, from its header.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        try:
+            image, orientation = open_image(self._bytes())
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        return (image.width, image.height) if orientation >= 5 else (image.height, image.width)  # 5 to 8: on its side
 
     def read_mask(self, reduce_zero: bool) -> np.ndarray:
         """uint8 [height, width]: the class of each pixel, 255 where none counts.
@@ -175,7 +187,7 @@ def read_classes(
                 f"({listed}). Use the same classes in both."
             )
     if len({str(label) for _, label in pairs}) < 2 and known is None:
-        raise ValueError(f"{flag} {_text(where)}: only one class, {pairs[0][1]}. A probe needs two or more.")
+        raise ValueError(f"{flag} {_text(where)}: only one class, {pairs[0][1]}. Two or more are needed.")
     return [Labelled(image, numbers[str(label)]) for image, label in pairs], classes
 
 
@@ -196,7 +208,7 @@ def read_masks(
 def check_masks(
     samples: Sequence[Masked], flag: str, reduce_zero: bool, classes: int | None, progress: Any = lambda masks: None
 ) -> int:
-    """Read every mask; returns the number of classes, the highest class + 1.
+    """Read every mask, and the size of every image; returns the number of classes, the highest class + 1.
 
     Args:
         samples: the data.
@@ -210,7 +222,13 @@ def check_masks(
     """
 
     def present(sample: Masked) -> np.ndarray:
-        return np.bincount(sample.mask.read_mask(reduce_zero).reshape(-1), minlength=IGNORE + 1)[:IGNORE] > 0
+        labels = sample.mask.read_mask(reduce_zero)
+        if labels.shape != (shape := sample.image.shape()):
+            (height, width), (rows, columns) = shape, labels.shape
+            raise ValueError(
+                f"{flag}: {sample.mask.name}: a mask of {columns}x{rows} pixels, but its image has {width}x{height}"
+            )
+        return np.bincount(labels.reshape(-1), minlength=IGNORE + 1)[:IGNORE] > 0
 
     found = np.zeros(IGNORE, bool)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -225,7 +243,7 @@ def check_masks(
             progress(1)
     if found.sum() < 2 and classes is None:
         raise ValueError(
-            f"{flag}: its masks hold {found.sum()} classes, and a probe needs two or more. Label 255, and with "
+            f"{flag}: its masks hold {found.sum()} classes; two or more are needed. Label 255, and with "
             "--reduce-zero-label also 0, are not counted."
         )
     return classes if classes is not None else int(np.flatnonzero(found)[-1]) + 1

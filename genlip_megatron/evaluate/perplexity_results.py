@@ -11,6 +11,7 @@ from typing import Any
 from genlip_megatron import atomic_write
 from genlip_megatron.evaluate.probe_results import provenance
 
+MEASURE = "ppl1"  # the number of a row that every comparison has
 # Condition: label, marker, colour.
 _CONDITIONS = {
     "image": ("with its image", "o", "#3b6ea8"),
@@ -19,15 +20,29 @@ _CONDITIONS = {
 }
 
 
+def row(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """An encoder's row of ``results.json``: ``settings``, the perplexities as numbers, and all else under ``stages``.
+
+    Args:
+        results: of each stage, as ``perplexity.measure`` returns them; the settings of the last hold those of all.
+    """
+    scores = {
+        stage if condition == "image" else f"{stage}_{condition}": found[condition]["perplexity"]
+        for stage, found in results.items()
+        for condition in _CONDITIONS
+    }
+    return {"settings": [found["settings"] for found in results.values()][-1], **scores, "stages": dict(results)}
+
+
 def write(folder: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """``results.json`` with ``facts`` and a row for each encoder, and ``results.png``.
 
     Args:
         folder: where they go.
         facts: of the whole comparison.
-        rows: each with "encoder", and "ppl1" and perhaps "ppl2" as ``perplexity.measure`` returns them.
+        rows: of ``row``.
     """
-    text = json.dumps({**provenance(), **facts, "measure": "perplexity", "encoders": list(rows)}, indent=1)
+    text = json.dumps({**provenance(), **facts, "measure": MEASURE, "encoders": list(rows)}, indent=1)
     atomic_write.write(folder / "results.json", text)
     atomic_write.write(folder / "results.png", picture(rows))
 
@@ -35,12 +50,11 @@ def write(folder: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, An
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each encoder and stage."""
     lines = [f"{'encoder':40} {'stage':5} {'PPL':>9} {'shuffled':>9} {'no image':>9} {'bits/byte':>9}"]
-    for row in rows:
-        for stage in ("ppl1", "ppl2"):
-            if found := row.get(stage):
-                values = [found[condition]["perplexity"] for condition in _CONDITIONS]
-                numbers = " ".join(f"{value:9.3f}" for value in [*values, found["image"]["bits_per_byte"]])
-                lines.append(f"{_short(row['encoder']):40} {stage.upper():5} {numbers}")
+    for one in rows:
+        for stage, found in one["stages"].items():
+            values = [found[condition]["perplexity"] for condition in _CONDITIONS]
+            numbers = " ".join(f"{value:9.3f}" for value in [*values, found["image"]["bits_per_byte"]])
+            lines.append(f"{_short(one['settings']['encoder']):40} {stage.upper():5} {numbers}")
     return "\n".join(lines)
 
 
@@ -52,22 +66,22 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    stages = [stage for stage in ("ppl1", "ppl2") if stage in rows[0]]
+    stages = list(rows[0]["stages"])
     titles = {"ppl1": "PPL1: projector tuned", "ppl2": "PPL2: projector and LLM tuned"}
     with pyplot.rc_context({"font.size": 10}):
         size = (3 + 4.2 * len(stages), 1.9 + 0.5 * len(rows))
         figure, panels = pyplot.subplots(1, len(stages), figsize=size, layout="constrained", sharey=True, squeeze=False)
         for axes, stage in zip(panels[0], stages, strict=True):
             for condition, (label, marker, colour) in _CONDITIONS.items():
-                values = [row[stage][condition]["perplexity"] for row in rows]
+                values = [one["stages"][stage][condition]["perplexity"] for one in rows]
                 axes.scatter(values, range(len(rows)), s=60, marker=marker, color=colour, label=label, zorder=2)
-            for place, row in enumerate(rows):
-                value = row[stage]["image"]["perplexity"]
+            for place, one in enumerate(rows):
+                value = one["stages"][stage]["image"]["perplexity"]
                 axes.annotate(
                     f"{value:.3g}", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=9
                 )
             axes.margins(x=0.1)
-            shown = [row[stage][condition]["perplexity"] for row in rows for condition in _CONDITIONS]
+            shown = [one["stages"][stage][condition]["perplexity"] for one in rows for condition in _CONDITIONS]
             if max(shown) > 5 * min(shown):
                 axes.set_xscale("log")
                 axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
@@ -78,7 +92,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
             axes.set_xlabel("perplexity, held out (lower is better)")
             axes.set_title(titles[stage], fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
-        panels[0][0].set_yticks(range(len(rows)), [_short(row["encoder"]) for row in rows])
+        panels[0][0].set_yticks(range(len(rows)), [_short(one["settings"]["encoder"]) for one in rows])
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         content = io.BytesIO()

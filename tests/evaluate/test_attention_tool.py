@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from genlip_megatron.evaluate import attention_models
-from genlip_megatron.evaluate.attention_models import Settings, check_grids, generate, measure, open_subject, summarise
+from genlip_megatron.evaluate.attention_models import (
+    Settings,
+    check_grids,
+    generate,
+    measure,
+    open_subject,
+    summarise,
+    unify_dtypes,
+)
 from genlip_megatron.infer.inputs import FileImage
 from tests.hf.models import export
 from tools.attention import main
@@ -193,6 +202,30 @@ def test_unequal_grids_need_a_flag(
     subjects = [open_subject(str(name), device=torch.device("cpu"), dtype="auto") for name in words[2:4]]
     check_grids(subjects, [FileImage(str(photos / "0.png"))], allow_unequal=True)
     assert run(capsys, photos / "0-broken.png", "--load", model, "--output", tmp_path / "none")[0] == 1
+
+
+def test_the_grids_of_every_image_are_compared(model: Path, photos: Path) -> None:
+    """A native and a fixed size agree on the first image only."""
+    images = {"image_mode": "native", "min_pixels": 256, "max_pixels": 10**6}
+    native = open_subject(str(model), device=torch.device("cpu"), dtype="auto", images=images)
+    inputs = [FileImage(str(photos / f"{number}.png")) for number in (0, 1)]
+    first = native.grid(native.prepare(inputs[0]))
+    other = dataclasses.replace(native, name="other")
+    object.__setattr__(other, "grid", lambda image: first)
+    check_grids([native, other], inputs[:1], allow_unequal=False)
+    with pytest.raises(ValueError, match="unequal grids of patches"):
+        check_grids([native, other], inputs, allow_unequal=False)
+
+
+def test_auto_is_one_dtype_that_holds_all_stored_weights(model: Path, clip: Path, tmp_path: Path) -> None:
+    CLIPVisionModel.from_pretrained(clip).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    names = [f"hf:{tmp_path / 'half'}", f"hf:{clip}", str(model)]
+    subjects = [open_subject(name, device=torch.device("cpu"), dtype="auto") for name in names]
+    assert [one.encoder.dtype for one in subjects[:2]] == [torch.bfloat16, torch.float32]
+    unify_dtypes(subjects[:1])
+    assert subjects[0].encoder.dtype == torch.bfloat16
+    unify_dtypes(subjects)
+    assert {one.encoder.dtype for one in subjects} == {torch.float32}
 
 
 def test_exclude_self_reaches_the_measurement(model: Path, photos: Path) -> None:

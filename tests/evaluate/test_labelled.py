@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from genlip_megatron.evaluate import labelled
 from tests.evaluate.probes import COLOURS, ade_folders, class_folders
@@ -92,3 +93,19 @@ def test_masks_of_folders_and_shards(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(one.read()), np.asarray(other.read()))
     assert labelled.check_masks(folders, "--train", True, None) == 3
     assert labelled.check_masks(folders, "--train", False, None) == 4
+    turned = Image.fromarray(np.zeros((52, 40, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: on its side
+    turned.save(folders[1].image.path, "JPEG", exif=exif)
+    assert folders[1].image.shape() == folders[1].read().size[::-1] == (40, 52)
+    assert labelled.check_masks(folders, "--train", True, None) == 3
+    turned.save(folders[1].image.path, "JPEG")
+    with pytest.raises(ValueError, match=r"--train: .*1\.png: a mask of 52x40 pixels, but its image has 40x52"):
+        labelled.check_masks(folders, "--train", True, None)
+
+
+def test_one_class_is_too_few_for_any_tool(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "cat" / "0.png")
+    with pytest.raises(ValueError, match=r"DATA .*: only one class, cat\. Two or more are needed"):
+        labelled.read_classes([str(tmp_path)], "DATA")

@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip("transformers")
 
 from genlip_megatron.encoders.interface import Encoder
+from genlip_megatron.evaluate import report_parts, sweep
 from genlip_megatron.evaluate.dialogues import read_dialogues
 from tests.evaluate.tiny_llm import write_llm, write_scenes
 
@@ -47,10 +48,10 @@ def test_a_comparison_is_one_table_and_one_picture(
     printed = capsys.readouterr()
     assert "shuffled" in printed.out and printed.out.count("PPL2") == 2 and "00:00" in printed.err
     table = json.loads((output / "results.json").read_text())
-    assert [row["encoder"] for row in table["encoders"]] == ["colour", "pixels"]
+    assert [row["settings"]["encoder"] for row in table["encoders"]] == ["colour", "pixels"]
     assert table["visual_tokens"] == 4 and table["command"] and "torch" in table["versions"]
     assert table["data2"]["samples"] == 24 and table["data2"]["samples_without_image"] == 1
-    first, second = ([row[stage] for row in table["encoders"]] for stage in ("ppl1", "ppl2"))
+    first, second = ([row["stages"][stage] for row in table["encoders"]] for stage in ("ppl1", "ppl2"))
     assert all(len(result["settings"]["fingerprint"]) == 32 for result in first + second)
     for key in ("tokens", "answer_bytes", "steps"):
         assert first[0][key] == first[1][key] and second[0][key] == second[1][key]
@@ -64,6 +65,20 @@ def test_a_comparison_is_one_table_and_one_picture(
     assert json.loads((output / "results.json").read_text())["encoders"] == table["encoders"]
     assert perplexity.main([*command, "--lr1", "0.1"]) == 2
     assert "another ppl1 learning rate, 0.001, not 0.1" in capsys.readouterr().err
+
+
+def test_a_report_and_a_sweep_read_the_results(data: Path, tmp_path: Path) -> None:
+    output = sweep.size_folder(tmp_path, 32)
+    flags = ("--ppl1-only", "--max-steps", "1", "--output", str(output))
+    assert perplexity.main(words(data, *flags)) == 0
+    table = json.loads((output / "results.json").read_text())
+    (row,) = table["encoders"]
+    assert table["measure"] == "ppl1" and row["ppl1"] == row["stages"]["ppl1"]["image"]["perplexity"]
+    assert row["settings"]["encoder"] == "colour" and len(row["settings"]["fingerprint"]) == 32
+    assert row["ppl1_shuffled"] > 0 and row["ppl1_without_image"] > 0
+    assert sweep.collect(tmp_path, [32], "") == ("ppl1", {"colour": {32: row["ppl1"]}})
+    block = report_parts.results([output], tmp_path).blocks[0]
+    assert block.table is not None and block.table.rows == [["colour", f"{row['ppl1']:.4g}"]]
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -189,6 +204,6 @@ def test_ranks_share_the_work(data: Path, tmp_path: Path) -> None:
         command = [*launch, perplexity.__file__, *words(data, "--lr2", "1e-3", "--output", str(output))]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
         (row,) = json.loads((output / "results.json").read_text())["encoders"]
-        found.append([row[stage][kind]["perplexity"] for stage in ("ppl1", "ppl2") for kind in ("image", "shuffled")])
-        assert row["ppl2"]["tokens"] == row["ppl1"]["tokens"] > 0
+        found.append([row[name] for name in ("ppl1", "ppl1_shuffled", "ppl2", "ppl2_shuffled")])
+        assert row["stages"]["ppl2"]["tokens"] == row["stages"]["ppl1"]["tokens"] > 0
     assert found[0] == pytest.approx(found[1], rel=1e-4)
