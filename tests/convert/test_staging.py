@@ -12,7 +12,6 @@ import pytest
 from genlip_megatron.checkpoint import paths
 from genlip_megatron.convert.staging import new_folder
 
-
 # A tool that receives SIGTERM while it writes, and again while it removes its folder.
 TWICE = """
 import os, shutil, signal, sys
