@@ -121,6 +121,8 @@ def sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
     from genlip_megatron.evaluate.probe_results import need_matplotlib
     from genlip_megatron.log import to_stderr
 
+    script = next(word for word in words if word.endswith(".py"))
+    results.check_measure(Path(script).name, getattr(inner, "task", ""), options.measure)
     need_matplotlib()
     known: dict[str, Any] = {"layer": inner.layer} if hasattr(inner, "layer") else {}
     fingerprints, grids = results.open_and_check(

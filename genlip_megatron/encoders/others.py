@@ -116,7 +116,7 @@ def open_timm(
             )
     except Exception as error:  # timm raises what its hub library raises
         raise ValueError(
-            f"--encoder {name}: timm cannot open it ({str(error).splitlines()[0]}). Check the name and the network."
+            f"--encoder {name}: timm cannot open it ({_first_line(error)}). Check the name and the network."
         ) from None
     return _timm_encoder(name, model, timm.data.resolve_model_data_config(model), layer, device, dtype)
 
@@ -136,7 +136,7 @@ def open_open_clip(
             model = open_clip.create_model(model_name, pretrained=None if random_weights else pretrained or None)
     except Exception as error:  # open_clip raises what its hub library raises
         raise ValueError(
-            f"--encoder {name}: open_clip cannot open it ({str(error).splitlines()[0]}). Check name and network."
+            f"--encoder {name}: open_clip cannot open it ({_first_line(error)}). Check name and network."
         ) from None
     trunk = getattr(model.visual, "trunk", None)
     if trunk is None:
@@ -201,8 +201,12 @@ def _need(module: str, name: str, package: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # torchvision beside another build of torch fails with many kinds of errors
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        package = package or module.replace("_", "-")
         raise ValueError(
-            f"--encoder {name}: {module} does not import ({reason}). Install {package or module.replace('_', '-')} "
+            f"--encoder {name}: {module} does not import ({_first_line(error)}). Install {package} "
             "in a version that fits this torch, or name a transformers folder."
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

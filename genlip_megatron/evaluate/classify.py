@@ -49,6 +49,7 @@ class Preset:
         augment: "none": features are computed once; "crop": random crop and flip; "aim": also colours and RandAugment.
         head: options of ``AttentiveHeads``; None: ``MeanLinearHeads``.
         images_per_class: default of ``--per-class``; 0: all.
+        by_epoch: the learning rates change only between epochs, unless ``Options.max_steps`` ends them sooner.
     """
 
     learning_rates: tuple[float, ...]
@@ -64,6 +65,7 @@ class Preset:
     augment: str
     head: dict[str, bool] | None
     images_per_class: int = 0
+    by_epoch: bool = False
 
     def grid(self, batch_size: int) -> list[tuple[float, float]]:
         """(learning rate, weight decay) of each head."""
@@ -115,7 +117,8 @@ PRESETS = {
         betas=(0.9, 0.999),
         clip=0.0,
         augment="none",
-        head={"final_norm": True},
+        head={"token_norm": True, "final_norm": True, "bias": False, "truncated": False},
+        by_epoch=True,
         images_per_class=100,
     ),
     # DINOv2's linear evaluation, of the mean patch only.
@@ -320,7 +323,9 @@ def trained_probe(
     chosen, selection = held_out(len(train))
     batch_size = options.batch_size or preset.batch_size
     steps = preset.steps or preset.epochs * -(-len(chosen) // batch_size)
-    steps = min(steps, options.max_steps) if options.max_steps else steps
+    held = steps // preset.epochs if preset.by_epoch else 1  # steps of one learning rate
+    if 0 < options.max_steps < steps:
+        steps, held = options.max_steps, 1
     grid = preset.grid(batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -345,7 +350,7 @@ def trained_probe(
         for step, (x, valid, labels) in zip(range(first, steps), data.training(jobs), strict=True):
             _losses(heads(x, valid), labels).mean(dim=1).sum().backward()
             ranks.average_gradients(optimizer.parameters)
-            optimizer.step(cosine(step, steps, round(preset.warmup * steps), peak, preset.minimum))
+            optimizer.step(cosine(step - step % held, steps, round(preset.warmup * steps), peak, preset.minimum))
             bar.update()
             if (step + 1) % options.save_interval == 0 and step + 1 < steps:
                 folder.save(step + 1, _state(heads, optimizer))

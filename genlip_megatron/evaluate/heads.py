@@ -64,7 +64,7 @@ class AttentiveHeads(nn.Module):
         token_norm: BatchNorm without scale over the patches first (AIM).
         final_norm: BatchNorm without scale over the pooled vectors (OpenCLIP's variant).
         bias: whether V and the classifier have a bias. Before ``final_norm``, which would remove it, V has none.
-        truncated: initial weights are N(0, 0.02), cut at two deviations (CAPI); else those of ``nn.Linear`` (AIM). The
+        truncated: initial weights are N(0, 0.02), cut at -2 and 2 (CAPI); else those of ``nn.Linear`` (AIM). The
             query is N(0, 0.02), the biases are 0.
     """
 
@@ -92,7 +92,7 @@ class AttentiveHeads(nn.Module):
         nn.init.normal_(self.query, std=0.02)
         for weight in (self.key, self.value, self.weight):
             if truncated:
-                nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
+                nn.init.trunc_normal_(weight, std=0.02)
             else:
                 nn.init.uniform_(weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))  # that of nn.Linear
 

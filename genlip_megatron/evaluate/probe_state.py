@@ -92,9 +92,8 @@ class ProbeFolder:
             state = torch.load(path, map_location=device, weights_only=True)
             return int(state["step"]), state["tensors"]
         except Exception as error:  # torch raises many kinds for damaged files
-            raise ValueError(
-                f"{path}: damaged ({str(error).splitlines()[0]}). Remove it; the probe then starts again."
-            ) from None
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{path}: damaged ({reason}). Remove it; the probe then starts again.") from None
 
 
 def fill(cache: FeatureCache, what: str) -> FeatureCache:

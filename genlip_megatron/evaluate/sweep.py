@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +14,58 @@ from genlip_megatron.encoders.flags import AFTER_NORM
 from genlip_megatron.encoders.interface import Encoder, check_equal_grids
 from genlip_megatron.encoders.registry import open_encoder
 from genlip_megatron.evaluate import report_plots
+from genlip_megatron.evaluate.attention_capture import KEY_GROUPS, QUERY_GROUPS
+from genlip_megatron.evaluate.attention_models import CURVES
 from genlip_megatron.evaluate.probe_results import provenance
 
 _FACTS = "sweep.json"
 _KIND = "genlip sweep"
 # Results of one size: file -> (key of its rows, measure without --measure).
 _FILES = {"results.json": ("encoders", ""), "attention.json": ("models", "mass.image.first")}
+# Numbers in the rows of a tool with its task, * for any key; (): it measures none. Others are known after a size.
+_COMMON = ("settings.*", "seconds", "steps", "train_images", "held_out_images", "val_images")
+_HEADS = ("held_out_accuracy", "learning_rate", "weight_decay", "neighbours")
+_PPL = ("ppl?", "ppl?_shuffled", "ppl?_without_image", "stages.ppl?.*", "settings.*")
+_GROUPS = [f"{query}.{key}" for query in QUERY_GROUPS for key in KEY_GROUPS]
+_MEASURES: dict[str, tuple[str, ...]] = {
+    "probe.py classify": ("accuracy", *_HEADS, *_COMMON),
+    "probe.py segment": ("miou", "pixel_accuracy", "iou", "held_out_miou", "neighbours", *_COMMON),
+    "zeroshot.py classify": ("accuracy", "accuracies.*.*", "per_class.*", "settings.*"),
+    "zeroshot.py retrieve": ("recall_at_1", "image_to_text", "text_to_image", "recalls.*.*.*", "settings.*"),
+    "zeroshot.py select": (),
+    "perplexity.py": _PPL,
+    "attention.py": (
+        *(f"{table}.{group}" for table in ("mass", "density", "chance_mass", "chance_density") for group in _GROUPS),
+        *(f"tokens.{key}" for key in KEY_GROUPS),
+        *(*CURVES, "images", "layers", "step", "norms.share", "norms.edges"),
+    ),
+    "extract_features.py": (),
+    "patch_readout.py": (),
+}
+
+
+def check_measure(tool: str, task: str, measure: str) -> None:
+    """Check what can be known before a size runs.
+
+    Args:
+        tool: name of its file.
+        task: its subcommand; "": it has none.
+        measure: as ``collect`` takes it.
+
+    Raises:
+        ValueError: the tool measures no encoder, or its rows have no such number.
+    """
+    name = f"{tool} {task}".strip()
+    known = _MEASURES.get(name)
+    if known is None:
+        return
+    if not known:
+        raise ValueError(
+            f"-- tools/{name}: measures no encoder. Name probe.py, zeroshot.py, perplexity.py, attention.py."
+        )
+    if measure and not any(fnmatch.fnmatchcase(measure, pattern) for pattern in known):
+        near = difflib.get_close_matches(measure, known, 3, 0) if len(known) > 20 else known
+        raise ValueError(f"--measure {measure}: tools/{name} has no such number. Allowed are {', '.join(near)}.")
 
 
 def size_folder(output: Path, size: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from genlip_megatron.encoders import others
 from genlip_megatron.evaluate import classify
 from genlip_megatron.evaluate.probe_state import ProbeFolder
 from genlip_megatron.testing.distributed import run_distributed
@@ -96,3 +98,19 @@ def test_learning_rates_of_the_presets() -> None:
     assert [len(preset.grid(preset.batch_size)) for preset in classify.PRESETS.values()] == [30, 14, 1, 13]
     assert max(classify.PRESETS["capi"].grid(1024)) == (4e-2, 5e-2)
     assert max(classify.PRESETS["aimv2"].grid(512)) == (2e-3, 0.1)
+
+
+def test_an_error_without_a_message_is_named_by_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise EOFError
+
+    folder = ProbeFolder(tmp_path, {})
+    folder.save(1, {})
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=r"damaged \(EOFError\)"):
+        folder.load(torch.device("cpu"))
+    library = SimpleNamespace(create_model=fail)
+    monkeypatch.setattr(others, "_need", lambda *_: library)
+    for open_one in (others.open_timm, others.open_open_clip):
+        with pytest.raises(ValueError, match=r"cannot open it \(EOFError\)"):
+            open_one("x", "x", layer="", device=torch.device("cpu"), dtype=torch.float32, random_weights=True)

@@ -104,6 +104,16 @@ BAD: dict[str, tuple[list[str], Callable[[Path], list[str]], str]] = {
         _words(),
         "--encoder colour: an image of 40 x 40 pixels has no whole number of 16 x 16 patches",
     ),
+    "a misspelt measure": (
+        ["--measure", "acuracy"],
+        _words(),
+        "--measure acuracy: tools/probe.py classify has no such",
+    ),
+    "a tool that measures nothing": (
+        [],
+        lambda data: ["--", str(Path(PROBE).with_name("extract_features.py")), str(data), "--load", "colour"],
+        "-- tools/extract_features.py: measures no encoder",
+    ),
     "size 0": (["--sizes", "0"], _words(), "--sizes 0: must be at least 1"),
 }
 
@@ -147,6 +157,21 @@ def test_a_list_counts_as_its_mean_and_image_modes_are_fixed(tmp_path: Path) -> 
     options, setting = sweep.tool_options([attention, "photos", "--load", "a", "b"], 32)
     assert setting == ["--image-mode", "fixed", "--image-size"] and options.load == ["a", "b"]
     assert options.image_size == 32 and options.image_mode == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("tool", "task", "good", "bad"),
+    [
+        ("zeroshot.py", "classify", "accuracies.bytes.none", "accuracies.bytes"),
+        ("perplexity.py", "", "ppl1_without_image", "ppl"),
+        ("attention.py", "", "mass.generated.image", "mass.generated.imge"),
+    ],
+)
+def test_measures_are_checked_by_tool(tool: str, task: str, good: str, bad: str) -> None:
+    library.check_measure(tool, task, good)
+    with pytest.raises(ValueError, match=f"--measure {bad}: .*Allowed are .*{good if tool == 'attention.py' else ''}"):
+        library.check_measure(tool, task, bad)
+    library.check_measure("someones.py", "", bad)
 
 
 @pytest.mark.slow
