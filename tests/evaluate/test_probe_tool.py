@@ -128,7 +128,7 @@ BAD = {
     "a negative label": (
         _table("train/red/0.png,-1\ntrain/red/1.png,1\n"),
         TABLE,
-        "has label -1. The first class is 0",
+        "has label -1. Number classes from 0",
     ),
     "a missing image": (_table("train/red/99.png,0\n"), TABLE, "names train/red/99.png, which does not exist"),
     "no such column": (_table("train/red/0.png,0\n"), (*TABLE, "--label-column", "class"), "no column class, only"),
