@@ -79,8 +79,10 @@ class RunLog:
             if repeated := [point for point in curve.kept if point[0] >= first]:
                 curve.repeated.append(repeated)
                 curve.kept = [point for point in curve.kept if point[0] < first]
-        for tag, texts in self.captions.items():
+        for tag, texts in list(self.captions.items()):
             self.captions[tag] = [text for text in texts if text[0] < first]
+            if not self.captions[tag]:
+                del self.captions[tag]
         self.marks.append(Mark(kind if self.marks or first else "started", max(first - 1, 0)))
 
 

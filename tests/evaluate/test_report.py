@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("runs") / "run of_a_very_long_name_without_any_space_or_hyphen_where_a_line_could_break"
     )
     run_distributed(1, saved, tiny_config(demo_data, checkpoint__save=str(folder), data__num_workers=1), True)
+    # TensorBoard orders files by their second and process: that run's file could come after this one.
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     writer = begun(folder, 0)
     for step in range(0, 60):
         values = {"lm loss": 9 * 0.9**step + 0.2, "lm loss validation": 9 * 0.9**step + 0.3}
@@ -224,3 +227,11 @@ def test_a_picture_of_many_panels_stays_readable() -> None:
 
     assert (picture(960, 192).width, picture(960, 192).least) == (480, 0)
     assert (picture(1500, 144).width, picture(1500, 144).least) == (1000, 720)
+
+
+def test_a_run_that_starts_again_has_no_captions_yet() -> None:
+    log = RunLog(captions={"validation/0": [(0, "a"), (5, "b")], "validation/1": [(7, "c")]})
+    log.rewind(5, "resumed")
+    assert log.captions == {"validation/0": [(0, "a")]}
+    log.rewind(0, "resumed")
+    assert log.captions == {}
