@@ -105,9 +105,9 @@ BAD: dict[str, tuple[list[str], Callable[[Path], list[str]], str]] = {
         "--encoder colour: an image of 40 x 40 pixels has no whole number of 16 x 16 patches",
     ),
     "a misspelt measure": (
-        ["--measure", "acuracy"],
+        ["--measure", "precision"],
         _words(),
-        "--measure acuracy: tools/probe.py classify has no such",
+        "--measure precision: tools/probe.py classify has no such",
     ),
     "a tool that measures nothing": (
         [],
