@@ -48,7 +48,7 @@ def need_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("matplotlib is not installed. Run pip install 'genlip-megatron[evaluate]'.") from None
+        raise ValueError("matplotlib is not installed. Run pip install '.[evaluate]' in the checkout.") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -25,7 +25,7 @@ def need_matplotlib() -> None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed. Run pip install 'genlip-megatron[evaluate]'.")
+        raise ValueError("matplotlib is not installed. Run pip install '.[evaluate]' in the checkout.")
 
 
 def provenance() -> dict[str, Any]:

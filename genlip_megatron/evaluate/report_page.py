@@ -107,7 +107,7 @@ def need_jinja() -> None:
     import importlib.util
 
     if importlib.util.find_spec("jinja2") is None:
-        raise ValueError("jinja2 is not installed. Run pip install 'genlip-megatron[evaluate]'.")
+        raise ValueError("jinja2 is not installed. Run pip install '.[evaluate]' in the checkout.")
 
 
 def render(name: str, facts: Mapping[str, str], parts: Sequence[Part], command: str) -> str:
