@@ -254,7 +254,8 @@ def _job(
         folder = ProbeFolder(place, classify.settings(encoder, options.protocol, train, val, classes, ours))
         if protocol is None or protocol.augment == "none":
             for part, samples in (("train", train), ("val", val)):
-                classify.feature_cache(encoder, samples, ours, part, pool=protocol is None)  # refuses another encoder's features
+                # Refuses features of another encoder now, before anything is computed.
+                classify.feature_cache(encoder, samples, ours, part, pool=protocol is None)
         if protocol is None:
             run = lambda: classify.nearest_neighbours(encoder, train, val, classes, ours)  # noqa: E731
         else:
