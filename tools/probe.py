@@ -189,6 +189,7 @@ def _job(
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.evaluate import classify, segment
     from genlip_megatron.evaluate.loading import check_batch_size
+    from genlip_megatron.evaluate.probe_options import settings
     from genlip_megatron.evaluate.probe_state import ProbeFolder
 
     place = options.output / file_name(encoder.name)
@@ -201,7 +202,7 @@ def _job(
         assert size is not None
         chosen = segment.Options(size=size, reduce_zero=options.reduce_zero_label, **shared)
         preset = segment.PRESETS.get(options.preset)
-        folder = ProbeFolder(place, segment.settings(encoder, options.preset, train, val, classes, chosen))
+        folder = ProbeFolder(place, settings(encoder, options.preset, train, val, classes, chosen))
         if preset is None:
             run = lambda: segment.nearest_patches(encoder, train, val, classes, chosen)  # noqa: E731
         else:
@@ -210,7 +211,7 @@ def _job(
     else:
         ours = classify.Options(size=size, rand_augment=options.rand_augment, **shared)
         protocol = classify.PRESETS.get(options.protocol)
-        folder = ProbeFolder(place, classify.settings(encoder, options.protocol, train, val, classes, ours))
+        folder = ProbeFolder(place, settings(encoder, options.protocol, train, val, classes, ours))
         if protocol is None or protocol.augment == "none":
             for part, samples in (("train", train), ("val", val)):
                 # Refuses features of another encoder now, before anything is computed.
