@@ -103,8 +103,10 @@ class Encoder(ABC):
 
     def to_tensor(self, image: Image.Image | np.ndarray) -> Tensor:
         """float32 [3, height, width], normalised, of an RGB image whose size already fits."""
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        # NumPy, because torch would share each of these small operations among its threads.
+        pixels = np.asarray(image, np.float32) / np.float32(255)
+        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """float32 [3, height, width] of an image of any size and mode."""
