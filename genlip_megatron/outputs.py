@@ -120,6 +120,28 @@ def write(target: str | Path, content: bytes | str, recognise: Recognise, settin
         raise ValueError(f"{setting} {target}: could not be written: {error}") from error
 
 
+def check_folder(target: Path) -> None:
+    """Raise ValueError if ``--output`` is a file."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"--output {target}: it is a file. Name a folder.")
+
+
+def first_unlisted(folder: Path, index: str, kind: str) -> str:
+    """The first thing in a folder that its index does not list; "" if there is none.
+
+    Args:
+        folder: of a command's output.
+        index: name of its JSON file with {"kind", "files"}.
+        kind: of the command's folders.
+    """
+    try:
+        found = json.loads((folder / index).read_text(encoding="utf-8"))
+        names = {index, *found["files"]} if found["kind"] == kind else None
+    except (OSError, ValueError, TypeError, KeyError):
+        names = None
+    return f"no {index} of {kind}" if names is None else first_other(folder, names.__contains__)
+
+
 def first_other(folder: Path, known: Callable[[str], bool]) -> str:
     """The first file, link or empty folder below ``folder`` that is not ``known``; "" if all are.
 

@@ -30,17 +30,19 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from genlip_megatron.command import command
-from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.config.command_line import StrictParser, check_least
 from genlip_megatron.infer import command_line
 from genlip_megatron.log import to_stderr
-from genlip_megatron.outputs import first_other
+from genlip_megatron.optional import need
+from genlip_megatron.outputs import first_unlisted
 
 # --overwrite recognises a folder by these.
 INDEX, KIND = "attention.json", "genlip attention"
+foreign = partial(first_unlisted, index=INDEX, kind=KIND)
 
 
 def build_parser() -> StrictParser:
@@ -67,24 +69,8 @@ def build_parser() -> StrictParser:
     return parser
 
 
-def foreign(folder: Path) -> str:
-    """The first thing in a folder that this tool did not write; "" if there is none."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = set(index["files"]) if index["kind"] == KIND else None
-    except (OSError, ValueError, TypeError, KeyError):
-        names = None
-    if names is None:
-        return f"no {INDEX} of this tool"
-    return first_other(folder, lambda path: path in (INDEX, *names))
-
-
 def _check(options: argparse.Namespace) -> None:
-    for flag in ("max_new_tokens", "batch_size", "block_size"):
-        if getattr(options, flag) < 1:
-            raise ValueError(
-                f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1. Choose a larger number."
-            )
+    check_least(options, max_new_tokens=1, batch_size=1, block_size=1)
     if options.map_size < 16 or options.map_size % 16:
         raise ValueError(f"--map-size {options.map_size}: must be a multiple of 16. Choose 128, for example.")
     if len(set(options.load)) < len(options.load):
@@ -113,9 +99,8 @@ def analyse(options: argparse.Namespace, words: Sequence[str]) -> int:
     )
     from genlip_megatron.infer.load import pick_device
 
-    plots.need_matplotlib()
+    need("matplotlib")
     check_target(options.output, options.overwrite, foreign)
-    sizes = {name: getattr(options, name) for name in ("image_mode", "image_size", "min_pixels", "max_pixels")}
     subjects = [
         open_subject(
             name,
@@ -123,7 +108,7 @@ def analyse(options: argparse.Namespace, words: Sequence[str]) -> int:
             dtype=options.dtype,
             tokenizer=options.tokenizer,
             prompt=options.prompt,
-            images=sizes,
+            images=command_line.image_flags(options),
         )
         for name in options.load
     ]

@@ -28,7 +28,7 @@ from typing import Any
 from genlip_megatron.command import command
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.log import to_stderr
-from genlip_megatron.optional import need_transformers
+from genlip_megatron.optional import need
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -112,7 +112,7 @@ def to_hf(options: argparse.Namespace) -> int:
     from genlip_megatron.tokenizer import load_tokenizer
 
     if options.verify:
-        need_transformers()
+        need("transformers")
     check_target(options.output, options.overwrite, foreign)
     with _bar(None, "checksums") as bar:
         place, saved, source = conversion.open_checkpoint(options.source, to_stderr, bar.update)
@@ -158,7 +158,7 @@ def to_megatron(options: argparse.Namespace) -> int:
     from genlip_megatron.tokenizer import load_tokenizer
 
     if options.verify:
-        need_transformers()
+        need("transformers")
     check_target(options.output, options.overwrite, megatron_target.foreign)
     source = conversion.open_released(options.source, options.num_attention_heads, "--num-attention-heads")
     dtype = DTYPES.get(options.dtype)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Export the vision encoder of a Hugging Face folder as one graph for images of any size.
 
-    python tools/export_encoder.py FOLDER encoder.onnx    # needs: pip install 'genlip-megatron[onnx]'
+    python tools/export_encoder.py FOLDER encoder.onnx    # needs: pip install '.[onnx]' in the checkout
     python tools/export_encoder.py FOLDER encoder.pt2     # torch.export; torch.export.load("encoder.pt2").module()
 
 Input: ``pixel_values`` float32 [B, 3, height, width], images of equal size, normalised by the folder's image processor;
@@ -61,7 +61,7 @@ def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
     from safetensors import SafetensorError
 
     from genlip_megatron.convert.staging import hidden_folder
-    from genlip_megatron.optional import need_transformers
+    from genlip_megatron.optional import need
 
     if output.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{output}: the ending selects the format. Allowed are .onnx and .pt2.")
@@ -76,7 +76,7 @@ def write_encoder(folder: str, output: Path, overwrite: bool) -> float:
         raise ValueError(f"{names}: already exists. Name another file, or replace it with --overwrite.")
     if other := next((file for file in there if not is_own(file, output)), None):
         raise ValueError(f"{other}: --overwrite replaces only files that this tool wrote. Name another file.")
-    need_transformers()
+    need("transformers")
     from transformers import logging as transformers_logging
 
     from genlip_megatron.convert.safetensors_file import contents

@@ -17,16 +17,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from genlip_megatron.command import command
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.infer import command_line
 from genlip_megatron.log import to_stderr
-from genlip_megatron.outputs import first_other
+from genlip_megatron.outputs import first_unlisted
 
 # --overwrite recognises a folder of readouts by these.
 INDEX, KIND = "index.json", "genlip patch readouts"
+foreign = partial(first_unlisted, index=INDEX, kind=KIND)
 
 
 def build_parser() -> StrictParser:
@@ -36,18 +38,6 @@ def build_parser() -> StrictParser:
     parser.add_argument("--top", type=int, default=5, help="tokens per patch, 1 to 5 (default: 5)")
     parser.add_argument("--font", default="", help="TrueType or OpenType file for scripts other than Latin")
     return parser
-
-
-def foreign(folder: Path) -> str:
-    """The first thing in a folder that is not a readout listed in its index; "" if there is none."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = set(index["files"]) if index["kind"] == KIND else None
-    except (OSError, ValueError, TypeError, KeyError):
-        names = None
-    if names is None:
-        return f"no {INDEX} of readouts"
-    return first_other(folder, lambda path: path in (INDEX, *names))
 
 
 def file_name(name: str, number: int) -> str:

@@ -28,14 +28,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlip_megatron.command import command
-from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.encoders.flags import add_encoder_flags
+from genlip_megatron.config.command_line import StrictParser, check_least
+from genlip_megatron.encoders.flags import add_encoder_flags, check_encoder_flags, file_name
+from genlip_megatron.optional import need
+from genlip_megatron.outputs import check_folder
 
 if TYPE_CHECKING:
     from genlip_megatron.encoders.cache import CacheImage
@@ -53,11 +54,7 @@ def build_parser() -> StrictParser:
     parser = StrictParser(
         prog="perplexity.py", description=summary, epilog=rest, allow_abbrev=False, formatter_class=raw
     )
-    add_encoder_flags(parser, several=True)
-    text = "side of the images in pixels: one for all encoders or one for each (default: 24 patches)"
-    parser.add_argument("--size", type=int, nargs="+", help=text)
-    text = "compare encoders with different numbers of visual tokens"
-    parser.add_argument("--allow-unequal", action="store_true", help=text)
+    add_encoder_flags(parser, default_size=f"{_GRID} patches")
     text = "causal language model: a folder that transformers wrote, or a name on the hub"
     parser.add_argument("--llm", required=True, metavar="FOLDER", help=text)
     parser.add_argument("--data", required=True, nargs="+", help="captions of PPL1")
@@ -103,17 +100,18 @@ def perplexity(options: argparse.Namespace) -> int:
         ValueError: a setting or a file is wrong.
     """
     _check_flags(options)
-    from genlip_megatron.evaluate import perplexity_results, probe_results, ranks
+    from genlip_megatron.encoders.compared import open_compared
+    from genlip_megatron.evaluate import perplexity_results, ranks
     from genlip_megatron.evaluate.language_model import open_language_model
     from genlip_megatron.evaluate.loading import check_batch_size
 
-    probe_results.need_matplotlib()
+    need("matplotlib")
     data = _read(options)
     device = ranks.start(options.device)
     try:
         check_batch_size(options.batch_size)
         language = open_language_model(options.llm, device)
-        encoders = _open(options, device)
+        encoders = open_compared(options, device, lambda encoder: _GRID * encoder.patch)
         images: dict[str, CacheImage] = {}
         visual = max(math.prod(encoder.grid(size, size)) for encoder, size in encoders)
         stages, facts = _stages(options, language, data, images, visual)
@@ -130,20 +128,14 @@ def perplexity(options: argparse.Namespace) -> int:
 
 def _check_flags(options: argparse.Namespace) -> None:
     """Raise ValueError for a wrong flag; needs no torch."""
-    least = {"batch_size": 1, "micro_batch_size": 1, "epochs": 1, "save_interval": 1, "seq_length": 2}
-    for flag, lowest in {**least, "max_steps": 0, "workers": 0, "seed": 0}.items():
-        if (value := getattr(options, flag)) < lowest:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {lowest}")
+    check_least(options, batch_size=1, micro_batch_size=1, epochs=1, save_interval=1, seq_length=2)
+    check_least(options, max_steps=0, workers=0, seed=0)
     for flag in ("lr1", "lr2"):
         if not 0 < (value := getattr(options, flag)) < math.inf:
             raise ValueError(f"--{flag} {value}: must be above 0")
     if not 0 < options.val_fraction < 1:
         raise ValueError(f"--val-fraction {options.val_fraction}: must be above 0 and below 1")
-    names = options.encoder
-    if len({_slug(name) for name in names}) < len(names):
-        raise ValueError(f"--encoder {' '.join(names)}: two of the same name. Name each encoder once.")
-    if options.size and len(options.size) not in (1, len(names)):
-        raise ValueError(f"--size: {len(options.size)} sizes for {len(names)} encoders. Give one, or one for each.")
+    check_encoder_flags(options)
     if len(options.image_folder) > 2:
         raise ValueError("--image-folder: at most two, of --data and of --data2")
     if options.val2 and not options.data2:
@@ -154,12 +146,7 @@ def _check_flags(options: argparse.Namespace) -> None:
         raise ValueError("--no-cache: excludes --cache and --cache-dtype")
     if options.dtype == "fp16":
         raise ValueError("--dtype fp16: gradients would underflow. Choose bf16 or fp32.")
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output {options.output}: it is a file. Name a folder.")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "encoder"
+    check_folder(options.output)
 
 
 def _read(options: argparse.Namespace) -> dict[str, Any]:
@@ -172,24 +159,6 @@ def _read(options: argparse.Namespace) -> dict[str, Any]:
         for flag in ("data", "val", "data2", "val2")
         if (where := getattr(options, flag))
     }
-
-
-def _open(options: argparse.Namespace, device: Any) -> list[tuple[Encoder, int]]:
-    """(encoder, side of its images) of each ``--encoder``."""
-    from genlip_megatron.encoders.interface import check_equal_grids
-    from genlip_megatron.encoders.registry import open_encoder
-    from genlip_megatron.log import to_stderr
-
-    encoders = [
-        open_encoder(name, layer=options.layer, device=device, dtype=options.dtype, log=to_stderr)
-        for name in options.encoder
-    ]
-    sizes = options.size or [_GRID * encoder.patch for encoder in encoders]
-    sizes = sizes * len(encoders) if len(sizes) == 1 else sizes
-    for encoder, size in zip(encoders, sizes, strict=True):
-        encoder.check_size(size, size)
-    check_equal_grids(encoders, sizes, options.allow_unequal)
-    return list(zip(encoders, sizes, strict=True))
 
 
 def _stages(
@@ -276,8 +245,8 @@ def _job(
     from genlip_megatron.evaluate import perplexity_results
     from genlip_megatron.evaluate.probe_state import ProbeFolder
 
-    place = options.output / _slug(encoder.name)
-    cache = options.cache / _slug(encoder.name) if options.cache else place / "features"
+    place = options.output / file_name(encoder.name)
+    cache = options.cache / file_name(encoder.name) if options.cache else place / "features"
     same = ("batch_size", "micro_batch_size", "epochs", "max_steps", "seed", "save_interval", "workers")
     chosen = library.Options(
         size=size,

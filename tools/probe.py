@@ -25,14 +25,15 @@ Exit status: 0 done; 1 an error of the machine; 2 a setting or a file is wrong.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlip_megatron.command import command
-from genlip_megatron.config.command_line import StrictParser
-from genlip_megatron.encoders.flags import add_encoder_flags
+from genlip_megatron.config.command_line import StrictParser, check_least
+from genlip_megatron.encoders.flags import add_encoder_flags, check_encoder_flags, file_name
+from genlip_megatron.optional import need
+from genlip_megatron.outputs import check_folder
 
 if TYPE_CHECKING:
     from genlip_megatron.encoders.interface import Encoder
@@ -69,11 +70,7 @@ def build_parser() -> StrictParser:
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
-    add_encoder_flags(parser, several=True)
-    text = "side of the images in pixels: one for all encoders or one for each (default: the encoder's own; see docs)"
-    parser.add_argument("--size", type=int, nargs="+", help=text)
-    text = "compare encoders with different numbers of patches"
-    parser.add_argument("--allow-unequal", action="store_true", help=text)
+    add_encoder_flags(parser, default_size="the encoder's own; see docs")
     parser.add_argument("--train", required=True, nargs="+", help="training data: a folder, .tar shards or a table")
     parser.add_argument("--val", required=True, nargs="+", help="validation data, as --train")
     parser.add_argument("--image-column", default="image", help="column of a table (default: image)")
@@ -99,10 +96,11 @@ def probe(options: argparse.Namespace) -> int:
         ValueError: a setting or a file is wrong.
     """
     _check_flags(options)
-    from genlip_megatron.evaluate import labelled, probe_results, ranks
+    from genlip_megatron.encoders.compared import open_compared
+    from genlip_megatron.evaluate import labelled, ranks
     from genlip_megatron.evaluate.loading import check_batch_size
 
-    probe_results.need_matplotlib()
+    need("matplotlib")
     columns = (options.image_column, options.label_column)
     masks = options.task == "segment"
     train: Sequence[Any]
@@ -122,7 +120,7 @@ def probe(options: argparse.Namespace) -> int:
     try:
         if options.batch_size:
             check_batch_size(options.batch_size)
-        encoders = _open(options, device)
+        encoders = open_compared(options, device, lambda encoder: _size(options, encoder))
         if masks:
             classes = _count_classes(options, train, val)
         jobs = [_job(options, encoder, size, train, val, classes) for encoder, size in encoders]
@@ -136,16 +134,9 @@ def probe(options: argparse.Namespace) -> int:
 
 def _check_flags(options: argparse.Namespace) -> None:
     """Raise ValueError for a wrong flag; needs no torch."""
-    for flag, least in (("batch_size", 0), ("max_steps", 0), ("workers", 0), ("seed", 0), ("save_interval", 1)):
-        if (value := getattr(options, flag)) < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
-    names = options.encoder
-    if len({_slug(name) for name in names}) < len(names):
-        raise ValueError(f"--encoder {' '.join(names)}: two of the same name. Name each encoder once.")
-    if options.size and len(options.size) not in (1, len(names)):
-        raise ValueError(f"--size: {len(options.size)} sizes for {len(names)} encoders. Give one, or one for each.")
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output {options.output}: it is a file. Name a folder.")
+    check_least(options, batch_size=0, max_steps=0, workers=0, seed=0, save_interval=1)
+    check_encoder_flags(options)
+    check_folder(options.output)
     if options.task == "segment":
         return
     if options.head != "attentive" and options.preset:
@@ -165,40 +156,8 @@ def _per_class(options: argparse.Namespace) -> int:
     return PRESETS[options.protocol].images_per_class if options.protocol in PRESETS else 0
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "encoder"
-
-
-def _open(options: argparse.Namespace, device: Any) -> list[tuple[Encoder, int | None]]:
-    """(encoder, side of its images or None for native shapes) of each ``--encoder``."""
-    from genlip_megatron.encoders.interface import check_equal_grids
-    from genlip_megatron.encoders.registry import open_encoder
-    from genlip_megatron.log import to_stderr
-
-    given = options.size or [None]
-    given = given * len(options.encoder) if len(given) == 1 else given
-    encoders = [
-        open_encoder(name, layer=options.layer, device=device, dtype=options.dtype, log=to_stderr)
-        for name in options.encoder
-    ]
-    sizes = [_size(options, encoder, size) for encoder, size in zip(encoders, given, strict=True)]
-    for encoder, size in zip(encoders, sizes, strict=True):
-        if size is not None:
-            encoder.check_size(size, size)
-    known = [size for size in sizes if size is not None]
-    if len(known) == len(sizes):
-        check_equal_grids(encoders, known, options.allow_unequal)
-    elif len(sizes) > 1 and not options.allow_unequal:
-        raise ValueError(
-            "unequal grids of patches: an encoder reads native shapes. Choose sizes with --size that give the same "
-            "grid, or pass --allow-unequal."
-        )
-    return list(zip(encoders, sizes, strict=True))
-
-
-def _size(options: argparse.Namespace, encoder: Encoder, given: int | None) -> int | None:
-    if given is not None:
-        return given
+def _size(options: argparse.Namespace, encoder: Encoder) -> int | None:
+    """Side of the images without ``--size``; None for native shapes."""
     if options.task == "segment":
         least = 224 if options.preset == "knn-capi" else 512
         return -(-least // encoder.patch) * encoder.patch
@@ -230,11 +189,12 @@ def _job(
     from genlip_megatron.convert.source import DTYPES
     from genlip_megatron.evaluate import classify, segment
     from genlip_megatron.evaluate.loading import check_batch_size
+    from genlip_megatron.evaluate.probe_options import settings
     from genlip_megatron.evaluate.probe_state import ProbeFolder
 
-    place = options.output / _slug(encoder.name)
+    place = options.output / file_name(encoder.name)
     shared: dict[str, Any] = {
-        "cache": options.cache / _slug(encoder.name) if options.cache else place / "features",
+        "cache": options.cache / file_name(encoder.name) if options.cache else place / "features",
         "cache_dtype": DTYPES[options.cache_dtype] if options.cache_dtype else encoder.dtype,
         **{name: getattr(options, name) for name in ("batch_size", "max_steps", "workers", "seed", "save_interval")},
     }
@@ -242,7 +202,7 @@ def _job(
         assert size is not None
         chosen = segment.Options(size=size, reduce_zero=options.reduce_zero_label, **shared)
         preset = segment.PRESETS.get(options.preset)
-        folder = ProbeFolder(place, segment.settings(encoder, options.preset, train, val, classes, chosen))
+        folder = ProbeFolder(place, settings(encoder, options.preset, train, val, classes, chosen))
         if preset is None:
             run = lambda: segment.nearest_patches(encoder, train, val, classes, chosen)  # noqa: E731
         else:
@@ -251,7 +211,7 @@ def _job(
     else:
         ours = classify.Options(size=size, rand_augment=options.rand_augment, **shared)
         protocol = classify.PRESETS.get(options.protocol)
-        folder = ProbeFolder(place, classify.settings(encoder, options.protocol, train, val, classes, ours))
+        folder = ProbeFolder(place, settings(encoder, options.protocol, train, val, classes, ours))
         if protocol is None or protocol.augment == "none":
             for part, samples in (("train", train), ("val", val)):
                 # Refuses features of another encoder now, before anything is computed.

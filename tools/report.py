@@ -64,15 +64,15 @@ def report(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise ValueError(f"--limit {options.limit}: must be at least 0, which means all")
     output: Path = options.output or run / "report.html"
     from genlip_megatron.evaluate import report_page, report_parts
-    from genlip_megatron.evaluate.probe_results import need_matplotlib, provenance
+    from genlip_megatron.evaluate.probe_results import provenance
     from genlip_megatron.evaluate.run_log import read_log
-    from genlip_megatron.optional import need_transformers
+    from genlip_megatron.optional import need
     from genlip_megatron.outputs import check_file, write
 
-    need_matplotlib()
-    report_page.need_jinja()
+    need("matplotlib")
+    need("jinja2")
     if options.images:
-        need_transformers()
+        need("transformers")
     check_file(output, report_page.is_page)
     report_parts.check_attention(options.attention)
     report_parts.check_results(options.results)

@@ -29,6 +29,7 @@ from typing import Any
 
 from genlip_megatron.command import command
 from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.outputs import check_folder
 
 # Of the paper's Fig. 5, by our choice: 196 to 1024 patches of 16 pixels.
 SIZES = (224, 288, 336, 384, 448, 512)
@@ -109,8 +110,7 @@ def sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
     sizes = sorted(set(options.sizes))
     if sizes[0] < 1:
         raise ValueError(f"--sizes {sizes[0]}: must be at least 1")
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output {options.output}: it is a file. Name a folder.")
+    check_folder(options.output)
     inner, setting = tool_options(words, sizes[0])
     given = getattr(inner, "encoder", None) or getattr(inner, "load", None)
     if not given:
@@ -118,12 +118,12 @@ def sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from genlip_megatron.evaluate import sweep as results
-    from genlip_megatron.evaluate.probe_results import need_matplotlib
     from genlip_megatron.log import to_stderr
+    from genlip_megatron.optional import need
 
     script = next(word for word in words if word.endswith(".py"))
     results.check_measure(Path(script).name, getattr(inner, "task", ""), options.measure)
-    need_matplotlib()
+    need("matplotlib")
     known: dict[str, Any] = {"layer": inner.layer} if hasattr(inner, "layer") else {}
     fingerprints, grids = results.open_and_check(
         [given] if isinstance(given, str) else given,

@@ -25,13 +25,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlip_megatron.command import command
-from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.config.command_line import StrictParser, check_least
+from genlip_megatron.encoders.flags import check_names, file_name
+from genlip_megatron.infer import command_line
+from genlip_megatron.optional import need
+from genlip_megatron.outputs import check_file, check_folder, json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
     from genlip_megatron.evaluate.zero_shot import Texts
 
 _NORMALISATIONS, _PRIORS = ("tokens", "none", "bytes"), ("none", "no-image", "shuffled")
-_IMAGE_FLAGS = ("image_mode", "image_size", "min_pixels", "max_pixels")
 
 
 def build_parser() -> StrictParser:
@@ -88,10 +90,7 @@ def _add_shared(parser: argparse.ArgumentParser, priors: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto, a GPU if there is one)")
     text = "dtype to compute in (default: auto, the dtype of the stored weights)"
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
-    parser.add_argument("--image-mode", choices=("fixed", "native"), help="default: as the model was trained")
-    parser.add_argument("--image-size", type=int, help="fixed mode: side in pixels, a multiple of 16")
-    parser.add_argument("--min-pixels", type=int, help="native mode: smallest area in pixels")
-    parser.add_argument("--max-pixels", type=int, help="native mode: largest area in pixels")
+    command_line.add_image_flags(parser)
 
 
 def zeroshot(options: argparse.Namespace) -> int:
@@ -101,13 +100,9 @@ def zeroshot(options: argparse.Namespace) -> int:
         ValueError: a setting or a file is wrong.
     """
     _check_flags(options)
-    from genlip_megatron.evaluate.probe_results import need_matplotlib
-    from genlip_megatron.optional import need_transformers
-    from genlip_megatron.outputs import check_file, json_object
-
-    need_transformers()
+    need("transformers")
     if options.task != "select":
-        need_matplotlib()
+        need("matplotlib")
     if options.output.is_dir():
         check_file(options.output / "results.json", json_object("command", "task", "normalise"))
     {"classify": _classify, "retrieve": _retrieve, "select": _select}[options.task](options)
@@ -116,17 +111,9 @@ def zeroshot(options: argparse.Namespace) -> int:
 
 def _check_flags(options: argparse.Namespace) -> None:
     """Raise ValueError for a wrong flag; needs no torch."""
-    for flag, least in (("batch_size", 1), ("per_class", 0), ("seed", 0)):
-        if (value := getattr(options, flag, least)) < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
-    if len({_slug(name) for name in options.load}) < len(options.load):
-        raise ValueError(f"--load {' '.join(options.load)}: two of the same name. Name each model once.")
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output {options.output}: it is a file. Name a folder.")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "model"
+    check_least(options, batch_size=1, per_class=0, seed=0)
+    check_names(options.load, "--load")
+    check_folder(options.output)
 
 
 def _models(options: argparse.Namespace) -> list[ScoringModel]:
@@ -142,7 +129,7 @@ def _models(options: argparse.Namespace) -> list[ScoringModel]:
             prompt=options.prompt,
             dtype=options.dtype,
             tokenizer=options.tokenizer,
-            images={flag: getattr(options, flag) for flag in _IMAGE_FLAGS},
+            images=command_line.image_flags(options),
         )
         for name in options.load
     ]
@@ -298,7 +285,7 @@ def _select(options: argparse.Namespace) -> None:
     ]
     rows = []
     for model, ids in jobs:
-        name = f"{_slug(model.name)}.jsonl"
+        name = f"{file_name(model.name)}.jsonl"
         selected = _selected(options, model, lines, ids)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in selected)
         atomic_write.write(options.output / name, text)

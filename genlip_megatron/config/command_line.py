@@ -67,6 +67,13 @@ class StrictParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}: expected one of {allowed}{near}")
 
 
+def check_least(options: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError if an option that ``options`` has is below its number in ``least``."""
+    for name, lowest in least.items():
+        if (value := getattr(options, name, lowest)) < lowest:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+
+
 class RunParser(StrictParser):
     """The parser of a run's settings. Every rank finds the same error; one rank of each machine prints it."""
 

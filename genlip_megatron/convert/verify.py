@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from genlip_megatron.config import ONE_RANK, PATCH_VALUES, RunConfig, override
-from genlip_megatron.optional import need_transformers
+from genlip_megatron.optional import need
 
 # Relative to the largest absolute value. Another order of sums over thousands of channels gives about 1e-6; a misplaced
 # tensor about 1.
@@ -69,7 +69,7 @@ def compare_models(
     Raises:
         ValueError: transformers is not installed, or rejects the folder.
     """
-    need_transformers()
+    need("transformers")
     generator = torch.Generator().manual_seed(1)
     patches = [torch.empty(r * c, PATCH_VALUES).uniform_(-1, 1, generator=generator) for r, c, _ in _SAMPLES]
     texts = [torch.randint(config.model.vocab_size, (count,), generator=generator).tolist() for *_, count in _SAMPLES]

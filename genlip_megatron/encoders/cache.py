@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -130,13 +131,15 @@ class FeatureCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write.write(self.folder / RECORD, json.dumps(self._record, indent=1), label=str(rank))
-        for part in range(rank, (len(self._images) + _PART - 1) // _PART, world_size):
-            numbers = range(part * _PART, min((part + 1) * _PART, len(self._images)))
-            if self._path(part).is_file():
-                progress(len(numbers))
-                continue
+        count = len(self._images)
+        parts = {n: range(n * _PART, min((n + 1) * _PART, count)) for n in range(rank, -(-count // _PART), world_size)}
+        missing = {part: numbers for part, numbers in parts.items() if not self._path(part).is_file()}
+        progress(sum(map(len, parts.values())) - sum(map(len, missing.values())))
+        numbers_left = list(itertools.chain.from_iterable(missing.values()))
+        # One iterator for all parts: workers read the next part while this one is written.
+        ready = iter(self._read(numbers_left) if self._read else map(self._tensor, numbers_left))
+        for part, numbers in missing.items():
             patches, grids = [], []
-            ready = iter(self._read(numbers) if self._read else map(self._tensor, numbers))
             for start in range(0, len(numbers), batch_size):
                 tensors = [next(ready) for _ in range(min(batch_size, len(numbers) - start))]
                 with torch.inference_mode():
@@ -144,7 +147,7 @@ class FeatureCache:
                         kept = features.patches.float().mean(0, keepdim=True) if self._pool else features.patches
                         patches.append(kept.to("cpu", self._dtype))
                         grids.append((1, 1) if self._pool else features.grid)
-                if part == rank and start == 0:
+                if numbers[start] == numbers_left[0]:
                     self._check_space(sum(kept.nbytes for kept in patches) / len(patches), len(numbers))
                 progress(len(tensors))
             with atomic_write.atomic_path(self._path(part)) as partial:

@@ -22,7 +22,7 @@ from genlip_megatron.encoders.flags import AFTER_NORM
 from genlip_megatron.encoders.interface import BlockOutput, Encoder, layer_from_end
 from genlip_megatron.encoders.random_weights import randomised
 from genlip_megatron.hf.image_processing_genlip import to_rgb
-from genlip_megatron.optional import need_transformers
+from genlip_megatron.optional import need
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -166,7 +166,7 @@ def open_hugging_face(
     Raises:
         ValueError: not to be found, or another family.
     """
-    need_transformers()
+    need("transformers")
     from transformers import AutoConfig, AutoModel
 
     is_folder = Path(where).is_dir()

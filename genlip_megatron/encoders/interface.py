@@ -103,8 +103,10 @@ class Encoder(ABC):
 
     def to_tensor(self, image: Image.Image | np.ndarray) -> Tensor:
         """float32 [3, height, width], normalised, of an RGB image whose size already fits."""
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        # NumPy, because torch would share each of these small operations among its threads.
+        pixels = np.asarray(image, np.float32) / np.float32(255)
+        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """float32 [3, height, width] of an image of any size and mode."""
@@ -188,16 +190,23 @@ class BlockOutput:
         self._handle.remove()
 
 
-def check_equal_grids(encoders: Sequence[Encoder], sizes: Sequence[int], allow_unequal: bool) -> None:
+def check_equal_grids(encoders: Sequence[Encoder], sizes: Sequence[int | None], allow_unequal: bool) -> None:
     """Raise ValueError if encoders of one comparison see different numbers of patches.
 
     Args:
         encoders: those of the comparison.
-        sizes: side of the images that each gets, in pixels.
+        sizes: side of the images that each gets, in pixels; None: native shapes, which differ between images.
         allow_unequal: the user asked for it.
     """
-    grids = {encoder.name: encoder.grid(size, size) for encoder, size in zip(encoders, sizes, strict=True)}
-    if len(set(grids.values())) > 1 and not allow_unequal:
+    if allow_unequal or len(encoders) < 2:
+        return
+    if None in sizes:
+        raise ValueError(
+            "unequal grids of patches: an encoder reads native shapes. Choose sizes with --size that give the same "
+            "grid, or pass --allow-unequal."
+        )
+    grids = {encoder.name: encoder.grid(size, size) for encoder, size in zip(encoders, sizes, strict=True) if size}
+    if len(set(grids.values())) > 1:
         listed = ", ".join(f"{name} {h}x{w}" for name, (h, w) in grids.items())
         raise ValueError(
             f"unequal grids of patches: {listed}. Choose sizes with --size that give the same grid (336 for /14 and "

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from genlip_megatron.evaluate import drawing
 from genlip_megatron.evaluate.attention_capture import Tokens
 
 Result = dict[str, Any]
@@ -37,22 +38,6 @@ EXTRAS = (
 )
 _PANEL = 3.6, 3.0  # inches
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c510a")
-
-
-def need_matplotlib() -> Any:
-    """matplotlib.pyplot, drawing into files.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("matplotlib is not installed. Run pip install '.[evaluate]' in the checkout.") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def draw_mass(results: Sequence[Result], path: Path) -> None:
@@ -114,9 +99,9 @@ def draw_maps(name: str, maps: dict[int, Tensor], tokens: Tokens, path: Path) ->
         tokens: the sequence; white lines are drawn between its groups.
         path: PNG file.
     """
-    pyplot = need_matplotlib()
     from matplotlib.colors import LogNorm
 
+    pyplot = drawing.pyplot()
     figure, axes = pyplot.subplots(
         1, len(maps), figsize=(3.4 * len(maps) + 1.2, 4.4), squeeze=False, layout="constrained"
     )
@@ -141,7 +126,7 @@ def draw_maps(name: str, maps: dict[int, Tensor], tokens: Tokens, path: Path) ->
 
 
 def _panels(rows: int, columns: int) -> tuple[Any, Any]:
-    pyplot = need_matplotlib()
+    pyplot = drawing.pyplot()
     size = (_PANEL[0] * columns, _PANEL[1] * rows + 0.9)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)

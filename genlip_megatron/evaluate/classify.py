@@ -11,7 +11,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,12 @@ from torch import Tensor, nn
 from genlip_megatron.encoders.cache import FeatureCache
 from genlip_megatron.encoders.interface import Encoder
 from genlip_megatron.evaluate import ranks, transforms
+from genlip_megatron.evaluate.head_training import train_head
 from genlip_megatron.evaluate.heads import AttentiveHeads, MeanLinearHeads, StackedOptimizer, cosine
 from genlip_megatron.evaluate.labelled import Labelled, held_out
-from genlip_megatron.evaluate.loading import TrainingBatches, flat, in_workers, padded, this_ranks
-from genlip_megatron.evaluate.probe_state import ProbeFolder, digest, fill, progress_bar
+from genlip_megatron.evaluate.loading import TrainingBatches, each_in_workers, in_workers, padded, this_ranks
+from genlip_megatron.evaluate.probe_options import ProbeOptions
+from genlip_megatron.evaluate.probe_state import ProbeFolder, fill
 
 NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07  # of DINOv2's kNN evaluation
 _ENCODE_BATCH = 256
@@ -49,7 +50,7 @@ class Preset:
         augment: "none": features are computed once; "crop": random crop and flip; "aim": also colours and RandAugment.
         head: options of ``AttentiveHeads``; None: ``MeanLinearHeads``.
         images_per_class: default of ``--per-class``; 0: all.
-        by_epoch: the learning rates change only between epochs, unless ``Options.max_steps`` ends them sooner.
+        by_epoch: the learning rates change only between epochs, unless ``ProbeOptions.max_steps`` ends them sooner.
     """
 
     learning_rates: tuple[float, ...]
@@ -139,31 +140,19 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line sets in addition to the preset.
+@dataclass(frozen=True, kw_only=True)
+class Options(ProbeOptions):
+    """The options of a classification.
 
     Attributes:
-        size: side of the images in pixels; None: native shapes.
-        batch_size: of all ranks together; 0: the preset's.
-        max_steps: largest number of updates, 0: the preset's. The learning rates fall to their end within them.
-        workers: processes that read images.
-        seed: of heads, order and augmentation.
-        save_interval: steps between two saved states.
-        cache: folder of features.
-        cache_dtype: of its files.
         rand_augment: whether the preset "aimv2" uses RandAugment, which needs timm.
     """
 
-    size: int | None
-    cache: Path
-    batch_size: int = 0
-    max_steps: int = 0
-    workers: int = 0
-    seed: int = 0
-    save_interval: int = 500
-    cache_dtype: torch.dtype = torch.float32
     rand_augment: bool = True
+
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide the result."""
+        return super().deciding() | {"rand_augment": self.rand_augment}
 
 
 def training_view(
@@ -246,8 +235,7 @@ def feature_cache(
     view, name = evaluation_view(encoder, options.size)
 
     def read(numbers: Sequence[int]) -> Iterator[Tensor]:
-        jobs = [list(numbers[start : start + 16]) for start in range(0, len(numbers), 16)]
-        return flat(in_workers(lambda job: [view(samples[number].read()) for number in job], jobs, options.workers))
+        return each_in_workers(lambda number: view(samples[number].read()), numbers, options.workers)
 
     return FeatureCache(options.cache / part, encoder, samples, view, name, options.cache_dtype, pool, read)
 
@@ -275,25 +263,6 @@ class _Cached:
         if part == "val":
             cache = fill(feature_cache(self._encoder, samples, self._options, "val"), "val features")
         return (self._load(cache, samples, job) for job in jobs)
-
-
-def settings(
-    encoder: Encoder, kind: str, train: Sequence[Labelled], val: Sequence[Labelled], classes: int, options: Options
-) -> dict[str, Any]:
-    """What decides the result of a probe."""
-    return {
-        "encoder": encoder.name,
-        "fingerprint": encoder.fingerprint,
-        "protocol": kind,
-        "size": options.size,
-        "classes": classes,
-        "train": digest(train),
-        "val": digest(val),
-        "batch_size": options.batch_size,
-        "max_steps": options.max_steps,
-        "seed": options.seed,
-        "rand_augment": options.rand_augment,
-    }
 
 
 def trained_probe(
@@ -337,26 +306,24 @@ def trained_probe(
     heads.to(device)
     optimizer = StackedOptimizer(heads, [decay for _, decay in grid], preset.betas, preset.clip)
     peak = torch.tensor([rate for rate, _ in grid])
-    first, tensors = folder.load(device)
-    if tensors:
-        heads.load_state_dict({name: tensors[f"heads.{name}"] for name in heads.state_dict()})
-        for name, tensor in optimizer.state.items():
-            tensor.copy_(tensors[f"optimizer.{name}"])
-        optimizer.steps = first
     data = _Cached(encoder, train, options) if preset.augment == "none" else _Images(encoder, train, preset, options)
-    jobs = TrainingBatches(chosen, options.seed, first, steps, batch_size)
-    heads.train()
-    with progress_bar(steps, first, f"{encoder.name} heads", "step") as bar:
-        for step, (x, valid, labels) in zip(range(first, steps), data.training(jobs), strict=True):
-            _losses(heads(x, valid), labels).mean(dim=1).sum().backward()
-            ranks.average_gradients(optimizer.parameters)
-            optimizer.step(cosine(step - step % held, steps, round(preset.warmup * steps), peak, preset.minimum))
-            bar.update()
-            if (step + 1) % options.save_interval == 0 and step + 1 < steps:
-                folder.save(step + 1, _state(heads, optimizer))
-    if steps > first:
-        folder.save(steps, _state(heads, optimizer))
-    heads.eval()
+
+    def loss(_: int, batch: Batch) -> Tensor:
+        x, valid, labels = batch
+        return _losses(heads(x, valid), labels).mean(dim=1).sum()
+
+    train_head(
+        heads,
+        optimizer,
+        folder,
+        steps=steps,
+        save_interval=options.save_interval,
+        batches=lambda first: data.training(TrainingBatches(chosen, options.seed, first, steps, batch_size)),
+        loss=loss,
+        rate=lambda step: cosine(step - step % held, steps, round(preset.warmup * steps), peak, preset.minimum),
+        device=device,
+        what=f"{encoder.name} heads",
+    )
     found, losses = _scores(heads, data.evaluation(train, this_ranks(selection, 128), "train"), len(grid), device)
     best = min(range(len(grid)), key=lambda number: (-float(found[number]), float(losses[number])))
     everything = np.arange(len(val))
@@ -374,13 +341,6 @@ def trained_probe(
         "held_out_images": len(selection),
         "val_images": len(val),
         "seconds": round(time.monotonic() - begin, 1),
-    }
-
-
-def _state(heads: nn.Module, optimizer: StackedOptimizer) -> dict[str, Tensor]:
-    return {
-        **{f"heads.{name}": tensor for name, tensor in heads.state_dict().items()},
-        **{f"optimizer.{name}": tensor for name, tensor in optimizer.state.items()},
     }
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genlip_megatron.evaluate import drawing
+
 _MOST_NAMES = 60  # more do not fit beside the matrix
 
 
@@ -26,11 +28,7 @@ def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 def confusion_picture(counts: Tensor, names: Sequence[str], title: str) -> bytes:
     """A PNG of a confusion matrix in percent of each row; with names of classes if they fit, else with numbers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing.pyplot()
     shares = (100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     classes = len(names)
     named = classes <= _MOST_NAMES

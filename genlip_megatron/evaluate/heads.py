@@ -193,7 +193,7 @@ class StackedOptimizer:
         self._named = dict(heads.named_parameters())
         self._decays, self._betas, self._clip = torch.tensor(weight_decays), betas, clip
         self.steps = 0
-        self.state = {
+        self._state = {
             f"{kind}.{name}": torch.zeros_like(parameter)
             for name, parameter in self._named.items()
             for kind in (("first", "second") if betas else ("momentum",))
@@ -203,6 +203,16 @@ class StackedOptimizer:
     def parameters(self) -> list[Tensor]:
         """Those that it updates."""
         return list(self._named.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments or the momentum of each parameter."""
+        return self._state
+
+    def restore(self, state: dict[str, Tensor], steps: int) -> None:
+        """Continue from the state after ``steps`` updates."""
+        for name, tensor in self._state.items():
+            tensor.copy_(state[name])
+        self.steps = steps
 
     @torch.no_grad()
     def step(self, learning_rates: Sequence[float] | Tensor) -> None:
@@ -217,11 +227,11 @@ class StackedOptimizer:
                 gradient = gradient * _per_head(scale, parameter)
             rates = _per_head(learning_rates, parameter)
             if self._betas is None:
-                momentum = self.state[f"momentum.{name}"].mul_(0.9).add_(gradient)
+                momentum = self._state[f"momentum.{name}"].mul_(0.9).add_(gradient)
                 parameter.sub_(rates * momentum)
             else:
                 slow, fast = self._betas
-                first, second = self.state[f"first.{name}"], self.state[f"second.{name}"]
+                first, second = self._state[f"first.{name}"], self._state[f"second.{name}"]
                 first.lerp_(gradient, 1 - slow)
                 second.mul_(fast).addcmul_(gradient, gradient, value=1 - fast)
                 if not name.endswith("bias"):
@@ -235,6 +245,44 @@ class StackedOptimizer:
         gradients = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
         squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
         return (self._clip / (squares.sqrt() + 1e-6)).clamp(max=1)
+
+
+class HeadAdamW:
+    """torch's AdamW of one head, with the methods of ``StackedOptimizer``. It decays all parameters.
+
+    Args:
+        head: the module.
+        weight_decay: of its parameters.
+    """
+
+    def __init__(self, head: nn.Module, weight_decay: float) -> None:
+        self._named = dict(head.named_parameters())
+        self._adamw = torch.optim.AdamW(self._named.values(), weight_decay=weight_decay)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that it updates."""
+        return list(self._named.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments of each parameter."""
+        return {
+            f"{kind}.{name}": self._adamw.state[parameter][kind]
+            for name, parameter in self._named.items()
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+
+    def restore(self, state: dict[str, Tensor], steps: int) -> None:
+        """Continue from the state after ``steps`` updates."""
+        for name, parameter in self._named.items():
+            moments = {kind: state[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
+            self._adamw.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+
+    def step(self, learning_rate: float) -> None:
+        """Update, then drop the gradients."""
+        self._adamw.param_groups[0]["lr"] = learning_rate
+        self._adamw.step()
+        self._adamw.zero_grad()
 
 
 def _per_head(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from genlip_megatron.data.text import Turns
 from genlip_megatron.evaluate.projector import Text
-from genlip_megatron.optional import need_transformers
+from genlip_megatron.optional import need
 
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _SYSTEM = "You are a helpful assistant."
@@ -115,7 +115,7 @@ def open_language_model(name: str, device: torch.device | str = "cpu") -> Langua
     Raises:
         ValueError: not to be found, no causal language model that takes ``inputs_embeds``, or no tokenizer.
     """
-    need_transformers()
+    need("transformers")
     tokenizer = _tokenizer(name)
     model, report = _load(name)
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):

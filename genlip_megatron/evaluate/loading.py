@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -37,11 +38,12 @@ def in_workers(function: Callable[[Any], Result], jobs: Sequence[Any], workers: 
     Args:
         function: returns tensors, or lists and tuples of them.
         jobs: its arguments.
-        workers: processes that run ahead; 0: none.
+        workers: processes that run ahead, at most one for each core; 0: none.
 
     Raises:
         ValueError: the function raised it.
     """
+    workers = min(workers, len(os.sched_getaffinity(0)))  # more would only take the cores from each other
     context = "fork" if workers else None  # the function and the data are not copied
     loader = DataLoader(
         _Jobs(function, jobs), batch_size=None, num_workers=workers, multiprocessing_context=context, shuffle=False
@@ -50,6 +52,12 @@ def in_workers(function: Callable[[Any], Result], jobs: Sequence[Any], workers: 
         if isinstance(result, str):
             raise ValueError(result)
         yield result
+
+
+def each_in_workers(function: Callable[[int], Result], numbers: Sequence[int], workers: int) -> Iterator[Result]:
+    """``function(number)`` of every number, in order, as ``in_workers``; a worker gets 16 numbers at a time."""
+    jobs = [numbers[start : start + 16] for start in range(0, len(numbers), 16)]
+    return itertools.chain.from_iterable(in_workers(lambda job: [function(number) for number in job], jobs, workers))
 
 
 @lru_cache(maxsize=2)
@@ -100,11 +108,6 @@ def this_ranks(numbers: np.ndarray, batch_size: int) -> list[list[int]]:
     """This rank's samples of an evaluation, in batches."""
     mine = numbers[ranks.rank() :: ranks.world_size()].tolist()
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-
-
-def flat(lists: Iterator[list[Result]]) -> Iterator[Result]:
-    """The elements of all lists."""
-    return itertools.chain.from_iterable(lists)
 
 
 def padded(patches: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -30,12 +30,11 @@ from genlip_megatron import atomic_write
 from genlip_megatron.encoders.cache import CacheImage, FeatureCache
 from genlip_megatron.encoders.interface import Encoder
 from genlip_megatron.evaluate import ranks, transforms
-from genlip_megatron.evaluate.classify import fill
 from genlip_megatron.evaluate.dialogues import exchanged_images
 from genlip_megatron.evaluate.heads import cosine
 from genlip_megatron.evaluate.language_model import LanguageModel
-from genlip_megatron.evaluate.loading import TrainingBatches, flat, in_workers, this_ranks
-from genlip_megatron.evaluate.probe_state import ProbeFolder, digest, progress_bar
+from genlip_megatron.evaluate.loading import TrainingBatches, each_in_workers, in_workers, this_ranks
+from genlip_megatron.evaluate.probe_state import ProbeFolder, digest, fill, progress_bar
 from genlip_megatron.evaluate.projector import Projector, Text, answer_nll, splice
 
 PROJECTOR = "projector.safetensors"
@@ -177,12 +176,11 @@ class VisualFeatures:
         left, top = (resized.width - size) // 2, (resized.height - size) // 2
         return self.encoder.to_tensor(resized.crop((left, top, left + size, top + size)))
 
-    def _views(self, numbers: Sequence[int]) -> list[Tensor]:
-        return [self._view(self.images[number].read()) for number in numbers]
+    def _tensor(self, number: int) -> Tensor:
+        return self._view(self.images[number].read())
 
     def _read(self, numbers: Sequence[int]) -> Iterator[Tensor]:
-        jobs = [list(numbers[start : start + 16]) for start in range(0, len(numbers), 16)]
-        return flat(in_workers(self._views, jobs, self.options.workers))
+        return each_in_workers(self._tensor, numbers, self.options.workers)
 
     def fill(self) -> None:
         """Compute the cache's missing features on all ranks."""
@@ -195,7 +193,7 @@ class VisualFeatures:
             cache = self._cache
             yield from ([cache[number][0].to(self.encoder.device) for number in job] for job in jobs)
             return
-        for views in in_workers(self._views, jobs, self.options.workers):
+        for views in in_workers(lambda job: [self._tensor(number) for number in job], jobs, self.options.workers):
             with torch.no_grad():  # not around ``yield``: it would stay off for the caller
                 found = [features.patches for features in self.encoder.encode(views)]
             yield found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron import atomic_write
+from genlip_megatron.evaluate import drawing
 from genlip_megatron.evaluate.probe_results import provenance
 
 MEASURE = "ppl1"  # the number of a row that every comparison has
@@ -60,12 +61,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """A PNG with a panel for each stage and a line of three marks for each encoder; the first encoder is on top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    pyplot = drawing.pyplot()
     stages = list(rows[0]["stages"])
     titles = {"ppl1": "PPL1: projector tuned", "ppl2": "PPL2: projector and LLM tuned"}
     with pyplot.rc_context({"font.size": 10}):

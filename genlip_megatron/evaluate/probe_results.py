@@ -12,20 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron import atomic_write
+from genlip_megatron.evaluate import drawing
 
 _PACKAGES = ("genlip-megatron", "torch", "transformers", "timm", "open-clip-torch", "numpy", "pillow")
-
-
-def need_matplotlib() -> None:
-    """Check that matplotlib is installed, without importing it.
-
-    Raises:
-        ValueError: it is not.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed. Run pip install '.[evaluate]' in the checkout.")
 
 
 def provenance() -> dict[str, Any]:
@@ -57,11 +46,7 @@ def write(folder: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, An
 
 def bar_chart(names: Sequence[str], scores: Sequence[float], title: str) -> bytes:
     """A PNG with one horizontal bar for each name, labelled with its score in percent; the first is on top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing.pyplot()
     shown = [name if len(name) <= 40 else f"...{name[-37:]}" for name in names]
     with pyplot.rc_context({"font.size": 10}):
         figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(names)), layout="constrained")

@@ -18,12 +18,15 @@ from genlip_megatron.evaluate import ranks
 _STATE, _RESULT = "state.pt", "result.json"
 
 
-class _Stamped(Protocol):
+class Stamped(Protocol):
+    """A sample of a data set."""
+
     @property
-    def stamp(self) -> str: ...
+    def stamp(self) -> str:
+        """Changes when the sample may have."""
 
 
-def digest(samples: Sequence[_Stamped]) -> str:
+def digest(samples: Sequence[Stamped]) -> str:
     """Hexadecimal digest of a list of samples: their files and labels."""
     found = hashlib.blake2b(digest_size=16)
     for sample in samples:

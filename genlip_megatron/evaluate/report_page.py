@@ -98,18 +98,6 @@ class Part:
         return all(block.missing for block in self.blocks)
 
 
-def need_jinja() -> None:
-    """Check that jinja2 is installed, without importing it.
-
-    Raises:
-        ValueError: it is not.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("jinja2") is None:
-        raise ValueError("jinja2 is not installed. Run pip install '.[evaluate]' in the checkout.")
-
-
 def render(name: str, facts: Mapping[str, str], parts: Sequence[Part], command: str) -> str:
     """The page.
 

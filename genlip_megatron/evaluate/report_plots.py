@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from genlip_megatron.evaluate import drawing
 from genlip_megatron.evaluate.run_log import RunLog
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c510a")
@@ -49,11 +50,7 @@ PANELS = (
 @contextmanager
 def _figure() -> Iterator[tuple[Any, io.BytesIO]]:
     """(axes, the PNG once the block has ended)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing.pyplot()
     content = io.BytesIO()
     with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = pyplot.subplots(figsize=(5, 3.3), layout="constrained")

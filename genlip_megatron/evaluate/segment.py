@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,13 @@ from torch import Tensor
 from genlip_megatron.encoders.cache import FeatureCache
 from genlip_megatron.encoders.interface import Encoder
 from genlip_megatron.evaluate import ranks, transforms
-from genlip_megatron.evaluate.heads import SegmentationHead
+from genlip_megatron.evaluate.head_training import train_head
+from genlip_megatron.evaluate.heads import HeadAdamW, SegmentationHead
 from genlip_megatron.evaluate.labelled import Masked, held_out
-from genlip_megatron.evaluate.loading import TrainingBatches, flat, in_workers
+from genlip_megatron.evaluate.loading import TrainingBatches, each_in_workers, in_workers
 from genlip_megatron.evaluate.miou import IoU
-from genlip_megatron.evaluate.probe_state import ProbeFolder, digest, fill, progress_bar
+from genlip_megatron.evaluate.probe_options import ProbeOptions
+from genlip_megatron.evaluate.probe_state import ProbeFolder, fill, progress_bar
 from genlip_megatron.evaluate.transforms import IGNORE
 
 NEIGHBOURS = (1, 3, 10, 30)
@@ -60,26 +61,21 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line sets in addition to the preset.
+@dataclass(frozen=True, kw_only=True)
+class Options(ProbeOptions):
+    """The options of a segmentation; ``cache`` is for ``nearest_patches``.
 
     Attributes:
         size: side of crops and windows in pixels.
-        cache: folder of features, for ``nearest_patches``.
         reduce_zero: label 0 does not count, and label k is class k - 1.
-        batch_size, max_steps, workers, seed, save_interval, cache_dtype: as in ``classify.Options``.
     """
 
     size: int
-    cache: Path
     reduce_zero: bool = True
-    batch_size: int = 0
-    max_steps: int = 0
-    workers: int = 0
-    seed: int = 0
-    save_interval: int = 500
-    cache_dtype: torch.dtype = torch.float32
+
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide the result."""
+        return super().deciding() | {"reduce_zero_label": self.reduce_zero}
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:
@@ -132,25 +128,6 @@ def rate_factor(step: int, steps: int, cosine: bool) -> float:
     return factor * rise
 
 
-def settings(
-    encoder: Encoder, kind: str, train: Sequence[Masked], val: Sequence[Masked], classes: int, options: Options
-) -> dict[str, Any]:
-    """What decides the result of a probe."""
-    return {
-        "encoder": encoder.name,
-        "fingerprint": encoder.fingerprint,
-        "protocol": kind,
-        "size": options.size,
-        "classes": classes,
-        "train": digest(train),
-        "val": digest(val),
-        "reduce_zero_label": options.reduce_zero,
-        "batch_size": options.batch_size,
-        "max_steps": options.max_steps,
-        "seed": options.seed,
-    }
-
-
 def linear_segmentation(
     encoder: Encoder,
     train: Sequence[Masked],
@@ -179,11 +156,7 @@ def linear_segmentation(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         head = SegmentationHead(encoder.dim, classes).to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), preset.learning_rate, weight_decay=preset.weight_decay)
-    first, tensors = folder.load(device)
-    if tensors:
-        head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()})
-        _restore(optimizer, tensors, first)
+    optimizer = HeadAdamW(head, preset.weight_decay)
     grid = encoder.grid(options.size, options.size)
     share = batch_size // ranks.world_size()
 
@@ -198,30 +171,33 @@ def linear_segmentation(
         pixels, targets = zip(*crops, strict=True)
         return torch.stack(pixels), torch.stack(targets)
 
-    jobs = TrainingBatches(np.arange(len(train)), options.seed, first, steps, batch_size)
-    head.train()
-    with progress_bar(steps, first, f"{encoder.name} head", "step") as bar:
-        for step, (pixels, targets) in zip(range(first, steps), in_workers(load, jobs, options.workers), strict=True):
-            x, targets = _patches(encoder, list(pixels)), targets.to(device)
-            if preset.dropout:
-                kept = transforms.seeded(options.seed, step, 1).random((batch_size, encoder.dim)) >= preset.dropout
-                mine = torch.from_numpy(kept[ranks.rank() * share :][:share]).to(device)
-                x = x * mine[:, None] / (1 - preset.dropout)
-            logits = F.interpolate(head(x, grid), size=targets.shape[1:], mode="bilinear", align_corners=False)
-            # The mean over all pixels, those that do not count included, as mmsegmentation's.
-            loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / targets.numel()
-            loss.backward()
-            ranks.average_gradients(list(head.parameters()))
-            for group in optimizer.param_groups:
-                group["lr"] = preset.learning_rate * rate_factor(step, steps, preset.cosine)
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-            if (step + 1) % options.save_interval == 0 and step + 1 < steps:
-                folder.save(step + 1, _state(head, optimizer))
-    if steps > first:
-        folder.save(steps, _state(head, optimizer))
-    head.eval()
+    def loss(step: int, batch: tuple[Tensor, Tensor]) -> Tensor:
+        pixels, targets = batch
+        x, targets = _patches(encoder, list(pixels)), targets.to(device)
+        if preset.dropout:
+            kept = transforms.seeded(options.seed, step, 1).random((batch_size, encoder.dim)) >= preset.dropout
+            mine = torch.from_numpy(kept[ranks.rank() * share :][:share]).to(device)
+            x = x * mine[:, None] / (1 - preset.dropout)
+        logits = F.interpolate(head(x, grid), size=targets.shape[1:], mode="bilinear", align_corners=False)
+        # The mean over all pixels, those that do not count included, as mmsegmentation's.
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / targets.numel()
+
+    def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        jobs = TrainingBatches(np.arange(len(train)), options.seed, first, steps, batch_size)
+        return in_workers(load, jobs, options.workers)
+
+    train_head(
+        head,
+        optimizer,
+        folder,
+        steps=steps,
+        save_interval=options.save_interval,
+        batches=batches,
+        loss=loss,
+        rate=lambda step: preset.learning_rate * rate_factor(step, steps, preset.cosine),
+        device=device,
+        what=f"{encoder.name} head",
+    )
 
     @torch.no_grad()
     def predict(images: Sequence[Tensor]) -> Tensor:
@@ -259,27 +235,6 @@ def _patches(encoder: Encoder, images: Sequence[Tensor]) -> Tensor:
         return torch.stack([features.patches for features in encoder.encode(images)]).float()
 
 
-def _state(head: SegmentationHead, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": state[name] for name in ("exp_avg", "exp_avg_sq")}
-    return tensors
-
-
-def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int) -> None:
-    state = optimizer.state_dict()
-    count = len(state["param_groups"][0]["params"])
-    state["state"] = {
-        number: {
-            "step": torch.tensor(float(step)),
-            "exp_avg": tensors[f"optimizer.{number}.exp_avg"],
-            "exp_avg_sq": tensors[f"optimizer.{number}.exp_avg_sq"],
-        }
-        for number in range(count)
-    }
-    optimizer.load_state_dict(state)
-
-
 def _predictions(
     encoder: Encoder,
     val: Sequence[Masked],
@@ -309,7 +264,16 @@ def _score(predictions: Iterator[tuple[Tensor, Tensor]], images: int, classes: i
         for predicted, truth in predictions:
             iou.add(predicted, truth)
             bar.update(ranks.world_size())
+    _add_ranks(iou)
+    return _figures(iou)
+
+
+def _add_ranks(iou: IoU) -> None:
+    """Add the counts of all ranks."""
     iou.counts = torch.stack(ranks.gather(iou.counts)).sum(0)
+
+
+def _figures(iou: IoU) -> dict[str, Any]:
     right, _, counted = iou.counts.sum(dim=1).tolist()
     return {
         "miou": round(iou.mean(), 6),
@@ -359,8 +323,7 @@ def nearest_patches(
 
     def cached(samples: Sequence[Masked], part: str) -> FeatureCache:
         def read(numbers: Sequence[int]) -> Iterator[Tensor]:
-            jobs = [list(numbers[start : start + 16]) for start in range(0, len(numbers), 16)]
-            return flat(in_workers(lambda job: [squash(samples[n].read()) for n in job], jobs, options.workers))
+            return each_in_workers(lambda number: squash(samples[number].read()), numbers, options.workers)
 
         name = f"squash {size}"
         cache = FeatureCache(options.cache / part, encoder, samples, squash, name, options.cache_dtype, False, read)
@@ -395,7 +358,7 @@ def nearest_patches(
                     iou.add(whole, label_map(samples[number]))
                 bar.update(ranks.world_size())
         for iou in found:
-            iou.counts = torch.stack(ranks.gather(iou.counts)).sum(0)
+            _add_ranks(iou)
         return found
 
     chosen, selection = held_out(len(train))
@@ -404,14 +367,11 @@ def nearest_patches(
     val_cache = cached(val, "val")
     everything = np.arange(len(train))
     measured = scores(everything, lambda number: unit(val_cache[number][0].to(device)), val, np.arange(len(val)))[best]
-    right, _, counted = measured.counts.sum(dim=1).tolist()
     rows = [{"neighbours": k, "held_out_miou": round(value, 6)} for k, value in zip(NEIGHBOURS, selected, strict=True)]
     return {
-        "miou": round(measured.mean(), 6),
+        **_figures(measured),
         **rows[best],
         "heads": rows,
-        "pixel_accuracy": round(right / counted, 6),
-        "iou": [None if value != value else round(value, 6) for value in measured.per_class().tolist()],
         "train_images": len(train),
         "held_out_images": len(selection),
         "val_images": len(val),

@@ -1,4 +1,4 @@
-"""What ``caption.py``, ``extract_features.py`` and ``patch_readout.py`` share: flags, model, images, progress bar.
+"""What tools that run a GenLIP on images share: flags, model, images, progress bar.
 
 Imports of torch and transformers wait until a tool needs them, so that ``--help`` is fast.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.log import to_stderr
-from genlip_megatron.optional import need_transformers
+from genlip_megatron.optional import need
 
 if TYPE_CHECKING:
     from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
@@ -51,11 +51,22 @@ def build_parser(prog: str, doc: str, output: str = "", load: str = "") -> Stric
         return parser
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help=f"replace {output} that an earlier call wrote")
+    add_image_flags(parser)
+    return parser
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of image sizes, which ``image_flags`` reads."""
     parser.add_argument("--image-mode", choices=("fixed", "native"), help="default: as the model was trained")
     parser.add_argument("--image-size", type=int, help="fixed mode: side in pixels, a multiple of 16")
     parser.add_argument("--min-pixels", type=int, help="native mode: smallest area in pixels")
     parser.add_argument("--max-pixels", type=int, help="native mode: largest area in pixels")
-    return parser
+
+
+def image_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """The flags of image sizes for ``override_images``; a tool without them has none."""
+    names = ("image_mode", "image_size", "min_pixels", "max_pixels")
+    return {name: getattr(options, name, None) for name in names}
 
 
 def add_tokenizer(parser: StrictParser) -> None:
@@ -70,7 +81,7 @@ def open_images(options: argparse.Namespace) -> Inputs:
     Raises:
         ValueError: transformers is not installed, or an input names no image.
     """
-    need_transformers()
+    need("transformers")
     from genlip_megatron.infer.inputs import Inputs
 
     return Inputs(options.inputs, options.limit)
@@ -92,9 +103,7 @@ def load_model(options: argparse.Namespace, encoder_only: bool = False) -> tuple
         dtype=options.dtype,
         tokenizer=getattr(options, "tokenizer", ""),
     )
-    names = ("image_mode", "image_size", "min_pixels", "max_pixels")
-    flags = {name: getattr(options, name, None) for name in names}
-    return loaded, override_images(loaded.image_processor, flags)
+    return loaded, override_images(loaded.image_processor, image_flags(options))
 
 
 def progress_bar(images: Sized, what: str) -> Any:

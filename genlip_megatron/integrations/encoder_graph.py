@@ -82,7 +82,7 @@ def export_encoder(model: GenLIPVisionModel, output: Path) -> Callable[[Tensor],
             import onnxruntime
             import onnxscript  # noqa: F401
         except ImportError as error:
-            raise ImportError(f"{error}: pip install 'genlip-megatron[onnx]'") from None
+            raise ImportError(f"{error}. Run pip install '.[onnx]' in the checkout.") from None
 
         torch.onnx.export(
             encoder,

@@ -62,7 +62,7 @@ def check_machine(config: RunConfig) -> str:
     if config.parallel.offload_modules and not HAVE_TE:
         raise ValueError(
             f"parallel.offload_modules = {','.join(config.parallel.offload_modules)}: Megatron-Core offloads with "
-            "Transformer Engine, which is not installed. Run pip install 'genlip-megatron[te]' on a CUDA machine, or "
+            "Transformer Engine, which is not installed. Run pip install '.[te]' in the checkout on a CUDA machine, or "
             "recompute instead (--recompute selective --recompute-modules core_attn,mlp)"
         )
     fusion_choice(config.train.fusion)

@@ -73,8 +73,8 @@ class Writer:
         if log.wandb_project:
             if importlib.util.find_spec("wandb") is None:
                 raise ValueError(
-                    f"log.wandb_project = {log.wandb_project}: wandb is not installed; "
-                    "pip install 'genlip-megatron[wandb]', or remove the setting"
+                    f"log.wandb_project = {log.wandb_project}: wandb is not installed. "
+                    "Run pip install '.[wandb]' in the checkout, or remove the setting"
                 )
             wandb = importlib.import_module("wandb")
             with self._wandb_errors():

@@ -132,7 +132,7 @@ def test_verify_without_transformers_writes_nothing(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for words in (("to-hf", started), ("to-megatron", released)):
         line = convert(*words, "--output", tmp_path / "no", "--verify", status=2)
-        assert "pip install 'genlip-megatron[hf]'" in line
+        assert "pip install '.[hf]' in the checkout" in line
 
 
 def begun(config: Any) -> Any:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from genlip_megatron.encoders.others import PixelEncoder
 from genlip_megatron.evaluate import classify, labelled, ranks, segment
+from genlip_megatron.evaluate.probe_options import settings
 from genlip_megatron.evaluate.probe_state import ProbeFolder
 
 COLOURS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
@@ -67,7 +68,7 @@ def run_classify(data: Path, output: Path, preset: classify.Preset = TINY, **opt
     val, _ = labelled.read_classes([str(data / "val")], "--val", known=names)
     size = {"size": 32, **options}
     chosen = classify.Options(cache=output / "features", **size)
-    folder = ProbeFolder(output, classify.settings(encoder, "tiny", train, val, len(names), chosen))
+    folder = ProbeFolder(output, settings(encoder, "tiny", train, val, len(names), chosen))
     result = classify.trained_probe(encoder, train, val, len(names), preset, chosen, folder)
     ranks.wait()
     return {**result, "tensors": folder.load(torch.device("cpu"))[1]}
@@ -79,7 +80,7 @@ def run_segment(data: Path, output: Path, preset: str = "dinov3", steps: int = 6
     train = labelled.read_masks([str(data / "images" / "training")], "--train")
     val = labelled.read_masks([str(data / "images" / "validation")], "--val")
     chosen = segment.Options(size=32, cache=output / "features", batch_size=4, max_steps=steps, **options)
-    folder = ProbeFolder(output, segment.settings(encoder, preset, train, val, 3, chosen))
+    folder = ProbeFolder(output, settings(encoder, preset, train, val, 3, chosen))
     if preset == "knn-capi":
         return segment.nearest_patches(encoder, train, val, 3, chosen)
     high = dataclasses.replace(segment.PRESETS[preset], learning_rate=0.1)

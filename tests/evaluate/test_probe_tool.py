@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import probe
 import pytest
+import torch
 from PIL import Image
 
 from genlip_megatron.encoders.interface import Encoder
@@ -180,15 +184,47 @@ def test_an_output_of_other_settings_is_refused(data: Path, tmp_path: Path, caps
     assert "holds a probe with another seed, 0, not 1" in capsys.readouterr().err
 
 
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A process with one thread, so that its sums have one order."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True, text=True)
+
+
+def scores(output: Path) -> dict[str, Any]:
+    """What a probe of one encoder found."""
+    (row,) = json.loads((output / "results.json").read_text())["encoders"]
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+TRAINED = {"classify": classify, "segment": segment}
+
+
 @pytest.mark.slow
-def test_torchrun_and_worker_processes(data: Path, tmp_path: Path) -> None:
-    flags = ("--max-steps", "4", "--batch-size", "8", "--head", "mean-linear", "--workers", "2")
-    scores = []
-    for ranks in (1, 2):
-        output = tmp_path / str(ranks)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*launch, probe.__file__, *classify(data, *flags, "--output", str(output))]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-        (row,) = json.loads((output / "results.json").read_text())["encoders"]
-        scores.append({key: row[key] for key in ("accuracy", "heads", "steps")})
-    assert scores[0] == scores[1]
+@pytest.mark.parametrize("task", TRAINED)
+def test_two_ranks_of_torchrun_find_what_one_process_finds(task: str, data: Path, tmp_path: Path) -> None:
+    command = [probe.__file__, *TRAINED[task](data, "--max-steps", "4", "--batch-size", "8", "--workers", "2")]
+    run(sys.executable, *command, "--output", str(tmp_path / "1"))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run(sys.executable, *launch, *command, "--output", str(tmp_path / "2"))
+    assert scores(tmp_path / "2") == scores(tmp_path / "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TRAINED)
+def test_a_killed_process_that_is_run_again_finds_what_an_unbroken_one_finds(
+    task: str, data: Path, tmp_path: Path
+) -> None:
+    flags = ("--max-steps", "300", "--batch-size", "8", "--save-interval", "1", "--workers", "2")
+    command = [sys.executable, probe.__file__, *TRAINED[task](data, *flags)]
+    run(*command, "--output", str(tmp_path / "whole"))
+    killed = [*command, "--output", str(tmp_path / "killed")]
+    state = tmp_path / "killed" / "colour" / "state.pt"
+    with subprocess.Popen(killed, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True) as process:
+        while not state.exists() and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < torch.load(state)["step"] < 300 and not (state.parent / "result.json").exists()
+    assert " 0/300 " not in run(*killed).stderr  # it did not start from the beginning
+    assert scores(tmp_path / "killed") == scores(tmp_path / "whole")
+    assert not state.exists()

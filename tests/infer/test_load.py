@@ -143,7 +143,7 @@ def test_tools_without_transformers_say_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for main in (caption, extract_features, patch_readout):
         line = tool(main, tmp_path, "--load", tmp_path, "--output", tmp_path / "new", status=2)
-        assert "pip install 'genlip-megatron[hf]'" in line
+        assert "pip install '.[hf]' in the checkout" in line
 
 
 def test_a_missing_head_count_names_only_existing_flags(exported_native: Path) -> None:

@@ -54,7 +54,7 @@ def test_only_readouts_are_replaced(tool: Tool, checkpoints: dict[str, Path], ph
     for name in ("00000-cat.png", "00000-cat.json"):
         (tmp_path / "readout" / name).write_text("labels")
     line = tool(main, *words, "--overwrite", status=2)
-    assert "no index.json of readouts" in line
+    assert "no index.json of genlip patch readouts" in line
     (tmp_path / "readout" / "index.json").write_text('{"kind": "genlip patch readouts", "files": ["00000-cat.png"]}')
     assert "(00000-cat.json)" in tool(main, *words, "--overwrite", status=2)
     (tmp_path / "readout" / "00000-cat.json").unlink()

@@ -259,7 +259,10 @@ def test_wandb_that_does_not_start_is_a_user_error_on_all_ranks(
 
 def test_wandb_that_is_not_installed_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="log.wandb_project = genlip: wandb is not installed; pip install"):
+    with pytest.raises(
+        ValueError,
+        match=r"log.wandb_project = genlip: wandb is not installed\. Run pip install '\.\[wandb\]' in the checkout",
+    ):
         Writer(override(RunConfig(), {"log.wandb_project": "genlip"}), active=True)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from genlip_megatron.command import command
 from genlip_megatron.config import from_dict, load_yaml
-from genlip_megatron.config.command_line import StrictParser
+from genlip_megatron.config.command_line import StrictParser, check_least
 from genlip_megatron.convert.hf_folder import hf_config
 from genlip_megatron.convert.source import DTYPES
 from genlip_megatron.evaluate.likelihood import LikelihoodScorer
@@ -108,9 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: fp32")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU (default: torch's)")
     options = parser.parse_args(argv)
-    for flag, least in (("layers", 0), ("images", 1), ("baseline_images", 1), ("caption_batch", 1), ("threads", 0)):
-        if (value := getattr(options, flag)) < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
+    check_least(options, layers=0, images=1, baseline_images=1, caption_batch=1, threads=0)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = build_model(options.layers, torch.device(options.device), options.dtype)
