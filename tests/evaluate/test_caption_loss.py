@@ -147,7 +147,7 @@ def test_bad_settings_and_files_are_one_line(
         ([tmp_path / "0.png"], "has no caption. Name a table or indexed .tar shards"),
         ([tmp_path / "lost.csv"], "1 of 1 images do not exist"),
         ([tmp_path / "control.csv"], "spells the control token '<|im_end|>'"),
-        ([tmp_path / "cat.csv", "--attributes"], "cat.csv:1 does not name one colour. Leave the flag out"),
+        ([tmp_path / "cat.csv", "--attributes"], "0.png does not name one colour. Leave the flag out"),
         ([tmp_path / "cat.csv", "--caption-column", "text"], "neither conversations nor a column text"),
         ([shard, "--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"),
         ([shard, "--limit", -1], "--limit -1: must be at least 0"),
