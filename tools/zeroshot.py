@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Classify, retrieve and select without training, by the likelihood that a GenLIP gives to texts.
+"""Classify, retrieve, select and measure the caption loss without training, by a GenLIP's likelihood of texts.
 
     tools/zeroshot.py classify imagenet/val --load runs/so16 random:runs/so16 --class-names names.json \\
         --template 'a photo of a {}.' --output zeroshot
@@ -7,16 +7,19 @@
         --normalise none --prior no-image --output zeroshot
     tools/zeroshot.py retrieve demo/val-00000.tar --load runs/demo --output retrieval
     tools/zeroshot.py select candidates.jsonl --load runs/so16 --output selection
+    tools/zeroshot.py captions 'data/val-*.tar' --load runs/so16 --output captions
+    tools/zeroshot.py captions demo/val-00000.tar --load runs/demo random:runs/demo --attributes --output captions
 
 classify  top-1 accuracy. DATA: a folder with one subfolder for each class, .tar shards with .cls members, or a table.
 retrieve  R@1 from image to caption and from caption to image. INPUT: indexed .tar shards, as for tools/caption.py.
 select    the best text for each image. FILE: JSON Lines {"path": image file, "candidates": [texts]}.
+captions  loss per token of the true captions, as in training. INPUT: indexed .tar shards, tables or LLaVA's json.
 
 score = mean over templates of (log p(text | image, prompt) - log prior(text)) / length(text)
 
 results.json holds the figures for every normalisation and prior; --normalise and --prior choose the headline. The
-folder --output also holds pictures (classify, retrieve), one MODEL.jsonl for each model (select), and scores/, from
-which a killed command continues when it is run again. docs/evaluation.md has the protocol.
+folder --output also holds pictures (not select), one MODEL.jsonl for each model (select), and scores/, from which a
+killed command continues when it is run again. docs/evaluation.md has the protocol.
 
 Exit status: 0 done; 1 an error of the machine; 2 a setting or a file is wrong.
 """
@@ -68,15 +71,27 @@ def build_parser() -> StrictParser:
     retrieve.add_argument("--limit", type=int, default=0, help="use only the first N images (default: 0, all)")
     select = commands.add_parser("select", help="the best of several texts for each image", allow_abbrev=False)
     select.add_argument("file", type=Path, metavar="FILE", help='JSON Lines {"path": ..., "candidates": [...]}')
+    text = "loss per token of the true captions, and bits per byte"
+    captions = commands.add_parser("captions", help=text, allow_abbrev=False)
+    text = "indexed .tar shards, tables of images and captions, or LLaVA's json"
+    captions.add_argument("inputs", nargs="+", metavar="INPUT", help=text)
+    text = "folder of a table's image paths (default: that of the table)"
+    captions.add_argument("--image-folder", default="", metavar="FOLDER", help=text)
+    captions.add_argument("--image-column", default="image", help="column of a table (default: image)")
+    captions.add_argument("--caption-column", default="caption", help="column of a table (default: caption)")
+    captions.add_argument("--limit", type=int, default=0, help="use only the first N images (default: 0, all)")
+    text = "for rendered scenes: caption them, and compare colour, shape, count, position and word with the true ones"
+    captions.add_argument("--attributes", action="store_true", help=text)
+    text = "most tokens of a caption of --attributes (default: 256)"
+    captions.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help=text)
     for sub in (classify, retrieve, select):
-        _add_shared(sub, _PRIORS[:2] if sub is select else _PRIORS)
+        _add_scores(sub, _PRIORS[:2] if sub is select else _PRIORS)
+    for sub in (classify, retrieve, select, captions):
+        _add_shared(sub)
     return parser
 
 
-def _add_shared(parser: argparse.ArgumentParser, priors: Sequence[str]) -> None:
-    text = "a run, a checkpoint iter_NNNNNNN, or an exported folder; random: keeps only the shape, with random weights"
-    parser.add_argument("--load", required=True, nargs="+", metavar="[random:]FOLDER", help=text)
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of the results")
+def _add_scores(parser: argparse.ArgumentParser, priors: Sequence[str]) -> None:
     text = "length that divides log-likelihoods: tokens (default), UTF-8 bytes, or none"
     parser.add_argument("--normalise", choices=_NORMALISATIONS, default="tokens", help=text)
     text = "log-prior to subtract: none (default); no-image: after the prompt only" + (
@@ -84,6 +99,12 @@ def _add_shared(parser: argparse.ArgumentParser, priors: Sequence[str]) -> None:
     )
     parser.add_argument("--prior", choices=priors, default="none", help=text)
     parser.add_argument("--end-token", action="store_true", help="score also the token that ends a caption")
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    text = "a run, a checkpoint iter_NNNNNNN, or an exported folder; random: keeps only the shape, with random weights"
+    parser.add_argument("--load", required=True, nargs="+", metavar="[random:]FOLDER", help=text)
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of the results")
     parser.add_argument("--prompt", help="text between image and texts (default: the prompt of the training)")
     parser.add_argument("--tokenizer", default="", help="the models' tokenizer file, if it was moved")
     parser.add_argument("--batch-size", type=int, default=16, help="images per batch (default: 16)")
@@ -104,14 +125,16 @@ def zeroshot(options: argparse.Namespace) -> int:
     if options.task != "select":
         need("matplotlib")
     if options.output.is_dir():
-        check_file(options.output / "results.json", json_object("command", "task", "normalise"))
-    {"classify": _classify, "retrieve": _retrieve, "select": _select}[options.task](options)
+        own = "attributes" if options.task == "captions" else "normalise"
+        check_file(options.output / "results.json", json_object("command", "task", own))
+    tasks = {"classify": _classify, "retrieve": _retrieve, "select": _select, "captions": _captions}
+    tasks[options.task](options)
     return 0
 
 
 def _check_flags(options: argparse.Namespace) -> None:
     """Raise ValueError for a wrong flag; needs no torch."""
-    check_least(options, batch_size=1, per_class=0, seed=0)
+    check_least(options, batch_size=1, per_class=0, seed=0, limit=0, max_new_tokens=1)
     check_names(options.load, "--load")
     check_folder(options.output)
 
@@ -349,6 +372,44 @@ def _selected(
         }
         rows.append(row)
     return rows
+
+
+def _captions(options: argparse.Namespace) -> None:
+    from genlip_megatron.evaluate import caption_loss, probe_results
+    from genlip_megatron.evaluate.dialogues import read_dialogues
+
+    columns = (options.image_folder, options.image_column, options.caption_column)
+    dialogues, without = read_dialogues(options.inputs, "INPUT", *columns)
+    dialogues = dialogues[: options.limit or None]
+    if options.attributes:
+        caption_loss.check_scenes(dialogues)
+    jobs = [(model, caption_loss.encode(dialogues, model)) for model in _models(options)]
+    rows = [
+        caption_loss.measure(
+            *job,
+            attributes=options.attributes,
+            max_new_tokens=options.max_new_tokens,
+            folder=_scores_folder(options),
+            batch_size=options.batch_size,
+        )
+        for job in jobs
+    ]
+    facts = {
+        "task": "captions",
+        "protocol": "teacher forced",
+        "inputs": options.inputs,
+        "samples": len(dialogues),
+        "samples_without_image": without,
+        "attributes": options.attributes,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    title = f"loss per token of {len(dialogues)} captions (lower is better)"
+    probe_results.write(options.output, facts, rows, "loss", title, percent=False)
+    for row in rows:
+        named = [f"{name} {share:.1%}" for name, share in row.get("attributes", {}).items()]
+        loss = (f"loss {row['loss']:.4f}", f"bits/byte {row['bits_per_byte']:.4f}")
+        print(" | ".join((f"model {row['settings']['encoder']}", *loss, *named)))
+    print(f"results in {options.output}/results.json and results.png")
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:

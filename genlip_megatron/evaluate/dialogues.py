@@ -21,7 +21,6 @@ from PIL import Image
 
 from genlip_megatron.data.tables import column_names, table_rows, table_suffix
 from genlip_megatron.data.text import Turns, parse_turns
-from genlip_megatron.encoders.cache import CacheImage
 from genlip_megatron.evaluate.labelled import Source, held_out
 from genlip_megatron.infer.inputs import Inputs, ShardImage
 
@@ -33,6 +32,11 @@ class ShardPicture:
     """The image of a sample of an indexed shard."""
 
     sample: ShardImage
+
+    @property
+    def name(self) -> str:
+        """``SHARD:KEY``, for messages."""
+        return f"{self.sample.index.shard}:{self.sample.name['key']}"
 
     @property
     def stamp(self) -> str:
@@ -49,9 +53,7 @@ class ShardPicture:
         try:
             return Image.fromarray(self.sample.read())
         except ValueError as error:
-            raise ValueError(
-                f"{self.sample.index.shard}: {self.sample.name['key']}: {error}. Replace the image and index again."
-            ) from error
+            raise ValueError(f"{self.name}: {error}. Replace the image and index again.") from error
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Dialogue:
         turns: (text, whether it is an answer) of each turn, without image markers. A caption has one answer.
     """
 
-    image: CacheImage
+    image: Source | ShardPicture
     turns: Turns
 
 

@@ -22,7 +22,7 @@ _CONDITIONS = {
 
 
 def row(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """An encoder's row of ``results.json``: ``settings``, the perplexities as numbers, and all else under ``stages``.
+    """An encoder's row of ``results.json``: ``settings``, the scores as numbers, and all else under ``stages``.
 
     Args:
         results: of each stage, as ``perplexity.measure`` returns them; the settings of the last hold those of all.
@@ -32,6 +32,7 @@ def row(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for stage, found in results.items()
         for condition in _CONDITIONS
     }
+    scores |= {f"{stage}_bits_per_byte": found["image"]["bits_per_byte"] for stage, found in results.items()}
     return {"settings": [found["settings"] for found in results.values()][-1], **scores, "stages": dict(results)}
 
 

@@ -28,33 +28,42 @@ def provenance() -> dict[str, Any]:
     return {"command": sys.argv, "versions": versions}
 
 
-def write(folder: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], measure: str, title: str) -> None:
+def write(
+    folder: Path,
+    facts: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    measure: str,
+    title: str,
+    percent: bool = True,
+) -> None:
     """``results.json`` with ``facts`` and a row for each encoder, and ``results.png`` with a bar for each.
 
     Args:
         folder: where they go.
         facts: of the whole comparison.
-        rows: each with the encoder's name under ``settings`` and a score from 0 to 1 under ``measure``.
-        measure: "accuracy" or "miou".
+        rows: each with the encoder's name under ``settings`` and a score under ``measure``.
+        measure: such as "accuracy" or "miou".
         title: of the picture.
+        percent: the scores are from 0 to 1 and drawn in percent.
     """
     text = json.dumps({**provenance(), **facts, "measure": measure, "encoders": list(rows)}, indent=1)
     atomic_write.write(folder / "results.json", text)
     names = [str(row["settings"]["encoder"]) for row in rows]
-    atomic_write.write(folder / "results.png", bar_chart(names, [row[measure] for row in rows], title))
+    atomic_write.write(folder / "results.png", bar_chart(names, [row[measure] for row in rows], title, percent))
 
 
-def bar_chart(names: Sequence[str], scores: Sequence[float], title: str) -> bytes:
-    """A PNG with one horizontal bar for each name, labelled with its score in percent; the first is on top."""
+def bar_chart(names: Sequence[str], scores: Sequence[float], title: str, percent: bool = True) -> bytes:
+    """A PNG with one horizontal bar for each name, labelled with its score; the first is on top."""
     pyplot = drawing.pyplot()
+    values = [100 * score if percent else score for score in scores]
     shown = [name if len(name) <= 40 else f"...{name[-37:]}" for name in names]
     with pyplot.rc_context({"font.size": 10}):
         figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(names)), layout="constrained")
-        bars = axes.barh(range(len(names)), [100 * score for score in scores], height=0.65, color="#3b6ea8")
-        axes.bar_label(bars, [f"{100 * score:.1f}" for score in scores], padding=4)
+        bars = axes.barh(range(len(names)), values, height=0.65, color="#3b6ea8")
+        axes.bar_label(bars, [f"{value:.1f}" if percent else f"{value:.4g}" for value in values], padding=4)
         axes.set_yticks(range(len(names)), shown)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlim(0, max(1.0, 112 * max(scores)))
+        axes.set_xlim(0, max(1.0, 1.12 * max(values)) if percent else 1.12 * max(values))
         axes.set_xlabel(title)
         axes.spines[["top", "right"]].set_visible(False)
         content = io.BytesIO()

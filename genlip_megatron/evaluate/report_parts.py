@@ -26,6 +26,15 @@ _SHOWN_STEPS = 8  # validations whose captions are shown
 _READ_SHARDS = 16  # of each source of training data, for the histograms
 _SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048)  # pixels
 _TOKENS = (0, 16, 32, 64, 128, 256, 512, 1024)
+# Of results: what is shown above their table, and what of a row is no score.
+_FACTS = (
+    *("task", "protocol", "measure", "normalise", "prior", "llm", "visual_tokens"),
+    *("classes", "images", "captions", "samples", "chance"),
+)
+_NOT_SCORES = {
+    *("settings", "per_class", "seconds", "steps", "tokens"),
+    *("train_images", "held_out_images", "val_images"),
+}
 # What measures an encoder, and its picture in the report: tool -> rest of an example of its command line.
 _TOOLS = {
     "probe.py": "classify --encoder {load} --train imagenet/train --val imagenet/val --output {run}/probe",
@@ -214,37 +223,34 @@ def results(folders: Sequence[Path], run: Path) -> Part:
 
 
 def _result(folder: Path, facts: Mapping[str, Any]) -> Block:
-    scores = {
-        str(row["settings"]["encoder"]): _scores(row, str(facts.get("measure", "")))
-        for row in facts.get("encoders", [])
-    }
+    scores = {str(row["settings"]["encoder"]): _scores(row) for row in facts.get("encoders", [])}
     columns = list(dict.fromkeys(name for found in scores.values() for name in found))
     rows = [
         [encoder, *(f"{found[name]:.4g}" if name in found else "-" for name in columns)]
         for encoder, found in scores.items()
     ]
-    names = ("task", "protocol", "classes", "images")
-    shown = {name: str(facts[name]) for name in names if isinstance(facts.get(name), (str, int))}
+    known = {name.replace("_", " "): facts[name] for name in _FACTS if isinstance(facts.get(name), (str, int, float))}
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in known.items()}
     table = Table(["encoder", *columns], rows) if rows else None
     command = _command(facts.get("command", ""))
     return Block(folder.name, facts=shown, pictures=_pictures(folder), table=table, commands=[command])
 
 
-def _scores(row: Mapping[str, Any], measure: str) -> dict[str, float]:
-    """The scores of an encoder: the measure, or the scores of a sweep, or else all numbers, also those one level below.
+def _scores(row: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of a sweep, or else all numbers of a row, also those one level below, without its counts.
 
-    >>> _scores({"accuracy": 0.5, "steps": 3}, "accuracy"), _scores({"ppl1": {"image": 8.0}, "steps": 3}, "")
-    ({'accuracy': 0.5}, {'ppl1 image': 8.0, 'steps': 3})
+    >>> _scores({"accuracy": 0.5, "attributes": {"word": 0.25}, "steps": 3})
+    {'accuracy': 0.5, 'attributes word': 0.25}
+    >>> _scores({"scores": {"224": 0.5, "384": 0.75}})
+    {'224 px': 0.5, '384 px': 0.75}
     """
-    if measure in row:
-        return {measure: row[measure]}
-    if "scores" in row:
+    if row.get("scores"):
         return {f"{size} px": score for size, score in row["scores"].items()}
     found: dict[str, Any] = {}
     for name, value in row.items():
-        inner = {f"{name} {key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        found |= inner if name != "settings" else {}
-    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+        if name not in _NOT_SCORES:
+            found |= {f"{name} {key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return {name.replace("_", " "): value for name, value in found.items() if isinstance(value, (int, float))}
 
 
 def _command(words: str | Sequence[str]) -> str:

@@ -25,7 +25,7 @@ _FILES = {"results.json": ("encoders", ""), "attention.json": ("models", "mass.i
 # Numbers in the rows of a tool with its task, * for any key; (): it measures none. Others are known after a size.
 _COMMON = ("settings.*", "seconds", "steps", "train_images", "held_out_images", "val_images")
 _HEADS = ("held_out_accuracy", "learning_rate", "weight_decay", "neighbours")
-_PPL = ("ppl?", "ppl?_shuffled", "ppl?_without_image", "stages.ppl?.*", "settings.*")
+_PPL = ("ppl?", "ppl?_shuffled", "ppl?_without_image", "ppl?_bits_per_byte", "stages.ppl?.*", "settings.*")
 _GROUPS = [f"{query}.{key}" for query in QUERY_GROUPS for key in KEY_GROUPS]
 _MEASURES: dict[str, tuple[str, ...]] = {
     "probe.py classify": ("accuracy", *_HEADS, *_COMMON),
@@ -33,6 +33,7 @@ _MEASURES: dict[str, tuple[str, ...]] = {
     "zeroshot.py classify": ("accuracy", "accuracies.*.*", "per_class.*", "settings.*"),
     "zeroshot.py retrieve": ("recall_at_1", "image_to_text", "text_to_image", "recalls.*.*.*", "settings.*"),
     "zeroshot.py select": (),
+    "zeroshot.py captions": ("loss", "bits_per_byte", "tokens", "attributes.*", "settings.*"),
     "perplexity.py": _PPL,
     "attention.py": (
         *(f"{table}.{group}" for table in ("mass", "density", "chance_mass", "chance_density") for group in _GROUPS),

@@ -78,7 +78,11 @@ def test_a_report_and_a_sweep_read_the_results(data: Path, tmp_path: Path) -> No
     assert row["ppl1_shuffled"] > 0 and row["ppl1_without_image"] > 0
     assert sweep.collect(tmp_path, [32], "") == ("ppl1", {"colour": {32: row["ppl1"]}})
     block = report_parts.results([output], tmp_path).blocks[0]
-    assert block.table is not None and block.table.rows == [["colour", f"{row['ppl1']:.4g}"]]
+    assert block.table is not None and block.facts["llm"] == str(data / "llm")
+    shown = dict(zip(block.table.columns, block.table.rows[0], strict=True))
+    assert row["ppl1_bits_per_byte"] == row["stages"]["ppl1"]["image"]["bits_per_byte"]
+    scores = {name: f"{value:.4g}" for name, value in row.items() if name.startswith("ppl1")}
+    assert shown == {"encoder": "colour", **{name.replace("_", " "): value for name, value in scores.items()}}
 
 
 def test_the_defaults_are_the_papers() -> None:

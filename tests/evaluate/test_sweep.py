@@ -12,6 +12,7 @@ import pytest
 import sweep
 from PIL import Image
 
+from genlip_megatron.evaluate import report_parts
 from genlip_megatron.evaluate import sweep as library
 from tests.evaluate.probes import class_folders
 
@@ -65,6 +66,10 @@ def test_sizes_become_one_curve_and_finished_ones_are_not_measured_again(
     with Image.open(output / "results.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
     assert swept("32", "48", "64")["encoders"][1]["scores"].keys() == {"32", "48", "64"} and ran == [32, 48, 64]
+    shown, one = (report_parts.results([place], tmp_path).blocks[0] for place in (output, output / "size-32"))
+    assert shown.table is not None and shown.table.columns == ["encoder", "32 px", "48 px", "64 px"]
+    assert one.table is not None and one.table.columns == ["encoder", "accuracy", "neighbours", "held out accuracy"]
+    assert shown.facts["measure"] == one.facts["measure"] == "accuracy" and one.facts["classes"] == "3"
     measure, scores = library.collect(output, [32, 64], "settings.size")
     assert measure == "settings.size" and scores["colour"] == {32: 32, 64: 64}
 
@@ -163,6 +168,7 @@ def test_a_list_counts_as_its_mean_and_image_modes_are_fixed(tmp_path: Path) -> 
     ("tool", "task", "good", "bad"),
     [
         ("zeroshot.py", "classify", "accuracies.bytes.none", "accuracies.bytes"),
+        ("zeroshot.py", "captions", "attributes.word", "word"),
         ("perplexity.py", "", "ppl1_without_image", "ppl"),
         ("attention.py", "", "mass.generated.image", "mass.generated.imge"),
     ],

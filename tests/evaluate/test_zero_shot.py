@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 from genlip_megatron.data.index import write_index
 from genlip_megatron.data.scan import build_index
-from genlip_megatron.evaluate import image_scores, zero_shot
+from genlip_megatron.evaluate import image_scores, report_parts, zero_shot
 from genlip_megatron.evaluate.confusion import confusion_picture
 from genlip_megatron.evaluate.likelihood import LikelihoodScorer
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
@@ -219,6 +219,9 @@ def test_recall_of_captions_is_that_of_full_passes(
     assert (row["image_to_text"], row["text_to_image"]) == pytest.approx((to_text, to_image))
     assert row["recalls"]["tokens"]["no-image"]["image_to_text"] == row["image_to_text"]
     assert (tmp_path / "out" / "results.png").exists()
+    block = report_parts.results([tmp_path / "out"], tmp_path).blocks[0]
+    assert block.table is not None and block.facts["prior"] == "no-image" and block.facts["images"] == "4"
+    assert block.table.columns == ["encoder", "recall at 1", "image to text", "text to image"]
 
 
 def test_the_best_candidate_is_that_of_full_passes(
