@@ -58,6 +58,8 @@ def build_parser() -> StrictParser:
     classify.add_argument("--head", choices=_HEADS, default="attentive", help=text)
     text = "use at most N training images of each class; 0: all (default: 100 for --preset cached, else 0)"
     classify.add_argument("--per-class", type=int, metavar="N", help=text)
+    text = "the preset's augmentation; --no-augment computes features once, which a CPU can afford (default: on)"
+    classify.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "RandAugment of --preset aimv2, which needs timm (default: on)"
     classify.add_argument("--rand-augment", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "dinov2 (default), dinov3, or knn-capi: nearest patches, quick"
@@ -209,10 +211,11 @@ def _job(
             check_batch_size(options.batch_size or preset.batch_size)
             run = lambda: segment.linear_segmentation(encoder, train, val, classes, preset, chosen, folder)  # noqa: E731
     else:
-        ours = classify.Options(size=size, rand_augment=options.rand_augment, **shared)
+        ours = classify.Options(size=size, rand_augment=options.rand_augment, augment=options.augment, **shared)
         protocol = classify.PRESETS.get(options.protocol)
         folder = ProbeFolder(place, settings(encoder, options.protocol, train, val, classes, ours))
-        if protocol is None or protocol.augment == "none":
+        cached = protocol is None or protocol.augment == "none" or not options.augment
+        if cached:
             for part, samples in (("train", train), ("val", val)):
                 # Refuses features of another encoder now, before anything is computed.
                 classify.feature_cache(encoder, samples, ours, part, pool=protocol is None)
@@ -220,7 +223,7 @@ def _job(
             run = lambda: classify.nearest_neighbours(encoder, train, val, classes, ours)  # noqa: E731
         else:
             check_batch_size(options.batch_size or protocol.batch_size)
-            if protocol.augment != "none":
+            if not cached:
                 classify.training_view(protocol.augment, size or 0, options.rand_augment)  # timm imports
             run = lambda: classify.trained_probe(encoder, train, val, classes, protocol, ours, folder)  # noqa: E731
     return lambda: folder.result() or folder.finish(run())

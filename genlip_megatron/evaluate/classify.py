@@ -146,13 +146,16 @@ class Options(ProbeOptions):
 
     Attributes:
         rand_augment: whether the preset "aimv2" uses RandAugment, which needs timm.
+        augment: whether the preset's augmentation is used; without it, features are computed once.
     """
 
     rand_augment: bool = True
+    augment: bool = True
 
     def deciding(self) -> dict[str, Any]:
         """Those that decide the result."""
-        return super().deciding() | {"rand_augment": self.rand_augment}
+        unaugmented = {} if self.augment else {"augment": False}
+        return super().deciding() | {"rand_augment": self.rand_augment} | unaugmented
 
 
 def training_view(
@@ -306,7 +309,8 @@ def trained_probe(
     heads.to(device)
     optimizer = StackedOptimizer(heads, [decay for _, decay in grid], preset.betas, preset.clip)
     peak = torch.tensor([rate for rate, _ in grid])
-    data = _Cached(encoder, train, options) if preset.augment == "none" else _Images(encoder, train, preset, options)
+    cached = preset.augment == "none" or not options.augment
+    data = _Cached(encoder, train, options) if cached else _Images(encoder, train, preset, options)
 
     def loss(_: int, batch: Batch) -> Tensor:
         x, valid, labels = batch

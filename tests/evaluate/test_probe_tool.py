@@ -65,6 +65,24 @@ def test_every_trained_protocol_of_classification_runs(flags: tuple[str, ...], d
     assert row["steps"] == 3 and 0 <= row["accuracy"] <= 1 and row["settings"]["protocol"] == flags[1]
 
 
+def test_without_augmentation_features_are_computed_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = Encoder.encode
+
+    def counted(self: Encoder, images: Any) -> Any:
+        seen.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    flags = ("--head", "mean-linear", "--no-augment", "--max-steps", "20", "--batch-size", "8")
+    assert probe.main(classify(data, *flags, "--output", str(tmp_path / "out"))) == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["encoders"][0]
+    assert sum(seen) == row["train_images"] + row["held_out_images"] + row["val_images"]
+    assert row["settings"]["augment"] is False
+
+
 @pytest.mark.parametrize("preset", ["dinov2", "knn-capi"])
 def test_segmentation_runs(preset: str, data: Path, tmp_path: Path) -> None:
     flags = ("--preset", preset, "--max-steps", "3", "--batch-size", "4", "--output", str(tmp_path / "out"))
