@@ -232,17 +232,17 @@ def test_two_ranks_of_torchrun_find_what_one_process_finds(task: str, data: Path
 def test_a_killed_process_that_is_run_again_finds_what_an_unbroken_one_finds(
     task: str, data: Path, tmp_path: Path
 ) -> None:
-    flags = ("--max-steps", "300", "--batch-size", "8", "--save-interval", "1", "--workers", "2")
+    flags = ("--max-steps", "60", "--batch-size", "4", "--workers", "2")
     command = [sys.executable, probe.__file__, *TRAINED[task](data, *flags)]
     run(*command, "--output", str(tmp_path / "whole"))
-    killed = [*command, "--output", str(tmp_path / "killed")]
+    killed = [*command, "--save-interval", "1", "--output", str(tmp_path / "killed")]
     state = tmp_path / "killed" / "colour" / "state.pt"
     with subprocess.Popen(killed, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True) as process:
         while not state.exists() and process.poll() is None:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert 0 < torch.load(state)["step"] < 300 and not (state.parent / "result.json").exists()
-    assert " 0/300 " not in run(*killed).stderr  # it did not start from the beginning
+    assert 0 < torch.load(state)["step"] < 60 and not (state.parent / "result.json").exists()
+    assert " 0/60 " not in run(*killed).stderr  # it did not start from the beginning
     assert scores(tmp_path / "killed") == scores(tmp_path / "whole")
     assert not state.exists()
