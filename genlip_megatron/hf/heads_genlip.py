@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from .attention_genlip import feature_maps, mean_of_images
 from .configuration_genlip import GenLIPConfig
 from .modeling_genlip import GenLIPPreTrainedModel
+from .shared_genlip import PATCH_SIZE  # noqa: F401 (version 4 of transformers copies only direct imports)
 
 try:
     from transformers.backbone_utils import BackboneMixin
