@@ -764,7 +764,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Arguments of the next forward pass: first all text and images, then the tokens that the cache lacks.
 
-        ``inputs_embeds`` are the first columns of the text; ``input_ids`` end in the tokens after them.
+        ``inputs_embeds`` are the prompt; with them, ``generate`` always uses a cache.
 
         Raises:
             ValueError: a prompt ends in padding, or attention weights are requested.
@@ -781,8 +781,6 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
                 lengths = lengths + image_grid_hw.prod(dim=1)
             # PEFT's learned prompts are in the cache and not yet in the mask.
             input_ids = input_ids[:, -max(int(lengths.max()) - cached, 1) :]
-        elif inputs_embeds is not None and (new := mask.shape[1] - inputs_embeds.shape[1]):
-            inputs_embeds = torch.cat((inputs_embeds, self.embeddings(input_ids[:, -new:])), dim=1)
         embedded = inputs_embeds is not None and not cached
         return {
             "input_ids": None if embedded else input_ids,

@@ -139,7 +139,7 @@ def test_a_captioner_with_adapters_generates_like_the_merged_model() -> None:
 
 
 def test_a_learned_prompt_generates_the_same_with_and_without_a_cache() -> None:
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, token_dim=32)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=12, token_dim=32)  # more than the text
     model = adapted(config, "GenLIPForCausalLM")
     batch = {**prompts(), "pixel_values": images(*SHAPES)}
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
