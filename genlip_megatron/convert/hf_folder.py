@@ -20,7 +20,9 @@ from genlip_megatron.model.state_dict import sizes_of
 from genlip_megatron.outputs import first_other
 
 SOURCES = (
+    "attention_genlip.py",
     "configuration_genlip.py",
+    "heads_genlip.py",
     "image_processing_genlip.py",
     "modeling_genlip.py",
     "processing_genlip.py",
@@ -78,6 +80,8 @@ def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = 
         "auto_map": {
             "AutoConfig": "configuration_genlip.GenLIPConfig",
             "AutoModel": "modeling_genlip.GenLIPVisionModel",
+            "AutoBackbone": "heads_genlip.GenLIPBackbone",
+            "AutoModelForImageClassification": "heads_genlip.GenLIPForImageClassification",
             **text,
         },
         "model_type": "genlip",

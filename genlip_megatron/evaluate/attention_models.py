@@ -22,8 +22,8 @@ from genlip_megatron.encoders.random_weights import randomised
 from genlip_megatron.encoders.registry import open_encoder, parse_name
 from genlip_megatron.evaluate.attention_capture import KEY_GROUPS, QUERY_GROUPS, Recorder
 from genlip_megatron.evaluate.patch_statistics import NORM_EDGES
+from genlip_megatron.hf.attention_genlip import PATCH_SIZE, to_patches
 from genlip_megatron.hf.image_processing_genlip import to_rgb
-from genlip_megatron.hf.modeling_genlip import PATCH_SIZE, to_patches
 from genlip_megatron.infer.caption import Captioner, Decoding, prompt_ids
 from genlip_megatron.infer.inputs import FileImage, ShardImage
 from genlip_megatron.infer.load import Loaded, load, override_images

@@ -8,8 +8,13 @@ from transformers import PretrainedConfig
 
 from .shared_genlip import FIXED, is_count, rope_settings
 
+try:
+    from transformers.backbone_utils import BackboneConfigMixin
+except ImportError:  # before version 5
+    from transformers.utils.backbone_utils import BackboneConfigMixin
 
-class GenLIPConfig(PretrainedConfig):
+
+class GenLIPConfig(BackboneConfigMixin, PretrainedConfig):
     """Sizes of a GenLIP model.
 
     Args:
@@ -27,6 +32,9 @@ class GenLIPConfig(PretrainedConfig):
         rope_parameters: the same with ``rope_theta``, as newer versions of transformers write it.
         layer_norm_eps: epsilon of every LayerNorm.
         initializer_range: standard deviation of normally initialised weights.
+        out_features: stages whose feature maps ``GenLIPBackbone`` returns, of "stem", "stage1" to the number of layers;
+            None: the last one.
+        out_indices: the same as indices of ``stage_names``; give one of the two.
 
     The fields of ``FIXED`` accept only the value of this model.
 
@@ -52,6 +60,8 @@ class GenLIPConfig(PretrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         layer_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         for name, allowed in FIXED.items():
@@ -87,8 +97,22 @@ class GenLIPConfig(PretrainedConfig):
         self.drop_path_rate = drop_path_rate
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
+        if out_indices is None:
+            self.out_features = out_features or self.stage_names[-1:]
+        else:
+            self.out_indices = out_indices
+            if out_features is not None and out_features != self.out_features:
+                raise ValueError(
+                    f"out_features = {out_features!r}: out_indices = {out_indices!r} are the stages "
+                    f"{self.out_features!r}. Remove one of the two"
+                )
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of a backbone's outputs: of the patch embedding and of each layer."""
+        return ["stem", *(f"stage{layer + 1}" for layer in range(self.num_hidden_layers))]
 
     @property
     def head_dim(self) -> int:

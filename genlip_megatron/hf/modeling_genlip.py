@@ -10,7 +10,6 @@ key-value cache, H heads, C channels of a head, D hidden size, E text width, V v
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,205 +20,31 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from .attention_genlip import (
+    Attention,
+    CachedAttention,
+    PrefixAttention,
+    apply_rotary,
+    feature_maps,
+    image_positions,
+    mean_of_images,
+    pack_images,
+    rotary_cos_sin,
+    split_images,
+)
 from .configuration_genlip import GenLIPConfig
-from .shared_genlip import PATCH_SIZE, PATCH_VALUES
+from .shared_genlip import PATCH_SIZE
 
 IGNORED_LABEL = -100
 # The name of the key-value cache in arguments and outputs depends on the version of transformers.
 _CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def to_patches(pixels: Tensor) -> Tensor:
-    """[B * rows * columns, 768] from [B, 3, height, width]: patches row by row, each as (channel, row, column)."""
-    batch, channels, height, width = pixels.shape
-    if channels != 3 or height % PATCH_SIZE or width % PATCH_SIZE or not pixels.numel():
-        raise ValueError(
-            f"pixel_values of shape {list(pixels.shape)}: expected [B, 3, height, width] with sides that are multiples "
-            f"of {PATCH_SIZE}"
-        )
-    grid = pixels.reshape(batch, 3, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, PATCH_VALUES)
-
-
-def pack_images(pixel_values: Tensor | Sequence[Tensor], image_grid_hw: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(patches [P, 768] of all images end to end, int64 [images, 2] rows and columns of each image's patches).
-
-    The arguments are those of ``GenLIPVisionModel.forward``; an image of (0, 0) has no patches.
-
-    Raises:
-        ValueError: another shape or dtype, or a grid that does not match the patches.
-    """
-    images = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
-    for image in images:
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"pixel_values of {kind}: expected normalised floats; GenLIPImageProcessor makes them")
-    if isinstance(pixel_values, Tensor) and pixel_values.dim() == 2:
-        return _check_packed(pixel_values, image_grid_hw)
-    if not images:
-        raise ValueError("pixel_values is an empty list: expected at least one image")
-    if not isinstance(pixel_values, Tensor):
-        for image in images:
-            if image.dim() != 3:
-                raise ValueError(f"an image of shape {list(image.shape)} in pixel_values: expected [3, height, width]")
-        images = [image[None] for image in images]
-    elif pixel_values.dim() != 4:
-        raise ValueError(
-            f"pixel_values of shape {list(pixel_values.shape)}: expected [B, 3, height, width], packed patches "
-            f"[P, {PATCH_VALUES}], or a list of [3, height, width]"
-        )
-    patches = torch.cat([to_patches(image) for image in images])
-    sides = [[i.shape[2] // PATCH_SIZE, i.shape[3] // PATCH_SIZE] for i in images for _ in range(i.shape[0])]
-    grid = torch.tensor(sides, device=patches.device)
-    if image_grid_hw is not None and image_grid_hw.tolist() != sides:
-        raise ValueError(f"image_grid_hw = {image_grid_hw.tolist()}: the images of pixel_values have {sides}")
-    return patches, grid
-
-
-def _check_packed(patches: Tensor, grid: Tensor | None) -> tuple[Tensor, Tensor]:
-    if grid is None:
-        raise ValueError("image_grid_hw = None: packed pixel_values need it, rows and columns of each image's patches")
-    if grid.dim() != 2 or grid.shape[1] != 2 or grid.is_floating_point() or bool((grid < 0).any()):
-        raise ValueError(f"image_grid_hw of shape {list(grid.shape)}, {grid.dtype}: expected whole numbers [images, 2]")
-    count = int(grid.prod(dim=1).sum())
-    if patches.shape != (count, PATCH_VALUES):
-        raise ValueError(
-            f"pixel_values of shape {list(patches.shape)}: image_grid_hw = {grid.tolist()} needs "
-            f"[{count}, {PATCH_VALUES}]"
-        )
-    return patches, grid.long()
-
-
-def split_images(features: Tensor, image_grid_hw: Tensor) -> list[Tensor]:
-    """Features of each image, [patches, D], from packed ones [P, D]; row-major, so ``.unflatten(0, grid)`` is a map."""
-    return list(features.split(image_grid_hw.prod(dim=1).tolist()))
-
-
-def image_positions(grid: Tensor) -> Tensor:
-    """int64 [3, P]: (T, H, W) of every patch of all images, with T = 0."""
-    counts = grid.prod(dim=1)
-    columns = grid[:, 1].repeat_interleave(counts)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    index = torch.arange(len(columns), device=grid.device) - first
-    return torch.stack((torch.zeros_like(index), index // columns, index % columns))
-
-
-def rotary_cos_sin(positions: Tensor, config: GenLIPConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each [..., C], of positions [3, ...]; computed in float32 and cast to ``dtype``.
-
-    Channel i of the first half turns by H when ``i % 3 == 1 and i < 3 * mrope_section[1]``, by W when ``i % 3 == 2 and
-    i < 3 * mrope_section[2]``, else by T; the second half repeats the first.
-    """
-    channels = torch.arange(config.head_dim // 2, device=positions.device)
-    _, height, width = config.mrope_section
-    axes = torch.zeros_like(channels)
-    axes[(channels % 3 == 1) & (channels < 3 * height)] = 1
-    axes[(channels % 3 == 2) & (channels < 3 * width)] = 2
-    inverse = config.rope_theta ** (-channels.to(torch.float32) * 2 / config.head_dim)
-    angles = positions.to(torch.float32)[axes].movedim(0, -1) * inverse
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x`` [N, H, C] by the angles of ``cos`` and ``sin`` [N, C]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-
-
-class PrefixAttention:
-    """Exact attention over packed rows, each an image followed by text.
-
-    An image token sees the whole image; a text token sees the image and the text up to itself.
-
-    Args:
-        image_lengths: image tokens of each row.
-        text_lengths: text tokens of each row.
-        device: of the queries.
-        cache: stores keys and values, rows padded at the front to the longest.
-    """
-
-    def __init__(
-        self, image_lengths: list[int], text_lengths: list[int], device: torch.device, cache: Any = None
-    ) -> None:
-        self.cache = cache
-        lengths = [image + text for image, text in zip(image_lengths, text_lengths, strict=True)]
-        starts = [0, *itertools.accumulate(lengths)]
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, sizes in enumerate(zip(image_lengths, text_lengths, strict=True)):
-            if sum(sizes):
-                groups.setdefault(sizes, []).append(starts[row])
-        # Each group: (image tokens, text tokens, int64 [rows, tokens] positions in the packed order).
-        self.groups = [
-            (image, text, torch.tensor(rows, device=device)[:, None] + torch.arange(image + text, device=device))
-            for (image, text), rows in groups.items()
-        ]
-        self.order = None  # index of each packed token among the groups' tokens end to end; None: the same order
-        if len(self.groups) > 1:
-            self.order = torch.cat([places.flatten() for _, _, places in self.groups]).argsort()
-        if cache is not None:
-            self.cached = (len(lengths), max(lengths))
-            offsets = [(row + 1) * self.cached[1] - length for row, length in enumerate(lengths)]
-            self.slots = torch.cat(
-                [torch.arange(o, o + n, device=device) for o, n in zip(offsets, lengths, strict=True)]
-            )
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        """[N, H, C] from query, key and value [N, H, C]."""
-        if self.cache is not None:
-            self.cache.update(self._padded(key), self._padded(value), layer)
-        outputs = []
-        for image, text, places in self.groups:
-            # [rows, H, tokens, C]
-            q, k, v = (
-                (x if self.order is None else x[places.flatten()]).unflatten(0, places.shape).transpose(1, 2)
-                for x in (query, key, value)
-            )
-            parts = []
-            if image:
-                prefix = slice(0, image)
-                parts.append(F.scaled_dot_product_attention(q[:, :, prefix], k[:, :, prefix], v[:, :, prefix]))
-            if text:
-                seen = torch.ones(text, image + text, dtype=torch.bool, device=q.device).tril(image)
-                parts.append(F.scaled_dot_product_attention(q[:, :, image:], k, v, attn_mask=seen))
-            outputs.append(torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1))
-        return outputs[0] if self.order is None else torch.cat(outputs)[self.order]
-
-    def _padded(self, x: Tensor) -> Tensor:
-        """[B, H, S, C] from [N, H, C]."""
-        rows, longest = self.cached
-        padded = x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, self.slots, x)
-        return padded.unflatten(0, (rows, longest)).transpose(1, 2)
-
-
-class CachedAttention:
-    """Attention of new text tokens over the cache and themselves.
-
-    Args:
-        cache: keys and values, S slots for each row; the new ones are appended.
-        lengths: int64 [B], tokens of each row, the new ones included; they fill its last slots.
-        count: new tokens of each row, L.
-    """
-
-    def __init__(self, cache: Any, lengths: Tensor, count: int) -> None:
-        self.cache, self.count = cache, count
-        total = cache.get_seq_length() + count
-        slots = torch.arange(total, device=lengths.device)
-        causal = slots[None] <= slots[total - count :, None]
-        self.mask = causal & (slots >= total - lengths[:, None])[:, None, None]  # [B, 1, L, S]
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        """[B * L, H, C] from query, key and value [B * L, H, C]."""
-        query, key, value = (x.unflatten(0, (-1, self.count)).transpose(1, 2) for x in (query, key, value))
-        key, value = self.cache.update(key, value, layer)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask).transpose(1, 2).flatten(0, 1)
-
-
-Attention = PrefixAttention | CachedAttention
-
-
-class AttentionLinear(nn.Linear):
-    """A linear of attention; only its initial weights differ from ``nn.Linear``."""
+def _attention_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear, marked for its initial weights. Not a subclass, since some quantizers replace only ``nn.Linear``."""
+    linear = nn.Linear(inputs, outputs)
+    vars(linear)["of_attention"] = True
+    return linear
 
 
 class GenLIPAttention(nn.Module):
@@ -229,10 +54,10 @@ class GenLIPAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.layer, self.head_dim, self.gated = layer, config.head_dim, config.gated_attention
-        self.q_proj = AttentionLinear(width, 2 * width if self.gated else width)
-        self.k_proj = AttentionLinear(width, width)
-        self.v_proj = AttentionLinear(width, width)
-        self.out_proj = AttentionLinear(width, width)
+        self.q_proj = _attention_linear(width, 2 * width if self.gated else width)
+        self.k_proj = _attention_linear(width, width)
+        self.v_proj = _attention_linear(width, width)
+        self.out_proj = _attention_linear(width, width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """[N, D] from [N, D]."""
@@ -304,7 +129,12 @@ class GenLIPTransformer(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, x: Tensor, positions: Tensor, attention: Attention, row_lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        row_lengths: Tensor | None = None,
+        count: int | None = None,
     ) -> list[Tensor]:
         """The input and the output of every layer, each [N, D].
 
@@ -313,13 +143,20 @@ class GenLIPTransformer(nn.Module):
             positions: int64 [3, N].
             attention: which tokens see which.
             row_lengths: int64 [rows], tokens of each sample; DropPath draws for samples.
+            count: run only the first ``count`` layers; None: all.
         """
         rotary = rotary_cos_sin(positions, self.config, x.dtype)
-        drops = self._drop_path(row_lengths, x.dtype) if row_lengths is not None else [None] * len(self.layers)
-        states = [x]
+        # A frozen encoder can be in training mode inside another model; its features must not be noisy.
+        learns = self.training and any(weight.requires_grad for weight in self.parameters())
+        drops: list[Tensor | None] = [None] * len(self.layers)
+        if learns and self.config.drop_path_rate and row_lengths is not None:
+            drops = self._drop_path(row_lengths, x.dtype)
         # A recomputed layer must not write into the cache twice.
         checkpointed = self.gradient_checkpointing and self.training and attention.cache is None
-        for layer, drop in zip(self.layers, drops, strict=True):
+        if checkpointed and learns and not x.requires_grad:
+            x.requires_grad_()  # reentrant checkpoints give no gradients otherwise
+        states = [x]
+        for layer, drop in list(zip(self.layers, drops, strict=True))[:count]:
             run = partial(self._gradient_checkpointing_func, layer.__call__) if checkpointed else layer
             states.append(run(states[-1], rotary, attention, drop))
         return states
@@ -327,11 +164,16 @@ class GenLIPTransformer(nn.Module):
     def _drop_path(self, row_lengths: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """[layers, 2, N]: 0 or 1 / (1 - rate), one draw for each layer, branch and sample."""
         rate = self.config.drop_path_rate
-        # A frozen encoder can be in training mode inside another model; its features must not be noisy.
-        if not self.training or not rate or not any(weight.requires_grad for weight in self.parameters()):
-            return [None] * len(self.layers)
         draws = torch.rand(len(self.layers), 2, len(row_lengths), device=row_lengths.device)
         return list(((draws >= rate) / (1 - rate)).to(dtype).repeat_interleave(row_lengths, dim=2))
+
+
+class GenLIPPatchEmbedding(nn.Conv2d):
+    """The convolution of single patches, as one matrix product."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[P, D, 1, 1] from [P, 3, 16, 16], the shapes that adapters of convolutions need."""
+        return F.linear(patches.flatten(1).to(self.weight.dtype), self.weight.flatten(1), self.bias)[..., None, None]
 
 
 class GenLIPVisionEmbeddings(nn.Module):
@@ -339,12 +181,12 @@ class GenLIPVisionEmbeddings(nn.Module):
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
+        self.patch_embedding = GenLIPPatchEmbedding(3, config.hidden_size, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[P, D] from [P, 768]: the convolution of single patches as one matrix product."""
-        weight = self.patch_embedding.weight
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        """[P, D] from [P, 768]."""
+        # Called, never read: adapters, offloading and hooks replace or wrap the module.
+        return self.patch_embedding(patches.unflatten(1, (3, PATCH_SIZE, PATCH_SIZE))).flatten(1)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -353,25 +195,65 @@ def _few(names: Sequence[str]) -> str:
 
 
 class GenLIPPreTrainedModel(PreTrainedModel):
-    """The base of both models: the vision parts, initial weights, and loading that allows no missing tensor."""
+    """The base of all models: the vision parts, initial weights, and loading that allows no missing tensor."""
 
     config_class = GenLIPConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
     _no_split_modules = ["GenLIPLayer", "GenLIPVisionEmbeddings"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+    # Encoders ignore the parts of captions, and of a classifier that was fine-tuned on top.
+    _keys_to_ignore_on_load_unexpected = [r"^(embeddings|in_proj|proj|lm_head|classifier)\."]  # noqa: RUF012
+    _new_parts: tuple[str, ...] = ()  # prefixes of weights that may start at random
 
     def _add_vision_parts(self, config: GenLIPConfig) -> None:
         self.vision_embeddings = GenLIPVisionEmbeddings(config)
         self.visual = GenLIPTransformer(config)
         self.ln_post = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.vision_embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the patch embedding."""
+        self.vision_embeddings.patch_embedding = value
+
+    def encode(
+        self, pixel_values: Tensor | Sequence[Tensor], image_grid_hw: Tensor | None = None, count: int | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """(the input and the output of the first ``count`` layers, each [P, D]; int64 [images, 2] rows and columns).
+
+        Args:
+            pixel_values, image_grid_hw: as for ``GenLIPVisionModel.forward``.
+            count: of layers; None: all.
+
+        Raises:
+            ValueError: invalid images, or one without patches.
+        """
+        patches, grid = pack_images(pixel_values, image_grid_hw)
+        counts = grid.prod(dim=1)
+        lengths = counts.tolist()
+        if 0 in lengths:
+            raise ValueError(f"image_grid_hw = {grid.tolist()}: an image without patches has no features")
+        attention = PrefixAttention(lengths, [0] * len(lengths), patches.device)
+        x = self.vision_embeddings(patches)
+        return self.visual(x, image_positions(grid), attention, counts, count), grid
+
+    def _wanted(self, name: str, value: bool | None) -> bool:
+        """An optional output's argument, or its default in the configuration; attention weights are an error."""
+        wanted = bool(getattr(self.config, name) if value is None else value)
+        if wanted and name == "output_attentions":
+            raise ValueError("output_attentions = True: packed attention has no matrix of weights. Remove it")
+        return wanted
+
     def _init_weights(self, module: nn.Module) -> None:
         """Attention: Xavier uniform (q and gate as one matrix). Other weights: normal. Biases 0, norms 1 and 0."""
         # transformers calls it only for modules that directly hold parameters.
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            if isinstance(module, AttentionLinear):
+            if hasattr(module, "of_attention"):
                 nn.init.xavier_uniform_(module.weight)
             else:
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -390,7 +272,8 @@ class GenLIPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: a tensor is missing, which would otherwise start at random; is unexpected, except the text parts
-                that an encoder ignores; or has another shape, unless ``ignore_mismatched_sizes`` is given.
+                that an encoder ignores; or has another shape, unless ``ignore_mismatched_sizes`` is given. Only a
+                classifier may be missing; transformers warns that it starts at random.
         """
         # Shapes are compared here, by name and in one line.
         ignored = bool(kwargs.pop("ignore_mismatched_sizes", False))
@@ -399,7 +282,8 @@ class GenLIPPreTrainedModel(PreTrainedModel):
         # Version 4 gives only names, version 5 also both shapes.
         misshapen = dict((key, ()) if isinstance(key, str) else (key[0], key[1:]) for key in info["mismatched_keys"])
         wrong = []
-        if missing := sorted(set(info["missing_keys"]) - set(misshapen)):
+        missing = sorted(set(info["missing_keys"]) - set(misshapen))
+        if missing := [name for name in missing if not name.startswith(cls._new_parts)]:
             wrong.append(f"no {_few(missing)}, which {cls.__name__} needs")
         if unexpected := sorted(info["unexpected_keys"]):
             wrong.append(f"{_few(unexpected)}, which {cls.__name__} with this config.json does not have")
@@ -493,18 +377,17 @@ class GenLIPVisionTower(nn.Module):
 
 
 class GenLIPVisionModel(GenLIPPreTrainedModel):
-    """The vision encoder. It ignores the text parts of a checkpoint."""
+    """The vision encoder. It ignores the text parts of a checkpoint.
 
-    _keys_to_ignore_on_load_unexpected = [r"^(embeddings|in_proj|proj|lm_head)\."]  # noqa: RUF012
+    ``num_features``, ``forward_features``, ``forward_intermediates`` and so on are for code written for timm.
+    """
+
+    num_prefix_tokens = 0  # no class token
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__(config)
         self._add_vision_parts(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The patch embedding."""
-        return self.vision_embeddings.patch_embedding
 
     @property
     def vision_model(self) -> GenLIPVisionTower:
@@ -517,6 +400,8 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         image_grid_hw: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Features of images.
 
@@ -528,6 +413,8 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
             image_grid_hw: int64 [images, 2], rows and columns of each image's patches; with packed patches.
             output_hidden_states: also return the embedding's and each layer's output.
             return_dict: False: a tuple.
+            output_attentions: True is an error.
+            interpolate_pos_encoding: has no effect. Rotary positions fit images of any size.
 
         Returns:
             ``last_hidden_state``: ``ln_post`` of every patch, [B, patches, D] for images of one size, else [P, D] with
@@ -536,20 +423,13 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
             ``hidden_states``: layers + 1 tensors of the same shape, before ``ln_post``; ``PatchStates`` for images of
             one size.
         """
-        one_size = isinstance(pixel_values, Tensor) and pixel_values.dim() == 4
-        patches, grid = pack_images(pixel_values, image_grid_hw)
-        counts = grid.prod(dim=1)
-        lengths = counts.tolist()
-        if 0 in lengths:
-            raise ValueError(f"image_grid_hw = {grid.tolist()}: an image without patches has no features")
-        attention = PrefixAttention(lengths, [0] * len(lengths), patches.device)
-        states = self.visual(self.vision_embeddings(patches), image_positions(grid), attention, counts)
+        self._wanted("output_attentions", output_attentions)
+        wanted = self._wanted("output_hidden_states", output_hidden_states)
+        states, grid = self.encode(pixel_values, image_grid_hw)
         features = self.ln_post(states[-1])
-        pooled = torch.stack([image.mean(dim=0) for image in split_images(features, grid)])
-        if one_size:
-            features, *states = (x.unflatten(0, (len(lengths), -1)) for x in (features, *states))
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if wanted and one_size:
+        pooled = mean_of_images(features, grid)
+        if isinstance(pixel_values, Tensor) and pixel_values.dim() == 4:
+            features, *states = (x.unflatten(0, (len(grid), -1)) for x in (features, *states))
             states = [x.as_subclass(PatchStates) for x in states]
         output = BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=pooled, hidden_states=tuple(states) if wanted else None
@@ -557,6 +437,71 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     split_images = staticmethod(split_images)
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return self.config.hidden_size
+
+    embed_dim = num_features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``last_hidden_state`` [B, patches, D] of images [B, 3, height, width]."""
+        return self(x).last_hidden_state
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, D], the mean of features [B, patches, D]. ``pre_logits`` has no effect: there is no classifier."""
+        return x.mean(dim=1)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """The outputs of chosen layers, by the arguments of timm's Vision Transformers.
+
+        Args:
+            x: images [B, 3, height, width].
+            indices: layers from 0, negative from the end; a number n: the last n; None: all.
+            return_prefix_tokens: has no effect: there are none.
+            norm: apply ``ln_post`` to each output.
+            stop_early: run no layer after the last chosen one.
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: return only the list.
+            output_dict: return {"image_features", "image_intermediates"}.
+
+        Returns:
+            (``ln_post`` of the last layer that ran [B, patches, D]; list of [B, D, rows, columns] or [B, patches, D],
+            in the order of the layers).
+
+        Raises:
+            ValueError: another shape or format, or a layer that does not exist.
+        """
+        depth = self.config.num_hidden_layers
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt = {output_fmt!r}: allowed are 'NCHW' and 'NLC'")
+        chosen = (
+            range(depth - indices, depth) if isinstance(indices, int) else range(depth) if indices is None else indices
+        )
+        layers = sorted({index + depth if index < 0 else index for index in chosen})
+        if not layers or layers[0] < 0 or layers[-1] >= depth or (isinstance(indices, int) and indices > depth):
+            raise ValueError(f"indices = {indices!r}: the model has {depth} layers")
+        states, _ = self.encode(x, count=layers[-1] + 1 if stop_early else None)
+        outputs = [self.ln_post(states[index + 1]) if norm else states[index + 1] for index in layers]
+        if output_fmt == "NCHW":
+            outputs = [feature_maps(output, x) for output in outputs]
+        else:
+            outputs = [output.unflatten(0, (len(x), -1)) for output in outputs]
+        if intermediates_only:
+            return outputs
+        features = self.ln_post(states[-1]).unflatten(0, (len(x), -1))
+        return {"image_features": features, "image_intermediates": outputs} if output_dict else (features, outputs)
 
 
 class _Rows:
@@ -593,6 +538,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
     """
 
     main_input_name = "input_ids"
+    _keys_to_ignore_on_load_unexpected: list[str] = []  # noqa: RUF012
 
     def __init__(self, config: GenLIPConfig) -> None:
         super().__init__(config)
@@ -626,7 +572,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         image_grid_hw: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -637,6 +583,8 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of every text token, and the loss.
 
@@ -654,6 +602,8 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             logits_to_keep: number of last tokens, or columns, to compute logits for; 0: all.
             output_hidden_states: also return the embedding's and each layer's output.
             return_dict: False: a tuple.
+            inputs_embeds: [B, L, E], outputs of ``get_input_embeddings()``, instead of ``input_ids``.
+            output_attentions: True is an error.
 
         Returns:
             ``logits`` [B, L, V], 0 at padding. ``loss``: float32, the mean over all labels. ``hidden_states``:
@@ -662,67 +612,78 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: images that do not match the rows, or a cache that is not dynamic or lacks tokens.
         """
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids of shape {list(input_ids.shape)}: expected [B, L] with at least one token")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
+        text: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if text.dim() != (2 if inputs_embeds is None else 3) or not text.numel():
+            expected = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            axes = "[B, L]" if inputs_embeds is None else "[B, L, E]"
+            raise ValueError(f"{expected} of shape {list(text.shape)}: expected {axes} with at least one token")
+        self._wanted("output_attentions", output_attentions)
+        wanted = self._wanted("output_hidden_states", output_hidden_states)
         cache = past_key_values if cache is None else cache
         if cache is not None and getattr(cache, "is_compileable", False):
             raise ValueError(f"a cache of {type(cache).__name__}: images need a DynamicCache")
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if cache is not None and cache.get_seq_length():
             if labels is not None or pixel_values is not None:
                 raise ValueError("pixel_values or labels with a filled cache: it already holds the images. Remove them")
-            states = self._extend(input_ids, image_grid_hw, attention_mask, cache)
-            columns = _columns(input_ids.shape[1], logits_to_keep)
-            logits = self.read_out(self.ln_post(states[-1].unflatten(0, input_ids.shape)[:, columns]))
+            states = self._extend(text, image_grid_hw, attention_mask, cache)
+            columns = _columns(text.shape[1], logits_to_keep)
+            logits = self.read_out(self.ln_post(states[-1].unflatten(0, text.shape[:2])[:, columns]))
             loss = None
         else:
             if use_cache and cache is None:
                 cache = DynamicCache()
-            rows, states = self._begin(input_ids, pixel_values, image_grid_hw, attention_mask, cache)
+            rows, states = self._begin(text, pixel_values, image_grid_hw, attention_mask, cache)
             logits, loss = self._outputs(states[-1], rows, labels, logits_to_keep)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=tuple(states) if wanted else None, **{_CACHE_NAME: cache}
         )
         return output.to_tuple() if return_dict is False else output
 
+    def _embed(self, text: Tensor) -> Tensor:
+        """[..., D] from token ids [...] or outputs of the token embedding [..., E]."""
+        return self.in_proj(text if text.is_floating_point() else self.embeddings(text))
+
     def _begin(
         self,
-        input_ids: Tensor,
+        text: Tensor,
         pixel_values: Tensor | Sequence[Tensor] | None,
         image_grid_hw: Tensor | None,
         attention_mask: Tensor | None,
         cache: Any,
     ) -> tuple[_Rows, list[Tensor]]:
         """(places of the tokens, input and output of every layer [N, D]) of images and text."""
-        batch = input_ids.shape[0]
-        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        if mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask of shape {list(mask.shape)}: input_ids have {list(input_ids.shape)}")
+        shape = text.shape[:2]
+        mask = torch.ones(shape, device=text.device).bool() if attention_mask is None else attention_mask.bool()
+        if mask.shape != shape:
+            raise ValueError(f"attention_mask of shape {list(mask.shape)}: the text has {list(shape)}")
         if pixel_values is None:
             if image_grid_hw is not None and bool(image_grid_hw.any()):
                 raise ValueError("image_grid_hw without pixel_values: give both or neither")
-            patches, grid = None, input_ids.new_zeros(batch, 2)
+            patches, grid = None, torch.zeros(len(text), 2, dtype=torch.int64)
         else:
             patches, grid = pack_images(pixel_values, image_grid_hw)
-        if len(grid) != batch:
+        if len(grid) != len(text):
             raise ValueError(
-                f"{len(grid)} images for {batch} rows of input_ids: expected one for each row; a row without an image "
+                f"{len(grid)} images for {len(text)} rows of text: expected one for each row; a row without an image "
                 "has (0, 0) in image_grid_hw"
             )
-        rows = _Rows(grid.to(input_ids.device), mask)
-        text = self.in_proj(self.embeddings(input_ids[mask]))
-        x = text.new_zeros(rows.positions.shape[1], text.shape[1]).index_copy(0, rows.text_slots[mask], text)
+        rows = _Rows(grid.to(text.device), mask)
+        tokens = self._embed(text[mask])
+        x = tokens.new_zeros(rows.positions.shape[1], tokens.shape[1]).index_copy(0, rows.text_slots[mask], tokens)
         if patches is not None:
-            x = x.index_copy(0, rows.image_slots, self.vision_embeddings(patches).to(text.dtype))
+            x = x.index_copy(0, rows.image_slots, self.vision_embeddings(patches).to(x.dtype))
         attention = PrefixAttention(rows.image_lengths, rows.text_lengths, x.device, cache)
         return rows, self.visual(x, rows.positions, attention, rows.lengths)
 
     def _extend(
-        self, input_ids: Tensor, image_grid_hw: Tensor | None, attention_mask: Tensor | None, cache: Any
+        self, text: Tensor, image_grid_hw: Tensor | None, attention_mask: Tensor | None, cache: Any
     ) -> list[Tensor]:
         """The input and output of every layer [B * L, D], of tokens after those in the cache."""
-        batch, count = input_ids.shape
-        grid = input_ids.new_zeros(batch, 2) if image_grid_hw is None else image_grid_hw
+        batch, count = text.shape[:2]
+        empty = torch.zeros(batch, 2, dtype=torch.int64, device=text.device)
+        grid = empty if image_grid_hw is None else image_grid_hw
         images = grid.prod(dim=1)
         if attention_mask is None:
             texts = (cache.get_seq_length() + count - images.amax()).expand(batch)
@@ -732,17 +693,17 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
                 f"far and the {count} new tokens, without padding among the new ones"
             )
         else:
-            texts = attention_mask.sum(dim=1)
+            texts = attention_mask.bool().sum(dim=1)
         if (needed := int((images + texts).max())) != cache.get_seq_length() + count:
             raise ValueError(
                 f"a cache of {cache.get_seq_length()} tokens and {count} new ones, but images and text have {needed}. "
                 "Give image_grid_hw with a cache that holds images. Remove prompt_lookup_num_tokens and "
                 "assistant_model: for them some versions of transformers crop the cache as if it held only text"
             )
-        order = texts[:, None] - count + torch.arange(count, device=input_ids.device)
+        order = texts[:, None] - count + torch.arange(count, device=text.device)
         positions = (grid.amax(dim=1)[:, None] + order).flatten().expand(3, -1)
         attention = CachedAttention(cache, images + texts, count)
-        return self.visual(self.in_proj(self.embeddings(input_ids.flatten())), positions, attention)
+        return self.visual(self._embed(text.flatten(0, 1)), positions, attention)
 
     def _outputs(
         self, hidden: Tensor, rows: _Rows, labels: Tensor | None, logits_to_keep: int | Tensor
@@ -797,15 +758,18 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments of the next forward pass: first all text and images, then the tokens that the cache lacks.
 
+        ``inputs_embeds`` are the prompt; with them, ``generate`` always uses a cache.
+
         Raises:
             ValueError: a prompt ends in padding, or attention weights are requested.
         """
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions = True: packed attention has no matrix of weights. Remove it")
+        self._wanted("output_attentions", output_attentions)
         cache = past_key_values if cache is None else cache
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cached = 0 if cache is None else cache.get_seq_length()
@@ -815,13 +779,16 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             lengths = mask.sum(dim=1)
             if image_grid_hw is not None:
                 lengths = lengths + image_grid_hw.prod(dim=1)
-            input_ids = input_ids[:, -(int(lengths.max()) - cached) :]
+            # PEFT's learned prompts are in the cache and not yet in the mask.
+            input_ids = input_ids[:, -max(int(lengths.max()) - cached, 1) :]
+        embedded = inputs_embeds is not None and not cached
         return {
-            "input_ids": input_ids,
+            "input_ids": None if embedded else input_ids,
+            "inputs_embeds": inputs_embeds if embedded else None,
             "pixel_values": None if cached else pixel_values,
             "image_grid_hw": image_grid_hw,
             "attention_mask": mask,
-            _CACHE_NAME: cache,
+            "past_key_values": cache,  # the name that PEFT reads, in every version
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
             "output_hidden_states": output_hidden_states,

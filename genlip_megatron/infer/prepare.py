@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genlip_megatron.hf.attention_genlip import to_patches
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
-from genlip_megatron.hf.modeling_genlip import to_patches
 from genlip_megatron.infer.inputs import FileImage, ShardImage
 
 T = TypeVar("T")
