@@ -91,8 +91,11 @@ def _check_packed(patches: Tensor, grid: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def split_images(features: Tensor, image_grid_hw: Tensor) -> list[Tensor]:
-    """Features of each image, [patches, D], from packed ones [P, D]; row-major, so ``.unflatten(0, grid)`` is a map."""
-    return list(features.split(image_grid_hw.prod(dim=1).tolist()))
+    """Features of each image, [patches, D], from packed ones [P, D] or those of images of one size [B, patches, D].
+
+    Row-major, so ``.unflatten(0, grid)`` is a map.
+    """
+    return list(features.flatten(0, -2).split(image_grid_hw.prod(dim=1).tolist()))
 
 
 def image_positions(grid: Tensor) -> Tensor:
@@ -367,6 +370,31 @@ class GenLIPPreTrainedModel(PreTrainedModel):
         self.visual = GenLIPTransformer(config)
         self.ln_post = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> str:
+        # transformers calls it for every new model. Its own check accepts names that this model would ignore.
+        if attn_implementation not in (None, "sdpa"):
+            raise ValueError(
+                f"attn_implementation = {attn_implementation!r}: only 'sdpa' is supported, without output_attentions. "
+                "Remove both"
+            )
+        return "sdpa"
+
+    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
+        """Only "sdpa" is supported.
+
+        Raises:
+            ValueError: another name.
+        """
+        self._check_and_adjust_attn_implementation(attn_implementation)
+
+    def _refuse_attentions(self, output_attentions: bool | None) -> None:
+        """Raise ValueError if the call or the configuration asks for attention weights."""
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions = True: packed attention has no matrix of weights. Remove it")
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return self.config.return_dict if return_dict is None else return_dict
+
     def _init_weights(self, module: nn.Module) -> None:
         """Attention: Xavier uniform (q and gate as one matrix). Other weights: normal. Biases 0, norms 1 and 0."""
         # transformers calls it only for modules that directly hold parameters.
@@ -439,6 +467,42 @@ class PatchStates(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
+class PackedStates(Tensor):
+    """Features of all patches of several images, packed [P, D]. Reading row i as image i is an error.
+
+    Pipelines of transformers and loops like ``for image, features in zip(images, output)`` read so. Results computed
+    from them are plain tensors, except copies.
+    """
+
+    _COPIES = (
+        Tensor.to,
+        Tensor.cpu,
+        Tensor.cuda,
+        Tensor.float,
+        Tensor.half,
+        Tensor.bfloat16,
+        Tensor.detach,
+        Tensor.clone,
+    )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """``func`` on plain tensors, unless it is ``[i]`` or iterates."""
+        one_row = func is Tensor.__getitem__ and isinstance(args[1], int)
+        if one_row or func in (Tensor.__iter__, Tensor.unbind, torch.unbind):
+            raise ValueError(
+                f"features of shape {list(args[0].shape)}: row i is a patch, not an image. Separate the images with "
+                "model.split_images(features, image_grid_hw); in a pipeline use batch_size = 1"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if func in cls._COPIES else result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as a plain tensor, so that it loads without this class."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
 class _OnlyFeatures(tuple[Tensor, ...]):
     """A tuple with one entry at index -1; any other index is an error."""
 
@@ -483,7 +547,7 @@ class GenLIPVisionTower(nn.Module):
                 f"pixel_values up to {largest:.3f}: GenLIP's are in [-1, 1], these are from another image processor. "
                 "Load the folder's with AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)"
             )
-        output = self.model(pixel_values)
+        output = self.model(pixel_values, return_dict=True)
         features = output.last_hidden_state
         return BaseModelOutputWithPooling(
             last_hidden_state=features,
@@ -517,6 +581,8 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         image_grid_hw: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Features of images.
 
@@ -528,14 +594,20 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
             image_grid_hw: int64 [images, 2], rows and columns of each image's patches; with packed patches.
             output_hidden_states: also return the embedding's and each layer's output.
             return_dict: False: a tuple.
+            output_attentions: only False.
+            interpolate_pos_encoding: has no effect, since rotary positions need no interpolation for any size.
 
         Returns:
             ``last_hidden_state``: ``ln_post`` of every patch, [B, patches, D] for images of one size, else [P, D] with
-            the images end to end, row by row (``split_images`` separates them).
+            the images end to end, row by row, as ``PackedStates`` (``split_images`` separates them).
             ``pooler_output``: [images, D], the mean over each image's patches. It was not trained.
             ``hidden_states``: layers + 1 tensors of the same shape, before ``ln_post``; ``PatchStates`` for images of
             one size.
+
+        Raises:
+            ValueError: other shapes, images without patches, or ``output_attentions``.
         """
+        self._refuse_attentions(output_attentions)
         one_size = isinstance(pixel_values, Tensor) and pixel_values.dim() == 4
         patches, grid = pack_images(pixel_values, image_grid_hw)
         counts = grid.prod(dim=1)
@@ -549,12 +621,14 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         if one_size:
             features, *states = (x.unflatten(0, (len(lengths), -1)) for x in (features, *states))
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if wanted and one_size:
-            states = [x.as_subclass(PatchStates) for x in states]
+        if wanted:
+            states = [x.as_subclass(PatchStates if one_size else PackedStates) for x in states]
+        if not one_size:
+            features = features.as_subclass(PackedStates)
         output = BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=pooled, hidden_states=tuple(states) if wanted else None
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
     split_images = staticmethod(split_images)
 
@@ -637,6 +711,8 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of every text token, and the loss.
 
@@ -654,16 +730,22 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             logits_to_keep: number of last tokens, or columns, to compute logits for; 0: all.
             output_hidden_states: also return the embedding's and each layer's output.
             return_dict: False: a tuple.
+            output_attentions: only False.
+            interpolate_pos_encoding: has no effect, as in ``GenLIPVisionModel``.
 
         Returns:
             ``logits`` [B, L, V], 0 at padding. ``loss``: float32, the mean over all labels. ``hidden_states``:
             layers + 1 tensors [N, D], before ``ln_post``, rows end to end without padding, each image then text.
 
         Raises:
-            ValueError: images that do not match the rows, or a cache that is not dynamic or lacks tokens.
+            ValueError: images or labels that do not match the rows, a cache that is not dynamic or lacks tokens, or
+                ``output_attentions``.
         """
+        self._refuse_attentions(output_attentions)
         if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids of shape {list(input_ids.shape)}: expected [B, L] with at least one token")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels of shape {list(labels.shape)}: input_ids have {list(input_ids.shape)}")
         cache = past_key_values if cache is None else cache
         if cache is not None and getattr(cache, "is_compileable", False):
             raise ValueError(f"a cache of {type(cache).__name__}: images need a DynamicCache")
@@ -683,7 +765,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=tuple(states) if wanted else None, **{_CACHE_NAME: cache}
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def _begin(
         self,
@@ -804,8 +886,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a prompt ends in padding, or attention weights are requested.
         """
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions = True: packed attention has no matrix of weights. Remove it")
+        self._refuse_attentions(kwargs.get("output_attentions"))
         cache = past_key_values if cache is None else cache
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cached = 0 if cache is None else cache.get_seq_length()
