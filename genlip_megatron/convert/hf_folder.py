@@ -74,7 +74,8 @@ def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = 
     Args:
         encoder_only: only the vision encoder is stored.
     """
-    text = {} if encoder_only else {"AutoModelForCausalLM": "modeling_genlip.GenLIPForCausalLM"}
+    names = () if encoder_only else ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    text = dict.fromkeys(names, "modeling_genlip.GenLIPForCausalLM")
     return {
         "architectures": ["GenLIPVisionModel" if encoder_only else "GenLIPForCausalLM"],
         "auto_map": {
@@ -182,20 +183,27 @@ def _release(values: Mapping[str, Any]) -> ModelConfig | None:
     return None
 
 
+def _has_stock_processor(data: DataConfig) -> bool:
+    """Whether a processor of transformers resizes and normalises RGB images in the same way."""
+    return data.image_mode == "fixed" and data.fixed_resize == "squash"
+
+
 def preprocessor_config(data: DataConfig) -> dict[str, Any]:
     """``preprocessor_config.json`` for images resized as in training.
 
     For images squashed to a fixed size it names a stock processor of transformers, for callers that do not allow the
     folder's code to run. With Pillow its pixels are equal except for rounding (1.2e-7). With torchvision, which version
     5 prefers if it is installed, they differ by at most one 8-bit level (0.003 on average); ``backend="pil"``, or
-    ``use_fast=False``, selects Pillow. Stock processors neither rotate images by EXIF nor composite transparency.
+    ``use_fast=False``, selects Pillow. Stock processors neither rotate images by EXIF nor composite transparency, and
+    clip 16-bit greys; the model card has the conversion that images then need.
     """
-    stock = data.image_mode == "fixed" and data.fixed_resize == "squash"
+    stock = _has_stock_processor(data)
+    size = {"size": {"height": data.image_size, "width": data.image_size}} if data.image_mode == "fixed" else {}
     return {
         "image_processor_type": "ViTImageProcessor" if stock else "GenLIPImageProcessor",
         "auto_map": {"AutoImageProcessor": "image_processing_genlip.GenLIPImageProcessor"},
         "image_mode": data.image_mode,
-        "size": {"height": data.image_size, "width": data.image_size},
+        **size,
         "fixed_resize": data.fixed_resize,
         "min_pixels": data.min_pixels,
         "max_pixels": data.max_pixels,
@@ -203,17 +211,55 @@ def preprocessor_config(data: DataConfig) -> dict[str, Any]:
     }
 
 
+_NATIVE_FEATURES = """
+One image gives features [1, patches, D]. Several images, as a list, give packed features [P, D] of all patches;
+`model.split_images(features, inputs["image_grid_hw"])` separates them.
+"""
+_PIPELINE_NATIVE = "Images of different sizes need `batch_size=1`, the default.\n"
+_CONVERSION = """
+## Without the folder's code
+
+`AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)` gives a stock processor of transformers. It has
+the right pixels only for RGB images that are upright: it ignores EXIF rotation, shows the colours behind transparency,
+and turns 16-bit greys white. Convert such images first, as in training:
+
+```python
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def to_rgb(image):
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys keep their high byte
+        image = Image.fromarray((np.asarray(image).astype("uint32") >> 8).astype("uint8"))
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+```
+"""
 _CAPTIONS = """
 ## Captions
 
 ```python
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+folder = "."  # this folder or its name on the Hub
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(images=[Image.open("image.jpg")]).to(model.device, model.dtype)
+inputs = processor(images=["image.jpg"]).to(model.device, model.dtype)
 tokens = model.generate(**inputs)
 print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :]))
+```
+
+`AutoModelForCausalLM` loads the same model. In a pipeline the prompt is given with the image:
+
+```python
+from transformers import pipeline
+
+folder = "."  # this folder or its name on the Hub
+caption = pipeline("image-text-to-text", folder, trust_remote_code=True)
+print(caption(images="image.jpg", text="{prompt}", return_full_text=False))
 ```
 
 ## Limits
@@ -256,20 +302,17 @@ def model_card(
         "Prompt": f"`{data.prompt}`",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in (sizes | dict(facts)).items())
-    packed = ""
-    if data.image_mode == "native":
-        packed = (
-            "\nFeatures of several images are concatenated; `model.split_images(features, inputs['image_grid_hw'])` "
-            "separates them.\n"
-        )
+    native = data.image_mode == "native"
+    tag = "" if encoder_only else "- image-text-to-text\n"
+    conversion = _CONVERSION if _has_stock_processor(data) else ""
+    captions = _NO_CAPTIONS if encoder_only else _CAPTIONS.replace("{prompt}", json.dumps(data.prompt)[1:-1])
     return f"""---
 license: {license_id}
 library_name: transformers
 pipeline_tag: image-feature-extraction
 tags:
 - vision
-- image-to-text
-- custom_code
+{tag}- custom_code
 ---
 
 # GenLIP
@@ -295,7 +338,22 @@ processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(Image.open("image.jpg"), return_tensors="pt").to(model.device, model.dtype)
 features = model(**inputs).last_hidden_state
 ```
-{packed}{_NO_CAPTIONS if encoder_only else _CAPTIONS}"""
+{_NATIVE_FEATURES if native else ""}
+The same in a pipeline:
+
+```python
+from PIL import Image
+from transformers import pipeline
+
+folder = "."  # this folder or its name on the Hub
+extract = pipeline("image-feature-extraction", folder, trust_remote_code=True)
+image = extract.image_processor.to_rgb(Image.open("image.jpg"))
+features = extract(image, return_tensors=True)
+```
+
+Pipelines convert images to RGB before the image processor sees them: colours behind transparency appear, and 16-bit
+greys turn white. `to_rgb` converts as in training; other images do not need it.
+{_PIPELINE_NATIVE if native else ""}{conversion}{captions}"""
 
 
 def write_side_files(

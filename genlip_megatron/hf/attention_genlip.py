@@ -80,8 +80,11 @@ def _check_packed(patches: Tensor, grid: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def split_images(features: Tensor, image_grid_hw: Tensor) -> list[Tensor]:
-    """Features of each image, [patches, D], from packed ones [P, D]; row-major, so ``.unflatten(0, grid)`` is a map."""
-    return list(features.split(image_grid_hw.prod(dim=1).tolist()))
+    """Features of each image, [patches, D], from packed ones [P, D] or those of images of one size [B, patches, D].
+
+    Row-major, so ``.unflatten(0, grid)`` is a map.
+    """
+    return list(features.flatten(0, -2).split(image_grid_hw.prod(dim=1).tolist()))
 
 
 def mean_of_images(features: Tensor, image_grid_hw: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class GenLIPBackbone(BackboneMixin, GenLIPPreTrainedModel):
             feature_maps=maps,
             hidden_states=tuple(x.unflatten(0, (len(pixel_values), -1)) for x in states) if wanted else None,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
 class GenLIPForImageClassification(GenLIPPreTrainedModel):
@@ -107,4 +107,4 @@ class GenLIPForImageClassification(GenLIPPreTrainedModel):
         logits = self.classifier(mean_of_images(self.ln_post(states[-1]), grid))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=tuple(states) if wanted else None)
-        return output.to_tuple() if return_dict is False else output
+        return output if self._wants_dict(return_dict) else output.to_tuple()

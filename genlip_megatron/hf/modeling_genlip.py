@@ -242,6 +242,26 @@ class GenLIPPreTrainedModel(PreTrainedModel):
         x = self.vision_embeddings(patches)
         return self.visual(x, image_positions(grid), attention, counts, count), grid
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> str:
+        # transformers calls it for every new model. Its own check accepts names that this model would ignore.
+        if attn_implementation not in (None, "sdpa"):
+            raise ValueError(
+                f"attn_implementation = {attn_implementation!r}: only 'sdpa' is supported, without output_attentions. "
+                "Remove both"
+            )
+        return "sdpa"
+
+    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
+        """Only "sdpa" is supported.
+
+        Raises:
+            ValueError: another name.
+        """
+        self._check_and_adjust_attn_implementation(attn_implementation)
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return self.config.return_dict if return_dict is None else return_dict
+
     def _wanted(self, name: str, value: bool | None) -> bool:
         """An optional output's argument, or its default in the configuration; attention weights are an error."""
         wanted = bool(getattr(self.config, name) if value is None else value)
@@ -323,6 +343,42 @@ class PatchStates(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
+class PackedStates(Tensor):
+    """Features of all patches of several images, packed [P, D]. Reading row i as image i is an error.
+
+    Pipelines of transformers and loops like ``for image, features in zip(images, output)`` read so. Results computed
+    from them are plain tensors, except copies.
+    """
+
+    _COPIES = (
+        Tensor.to,
+        Tensor.cpu,
+        Tensor.cuda,
+        Tensor.float,
+        Tensor.half,
+        Tensor.bfloat16,
+        Tensor.detach,
+        Tensor.clone,
+    )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """``func`` on plain tensors, unless it is ``[i]`` or iterates."""
+        one_row = func is Tensor.__getitem__ and isinstance(args[1], int)
+        if one_row or func in (Tensor.__iter__, Tensor.unbind, torch.unbind):
+            raise ValueError(
+                f"features of shape {list(args[0].shape)}: row i is a patch, not an image. Separate the images with "
+                "model.split_images(features, image_grid_hw); in a pipeline use batch_size = 1"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if func in cls._COPIES else result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as a plain tensor, so that it loads without this class."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
 class _OnlyFeatures(tuple[Tensor, ...]):
     """A tuple with one entry at index -1; any other index is an error."""
 
@@ -367,7 +423,7 @@ class GenLIPVisionTower(nn.Module):
                 f"pixel_values up to {largest:.3f}: GenLIP's are in [-1, 1], these are from another image processor. "
                 "Load the folder's with AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)"
             )
-        output = self.model(pixel_values)
+        output = self.model(pixel_values, return_dict=True)
         features = output.last_hidden_state
         return BaseModelOutputWithPooling(
             last_hidden_state=features,
@@ -418,23 +474,30 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
 
         Returns:
             ``last_hidden_state``: ``ln_post`` of every patch, [B, patches, D] for images of one size, else [P, D] with
-            the images end to end, row by row (``split_images`` separates them).
+            the images end to end, row by row, as ``PackedStates`` (``split_images`` separates them).
             ``pooler_output``: [images, D], the mean over each image's patches. It was not trained.
             ``hidden_states``: layers + 1 tensors of the same shape, before ``ln_post``; ``PatchStates`` for images of
             one size.
+
+        Raises:
+            ValueError: other shapes, images without patches, or ``output_attentions``.
         """
         self._wanted("output_attentions", output_attentions)
         wanted = self._wanted("output_hidden_states", output_hidden_states)
         states, grid = self.encode(pixel_values, image_grid_hw)
         features = self.ln_post(states[-1])
         pooled = mean_of_images(features, grid)
-        if isinstance(pixel_values, Tensor) and pixel_values.dim() == 4:
+        one_size = isinstance(pixel_values, Tensor) and pixel_values.dim() == 4
+        if one_size:
             features, *states = (x.unflatten(0, (len(grid), -1)) for x in (features, *states))
-            states = [x.as_subclass(PatchStates) for x in states]
+        else:
+            features = features.as_subclass(PackedStates)
+        if wanted:
+            states = [x.as_subclass(PatchStates if one_size else PackedStates) for x in states]
         output = BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=pooled, hidden_states=tuple(states) if wanted else None
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
     split_images = staticmethod(split_images)
 
@@ -585,6 +648,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of every text token, and the loss.
 
@@ -604,21 +668,25 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
             return_dict: False: a tuple.
             inputs_embeds: [B, L, E], outputs of ``get_input_embeddings()``, instead of ``input_ids``.
             output_attentions: True is an error.
+            interpolate_pos_encoding: has no effect, as in ``GenLIPVisionModel``.
 
         Returns:
             ``logits`` [B, L, V], 0 at padding. ``loss``: float32, the mean over all labels. ``hidden_states``:
             layers + 1 tensors [N, D], before ``ln_post``, rows end to end without padding, each image then text.
 
         Raises:
-            ValueError: images that do not match the rows, or a cache that is not dynamic or lacks tokens.
+            ValueError: images or labels that do not match the rows, a cache that is not dynamic or lacks tokens, or
+                ``output_attentions``.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         text: Any = input_ids if inputs_embeds is None else inputs_embeds
+        expected = "input_ids" if inputs_embeds is None else "inputs_embeds"
         if text.dim() != (2 if inputs_embeds is None else 3) or not text.numel():
-            expected = "input_ids" if inputs_embeds is None else "inputs_embeds"
             axes = "[B, L]" if inputs_embeds is None else "[B, L, E]"
             raise ValueError(f"{expected} of shape {list(text.shape)}: expected {axes} with at least one token")
+        if labels is not None and labels.shape != text.shape[:2]:
+            raise ValueError(f"labels of shape {list(labels.shape)}: {expected} have {list(text.shape[:2])} tokens")
         self._wanted("output_attentions", output_attentions)
         wanted = self._wanted("output_hidden_states", output_hidden_states)
         cache = past_key_values if cache is None else cache
@@ -639,7 +707,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=tuple(states) if wanted else None, **{_CACHE_NAME: cache}
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def _embed(self, text: Tensor) -> Tensor:
         """[..., D] from token ids [...] or outputs of the token embedding [..., E]."""
@@ -764,7 +832,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Arguments of the next forward pass: first all text and images, then the tokens that the cache lacks.
 
-        ``inputs_embeds`` are the prompt; with them, ``generate`` always uses a cache.
+        ``inputs_embeds`` are the first columns of the text; ``input_ids`` end in the tokens after them.
 
         Raises:
             ValueError: a prompt ends in padding, or attention weights are requested.
@@ -781,6 +849,8 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
                 lengths = lengths + image_grid_hw.prod(dim=1)
             # PEFT's learned prompts are in the cache and not yet in the mask.
             input_ids = input_ids[:, -max(int(lengths.max()) - cached, 1) :]
+        elif inputs_embeds is not None and (new := mask.shape[1] - inputs_embeds.shape[1]):
+            inputs_embeds = torch.cat((inputs_embeds, self.embeddings(input_ids[:, -new:])), dim=1)
         embedded = inputs_embeds is not None and not cached
         return {
             "input_ids": None if embedded else input_ids,

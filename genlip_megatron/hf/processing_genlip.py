@@ -8,8 +8,13 @@ from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
+from .image_processing_genlip import is_batch
+
 _IMAGE_MARKER = re.compile("<image>", re.IGNORECASE)
 _MARKUP = re.compile(r"<\|.+\|>", re.DOTALL)
+_TOKENIZER_OPTIONS = ("padding", "padding_side", "pad_to_multiple_of", "truncation", "max_length")
+# Options of other processors that describe what this one always does.
+_ALWAYS = {"add_special_tokens": False, "return_attention_mask": True, "return_token_type_ids": False}
 
 
 class GenLIPProcessor(ProcessorMixin):
@@ -38,7 +43,11 @@ class GenLIPProcessor(ProcessorMixin):
         self.prompt = prompt
 
     def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str = "pt"
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """The arguments of ``GenLIPForCausalLM``'s ``forward`` and ``generate``.
 
@@ -46,25 +55,44 @@ class GenLIPProcessor(ProcessorMixin):
             images: one image or a list, as for ``GenLIPImageProcessor``; None: only text.
             text: one prompt for all images, or one for each; None: the model's prompt. An ``<image>`` marker is
                 removed, since the image always comes first. No special token is added.
-            return_tensors: "pt" or "np".
+            return_tensors: "pt" (the default) or "np".
+            kwargs: ``padding`` (default: True), ``padding_side`` ("left"), ``pad_to_multiple_of``, ``truncation`` and
+                ``max_length`` of the tokenizer; also within ``text_kwargs``, ``images_kwargs`` or ``common_kwargs``.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` int64 [B, L], padded on the left, and with images ``pixel_values`` and,
-            for native sizes, ``image_grid_hw``.
+            ``input_ids`` and ``attention_mask`` int64 [B, L], and with images ``pixel_values`` and, for native sizes,
+            ``image_grid_hw``.
 
         Raises:
-            ValueError: an invalid image, an empty prompt, a prompt with several image markers or a control token, or a
-                number of texts that does not match the images.
+            ValueError: an invalid image, an empty prompt, a prompt with several image markers or a control token, a
+                number of texts that does not match the images, or an option that is unknown or has no effect.
         """
         if images is None and text is None:
             raise ValueError("images = None, text = None: give at least one of them")
+        texts = self.prompt if text is None else text
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):
+            raise ValueError(
+                f"text of {type(text).__name__}: expected a text or a list of texts. Name the arguments: images=, text="
+            )
+        options = {"return_tensors": return_tensors, **kwargs}
+        for group in ("text_kwargs", "images_kwargs", "common_kwargs"):
+            options |= options.pop(group, None) or {}
+        options = {name: value for name, value in options.items() if value is not None}
+        tensors = options.pop("return_tensors", "pt")
+        of_text = self._text_options(options)
         data: dict[str, Any] = {}
         count = None
         if images is not None:
-            data |= self.image_processor(images, return_tensors=return_tensors)
-            count = len(data["image_grid_hw"] if "image_grid_hw" in data else data["pixel_values"])
-        texts = self.prompt if text is None else text
-        texts = [texts] * (count or 1) if isinstance(texts, str) else list(texts)
+            images = list(images) if is_batch(images) else [images]
+            # Others' code lists the images of each text.
+            images = [x[0] if isinstance(x, (list, tuple)) and len(x) == 1 else x for x in images]
+            data |= self.image_processor(images, return_tensors=tensors, **options)
+            count = len(images)
+        elif options:
+            name, value = next(iter(options.items()))
+            raise ValueError(f"{name} = {value!r}: not an option without images. Remove it")
+        texts = list(texts) * (count or 1) if text is None or isinstance(text, str) else list(texts)
         if count is not None and len(texts) != count:
             raise ValueError(f"{len(texts)} texts for {count} images: expected one for all, or one for each")
         if not texts:
@@ -72,11 +100,25 @@ class GenLIPProcessor(ProcessorMixin):
         texts = [self._clean(one) for one in texts]
         if "" in texts:
             raise ValueError(f"text {texts.index('')} of {len(texts)} is empty: the model needs a prompt")
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors=return_tensors
-        )
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_tensors=tensors, **of_text)
         data |= {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         return BatchFeature(data)
+
+    @staticmethod
+    def _text_options(options: dict[str, Any]) -> dict[str, Any]:
+        """The tokenizer's options, removed from ``options``.
+
+        Raises:
+            ValueError: an option with another value than the only one, or without effect.
+        """
+        for name, always in _ALWAYS.items():
+            if (value := options.pop(name, always)) != always:
+                raise ValueError(f"{name} = {value!r}: only {always!r} is supported. Remove it")
+        given = {name: options.pop(name) for name in _TOKENIZER_OPTIONS if name in options}
+        truncates = given.get("truncation") not in (None, False, "do_not_truncate")
+        if "max_length" in given and not truncates and given.get("padding") != "max_length":
+            raise ValueError(f"max_length = {given['max_length']!r}: no effect. Add truncation=True")
+        return {"padding": True, "padding_side": "left", **given}
 
     def _clean(self, text: str) -> str:
         """A prompt as training cleans it."""

@@ -61,12 +61,8 @@ def prepare(
     except ValueError as error:
         return Prepared(number, image.name, torch.empty(0, 768), 0, 0, error=" ".join(str(error).split()))
     values = pixels["pixel_values"]
-    if "image_grid_hw" in pixels:
-        rows, columns = pixels["image_grid_hw"][0].tolist()
-    else:
-        rows, columns = (side // 16 for side in values.shape[2:])
-        values = to_patches(values)
-    return Prepared(number, image.name, values, rows, columns, truth)
+    rows, columns = (side // 16 for side in values.shape[2:])
+    return Prepared(number, image.name, to_patches(values), rows, columns, truth)
 
 
 def prepared(
