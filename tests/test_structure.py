@@ -42,7 +42,7 @@ ROOMS = {
     "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel "
     "storage tokenizer",
     "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel",
-    "encoders": "__init__ atomic_write convert hf infer optional outputs",
+    "encoders": "__init__ atomic_write convert hf infer log optional outputs",
     "evaluate": "atomic_write batch checkpoint command config convert data encoders hf infer log model optional "
     "outputs storage tokenizer",
     "integrations": "hf",

@@ -381,7 +381,7 @@ def sweep(work: Work, run: Path) -> list[str]:
     work.run(
         "tools/sweep.py", "--output", output, "--sizes", "64", "112", "160", "--", "tools/probe.py", "classify",
         "--encoder", run, "--head", "knn", "--train", fold / "train", "--val", fold / "val", "--workers", "0",
-        done=output / "sweep.png",
+        done=output / "results.png",
     )  # fmt: skip
     return []
 

@@ -24,8 +24,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, Au
 
 from genlip_megatron.config import DataConfig
 from genlip_megatron.convert.hf_folder import model_card
+from genlip_megatron.hf.attention_genlip import to_patches
 from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
-from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel, to_patches
+from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
 from tests.hf.models import export, hf_model, images, random_weights, tiny
 from tests.hf.test_processing import PICTURES
 
