@@ -33,13 +33,15 @@ _NATIVE_SIZE = "size = {!r}: images keep their aspect ratio in native mode. Give
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """``upright_rgb`` by the image's own EXIF orientation."""
+    """``upright_rgb`` by the image's own EXIF orientation, without metadata: others would turn the image again."""
     image.load()
     try:
         orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # broken metadata does not make the image bad
         orientation = 1
-    return upright_rgb(image, orientation)
+    upright = upright_rgb(image, orientation)
+    upright.info = {}
+    return upright
 
 
 def is_batch(images: Any) -> bool:
@@ -104,7 +106,7 @@ class GenLIPImageProcessor(BaseImageProcessor):
 
     model_input_names = ["pixel_values", "image_grid_hw"]  # noqa: RUF012
     image_mode: str
-    size: dict[str, int] | None
+    size: Any  # {"height", "width"} in fixed mode, None in native mode
     fixed_resize: str
     min_pixels: int
     max_pixels: int
@@ -160,7 +162,7 @@ class GenLIPImageProcessor(BaseImageProcessor):
         if name not in _STEPS:
             return False
         own = getattr(self, name)
-        if value is not None and (list(value) if isinstance(value, tuple) else value) != own:
+        if value is not None and not np.array_equal(value, own):
             raise ValueError(f"{name} = {value!r}: allowed is {own!r}")
         return True
 
@@ -234,7 +236,6 @@ class GenLIPImageProcessor(BaseImageProcessor):
         if self.image_mode == "native":
             new_height, new_width = native_size(height, width, self.min_pixels, self.max_pixels)
             return image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-        assert self.size is not None  # in fixed mode
         target = (self.size["width"], self.size["height"])
         if self.fixed_resize == "squash":
             return image.resize(target, Image.Resampling.BILINEAR)

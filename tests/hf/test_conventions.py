@@ -123,7 +123,7 @@ def test_captions_of_a_pipeline_belong_to_their_images(folder: Path, pictures: l
     options = {"max_new_tokens": 4, "return_full_text": False}
     for batch_size in (1, 2, 3):
         # A generator, since 4.57 takes a list of dictionaries for a chat.
-        found = list(make(iter(requests), batch_size=batch_size, **options))
+        found = list(make((request for request in requests), batch_size=batch_size, **options))
         found = [one[0] if isinstance(one, list) else one for one in found]
         assert [one["generated_text"] for one in found] == expected
     together = make(images=pictures, text=PROMPTS, **options)

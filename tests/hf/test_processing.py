@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from genlip_megatron.config import DEFAULT_PROMPT
 from genlip_megatron.data.decode import CpuDecoder, ImageTask
 from genlip_megatron.data.resize import native_size
-from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor
+from genlip_megatron.hf.image_processing_genlip import GenLIPImageProcessor, to_rgb
 from genlip_megatron.hf.modeling_genlip import pack_images, split_images
 from genlip_megatron.tokenizer import load_tokenizer
 from tests.data.shards import image, interlaced, rotated, sixteen_bit
@@ -83,6 +83,14 @@ def test_pixels_equal_training(mode: str) -> None:
     for name, ours, sides in zip(PICTURES, split_images(patches, grid), grid.tolist(), strict=True):
         expected, (rows, columns) = training_pixels(PICTURES[name], MODES[mode])
         assert sides == [rows, columns] and torch.equal(ours, expected), name
+
+
+def test_an_upright_image_is_not_turned_again() -> None:
+    for turned in (f"turned-{i}" for i in range(1, 9)):
+        picture = Image.open(io.BytesIO(PICTURES[turned]))
+        upright = to_rgb(picture)
+        assert upright.tobytes() == to_rgb(upright).tobytes() == ImageOps.exif_transpose(upright).tobytes(), turned
+        assert picture.info  # only the copy has none
 
 
 def test_sixteen_bit_greys_keep_their_high_byte() -> None:
