@@ -104,7 +104,7 @@ class Encoder(ABC):
     def to_tensor(self, image: Image.Image | np.ndarray) -> Tensor:
         """float32 [3, height, width], normalised, of an RGB image whose size already fits."""
         # NumPy, because torch would share each of these small operations among its threads.
-        pixels = np.asarray(image, np.float32) / np.float32(255)
+        pixels: np.ndarray = np.asarray(image, np.float32) / np.float32(255)
         pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
