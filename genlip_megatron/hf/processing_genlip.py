@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
-from .image_processing_genlip import is_batch
+from .shared_genlip import is_batch
 
 _IMAGE_MARKER = re.compile("<image>", re.IGNORECASE)
 _MARKUP = re.compile(r"<\|.+\|>", re.DOTALL)

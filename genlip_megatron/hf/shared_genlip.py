@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -184,3 +184,8 @@ def upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
         pixels = pixels.convert("RGBA")
         pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
     return pixels.convert("RGB")
+
+
+def is_batch(images: Any) -> bool:
+    """Whether it is a list of images, or an array with a batch dimension, rather than one image."""
+    return getattr(images, "ndim", 0) == 4 or (isinstance(images, Sequence) and not isinstance(images, (str, bytes)))
