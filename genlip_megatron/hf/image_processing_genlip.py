@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from .shared_genlip import (
     PATCH_VALUES,
     check_aspect_ratio,
     image_settings,
+    is_batch,
     native_size,
     upright_rgb,
 )
@@ -42,11 +42,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     upright = upright_rgb(image, orientation)
     upright.info = {}
     return upright
-
-
-def is_batch(images: Any) -> bool:
-    """Whether it is a list of images, or an array with a batch dimension, rather than one image."""
-    return getattr(images, "ndim", 0) == 4 or (isinstance(images, Sequence) and not isinstance(images, (str, bytes)))
 
 
 def open_image(image: Any) -> Image.Image:

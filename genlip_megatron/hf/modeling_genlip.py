@@ -393,7 +393,7 @@ class GenLIPPreTrainedModel(PreTrainedModel):
             raise ValueError("output_attentions = True: packed attention has no matrix of weights. Remove it")
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
-        return self.config.return_dict if return_dict is None else return_dict
+        return bool(self.config.return_dict if return_dict is None else return_dict)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Attention: Xavier uniform (q and gate as one matrix). Other weights: normal. Biases 0, norms 1 and 0."""

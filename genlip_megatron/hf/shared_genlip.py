@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -156,6 +156,11 @@ def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int
         scale = math.sqrt(min_pixels / (height * width))
         new_height, new_width = (math.ceil(side * scale / PATCH_SIZE) * PATCH_SIZE for side in (height, width))
     return new_height, new_width
+
+
+def is_batch(images: Any) -> bool:
+    """Whether it is a list of images, or an array with a batch dimension, rather than one image."""
+    return getattr(images, "ndim", 0) == 4 or (isinstance(images, Sequence) and not isinstance(images, (str, bytes)))
 
 
 def upright_rgb(image: Image.Image, orientation: int) -> Image.Image:

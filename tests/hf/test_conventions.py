@@ -149,7 +149,7 @@ def test_pipelines_get_the_pixels_of_training_from_to_rgb(folder: Path) -> None:
         given = extract(extract.image_processor.to_rgb(picture), return_tensors=True)
         assert (given - expected).abs().max() < SAME, name
         # Pipelines convert by themselves, which the model card says.
-        assert ((extract(picture, return_tensors=True) - expected).abs().max() > 0.01) is differs, name
+        assert bool((extract(picture, return_tensors=True) - expected).abs().max() > 0.01) is differs, name
 
 
 def test_every_auto_class_of_the_folder_loads(folder: Path) -> None:
