@@ -31,7 +31,7 @@ def test_tokens_are_the_likeliest_of_the_head_on_encoder_features(
         rows, columns = found["grid"]
         inputs = processor(Image.open(found["path"]), return_tensors="pt")
         with torch.no_grad():
-            features = encoder(**inputs).last_hidden_state
+            features = encoder(**inputs).last_hidden_state[0]
             probabilities, ids = whole.lm_head(whole.proj(features)).softmax(-1).topk(3)
         assert [(p["row"], p["column"]) for p in found["patches"]] == [
             (r, c) for r in range(rows) for c in range(columns)
