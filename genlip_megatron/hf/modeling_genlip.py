@@ -260,7 +260,7 @@ class GenLIPPreTrainedModel(PreTrainedModel):
         self._check_and_adjust_attn_implementation(attn_implementation)
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
-        return self.config.return_dict if return_dict is None else return_dict
+        return bool(self.config.return_dict if return_dict is None else return_dict)
 
     def _wanted(self, name: str, value: bool | None) -> bool:
         """An optional output's argument, or its default in the configuration; attention weights are an error."""

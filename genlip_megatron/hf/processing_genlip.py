@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
+# For a file that is loaded first, version 4 of transformers copies only what this file itself imports.
 from .shared_genlip import is_batch
 
 _IMAGE_MARKER = re.compile("<image>", re.IGNORECASE)

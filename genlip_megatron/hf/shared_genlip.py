@@ -158,6 +158,11 @@ def native_size(height: int, width: int, min_pixels: int = 4096, max_pixels: int
     return new_height, new_width
 
 
+def is_batch(images: Any) -> bool:
+    """Whether it is a list of images, or an array with a batch dimension, rather than one image."""
+    return getattr(images, "ndim", 0) == 4 or (isinstance(images, Sequence) and not isinstance(images, (str, bytes)))
+
+
 def upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
     """The image turned upright by its EXIF orientation, in RGB, transparency over white, 16-bit greys by high byte.
 
@@ -184,8 +189,3 @@ def upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
         pixels = pixels.convert("RGBA")
         pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
     return pixels.convert("RGB")
-
-
-def is_batch(images: Any) -> bool:
-    """Whether it is a list of images, or an array with a batch dimension, rather than one image."""
-    return getattr(images, "ndim", 0) == 4 or (isinstance(images, Sequence) and not isinstance(images, (str, bytes)))

@@ -8,10 +8,10 @@ import pytest
 from evaluate import Skipped, Work, beaten, known_good
 
 ROWS = [
-    "| photographs, 6 classes, top-1, % | GenLIP, trained here | 50.0 |",
-    "| photographs, 6 classes, top-1, % | the same, random weights | 50.0 |",
-    "| photographs, 6 classes, top-1, % | pixels of a patch | 46.0 |",
-    "| photographs, 6 classes, top-1, % | EfficientNet-lite0, ImageNet | 87.7 |",
+    "| photographs, 6 classes, linear probe, top-1, % | GenLIP, trained here | 50.0 |",
+    "| photographs, 6 classes, linear probe, top-1, % | the same, random weights | 50.0 |",
+    "| photographs, 6 classes, linear probe, top-1, % | pixels of a patch | 46.0 |",
+    "| photographs, 6 classes, linear probe, top-1, % | EfficientNet-lite0, ImageNet | 87.7 |",
     "| captions through SmolLM2, PPL1 with its / another / no image | GenLIP, trained here | 30.0 / 31.0 / 40.0 |",
     "| captions through SmolLM2, PPL1 with its / another / no image | the same, random weights | 32.0 / 31.0 / 40.0 |",
 ]
