@@ -448,13 +448,12 @@ def write_page(page: Path, table: str, folder: Path) -> None:
     shown = {name: text for name, text in PICTURES.items() if (folder / name).exists()}
     images = []
     for name, text in shown.items():
+        (page.parent / "pictures").mkdir(exist_ok=True)
         place = page.parent / "pictures" / f"evaluate-{'-'.join(name.split('/')[:-1])}.png"
         shutil.copyfile(folder / name, place)
         images.append(f"![{text}](pictures/{place.name})")
-    cpu = next(
-        (line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model")),
-        platform.machine(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
     where = f"Measured {now()[:10]} at commit {revision()[:7]} with `make evaluate`, {os.cpu_count()} cores of {cpu}."
     body = "\n\n".join([BEGIN, where, table, *images, END])
     text = re.sub(f"{BEGIN}.*?{END}", lambda _: body, page.read_text(encoding="utf-8"), flags=re.DOTALL)

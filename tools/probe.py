@@ -139,6 +139,10 @@ def _check_flags(options: argparse.Namespace) -> None:
     check_least(options, batch_size=0, max_steps=0, workers=0, seed=0, save_interval=1)
     check_encoder_flags(options)
     check_folder(options.output)
+    trains_nothing = options.preset == "knn-capi" if options.task == "segment" else options.head == "knn"
+    if trains_nothing and (options.max_steps or options.batch_size):
+        which = "--preset knn-capi" if options.task == "segment" else "--head knn"
+        raise ValueError(f"{which}: trains nothing. Leave out --max-steps and --batch-size.")
     if options.task == "segment":
         return
     if options.head != "attentive" and options.preset:
@@ -146,8 +150,8 @@ def _check_flags(options: argparse.Namespace) -> None:
     if options.per_class is not None and options.per_class < 0:
         raise ValueError(f"--per-class {options.per_class}: must be at least 0, which means all")
     options.protocol = (options.preset or "capi") if options.head == "attentive" else options.head
-    if options.head == "knn" and (options.max_steps or options.batch_size):
-        raise ValueError("--head knn: trains nothing. Leave out --max-steps and --batch-size.")
+    if not options.augment and options.protocol in ("cached", "knn"):
+        raise ValueError(f"--no-augment: {options.protocol} has no augmentation. Leave it out.")
 
 
 def _per_class(options: argparse.Namespace) -> int:

@@ -60,8 +60,13 @@ def train_head(
     """
     first, tensors = folder.load(device)
     if tensors:
-        head.load_state_dict(_below("head.", tensors))
-        optimizer.restore(_below("optimizer.", tensors), first)
+        try:
+            head.load_state_dict(_below("head.", tensors))
+            optimizer.restore(_below("optimizer.", tensors), first)
+        except (RuntimeError, KeyError):
+            raise ValueError(
+                f"{folder.folder}: holds the state of another version. Remove its state.pt; the training starts again."
+            ) from None
     head.train()
     with progress_bar(steps, first, what, "step") as bar:
         for step, batch in zip(range(first, steps), batches(first), strict=True):

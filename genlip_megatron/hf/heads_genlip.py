@@ -91,7 +91,7 @@ class GenLIPForImageClassification(GenLIPPreTrainedModel):
         Args:
             pixel_values, image_grid_hw: images in any form of ``GenLIPVisionModel``.
             labels: int64 [images] classes; other problems as ``config.problem_type`` of transformers says.
-            output_hidden_states: also return the embedding's and each layer's output, [P, D].
+            output_hidden_states: also return the embedding's and each layer's output, as ``GenLIPVisionModel``.
             output_attentions: True is an error.
             return_dict: False: a tuple.
 
@@ -106,5 +106,6 @@ class GenLIPForImageClassification(GenLIPPreTrainedModel):
         states, grid = self.encode(pixel_values, image_grid_hw)
         logits = self.classifier(mean_of_images(self.ln_post(states[-1]), grid))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=tuple(states) if wanted else None)
+        shown = self._per_image(states, pixel_values, grid) if wanted else None
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=shown)
         return output if self._wants_dict(return_dict) else output.to_tuple()

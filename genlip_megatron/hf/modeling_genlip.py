@@ -259,6 +259,13 @@ class GenLIPPreTrainedModel(PreTrainedModel):
         """
         self._check_and_adjust_attn_implementation(attn_implementation)
 
+    @staticmethod
+    def _per_image(states: Sequence[Tensor], pixel_values: Any, grid: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states [P, D] as [B, patches, D] for images of one size, in classes that refuse to be misread."""
+        if isinstance(pixel_values, Tensor) and pixel_values.dim() == 4:
+            return tuple(x.unflatten(0, (len(grid), -1)).as_subclass(PatchStates) for x in states)
+        return tuple(x.as_subclass(PackedStates) for x in states)
+
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return bool(self.config.return_dict if return_dict is None else return_dict)
 
@@ -364,8 +371,15 @@ class PackedStates(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """``func`` on plain tensors, unless it is ``[i]`` or iterates."""
-        one_row = func is Tensor.__getitem__ and isinstance(args[1], int)
-        if one_row or func in (Tensor.__iter__, Tensor.unbind, torch.unbind):
+        if func is Tensor.__deepcopy__:
+            func, args = Tensor.clone, args[:1]
+        if func is Tensor.__getitem__:
+            first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+            # A number of any kind: Python's, NumPy's, or a tensor without dimensions.
+            one_row = hasattr(first, "__index__") and not isinstance(first, bool) and not getattr(first, "ndim", 0)
+        else:
+            one_row = func in (Tensor.__iter__, Tensor.unbind, torch.unbind)
+        if one_row:
             raise ValueError(
                 f"features of shape {list(args[0].shape)}: row i is a patch, not an image. Separate the images with "
                 "model.split_images(features, image_grid_hw); in a pipeline use batch_size = 1"
@@ -488,14 +502,11 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         features = self.ln_post(states[-1])
         pooled = mean_of_images(features, grid)
         one_size = isinstance(pixel_values, Tensor) and pixel_values.dim() == 4
-        if one_size:
-            features, *states = (x.unflatten(0, (len(grid), -1)) for x in (features, *states))
-        else:
-            features = features.as_subclass(PackedStates)
-        if wanted:
-            states = [x.as_subclass(PatchStates if one_size else PackedStates) for x in states]
+        features = features.unflatten(0, (len(grid), -1)) if one_size else features.as_subclass(PackedStates)
         output = BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=pooled, hidden_states=tuple(states) if wanted else None
+            last_hidden_state=features,
+            pooler_output=pooled,
+            hidden_states=self._per_image(states, pixel_values, grid) if wanted else None,
         )
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
@@ -513,7 +524,13 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
         return self(x).last_hidden_state
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, D], the mean of features [B, patches, D]. ``pre_logits`` has no effect: there is no classifier."""
+        """[B, D], the mean of features [B, patches, D]. ``pre_logits`` has no effect: there is no classifier.
+
+        Raises:
+            ValueError: features of another shape.
+        """
+        if x.dim() != 3:
+            raise ValueError(f"features of shape {list(x.shape)}: expected [B, patches, D], of images of one size")
         return x.mean(dim=1)
 
     def forward_intermediates(
@@ -547,6 +564,8 @@ class GenLIPVisionModel(GenLIPPreTrainedModel):
             ValueError: another shape or format, or a layer that does not exist.
         """
         depth = self.config.num_hidden_layers
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise ValueError("forward_intermediates: expected images of one size as a tensor [B, 3, height, width]")
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt = {output_fmt!r}: allowed are 'NCHW' and 'NLC'")
         chosen = (

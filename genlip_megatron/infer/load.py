@@ -195,4 +195,6 @@ def override_images(processor: GenLIPImageProcessor, flags: Mapping[str, Any]) -
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {value}: needs --image-mode {needed}; this model's images are {mode}")
         settings["size" if name == "image_size" else name] = value
+    if mode == "fixed" and settings["size"] is None:
+        raise ValueError("--image-mode fixed: this model's images are native. Give their side as --image-size")
     return GenLIPImageProcessor(image_mode=mode, **settings)

@@ -5,6 +5,7 @@ Everything gives the numbers of a plain call, or one error that names what is wr
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -94,8 +95,10 @@ def test_rows_of_packed_features_are_not_taken_for_images(
     inputs = processor(pictures)
     output = model(**inputs, output_hidden_states=True)
     for features in (output.last_hidden_state, output.last_hidden_state.float().detach(), output.hidden_states[-1]):
-        with pytest.raises(ValueError, match=r"row i is a patch.*split_images.*batch_size = 1"):
-            features[1]
+        for index in (1, np.int64(1), torch.tensor(1), (1, slice(None))):
+            with pytest.raises(ValueError, match=r"row i is a patch.*split_images.*batch_size = 1"):
+                features[index]
+        assert torch.equal(copy.deepcopy(features)[:], features[:])
         with pytest.raises(ValueError, match="row i is a patch"):
             list(zip(pictures, features, strict=False))
     parts = model.split_images(output.last_hidden_state, inputs["image_grid_hw"])

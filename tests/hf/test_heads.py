@@ -209,6 +209,10 @@ def test_code_for_timm_finds_features_layers_and_their_sizes() -> None:
     features = model.forward_features(PIXELS)
     assert torch.equal(features, expected.last_hidden_state)
     assert torch.equal(model.forward_head(features, pre_logits=True), expected.pooler_output)
+    with pytest.raises(ValueError, match="images of one size"):
+        model.forward_head(features[0])
+    with pytest.raises(ValueError, match="images of one size"):
+        model.forward_intermediates(list(PIXELS), output_fmt="NLC")
     last, layers = model.forward_intermediates(PIXELS)
     assert torch.equal(last, features) and [layer.shape for layer in layers] == [(2, 48, 4, 6)] * 2
     assert all(torch.equal(as_tokens(a), b) for a, b in zip(layers, expected.hidden_states[1:], strict=True))
