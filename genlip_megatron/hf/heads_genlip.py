@@ -37,20 +37,20 @@ class GenLIPBackbone(BackboneMixin, GenLIPPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """Feature maps of images of one size. No layer runs after the last chosen one, unless all states are returned.
+        """Feature maps of images of one size. Layers after the last chosen one run only for ``output_hidden_states``.
 
         Args:
             pixel_values: normalised floats [B, 3, height, width], sides multiples of 16.
             output_hidden_states: also return the embedding's and each layer's output, [B, patches, D].
             output_attentions: True is an error.
-            return_dict: False: a tuple.
+            return_dict: False: return a tuple.
 
         Returns:
-            ``feature_maps``: for each of ``out_features``, ``ln_post`` of the stage's output, [B, D, height / 16,
+            ``feature_maps``: for each of ``out_features``, the stage's output after ``ln_post``, [B, D, height / 16,
             width / 16].
 
         Raises:
-            ValueError: another shape.
+            ValueError: ``pixel_values`` has another shape.
         """
         self._wanted("output_attentions", output_attentions)
         wanted = self._wanted("output_hidden_states", output_hidden_states)
@@ -65,7 +65,7 @@ class GenLIPBackbone(BackboneMixin, GenLIPPreTrainedModel):
 
 
 class GenLIPForImageClassification(GenLIPPreTrainedModel):
-    """A linear classifier on the mean of an image's features. Only fine-tuning trains it."""
+    """A linear classifier on the mean of an image's features. Pretraining does not train it: fine-tune it."""
 
     _new_parts = ("classifier.",)
 
@@ -86,17 +86,17 @@ class GenLIPForImageClassification(GenLIPPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
-        """Scores of images, and the loss.
+        """Logits of images, and the loss if labels are given.
 
         Args:
             pixel_values, image_grid_hw: images in any form of ``GenLIPVisionModel``.
-            labels: int64 [images] classes; other problems as ``config.problem_type`` of transformers says.
+            labels: int64 [images] classes, or what another ``config.problem_type`` of transformers needs.
             output_hidden_states: also return the embedding's and each layer's output, [P, D].
             output_attentions: True is an error.
-            return_dict: False: a tuple.
+            return_dict: False: return a tuple.
 
         Returns:
-            ``logits`` [images, ``num_labels``], and ``loss`` with labels.
+            ``logits`` [images, ``num_labels``], and ``loss`` if labels are given.
 
         Raises:
             ValueError: invalid images.
