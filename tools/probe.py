@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
 """Measure frozen vision encoders: classification by a probe, and semantic segmentation by a linear layer.
 
-    tools/probe.py classify --encoder runs/so16 --train imagenet/train --val imagenet/val --output probes/so16
-    tools/probe.py classify --encoder runs/so16 hf:google/siglip2-so400m-patch16-384 --size 384 \\
+    python tools/probe.py classify --encoder runs/so16 --train imagenet/train --val imagenet/val --output probes/so16
+    python tools/probe.py classify --encoder runs/so16 hf:google/siglip2-so400m-patch16-384 --size 384 \\
         --preset cached --train ... --val ... --output x
-    tools/probe.py classify --head knn --encoder exported --train 'train-*.tar' --val 'val-*.tar' --output knn
-    tools/probe.py segment --encoder runs/so16 --train ADE/images/training --val ADE/images/validation --output ade
+    python tools/probe.py classify --head knn --encoder exported --train 'train-*.tar' --val 'val-*.tar' --output knn
+    python tools/probe.py segment --encoder runs/so16 --train ADE/images/training --val ADE/images/validation \\
+        --output ade
     torchrun --nproc-per-node 8 tools/probe.py classify --encoder runs/so16 --train ... --val ... --output probes/so16
 
 classify  top-1 accuracy. The attentive probe (default) trains one classifier per learning rate and weight decay,
-          all at once. --head mean-linear and --head knn use the mean of the patches. 10 % of --train select the
-          classifier; --val is measured once.
-segment   mIoU of BatchNorm and one linear layer per patch, or of nearest patches (--preset knn-capi).
+          all at once. --head mean-linear and --head knn use the mean of the patches. 10 % of --train selects the
+          classifier; only that one is measured on --val.
+segment   mIoU. BatchNorm and one linear layer classify each patch, or its nearest patches do (--preset knn-capi).
 
---train and --val: a folder with one subfolder for each class (ImageNet); for segment .../images/... beside
-.../annotations/... (ADE20K); or WebDataset shards (.cls, .seg.png), or a table. docs/evaluation.md has the protocols.
+--train and --val: a folder, WebDataset shards (.cls, .seg.png) or a table. For classify a folder has one subfolder for
+each class (ImageNet); for segment it is .../images/... beside .../annotations/... (ADE20K). docs/evaluation.md has the
+protocols.
 
-The output folder holds results.json, results.png and a folder for each encoder. A killed command continues where it was
-when it is run again; encoders that are finished are not measured again.
+The output folder has results.json, results.png and a folder for each encoder. To continue a killed command, run it
+again; finished encoders are not measured again.
 
 Exit status: 0 done; 1 an error of the machine; 2 a setting or a file is wrong.
 """

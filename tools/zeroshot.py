@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Classify, retrieve, select and measure the caption loss without training, by a GenLIP's likelihood of texts.
+"""Score texts by a GenLIP's likelihood, without training: classify, retrieve, select, or measure the caption loss.
 
-    tools/zeroshot.py classify imagenet/val --load runs/so16 random:runs/so16 --class-names names.json \\
+    python tools/zeroshot.py classify imagenet/val --load runs/so16 random:runs/so16 --class-names names.json \\
         --template 'a photo of a {}.' --output zeroshot
-    tools/zeroshot.py classify 'val-*.tar' --load exported --class-names names.json --template templates.json \\
+    python tools/zeroshot.py classify 'val-*.tar' --load exported --class-names names.json --template templates.json \\
         --normalise none --prior no-image --output zeroshot
-    tools/zeroshot.py retrieve demo/val-00000.tar --load runs/demo --output retrieval
-    tools/zeroshot.py select candidates.jsonl --load runs/so16 --output selection
-    tools/zeroshot.py captions 'data/val-*.tar' --load runs/so16 --output captions
-    tools/zeroshot.py captions demo/val-00000.tar --load runs/demo random:runs/demo --attributes --output captions
+    python tools/zeroshot.py retrieve demo/val-00000.tar --load runs/demo --output retrieval
+    python tools/zeroshot.py select candidates.jsonl --load runs/so16 --output selection
+    python tools/zeroshot.py captions 'data/val-*.tar' --load runs/so16 --output captions
+    python tools/zeroshot.py captions demo/val-00000.tar --load runs/demo random:runs/demo --attributes \\
+        --output captions
 
 classify  top-1 accuracy. DATA: a folder with one subfolder for each class, .tar shards with .cls members, or a table.
 retrieve  R@1 from image to caption and from caption to image. INPUT: indexed .tar shards, as for tools/caption.py.
@@ -17,9 +18,9 @@ captions  loss per token of the true captions, as in training. INPUT: indexed .t
 
 score = mean over templates of (log p(text | image, prompt) - log prior(text)) / length(text)
 
-results.json holds the figures for every normalisation and prior; --normalise and --prior choose the headline. The
-folder --output also holds pictures (not select), one MODEL.jsonl for each model (select), and scores/, from which a
-killed command continues when it is run again. docs/evaluation.md has the protocol.
+results.json has the scores for every normalisation and prior; --normalise and --prior choose the main one. The folder
+--output also has pictures (not for select), one MODEL.jsonl for each model (select), and saved scores in scores/. To
+continue a killed command, run it again. docs/evaluation.md has the protocol.
 
 Exit status: 0 done; 1 an error of the machine; 2 a setting or a file is wrong.
 """

@@ -1,6 +1,6 @@
-"""Loss of true captions, and what generated captions of rendered scenes name.
+"""Loss of true captions, and attribute accuracy of generated captions of rendered scenes.
 
-Loss as in training: -sum log p(token) / sum tokens, over the answers and the tokens that close a sample.
+The loss is that of training: -sum log p(token) / sum tokens, over the answers and the tokens that end a sample.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from genlip_megatron.infer.prepare import Prepared, packed
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image with its text as a model's tokens.
+    """An image, and its text as tokens of one model.
 
     Attributes:
         dialogue: the image and its text.
-        ids: tokens of prompt, answers and end.
-        loss: whether each carries loss.
+        ids: token ids of prompt, answers and end.
+        loss: whether each token carries loss.
     """
 
     dialogue: Dialogue
@@ -47,7 +47,7 @@ class Captioned:
 
     @property
     def stamp(self) -> str:
-        """Changes when its scores may have."""
+        """Changes when the scores of the image may have changed."""
         return f"{self.dialogue.image.stamp} {self.ids} {self.loss}"
 
     def read(self) -> np.ndarray:
@@ -57,10 +57,10 @@ class Captioned:
 
 
 def encode(dialogues: Sequence[Dialogue], model: ScoringModel) -> list[Captioned]:
-    """The texts as training tokenises them; captions follow the model's prompt.
+    """Tokenise the texts as in training; captions follow the model's prompt.
 
     Raises:
-        ValueError: a text has a control token, or letters that the tokenizer cannot write.
+        ValueError: a text has a control token, or characters that the tokenizer cannot encode.
     """
     tokenizer: Any = model.loaded.tokenizer
     prompt = (strip_image_marker(model.prompt), False)
@@ -101,19 +101,19 @@ def measure(
     folder: Path,
     batch_size: int,
 ) -> dict[str, Any]:
-    """The row of one model.
+    """Measure one model; returns its row of the results.
 
     Args:
-        model: whose loss.
-        images: of ``encode`` with this model.
-        attributes: also generate captions of scenes, and compare what they name.
+        model: the model to measure.
+        images: from ``encode`` with this model.
+        attributes: also generate captions of scenes, and measure which attributes they name correctly.
         max_new_tokens: longest generated caption.
-        folder: as ``score_images`` takes it.
-        batch_size: images of a batch of generated captions.
+        folder: as for ``score_images``.
+        batch_size: images in a batch of generated captions.
 
     Returns:
-        "loss" in nats per token, "bits_per_byte" of the answers, "tokens" that carry loss, "settings"; if asked,
-        "attributes": the share of generated captions that name each correctly, and their mean.
+        "loss" in nats per token, "bits_per_byte" of the answers, "tokens" that carry loss, "settings"; with
+        ``attributes`` also "attributes": the share of generated captions that name each correctly, and their mean.
 
     Raises:
         ValueError: an image cannot be used.
@@ -121,7 +121,7 @@ def measure(
     captioner = Captioner(model.loaded, model.prompt, Decoding(max_new_tokens)) if attributes else None
 
     def score(batch: Sequence[Prepared], originals: Sequence[Any]) -> Tensor:
-        """float32 [B, 1 or 6]: negative log-likelihood; 1 for each attribute that the generated caption names."""
+        """float32 [B, 1 or 6]: negative log-likelihood; 1 for each attribute that is named correctly."""
         rows = [[_likelihood(model, *pair)] for pair in zip(batch, originals, strict=True)]
         if captioner is not None:
             for row, image, ids in zip(rows, originals, captioner.tokens(batch), strict=True):

@@ -1,4 +1,4 @@
-"""Train a head on a frozen encoder: a killed training resumes, and all ranks make the same updates."""
+"""Train a head on a frozen encoder. A killed training resumes, and all ranks make the same updates."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Batch = TypeVar("Batch")
 
 
 class HeadOptimizer(Protocol):
-    """What updates the parameters of a head."""
+    """Updates the parameters of a head."""
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those that it updates."""
+        """The parameters that it updates."""
 
     def state(self) -> dict[str, Tensor]:
-        """What the next update depends on, besides the number of updates."""
+        """Tensors that the next update depends on, without the number of updates."""
 
     def restore(self, state: dict[str, Tensor], steps: int) -> None:
         """Continue from the state after ``steps`` updates."""
 
     def step(self, rate: Any) -> None:
-        """Update with a learning rate, then drop the gradients."""
+        """Update with the learning rate ``rate``, then clear the gradients."""
 
 
 def train_head(
@@ -47,15 +47,15 @@ def train_head(
     """Train ``head`` in place; it ends in evaluation mode.
 
     Args:
-        head: in any state.
-        optimizer: of the head's parameters.
-        folder: a killed training resumes from it, and keeps its state in it.
+        head: in training or evaluation mode.
+        optimizer: updates the head's parameters.
+        folder: where the state is saved; a killed training resumes from it.
         steps: number of updates.
         save_interval: steps between two saved states.
-        batches: this rank's batches of all steps from the given one on, from 0.
-        loss: of a step and its batch, the mean over this rank's part.
-        rate: learning rate of a step.
-        device: of the head.
+        batches: takes the first step, counted from 0; returns this rank's batches from that step on.
+        loss: takes a step and its batch; returns the mean loss over this rank's part of the batch.
+        rate: takes a step; returns its learning rate.
+        device: device of the head.
         what: text of the progress bar.
     """
     first, tensors = folder.load(device)
