@@ -51,6 +51,8 @@ setup(
             "matplotlib>=3.9",
             "jinja2>=3.1",
             "scikit-learn>=1.5",
+            "peft>=0.17,<1",
+            "accelerate>=1,<2",
             "transformers>=4.56,<6",
             "wandb>=0.19,<1",
         ],
