@@ -83,6 +83,15 @@ def test_without_augmentation_features_are_computed_once(
     assert row["settings"]["augment"] is False
 
 
+def test_options_without_effect_are_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, words in (
+        (classify(data, "--head", "knn", "--no-augment"), "--no-augment: knn has no augmentation"),
+        (segment(data, "--preset", "knn-capi", "--max-steps", "3"), "--preset knn-capi: trains nothing"),
+    ):
+        assert probe.main([*command, "--output", "unused"]) == 2
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("preset", ["dinov2", "knn-capi"])
 def test_segmentation_runs(preset: str, data: Path, tmp_path: Path) -> None:
     short = ("--max-steps", "3", "--batch-size", "4") if preset == "dinov2" else ()
