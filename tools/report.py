@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Show a run on one HTML page: curves, captions, readouts, attention, probes, data. It needs no network and no scripts.
 
-    tools/report.py runs/so16
-    tools/report.py runs/so16 --images data/val-00000.tar --limit 4 --attention runs/so16/attention
-    tools/report.py runs/so16 --results probes/so16 zeroshot/so16 sweeps/so16 --output so16.html
+    python tools/report.py runs/so16
+    python tools/report.py runs/so16 --images data/val-00000.tar --limit 4 --attention runs/so16/attention
+    python tools/report.py runs/so16 --results probes/so16 zeroshot/so16 sweeps/so16 --output so16.html
 
 Curves and captions of the validation come from the run's TensorBoard files; steps that were repeated after a crash or a
 rollback are grey. Data and settings come from the newest checkpoint. --images adds that checkpoint's captions and patch

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Run another tool at several image sizes and draw its scores as one curve for each encoder.
 
-    tools/sweep.py --output sweep -- tools/probe.py classify --encoder runs/so16 --train train/ --val val/
-    tools/sweep.py --output sweep --sizes 224 336 448 -- tools/zeroshot.py classify imagenet/val --load runs/so16 \\
-        --class-names names.json
-    tools/sweep.py --output sweep --measure mass.generated.image -- tools/attention.py photos/ --load runs/so16
-    tools/sweep.py --output sweep -- torchrun --nproc-per-node 8 tools/probe.py segment --encoder runs/so16 ...
+    python tools/sweep.py --output sweep -- tools/probe.py classify --encoder runs/so16 --train train/ --val val/
+    python tools/sweep.py --output sweep --sizes 224 336 448 -- tools/zeroshot.py classify imagenet/val \\
+        --load runs/so16 --class-names names.json
+    python tools/sweep.py --output sweep --measure mass.generated.image -- tools/attention.py photos/ --load runs/so16
+    python tools/sweep.py --output sweep -- torchrun --nproc-per-node 8 tools/probe.py segment --encoder runs/so16 ...
 
 After -- comes the tool's command line without its size and --output; the sweep adds --size N (or --image-mode fixed
 --image-size N) and --output FOLDER/size-N. Before anything runs, the command line is checked, and sizes that an encoder
@@ -123,6 +123,8 @@ def sweep(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     script = next(word for word in words if word.endswith(".py"))
     results.check_measure(Path(script).name, getattr(inner, "task", ""), options.measure)
+    if options.measure.startswith("attributes.") and not getattr(inner, "attributes", True):
+        raise ValueError(f"--measure {options.measure}: add --attributes after {script}, or leave it out")
     need("matplotlib")
     known: dict[str, Any] = {"layer": inner.layer} if hasattr(inner, "layer") else {}
     fingerprints, grids = results.open_and_check(

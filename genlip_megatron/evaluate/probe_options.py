@@ -39,7 +39,8 @@ class ProbeOptions:
 
     def deciding(self) -> dict[str, Any]:
         """Those that decide the result."""
-        return {name: getattr(self, name) for name in ("size", "batch_size", "max_steps", "seed")}
+        chosen = {name: getattr(self, name) for name in ("size", "batch_size", "max_steps", "seed")}
+        return {**chosen, "cache_dtype": str(self.cache_dtype).removeprefix("torch.")}
 
 
 def settings(

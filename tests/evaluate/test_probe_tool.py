@@ -57,9 +57,12 @@ def test_a_comparison_is_one_table_and_one_picture(
     assert json.loads((output / "results.json").read_text())["encoders"] == table["encoders"]
 
 
-@pytest.mark.parametrize("flags", [("--head", "mean-linear"), ("--preset", "cached"), ("--preset", "aimv2")])
+@pytest.mark.parametrize(
+    "flags",
+    [("--head", "mean-linear"), ("--preset", "cached"), ("--preset", "aimv2", "--no-rand-augment")],
+)
 def test_every_trained_protocol_of_classification_runs(flags: tuple[str, ...], data: Path, tmp_path: Path) -> None:
-    short = ("--max-steps", "3", "--batch-size", "8", "--output", str(tmp_path / "out"), "--no-rand-augment")
+    short = ("--max-steps", "3", "--batch-size", "8", "--output", str(tmp_path / "out"))
     assert probe.main(classify(data, *flags, *short)) == 0
     row = json.loads((tmp_path / "out" / "results.json").read_text())["encoders"][0]
     assert row["steps"] == 3 and 0 <= row["accuracy"] <= 1 and row["settings"]["protocol"] == flags[1]
@@ -87,6 +90,9 @@ def test_options_without_effect_are_refused(data: Path, capsys: pytest.CaptureFi
     for command, words in (
         (classify(data, "--head", "knn", "--no-augment"), "--no-augment: knn has no augmentation"),
         (segment(data, "--preset", "knn-capi", "--max-steps", "3"), "--preset knn-capi: trains nothing"),
+        (segment(data, "--cache", "x"), "--preset dinov2: computes features for each step"),
+        (classify(data, "--cache-dtype", "bf16"), "capi: computes features for each step"),
+        (classify(data, "--preset", "cached", "--no-rand-augment"), "--no-rand-augment: only --preset aimv2"),
     ):
         assert probe.main([*command, "--output", "unused"]) == 2
         assert words in capsys.readouterr().err
@@ -209,6 +215,8 @@ def test_an_output_of_other_settings_is_refused(data: Path, tmp_path: Path, caps
     assert probe.main(classify(data, "--head", "knn", "--output", str(tmp_path))) == 0
     assert probe.main(classify(data, "--head", "knn", "--seed", "1", "--output", str(tmp_path))) == 2
     assert "holds a probe with another seed, 0, not 1" in capsys.readouterr().err
+    assert probe.main(classify(data, "--head", "knn", "--cache-dtype", "bf16", "--output", str(tmp_path))) == 2
+    assert "holds a probe with another cache_dtype, float32, not bfloat16" in capsys.readouterr().err
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -119,6 +119,11 @@ BAD: dict[str, tuple[list[str], Callable[[Path], list[str]], str]] = {
         lambda data: ["--", str(Path(PROBE).with_name("extract_features.py")), str(data), "--load", "colour"],
         "-- tools/extract_features.py: measures no encoder",
     ),
+    "a measure that is not asked for": (
+        ["--measure", "attributes.word"],
+        lambda data: ["--", str(Path(PROBE).with_name("zeroshot.py")), "captions", "x.tar", "--load", "colour"],
+        "--measure attributes.word: add --attributes",
+    ),
     "size 0": (["--sizes", "0"], _words(), "--sizes 0: must be at least 1"),
 }
 
