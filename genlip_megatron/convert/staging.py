@@ -83,7 +83,7 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
         if replaced.exists():
             if other := foreign(replaced):
                 raise ValueError(f"{replaced}: this tool needs the name, but did not write it ({other}). Move it")
-            os.rename(replaced, _partial(target))  # under this name a half-removed folder counts as a leftover
+            _remove_replaced(target)
         with hidden_folder(target) as partial:
             if (free := shutil.disk_usage(target.parent).free) < size:
                 raise ValueError(f"{target}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
@@ -99,7 +99,8 @@ def new_folder(target: Path, size: int, overwrite: bool, foreign: Callable[[Path
                 if target.exists() and os.path.samestat(written, target.stat()):
                     _swap_out(partial, target)  # already swapped in, but not confirmed on disk
                 raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():
+            _remove_replaced(target)
     except OSError as error:
         raise ValueError(f"{target}: cannot be written: {error}. Nothing was left behind") from error
 
@@ -123,6 +124,13 @@ def _partial(target: Path) -> Path:
 def _replaced(target: Path) -> Path:
     """The temporary path of the old folder during a swap, on file systems that cannot exchange two folders."""
     return target.with_name(f".{target.name}.replaced")
+
+
+def _remove_replaced(target: Path) -> None:
+    """Remove ``_replaced``, under the name of a partial folder: a half-removed one is then a known leftover."""
+    leftover = _partial(target)
+    os.rename(_replaced(target), leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _swap_in(partial: Path, target: Path) -> None:
