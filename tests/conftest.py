@@ -18,6 +18,7 @@ pytest_plugins = ["tests.fault_table"]
 
 if "--gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any code asks for a device
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, and huggingface_hub tries for 20 s
 megatron_patches.install()
 # On tensors this small, more threads only wait for each other and keep cores busy. Processes of tests inherit this.
 torch.set_num_threads(1)

@@ -203,7 +203,6 @@ def test_bad_input_is_one_line_before_any_feature_is_computed(
     if change is not None:
         change(tmp_path / "data")
     monkeypatch.chdir(tmp_path / "data")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(Encoder, "encode", None)
     make = segment if masks else classify
     assert probe.main(make(Path(), "--output", str(tmp_path / "out"), *flags)) == 2
