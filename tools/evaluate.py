@@ -319,8 +319,8 @@ def segment(work: Work, run: Path) -> list[str]:
     output = work.folder / "segment"
     work.run(
         "tools/probe.py", "segment", "--encoder", *encoders, "--size", "224", "--train", scenes / "images/training",
-        "--val", scenes / "images/validation", "--max-steps", "10" if work.quick else "300", "--workers", "0",
-        "--output", output, done=output / "results.json", python_path=path,
+        "--val", scenes / "images/validation", "--max-steps", "10" if work.quick else "400", "--batch-size", "8",
+        "--workers", "0", "--output", output, done=output / "results.json", python_path=path,
     )  # fmt: skip
     return [
         f"| scenes of photographs, mIoU, % | {_label(name, run)} | {100 * row['miou']:.1f} |"
