@@ -7,6 +7,7 @@
 
 Rows keep the order of the inputs: {"path", "caption"} for files, {"key", "caption", "truth"} for samples of shards.
 An image that cannot be used gets a row with "error" instead of "caption"; the others are still captioned.
+Images are resized as in training, unless --image-mode, --image-size, --min-pixels or --max-pixels say otherwise.
 By default decoding follows the paper: greedy, at most 256 tokens, up to the end token.
 The output file appears when it is complete. It replaces earlier captions, but no other file.
 
@@ -52,12 +53,14 @@ def _captioner(options: argparse.Namespace) -> tuple[Any, Any, str]:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "seed")
     decoding = Decoding(**{name: getattr(options, name) for name in names})
     if options.recompute:
+        from genlip_megatron.infer.load import override_images
         from genlip_megatron.testing.recompute_caption import RecomputingCaptioner
 
         plain = RecomputingCaptioner(
             options.load, to_stderr, options.prompt, decoding, options.dtype, options.device, options.tokenizer
         )
-        return plain, plain.image_processor, plain.prompt
+        processor = override_images(plain.image_processor, command_line.image_flags(options))
+        return plain, processor, plain.prompt
     loaded, processor = command_line.load_model(options)
     prompt = loaded.prompt if options.prompt is None else options.prompt
     return Captioner(loaded, prompt, decoding), processor, prompt

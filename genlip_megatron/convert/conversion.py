@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from genlip_megatron.checkpoint import loading
 from genlip_megatron.checkpoint.manifest import Manifest
 from genlip_megatron.config import DEFAULT_PROMPT, ModelConfig, RunConfig, override
 from genlip_megatron.convert.hf_folder import model_config
+from genlip_megatron.convert.image_fields import read_image_settings
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.convert.safetensors_file import Planned, SafetensorsSource, SafetensorsWriter, contents
 from genlip_megatron.convert.source import Source
@@ -114,12 +114,12 @@ def open_released(folder: Path, num_attention_heads: int | None = None, heads_hi
 
 
 def folder_images(folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """``image_settings`` of a folder; the defaults, with a log line, if it has none of this project.
+    """``image_settings`` of a folder; the defaults, with a log line, if it has no image processor.
 
     transformers 5 saves the image processor inside ``processor_config.json``.
 
     Raises:
-        ValueError: a field has an invalid value; names the file.
+        ValueError: an invalid field, or one that this project cannot compute; names the file.
     """
     file = folder / "preprocessor_config.json"
     fields: Any = read_json(file)
@@ -128,12 +128,11 @@ def folder_images(folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
         fields = read_json(file).get("image_processor", {})
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: image_processor = {fields!r}: expected an object")
-    if "image_mode" not in fields:
+    if not fields:
         log(f"no image settings in {folder}: using images of 224 x 224 pixels (fixed, squash)")
         return image_settings()
-    names = inspect.signature(image_settings).parameters
     try:
-        return image_settings(**{name: fields[name] for name in names if name in fields})
+        return read_image_settings(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

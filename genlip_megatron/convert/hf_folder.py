@@ -87,10 +87,26 @@ def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = 
         },
         "model_type": "genlip",
         **{name: getattr(model, ours) for name, ours in _NAMES.items()},
-        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": list(model.rope_sections)},
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": written_sections(model)},
         **FIXED,
         "dtype": dtype,
     }
+
+
+def written_sections(model: ModelConfig) -> list[int]:
+    """The rotary sections of a model with the sum of half a head, which other readers demand; the same embedding.
+
+    T is not read, so it gets the channels that H and W leave. If they leave none, H and W lose channels beyond the head.
+
+        >>> written_sections(ModelConfig(hidden_size=1536, num_attention_heads=24, rope_sections=(1, 12, 12)))
+        [8, 12, 12]
+        >>> written_sections(ModelConfig(hidden_size=64, num_attention_heads=4, rope_sections=(1, 12, 12)))
+        [3, 3, 2]
+    """
+    half, (_, height, width) = model.head_dim // 2, model.rope_sections
+    if height + width > half:
+        height, width = (len(range(axis, min(3 * size, half), 3)) for axis, size in ((1, height), (2, width)))
+    return [half - height - width, height, width]
 
 
 def model_config(
@@ -149,26 +165,39 @@ def model_config(
         raise ValueError(
             "config.json: rope_scaling.mrope_section is missing: the weights do not show it. Add three whole numbers"
         )
-    _check(values)
+    check_model(values, _NAMES, "config.json")
     return ModelConfig(**values)
 
 
-def _check(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value of the wrong kind, or a number of heads that does not divide the width."""
-    for name, ours in _NAMES.items():
+def check_model(values: Mapping[str, Any], names: Mapping[str, str], file: str) -> None:
+    """Raise ValueError for a value of the wrong kind, or a number of heads that contradicts the width or the rotary
+    sections.
+
+    Args:
+        values: by the settings of ``ModelConfig``.
+        names: name in ``file`` -> setting.
+        file: where the values come from.
+    """
+    for name, ours in names.items():
         default, allowed = getattr(ModelConfig, ours), SETTINGS[f"model.{ours}"].metadata["range"]
         value = values.get(ours, default)
         # JSON may write 1.0 as 1, but true is not 1.
         good = type(value) is type(default) or (type(value) is int and isinstance(default, float))
         if not good or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"config.json: {name} = {value!r}: must be {_KINDS[type(default)]}")
+            raise ValueError(f"{file}: {name} = {value!r}: must be {_KINDS[type(default)]}")
         if value not in allowed:
-            raise ValueError(f"config.json: {name} = {value!r}: {allowed}")
+            raise ValueError(f"{file}: {name} = {value!r}: {allowed}")
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if width % (2 * heads):
         raise ValueError(
             f"num_attention_heads = {heads}: each head needs an even number of channels, so hidden_size = {width} must "
             "be a multiple of twice the heads"
+        )
+    sections = values["rope_sections"]
+    if sum(sections) != width // heads // 2:
+        raise ValueError(
+            f"num_attention_heads = {heads}: half a head has {width // heads // 2} channels, and the sections of the "
+            f"rotary embedding, {list(sections)}, are {sum(sections)}. Correct the one that is wrong"
         )
 
 

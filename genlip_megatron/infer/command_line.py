@@ -27,8 +27,8 @@ def build_parser(prog: str, doc: str, output: str = "", load: str = "") -> Stric
     Args:
         prog: name of the tool.
         doc: its module docstring.
-        output: what the output folder holds, which adds ``--overwrite`` and the flags of image sizes; "" for a tool
-            that writes one JSON Lines file.
+        output: what the output folder holds, which adds ``--overwrite``; "" for a tool that writes one JSON Lines
+            file.
         load: help of ``--load`` of a tool that compares several models; "": it takes one.
     """
     summary, _, rest = doc.partition("\n")
@@ -46,12 +46,12 @@ def build_parser(prog: str, doc: str, output: str = "", load: str = "") -> Stric
     parser.add_argument("--device", default="auto", help="cpu or cuda[:N] (default: auto, a GPU if there is one)")
     text = "dtype to compute in: fp32, bf16, fp16, or auto (default: the dtype of the stored weights)"
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
+    add_image_flags(parser)
     if not output:
         parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
         return parser
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help=f"replace {output} that an earlier call wrote")
-    add_image_flags(parser)
     return parser
 
 
