@@ -151,11 +151,21 @@ def folder_prompt(folder: Path) -> str:
 
 
 def recorded_run(
-    folder: Path, model: ModelConfig, tokenizer: Path, precision: str, log: Callable[[str], None]
+    folder: Path,
+    model: ModelConfig,
+    tokenizer: Path,
+    precision: str,
+    log: Callable[[str], None],
+    images: dict[str, Any] | None = None,
 ) -> RunConfig:
     """The run configuration to record in a checkpoint of a folder's weights: model, tokenizer, and the folder's image
-    settings and prompt. ``log`` gets a line if image settings are missing."""
-    images = folder_images(folder, log)
+    settings and prompt. ``log`` gets a line if image settings are missing.
+
+    Args:
+        images: ``image_settings`` of a folder without files of an image processor; None: the defaults.
+    """
+    if images is None or (folder / "preprocessor_config.json").is_file():
+        images = folder_images(folder, log)
     size = images.pop("size")
     if images["image_mode"] == "fixed" and size["height"] != size["width"]:
         raise ValueError(f"{folder}: size = {size!r}: training supports only square images")

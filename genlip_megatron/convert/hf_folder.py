@@ -96,7 +96,8 @@ def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = 
 def written_sections(model: ModelConfig) -> list[int]:
     """The rotary sections of a model with the sum of half a head, which other readers demand; the same embedding.
 
-    T is not read, so it gets the channels that H and W leave. If they leave none, H and W lose channels beyond the head.
+    T is not read, so it gets the channels that H and W leave. H and W lose channels beyond the head if their sum is
+    larger.
 
         >>> written_sections(ModelConfig(hidden_size=1536, num_attention_heads=24, rope_sections=(1, 12, 12)))
         [8, 12, 12]

@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, Facts]:
     files, placed = _files(folder)
     found: dict[str, Facts] = {}
     for file in files:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
                 if name in found:
                     raise ValueError(f"{name} is in both {found[name].file} and {file}. Keep one of them")
@@ -97,7 +97,12 @@ def contents(folder: Path) -> dict[str, Facts]:
     return found
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
+    """The safetensors library's reader of a file.
+
+    Raises:
+        ValueError: a damaged or unreadable file.
+    """
     try:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
@@ -116,7 +121,7 @@ def check_dtype(folder: Path, dtype: torch.dtype, wanted: Callable[[str], bool])
         return
     for name, fact in contents(folder).items():
         if wanted(name) and fact.dtype != _NAMES[dtype]:
-            with _opened(fact.file) as file:
+            with opened(fact.file) as file:
                 to_dtype(name, file.get_tensor(name), dtype)
 
 
@@ -141,7 +146,7 @@ class SafetensorsSource:
         """The canonical tensors of a parameter, views into the mapped files."""
         tensors = []
         for name in parameter.shapes:
-            with _opened(self._files[name]) as file:
+            with opened(self._files[name]) as file:
                 tensors.append(file.get_tensor(name))
         return tensors
 

@@ -1,4 +1,4 @@
-"""Run the same batch through the Megatron model and the Hugging Face model, and compare.
+"""Run the same batch through the Megatron model and the model of the other library, and compare.
 
 Both compute in float32 on the CPU, with the rounding of the conversion applied to both, so they differ only in the
 order of additions. Needs the memory of both models in float32.
@@ -8,8 +8,9 @@ Legend: N tokens of all samples, T text tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,38 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from genlip_megatron.config import ONE_RANK, PATCH_VALUES, RunConfig, override
-from genlip_megatron.optional import need
+from genlip_megatron.convert.openclip import Description, state_dict
+from genlip_megatron.optional import need, need_open_clip
 
 # Relative to the largest absolute value. Another order of sums over thousands of channels gives about 1e-6; a misplaced
 # tensor about 1.
 TOLERANCE = 1e-4
+# The same where a folded patch embedding was rounded to 16 bits, which the other model cannot repeat.
+ROUNDED = 2e-2
 # (rows, columns, text tokens) of each sample: images of different shapes, texts of different lengths.
 _SAMPLES = ((3, 4, 7), (4, 2, 5))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest absolute difference of two tensors, and the largest absolute value in the first."""
+    """The largest absolute difference of two tensors, and the largest absolute value in the first.
+
+    ``tolerance`` is relative to the latter."""
 
     what: str
     absolute: float
     largest: float
+    tolerance: float = TOLERANCE
 
     @property
     def small(self) -> bool:
         """Whether it is within the tolerance; False for NaN."""
-        return self.absolute <= TOLERANCE * self.largest
+        return self.absolute <= self.tolerance * self.largest
 
     def __str__(self) -> str:
         return (
             f"{self.what}: largest difference {self.absolute:.3g}, values up to {self.largest:.3g} "
-            f"({'within' if self.small else 'ABOVE'} the tolerance of {TOLERANCE:.0e} of the largest value)"
+            f"({'within' if self.small else 'ABOVE'} the tolerance of {self.tolerance:.0e} of the largest value)"
         )
 
 
@@ -70,9 +77,7 @@ def compare_models(
         ValueError: transformers is not installed, or rejects the folder.
     """
     need("transformers")
-    generator = torch.Generator().manual_seed(1)
-    patches = [torch.empty(r * c, PATCH_VALUES).uniform_(-1, 1, generator=generator) for r, c, _ in _SAMPLES]
-    texts = [torch.randint(config.model.vocab_size, (count,), generator=generator).tolist() for *_, count in _SAMPLES]
+    patches, texts = _inputs(config.model.vocab_size)
     hidden, logits, is_image = _megatron_outputs(checkpoint, config, patches, texts, dtype)
     from genlip_megatron.hf.configuration_genlip import GenLIPConfig
     from genlip_megatron.hf.modeling_genlip import GenLIPForCausalLM, GenLIPVisionModel
@@ -93,6 +98,54 @@ def compare_models(
         _difference("hidden states", torch.stack(hidden), torch.stack(output.hidden_states)),
         _difference("logits", logits, output.logits[mask]),
     ]
+
+
+def compare_openclip(
+    checkpoint: Path, config: RunConfig, described: Description, file: Path, dtype: torch.dtype | None = None
+) -> list[Difference]:
+    """Differences of the text's logits from those of OpenCLIP's model.
+
+    Args:
+        checkpoint: a Megatron checkpoint.
+        config: of the run that saved it.
+        described: OpenCLIP's configuration.
+        file: OpenCLIP's weights.
+        dtype: to which the conversion rounded the weights; None: no rounding.
+
+    Raises:
+        ValueError: OpenCLIP with GenLIP is not installed.
+    """
+    need_open_clip()
+    model = importlib.import_module("open_clip.naflex_genlip_model").NaFlexGenLip(**described.model_cfg).eval()
+    state = state_dict(file)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    patches, texts = _inputs(config.model.vocab_size)
+    _, ours, _ = _megatron_outputs(checkpoint, config, patches, texts, dtype)
+    stored = {tensor.dtype for tensor in state.values()} if dtype is None else {dtype}
+    if not described.folds:
+        _round(model, dtype)
+    mean, std = torch.tensor(described.mean), torch.tensor(described.std)
+    logits = []
+    for values, text, (rows, columns, _) in zip(patches, texts, _SAMPLES, strict=True):
+        pixels = values.unflatten(1, (3, 16, 16)).permute(0, 2, 3, 1)  # [P, row, column, channel]
+        image = {
+            "patches": ((pixels / 2 + 0.5 - mean) / std).flatten(1)[None],
+            "patch_coord": torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[None],
+            "patch_valid": torch.ones(1, len(values), dtype=torch.bool),
+        }
+        valid = torch.ones(1, len(text), dtype=torch.bool)
+        with torch.no_grad():
+            output = model(image, torch.tensor([text]), valid)
+        logits.append(output["logits"][0, len(values) :])
+    tolerance = TOLERANCE if not described.folds or stored == {torch.float32} else ROUNDED
+    return [replace(_difference("logits", ours, torch.cat(logits)), tolerance=tolerance)]
+
+
+def _inputs(vocab_size: int) -> tuple[list[Tensor], list[list[int]]]:
+    """(patches [P, 768] in [-1, 1], token ids) of each sample."""
+    generator = torch.Generator().manual_seed(1)
+    patches = [torch.empty(r * c, PATCH_VALUES).uniform_(-1, 1, generator=generator) for r, c, _ in _SAMPLES]
+    return patches, [torch.randint(vocab_size, (count,), generator=generator).tolist() for *_, count in _SAMPLES]
 
 
 def _difference(what: str, ours: Tensor, theirs: Tensor) -> Difference:
