@@ -3,6 +3,7 @@
 
     python tools/convert_checkpoint.py to-hf runs/so16 --output exports/so16 --dtype bf16 --verify
     python tools/convert_checkpoint.py to-hf runs/so16/iter_0002000 --output exports/encoder --encoder-only
+    python tools/convert_checkpoint.py to-hf runs/so16 --output exports/tower --for llava-next --image-size 384
     python tools/convert_checkpoint.py to-openclip runs/so16 --output exports/so16-openclip
     python tools/convert_checkpoint.py to-megatron exports/so16 --output runs/so16-weights
     python tools/convert_checkpoint.py to-megatron epoch_8.pt --openclip-config naflexgenlip_so16.json \
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from genlip_megatron.checkpoint.manifest import Manifest
-    from genlip_megatron.config import RunConfig
+    from genlip_megatron.config import DataConfig, RunConfig
     from genlip_megatron.convert.megatron_source import MegatronSource
     from genlip_megatron.convert.verify import Difference
 
@@ -92,6 +93,10 @@ def build_parser() -> StrictParser:
     text = "leave out the token embedding, the projections and the LM head"
     to_hf.add_argument("--encoder-only", action="store_true", help=text)
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="largest weight file (default: 5GB)")
+    text = "add what this project reads: sizes for its pad, anyres, merging of patches and samples without an image"
+    to_hf.add_argument("--for", choices=("llava-next",), dest="use", help=text)
+    text = "with --for: side of its images in pixels, a multiple of 16 (default: the run's, if its images are fixed)"
+    to_hf.add_argument("--image-size", type=int, help=text)
     text = "licence of the weights, for the model card (default: unknown)"
     to_hf.add_argument("--license", default="unknown", help=text)
     command(
@@ -148,6 +153,25 @@ def _open_run(options: argparse.Namespace, with_tokenizer: bool) -> tuple[Path, 
     return place, saved, source, config
 
 
+def _for_use(options: argparse.Namespace, config: RunConfig) -> DataConfig:
+    """The run's image settings with ``--for`` and ``--image-size`` applied."""
+    from genlip_megatron.config import override
+
+    size = options.image_size
+    if not options.use:
+        if size is not None:
+            raise ValueError(f"--image-size {size}: needs --for, since other exports keep the run's image settings")
+        return config.data
+    if size is None and config.data.image_mode == "native":
+        raise ValueError(
+            f"--for {options.use}: needs images of a fixed size, and the run's are native. Give the side as --image-size"
+        )
+    if size is not None and (size < 16 or size % 16):
+        raise ValueError(f"--image-size {size}: must be a multiple of 16")
+    fixed = {"data.image_mode": "fixed", "data.image_size": size or config.data.image_size}
+    return override(config, fixed).data
+
+
 def to_hf(options: argparse.Namespace) -> int:
     """Write a Hugging Face folder."""
     import torch
@@ -164,6 +188,7 @@ def to_hf(options: argparse.Namespace) -> int:
     # An encoder reads no text: its tokenizer file may be gone.
     has_tokenizer = not options.encoder_only or options.tokenizer is not None
     place, saved, source, config = _open_run(options, has_tokenizer)
+    data = _for_use(options, config)
     dtype = DTYPES.get(options.dtype)
     tensors = conversion.planned(source, dtype, options.encoder_only)
     total = sum(planned.nbytes for planned in tensors.values())
@@ -177,7 +202,10 @@ def to_hf(options: argparse.Namespace) -> int:
             conversion.export_weights(source, tensors, partial, options.max_shard_size, bar.update)
         end = export_tokenizer(config.data.tokenizer, partial) if has_tokenizer else None
         name = str(stored).removeprefix("torch.")
-        write_side_files(partial, config.model, config.data, end, name, options.license, facts, options.encoder_only)
+        llava_next = options.use == "llava-next"
+        write_side_files(
+            partial, config.model, data, end, name, options.license, facts, options.encoder_only, llava_next
+        )
     print(f"wrote {options.output}: {len(tensors)} tensors of {place}, {total / 1e9:.3f} GB")
     if options.verify:
         return _compared(place, config, options.output, encoder_only=options.encoder_only, dtype=dtype)

@@ -218,7 +218,7 @@ def _has_stock_processor(data: DataConfig) -> bool:
     return data.image_mode == "fixed" and data.fixed_resize == "squash"
 
 
-def preprocessor_config(data: DataConfig) -> dict[str, Any]:
+def preprocessor_config(data: DataConfig, llava_next: bool = False) -> dict[str, Any]:
     """``preprocessor_config.json`` for images resized as in training.
 
     For images squashed to a fixed size it names a stock processor of transformers, for callers that do not allow the
@@ -226,9 +226,19 @@ def preprocessor_config(data: DataConfig) -> dict[str, Any]:
     5 prefers if it is installed, they differ by at most one 8-bit level (0.003 on average); ``backend="pil"``, or
     ``use_fast=False``, selects Pillow. Stock processors neither rotate images by EXIF nor composite transparency, and
     clip 16-bit greys; the model card has the conversion that images then need.
+
+    Args:
+        llava_next: for LLaVA-NeXT, which reads ``crop_size`` and the shortest edge: name CLIP's processor. On square
+            images, which LLaVA-NeXT makes, its pixels are those of both ways to resize.
     """
-    stock = _has_stock_processor(data)
-    size = {"size": {"height": data.image_size, "width": data.image_size}} if data.image_mode == "fixed" else {}
+    stock, side = _has_stock_processor(data), data.image_size
+    size = {"size": {"height": side, "width": side}} if data.image_mode == "fixed" else {}
+    clip = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+    }
     return {
         "image_processor_type": "ViTImageProcessor" if stock else "GenLIPImageProcessor",
         "auto_map": {"AutoImageProcessor": "image_processing_genlip.GenLIPImageProcessor"},
@@ -238,6 +248,7 @@ def preprocessor_config(data: DataConfig) -> dict[str, Any]:
         "min_pixels": data.min_pixels,
         "max_pixels": data.max_pixels,
         **IMAGE_STEPS,
+        **(clip if llava_next else {}),
     }
 
 
@@ -395,6 +406,7 @@ def write_side_files(
     license_id: str = "unknown",
     facts: Mapping[str, str] | None = None,
     encoder_only: bool = False,
+    llava_next: bool = False,
 ) -> None:
     """Write all files of an exported folder except the weights and the tokenizer (``export_tokenizer``).
 
@@ -406,12 +418,15 @@ def write_side_files(
         dtype: of the stored weights: "float32", "bfloat16" or "float16".
         license_id, facts: see ``model_card``.
         encoder_only: only the vision encoder's weights are stored.
+        llava_next: add what LLaVA-NeXT reads; the images are of a fixed size.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # LLaVA-NeXT takes the grid of patches from image_size.
+    square = {"image_size": data.image_size} if llava_next else {}
     files = {
-        "config.json": hf_config(model, dtype, encoder_only),
-        "preprocessor_config.json": preprocessor_config(data),
+        "config.json": hf_config(model, dtype, encoder_only) | square,
+        "preprocessor_config.json": preprocessor_config(data, llava_next),
     }
     code = set(SOURCES)
     if end_token_id is None:

@@ -37,8 +37,8 @@ def read_image_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
         if value != allowed and name != "do_convert_rgb":  # images are always converted
             raise _unsupported(name, fields[name], f"only {allowed!r}")
     if own:
-        names = inspect.signature(image_settings).parameters
-        return image_settings(**{name: fields[name] for name in names if name in fields})
+        known = inspect.signature(image_settings).parameters
+        return image_settings(**{name: fields[name] for name in known if name in fields})
     for name, value in fields.items():
         if name.startswith("do_") and value and name not in _MAPPED:
             raise _unsupported(name, value, "no such step")
@@ -52,7 +52,9 @@ def read_image_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
         areas = size if isinstance(size, Mapping) else {}
         names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
         # As in those processors, the named limits take precedence over the same limits in the size.
-        limits = {name: areas.get(other) if fields.get(name) is None else fields[name] for name, other in names.items()}
+        limits: dict[str, Any] = {
+            name: areas.get(other) if fields.get(name) is None else fields[name] for name, other in names.items()
+        }
         return image_settings("native", **limits)
     if size is None:
         raise ValueError("size is missing: expected height and width. Add size")
@@ -62,7 +64,7 @@ def read_image_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise _unsupported("size", size, "no sizes that vary with the image, except by min_pixels and max_pixels")
         return image_settings(size=size)
     crop = fields.get("crop_size")
-    sides = crop if isinstance(crop, Mapping) else {"height": crop, "width": crop}
+    sides: Any = crop if isinstance(crop, Mapping) else {"height": crop, "width": crop}
     if size == sides:
         return image_settings(size=size)
     if (size if edge is None else edge) != sides.get("height") or sides.get("height") != sides.get("width"):

@@ -390,7 +390,7 @@ def described_model(
 
 def planned(source: Source, dtype: torch.dtype | None) -> dict[str, Planned]:
     """The tensors of the written folder: OpenCLIP's name -> shape and dtype; ``dtype`` None keeps each tensor's."""
-    tensors = {}
+    tensors: dict[str, Planned] = {}
     for canonical, shape in canonical_shapes(source.model).items():
         shape = (shape[0], PATCH_VALUES) if canonical == f"{_OUR_PATCHES}weight" else shape
         tensors |= dict.fromkeys(names_of(canonical), Planned(shape, dtype or source.dtypes[canonical]))

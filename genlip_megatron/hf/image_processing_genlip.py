@@ -123,7 +123,10 @@ class GenLIPImageProcessor(BaseImageProcessor):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As the base class, but ``kwargs`` that replace fields are checked like these."""
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in _SETTINGS or name in _STEPS}
-        fields = {**image_processor_dict, **own}
+        stored = image_processor_dict
+        if set(stored.get("size") or ()) == {"shortest_edge"}:  # of a folder for LLaVA-NeXT, whose crop is CLIP's
+            stored = {name: value for name, value in stored.items() if name not in ("do_center_crop", "crop_size")}
+        fields = {**stored, **own}
         if fields.get("image_mode") == "native" and own.get("size") is not None:
             raise ValueError(_NATIVE_SIZE.format(own["size"]))
         return super().from_dict(fields, **kwargs)

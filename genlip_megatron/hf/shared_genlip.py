@@ -108,6 +108,8 @@ def image_settings(
     if fixed_resize not in ("squash", "resize-center-crop"):
         raise ValueError(f"fixed_resize = {fixed_resize!r}: allowed are 'squash' and 'resize-center-crop'")
     sides: Any = {"height": 224, "width": 224} if size is None else size
+    if isinstance(sides, Mapping) and set(sides) == {"shortest_edge"}:  # of a folder for LLaVA-NeXT
+        sides = sides["shortest_edge"]
     sides = {"height": sides, "width": sides} if isinstance(sides, int) else sides
     if hasattr(sides, "height") and hasattr(sides, "width"):  # the SizeDict of newer versions of transformers
         sides = {"height": sides.height, "width": sides.width}
