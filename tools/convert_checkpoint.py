@@ -164,7 +164,7 @@ def _for_use(options: argparse.Namespace, config: RunConfig) -> DataConfig:
         return config.data
     if size is None and config.data.image_mode == "native":
         raise ValueError(
-            f"--for {options.use}: needs images of a fixed size, and the run's are native. Give the side as --image-size"
+            f"--for {options.use}: needs a fixed size, and the run's images are native. Give the side as --image-size"
         )
     if size is not None and (size < 16 or size % 16):
         raise ValueError(f"--image-size {size}: must be a multiple of 16")

@@ -98,10 +98,12 @@ def images(*sizes: tuple[int, int], seed: int = 0) -> list[Tensor]:
     return [torch.rand(3, 16 * rows, 16 * columns, generator=generator) * 2 - 1 for rows, columns in sizes]
 
 
-def export(folder: Path, tokenizer: Path, model: ModelConfig | None = None, **data: Any) -> Path:
+def export(
+    folder: Path, tokenizer: Path, model: ModelConfig | None = None, llava_next: bool = False, **data: Any
+) -> Path:
     """A whole exported folder with random weights in float32."""
     model = model or tiny()
     end = export_tokenizer(tokenizer, folder)
-    write_side_files(folder, model, DataConfig(**data), end, dtype="float32")
+    write_side_files(folder, model, DataConfig(**data), end, dtype="float32", llava_next=llava_next)
     save_file(random_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
     return folder

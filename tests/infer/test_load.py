@@ -14,8 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from genlip_megatron.convert.conversion import recorded_run
+from genlip_megatron.convert.conversion import folder_images, recorded_run
 from genlip_megatron.hf.modeling_genlip import GenLIPVisionModel
+from genlip_megatron.hf.shared_genlip import image_settings
 from genlip_megatron.infer.load import load
 from tests.hf.models import export, random_weights, tiny
 from tools.extract_features import main as extract_features
@@ -90,19 +91,72 @@ def test_the_image_rule_of_a_folder_saved_again_by_transformers(
     assert (recorded.image_mode, recorded.min_pixels, recorded.max_pixels) == ("native", 512, 16384)
 
 
-@pytest.mark.parametrize("harm", ["no file", "of another project"])
-def test_missing_image_settings_are_reported(harm: str, exported_native: Path, demo_data: Path) -> None:
+def test_missing_image_settings_are_reported(exported_native: Path, demo_data: Path) -> None:
     said: list[str] = []
     assert load(exported_native, said.append).image_processor.image_mode == "native" and not said
-    file = exported_native / "preprocessor_config.json"
-    if harm == "no file":
-        file.unlink()
-    else:
-        file.write_text('{"image_processor_type": "ViTImageProcessor", "size": 384}')
+    (exported_native / "preprocessor_config.json").unlink()
     assert load(exported_native, said.append).image_processor.size == {"height": 224, "width": 224}
     recorded_run(exported_native, tiny(), demo_data / "tokenizer.model", "fp32", said.append)
     line = f"no image settings in {exported_native}: using images of 224 x 224 pixels (fixed, squash)"
     assert said == [line, line]
+
+
+STEPS: dict[str, Any] = {"resample": 2, "image_mean": [0.5] * 3, "image_std": 0.5, "rescale_factor": 1 / 255}
+AUTHORS = {
+    **STEPS,
+    "min_pixels": 4096,
+    "max_pixels": 262144,
+    "patch_size": 16,
+    "merge_size": 1,
+    "temporal_patch_size": 1,
+}
+AREAS = {"shortest_edge": 4096, "longest_edge": 1048576}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({**AUTHORS, "size": AREAS}, image_settings("native")),
+        (
+            {name: value for name, value in AUTHORS.items() if "pixels" not in name} | {"size": AREAS},
+            image_settings("native", max_pixels=1048576),
+        ),
+        ({**STEPS, "size": {"height": 384, "width": 384}, "do_convert_rgb": None}, image_settings(size=384)),
+        (
+            {**STEPS, "size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": {"height": 64, "width": 64}},
+            image_settings(size=64, fixed_resize="resize-center-crop"),
+        ),
+    ],
+)
+def test_image_settings_of_others_are_mapped(
+    fields: dict[str, Any], expected: dict[str, Any], exported_native: Path
+) -> None:
+    (exported_native / "preprocessor_config.json").write_text(json.dumps(fields))
+    assert folder_images(exported_native, pytest.fail) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({**AUTHORS, "resample": 3}, "resample = 3: this project has only 2"),
+        ({**AUTHORS, "image_mean": [0.48, 0.46, 0.41]}, r"image_mean = \[0.48, 0.46, 0.41\]"),
+        ({**AUTHORS, "patch_size": 14}, "patch_size = 14"),
+        ({**AUTHORS, "merge_size": 2}, "merge_size = 2"),
+        ({**STEPS, "do_pad": True, "size": 64}, "do_pad = True"),
+        ({**STEPS, "max_num_patches": 256}, "max_num_patches = 256"),
+        ({**STEPS, "size": {"shortest_edge": 64}}, "size = {'shortest_edge': 64}"),
+        ({**STEPS, "size": {"shortest_edge": 72}, "do_center_crop": True, "crop_size": 64}, "crop_size = 64"),
+        ({"image_processor_type": "ViTImageProcessor", "size": 384}, "resample is missing"),
+        ({"image_mode": "fixed", "size": 64, "image_std": 0.3}, "image_std = 0.3"),
+    ],
+)
+def test_image_settings_that_this_project_lacks_are_refused(
+    fields: dict[str, Any], part: str, exported_native: Path
+) -> None:
+    file = exported_native / "preprocessor_config.json"
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"{file}: {part}"):
+        load(exported_native, print)
 
 
 def test_a_prompt_that_is_not_text_is_refused(exported_native: Path, demo_data: Path) -> None:

@@ -24,7 +24,7 @@ def byte_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def random_folder(folder: Path, **data: Any) -> Path:
+def random_folder(folder: Path, llava_next: bool = False, **data: Any) -> Path:
     """A folder of random weights, with 3 layers of width 96 and the image settings of ``data``."""
     folder.mkdir()
     tokenizer = folder.parent / f"{folder.name}.json"
@@ -38,7 +38,7 @@ def random_folder(folder: Path, **data: Any) -> Path:
         rope_sections=(4, 4, 4),
         drop_path_rate=0.5,
     )
-    return export(folder, tokenizer, model, **data)
+    return export(folder, tokenizer, model, llava_next, **data)
 
 
 @pytest.fixture(scope="session")
