@@ -116,7 +116,10 @@ def compare_openclip(
         ValueError: OpenCLIP with GenLIP is not installed.
     """
     need_open_clip()
-    model = importlib.import_module("open_clip.naflex_genlip_model").NaFlexGenLip(**described.model_cfg).eval()
+    # DropPath, which only training uses, would need timm.
+    trunk = {**described.model_cfg["genlip_cfg"], "drop_path_rate": 0.0}
+    kind = importlib.import_module("open_clip.naflex_genlip_model").NaFlexGenLip
+    model = kind(**{**described.model_cfg, "genlip_cfg": trunk}).eval()
     state = state_dict(file)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     patches, texts = _inputs(config.model.vocab_size)

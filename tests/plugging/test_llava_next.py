@@ -1,8 +1,8 @@
 """An exported folder as the ``hf:`` vision tower of LLaVA-NeXT: the right setting gives the encoder's features, and
 every wrong setting is an error that names the right one.
 
-LLaVA-NeXT is not on PyPI. With its repository on PYTHONPATH, the tests of its tower run; otherwise they skip themselves,
-and the others hold what that code reads: the calls of the tower, and the stock image processor of the folder.
+LLaVA-NeXT is not on PyPI. The tests of its own tower run with its repository on PYTHONPATH and skip themselves
+otherwise. The others hold what that code reads: the calls of the tower, and the stock image processor of the folder.
 """
 
 from __future__ import annotations
