@@ -3,7 +3,7 @@
 # make parity: the same run on every parallel layout, into docs/parity.md.
 # make evaluate: every evaluation on real data and a small GenLIP trained on it; takes more than an hour.
 # make docs: the documentation site, into site/.
-# make plugging: tests of exports with transformers 4, ONNX and lmms-eval, in separate environments.
+# make plugging: tests of exports with transformers 4.40 and 4.57, ONNX and lmms-eval, in separate environments.
 # make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
 PYTHON ?= python3
 VENV := .venv
@@ -36,7 +36,13 @@ test-all: $(STAMP)
 plugging:
 	test -x $(VENV)-hf4/bin/python || $(PYTHON) -m venv $(VENV)-hf4
 	$(VENV)-hf4/bin/python -m pip install --quiet --editable ".[dev,onnx]" "transformers>=4.56,<4.58"
-	$(VENV)-hf4/bin/python -m pytest tests/hf tests/plugging tests/infer tests/convert/test_convert_tool.py
+	$(VENV)-hf4/bin/python -m pytest tests/hf tests/plugging tests/infer tests/convert/test_convert_tool.py \
+		tests/convert/test_openclip.py
+	test -x $(VENV)-hf440/bin/python || $(PYTHON) -m venv $(VENV)-hf440
+	$(VENV)-hf440/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV)-hf440/bin/python -m pip install --quiet --no-deps transformers==4.40.2 tokenizers==0.19.1 \
+		"huggingface-hub<1"
+	$(VENV)-hf440/bin/python -m pytest tests/plugging/test_llava_next.py
 	test -x $(VENV)-lmms/bin/python || $(PYTHON) -m venv $(VENV)-lmms
 	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[dev,lmms]"
 	$(VENV)-lmms/bin/python -m pytest tests/plugging/test_lmms_eval.py

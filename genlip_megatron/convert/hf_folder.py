@@ -87,27 +87,10 @@ def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = 
         },
         "model_type": "genlip",
         **{name: getattr(model, ours) for name, ours in _NAMES.items()},
-        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": written_sections(model)},
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": list(model.rope_sections)},
         **FIXED,
         "dtype": dtype,
     }
-
-
-def written_sections(model: ModelConfig) -> list[int]:
-    """The rotary sections of a model with the sum of half a head, which other readers demand; the same embedding.
-
-    T is not read, so it gets the channels that H and W leave. H and W lose channels beyond the head if their sum is
-    larger.
-
-        >>> written_sections(ModelConfig(hidden_size=1536, num_attention_heads=24, rope_sections=(1, 12, 12)))
-        [8, 12, 12]
-        >>> written_sections(ModelConfig(hidden_size=64, num_attention_heads=4, rope_sections=(1, 12, 12)))
-        [3, 3, 2]
-    """
-    half, (_, height, width) = model.head_dim // 2, model.rope_sections
-    if height + width > half:
-        height, width = (len(range(axis, min(3 * size, half), 3)) for axis, size in ((1, height), (2, width)))
-    return [half - height - width, height, width]
 
 
 def model_config(
@@ -121,7 +104,7 @@ def model_config(
     Args:
         fields: of ``config.json``; may be empty.
         shapes: of the weights, by their names in the released format.
-        num_attention_heads: used if the configuration has none.
+        num_attention_heads: used if the configuration has none; otherwise it confirms the configuration's.
 
     Raises:
         ValueError: an unsupported value, a contradiction between configuration and weights, or a missing size; names
@@ -143,7 +126,7 @@ def model_config(
         if ours in values and contradicts:
             raise ValueError(f"config.json: {name} = {value!r}: the weights have {known!r}")
         values[ours] = value
-    release = _release(values)
+    release = release_of(values)
     try:
         rope = rope_settings(fields)
     except ValueError as error:
@@ -167,12 +150,12 @@ def model_config(
             "config.json: rope_scaling.mrope_section is missing: the weights do not show it. Add three whole numbers"
         )
     check_model(values, _NAMES, "config.json")
+    check_sections(values, release, num_attention_heads is not None and fields.get("num_attention_heads") is not None)
     return ModelConfig(**values)
 
 
 def check_model(values: Mapping[str, Any], names: Mapping[str, str], file: str) -> None:
-    """Raise ValueError for a value of the wrong kind, or a number of heads that contradicts the width or the rotary
-    sections.
+    """Raise ValueError for a value of the wrong kind, or a number of heads that does not divide the width.
 
     Args:
         values: by the settings of ``ModelConfig``.
@@ -194,15 +177,28 @@ def check_model(values: Mapping[str, Any], names: Mapping[str, str], file: str) 
             f"num_attention_heads = {heads}: each head needs an even number of channels, so hidden_size = {width} must "
             "be a multiple of twice the heads"
         )
-    sections = values["rope_sections"]
-    if sum(sections) != width // heads // 2:
+
+
+def check_sections(values: Mapping[str, Any], release: ModelConfig | None, confirmed: bool = False) -> None:
+    """Raise ValueError if the rotary sections contradict the number of heads: their sum is not half a head.
+
+    Args:
+        values: by the settings of ``ModelConfig``.
+        release: the released model of these sizes; its own sections and heads are right whatever their sum.
+        confirmed: the number of heads is given twice, so it is right.
+    """
+    heads, sections = values["num_attention_heads"], values["rope_sections"]
+    half = values["hidden_size"] // heads // 2
+    released = release and (heads, sections) == (release.num_attention_heads, release.rope_sections)
+    if sum(sections) != half and not released and not confirmed:
         raise ValueError(
-            f"num_attention_heads = {heads}: half a head has {width // heads // 2} channels, and the sections of the "
-            f"rotary embedding, {list(sections)}, are {sum(sections)}. Correct the one that is wrong"
+            f"num_attention_heads = {heads}: half a head has {half} channels, and the sections of the rotary "
+            f"embedding, {list(sections)}, are {sum(sections)}. Correct the one that is wrong, or confirm the heads by "
+            "giving them twice, in config.json and as num_attention_heads"
         )
 
 
-def _release(values: Mapping[str, Any]) -> ModelConfig | None:
+def release_of(values: Mapping[str, Any]) -> ModelConfig | None:
     """The released model of these sizes, or None."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "text_hidden_size")
     for recipe in recipe_names():

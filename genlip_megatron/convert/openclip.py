@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from genlip_megatron.config import PATCH_VALUES, DataConfig, ModelConfig
-from genlip_megatron.convert.hf_folder import check_model, preprocessor_config, written_sections
+from genlip_megatron.convert.hf_folder import check_model, check_sections, preprocessor_config, release_of
 from genlip_megatron.convert.safetensors_file import SINGLE, Planned, SafetensorsWriter, opened
 from genlip_megatron.convert.source import DTYPES, Source, compare, listed
 from genlip_megatron.hf.shared_genlip import image_settings
@@ -172,6 +172,10 @@ def read_description(file: Path) -> Description:
     names = {f"genlip_cfg.{name}": ours for name, (ours, _) in _SIZES.items()}
     try:
         check_model(values, {**names, "text_cfg.vocab_size": "vocab_size"}, str(file))
+        release = release_of(values)
+        if release and release.rope_sections[1:] == values["rope_sections"][1:]:
+            values["rope_sections"] = release.rope_sections  # OpenCLIP has another T, which is not read
+        check_sections(values, release)
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     missing = [] if vision.get("proj_bias", True) else [f"{_OUR_PATCHES}bias"]
@@ -342,6 +346,23 @@ def state_dict(file: Path, log: Callable[[str], None] = lambda line: None) -> di
     if "state_dict_ema" in saved:
         log(f"{file}: also holds averaged weights (state_dict_ema), which are not read")
     return {name.removeprefix("module."): tensor.detach() for name, tensor in state.items()}
+
+
+def written_sections(model: ModelConfig) -> list[int]:
+    """The rotary sections of a model with the sum of half a head, which OpenCLIP demands; the same embedding.
+
+    T is not read, so it gets the channels that H and W leave. H and W lose channels beyond the head if their sum is
+    larger.
+
+        >>> written_sections(ModelConfig(hidden_size=1536, num_attention_heads=24, rope_sections=(1, 12, 12)))
+        [8, 12, 12]
+        >>> written_sections(ModelConfig(hidden_size=64, num_attention_heads=4, rope_sections=(1, 12, 12)))
+        [3, 3, 2]
+    """
+    half, (_, height, width) = model.head_dim // 2, model.rope_sections
+    if height + width > half:
+        height, width = (len(range(axis, min(3 * size, half), 3)) for axis, size in ((1, height), (2, width)))
+    return [half - height - width, height, width]
 
 
 def described_model(

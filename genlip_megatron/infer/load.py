@@ -140,7 +140,8 @@ def _from_released(
 
     if "embeddings.weight" in contents(place):
         # Released configurations lack some sizes; the shapes of the weights give them.
-        fields = hf_config(open_released(place, heads_hint="in its config.json").model)
+        heads = read_json(place / "config.json").get("num_attention_heads")
+        fields = hf_config(open_released(place, heads, "in its config.json").model)
     elif whole:
         raise ValueError(f"--load {place}: only a vision encoder. Captions need a model with its text parts.")
     elif not (place / "config.json").is_file():

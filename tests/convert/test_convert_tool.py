@@ -372,3 +372,41 @@ def test_weights_in_a_dtype_without_training_need_a_dtype(
 
 def test_sizes() -> None:
     assert [size("5GB"), size("512 MiB"), size("1000"), size("1.5kb")] == [5 * 10**9, 2**29, 1000, 1500]
+
+
+def test_heads_that_contradict_the_rotary_sections_are_refused_unless_given_twice(
+    released: Path, convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    set_field("num_attention_heads", 2, released)
+    words = (released, "--output", tmp_path / "start", "--tokenizer", demo_data / "tokenizer.model")
+    line = convert("to-megatron", *words, status=2)
+    assert "num_attention_heads = 2: half a head has 8 channels" in line and "[2, 1, 1], are 4" in line
+    convert("to-megatron", *words, "--num-attention-heads", "2")
+
+
+def test_export_for_llava_next(started: Path, convert: Convert, tmp_path: Path) -> None:
+    words = ("to-hf", started, "--output", tmp_path / "tower")
+    for flags, message in (
+        (("--image-size", "64"), "--image-size 64: needs --for"),
+        (("--for", "llava-next", "--image-size", "72"), "--image-size 72: must be a multiple of 16"),
+        (("--for", "llava-next", "--image-size", "0"), "--image-size 0: must be a multiple of 16"),
+        (("--for", "llava"), "invalid choice: 'llava'"),
+    ):
+        assert message in convert(*words, *flags, status=2) and not (tmp_path / "tower").exists()
+    convert(*words, "--for", "llava-next", "--image-size", "64")
+    assert json.loads((tmp_path / "tower" / "config.json").read_text())["image_size"] == 64
+    stock = AutoImageProcessor.from_pretrained(tmp_path / "tower")
+    assert type(stock).__name__.startswith("CLIPImageProcessor") and stock.crop_size["height"] == 64
+
+
+def test_export_for_llava_next_of_native_sizes_needs_a_size(
+    released: Path, convert: Convert, demo_data: Path, tmp_path: Path
+) -> None:
+    images = {"image_mode": "native", "min_pixels": 1024, "max_pixels": 16384}
+    (released / "preprocessor_config.json").write_text(json.dumps(images))
+    convert("to-megatron", released, "--output", tmp_path / "run", "--tokenizer", demo_data / "tokenizer.model")
+    words = ("to-hf", tmp_path / "run", "--output", tmp_path / "tower", "--for", "llava-next")
+    assert "the run's images are native. Give the side as --image-size" in convert(*words, status=2)
+    convert(*words, "--image-size", "64")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "tower", trust_remote_code=True)
+    assert (processor.image_mode, processor.size) == ("fixed", {"height": 64, "width": 64})

@@ -5,10 +5,10 @@ Tests against OpenCLIP's own class skip themselves where it does not import: ope
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def test_training_checkpoints_are_read(
     assert "Name OpenCLIP's JSON file of the model with --openclip-config" in convert("to-megatron", *words, status=2)
     convert("to-megatron", *words, "--openclip-config", folder / openclip.CONFIG)
     assert differing(imported(tmp_path / "back"), weights) == []
-    torch.save({"state_dict": state, "args": argparse.Namespace()}, file)
+    torch.save({"state_dict": state, "args": Fraction(1)}, file)
     words = (*words, "--openclip-config", folder / openclip.CONFIG, "--overwrite")
     assert "epoch_3.pt: not readable as weights of OpenCLIP" in convert("to-megatron", *words, status=2)
     torch.save({"state_dict": 5}, file)
@@ -164,7 +164,7 @@ def test_the_default_of_open_clip_is_the_mean_of_clip(folder: Path) -> None:
     (folder / openclip.CONFIG).write_text(json.dumps(fields["model_cfg"]))
     described = openclip.read_description(folder / openclip.CONFIG)
     assert list(described.mean) == CLIP["mean"] and list(described.std) == CLIP["std"]
-    assert described.images == image_settings("native", max_pixels=64 * 64)
+    assert described.images == image_settings("native", max_pixels=224 * 224)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from tests.hf.models import random_weights as random_weights
 
 def small(layers: int, width: int, heads: int, inner: int, text: int, vocabulary: int = 53, **more: Any) -> ModelConfig:
     """A model of the given sizes."""
+    half = width // heads // 2
+    more.setdefault("rope_sections", (half - 2 * (half // 3), half // 3, half // 3))
     return ModelConfig(
         num_layers=layers,
         hidden_size=width,
