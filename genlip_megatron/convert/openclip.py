@@ -272,7 +272,9 @@ class OpenClipSource:
     def __init__(self, file: Path, described: Description, log: Callable[[str], None]) -> None:
         self.model, self.described = described.model, described
         tensors = state_dict(file, log)
-        twice = {f"visual.{name}" for name in tensors}
+        twice = {f"visual.{name}": name for name in tensors if f"visual.{name}" in tensors}
+        if unequal := [name for name, other in twice.items() if not torch.equal(tensors[name], tensors[other])]:
+            raise ValueError(f"{file}: {listed(unequal)}: not equal to the same tensors without visual. Save it again")
         self._tensors = {name: tensor for name, tensor in tensors.items() if name not in twice}
         if dropped := [name for name in self._tensors if name.startswith("visual.proj.")]:
             log(f"left out: {listed(dropped)}, which project OpenCLIP's pooled features and take no part in captions")

@@ -106,6 +106,12 @@ def test_patches_are_rows_of_channels_and_the_encoder_is_stored_twice(folder: Pa
     assert len(encoder) > 20 and all(torch.equal(tensors[name], tensors[f"visual.{name}"]) for name in encoder)
 
 
+def test_copies_that_differ_are_refused(folder: Path, convert: Callable[..., str], tmp_path: Path) -> None:
+    rewrite(folder, lambda tensors: tensors["visual.trunk.ln_post.bias"].add_(1))
+    line = convert("to-megatron", folder, "--output", tmp_path / "back", status=2)
+    assert "visual.trunk.ln_post.bias: not equal to the same tensors without visual." in line
+
+
 def test_training_checkpoints_are_read(
     folder: Path, weights: dict[str, Tensor], convert: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -236,6 +242,6 @@ def test_open_clip_computes_the_same_logits(
     assert "within the tolerance of 1e-04" in said
     described = openclip.read_description(folder / openclip.CONFIG)
     place = tmp_path / "back" / "iter_0000000"
-    rewrite(folder, lambda tensors: tensors["patch_embed.proj.bias"].add_(1))
+    rewrite(folder, lambda tensors: [tensors[f"{part}patch_embed.proj.bias"][0].add_(1) for part in ("", "visual.")])
     (found,) = compare_openclip(place, loading.read_config(place), described, folder / "model.safetensors")
     assert not found.small
