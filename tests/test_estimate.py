@@ -250,7 +250,7 @@ def test_sets_of_modules_trade_memory_for_time_in_order() -> None:
     found = [es.estimate(override(config, tree), 64, es.MACHINES["h100"], 0.45) for tree in trees]
     memories, seconds = ([each.memory.total for each in found], [each.step_seconds for each in found])
     assert memories == sorted(memories, reverse=True) and seconds == sorted(seconds)
-    gateless = es.recompute_sets(override(config, {"model.attention_output_gate": False}))
+    gateless = es.recompute_sets(override(config, {"model.attention_output_gate": "none"}))
     assert len(gateless) == len(sets) and not any("output_gate" in modules for modules in gateless)
 
 

@@ -73,6 +73,11 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("3 layers on the first stage", "PP2xDP2", {"parallel__num_layers_in_first_pipeline_stage": 3}),
     ("more ranks than heads, gathered", "TP4xCP2", _ALL_GATHER),
 )
+# (description, settings) of other models.
+MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("headwise gate", {"model__attention_output_gate": "headwise"}),
+    ("no gate", {"model__attention_output_gate": "none"}),
+)
 BFLOAT16_LAYOUTS = ("DP2", "TP2", "PP2", "CP2", "PP2xVPP2", "TP2xCP2", "TP2xPP2xCP2")
 
 
@@ -157,6 +162,7 @@ def report(matrix: Matrix, layouts: list[str], full: bool, folder: Path) -> str:
     jobs: list[tuple[str, str, list[dict[str, Any]], dict[str, Any]]] = [("", name, cases, {}) for name in layouts]
     if full:
         jobs += [(words, name, [{}], flags) for words, name, flags in VARIANTS]
+        jobs += [(words, "TP2xPP2xCP2", [model], {}) for words, model in MODELS]
         jobs += [("bf16", name, [{"train__precision": "bf16"}], {}) for name in BFLOAT16_LAYOUTS]
     rows: dict[str, list[list[str]]] = {"": [], "variant": [], "bf16": []}
     # Sorted by number of processes: one pool of processes serves all layouts of its size.

@@ -166,9 +166,9 @@ def _recompute(config: RunConfig) -> Iterator[str]:
             "parallel.recompute_modules: train.fusion = norms computes the LayerNorms inside other kernels, where "
             "layernorm cannot be recomputed. Use --fusion auto, compile or none."
         )
-    if "output_gate" in recomputed and not config.model.attention_output_gate:
+    if "output_gate" in recomputed and config.model.attention_output_gate == "none":
         yield (
-            "parallel.recompute_modules: the model has no output gate (model.attention_output_gate = false). Leave "
+            "parallel.recompute_modules: the model has no output gate (model.attention_output_gate = none). Leave "
             "output_gate out."
         )
     if {"mlp", "mlp_act"} <= set(recomputed):

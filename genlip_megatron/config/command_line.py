@@ -119,6 +119,11 @@ def build_parser() -> RunParser:
                 options["metavar"] = "LIST"
             else:
                 options["metavar"] = "|".join(f.metadata["choices"]) or kind.__name__.upper()
+            if f.metadata["switch"]:  # the flag and its --no- form, as they were before there were more choices
+                yes, no = f.metadata["switch"]
+                hidden = {"dest": options["dest"], "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+                group.add_argument(names[0].replace("--", "--no-", 1), action="store_const", const=no, **hidden)
+                options |= {"nargs": "?", "const": yes}
             group.add_argument(*names, **options)
     return parser
 

@@ -87,10 +87,16 @@ def _shapes(config: RunConfig) -> Iterator[str]:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     sequence_ranks = cp * tp if parallel.sequence_parallel else cp
     tokens = config.data.seq_length * config.train.micro_batch_size
+    headwise = []
+    if model.attention_output_gate == "headwise":
+        headwise = [
+            ("model.attention_output_gate = headwise, model.num_attention_heads", model.num_attention_heads, tp)
+        ]
     for settings, size, ranks in (
         ("data.seq_length, train.micro_batch_size", tokens, sequence_ranks),
         ("model.hidden_size", model.hidden_size, tp),
         ("model.ffn_hidden_size", model.ffn_hidden_size, tp),
+        *headwise,
     ):
         if size % (ranks * _ALIGNMENT):
             yield (

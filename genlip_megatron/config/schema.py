@@ -85,6 +85,7 @@ def _opt(
     *aliases: str,
     choices: tuple[str, ...] = (),
     paths: bool = False,
+    switch: tuple[str, str] | None = None,
     **limits: Any,
 ) -> Any:
     """A setting.
@@ -95,9 +96,11 @@ def _opt(
         aliases: short flags.
         choices: allowed values, of a list those of its entries.
         paths: a list of files, which may have commas in their names.
+        switch: what true and false mean, of a choice that was a switch before.
         limits: as in ``Range``.
     """
     metadata = {"help": text, "on_resume": on_resume, "aliases": aliases, "choices": choices, "paths": paths}
+    metadata["switch"] = switch
     return field(default=default, metadata={**metadata, "range": Range(**limits)})
 
 
@@ -125,7 +128,13 @@ class ModelConfig:
     layernorm_epsilon: float = _opt(1e-6, "LayerNorm epsilon", MODEL, min=0)
     layer_scale_init: float = _opt(0.1, "initial LayerScale; 0: no LayerScale", MODEL, min=0)
     drop_path_rate: float = _opt(0.1, "fraction of residual branches dropped per sample", RUN, min=0, below=1)
-    attention_output_gate: bool = _opt(True, "multiply the attention output by a sigmoid gate", MODEL)
+    attention_output_gate: str = _opt(
+        "elementwise",
+        "sigmoid gate on the attention output: one value for each channel, one for each head, or none",
+        MODEL,
+        choices=("elementwise", "headwise", "none"),
+        switch=("elementwise", "none"),
+    )
     init_method_std: float = _opt(0.02, "standard deviation of normal initialization", RUN, min=0)
     freeze_embeddings: bool = _opt(False, "do not train the token embedding and its projection", RUN)
     freeze_head: bool = _opt(False, "do not train the LM head and its projection", RUN)
@@ -134,6 +143,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def gate_rows(self) -> int:
+        """Rows of each head's output gate in the query projection."""
+        return {"elementwise": self.head_dim, "headwise": 1, "none": 0}[self.attention_output_gate]
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ def from_dict(tree: Mapping[str, Any], source: str) -> RunConfig:
             metadata = SETTINGS[f"{section}.{key}"].metadata
             if metadata["paths"] and isinstance(value, str):
                 value = split_paths(value)
+            if metadata["switch"] and str(value).lower() in _SWITCH:
+                value = metadata["switch"][not _SWITCH[str(value).lower()]]
             values[key] = _convert(value, kinds[key], f"{source}: {section}.{key}", metadata["choices"])
         sections[section] = SECTIONS[section](**values)
     return RunConfig(**sections)

@@ -58,6 +58,8 @@ _NAMES = {
     "layer_norm_eps": "layernorm_epsilon",
     "initializer_range": "init_method_std",
 }
+# The authors' field says whether there is an elementwise gate.
+_GATES: dict[str, bool | str] = {"elementwise": True, "none": False, "headwise": "headwise"}
 # Other settings of the model have the same name in both, except the sections, which rope_scaling holds.
 _NOT_FIELDS = ("rope_sections", "freeze_embeddings", "freeze_head")
 _NAMES |= {
@@ -87,6 +89,7 @@ def hf_config(model: ModelConfig, dtype: str = "bfloat16", encoder_only: bool = 
         },
         "model_type": "genlip",
         **{name: getattr(model, ours) for name, ours in _NAMES.items()},
+        "gated_attention": _GATES[model.attention_output_gate],
         "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": list(model.rope_sections)},
         **FIXED,
         "dtype": dtype,
@@ -121,11 +124,16 @@ def model_config(
         if value is None:
             continue
         known = values.get(ours)
+        if name == "gated_attention":
+            if not (isinstance(value, bool) or value == "headwise"):
+                raise ValueError(f"config.json: {name} = {value!r}: must be true, false or 'headwise'")
+            known = _GATES[values[ours]]
         # The weights show whether there is LayerScale, not its initial value.
         contradicts = bool(known) != bool(value) if name == "ls_init_value" else known != value
         if ours in values and contradicts:
             raise ValueError(f"config.json: {name} = {value!r}: the weights have {known!r}")
-        values[ours] = value
+        if name != "gated_attention":
+            values[ours] = value
     release = release_of(values)
     try:
         rope = rope_settings(fields)
@@ -334,7 +342,7 @@ def model_card(
         "Inner size of the SwiGLU": str(model.ffn_hidden_size),
         "Text width": str(model.text_hidden_size),
         "Vocabulary": str(model.vocab_size),
-        "Output gate": "yes" if model.attention_output_gate else "no",
+        "Output gate": model.attention_output_gate,
         "Images": images,
         "Prompt": f"`{data.prompt}`",
     }

@@ -64,15 +64,15 @@ class Activations:
     def attention(self, recomputed: bool) -> float:
         """Bytes that one layer's attention keeps; ``recomputed``: core attention runs again in the backward pass."""
         model, kind = self.config.model, backend(self.config, self.device)
-        gate = model.attention_output_gate
+        gate = model.gate_rows / model.head_dim  # relative to the queries
         kept = self.heads * (2 if gate and "output_gate" not in self.recomputed else 1)  # output, gated output
         if gate and self.device == "cpu":
-            kept += self.heads * 4 / self.e  # the gate's sigmoid, in float32
+            kept += gate * self.heads * 4 / self.e  # the gate's sigmoid, in float32
         if "core_attn" in self.config.parallel.offload_modules and not recomputed:
             return kept + self.heads * gate
         # The projection's output: query, key, value, gate. A kernel that computes the sigmoid itself needs the gate.
         if recomputed or (gate and self.device != "cpu") or "output_gate" in self.recomputed:
-            kept += self.heads * (4 if gate else 3)
+            kept += self.heads * (3 + gate)
         if recomputed:
             return kept
         if kind == "dense":

@@ -21,7 +21,7 @@ def recompute_sets(config: RunConfig) -> list[tuple[str, ...]]:
         ("core_attn", "mlp"),
         ("core_attn", "mlp", "layernorm", "output_gate"),
     )
-    gone = () if config.model.attention_output_gate else ("output_gate",)
+    gone = ("output_gate",) if config.model.attention_output_gate == "none" else ()
     return [tuple(name for name in modules if name not in gone) for modules in sets]
 
 

@@ -24,7 +24,8 @@ class GenLIPConfig(BackboneConfigMixin, PretrainedConfig):
         num_attention_heads: attention heads; D must be a multiple of twice their number.
         intermediate_size: inner width of the SwiGLU.
         text_embed_dim: width E of the token embedding and LM head; None: D. E != D adds projections.
-        gated_attention: multiply attention's output by a sigmoid gate (``q_proj`` is then [2D, D]).
+        gated_attention: multiply attention's output by a sigmoid gate (``q_proj`` is then [2D, D]); "headwise": one
+            value for each head (``q_proj`` is then [D + H, D]).
         ls_init_value: initial value of LayerScale; 0 or None: no LayerScale.
         drop_path_rate: fraction of residual branches dropped in training, drawn for each sample.
         rope_theta: base of the rotary frequencies.
@@ -52,7 +53,7 @@ class GenLIPConfig(BackboneConfigMixin, PretrainedConfig):
         num_attention_heads: int = 16,
         intermediate_size: int = 3072,
         text_embed_dim: int | None = None,
-        gated_attention: bool = True,
+        gated_attention: bool | str = True,
         ls_init_value: float | None = 0.1,
         drop_path_rate: float = 0.0,
         rope_theta: float | None = None,

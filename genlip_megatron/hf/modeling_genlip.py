@@ -54,17 +54,22 @@ class GenLIPAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.layer, self.head_dim, self.gated = layer, config.head_dim, config.gated_attention
-        self.q_proj = _attention_linear(width, 2 * width if self.gated else width)
+        gates = {True: width, False: 0, "headwise": width // config.head_dim}[config.gated_attention]
+        self.q_proj = _attention_linear(width, width + gates)
         self.k_proj = _attention_linear(width, width)
         self.v_proj = _attention_linear(width, width)
         self.out_proj = _attention_linear(width, width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """[N, D] from [N, D]."""
-        query, *gate = self.q_proj(x).chunk(2, dim=-1) if self.gated else (self.q_proj(x),)
+        query, *gate = self.q_proj(x).split(x.shape[-1], dim=-1)
         query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in (query, self.k_proj(x), self.v_proj(x)))
-        mixed = attention(apply_rotary(query, *rotary), apply_rotary(key, *rotary), value, self.layer).flatten(1)
-        return self.out_proj(gate[0].sigmoid() * mixed if gate else mixed)
+        mixed = attention(
+            apply_rotary(query, *rotary), apply_rotary(key, *rotary), value, self.layer
+        )  # [N, H, head_dim]
+        if gate:
+            mixed = gate[0].sigmoid().unflatten(-1, (mixed.shape[1], -1)) * mixed
+        return self.out_proj(mixed.flatten(1))
 
 
 class GenLIPMLP(nn.Module):

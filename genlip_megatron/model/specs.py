@@ -113,7 +113,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
     return TransformerConfig(
         **_same(model, "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "layernorm_epsilon"),
-        **_same(model, "attention_output_gate"),
+        attention_output_gate=model.attention_output_gate != "none",
         **_same(parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         **_same(parallel, "cp_comm_type", "tp_comm_overlap", "tp_comm_overlap_ag", "tp_comm_overlap_rs"),
         **_same(parallel, "tp_comm_overlap_rs_dgrad"),
@@ -163,8 +163,8 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
         h = x + drop1 * scale1 * out_proj(sigmoid(gate) * attention(q, k, v)),  (q, k, v, gate) = qkv(norm1(x))
         out = h + drop2 * scale2 * mlp(norm2(h))
 
-    ``scale`` is LayerScale and ``drop`` the DropPath factor (``regularize.py``). Models without
-    ``model.attention_output_gate`` have no gate.
+    ``scale`` is LayerScale and ``drop`` the DropPath factor (``regularize.py``). ``model.attention_output_gate`` gives
+    each channel or each head a value of the gate, or leaves it out.
     """
     column, row, norm, fused = ColumnLinear, RowLinear, LayerNorm, fused_norms(config)
     if config.train.transformer_impl == "transformer_engine":
@@ -172,6 +172,8 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
         column, row = extension.TEColumnParallelLinear, extension.TERowParallelLinear
         if fused:
             column, norm = extension.TELayerNormColumnParallelLinear, IdentityOp
+    # Megatron-Core would ask for as many rows as an elementwise gate needs.
+    rows = config.model.num_attention_heads * (3 * config.model.head_dim + config.model.gate_rows)
     recomputed = config.parallel.recomputed
     if "layernorm" in recomputed:
         norm = ModuleSpec(module=LayerNorm, params={"recompute": True})
@@ -194,9 +196,12 @@ def layer_spec(config: RunConfig, transformer: TransformerConfig) -> ModuleSpec:
                 params={
                     "attn_mask_type": AttnMaskType.no_mask,
                     "recompute_gate": "output_gate" in recomputed,
+                    "gate_rows": config.model.gate_rows,
                 },
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=PrefixLMAttention, linear_proj=row
+                    linear_qkv=lambda inputs, _, **more: column(inputs, rows, **more),
+                    core_attention=PrefixLMAttention,
+                    linear_proj=row,
                 ),
             ),
             self_attn_bda=residual,

@@ -7,7 +7,8 @@ A *canonical* tensor belongs to the released format, for example ``visual.layers
 whole, and its layer index is global. A *local* name is that of a parameter of ``GenLIP`` on one rank, with the layer
 index within its pipeline stage, for example ``decoder.layers.0.self_attention.linear_qkv.weight``.
 
-Legend of shapes: D hidden size, Q rows of q_proj (2D with the output gate, else D), F inner size of the SwiGLU, E text
+Legend of shapes: D hidden size, Q rows of q_proj (D, and those of the output gate behind: D elementwise, one for each
+head headwise), F inner size of the SwiGLU, E text
 width, V vocabulary; T is the tensor-parallel size.
 """
 
@@ -60,15 +61,16 @@ def _pack_vocabulary(full: list[Tensor], model: ModelConfig, size: int) -> Tenso
 def _pack_qkv(full: list[Tensor], model: ModelConfig, size: int) -> Tensor:
     """Whole q, gate, k, v -> [q, gate, k, v] head by head, the order of Megatron-Core's attention."""
     query, key, value = full
-    queries = query.chunk(len(query) // len(key))  # q, and the gate where the model has one
-    parts = [part.unflatten(0, (model.num_attention_heads, model.head_dim)) for part in (*queries, key, value)]
-    return torch.stack(parts, dim=1).flatten(0, 2)
+    queries = query.split(len(key))  # q, and the gate where the model has one
+    parts = [part.unflatten(0, (model.num_attention_heads, -1)) for part in (*queries, key, value)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def _unpack_qkv(whole: Tensor, model: ModelConfig, size: int) -> list[Tensor]:
-    parts = whole.unflatten(0, (model.num_attention_heads, -1, model.head_dim))
-    query, *gate, key, value = (part.flatten(0, 1) for part in parts.unbind(1))
-    return [torch.cat((query, *gate)), key, value]
+    rows = (model.head_dim, model.gate_rows, model.head_dim, model.head_dim)
+    heads = whole.unflatten(0, (model.num_attention_heads, -1))
+    query, gate, key, value = (part.flatten(0, 1) for part in heads.split(rows, dim=1))
+    return [torch.cat((query, gate)), key, value]
 
 
 def _pack_swiglu(full: list[Tensor], model: ModelConfig, size: int) -> Tensor:
@@ -213,7 +215,7 @@ def _shape(text: str, model: ModelConfig) -> tuple[int, ...]:
     width = model.hidden_size
     sizes = {
         "D": width,
-        "Q": 2 * width if model.attention_output_gate else width,
+        "Q": width + model.num_attention_heads * model.gate_rows,
         "F": model.ffn_hidden_size,
         "E": model.text_hidden_size,
         "V": model.vocab_size,
@@ -360,7 +362,7 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "hidden_size": letters["D"],
         "num_layers": max(int(number) for number in numbers if number.isascii() and number.isdigit()) + 1,
         "ffn_hidden_size": letters["F"],
-        "attention_output_gate": letters["Q"] == 2 * letters["D"],
+        "attention_output_gate": {0: "none", letters["D"]: "elementwise"}.get(letters["Q"] - letters["D"], "headwise"),
         "layer_scale_init": 0.1 if f"{layer}layer_scale1.lambda1".format(i=0) in shapes else 0.0,
     }
 

@@ -39,7 +39,7 @@ def load_golden(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         rope_theta=settings["rope_theta"],
         layer_scale_init=settings["ls_init_value"],
         drop_path_rate=settings["drop_path_rate"],
-        attention_output_gate=settings["gated_attention"],
+        attention_output_gate="elementwise" if settings["gated_attention"] else "none",
     )
     return model, load_file(path)
 

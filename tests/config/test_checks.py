@@ -77,7 +77,7 @@ TRACE = "--save runs/x --profile"
         (f"{SELECTIVE} layernorm --fusion norms", "layernorm cannot be recomputed. Use --fusion auto, compile or none"),
         (
             f"{SELECTIVE} output_gate --no-attention-output-gate",
-            "the model has no output gate (model.attention_output_gate = false). Leave output_gate out",
+            "the model has no output gate (model.attention_output_gate = none). Leave output_gate out",
         ),
         (
             f"{SELECTIVE} mlp,layernorm,mlp",

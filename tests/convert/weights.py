@@ -36,7 +36,8 @@ VARIANTS = {
     "so16-release": small(3, 36, 2, 96, 32, 54),
     "g16": small(2, 48, 6, 64, 48),
     "g16-release": small(2, 48, 4, 64, 32),
-    "no gate": small(2, 32, 4, 40, 24, attention_output_gate=False),
+    "no gate": small(2, 32, 4, 40, 24, attention_output_gate="none"),
+    "headwise gate": small(2, 32, 4, 40, 24, attention_output_gate="headwise"),
     "no LayerScale, no DropPath": small(1, 32, 4, 40, 32, layer_scale_init=0.0, drop_path_rate=0.0),
 }
 

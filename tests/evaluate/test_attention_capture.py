@@ -59,10 +59,10 @@ def recorder(model: Any, **settings: Any) -> Recorder:
     return Recorder(model, model.visual.layers, image=IMAGE, prompt=PROMPT, generated=GENERATED, **settings)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gate", ["elementwise", "headwise", "none"])
 @torch.no_grad()
-def test_genlip_equals_eager_maps(gated: bool, eager: list[Tensor]) -> None:
-    config = tiny(attention_output_gate=gated)
+def test_genlip_equals_eager_maps(gate: str, eager: list[Tensor]) -> None:
+    config = tiny(attention_output_gate=gate)
     model = hf_model("GenLIPForCausalLM", config, random_weights(config))
     inputs = sequence(model)
     plain = model(**inputs, output_hidden_states=True)
@@ -86,7 +86,7 @@ def test_genlip_equals_eager_maps(gated: bool, eager: list[Tensor]) -> None:
         states = plain.hidden_states[number + 1]
         assert layer.largest_image == pytest.approx(float(states[:IMAGE].abs().max()))
         assert layer.largest_text == pytest.approx(float(states[IMAGE:].abs().max()))
-        if gated:
+        if gate != "none":
             attention = model.visual.layers[number].self_attn
             x = model.visual.layers[number].layer_norm1(plain.hidden_states[number])
             gate = (x @ attention.q_proj.weight[48:].T + attention.q_proj.bias[48:]).sigmoid()

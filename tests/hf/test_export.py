@@ -130,7 +130,14 @@ def test_every_recipe_survives_export_and_import(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention_output_gate": False}, {"layer_scale_init": 0.0}, {"text_hidden_size": 48}]
+    "changes",
+    [
+        {},
+        {"attention_output_gate": "none"},
+        {"attention_output_gate": "headwise"},
+        {"layer_scale_init": 0.0},
+        {"text_hidden_size": 48},
+    ],
 )
 def test_sizes_are_read_from_the_weights(changes: dict[str, Any]) -> None:
     model = tiny(**changes)

@@ -124,7 +124,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads, self.gated = config.num_attention_heads, config.attention_output_gate
+        self.heads, self.gated = config.num_attention_heads, config.attention_output_gate != "none"
         self.q_proj = nn.Linear(width, 2 * width if self.gated else width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)

@@ -22,11 +22,12 @@ class GenLIPSelfAttention(SelfAttention):
 
     Args:
         recompute_gate: free the gated output after its use; the backward pass recomputes it.
+        gate_rows: rows of each head's gate: its channels, 1, or 0 without a gate.
     """
 
-    def __init__(self, *args: Any, recompute_gate: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recompute_gate: bool = False, gate_rows: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._recompute_gate = recompute_gate
+        self._recompute_gate, self._gate_rows = recompute_gate, gate_rows
         self._gated: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -39,19 +40,37 @@ class GenLIPSelfAttention(SelfAttention):
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """The input of the output projection, [S, 1, H*D], from core attention's output of that shape."""
+        apply = super()._apply_output_gate if self._gate_rows > 1 else gate_heads
         if not self._recompute_gate:
-            return super()._apply_output_gate(x, gate)
-        self._gated = recomputable(super()._apply_output_gate, x, gate)
+            return apply(x, gate)
+        self._gated = recomputable(apply, x, gate)
         return self._gated
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Query, key, value and, with ``output_gate``, gate; each [S_local, 1, H, D]."""
-        query, key, value, *gates = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        """Query, key, value [S_local, 1, H, D] and, with an output gate, gate [S_local, 1, H, D or 1]."""
+        if self._gate_rows == 1:
+            query, key, value, *gates = self._with_headwise_gate(hidden_states)
+        else:
+            query, key, value, *gates = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         discard(hidden_states, query)
         # A recomputed core attention is not offloaded.
         if self.offload_core_attention and not self.checkpoint_core_attention and self.training:
             gates = [gate.clone() for gate in gates]
         return query, key, value, *gates
+
+    def _with_headwise_gate(self, hidden_states: Tensor) -> list[Tensor]:
+        """Query, key, value and gate [S, 1, H, D or 1]; Megatron-Core splits only gates of D channels."""
+        projected, _ = self.linear_qkv(hidden_states)
+        width = self.hidden_size_per_attention_head
+        heads = projected.unflatten(2, (-1, 3 * width + 1))
+        query, gate, key, value = heads.split((width, 1, width, width), dim=3)
+        # Attention kernels need aligned rows, which an odd number of channels between heads does not give.
+        return [query.contiguous(), key.contiguous(), value.contiguous(), gate]
+
+
+def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
+    """``x`` [S, 1, H*D] times the sigmoid of ``gate`` [S, 1, H, 1]."""
+    return (x.unflatten(2, (gate.shape[2], -1)) * gate.float().sigmoid()).to(x.dtype).flatten(2)
 
 
 class PrefixLMAttention(torch.nn.Module):
