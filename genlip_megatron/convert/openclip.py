@@ -163,6 +163,9 @@ def read_description(file: Path) -> Description:
     trunk, vision = sections["genlip_cfg"], sections["vision_cfg"]
     values = {ours: trunk.get(name, default) for name, (ours, default) in _SIZES.items()}
     values["vocab_size"] = sections["text_cfg"].get("vocab_size", 100280)
+    if not isinstance(values["attention_output_gate"], bool):
+        raise ValueError(f"{file}: genlip_cfg.gated_attention = {trunk['gated_attention']!r}: must be true or false")
+    values["attention_output_gate"] = "elementwise" if values["attention_output_gate"] else "none"
     if (values["layer_scale_init"] or 0.0) <= _NO_LAYER_SCALE:
         values["layer_scale_init"] = 0.0
     rotary = trunk.get("mrope_section", (12, 12, 12))
@@ -379,6 +382,7 @@ def described_model(
             needs ``text_valid`` in each call, because by default it takes the end token for padding.
     """
     trunk = {name: getattr(model, ours) for name, (ours, _) in _SIZES.items()}
+    trunk["gated_attention"] = model.attention_output_gate == "elementwise"
     return {
         "model_cfg": {
             "embed_dim": model.hidden_size,
@@ -412,7 +416,13 @@ def described_model(
 
 
 def planned(source: Source, dtype: torch.dtype | None) -> dict[str, Planned]:
-    """The tensors of the written folder: OpenCLIP's name -> shape and dtype; ``dtype`` None keeps each tensor's."""
+    """The tensors of the written folder: OpenCLIP's name -> shape and dtype; ``dtype`` None keeps each tensor's.
+
+    Raises:
+        ValueError: OpenCLIP has no such model.
+    """
+    if source.model.attention_output_gate == "headwise":
+        raise ValueError("model.attention_output_gate = headwise: OpenCLIP has only elementwise and none")
     tensors: dict[str, Planned] = {}
     for canonical, shape in canonical_shapes(source.model).items():
         shape = (shape[0], PATCH_VALUES) if canonical == f"{_OUR_PATCHES}weight" else shape

@@ -90,6 +90,8 @@ class GenLIPConfig(BackboneConfigMixin, PretrainedConfig):
             )
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate = {drop_path_rate!r}: must be in [0, 1)")
+        if gated_attention not in (True, False, "headwise"):
+            raise ValueError(f"gated_attention = {gated_attention!r}: must be true, false or 'headwise'")
         rope = rope_settings({"rope_scaling": rope_scaling, "rope_parameters": rope_parameters})
         self.rope_theta = float(rope_theta or rope.get("rope_theta") or 10000.0)
         self.mrope_section = list(rope.get("mrope_section", [12, 12, 12]))

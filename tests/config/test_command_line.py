@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from genlip_megatron.config import RunConfig, from_dict
@@ -34,3 +35,16 @@ def test_help_shows_every_setting_once() -> None:
         for key in section:
             flag = f"--{key.replace('_', '-')}"
             assert len(re.findall(rf"^  {flag}[ ,]", done.stdout, re.MULTILINE)) == 1, flag
+
+
+def test_the_gates_earlier_true_and_false_still_mean_the_same() -> None:
+    for value, meaning in ((True, "elementwise"), (False, "none"), ("headwise", "headwise"), ("none", "none")):
+        assert from_dict({"model": {"attention_output_gate": value}}, "x").model.attention_output_gate == meaning
+    for words, meaning in (
+        (["--no-attention-output-gate"], "none"),
+        (["--attention-output-gate"], "elementwise"),
+        (["--attention-output-gate", "headwise"], "headwise"),
+    ):
+        assert parse_args(["--config", "so16_stage1", *words])[0].model.attention_output_gate == meaning
+    with pytest.raises(ValueError, match=r"model.attention_output_gate = 'maybe': expected one of elementwise, headwise, none"):
+        from_dict({"model": {"attention_output_gate": "maybe"}}, "x")

@@ -124,20 +124,22 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads, self.gated = config.num_attention_heads, config.attention_output_gate != "none"
-        self.q_proj = nn.Linear(width, 2 * width if self.gated else width)
+        self.heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width + self.heads * config.gate_rows)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Any, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        q, gate = self.q_proj(x).chunk(2, dim=-1) if self.gated else (self.q_proj(x), None)
+        q, *gate = self.q_proj(x).split(x.shape[-1], dim=-1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
         q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
         y = mask(q, k, v) if callable(mask) else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = y.transpose(1, 2).flatten(2)
-        return self.out_proj(y if gate is None else torch.sigmoid(gate) * y)
+        y = y.transpose(1, 2)  # [B, T, heads, channels]
+        if gate:
+            y = torch.sigmoid(gate[0]).unflatten(-1, (self.heads, -1)) * y
+        return self.out_proj(y.flatten(2))
 
 
 class SwiGLU(nn.Module):
