@@ -71,6 +71,13 @@ class PackedBatch:
         """Slots of the micro-batch, padding included (S)."""
         return self.token_ids.shape[0]
 
+    @property
+    def sequence_positions(self) -> Tensor:
+        """int64 [3, S]: the index of each token in its sample, on every axis; 0 at padding."""
+        index = torch.arange(self.num_tokens, device=self.sample_ids.device)
+        index = index - self.sample_starts[self.sample_ids.clamp(min=0)]
+        return index.where(self.sample_ids >= 0, 0).expand(3, -1)
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on ``device``; the host does not wait for copies to a GPU."""
         return self._map(lambda tensor: to_device(tensor, device))

@@ -77,6 +77,8 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("headwise gate", {"model__attention_output_gate": "headwise"}),
     ("no gate", {"model__attention_output_gate": "none"}),
+    ("1d positions", {"model__positions": "1d"}),
+    ("chunked positions", {"model__positions": "chunked"}),
 )
 BFLOAT16_LAYOUTS = ("DP2", "TP2", "PP2", "CP2", "PP2xVPP2", "TP2xCP2", "TP2xPP2xCP2")
 

@@ -24,7 +24,7 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         ValueError: a setting is out of range, settings contradict each other, or the layout does not fit.
     """
     check_ranges(config)
-    layout = (_layout, _stages, _recompute, _fsdp, _cuda_graph, fp8_problems)
+    layout = (_layout, _stages, _positions, _recompute, _fsdp, _cuda_graph, fp8_problems)
     parts = (_model, _local_paths, _schedule, _data, _checkpoint, *layout, _faults, _profile)
     problems = [part(config) for part in parts]
     if world_size is not None:
@@ -151,6 +151,15 @@ def _stages(config: RunConfig) -> Iterator[str]:
             "parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage: they leave "
             f"{rest} of {layers} layers for the other {others} stages. Leave at least one layer for each other stage, "
             "and none if there is no other stage."
+        )
+
+
+def _positions(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.positions == "chunked" and sum(model.rope_sections) != model.head_dim // 2:
+        yield (
+            f"model.positions = chunked: the sum of model.rope_sections = {list(model.rope_sections)} must be half a "
+            f"head, {model.head_dim // 2}. Change the sections."
         )
 
 

@@ -124,6 +124,12 @@ class ModelConfig:
     rope_sections: tuple[int, ...] = _opt(
         (12, 12, 12), "T,H,W sections of the interleaved rotary embedding", MODEL, length=3
     )
+    positions: str = _opt(
+        "mrope",
+        "axes of rotary channels: interleaved, 1d (index in the sample on every axis), or chunked (T, H, W in turn)",
+        MODEL,
+        choices=("mrope", "1d", "chunked"),
+    )
     rope_theta: float = _opt(10000.0, "base of the rotary frequencies", MODEL, above=1)
     layernorm_epsilon: float = _opt(1e-6, "LayerNorm epsilon", MODEL, min=0)
     layer_scale_init: float = _opt(0.1, "initial LayerScale; 0: no LayerScale", MODEL, min=0)

@@ -179,6 +179,9 @@ def check_model(values: Mapping[str, Any], names: Mapping[str, str], file: str) 
             raise ValueError(f"{file}: {name} = {value!r}: must be {_KINDS[type(default)]}")
         if value not in allowed:
             raise ValueError(f"{file}: {name} = {value!r}: {allowed}")
+        choices = SETTINGS[f"model.{ours}"].metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{file}: {name} = {value!r}: expected one of {', '.join(choices)}")
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if width % (2 * heads):
         raise ValueError(
@@ -343,6 +346,7 @@ def model_card(
         "Text width": str(model.text_hidden_size),
         "Vocabulary": str(model.vocab_size),
         "Output gate": model.attention_output_gate,
+        "Positions": model.positions,
         "Images": images,
         "Prompt": f"`{data.prompt}`",
     }

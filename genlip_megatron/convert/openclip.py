@@ -423,6 +423,8 @@ def planned(source: Source, dtype: torch.dtype | None) -> dict[str, Planned]:
     """
     if source.model.attention_output_gate == "headwise":
         raise ValueError("model.attention_output_gate = headwise: OpenCLIP has only elementwise and none")
+    if source.model.positions != "mrope":
+        raise ValueError(f"model.positions = {source.model.positions}: OpenCLIP has only mrope")
     tensors: dict[str, Planned] = {}
     for canonical, shape in canonical_shapes(source.model).items():
         shape = (shape[0], PATCH_VALUES) if canonical == f"{_OUR_PATCHES}weight" else shape

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genlip_megatron.hf.attention_genlip import text_start
 from genlip_megatron.infer.prepare import Prepared, packed
 
 _HEAD_ROWS = 256  # rows of logits at a time: 151,936 tokens in float32 are 0.6 MB a row
@@ -166,7 +167,7 @@ class LikelihoodScorer:
         ids = self._prompt.expand(batch, -1)
         rows, states = model._begin(ids, patches, None if patches is None else grid, None, prefix)
         last = model.ln_post(states[-1][rows.text_slots[:, -1]])  # [B, D], predicts first tokens
-        starts = grid.amax(dim=1) + len(self._prompt)
+        starts = text_start(grid, model.config.positions) + len(self._prompt)
         scores = torch.empty(batch, self._count)
         for numbers, tree in self._trees:
             hidden = last[:, None]  # [B, 1 + T, D]

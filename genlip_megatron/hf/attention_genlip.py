@@ -105,26 +105,38 @@ def feature_maps(features: Tensor, pixel_values: Tensor) -> Tensor:
     return features.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 2).contiguous()
 
 
-def image_positions(grid: Tensor) -> Tensor:
-    """int64 [3, P]: (T, H, W) of every patch of all images, with T = 0."""
+def image_positions(grid: Tensor, kind: str = "mrope") -> Tensor:
+    """int64 [3, P]: (T, H, W) of every patch of all images, with T = 0; for ``kind`` "1d" its index in the image."""
     counts = grid.prod(dim=1)
     columns = grid[:, 1].repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     index = torch.arange(len(columns), device=grid.device) - first
+    if kind == "1d":
+        return index.expand(3, -1)
     return torch.stack((torch.zeros_like(index), index // columns, index % columns))
+
+
+def text_start(grid: Tensor, kind: str = "mrope") -> Tensor:
+    """int64 [B]: the position, on every axis, of the first text token after each image of ``grid``."""
+    return grid.prod(dim=1) if kind == "1d" else grid.amax(dim=1)
 
 
 def rotary_cos_sin(positions: Tensor, config: GenLIPConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each [..., C], of positions [3, ...]; computed in float32 and cast to ``dtype``.
 
     Channel i of the first half turns by H when ``i % 3 == 1 and i < 3 * mrope_section[1]``, by W when ``i % 3 == 2 and
-    i < 3 * mrope_section[2]``, else by T; the second half repeats the first.
+    i < 3 * mrope_section[2]``, else by T; with "chunked" ``positions`` the sections follow each other. The second half
+    repeats the first.
     """
     channels = torch.arange(config.head_dim // 2, device=positions.device)
-    _, height, width = config.mrope_section
+    time, height, width = config.mrope_section
     axes = torch.zeros_like(channels)
-    axes[(channels % 3 == 1) & (channels < 3 * height)] = 1
-    axes[(channels % 3 == 2) & (channels < 3 * width)] = 2
+    if config.positions == "chunked":
+        axes[channels >= time] = 1
+        axes[channels >= time + height] = 2
+    else:
+        axes[(channels % 3 == 1) & (channels < 3 * height)] = 1
+        axes[(channels % 3 == 2) & (channels < 3 * width)] = 2
     inverse = config.rope_theta ** (-channels.to(torch.float32) * 2 / config.head_dim)
     angles = positions.to(torch.float32)[axes].movedim(0, -1) * inverse
     angles = torch.cat((angles, angles), dim=-1)

@@ -26,6 +26,8 @@ class GenLIPConfig(BackboneConfigMixin, PretrainedConfig):
         text_embed_dim: width E of the token embedding and LM head; None: D. E != D adds projections.
         gated_attention: multiply attention's output by a sigmoid gate (``q_proj`` is then [2D, D]); "headwise": one
             value for each head (``q_proj`` is then [D + H, D]).
+        positions: "mrope": rotary channels interleave the axes; "chunked": T, H and W in turn; "1d": the index in the
+            sample on every axis. The authors' code knows only the first.
         ls_init_value: initial value of LayerScale; 0 or None: no LayerScale.
         drop_path_rate: fraction of residual branches dropped in training, drawn for each sample.
         rope_theta: base of the rotary frequencies.
@@ -54,6 +56,7 @@ class GenLIPConfig(BackboneConfigMixin, PretrainedConfig):
         intermediate_size: int = 3072,
         text_embed_dim: int | None = None,
         gated_attention: bool | str = True,
+        positions: str = "mrope",
         ls_init_value: float | None = 0.1,
         drop_path_rate: float = 0.0,
         rope_theta: float | None = None,
@@ -95,6 +98,14 @@ class GenLIPConfig(BackboneConfigMixin, PretrainedConfig):
         rope = rope_settings({"rope_scaling": rope_scaling, "rope_parameters": rope_parameters})
         self.rope_theta = float(rope_theta or rope.get("rope_theta") or 10000.0)
         self.mrope_section = list(rope.get("mrope_section", [12, 12, 12]))
+        if positions not in ("mrope", "1d", "chunked"):
+            raise ValueError(f"positions = {positions!r}: must be 'mrope', '1d' or 'chunked'")
+        if positions == "chunked" and sum(self.mrope_section) != self.head_dim // 2:
+            raise ValueError(
+                f"positions = 'chunked': the sum of mrope_section = {self.mrope_section} must be half a head, "
+                f"{self.head_dim // 2}"
+            )
+        self.positions = positions
         self.gated_attention = gated_attention
         self.ls_init_value = ls_init_value
         self.drop_path_rate = drop_path_rate

@@ -31,6 +31,7 @@ from .attention_genlip import (
     pack_images,
     rotary_cos_sin,
     split_images,
+    text_start,
 )
 from .configuration_genlip import GenLIPConfig
 from .shared_genlip import PATCH_SIZE
@@ -245,7 +246,7 @@ class GenLIPPreTrainedModel(PreTrainedModel):
             raise ValueError(f"image_grid_hw = {grid.tolist()}: an image without patches has no features")
         attention = PrefixAttention(lengths, [0] * len(lengths), patches.device)
         x = self.vision_embeddings(patches)
-        return self.visual(x, image_positions(grid), attention, counts, count), grid
+        return self.visual(x, image_positions(grid, self.config.positions), attention, counts, count), grid
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> str:
         # transformers calls it for every new model. Its own check accepts names that this model would ignore.
@@ -597,9 +598,10 @@ class _Rows:
     Args:
         grid: int64 [B, 2], rows and columns of each row's image, (0, 0) without one.
         mask: bool [B, L], False at padding.
+        kind: ``positions`` of the configuration.
     """
 
-    def __init__(self, grid: Tensor, mask: Tensor) -> None:
+    def __init__(self, grid: Tensor, mask: Tensor, kind: str) -> None:
         self.mask = mask
         images, texts = grid.prod(dim=1), mask.sum(dim=1)
         self.image_lengths, self.text_lengths = images.tolist(), texts.tolist()
@@ -611,9 +613,9 @@ class _Rows:
         is_text = torch.zeros(sum(self.image_lengths) + sum(self.text_lengths), dtype=torch.bool, device=mask.device)
         is_text[self.text_slots[mask]] = True
         self.image_slots = (~is_text).nonzero().squeeze(1)  # [P]
-        text_positions = (grid.amax(dim=1)[:, None] + order)[mask]
+        text_positions = (text_start(grid, kind)[:, None] + order)[mask]
         self.positions = torch.empty(3, len(is_text), dtype=torch.int64, device=mask.device)
-        self.positions[:, self.image_slots] = image_positions(grid)
+        self.positions[:, self.image_slots] = image_positions(grid, kind)
         self.positions[:, is_text] = text_positions.expand(3, -1)
 
 
@@ -761,7 +763,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
                 f"{len(grid)} images for {len(text)} rows of text: expected one for each row; a row without an image "
                 "has (0, 0) in image_grid_hw"
             )
-        rows = _Rows(grid.to(text.device), mask)
+        rows = _Rows(grid.to(text.device), mask, self.config.positions)
         tokens = self._embed(text[mask])
         x = tokens.new_zeros(rows.positions.shape[1], tokens.shape[1]).index_copy(0, rows.text_slots[mask], tokens)
         if patches is not None:
@@ -793,7 +795,7 @@ class GenLIPForCausalLM(GenLIPPreTrainedModel, GenerationMixin):
                 "assistant_model: for them some versions of transformers crop the cache as if it held only text"
             )
         order = texts[:, None] - count + torch.arange(count, device=text.device)
-        positions = (grid.amax(dim=1)[:, None] + order).flatten().expand(3, -1)
+        positions = (text_start(grid, self.config.positions)[:, None] + order).flatten().expand(3, -1)
         attention = CachedAttention(cache, images + texts, count)
         return self.visual(self._embed(text.flatten(0, 1)), positions, attention)
 

@@ -59,6 +59,10 @@ TRACE = "--save runs/x --profile"
         # Layout
         ("--tp 3", "tensor_model_parallel_size = 3: must divide model.num_attention_heads = 16. Use --tp "),
         ("--tp 16 --ffn-hidden-size 3080", "size = 16: must divide model.ffn_hidden_size = 3080. Use --tp "),
+        (
+            "--positions chunked --rope-sections 12,12,11",
+            "model.positions = chunked: the sum of model.rope_sections = [12, 12, 11] must be half a head, 36",
+        ),
         ("--pp 28", "28 stages or chunks are more than model.num_layers = 27. With --vpp 1 use --pp 1 to 27"),
         (
             "--tp 2 --seq-length 1001",

@@ -46,5 +46,7 @@ def test_the_gates_earlier_true_and_false_still_mean_the_same() -> None:
         (["--attention-output-gate", "headwise"], "headwise"),
     ):
         assert parse_args(["--config", "so16_stage1", *words])[0].model.attention_output_gate == meaning
-    with pytest.raises(ValueError, match=r"model.attention_output_gate = 'maybe': expected one of elementwise, headwise, none"):
+    with pytest.raises(
+        ValueError, match=r"model.attention_output_gate = 'maybe': expected one of elementwise, headwise, none"
+    ):
         from_dict({"model": {"attention_output_gate": "maybe"}}, "x")

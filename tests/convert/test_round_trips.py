@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from genlip_megatron.checkpoint import loading, manifest, paths
 from genlip_megatron.config import RunConfig, override
 from genlip_megatron.convert.conversion import export_weights, open_checkpoint, planned
+from genlip_megatron.convert.hf_folder import hf_config
 from genlip_megatron.convert.megatron_source import MegatronSource
 from genlip_megatron.convert.megatron_target import precision_of, write_checkpoint
 from genlip_megatron.convert.safetensors_file import SafetensorsSource
@@ -51,6 +53,22 @@ def test_released_weights_come_back_bit_for_bit(variant: str, dtype: torch.dtype
     assert manifest.problems(place, manifest.read(place)) == []
     # Small shards: the tensors of one parameter go to different files.
     assert differing(read_released(to_hf(place, tmp_path / "back", shard=5000)), expected) == []
+
+
+@pytest.mark.parametrize("gate", ["elementwise", "headwise", "none"])
+@pytest.mark.parametrize("positions", ["mrope", "1d", "chunked"])
+def test_every_model_computes_the_same_after_conversion(gate: str, positions: str, tmp_path: Path) -> None:
+    from genlip_megatron.convert.verify import compare_models
+
+    model = replace(VARIANTS["g16-release"], attention_output_gate=gate, positions=positions)
+    folder = write_released(tmp_path / "released", random_weights(model))
+    (folder / "config.json").write_text(json.dumps(hf_config(model, "float32")))
+    place = to_megatron(folder, tmp_path / "run", run_of(model))
+    found = compare_models(place, loading.read_config(place), folder)
+    assert len(found) == 2 and all(difference.small for difference in found), found
+    other = replace(model, positions="1d" if positions == "mrope" else "mrope")
+    (folder / "config.json").write_text(json.dumps(hf_config(other, "float32")))
+    assert not any(difference.small for difference in compare_models(place, loading.read_config(place), folder))
 
 
 def loaded(config: RunConfig, place: Path) -> dict[str, Any]:

@@ -149,11 +149,15 @@ def test_sizes_are_read_from_the_weights(changes: dict[str, Any]) -> None:
     assert model_config(both, canonical_shapes(model)) == replace(model, rope_theta=500.0)
 
 
+SECTIONS = {"num_attention_heads": 4, "rope_scaling": {"mrope_section": [2, 2, 2]}}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"hidden_size": 96}, "hidden_size = 96: the weights have 48"),
         ({"gated_attention": False}, "gated_attention = False: the weights have True"),
+        ({**SECTIONS, "positions": "2d"}, "positions = '2d': expected one of mrope, 1d, chunked"),
         ({"ls_init_value": None}, "ls_init_value = 0.0: the weights have 0.1"),
         ({}, "Give num_attention_heads"),
         ({"num_attention_heads": 4}, "mrope_section"),

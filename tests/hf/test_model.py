@@ -256,11 +256,13 @@ def test_a_first_answer_token_is_predicted_from_the_image() -> None:
         {},
         {"attention_output_gate": "none"},
         {"attention_output_gate": "headwise"},
+        {"positions": "1d"},
+        {"positions": "chunked"},
         {"layer_scale_init": 0.0},
         {"text_hidden_size": 48},
         {"rope_sections": (2, 1, 2)},
     ],
-    ids=["full", "no-gate", "headwise", "no-layer-scale", "one-width", "sections"],
+    ids=["full", "no-gate", "headwise", "1d", "chunked", "no-layer-scale", "one-width", "sections"],
 )
 def test_every_variant_has_the_released_names_and_learns(changes: dict[str, Any]) -> None:
     made = build(**changes)

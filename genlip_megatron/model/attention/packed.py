@@ -64,8 +64,9 @@ def prepare_attention(
         fusion: compile rotary positions.
         fixed_shapes: for CUDA graphs; needs a backend that ``has_fixed_shapes``.
     """
-    positions = to_device(batch.position_ids, device)
-    cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype)
+    positions = to_device(batch.sequence_positions if model.positions == "1d" else batch.position_ids, device)
+    chunked = model.positions == "chunked"
+    cos, sin = rotary_cos_sin(positions, model.head_dim, model.rope_sections, model.rope_theta, dtype, chunked)
     own = slot_share(batch.num_tokens, context if gather_keys else None)
     spans = Spans.of(batch, own.start, own.stop)
     kind: Any = Fp8Images if backend == FP8_BACKEND else BACKENDS[backend]
