@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import io
 import os
+import pathlib
 import pickle
 import shutil
 from dataclasses import replace
@@ -293,6 +295,30 @@ def test_a_restarted_finetuned_run_continues_from_its_own_checkpoints(
 class _Runs:
     def __reduce__(self) -> Any:
         return os.system, ("true",)
+
+
+class _OlderPickler(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.3 do, Debian 12's among them."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        return (getattr, (type(thing), thing.name)) if isinstance(thing, enum.Enum) else NotImplemented
+
+
+class _Attribute:
+    def __reduce__(self) -> Any:
+        return getattr, (pathlib.PosixPath, "unlink")
+
+
+def test_metadata_of_an_older_python_are_read(root: Path) -> None:
+    place = root / "iter_0000002"
+    expected, file = torch_metadata.read(place), io.BytesIO()
+    _OlderPickler(file).dump(expected)
+    assert b"getattr" in file.getvalue()
+    (place / ".metadata").write_bytes(file.getvalue())
+    assert torch_metadata.read(place) == expected
+    (place / ".metadata").write_bytes(pickle.dumps(_Attribute()))
+    with pytest.raises(ValueError, match=r"it would load <class 'pathlib.PosixPath'>.unlink. Do not use it"):
+        torch_metadata.read(place)
 
 
 def test_loading_runs_no_code(root: Path) -> None:
