@@ -93,7 +93,7 @@ def build_parser() -> StrictParser:
     text = "leave out the token embedding, the projections and the LM head"
     to_hf.add_argument("--encoder-only", action="store_true", help=text)
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="largest weight file (default: 5GB)")
-    text = "add what this project reads: sizes for its pad, anyres, merging of patches and samples without an image"
+    text = "add what LLaVA-NeXT reads: sizes for pad, anyres, merging of patches and samples without an image"
     to_hf.add_argument("--for", choices=("llava-next",), dest="use", help=text)
     text = "with --for: side of its images in pixels, a multiple of 16 (default: the run's, if its images are fixed)"
     to_hf.add_argument("--image-size", type=int, help=text)
@@ -249,7 +249,13 @@ def to_megatron(options: argparse.Namespace) -> int:
     from genlip_megatron.convert.staging import check_target, new_folder
     from genlip_megatron.tokenizer import load_tokenizer
 
+    if not options.source.exists():
+        raise ValueError(f"{options.source}: no such folder or file")
     is_openclip = openclip.is_openclip(options.source)
+    if is_openclip and options.num_attention_heads is not None:
+        raise ValueError("--num-attention-heads: OpenCLIP's configuration has the heads. Leave it out.")
+    if not is_openclip and options.openclip_config is not None:
+        raise ValueError(f"--openclip-config: {options.source} is no checkpoint of OpenCLIP. Leave it out.")
     if options.verify:
         need_open_clip() if is_openclip else need("transformers")
     check_target(options.output, options.overwrite, megatron_target.foreign)

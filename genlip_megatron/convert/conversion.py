@@ -162,9 +162,9 @@ def recorded_run(
     settings and prompt. ``log`` gets a line if image settings are missing.
 
     Args:
-        images: ``image_settings`` of a folder without files of an image processor; None: the defaults.
+        images: ``image_settings`` of weights of another project; this project's file in the folder takes precedence.
     """
-    if images is None or (folder / "preprocessor_config.json").is_file():
+    if images is None or "image_mode" in read_json(folder / "preprocessor_config.json"):
         images = folder_images(folder, log)
     size = images.pop("size")
     if images["image_mode"] == "fixed" and size["height"] != size["width"]:

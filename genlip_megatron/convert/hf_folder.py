@@ -158,7 +158,9 @@ def model_config(
             "config.json: rope_scaling.mrope_section is missing: the weights do not show it. Add three whole numbers"
         )
     check_model(values, _NAMES, "config.json")
-    check_sections(values, release, num_attention_heads is not None and fields.get("num_attention_heads") is not None)
+    if num_attention_heads is None or fields.get("num_attention_heads") is None:
+        hint = ", or confirm the heads by giving them twice, in config.json and as num_attention_heads"
+        check_sections(values, release, hint)
     return ModelConfig(**values)
 
 
@@ -190,22 +192,21 @@ def check_model(values: Mapping[str, Any], names: Mapping[str, str], file: str) 
         )
 
 
-def check_sections(values: Mapping[str, Any], release: ModelConfig | None, confirmed: bool = False) -> None:
+def check_sections(values: Mapping[str, Any], release: ModelConfig | None, hint: str = "") -> None:
     """Raise ValueError if the rotary sections contradict the number of heads: their sum is not half a head.
 
     Args:
         values: by the settings of ``ModelConfig``.
         release: the released model of these sizes; its own sections and heads are right whatever their sum.
-        confirmed: the number of heads is given twice, so it is right.
+        hint: what else to do, for the error.
     """
     heads, sections = values["num_attention_heads"], values["rope_sections"]
     half = values["hidden_size"] // heads // 2
     released = release and (heads, sections) == (release.num_attention_heads, release.rope_sections)
-    if sum(sections) != half and not released and not confirmed:
+    if sum(sections) != half and not released:
         raise ValueError(
             f"num_attention_heads = {heads}: half a head has {half} channels, and the sections of the rotary "
-            f"embedding, {list(sections)}, are {sum(sections)}. Correct the one that is wrong, or confirm the heads by "
-            "giving them twice, in config.json and as num_attention_heads"
+            f"embedding, {list(sections)}, are {sum(sections)}. Correct the one that is wrong{hint}"
         )
 
 
@@ -264,6 +265,8 @@ One image gives features [1, patches, D]. Several images, as a list, give packed
 `model.split_images(features, inputs["image_grid_hw"])` separates them.
 """
 _PIPELINE_NATIVE = "Images of different sizes need `batch_size=1`, the default.\n"
+_UPRIGHT = "RGB images that are upright: it"
+_SQUARE = "RGB images that are upright and square, which LLaVA-NeXT makes; it crops the middle of others, and"
 _CONVERSION = """
 ## Without the folder's code
 
@@ -324,7 +327,12 @@ weights unless the table above says so.
 
 
 def model_card(
-    model: ModelConfig, data: DataConfig, license_id: str, facts: Mapping[str, str], encoder_only: bool = False
+    model: ModelConfig,
+    data: DataConfig,
+    license_id: str,
+    facts: Mapping[str, str],
+    encoder_only: bool = False,
+    llava_next: bool = False,
 ) -> str:
     """``README.md`` of the folder.
 
@@ -333,6 +341,7 @@ def model_card(
         license_id: of the weights, by Hugging Face's names; "unknown" if not given.
         facts: more lines of the table, by name, for example the step.
         encoder_only: the folder has no captions.
+        llava_next: the stock processor is CLIP's.
     """
     if data.image_mode == "native":
         images = f"native aspect ratio, {data.min_pixels} to {data.max_pixels} pixels"
@@ -353,7 +362,9 @@ def model_card(
     table = "\n".join(f"| {name} | {value} |" for name, value in (sizes | dict(facts)).items())
     native = data.image_mode == "native"
     tag = "" if encoder_only else "- image-text-to-text\n"
-    conversion = _CONVERSION if _has_stock_processor(data) else ""
+    conversion = _CONVERSION if llava_next or _has_stock_processor(data) else ""
+    if llava_next:
+        conversion = conversion.replace(_UPRIGHT, _SQUARE)
     captions = _NO_CAPTIONS if encoder_only else _CAPTIONS.replace("{prompt}", json.dumps(data.prompt)[1:-1])
     return f"""---
 license: {license_id}
@@ -454,7 +465,7 @@ def write_side_files(
             }
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    card = model_card(model, data, license_id, facts or {}, encoder_only)
+    card = model_card(model, data, license_id, facts or {}, encoder_only, llava_next)
     (folder / "README.md").write_text(card, encoding="utf-8")
     sources = importlib.resources.files("genlip_megatron.hf")
     for name in code:

@@ -1,6 +1,6 @@
 """The image settings in a ``preprocessor_config.json`` of this project, of the authors, or of a stock processor.
 
-A field that this project cannot compute is refused, because other pixels give other features.
+A field that this project cannot compute, or does not know, is refused, because other pixels give other features.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from typing import Any
 
 from genlip_megatron.hf.shared_genlip import IMAGE_STEPS, PATCH_SIZE, image_settings
 
-_MAPPED = (*IMAGE_STEPS, "do_center_crop")
+# Stock processors of transformers -> whether they resize the shortest edge and crop the middle by default.
+_STOCK = {"ViTImageProcessor": False, "SiglipImageProcessor": False, "CLIPImageProcessor": True}
 # Defaults of stock processors differ in these, so a file of another project must give them.
 _CHOSEN = ("resample", "image_mean", "image_std")
 # The authors' processor for native sizes, and its value for this model.
 _NATIVE = {"patch_size": PATCH_SIZE, "merge_size": 1, "temporal_patch_size": 1}
+# Fields that change no pixel.
+_OTHER = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "_valid_processor_keys"} | {
+    "data_format",
+    "input_data_format",
+    "return_tensors",
+    "device",
+}
 
 
 def read_image_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,7 +33,7 @@ def read_image_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
     processors cut off the fraction of the longer edge, which this project rounds.
 
     Raises:
-        ValueError: a missing or unsupported field; names it.
+        ValueError: a missing, unknown or unsupported field; names it.
     """
     own = "image_mode" in fields
     for name, allowed in IMAGE_STEPS.items():
@@ -35,45 +43,66 @@ def read_image_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
         if name in ("image_mean", "image_std"):
             value = list(value) if isinstance(value, (list, tuple)) else [value] * 3
         if value != allowed and name != "do_convert_rgb":  # images are always converted
-            raise _unsupported(name, fields[name], f"only {allowed!r}")
+            raise _unsupported(name, fields[name], f"this project has only {allowed!r}")
     if own:
         known = inspect.signature(image_settings).parameters
         return image_settings(**{name: fields[name] for name in known if name in fields})
+    native = {"min_pixels", "max_pixels", *_NATIVE}
+    if native.intersection(fields):
+        _check_known(fields, {"size", *native})
+        return _native(fields)
+    _check_known(fields, {"size", "crop_size", "do_center_crop"})
+    return _fixed(fields)
+
+
+def _check_known(fields: Mapping[str, Any], known: set[str]) -> None:
     for name, value in fields.items():
-        if name.startswith("do_") and value and name not in _MAPPED:
-            raise _unsupported(name, value, "no such step")
+        # A step that is off is no step.
+        if name not in {*IMAGE_STEPS, *_OTHER, *known} and value not in (None, False):
+            raise _unsupported(name, value, "this project has no such step")
+
+
+def _native(fields: Mapping[str, Any]) -> dict[str, Any]:
+    for name, only in _NATIVE.items():
+        if fields.get(name) != only:
+            raise _unsupported(name, fields.get(name), f"this project has only {only}")
     size = fields.get("size")
-    if "max_num_patches" in fields:
-        raise _unsupported("max_num_patches", fields["max_num_patches"], "native sizes by min_pixels and max_pixels")
-    if "min_pixels" in fields or "merge_size" in fields:
-        for name, only in _NATIVE.items():
-            if fields.get(name) != only:
-                raise _unsupported(name, fields.get(name), f"only {only}")
-        areas = size if isinstance(size, Mapping) else {}
-        names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-        # As in those processors, the named limits take precedence over the same limits in the size.
-        limits: dict[str, Any] = {
-            name: areas.get(other) if fields.get(name) is None else fields[name] for name, other in names.items()
-        }
-        return image_settings("native", **limits)
+    areas = size if isinstance(size, Mapping) else {}
+    names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    # As in those processors, the named limits take precedence over the same limits in the size.
+    limits: dict[str, Any] = {
+        name: areas.get(other) if fields.get(name) is None else fields[name] for name, other in names.items()
+    }
+    return image_settings("native", **limits)
+
+
+def _fixed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    given = fields.get("image_processor_type") or fields.get("feature_extractor_type")
+    kind = str(given).removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    if kind not in _STOCK:
+        known = f"this project knows {', '.join(_STOCK)}, and native sizes with min_pixels and max_pixels"
+        raise _unsupported("image_processor_type", given, known)
+    crops = _STOCK[kind]
+    size = fields.get("size")
     if size is None:
         raise ValueError("size is missing: expected height and width. Add size")
-    edge = size.get("shortest_edge") if isinstance(size, Mapping) and len(size) == 1 else None
-    if not fields.get("do_center_crop"):
+    edge = size if crops and isinstance(size, int) else None
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        edge = size["shortest_edge"]
+    if not fields.get("do_center_crop", crops):
         if edge is not None:
-            raise _unsupported("size", size, "no sizes that vary with the image, except by min_pixels and max_pixels")
+            raise _unsupported("size", size, "without a crop, sizes vary with the image")
         return image_settings(size=size)
-    crop = fields.get("crop_size")
+    if not crops:
+        raise _unsupported("do_center_crop", True, f"{kind} has no such step")
+    crop = fields.get("crop_size", 224)
     sides: Any = crop if isinstance(crop, Mapping) else {"height": crop, "width": crop}
     if size == sides:
         return image_settings(size=size)
-    if (size if edge is None else edge) != sides.get("height") or sides.get("height") != sides.get("width"):
-        raise _unsupported("crop_size", crop, f"only a square crop of the whole shorter side; size = {size!r}")
+    if edge is None or (edge, edge) != (sides.get("height"), sides.get("width")):
+        raise _unsupported("crop_size", crop, f"only a square crop of the whole shorter side, here size = {size!r}")
     return image_settings(size=dict(sides), fixed_resize="resize-center-crop")
 
 
-def _unsupported(name: str, value: Any, supported: str) -> ValueError:
-    return ValueError(
-        f"{name} = {value!r}: this project has {supported}. Correct the file, or remove it to use fixed images of "
-        "224 x 224 pixels"
-    )
+def _unsupported(name: str, value: Any, why: str) -> ValueError:
+    return ValueError(f"{name} = {value!r}: {why}. Correct or remove the file; without it, defaults apply")

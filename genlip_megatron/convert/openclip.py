@@ -8,7 +8,9 @@ shares its tensors with the language model, and its state dictionary lists them 
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +168,10 @@ def read_description(file: Path) -> Description:
     if not isinstance(values["attention_output_gate"], bool):
         raise ValueError(f"{file}: genlip_cfg.gated_attention = {trunk['gated_attention']!r}: must be true or false")
     values["attention_output_gate"] = "elementwise" if values["attention_output_gate"] else "none"
-    if (values["layer_scale_init"] or 0.0) <= _NO_LAYER_SCALE:
-        values["layer_scale_init"] = 0.0
+    scale = values["layer_scale_init"] or 0.0
+    if not isinstance(scale, (int, float)):
+        raise ValueError(f"{file}: genlip_cfg.ls_init_value = {scale!r}: must be a number")
+    values["layer_scale_init"] = float(scale) if scale > _NO_LAYER_SCALE else 0.0
     rotary = trunk.get("mrope_section", (12, 12, 12))
     if not isinstance(rotary, (list, tuple)) or len(rotary) != 3 or not all(type(x) is int and x >= 0 for x in rotary):
         raise ValueError(f"{file}: genlip_cfg.mrope_section = {rotary!r}: must be three whole numbers, for T, H and W")
@@ -184,7 +188,9 @@ def read_description(file: Path) -> Description:
     missing = [] if vision.get("proj_bias", True) else [f"{_OUR_PATCHES}bias"]
     for flag, parts in (("attention_bias", _ATTENTION), ("mlp_bias", _MLP)):
         missing += [] if trunk.get(flag, False) else [f".{part}.bias" for part in parts]
-    preprocess = fields.get("preprocess_cfg", {})
+    preprocess = fields.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, dict):
+        raise ValueError(f"{file}: preprocess_cfg = {preprocess!r}: expected an object")
     mean, std, images = _preprocessing(file, preprocess, vision.get("image_size", 256))
     interpolation = preprocess.get("interpolation", "bicubic")
     return Description(ModelConfig(**values), model_cfg, tuple(missing), mean, std, interpolation, images)
@@ -198,9 +204,9 @@ def _preprocessing(
     for name, default in (("mean", _MEAN), ("std", _STD)):
         value = fields.get(name, default)
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
-        good = len(value) == 3 and all(isinstance(x, (int, float)) for x in value)
+        good = len(value) == 3 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
         if not good or (name == "std" and min(value) <= 0):
-            raise ValueError(f"{file}: preprocess_cfg.{name} = {fields.get(name)!r}: expected three numbers")
+            raise ValueError(f"{file}: preprocess_cfg.{name} = {fields.get(name)!r}: expected three finite numbers")
         found.append(value)
     try:
         if fields.get("resize_mode") == "squash":
@@ -343,14 +349,16 @@ def state_dict(file: Path, log: Callable[[str], None] = lambda line: None) -> di
     try:
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not readable as weights of OpenCLIP ({reason}). Save its state_dict again") from None
+        listed_only = "Weights only" in str(error) or "Unsupported" in str(error)
+        reason = "it holds objects besides tensors" if listed_only else "damaged, or not written by torch.save"
+        raise ValueError(f"{file}: not readable as weights of OpenCLIP: {reason}. Save its state_dict again") from None
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else saved
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file}: holds no state_dict of tensors. Name a checkpoint of OpenCLIP")
     if "state_dict_ema" in saved:
         log(f"{file}: also holds averaged weights (state_dict_ema), which are not read")
-    return {name.removeprefix("module."): tensor.detach() for name, tensor in state.items()}
+    prefix = re.compile(r"(module\.|_orig_mod\.)*")  # of wrapped and compiled models
+    return {prefix.sub("", str(name), count=1): tensor.detach() for name, tensor in state.items()}
 
 
 def written_sections(model: ModelConfig) -> list[int]:
@@ -383,6 +391,9 @@ def described_model(
     """
     trunk = {name: getattr(model, ours) for name, (ours, _) in _SIZES.items()}
     trunk["gated_attention"] = model.attention_output_gate == "elementwise"
+    native = data.image_mode == "native"
+    side = math.isqrt(data.max_pixels) // 16 * 16 if native else data.image_size  # OpenCLIP counts patches by it
+    mode = "longest" if native else {"squash": "squash", "resize-center-crop": "shortest"}[data.fixed_resize]
     return {
         "model_cfg": {
             "embed_dim": model.hidden_size,
@@ -393,7 +404,7 @@ def described_model(
                 "mlp_bias": True,
                 **_FIXED["genlip_cfg"],
             },
-            "vision_cfg": {"image_size": data.image_size, "patch_size": 16, "in_chans": 3, "proj_bias": True},
+            "vision_cfg": {"image_size": side, "patch_size": 16, "in_chans": 3, "proj_bias": True},
             "text_cfg": {
                 "vocab_size": model.vocab_size,
                 "context_length": 256,
@@ -406,11 +417,11 @@ def described_model(
             },
         },
         "preprocess_cfg": {
-            "size": data.image_size,
+            "size": side,
             "mean": [0.5] * 3,
             "std": [0.5] * 3,
             "interpolation": "bilinear",
-            "resize_mode": "longest" if data.image_mode == "native" else "squash",
+            "resize_mode": mode,
         },
     }
 

@@ -113,15 +113,19 @@ def compare_openclip(
         dtype: to which the conversion rounded the weights; None: no rounding.
 
     Raises:
-        ValueError: OpenCLIP with GenLIP is not installed.
+        ValueError: OpenCLIP with GenLIP is not installed, or rejects the configuration or the weights.
     """
     need_open_clip()
     # DropPath, which only training uses, would need timm.
     trunk = {**described.model_cfg["genlip_cfg"], "drop_path_rate": 0.0}
     kind = importlib.import_module("open_clip.naflex_genlip_model").NaFlexGenLip
-    model = kind(**{**described.model_cfg, "genlip_cfg": trunk}).eval()
     state = state_dict(file)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    try:
+        model = kind(**{**described.model_cfg, "genlip_cfg": trunk}).eval()
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except Exception as error:  # of any kind: OpenCLIP's own checks, torch's, Python's for a missing argument
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file}: converted, but OpenCLIP itself cannot load it to compare: {reason}") from None
     patches, texts = _inputs(config.model.vocab_size)
     _, ours, _ = _megatron_outputs(checkpoint, config, patches, texts, dtype)
     stored = {tensor.dtype for tensor in state.values()} if dtype is None else {dtype}

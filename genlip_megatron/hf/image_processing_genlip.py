@@ -124,7 +124,10 @@ class GenLIPImageProcessor(BaseImageProcessor):
         """As the base class, but ``kwargs`` that replace fields are checked like these."""
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in _SETTINGS or name in _STEPS}
         stored = image_processor_dict
-        if set(stored.get("size") or ()) == {"shortest_edge"}:  # of a folder for LLaVA-NeXT, whose crop is CLIP's
+        size = stored.get("size")
+        if isinstance(size, dict) and set(size) == {
+            "shortest_edge"
+        }:  # of a folder for LLaVA-NeXT, whose crop is CLIP's
             stored = {name: value for name, value in stored.items() if name not in ("do_center_crop", "crop_size")}
         fields = {**stored, **own}
         if fields.get("image_mode") == "native" and own.get("size") is not None:

@@ -141,7 +141,14 @@ def _from_released(
     if "embeddings.weight" in contents(place):
         # Released configurations lack some sizes; the shapes of the weights give them.
         heads = read_json(place / "config.json").get("num_attention_heads")
-        fields = hf_config(open_released(place, heads, "in its config.json").model)
+        model = open_released(place, heads, "in its config.json").model
+        if sum(model.rope_sections) != model.head_dim // 2:
+            log(
+                f"{place}: half of one of num_attention_heads = {model.num_attention_heads} heads has "
+                f"{model.head_dim // 2} channels, but the rotary sections {list(model.rope_sections)} have "
+                f"{sum(model.rope_sections)}. If the heads are wrong, so are the results"
+            )
+        fields = hf_config(model)
     elif whole:
         raise ValueError(f"--load {place}: only a vision encoder. Captions need a model with its text parts.")
     elif not (place / "config.json").is_file():

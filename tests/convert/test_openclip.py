@@ -116,7 +116,7 @@ def test_training_checkpoints_are_read(
     folder: Path, weights: dict[str, Tensor], convert: Callable[..., str], tmp_path: Path
 ) -> None:
     """Saved by torch with an optimizer, and from a wrapped model; the configuration is a file elsewhere."""
-    state = {f"module.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    state = {f"module._orig_mod.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     file = tmp_path / "epoch_3.pt"
     torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, file)
     words = (file, "--tokenizer", folder / "tokenizer.json", "--output", tmp_path / "back")
@@ -125,9 +125,14 @@ def test_training_checkpoints_are_read(
     assert differing(imported(tmp_path / "back"), weights) == []
     torch.save({"state_dict": state, "args": Fraction(1)}, file)
     words = (*words, "--openclip-config", folder / openclip.CONFIG, "--overwrite")
-    assert "epoch_3.pt: not readable as weights of OpenCLIP" in convert("to-megatron", *words, status=2)
+    assert "not readable as weights of OpenCLIP: it holds objects besides" in convert("to-megatron", *words, status=2)
     torch.save({"state_dict": 5}, file)
     assert "holds no state_dict of tensors" in convert("to-megatron", *words, status=2)
+    for content in (b"", b"<html>", file.read_bytes()[:100]):
+        file.write_bytes(content)
+        assert "OpenCLIP: damaged, or not written by torch.save" in convert("to-megatron", *words, status=2)
+    file.unlink()
+    assert "epoch_3.pt: no such folder or file" in convert("to-megatron", *words, status=2)
 
 
 def test_missing_biases_are_zero(
@@ -170,7 +175,7 @@ def test_the_default_of_open_clip_is_the_mean_of_clip(folder: Path) -> None:
     (folder / openclip.CONFIG).write_text(json.dumps(fields["model_cfg"]))
     described = openclip.read_description(folder / openclip.CONFIG)
     assert list(described.mean) == CLIP["mean"] and list(described.std) == CLIP["std"]
-    assert described.images == image_settings("native", max_pixels=224 * 224)
+    assert described.images == image_settings("native", max_pixels=128 * 128)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,10 @@ def test_the_default_of_open_clip_is_the_mean_of_clip(folder: Path) -> None:
         ("genlip_cfg", "width", "32", "must be a whole number"),
         ("genlip_cfg", "mrope_section", [2, 1], "must be three whole numbers"),
         ("genlip_cfg", "depth", 5, "its tensors do not match the model: missing: trunk.layers.4."),
-        ("preprocess_cfg", "std", [0.5, 0, 0.5], "expected three numbers"),
+        ("preprocess_cfg", "std", [0.5, 0, 0.5], "expected three finite numbers"),
+        ("preprocess_cfg", "mean", [0.5, float("nan"), 0.5], "expected three finite numbers"),
+        ("genlip_cfg", "ls_init_value", "x", "must be a number"),
+        ("genlip_cfg", "gated_attention", "x", "must be true or false"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
@@ -198,6 +206,22 @@ def test_what_does_not_fit_is_refused_by_name(
     set_field(section, name, value, folder)
     line = convert("to-megatron", folder, "--output", tmp_path / "no", status=2)
     assert part in line and (f"{section}.{name} = {value!r}" in line or "tensors" in line) and str(folder) in line
+
+
+def test_flags_of_the_other_format_are_refused(
+    folder: Path, started: Path, convert: Callable[..., str], tmp_path: Path
+) -> None:
+    line = convert("to-megatron", folder, "--output", tmp_path / "no", "--num-attention-heads", "2", status=2)
+    assert "--num-attention-heads: OpenCLIP's configuration has the heads" in line
+    words = ("--output", tmp_path / "no", "--openclip-config", folder / openclip.CONFIG)
+    assert "is no checkpoint of OpenCLIP" in convert("to-megatron", started, *words, status=2)
+
+
+def test_an_image_processor_of_others_beside_the_weights_is_not_read(
+    folder: Path, convert: Callable[..., str], tmp_path: Path
+) -> None:
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    convert("to-megatron", folder, "--output", tmp_path / "back")
 
 
 def test_heads_that_contradict_the_sections_are_refused(

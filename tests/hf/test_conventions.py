@@ -331,6 +331,7 @@ def test_the_cards_conversion_gives_a_stock_processor_the_pixels_of_training(fol
         assert (found - ours(picture)["pixel_values"]).abs().max() <= 2**-22, name
     for data in (NATIVE, {"fixed_resize": "resize-center-crop"}):
         assert "Without the folder's code" not in model_card(tiny(), DataConfig(**data), "mit", {})
+    assert "square, which LLaVA-NeXT makes" in model_card(tiny(), DataConfig(), "mit", {}, llava_next=True)
 
 
 BLOCKED = """

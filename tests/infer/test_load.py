@@ -101,6 +101,7 @@ def test_missing_image_settings_are_reported(exported_native: Path, demo_data: P
     assert said == [line, line]
 
 
+VIT, CLIP = {"image_processor_type": "ViTImageProcessor"}, {"image_processor_type": "CLIPImageProcessorFast"}
 STEPS: dict[str, Any] = {"resample": 2, "image_mean": [0.5] * 3, "image_std": 0.5, "rescale_factor": 1 / 255}
 AUTHORS = {
     **STEPS,
@@ -121,9 +122,18 @@ AREAS = {"shortest_edge": 4096, "longest_edge": 1048576}
             {name: value for name, value in AUTHORS.items() if "pixels" not in name} | {"size": AREAS},
             image_settings("native", max_pixels=1048576),
         ),
-        ({**STEPS, "size": {"height": 384, "width": 384}, "do_convert_rgb": None}, image_settings(size=384)),
+        ({**STEPS, **VIT, "size": {"height": 384, "width": 384}, "do_convert_rgb": None}, image_settings(size=384)),
+        ({**STEPS, **VIT, "size": 384, "do_pad": False, "crop_size": 224}, image_settings(size=384)),
+        ({**STEPS, **CLIP, "size": 224}, image_settings(fixed_resize="resize-center-crop")),
+        ({**STEPS, **CLIP, "size": {"height": 64, "width": 64}, "do_center_crop": False}, image_settings(size=64)),
         (
-            {**STEPS, "size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": {"height": 64, "width": 64}},
+            {
+                **STEPS,
+                **CLIP,
+                "size": {"shortest_edge": 64},
+                "do_center_crop": True,
+                "crop_size": {"height": 64, "width": 64},
+            },
             image_settings(size=64, fixed_resize="resize-center-crop"),
         ),
     ],
@@ -142,10 +152,17 @@ def test_image_settings_of_others_are_mapped(
         ({**AUTHORS, "image_mean": [0.48, 0.46, 0.41]}, r"image_mean = \[0.48, 0.46, 0.41\]"),
         ({**AUTHORS, "patch_size": 14}, "patch_size = 14"),
         ({**AUTHORS, "merge_size": 2}, "merge_size = 2"),
-        ({**STEPS, "do_pad": True, "size": 64}, "do_pad = True"),
-        ({**STEPS, "max_num_patches": 256}, "max_num_patches = 256"),
-        ({**STEPS, "size": {"shortest_edge": 64}}, "size = {'shortest_edge': 64}"),
-        ({**STEPS, "size": {"shortest_edge": 72}, "do_center_crop": True, "crop_size": 64}, "crop_size = 64"),
+        ({**STEPS, "max_pixels": 4096}, "patch_size = None: this project has only 16"),
+        ({**STEPS, **VIT, "do_pad": True, "size": 64}, "do_pad = True"),
+        ({**STEPS, **VIT, "crop_pct": 0.875, "size": 64}, "crop_pct = 0.875"),
+        ({**STEPS, **VIT, "do_center_crop": True, "size": 64}, "do_center_crop = True: ViTImageProcessor has no such"),
+        ({**STEPS, **VIT, "max_num_patches": 256}, "max_num_patches = 256"),
+        ({**STEPS, "size": 64}, "image_processor_type = None: this project knows ViTImageProcessor"),
+        ({**STEPS, "image_processor_type": "DonutImageProcessor", "size": 64}, "image_processor_type = 'Donut"),
+        ({**STEPS, **CLIP, "size": 64, "do_center_crop": False}, "size = 64: without a crop"),
+        ({**STEPS, **CLIP, "size": 64}, "crop_size = 224"),
+        ({**STEPS, **CLIP, "size": {"shortest_edge": 64}, "do_center_crop": False}, "size = {'shortest_edge': 64}"),
+        ({**STEPS, **CLIP, "size": {"shortest_edge": 72}, "crop_size": 64}, "crop_size = 64"),
         ({"image_processor_type": "ViTImageProcessor", "size": 384}, "resample is missing"),
         ({"image_mode": "fixed", "size": 64, "image_std": 0.3}, "image_std = 0.3"),
     ],
@@ -157,6 +174,20 @@ def test_image_settings_that_this_project_lacks_are_refused(
     file.write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"{file}: {part}"):
         load(exported_native, print)
+
+
+def test_heads_that_contradict_the_rotary_sections_are_reported(exported_native: Path) -> None:
+    file, said = exported_native / "config.json", list[str]()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 2}))
+    load(exported_native, said.append)
+    assert "half of one of num_attention_heads = 2 heads has 12 channels" in said[0]
+
+
+def test_a_size_that_is_one_number_is_a_square(exported_native: Path) -> None:
+    file = exported_native / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_mode": "fixed", "size": 64}))
+    processor = transformers.AutoImageProcessor.from_pretrained(exported_native, trust_remote_code=True)
+    assert processor.size == {"height": 64, "width": 64}
 
 
 def test_a_prompt_that_is_not_text_is_refused(exported_native: Path, demo_data: Path) -> None:
