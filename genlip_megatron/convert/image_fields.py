@@ -83,10 +83,10 @@ def _fixed(fields: Mapping[str, Any]) -> dict[str, Any]:
         known = f"this project knows {', '.join(_STOCK)}, and native sizes with min_pixels and max_pixels"
         raise _unsupported("image_processor_type", given, known)
     crops = _STOCK[kind]
-    size = fields.get("size")
+    size: Any = fields.get("size")
     if size is None:
         raise ValueError("size is missing: expected height and width. Add size")
-    edge = size if crops and isinstance(size, int) else None
+    edge: Any = size if crops and isinstance(size, int) else None
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
         edge = size["shortest_edge"]
     if not fields.get("do_center_crop", crops):
