@@ -101,8 +101,15 @@ class Lab:
         self._add_network()
         self._write_config(nodes)
         self._munge = self._spawn(
-            *["setpriv", "--reuid", "munge", "--regid", "munge", "--clear-groups", "munged", "--foreground"],
-            *["--num-threads=2", f"--key-file={munge}/key", f"--socket={munge}/socket", f"--pid-file={munge}/pid"],
+            *["setpriv", "--reuid", "munge", "--regid", "munge", "--clear-groups", "--pdeathsig", "KILL"],
+            *[
+                "munged",
+                "--foreground",
+                "--num-threads=2",
+                f"--key-file={munge}/key",
+                f"--socket={munge}/socket",
+                f"--pid-file={munge}/pid",
+            ],
             *[f"--log-file={munge}/log", f"--seed-file={munge}/seed"],
         )
         wait_for("munged listens", (munge / "socket").exists)
@@ -168,10 +175,11 @@ class Lab:
     def boot(self, name: str) -> None:
         """Start a node, or the controller, with its daemon."""
         daemon = "slurmctld" if name == CONTROLLER else "slurmd"
-        self._hosts[name] = self._spawn(
-            *["ip", "netns", "exec", self._space(name), "unshare", "--uts", "--pid", "--fork", "--mount-proc"],
-            *["--kill-child", "bash", "-c", f"hostname {name}; {daemon} -D & wait"],
-        )
+        dies_with_the_tests = ("setpriv", "--pdeathsig", "KILL")
+        in_space = ("ip", "netns", "exec", self._space(name))
+        own = ("unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
+        first = ("bash", "-c", f"hostname {name}; {daemon} -D & wait")
+        self._hosts[name] = self._spawn(*dies_with_the_tests, *in_space, *own, *first)
 
     def kill(self, name: str) -> None:
         """A node loses power: all its processes end at once."""

@@ -31,7 +31,8 @@ def test_a_node_joins_and_is_lost(
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PET_RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2",
+            # The first start waits 5 s for others, not 30 s. A dead node is noticed after 12 s.
+            "PET_RDZV_CONF": "last_call_timeout=5,keep_alive_interval=3,keep_alive_max_attempt=4",
         }
         with open(tmp_path / f"{run}.log", "ab") as output:
             return subprocess.Popen(
