@@ -169,7 +169,7 @@ def test_time_limit_on_two_nodes(slurm: Cluster, demo_data: Path, tiny: Path, fa
         assert len(files) == 1 and ("iteration" in files[0].read_text()) == (rank == 0)
     assert "TCPStore.cpp" not in output.read_text() and "frame #" not in (logs / "start-1" / "n1.log").read_text()
     assert "\nseed: 5\n" in re.sub(r"\n +", "\n", (logs / "code" / "config.yaml").read_text())
-    fault_row("SLURM time limit", "slurm_stage1.sbatch, 2 nodes", "saved, requeued, no step repeated or lost")
+    fault_row("SLURM: time limit", "USR1 to the real training, 2 nodes", "saved, requeued, no step repeated or lost")
 
 
 def test_requeued_as_long_as_it_helps(slurm: Cluster, ends: dict[str, tuple[str, str]], fault_row: FaultRow) -> None:
@@ -198,7 +198,7 @@ def test_a_wrong_flag_takes_one_start(slurm: Cluster, demo_data: Path, tiny: Pat
         assert error in (slurm.logs(run, number) / "start-0" / "job.log").read_text()
         assert "not requeued: the settings are wrong" in slurm.starts(run, number)[0]
         assert not (slurm.folder / run / "launches").exists()
-    fault_row("wrong setting or file", "slurm_stage1.sbatch", "one line, before the nodes start; not requeued")
+    fault_row("SLURM: wrong setting or file", "before the start", "one line, other nodes not started; not requeued", 2)
 
 
 def test_dry_run_on_the_log_in_node(slurm: Cluster, demo_data: Path, tiny: Path) -> None:
@@ -288,13 +288,26 @@ def test_an_unfit_node_is_excluded(slurm: Cluster, fault_row: FaultRow) -> None:
     fault_row("SLURM: unfit node", "GPU memory in use", "requeued on other nodes")
 
 
-def test_a_lost_node(slurm: Cluster, fault_row: FaultRow) -> None:
+@pytest.mark.parametrize("node", ["n2", pytest.param("n1", marks=pytest.mark.long)])
+def test_a_lost_node(slurm: Cluster, node: str, fault_row: FaultRow) -> None:
+    """n1 runs the job's script."""
+    run = f"lost-{node}"
     training = "[ $SLURM_RESTART_COUNT ] && { saved 9; exit 0; }; saved 4; touch $RUN/waits; sleep 60; exit 1"
-    job = slurm.submit("lost", training=training, options=("--nodes=2", "--gpus-per-node=1"))
-    slurm.waits("lost")
-    slurm.lab.kill("n2")
+    job = slurm.submit(run, training=training, options=("--nodes=2", "--gpus-per-node=1"))
+    slurm.waits(run)
+    slurm.lab.kill(node)
     slurm.lab.wait_for_state(job, "PENDING")
-    slurm.lab.boot("n2")
-    assert slurm.ended(job)[0] == "COMPLETED"
-    assert "steps 4 to 9 | done" in slurm.starts("lost", job)[-1]
-    fault_row("SLURM node failure", "slurm_stage1.sbatch, 2 nodes", "requeued, resumed when the node is back")
+    slurm.lab.boot(node)
+    assert slurm.ended(job) == ("COMPLETED", 1)
+    assert "steps 4 to 9 | done" in slurm.starts(run, job)[-1]
+    what = "the node of the script" if node == "n1" else "another node"
+    fault_row("SLURM: a node is lost", what, "requeued, resumed when the node is back")
+
+
+@pytest.mark.long
+def test_a_real_time_limit(slurm: Cluster, fault_row: FaultRow) -> None:
+    training = "[ $SLURM_RESTART_COUNT ] && exit 0; until_told; saved 3; exit 1"
+    job = slurm.submit("limit", training=training, options=(*SMALL, "--time=2", "--signal=B:USR1@60"))
+    assert slurm.ended(job, 180) == ("COMPLETED", 1)
+    assert "steps 0 to 3 | requeued at step 3" in slurm.starts("limit", job)[0]
+    fault_row("SLURM: time limit", "of two minutes, the training waits", "told a minute before; requeued")
