@@ -7,6 +7,7 @@ SLURM and ``examples/slurm_run.sh`` do when the training ends in some way.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from genlip_megatron.testing import CHECKOUT
 from tests.fault_table import FaultRow
 from tests.launch.lab import Lab, wait_for
 
@@ -67,10 +69,15 @@ class Cluster:
             options: of sbatch.
         """
         (self.folder / run).mkdir(exist_ok=True)
-        data = data or self.folder
-        environment = {
+        environment = self.environment(self.folder / run, training, data or self.folder)
+        script = f"examples/slurm_stage{stage}.sbatch"
+        return self.lab.on("sbatch", "--parsable", *options, script, *flags, cwd=self.checkout, **environment)
+
+    def environment(self, run: Path, training: str, data: Path) -> dict[str, str]:
+        """What the examples read from the environment."""
+        return {
             "PATH": ":".join([*([str(self.stand_ins)] if training else []), str(VENV), self.lab.environment["PATH"]]),
-            "RUN": str(self.folder / run),
+            "RUN": str(run),
             "TRAINING": training,
             "TOKENIZER": str(data / "tokenizer.model"),
             "TRAIN_DATA": f"{data}/train-*.tar",
@@ -78,8 +85,6 @@ class Cluster:
             "GPUS_PER_NODE": "1",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
         }
-        script = f"examples/slurm_stage{stage}.sbatch"
-        return self.lab.on("sbatch", "--parsable", *options, script, *flags, cwd=self.checkout, **environment)
 
     def waits(self, run: str) -> None:
         """Wait until the snippet of a run waits in ``until_told``."""
@@ -149,13 +154,13 @@ def test_time_limit_on_two_nodes(slurm: Cluster, demo_data: Path, tiny: Path, fa
     job = slurm.submit("real", *flags, options=options, data=demo_data)
     logs = slurm.logs("real", job)
     output = logs / "start-0" / "n1.log"
-    wait_for("step 10", lambda: output.exists() and 10 in steps_of(output), 120)
+    wait_for("step 10", lambda: output.exists() and 10 in steps_of(output), 240)
     code = slurm.checkout / "pretrain_genlip.py"
     text = code.read_text()
     code.write_text("raise SystemExit('not what was submitted')")
     slurm.lab.on("scancel", "--signal=USR1", "--batch", job)
     try:
-        assert slurm.ended(job, 120) == ("COMPLETED", 1)
+        assert slurm.ended(job, 240) == ("COMPLETED", 1)
     finally:
         code.write_text(text)
     first, second = (steps_of(logs / f"start-{i}" / "n1.log") for i in range(2))
@@ -266,7 +271,8 @@ def test_a_preemption_during_the_start_is_not_counted(slurm: Cluster, partition:
     urgent = ("--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--output=/dev/null")
     slurm.lab.on("sbatch", *urgent)
     assert slurm.ended(job) == ("COMPLETED", 1)
-    fault_row("SLURM: preemption", f"before the first step, partition {partition}", "not counted, requeued")
+    grace = "with" if partition == "grace" else "without"
+    fault_row("SLURM: preemption", f"before the first step, {grace} grace time", "not counted, requeued")
 
 
 def test_an_unfit_node_is_excluded(slurm: Cluster, fault_row: FaultRow) -> None:
@@ -286,6 +292,63 @@ def test_an_unfit_node_is_excluded(slurm: Cluster, fault_row: FaultRow) -> None:
     assert "| nodes n1 |" in first and "requeued without n1 another process uses 70000 MiB of a GPU" in first
     assert "| nodes n2 |" in second and "done" in second
     fault_row("SLURM: unfit node", "GPU memory in use", "requeued on other nodes")
+
+
+@pytest.mark.parametrize(
+    ("training", "states"),
+    [
+        (
+            "[[ $SLURM_JOB_NAME = *1 && ! $SLURM_RESTART_COUNT ]] && exit 1; exit 0",
+            [("COMPLETED", 1), ("COMPLETED", 0)],
+        ),
+        ('echo "19 $launch 1" >"$save/final_exit"; exit 1', [("FAILED", 0), ("CANCELLED", 0)]),
+    ],
+)
+def test_both_stages_in_a_chain(
+    training: str, states: list[tuple[str, int]], slurm: Cluster, tmp_path: Path, fault_row: FaultRow
+) -> None:
+    """Stage 2 waits until stage 1 is done, through its requeue. If stage 1 fails, stage 2 leaves the queue."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(slurm.checkout, folder)
+    for script in folder.glob("examples/*.sbatch"):  # the cluster has two nodes
+        script.write_text(re.sub(r"--nodes=\d+", "--nodes=1", script.read_text()))
+    stage2 = {"STAGE2_TRAIN_DATA": "x", "STAGE2_VALID_DATA": "x"}
+    training = f"echo $SLURM_JOB_NAME $TRAIN_DATA >>$RUN/order; {training}"
+    environment = slurm.environment(tmp_path / "run", training, Path("data")) | stage2
+    (tmp_path / "run").mkdir()
+    jobs = re.findall(r"job (\d+)", slurm.lab.on("examples/slurm_chain.sh", cwd=folder, **environment))
+    assert [slurm.ended(job) for job in jobs] == states
+    order = (tmp_path / "run" / "order").read_text().split("\n")
+    data = "data/train-*.tar"
+    assert order[:-1] == (
+        [f"genlip-stage1 {data}"] * 2 + ["genlip-stage2 x"]
+        if states[1][0] == "COMPLETED"
+        else [f"genlip-stage1 {data}"]
+    )
+    outcome = "starts when stage 1 is done" if states[1][0] == "COMPLETED" else "leaves the queue"
+    fault_row("SLURM: stage 2 in a chain", f"stage 1 {'requeued' if states[0][1] else 'failed'}", outcome)
+
+
+@pytest.mark.long
+def test_an_array_indexes_data(slurm: Cluster, demo_data: Path, tmp_path: Path, fault_row: FaultRow) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(slurm.checkout, folder)
+    shutil.copytree(CHECKOUT / "tools", folder / "tools")
+    for i in range(4):
+        shutil.copy(demo_data / "train-00000.tar", tmp_path / f"train-{i:05d}.tar")
+    environment = {
+        "PATH": f"{VENV}:{slurm.lab.environment['PATH']}",
+        "TOKENIZER": str(demo_data / "tokenizer.model"),
+        "DATA": f"{tmp_path}/train-*.tar",
+    }
+    script = "examples/slurm_data_array.sbatch"
+    array = slurm.lab.on("sbatch", "--parsable", "--array=0-1", script, cwd=folder, **environment)
+    options = ("--parsable", f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes", "--array=0")
+    last = slurm.lab.on("sbatch", *options, script, "manifest", cwd=folder, **environment)
+    assert slurm.ended(last, 240) == ("COMPLETED", 0)
+    assert len(list(tmp_path.glob("*.index.safetensors"))) == 4 and (tmp_path / "train.dataset.json").exists()
+    assert "4 shards (4 unchanged)" in (folder / f"genlip-index-{last}.log").read_text()
+    fault_row("SLURM: data array", "two jobs, then one for the manifest", "every shard indexed once")
 
 
 @pytest.mark.parametrize("node", ["n2", pytest.param("n1", marks=pytest.mark.long)])
