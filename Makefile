@@ -4,7 +4,7 @@
 # make evaluate: every evaluation on real data and a small GenLIP trained on it; takes more than an hour.
 # make docs: the documentation site, into site/.
 # make plugging: tests of exports with transformers 4.40 and 4.57, ONNX and lmms-eval, in separate environments.
-# make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md.
+# make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md and docs/launch.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -73,6 +73,7 @@ null-gpu:
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults --fault-table=docs/reliability.md
+	$(BIN)/python -m pytest tests/launch --fault-table=docs/launch.md
 
 parity: $(STAMP)
 	$(BIN)/python tools/parity_matrix.py

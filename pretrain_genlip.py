@@ -35,10 +35,12 @@ from genlip_megatron.faults.stop import leave_on_signal
 
 def main() -> int:
     """Parse, check, train; returns the exit status."""
-    config, print_config = parse_args()
-    if print_config:
+    config, action = parse_args()
+    if action == "print_config":
         print(config.to_yaml(), end="")
         return 0
+    if action == "dry_run":
+        return check_only(config)
     # A validation must not record its status in the folder of the run that it validates.
     save = "" if config.log.eval_only else config.checkpoint.save
     status = final_exit(save)
@@ -55,6 +57,25 @@ def main() -> int:
         tell_torchrun(f"ended with status {status}; see the log and docs/reliability.md")
     mark_final(save, status)
     return status
+
+
+def check_only(config: RunConfig) -> int:
+    """Check the run without starting it, for WORLD_SIZE processes; returns the exit status. One process prints it."""
+    from genlip_megatron import megatron_patches
+
+    megatron_patches.install()
+    from genlip_megatron.command import FILE_ERRORS, one_line
+    from genlip_megatron.train.dry_run import dry_run
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        line = dry_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except (ValueError, *FILE_ERRORS) as error:
+        say_error(one_line(error), first)
+        return EXIT_USER_ERROR
+    if first:
+        print(line)
+    return 0
 
 
 def warn_of_shared_store() -> None:

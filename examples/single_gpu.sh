@@ -6,15 +6,16 @@
 # The batch is 64 packs of 16384 tokens (about 3900 samples), an eighth of the paper's. Without a GPU the same command
 # runs on the CPU, slowly.
 set -euo pipefail
-tokenizer=$1 train=$2 valid=$3 run=$4
+tokenizer=$1 shards=$2 valid=$3 run=$4
 shift 4
 cd "$(dirname "$0")/.."
+source examples/launch.sh
 
+train=(pretrain_genlip.py --config l16_stage1
+    --tokenizer "$tokenizer" --train-data "$shards" --valid-data "$valid" --save "$run" --load "$run"
+    --global-batch-size 64 --micro-batch-size 4 --train-iters 20000 --lr 3e-4 --lr-warmup-iters 200
+    --save-interval 500 --eval-interval 500 "$@")
+check_flags 1 "${train[@]}"
 # Index the shards once; unchanged ones are skipped. The tool expands the patterns.
-python tools/prepare_data.py "$train" "$valid" --tokenizer "$tokenizer"
-# On Ctrl-C the run saves; torchrun waits 10 minutes for it instead of 30 seconds.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
-exec torchrun --standalone --nproc-per-node 1 pretrain_genlip.py --config l16_stage1 \
-    --tokenizer "$tokenizer" --train-data "$train" --valid-data "$valid" --save "$run" --load "$run" \
-    --global-batch-size 64 --micro-batch-size 4 --train-iters 20000 --lr 3e-4 --lr-warmup-iters 200 \
-    --save-interval 500 --eval-interval 500 "$@"
+python tools/prepare_data.py "$shards" "$valid" --tokenizer "$tokenizer"
+exec torchrun --standalone --nproc-per-node 1 "${train[@]}"

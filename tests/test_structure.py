@@ -41,7 +41,8 @@ ROOMS = {
     "estimate": "config model",
     "infer": "batch checkpoint config convert data device hf log megatron_patches model optional outputs parallel "
     "storage tokenizer",
-    "train": "batch checkpoint command config data device estimate faults infer log megatron_patches model parallel",
+    "train": "__init__ atomic_write batch checkpoint command config data device estimate faults infer log "
+    "megatron_patches model parallel tokenizer",
     "encoders": "__init__ atomic_write convert hf infer log optional outputs",
     "evaluate": "atomic_write batch checkpoint command config convert data encoders hf infer log model optional "
     "outputs storage tokenizer",

@@ -209,7 +209,13 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """Git revision of this source tree, with "+changes" if files differ; empty outside of a checkout."""
+    """Git revision of this source tree, with "+changes" if files differ; empty outside of a checkout.
+
+    A copy of the tree, such as a SLURM job's, has it in the file REVISION.
+    """
+    recorded = Path(__file__).parents[2] / "REVISION"
+    if recorded.is_file():
+        return recorded.read_text().strip()
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]

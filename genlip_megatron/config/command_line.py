@@ -101,6 +101,11 @@ def build_parser() -> RunParser:
         "--config", default="", metavar="NAME|FILE", help=f"YAML file or recipe: {', '.join(recipe_names())}"
     )
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and exit")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check settings, tokenizer, data, memory and disk for WORLD_SIZE (environment) processes, and exit",
+    )
     for section, cls in SECTIONS.items():
         title, _, summary = cls.__doc__.strip().partition(". ")
         group = parser.add_argument_group(f"{title.rstrip('.')} (section {section!r} in YAML)", summary or None)
@@ -128,15 +133,19 @@ def build_parser() -> RunParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
-    """(configuration, print_config) from a command line. A user's error ends the process with one line and status 2."""
+def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, str]:
+    """(configuration, "print_config", "dry_run" or "" to train) from a command line.
+
+    A user's error ends the process with one line and status 2.
+    """
     parser = build_parser()
     options = vars(parser.parse_args(argv))
-    name, print_config = options.pop("config"), options.pop("print_config")
+    name = options.pop("config")
+    asked = [action for action in ("dry_run", "print_config") if options.pop(action)]
     try:
         config = from_dict(load_yaml(name), f"--config {name}") if name else RunConfig()
         config = override(config, options)
         check(config)
     except ValueError as error:
         parser.error(str(error))
-    return config, print_config
+    return config, asked[-1] if asked else ""

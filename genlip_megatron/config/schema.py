@@ -383,6 +383,7 @@ class LogConfig:
     eval_only: bool = _opt(False, "validate the loaded checkpoint and exit", START)
     tensorboard_dir: str = _opt("", "TensorBoard folder; empty: <save>/tensorboard", FREE)
     wandb_project: str = _opt("", "also log to this Weights & Biases project", FREE)
+    prometheus_file: str = _opt("", "also write the latest values here, for node_exporter's textfile collector", FREE)
     caption_samples: int = _opt(4, "captions written to TensorBoard at each validation", FREE, min=0)
 
     @property

@@ -6,6 +6,9 @@ not help after a requested stop or a wrong setting. So a worker that leaves with
 torchrun then ends within seconds. Without ``--save`` the file is in the machine's temporary folder, named after the
 launcher's process.
 
+With ``torchrun --nnodes 1:2`` a host may join. torchrun then ends the workers by SIGTERM, as for a stop, and starts
+them again on more hosts. So the file also has the number of hosts, and a stop by fewer hosts does not end the launch.
+
 torchrun ends with a summary. It shows the text that a worker wrote to ``TORCHELASTIC_ERROR_FILE``, or advice on
 tracebacks if there is none. ``tell_torchrun`` writes one line there.
 
@@ -126,7 +129,7 @@ def mark_final(save: str | Path, code: int, stop_requested: bool = False) -> Non
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and not _MARK.match(file.read_text(errors="replace")):
             raise FileExistsError("it is another program's file")
-        atomic_write.write(file, f"{code} {run_id}\n{_reason}\n", os.environ.get("RANK", "0"), sync=False)
+        atomic_write.write(file, f"{code} {run_id} {_hosts()}\n{_reason}\n", os.environ.get("RANK", "0"), sync=False)
     except OSError as error:
         log(f"{file} could not be written: {error}. torchrun may restart the workers", every_rank=True)
 
@@ -134,7 +137,7 @@ def mark_final(save: str | Path, code: int, stop_requested: bool = False) -> Non
 def final_exit(save: str | Path) -> int | None:
     """The final code of this launch, or None if this worker must run.
 
-    Passes the recorded reason on to torchrun. Rank 0 of a new launch removes the file of an earlier launch.
+    Passes the recorded reason on to torchrun. Rank 0 of a new launch, or after a host has joined, removes the file.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
@@ -142,11 +145,13 @@ def final_exit(save: str | Path) -> int | None:
     file = mark_of(save, os.getppid())
     try:
         mark, _, reason = file.read_text().partition("\n")
-        code, _, marked_by = mark.strip().partition(" ")
+        code, _, launch = mark.strip().partition(" ")
+        marked_by, _, hosts = launch.rpartition(" ")
         if not code.isdecimal():
             return None  # another program's file
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if marked_by == run_id and (restarted or _launcher_is_older_than(file)):
+        joined = int(code) in (EXIT_PREEMPTED, EXIT_NOT_SAVED) and _hosts() > int(hosts)
+        if marked_by == run_id and not joined and (restarted or _launcher_is_older_than(file)):
             status = int(code)
             tell_torchrun(reason.strip() or f"this launch ended with status {status}")
             return status
@@ -155,6 +160,11 @@ def final_exit(save: str | Path) -> int | None:
     except (OSError, ValueError):
         pass  # usually there is no such file; an unreadable one must not prevent the run
     return None
+
+
+def _hosts() -> int:
+    """Hosts of this start of the workers."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
 def start_ticks(pid: int) -> int:

@@ -65,6 +65,9 @@ def stopped(pid: int) -> bool:
 
 
 def _mind(pid: int, pipe: int, limit: float, grace: float) -> None:
+    # Some schedulers signal every process of a job. Only the rank decides what a stop request means.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     period = min(1.0, limit / 10)
     quiet, before = 0.0, time.monotonic()
     while quiet <= limit:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from genlip_megatron.faults.exits import EXIT_PREEMPTED, age_of_launch, mark_final, tell_torchrun
+from genlip_megatron.log import warn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_REQUEST = 1.0  # seconds
@@ -39,6 +40,17 @@ def describe_votes(votes: Iterable[Any]) -> str:
     'a signal, train.exit_duration_in_mins'
     """
     return ", ".join(reason for reason, vote in zip(REASONS, votes, strict=True) if vote)
+
+
+def warn_if_killed_before_saving(step_seconds: float) -> None:
+    """Warn if torchrun kills the workers before a step that is running when SIGTERM arrives can end."""
+    given = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and step_seconds > given:
+        warn(
+            f"warning: TORCH_ELASTIC_SHUTDOWN_TIMEOUT = {given:.0f}: a step takes {step_seconds:.0f} s, and torchrun "
+            f"kills the run {given:.0f} s after Ctrl-C or SIGTERM, before it can save. Export a larger value before "
+            f"torchrun, such as {max(600, round(3 * step_seconds))}"
+        )
 
 
 class SignalThread:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from genlip_megatron.command import FILE_ERRORS, UserError, one_line
 from genlip_megatron.config import RunConfig
 from genlip_megatron.device import current_device
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, mark_final, say_error, tell_torchrun
-from genlip_megatron.faults.stop import StopRequest, describe_votes
+from genlip_megatron.faults.stop import StopRequest, describe_votes, warn_if_killed_before_saving
 from genlip_megatron.faults.watchdog import Watchdog
 from genlip_megatron.log import log
 from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
@@ -80,8 +81,12 @@ def train_steps(run: Run, stop: StopRequest) -> int:
         validate(run)
     batches: Iterator[Any] = iter(run.train_loader)
     last_save, save_ok, tally, stopping = run.iteration, True, Tally(), False
+    second_step = run.iteration + 2  # the first may compile
     while run.iteration < config.train.train_iters:
+        began = time.monotonic()
         outcome = train_step(run, batches, stop)
+        if run.iteration == second_step:
+            warn_if_killed_before_saving(time.monotonic() - began)
         run.watchdog.beat()
         tally.add(outcome)
         stopping = any(outcome.stop)

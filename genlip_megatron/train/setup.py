@@ -25,7 +25,7 @@ from genlip_megatron.device import current_device
 from genlip_megatron.estimate import check_fits
 from genlip_megatron.faults.inject import Injector
 from genlip_megatron.faults.watchdog import Watchdog
-from genlip_megatron.log import log
+from genlip_megatron.log import log, warn
 from genlip_megatron.model.fp8_state import FP8Snapshot
 from genlip_megatron.model.genlip import build_model, unwrap
 from genlip_megatron.model.pipeline import describe_split
@@ -60,6 +60,7 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     watchdog.meet()
     watchdog.beat()
     log(check_machine(config))
+    warn_of_few_cores()
     if config.train.check_memory and not config.log.eval_only:
         check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank(), current_device().type)
     # Cheap checks come first: the log, then the data.
@@ -81,6 +82,16 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     writer.begin(run.iteration)
     run.writer = writer
     return run
+
+
+def warn_of_few_cores() -> None:
+    """Warn if this process may use only some of the machine's cores, and fewer than two for each of its ranks."""
+    cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cores < min(2 * ranks, os.cpu_count() or 1):
+        warn(
+            f"warning: {cores} of {os.cpu_count()} CPU cores for {ranks} ranks: data will be decoded slowly. With "
+            "SLURM launch by srun --cpu-bind=none --cpus-per-task=$SLURM_CPUS_ON_NODE, as examples/slurm_run.sh does"
+        )
 
 
 def memory_of_a_rank() -> float:

@@ -1,4 +1,4 @@
-"""Writers of a run's metrics: TensorBoard and Weights & Biases."""
+"""Writers of a run's metrics: TensorBoard, Weights & Biases, and a file for Prometheus."""
 
 from __future__ import annotations
 
@@ -6,23 +6,44 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from genlip_megatron import atomic_write
 from genlip_megatron.checkpoint.collectives import from_rank_0
+from genlip_megatron.checkpoint.paths import LATEST
 from genlip_megatron.config import RunConfig
 
 WANDB_FILE = "wandb.json"  # in the run's folder: which W&B run it is
 WANDB_STEP = "iteration"
 
 
+def prometheus_text(values: Mapping[str, float], save: str) -> str:
+    """Values by TensorBoard tag as gauges in Prometheus' text format, labelled with the run's folder.
+
+    >>> print(prometheus_text({"lm loss": 2.5}, "runs/so16"), end="")
+    # TYPE genlip_lm_loss gauge
+    genlip_lm_loss{save="runs/so16"} 2.5
+    """
+    label = save.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    lines = []
+    for tag, value in values.items():
+        name = "genlip_" + re.sub(r"[^a-z0-9]+", "_", tag.lower())
+        text = "NaN" if math.isnan(value) else "+Inf" if value == math.inf else repr(float(value))
+        lines += [f"# TYPE {name} gauge", f'{name}{{save="{label}"}} {text}']
+    return "\n".join([*lines, ""])
+
+
 class Writer:
-    """TensorBoard and, if configured, Weights & Biases; does nothing on ranks that are not ``active``.
+    """TensorBoard and, if configured, Weights & Biases and a file for Prometheus; only on the ``active`` rank.
 
     After a crash or a rollback TensorBoard hides the events of repeated steps. W&B only appends to a run's history and
     drops values of steps before its last; so the step is logged as a value, "iteration", the x-axis of its charts.
@@ -40,6 +61,8 @@ class Writer:
         self._wandb_file = Path(self._save) / WANDB_FILE if self._save else None
         self._board: Any = None
         self._wandb: Any = None
+        self._prometheus = config.log.prometheus_file
+        self._latest: dict[str, float] = {}  # what the file for Prometheus has
         self._where_it_writes(self._check)
 
     def begin(self, step: int) -> None:
@@ -70,6 +93,14 @@ class Writer:
             Path(self._folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
+        if self._prometheus:
+            try:
+                Path(self._prometheus).parent.mkdir(parents=True, exist_ok=True)
+                atomic_write.write(self._prometheus, "")
+            except OSError as error:
+                raise ValueError(
+                    f"log.prometheus_file = {self._prometheus}: {error}. Choose a file that can be written to"
+                ) from None
         if log.wandb_project:
             if importlib.util.find_spec("wandb") is None:
                 raise ValueError(
@@ -144,6 +175,17 @@ class Writer:
             self._board.flush()
         if self._wandb is not None:
             self._wandb.log({**values, WANDB_STEP: step})
+        if self._prometheus and self._active:
+            self._write_prometheus(values, step)
+
+    def _write_prometheus(self, values: dict[str, float], step: int) -> None:
+        """Replace the file. A full disk must not end the run; the file's own time then shows that it is old."""
+        self._latest |= {**values, "iteration": float(step), "last-report-timestamp-seconds": time.time()}
+        with contextlib.suppress(OSError):  # no checkpoint yet
+            saved = (Path(self._save) / LATEST).stat().st_mtime
+            self._latest["last-checkpoint-timestamp-seconds"] = saved
+        with contextlib.suppress(OSError):
+            atomic_write.write(self._prometheus, prometheus_text(self._latest, self._save), sync=False)
 
     def caption(self, number: int, image: Tensor, text: str, step: int) -> None:
         """Write a validation image, uint8 [3, height, width], with its generated and true captions."""

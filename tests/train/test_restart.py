@@ -224,6 +224,19 @@ def test_a_restarted_worker_exits_with_the_launchs_code(as_worker: Callable[...,
     assert exits.final_exit(tmp_path) == exits.EXIT_BAD_NUMBERS
 
 
+def test_a_stop_for_a_host_that_joins_does_not_end_the_launch(
+    as_worker: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for code, ends in ((exits.EXIT_PREEMPTED, False), (exits.EXIT_USER_ERROR, True)):
+        as_worker("launch 1")
+        monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+        exits.mark_final(tmp_path, code)
+        assert exits.final_exit(tmp_path) == code
+        monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+        assert exits.final_exit(tmp_path) == (code if ends else None)
+        assert (tmp_path / exits.FINAL_EXIT).exists() == ends
+
+
 def test_a_new_launch_removes_an_older_final_exit_file(as_worker: Callable[..., None], tmp_path: Path) -> None:
     as_worker("none")
     exits.mark_final(tmp_path, exits.EXIT_PREEMPTED)

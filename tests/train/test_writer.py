@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import shutil
 import struct
 import sys
@@ -72,6 +73,28 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
         begin(self, step)
 
     monkeypatch.setattr(Writer, "begin", later)
+
+
+def test_prometheus_gets_the_latest_values(tmp_path: Path) -> None:
+    save, file = tmp_path / "run", tmp_path / "metrics" / "genlip.prom"
+    writer = begun(save, 0, log__prometheus_file=str(file))
+    writer.scalars({"lm loss": 2.5, "data-wait": 0.125}, 10)
+    (save / "latest_checkpointed_iteration.txt").write_text("10")
+    writer.scalars({"lm loss": float("nan")}, 20)
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    values = {re.sub(r'\{save="(.*)"\}', "", name): value for name, value in (line.split() for line in lines)}
+    assert all(f'{{save="{save}"}}' in line for line in lines)
+    assert values["genlip_lm_loss"] == "NaN" and values["genlip_data_wait"] == "0.125"
+    assert values["genlip_iteration"] == "20.0"
+    for event in ("report", "checkpoint"):
+        assert abs(time.time() - float(values[f"genlip_last_{event}_timestamp_seconds"])) < 60
+    assert sorted(path.name for path in file.parent.iterdir()) == ["genlip.prom"]
+
+
+def test_a_prometheus_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^log.prometheus_file = .*/file/genlip.prom: .*Choose a file"):
+        begun(tmp_path, 0, log__prometheus_file=str(tmp_path / "file" / "genlip.prom"))
 
 
 def test_steps_after_a_crash_are_shown_once(apart: None, tmp_path: Path) -> None:
