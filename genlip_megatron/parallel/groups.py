@@ -32,21 +32,31 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
+def world_size() -> int:
+    """Number of processes that the launcher started, before they have joined.
+
+    Raises:
+        ValueError: WORLD_SIZE is left over in the environment, without a launcher.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE = {count}: is set in the environment, but no launcher started this process. Run unset "
+            "WORLD_SIZE RANK LOCAL_RANK for one process, or start several with torchrun"
+        )
+    return count
+
+
 def initialize(config: RunConfig) -> None:
     """Join the run's processes and create Megatron-Core's groups.
 
     Works under torchrun and for one process started by hand, which needs no port.
 
     Raises:
-        ValueError: there are more processes than GPUs, or a left-over WORLD_SIZE without a launcher.
+        ValueError: there are more processes than GPUs.
         ConnectionError: the processes cannot connect to each other.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            f"WORLD_SIZE = {world_size}: is set in the environment, but no launcher started this process. Run unset "
-            "WORLD_SIZE RANK LOCAL_RANK for one process, or start several with torchrun"
-        )
     if torch.cuda.is_available():
         grow_segments(config)
         torch.cuda.set_device(own_gpu())

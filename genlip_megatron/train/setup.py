@@ -57,7 +57,7 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
         ValueError: a setting or a file is wrong.
     """
     watchdog = watchdog or Watchdog(0)
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, groups.world_size())
     groups.initialize(config)
     watchdog.meet()
     watchdog.beat()
