@@ -10,10 +10,37 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo evaluate test test-all plugging null-gpu faults parity docs check format clean
+# The oldest Python that setup.py accepts.
+OLDEST := 3.10
+IS_OLD := import sys; sys.exit(sys.version_info < tuple(map(int, '$(OLDEST)'.split('.'))))
 
-$(STAMP): setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+.PHONY: demo evaluate test test-all plugging null-gpu faults parity docs check format clean usable
+
+# $(call usable,FOLDER): end with one line, before anything is made, if no environment can be made there or used.
+define usable
+	@if test -e $(1) || test -L $(1); then \
+		$(1)/bin/python -c "$(IS_OLD)" 2>/dev/null || { echo "$(1): its Python does not run or is older than" \
+			"Python $(OLDEST). Remove it (rm -r $(1)) and run make again" >&2; exit 2; }; \
+	else \
+		$(PYTHON) -c "$(IS_OLD)" 2>/dev/null || { echo "PYTHON = $(PYTHON): does not run or is older than Python" \
+			"$(OLDEST). Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }; \
+	fi
+endef
+
+# $(call environment,FOLDER): make the environment if there is none, all of it or nothing.
+define environment
+	$(call usable,$(1))
+	@test -e $(1) || $(PYTHON) -m venv $(1) || { rm -rf $(1); echo "$(1): $(PYTHON) makes no environment; see above." \
+		"On Debian and Ubuntu, install python3-venv" >&2; exit 2; }
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || { echo "$(1): has no working pip. Remove it (rm -r $(1)) and" \
+		"run make again" >&2; exit 2; }
+endef
+
+usable:
+	$(call usable,$(VENV))
+
+$(STAMP): setup.py | usable
+	$(call environment,$(VENV))
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
@@ -34,16 +61,16 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" $(PARALLEL)
 
 plugging:
-	test -x $(VENV)-hf4/bin/python || $(PYTHON) -m venv $(VENV)-hf4
+	$(call environment,$(VENV)-hf4)
 	$(VENV)-hf4/bin/python -m pip install --quiet --editable ".[dev,onnx]" "transformers>=4.56,<4.58"
 	$(VENV)-hf4/bin/python -m pytest tests/hf tests/plugging tests/infer tests/convert/test_convert_tool.py \
 		tests/convert/test_openclip.py
-	test -x $(VENV)-hf440/bin/python || $(PYTHON) -m venv $(VENV)-hf440
+	$(call environment,$(VENV)-hf440)
 	$(VENV)-hf440/bin/python -m pip install --quiet --editable ".[dev]"
 	$(VENV)-hf440/bin/python -m pip install --quiet --no-deps transformers==4.40.2 tokenizers==0.19.1 \
 		"huggingface-hub<1"
 	$(VENV)-hf440/bin/python -m pytest tests/plugging/test_llava_next.py
-	test -x $(VENV)-lmms/bin/python || $(PYTHON) -m venv $(VENV)-lmms
+	$(call environment,$(VENV)-lmms)
 	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[dev,lmms]"
 	$(VENV)-lmms/bin/python -m pytest tests/plugging/test_lmms_eval.py
 
@@ -54,7 +81,7 @@ CUDA_HOME ?= /usr/local/cuda
 
 $(NULL_GPU)/installed: setup.py
 	test -x $(CUDA_HOME)/bin/nvcc || { echo "CUDA_HOME = $(CUDA_HOME) has no bin/nvcc. Set it to a CUDA 13 toolkit"; exit 1; }
-	test -x $(NULL_GPU)/bin/python || $(PYTHON) -m venv $(NULL_GPU)
+	$(call environment,$(NULL_GPU))
 	$(NULL_GPU)/bin/python -m pip install --quiet torch==2.11.0 ninja pybind11 setuptools wheel "numpy<2.3"
 	nvidia=$$($(NULL_GPU)/bin/python -c "import nvidia; print(nvidia.__path__[0])") && \
 	CPATH=$$nvidia/cudnn/include:$$nvidia/nccl/include:$$nvidia/cu13/include CUDA_HOME=$(CUDA_HOME) \

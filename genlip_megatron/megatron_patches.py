@@ -188,8 +188,6 @@ def install() -> None:
     # Adding the same filter again does nothing.
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_is_wanted)
     for message in (
-        ".*(Transformer Engine|Apex|nvrx|flash).*not installed.*",
-        ".*(Transformer Engine|Apex).*Falling back.*",
         "full scope is deprecated",
         r"The \.grad attribute of a Tensor that is not a leaf",
         r"`torch\.distributed\.\w+_tensor` is deprecated",

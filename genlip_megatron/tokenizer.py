@@ -16,6 +16,11 @@ from typing import Any, Protocol
 
 END_OF_TURN = "<|im_end|>"
 _LETTERS = string.digits + string.ascii_letters + string.punctuation + "éÉñ"
+# Where a new user gets one.
+_SOURCES = (
+    "a tokenizer.json, such as the paper's (hf download Qwen/Qwen3-0.6B tokenizer.json --local-dir .), or a "
+    "SentencePiece .model, such as tools/train_tokenizer.py makes from your captions"
+)
 # A character that no vocabulary contains as a token.
 _UNHEARD_OF = "\U0010fffd"
 # How control tokens are spelled, including tokens that a file does not mark as special.
@@ -217,11 +222,13 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     Raises:
         ValueError: no such file, not a tokenizer, one that loses letters, or a token id of ``vocab_size`` or above.
     """
+    if not str(path):
+        raise ValueError(f"data.tokenizer: is not set. Add --tokenizer with {_SOURCES}.")
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"data.tokenizer = {path}: is a folder. Name the tokenizer.json or .model file in it.")
     if not path.is_file():
-        raise ValueError(
-            f"data.tokenizer = {str(path)!r}: no such file. Give a tokenizer.json or a SentencePiece .model."
-        )
+        raise ValueError(f"data.tokenizer = {str(path)!r}: no such file. Give {_SOURCES}.")
     if path.suffix not in (".json", ".model"):
         raise ValueError(f"data.tokenizer = {path}: expected a Hugging Face .json or a SentencePiece .model file.")
     kind = _HuggingFace if path.suffix == ".json" else _SentencePiece

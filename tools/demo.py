@@ -37,8 +37,9 @@ MAX_NEW_TOKENS = "48"
 # The file that marks a folder as a demo's run, and the other files that may be in it.
 MARK, MARK_TEXT = "made_by_demo", "This run was made by tools/demo.py, which replaces it when it runs again.\n"
 RUN_FILES = (
-    MARK, "latest_checkpointed_iteration.txt", "run.lock", "quarantine.jsonl", "final_exit", "captions.jsonl",
-    "captions-exported.jsonl", "captions-recomputed.jsonl", "tensorboard/events.out.tfevents.*", "profile/rank*.gz",
+    MARK, "config.yaml", "latest_checkpointed_iteration.txt", "run.lock", "quarantine.jsonl", "final_exit",
+    "captions.jsonl", "captions-exported.jsonl", "captions-recomputed.jsonl",
+    "tensorboard/events.out.tfevents.*", "profile/rank*.gz",
 )  # fmt: skip
 # Captions an exported folder with transformers only. float32 on the CPU, so that tokens can be compared one by one.
 PLAIN_TRANSFORMERS = """

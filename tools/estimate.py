@@ -29,9 +29,9 @@ import torch
 
 from genlip_megatron import estimate as es
 from genlip_megatron.batch import PackedBatch, Sample, pack_samples
-from genlip_megatron.config import LINEAR_INPUTS, PATCH_SIZE, PATCH_VALUES, RunConfig, from_dict, load_yaml, override
+from genlip_megatron.config import LINEAR_INPUTS, PATCH_SIZE, PATCH_VALUES, RunConfig, from_dict
 from genlip_megatron.config.checks import check
-from genlip_megatron.config.command_line import RunParser, build_parser
+from genlip_megatron.config.command_line import RunParser, build_parser, read_settings
 
 # fmt: off
 SMALL = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 352,
@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = "cpu" if options["gpu"] == "cpu" else "cuda"
     given = bool(es.LAYOUT_FLAGS.keys() & settings)
     try:
-        config = override(from_dict(load_yaml(name) if name else {}, f"--config {name}"), settings)
+        config = read_settings(name, settings)
         machine, timed = chosen_machine(options)
         mix = sample_mix(config, options)
         # A recipe's own layout may not suit this number of ranks; the search then finds others.

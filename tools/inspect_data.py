@@ -83,8 +83,22 @@ def assemble(loader: Loader, samples: list[int], step: int, name: str) -> Pack:
         row = dataset.plan_rows(np.array([number]))[0]
         shard, key = loader.samples.shard(sample), loader.samples.key(sample)
         size = int(row["height"]), int(row["width"]), int(row["text_tokens"])
-        origins.append(Origin(key, shard, *size, reasons.get((shard, key), "")))
+        source = describe_source(loader.samples.record(sample).get("source"))
+        origins.append(Origin(key, shard, *size, reasons.get((shard, key), ""), source))
     return Pack(batch, origins, name)
+
+
+def describe_source(source: object) -> str:
+    """The source that make_shards.py keeps with a sample, on one line.
+
+    >>> describe_source({"path": "a.png", "row": 3, "columns": {"license": "CC0"}}), describe_source("web")
+    ('path a.png, row 3, license CC0', 'web')
+    """
+    if not isinstance(source, dict):
+        return str(source) if source else ""
+    columns = source.get("columns")
+    named = {**source, **columns} if isinstance(columns, dict) else source
+    return ", ".join(f"{name} {value}" for name, value in named.items() if not isinstance(value, dict))
 
 
 def first_packs(loader: Loader, packs: int, samples: int) -> list[Pack]:

@@ -51,6 +51,7 @@ class Origin:
     width: int
     text_tokens: int  # before it was cut to fit its pack
     reason: str = ""  # why it carries no loss
+    source: str = ""  # where tools/make_shards.py had it from
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,8 @@ def sample_card(pack: Pack, number: int, tokenizer: Tokenizer) -> str:
     }
     return (
         f"<section class=card><h3>{escape(origin.key)}</h3>"
-        f"<p class=paths>{escape(origin.shard)} &nbsp; {pack.name}, sample {number + 1}</p>{notes}"
+        f"<p class=paths>{escape(origin.shard)} &nbsp; {pack.name}, sample {number + 1}</p>"
+        f"{f'<p class=paths>from {escape(origin.source)}</p>' if origin.source else ''}{notes}"
         f"<div class=columns>{figure(batch, number)}<div>{facts(values)}{chips(pack, number, tokenizer)}</div></div>"
         "</section>"
     )
@@ -392,6 +394,8 @@ unicode-bidi:isolate;max-width:100%}
 .bar svg{flex:1;height:26px}.bar path{stroke:#0f172a;stroke-width:1px;vector-effect:non-scaling-stroke}
 .masks{display:grid;grid-template-columns:1fr 1fr;gap:24px;margin-top:16px}
 .masks img{width:100%;border:1px solid #e2e8f0}figcaption{font-size:12.5px;color:#475569}
+@media(max-width:760px){body{padding:12px}.columns{display:block}.columns>div{min-width:0}.sample{max-width:100%}
+.masks{grid-template-columns:1fr}}
 $colours
 </style></head><body>
 $heading

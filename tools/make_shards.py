@@ -2,6 +2,7 @@
 """Pack your own images and captions into WebDataset tar shards, for tools/prepare_data.py to index.
 
     tools/make_shards.py photos --output data                      # photos/a/1.jpg beside photos/a/1.json or 1.txt
+    tools/make_shards.py photos --output data --val-fraction 0.05  # train-*.tar, and val-*.tar for --valid-data
     tools/make_shards.py table.csv --output data --prefix val      # columns "image" and "caption"
     tools/make_shards.py llava.json --output data --conversations-column conversations --image-root photos
 
@@ -16,7 +17,8 @@
 An image column holds the images' bytes or paths; relative paths may not leave --image-root. Captions and sizes are
 checked as in prepare_data.py, which also decodes the images later. Image bytes are copied unchanged. Samples that
 cannot be packed are listed in PREFIX.skipped.jsonl; rows and lines of tables count from 1. Shards keep the order of the
-source, so their bytes do not depend on the number of workers. docs/data.md has the details.
+source, so their bytes do not depend on the number of workers. --val-fraction splits by the images' bytes: the same
+images always go to validation, and copies of an image stay together. docs/data.md has the details.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
 from PIL import Image
 from shard_sources import Row, open_source, other_format, to_json
 from tqdm import tqdm
@@ -97,6 +100,15 @@ def read_record(caption: Sequence[str] | bytes) -> bytes:
     raise problems[0]
 
 
+def with_source(record: bytes, source: dict[str, Any] | None) -> bytes:
+    """The record with the sample's source, unless it says one itself or would be too large. Training reads neither."""
+    tree = json.loads(record)
+    if not source or not isinstance(tree, dict) or "source" in tree:
+        return record
+    whole = to_json({**tree, "source": source})
+    return whole if len(whole) <= MAX_CAPTION_BYTES else record
+
+
 def read_image(root: str, image: str | bytes) -> tuple[str, bytes]:
     """(suffix in the shard, bytes) of an image. Raises ValueError if it cannot be packed."""
     if isinstance(image, bytes):
@@ -108,7 +120,7 @@ def read_image(root: str, image: str | bytes) -> tuple[str, bytes]:
     if suffix in OTHER_IMAGE_SUFFIXES:
         raise ValueError(other_format(suffix))
     if suffix not in IMAGE_SUFFIXES:
-        raise ValueError(f"image path does not end in {', '.join(IMAGE_SUFFIXES)}: {image[:200]!r}")
+        raise ValueError(f"image path does not end in {', '.join(IMAGE_SUFFIXES)}: {image[-80:]!r}")
     path = image if os.path.isabs(image) else os.path.normpath(image)
     if path.split(os.sep)[0] == os.pardir:
         raise ValueError(f"image path leaves --image-root: {image}")
@@ -134,7 +146,7 @@ def read_row(root: str, row: Row) -> tuple[str, dict[str, bytes]]:
     try:
         if row.problem:
             raise ValueError(row.problem)
-        record = read_record(row.caption)
+        record = with_source(read_record(row.caption), row.source)
         suffix, image = read_image(root, row.image)
     except ValueError as error:
         return str(error), {}
@@ -165,6 +177,15 @@ def is_own(shard: Path) -> bool:
 is_skipped_list = json_lines(lambda keys: "reason" in keys and keys <= {"row", "line", "path", "reason"})
 
 
+def for_validation(image: bytes, fraction: float) -> bool:
+    """Whether a sample goes to validation. Only its image's bytes decide, so copies of an image stay together.
+
+    >>> [sum(for_validation(b"%d" % i, fraction) for i in range(1000)) for fraction in (0, 0.1, 1)]
+    [0, 97, 1000]
+    """
+    return xxhash.xxh3_64_intdigest(image) < fraction * 2**64
+
+
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
     """A file that takes its name when the block ends without an error."""
@@ -172,13 +193,53 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[int, Counter[str]]:
-    """(samples written, skipped rows by reason). Raises ValueError if earlier shards exist without --overwrite."""
-    samples, skipped, output = 0, Counter[str](), Path(options.output)
-    shard_name = re.compile(rf"{re.escape(options.prefix)}-\d{{5,}}\.tar")
-    earlier = [path for path in output.glob("*.tar") if shard_name.fullmatch(path.name)]
+class Shards:
+    """Numbered shards of one prefix in a folder, each with its final name once it is complete."""
+
+    def __init__(self, output: Path, prefix: str, samples_per_shard: int) -> None:
+        self.output, self.prefix, self.samples = output, prefix, 0
+        self._samples_per_shard = samples_per_shard
+        self._shard = contextlib.ExitStack()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._shard.__exit__(*error)
+
+    @property
+    def pattern(self) -> str:
+        """A glob of these shards."""
+        return str(self.output / f"{self.prefix}-*.tar")
+
+    def earlier(self) -> list[Path]:
+        """Shards of this prefix that exist already."""
+        name = re.compile(rf"{re.escape(self.prefix)}-\d{{5,}}\.tar")
+        return [path for path in self.output.glob("*.tar") if name.fullmatch(path.name)]
+
+    def add(self, members: dict[str, bytes]) -> None:
+        """Append a sample, given as {suffix: content}."""
+        if self.samples % self._samples_per_shard == 0:
+            self._shard.close()
+            number = self.samples // self._samples_per_shard
+            file = self._shard.enter_context(replacing(self.output / f"{self.prefix}-{number:05d}.tar"))
+            archive = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+            self._archive = self._shard.enter_context(archive)
+        for suffix, content in members.items():
+            member = tarfile.TarInfo(f"{self.samples:09d}{suffix}")
+            member.size = len(content)
+            self._archive.addfile(member, io.BytesIO(content))
+        self.samples += 1
+
+
+def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[list[Shards], Counter[str]]:
+    """(shards of each split, skipped rows by reason). Raises ValueError if earlier shards exist without --overwrite."""
+    skipped, output = Counter[str](), Path(options.output)
+    prefixes = [options.prefix, *([validation_prefix(options.prefix)] if options.val_fraction else [])]
+    splits = [Shards(output, prefix, options.samples_per_shard) for prefix in prefixes]
+    earlier = [path for shards in splits for path in shards.earlier()]
     if earlier and not options.overwrite:
-        there = f"{len(earlier)} shards of --prefix {options.prefix} already exist"
+        there = f"{len(earlier)} shards of --prefix {' and '.join(prefixes)} already exist"
         raise ValueError(f"--output {output}: {there}. Change one of the two, or use --overwrite to replace them.")
     for path in earlier:
         if path.is_symlink() or not is_own(path):
@@ -190,7 +251,10 @@ def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[i
     # Spawned before .parquet reading starts threads, whose locks forked workers could inherit in a locked state.
     pool = WorkerPool(options.workers)
     try:
-        with replacing(output / f"{options.prefix}.skipped.jsonl") as listing, contextlib.ExitStack() as shard:
+        with contextlib.ExitStack() as files:
+            listing = files.enter_context(replacing(output / f"{options.prefix}.skipped.jsonl"))
+            for shards in splits:
+                files.enter_context(shards)
             results = read_ahead(pool, rows, root, ROWS_A_WORKER * options.workers)
             for row, (reason, members) in tqdm(results, desc="pack", unit="row", file=sys.stderr):
                 if reason:
@@ -199,19 +263,16 @@ def pack(rows: Iterator[Row], root: str, options: argparse.Namespace) -> tuple[i
                     continue
                 while earlier:  # only once there is a first sample to replace them
                     earlier.pop().unlink()
-                if samples % options.samples_per_shard == 0:
-                    shard.close()
-                    number = samples // options.samples_per_shard
-                    file = shard.enter_context(replacing(output / f"{options.prefix}-{number:05d}.tar"))
-                    archive = shard.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT))
-                for suffix, content in members.items():
-                    member = tarfile.TarInfo(f"{samples:09d}{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-                samples += 1
+                image = next(content for suffix, content in members.items() if suffix != ".json")
+                splits[for_validation(image, options.val_fraction)].add(members)
     finally:
         pool.shutdown(cancel_futures=True)
-    return samples, skipped
+    return splits, skipped
+
+
+def validation_prefix(prefix: str) -> str:
+    """The prefix of the validation shards beside those of ``prefix``; no glob ``PREFIX-*`` matches both."""
+    return "val" if prefix == "train" else f"val-{prefix}"
 
 
 @command
@@ -220,6 +281,13 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE", help=f"folder, or table: {', '.join(TABLE_SUFFIXES)}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--prefix", default="train", help="prefix of the shards' names (default: train)")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="fraction of the images that goes to validation shards: val-*.tar, or val-PREFIX-*.tar (default: 0)",
+    )
     parser.add_argument("--samples-per-shard", type=int, default=10000, help="samples per shard (default: 10000)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="remove earlier shards of this prefix")
@@ -237,18 +305,32 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
         if not re.fullmatch(r"\w[\w.-]*", options.prefix, re.ASCII):
             raise ValueError(f"--prefix {options.prefix!r}: must be letters, digits, '_', '-' and '.'")
+        if not 0 <= options.val_fraction < 1:
+            raise ValueError(f"--val-fraction {options.val_fraction}: must be at least 0 and below 1")
         rows, root = open_source(options)
-        samples, skipped = pack(rows, root, options)
+        splits, skipped = pack(rows, root, options)
     except (ValueError, BrokenProcessPool) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except OSError as error:  # only writing raises it; read errors are ValueErrors or skipped rows
         parser.exit(2, f"{parser.prog}: error: --output {options.output}: cannot be written: {error.strerror}\n")
     for reason, count in skipped.most_common():
         print(f"  skipped {count}: {reason}")
-    if samples == 0:
+    if not any(shards.samples for shards in splits):
         parser.exit(1, f"{parser.prog}: error: SOURCE {options.source}: no row can be packed; see the reasons above\n")
-    print(f"{samples} samples in {math.ceil(samples / options.samples_per_shard)} shards, {skipped.total()} skipped; "
-          f"next: python tools/prepare_data.py {shlex.quote(options.output)} --tokenizer tokenizer.json")  # fmt: skip
+    for shards in splits:
+        if not shards.samples:
+            parser.exit(
+                1,
+                f"{parser.prog}: error: --val-fraction {options.val_fraction}: no sample went to "
+                f"{shards.prefix}-*.tar. Choose a fraction nearer to 0.5\n",
+            )
+    packed = ", ".join(
+        f"{shards.samples} samples in {math.ceil(shards.samples / options.samples_per_shard)} shards of {shards.prefix}"
+        for shards in splits
+    )
+    print(f"{packed}, {skipped.total()} skipped; next:")
+    for shards in splits:
+        print(f"  python tools/prepare_data.py {shlex.quote(shards.pattern)} --tokenizer tokenizer.json")
 
 
 if __name__ == "__main__":

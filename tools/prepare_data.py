@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -31,16 +32,19 @@ from genlip_megatron import storage
 from genlip_megatron.config import DEFAULT_PROMPT, DataConfig
 from genlip_megatron.config.command_line import StrictParser
 from genlip_megatron.data.dataset import open_dataset
+from genlip_megatron.data.image import IMAGE_SUFFIXES
 from genlip_megatron.data.index import ShardIndex
 from genlip_megatron.data.manifest import Totals, check_files, manifest_paths, other_shards, write_manifest
 from genlip_megatron.data.patterns import expand_shards
 from genlip_megatron.data.plan import Plan, Source
 from genlip_megatron.data.prepare import index_shards
+from genlip_megatron.data.tables import table_suffix
 from genlip_megatron.data.text import encode_prompt
 from genlip_megatron.tokenizer import Tokenizer, load_tokenizer
 
 _ESTIMATE_SAMPLES = 50_000
 _LISTED = 20  # shards listed one by one
+_MOST_PREFIXES = 8  # more are names without meaning, such as checksums
 _SIDE_BINS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 16)
 _TOKEN_BINS = (0, 16, 32, 64, 128, 256, 512, 1024, 4096, 1 << 16)
 
@@ -59,6 +63,33 @@ def default_manifest(shards: Sequence[str]) -> str:
     common = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     stem = re.sub(r"[-_.,0-9]+$", "", "".join(letters[0] for letters in common))
     return storage.join(folder, f"{stem}.dataset.json" if stem else "dataset.json")
+
+
+def refuse_unpacked(paths: Sequence[str]) -> None:
+    """Raise ValueError if a path is a table or an image, by its suffix: it would count as an unreadable shard."""
+    for path in paths:
+        pack = f"not a shard. Pack it first: python tools/make_shards.py {shlex.quote(path)} --output SHARDS"
+        if table_suffix(path):
+            raise ValueError(f"PATH {path}: is a table, {pack}")
+        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+            raise ValueError(f"PATH {path}: is an image, not a shard. Pack its folder with tools/make_shards.py first")
+
+
+def mixed_prefixes(shards: Sequence[str]) -> str:
+    """A line about shards whose names differ in more than numbers, as those of several splits do; else "".
+
+    >>> mixed_prefixes(["d/train-00000.tar", "d/train-00001.tar", "d/val-00000.tar"])
+    'the shards have 2 prefixes: train (2 shards), val (1)'
+    >>> mixed_prefixes(["d/00000.tar", "d/00001.tar", "e/00000.tar"])
+    ''
+    """
+    names = (re.sub(r"[-_.,\d]+$", "", shard.rsplit("/", 1)[-1].removesuffix(".tar")) for shard in shards)
+    counts = collections.Counter(re.sub(r"\d+", "#", name) for name in names)
+    if not 1 < len(counts) <= _MOST_PREFIXES:
+        return ""
+    (first, many), *rest = sorted(counts.items())
+    others = "".join(f", {name or '(none)'} ({count})" for name, count in rest)
+    return f"the shards have {len(counts)} prefixes: {first or '(none)'} ({many} shards){others}"
 
 
 def show_histogram(title: str, counts: np.ndarray, bins: Sequence[int]) -> None:
@@ -180,6 +211,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     encode_prompt(options.prompt, tokenizer, "--prompt")
     shards = expand_shards(options.shards, "PATH", check_files=False)
+    refuse_unpacked(shards)
     manifest = options.manifest or default_manifest(shards)
     if not manifest.endswith(".json"):
         raise ValueError(f"--manifest {manifest}: must end in .json")
@@ -226,6 +258,11 @@ def main() -> None:
         show_list(losses, f"; see {quarantine}")
     for file in (manifest, quarantine):
         print(f"{file} written")
+    if mixed := mixed_prefixes(shards):
+        print(
+            f"WARNING: {mixed}, and {manifest} lists them all. If one is for validation, index each split by its own "
+            "glob, such as 'shards/train-*.tar'"
+        )
 
 
 if __name__ == "__main__":

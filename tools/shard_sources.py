@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 
 from genlip_megatron.data.image import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from genlip_megatron.data.scan import CAPTION_SUFFIXES
-from genlip_megatron.data.tables import TABLE_SUFFIXES, column_names, table_rows, table_suffix
+from genlip_megatron.data.tables import TABLE_SUFFIXES, column_names, plain_columns, table_rows, table_suffix
 
 # How pandas writes a missing value, in lower case. None of these is a useful caption.
 MISSING = {"", "nan", "-nan", "none", "null", "na", "n/a", "<na>", "#n/a", "#n/a n/a", "#na"}
@@ -27,6 +29,7 @@ class Row(NamedTuple):
     image: str | bytes = ""  # a path, absolute or below the root, or the image's bytes
     caption: Sequence[str] | bytes = ()  # the files to try in order, or the record
     problem: str = ""  # why it cannot be used
+    source: dict[str, Any] | None = None  # its place and other columns, which travel with the sample
 
 
 def leaves(root: str, path: str) -> bool:
@@ -72,7 +75,8 @@ def folder_rows(root: str, folder: str = "") -> Iterator[Row]:
                 problem = f"more than one image: {', '.join(captions)} may be of any of {images[stem]}"
             elif any(leaves(root, os.path.join(root, folder, part)) for part in (name, *captions)):
                 problem = "a link that leaves the folder"
-            yield Row({"path": path}, path, [os.path.join(root, folder, file) for file in captions], problem)
+            files = [os.path.join(root, folder, file) for file in captions]
+            yield Row({"path": path}, path, files, problem, {"path": path})
         elif os.path.isdir(os.path.join(root, path)):  # a link: following it could loop forever
             yield Row({"path": path}, problem="linked folder is not followed")
 
@@ -92,6 +96,9 @@ def find_column(source: str, names: Sequence[str], flag: str, wanted: Sequence[s
             if found:
                 return found[0]
     hint = f"name yours with {flag}" + (" or --conversations-column" if flag == "--caption-column" else "")
+    links = [name for name in names if re.fullmatch(r"(image_?|img_?)?(url|link)s?", name.strip(), re.IGNORECASE)]
+    if flag == "--image-column" and links:
+        hint = f"column {links[0]} holds links: download the images with img2dataset, whose shards need no packing"
     if any(os.path.splitext(name.strip())[1].lower() in IMAGE_SUFFIXES for name in names):
         hint = "the first line must name the columns"
     has = textwrap.shorten(", ".join(names), 1000) or "none"
@@ -119,7 +126,7 @@ def open_source(options: argparse.Namespace) -> tuple[Iterator[Row], str]:
     # Hugging Face's image folders call it file_name.
     images = find_column(source, names, "--image-column", [image_column] if image_column else ["image", "file_name"])
     texts = find_column(source, names, f"--{field}-column", [text_column or field])
-    table = table_rows(source, images, [images, texts])
+    table = table_rows(source, images, list(dict.fromkeys([images, texts, *plain_columns(source)])))
     first = next(table, None)
     if first is None:
         raise ValueError(f"SOURCE {source}: the table has no rows")
@@ -132,9 +139,24 @@ def table_row(where: dict[str, int], cells: dict[str, Any] | str, images: str, t
     try:
         if isinstance(cells, str):
             raise ValueError(cells)
-        return Row(where, caption=caption_cell(field, cells.get(texts)), image=image_cell(cells.get(images)))
+        image = image_cell(cells.get(images))
+        path = {"path": image} if isinstance(image, str) else {}
+        others = {name: cell for name, cell in cells.items() if name not in (images, texts) and is_plain(cell)}
+        source = {**path, "row": where["row"], **({"columns": others} if others else {})}
+        return Row(where, image, caption_cell(field, cells.get(texts)), source=source)
     except ValueError as error:
         return Row(where, problem=str(error))
+
+
+def is_plain(cell: object) -> bool:
+    """Whether a table's cell is worth keeping beside a sample: text of up to 1000 letters, or a number.
+
+    >>> [is_plain(cell) for cell in ("CC0", 3, True, None, float("nan"), b"", ["a"], 1001 * "a")]
+    [True, True, True, False, False, False, False, False]
+    """
+    if isinstance(cell, str) and len(cell) > 1000:
+        return False
+    return isinstance(cell, str | int | float) and cell not in (math.inf, -math.inf) and not is_missing(cell)
 
 
 def is_missing(cell: object) -> bool:
@@ -159,6 +181,8 @@ def caption_cell(field: str, cell: object) -> bytes:
             cell = json.loads(cell) if field == "conversations" else cell
         except (ValueError, RecursionError) as error:
             raise ValueError(f"conversations are not JSON: {error}") from error
+    elif field == "caption" and isinstance(cell, list):
+        raise ValueError(f"caption is a list: a sample has one caption, this row has {len(cell)}; write a row for each")
     return to_json({field: cell})
 
 
@@ -177,6 +201,8 @@ def image_cell(cell: Any) -> str | bytes:
         raise ValueError("image is missing or empty")
     if isinstance(cell, list):
         raise ValueError("image is a list: a sample has one image")
+    if isinstance(cell, str) and re.match(r"\s*\{\s*['\"](bytes|path)['\"]", cell):
+        raise ValueError("image is the text of a record: such a table keeps no bytes; write it as .parquet")
     if not isinstance(cell, str | bytes):
         raise ValueError(f"image is neither a path nor bytes: {type(cell).__name__}")
     return cell

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import os
 import shutil
 import time
@@ -142,6 +143,22 @@ class Saver:
         """Whether this rank's files are written, or no save is in progress. Not a collective."""
         pending = self._pending
         return pending is None or isinstance(pending.written, Written) or pending.written.result.done()
+
+    def among_best(self, loss: float) -> bool:
+        """Whether ``checkpoint.keep_best`` would keep a checkpoint of this validation loss. A collective."""
+        found: bool = on_rank_0(lambda: self._among_best(loss))
+        return found
+
+    def _among_best(self, loss: float) -> bool:
+        most, losses = self.config.checkpoint.keep_best, []
+        if not most or not math.isfinite(loss):
+            return False
+        if self._pending is not None:
+            losses.append(self._pending.manifest.validation_loss)
+        for step in paths.steps(self.root):
+            with contextlib.suppress(manifest.Damaged):
+                losses.append(manifest.read(paths.step_folder(self.root, step)).validation_loss)
+        return sum(other is not None and other <= loss for other in losses) < most
 
     def save(
         self,

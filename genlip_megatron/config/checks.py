@@ -85,7 +85,7 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
             "checkpoint.load, checkpoint.save: --finetune starts a new run, which needs its own folder. Name another "
             "folder with --save."
         )
-    if eval_only and not options.load:
+    if eval_only and not (options.load or options.save):
         yield "log.eval_only: there is no checkpoint to validate. Name one with --load."
     if eval_only and not config.data.valid_data:
         yield "log.eval_only: there is no validation data. Name it with --valid-data."

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from genlip_megatron.config import SECTIONS, RunConfig, from_dict, load_yaml, nearest, override, recipe_names
+from genlip_megatron.config import (
+    SECTIONS,
+    RunConfig,
+    from_dict,
+    load_yaml,
+    nearest,
+    override,
+    recipe_names,
+)
 from genlip_megatron.config.checks import check
 from genlip_megatron.config.suggest import for_flag
 from genlip_megatron.faults.exits import first_of_machine, say_error
 
 RUN = "pretrain_genlip.py"
+# What decides the model's size. The defaults of these settings are so16's.
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "text_hidden_size")
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -143,9 +155,65 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, str]:
     name = options.pop("config")
     asked = [action for action in ("dry_run", "print_config") if options.pop(action)]
     try:
-        config = from_dict(load_yaml(name), f"--config {name}") if name else RunConfig()
-        config = override(config, options)
+        _check_start(name, options)
+        config = read_settings(name, options)
         check(config)
     except ValueError as error:
         parser.error(str(error))
     return config, asked[-1] if asked else ""
+
+
+def read_settings(name: str, flags: Mapping[str, Any]) -> RunConfig:
+    """The settings of a recipe or YAML file, if ``name`` is not empty, and of flags, {"section.key": value}.
+
+    Warns of a size of the model that neither gives, and cuts settings in steps to a shorter ``--train-iters``.
+
+    Raises:
+        ValueError: as ``load_yaml``, ``from_dict`` and ``override`` do.
+    """
+    tree = load_yaml(name) if name else {}
+    config = override(from_dict(tree, f"--config {name}"), flags)
+    missing = [key for key in SIZES if key not in tree.get("model", {}) and f"model.{key}" not in flags]
+    if missing:
+        values = ", ".join(f"model.{key} = {getattr(config.model, key)}" for key in missing)
+        _say(
+            f"{f'--config {name}' if name else 'no --config'}: nothing sets {values}; the values are so16's. Set "
+            + ("them, or add a line such as base: l16_stage1" if name else "them, or add --config NAME")
+        )
+    return override(config, _shortened(config, flags))
+
+
+def _check_start(name: str, flags: Mapping[str, Any]) -> None:
+    """Raise ValueError if nothing says which model to train: no file, no size, and no checkpoint to go on from."""
+    save = flags.get("checkpoint.save")
+    resumes = "checkpoint.load" in flags or (save and any(Path(save).glob("iter_*")))
+    if not (name or resumes or any(f"model.{key}" in flags for key in SIZES)):
+        raise ValueError(
+            "--config: names no recipe, and no flag gives the model's size. Add --config with one of "
+            f"{', '.join(recipe_names())}, or with the path of a YAML file"
+        )
+
+
+def _shortened(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in steps that do not fit a shorter ``--train-iters``, cut to it: {"section.key": value}.
+
+    A flag is never cut, because it would not do what its user asked for.
+    """
+    steps, warmup = config.train.train_iters, config.train.lr_warmup_iters
+    shorter: dict[str, Any] = {}
+    if "train.train_iters" not in flags or steps < 1:
+        return {}
+    if warmup >= steps and "train.lr_warmup_iters" not in flags:
+        shorter["train.lr_warmup_iters"] = steps - 1
+    first, last = config.log.profiled_steps
+    if config.log.profile and last > steps and "log.profile_steps" not in flags:
+        shorter["log.profile_steps"] = f"{min(first, steps)}:{steps}"
+    for key, value in shorter.items():
+        _say(f"{key} = {config.value(key)}: cut to {value}, because --train-iters is {steps}")
+    return shorter
+
+
+def _say(text: str) -> None:
+    """Print a warning about settings on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: WARNING: {text}", file=sys.stderr, flush=True)

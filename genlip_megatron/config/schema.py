@@ -172,7 +172,9 @@ class DataConfig:
     train_epochs: str = _opt(
         "", "repeats of each train_data entry per epoch, such as 1:4; instead of train_weights", DATA
     )
-    valid_data: tuple[str, ...] = _opt((), "validation data, given like train_data", FREE, paths=True)
+    valid_data: tuple[str, ...] = _opt(
+        (), "validation data, given like train_data; each manifest is a set with its own loss", FREE, paths=True
+    )
     tokenizer: str = _opt("", "Hugging Face tokenizer.json or SentencePiece .model file", MODEL)
     prompt: str = _opt(DEFAULT_PROMPT, "prompt of samples that have only a caption", DATA)
     image_mode: str = _opt("fixed", "how images are resized", DATA, choices=("fixed", "native"))
@@ -324,7 +326,12 @@ class CheckpointConfig:
     )
     keep_last: int = _opt(3, "newest checkpoints to keep; 0: all", FREE, min=0)
     keep_every: int = _opt(0, "also keep checkpoints of steps that are a multiple of this; 0: none", FREE, min=0)
-    keep_best: int = _opt(1, "also keep this many checkpoints of lowest validation loss", FREE, min=0)
+    keep_best: int = _opt(
+        1,
+        "also keep this many checkpoints of lowest validation loss; a validation that is among them saves one",
+        FREE,
+        min=0,
+    )
     verify: str = _opt("full", "check before loading: checksums (full) or sizes", START, choices=("full", "sizes"))
     change_drop_path: bool = _opt(False, "on resume: accept another drop_path_rate", START)
 
@@ -379,7 +386,7 @@ class LogConfig:
     profile_steps: str = _opt("10:12", "first and last step to trace", FREE)
     profile_ranks: tuple[int, ...] = _opt((0,), "ranks to trace", FREE)
     eval_interval: int = _opt(1000, "steps between validations; 0: only at the end", FREE, min=0)
-    eval_iters: int = _opt(10, "global batches of one validation", FREE, min=1)
+    eval_iters: int = _opt(0, "global batches of each validation set that one validation uses; 0: all", FREE, min=0)
     eval_only: bool = _opt(False, "validate the loaded checkpoint and exit", START)
     tensorboard_dir: str = _opt("", "TensorBoard folder; empty: <save>/tensorboard", FREE)
     wandb_project: str = _opt("", "also log to this Weights & Biases project", FREE)

@@ -6,6 +6,7 @@ a bad sample never changes the plan or the stream.
 
 from __future__ import annotations
 
+import json
 import logging
 import zlib
 from collections.abc import Iterable, Sequence
@@ -102,6 +103,14 @@ class SampleReader:
         """The sample's shard."""
         dataset, local = self.source(sample)
         return dataset.shards[dataset.locate(local)[0]].path
+
+    def record(self, sample: int) -> dict[str, Any]:
+        """The JSON of the sample's caption file; {} if it is plain text or cannot be read."""
+        content, row = self._read([sample], "caption")[0].get(0, (b"", None))
+        if row is None or not row["caption_is_json"]:
+            return {}
+        tree = json.loads(bytes(content).decode("utf-8-sig"))
+        return tree if isinstance(tree, dict) else {}
 
     def _layout(self, packs: Sequence[Sequence[int]]) -> _Layout:
         ids = np.array([sample for pack in packs for sample in pack], np.int64)

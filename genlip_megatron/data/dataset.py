@@ -47,6 +47,7 @@ class Dataset:
         self._plans = [part.plan for part in parts]
         self._plan_offsets = np.cumsum([0, *(len(plan) for plan in self._plans)])
         self.shards = [shard for part in parts for shard in part.shards]
+        self.refused = sum(part.refused for part in parts)  # samples that indexing refused
         self._offsets = np.cumsum([0, *(shard.samples for shard in self.shards)])
         # {shard: (index or error, when to try again)}: an index that could not be read may come back.
         self._open: collections.OrderedDict[int, tuple[ShardIndex | ValueError, float]] = collections.OrderedDict()
@@ -85,6 +86,14 @@ class Dataset:
         rows = self.plan_rows(ids)
         heights, widths = self.image_sizes(rows)
         return np.minimum((heights // PATCH_SIZE) * (widths // PATCH_SIZE) + rows["text_tokens"], self.data.seq_length)
+
+    def tokens(self) -> int:
+        """Tokens of all samples; estimated from 64 evenly spaced blocks if there are more than a million."""
+        blocks, size = (1, len(self)) if len(self) <= _SCAN_ROWS else (64, _SCAN_ROWS // 64)
+        # Single rows instead of blocks would read most pages of the planning file.
+        starts = np.linspace(0, len(self) - size, blocks, dtype=np.int64)
+        ids = (starts[:, None] + np.arange(size)).ravel()
+        return round(float(self.lengths(ids).mean()) * len(self))
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(number of the sample's shard, its row there)."""
@@ -161,12 +170,13 @@ def open_dataset(
                 paths = [path for part, matches in found.items() for path in matches or [part]]
                 parts += [read_manifest(path, fingerprint, data.prompt, setting, data.cache_dir) for path in paths]
             continue
-        rows, shards = [], []
+        rows, shards, refused = [], [], 0
         for shard in expand_shards(list(group), setting):
             index = load_index(shard, fingerprint, data.prompt)
             rows.append(index.plan_rows())
+            refused += len(index.refused)
             shards.append(Shard(shard, len(index.rows), index.header.digest, index.header.shard_size))
-        parts.append(Part(np.concatenate(rows), shards))
+        parts.append(Part(np.concatenate(rows), shards, refused))
     if not parts:
         expand_shards([], setting)
     dataset = Dataset(parts, data, fingerprint, open_shards)

@@ -6,14 +6,15 @@ Each lane of the plan gives one pack per step. Data-parallel rank r of D works l
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,8 +62,25 @@ def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def validation_sets(entries: Sequence[str]) -> dict[str, list[str]]:
+    """{name: entries} of the sets of ``data.valid_data``, each with a loss of its own: every manifest, and all shards.
+
+    >>> validation_sets(["a/val.dataset.json", "b/1.tar", "b/val.dataset.json", "b/2.tar"])
+    {'a/val': ['a/val.dataset.json'], 'shards': ['b/1.tar', 'b/2.tar'], 'b/val': ['b/val.dataset.json']}
+    """
+    paths = [entry.removesuffix(".json").removesuffix(".dataset") for entry in entries]
+    depth, sets = 1, dict[str, list[str]]()
+    names = ["/".join(path.split("/")[-depth:]) for path in paths]
+    while len(set(names)) < len(set(paths)) and depth < max(path.count("/") + 1 for path in paths):
+        depth += 1
+        names = ["/".join(path.split("/")[-depth:]) for path in paths]
+    for entry, name in zip(entries, names, strict=True):
+        sets.setdefault(name if entry.endswith(".json") else "shards", []).append(entry)
+    return sets
+
+
 def open_split(config: RunConfig, split: str, fingerprint: str, open_shards: int = 256) -> list[Dataset]:
-    """The sources of ``split`` ("train" or "valid"): one for all entries, or with weights one per entry.
+    """The sources of ``split``: of "train" one for all entries, or with weights one per entry; of "valid" one per set.
 
     Raises:
         ValueError: data that cannot be found or used.
@@ -70,8 +88,10 @@ def open_split(config: RunConfig, split: str, fingerprint: str, open_shards: int
     data, setting = config.data, f"data.{split}_data"
     entries = data.train_data if split == "train" else data.valid_data
     apart = split == "train" and (data.train_weights or data.train_epochs)
+    groups: list[Sequence[str]] = [[entry] for entry in entries] if apart else [entries]
+    if split == "valid" and entries:
+        groups = list(validation_sets(entries).values())
     try:
-        groups = [[entry] for entry in entries] if apart else [entries]
         return [open_dataset(group, data, fingerprint, setting, open_shards) for group in groups]
     except NothingFound as error:
         if len(entries) == 1:
@@ -99,6 +119,15 @@ def build_plan(config: RunConfig, split: str, datasets: list[Dataset]) -> Plan:
         shuffle=train,
         epochs=None if train else 1,
     )
+
+
+class ValidationSet(NamedTuple):
+    """A set of ``data.valid_data``, and how much of it one validation uses."""
+
+    name: str
+    size: int  # samples
+    steps: int  # global batches of one validation
+    samples: int  # of these batches
 
 
 class Prefetcher(Iterator[PackedBatch]):
@@ -168,7 +197,7 @@ class Loader:
 
     Args:
         config: the run's configuration.
-        split: "train" (endless, shuffled) or "valid" (one pass in order, the same every time).
+        split: "train" (endless, shuffled) or "valid" (one pass in order over each set, the same every time).
         data_parallel_rank, data_parallel_size: they select this rank's lanes.
         share: the part of each micro-batch that this rank reads, and the group that exchanges the parts.
     """
@@ -216,6 +245,7 @@ class Loader:
             device,
         )
         self.plan = build_plan(config, split, self.datasets)
+        self.sets = self._validation_sets() if split == "valid" else []
         self.step = 0
         self.skipped: list[list[int]] = []  # [first, last] steps skipped on purpose
         self.waited = 0.0  # seconds that steps waited for data, since it was last set to 0
@@ -227,8 +257,19 @@ class Loader:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def _validation_sets(self) -> list[ValidationSet]:
+        most, sets = self.config.log.eval_iters, []
+        names = validation_sets(self.config.data.valid_data)
+        for name, dataset in zip(names, self.datasets, strict=True):
+            plan, steps, samples = build_plan(self.config, "valid", [dataset]), 0, 0
+            # All lanes, because the ranks must agree on the number of steps.
+            while (not most or steps < most) and any(packs := [plan.next_pack(i) for i in range(plan.lanes)]):
+                steps, samples = steps + 1, samples + sum(map(len, packs))
+            sets.append(ValidationSet(name, len(dataset), most or steps, samples))
+        return sets
+
     def __iter__(self) -> Prefetcher:
-        """Micro-batches: "train" never ends, "valid" gives at most ``log.eval_iters`` global batches."""
+        """Micro-batches: "train" never ends, "valid" gives the steps of each of ``sets`` in turn."""
         for ahead in self._prefetchers:
             ahead.close()
             if self.split == "train":
@@ -244,18 +285,27 @@ class Loader:
             self.step, self._consumed, (self._quarantined, self.truncated) = cursor
 
     def _micro_batches(self) -> Iterator[tuple[PackedBatch, _Cursor]]:
-        train = self.split == "train"
-        plan = self.plan if train else build_plan(self.config, self.split, self.datasets)
-        size, step = self.config.train.micro_batch_size, self.step if train else 0
-        while train or step < self.config.log.eval_iters:
-            packs = [plan.next_pack(lane) for lane in self.lanes]
-            cursor = plan.state_dict(self.lanes)
-            step += 1
+        size = self.config.train.micro_batch_size
+        for step, packs, cursor in self._training_steps() if self.split == "train" else self._validation_steps():
             for start in range(0, len(packs), size):
                 last = start + size >= len(packs)
                 batch = self.assemble(packs[start : start + size], step)
                 counts = self.quarantine.total, self.samples.truncated
                 yield batch, (step, cursor, counts) if last else None
+
+    def _training_steps(self) -> Iterator[tuple[int, list[list[int]], dict[str, Any]]]:
+        for step in itertools.count(self.step + 1):
+            packs = [self.plan.next_pack(lane) for lane in self.lanes]
+            yield step, packs, self.plan.state_dict(self.lanes)
+
+    def _validation_steps(self) -> Iterator[tuple[int, list[list[int]], dict[str, Any]]]:
+        step, first = 0, 0  # step of the validation; first sample of the set
+        for of_set, dataset in zip(self.sets, self.datasets, strict=True):
+            plan = build_plan(self.config, "valid", [dataset])
+            for _ in range(of_set.steps):
+                step += 1
+                yield step, [[first + i for i in plan.next_pack(lane)] for lane in self.lanes], {}
+            first += len(dataset)
 
     def assemble(self, packs: list[list[int]], step: int) -> PackedBatch:
         """One micro-batch of the given packs. A collective over the ranks that share it."""

@@ -181,6 +181,7 @@ class Part:
 
     plan: np.ndarray  # PLAN_ROW [samples], memory-mapped or in memory
     shards: list[Shard]
+    refused: int = 0  # samples that indexing refused
 
 
 def read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache_dir: str) -> Part:
@@ -194,13 +195,14 @@ def read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache_
             for s in tree["shards"]
         ]
         origin, plan_sha256 = (tree["tokenizer"], tree["prompt"]), str(tree["plan_sha256"])
+        refused = sum(tree.get("refused", {}).values())
         if any(shard.samples < 0 for shard in shards) or sum(shard.samples for shard in shards) != samples:
             raise ValueError("its shards' samples do not add up")
     except FileNotFoundError:
         raise NothingFound(f"{setting}: {path}: no such manifest. tools/prepare_data.py writes it.") from None
     except OSError as error:
         raise ValueError(f"{setting}: {path} cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{setting}: {path} is not a manifest of tools/prepare_data.py ({error!r})") from error
     remedy = "Run tools/prepare_data.py again"
     if found != MANIFEST_FORMAT:
@@ -218,7 +220,7 @@ def read_manifest(path: str, fingerprint: str, prompt: str, setting: str, cache_
     # Checking a larger file takes minutes; instead each shard's part is compared when the shard is opened.
     if rows.nbytes <= _CHECKED_PLAN_BYTES and hashlib.sha256(rows.tobytes()).hexdigest() != plan_sha256:
         raise ValueError(f"{setting}: {plan}: checksum differs from the manifest's. {remedy}.")
-    return Part(rows, shards)
+    return Part(rows, shards, refused)
 
 
 def _download_plan(url: str, sha256: str, cache_dir: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from genlip_megatron import storage
+from genlip_megatron.data.image import IMAGE_SUFFIXES
 from genlip_megatron.storage import is_remote
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
@@ -125,6 +126,14 @@ def _beside(path: str) -> str:
     return "; ".join(hints)
 
 
+def _unpacked(folder: str) -> str:
+    """A hint about images that lie in a local folder and are not packed into shards."""
+    if is_remote(folder) or not os.path.isdir(folder):
+        return ""
+    images = sum(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in os.listdir(folder))
+    return f"{images} images are in it: pack them with tools/make_shards.py {folder} --output SHARDS" if images else ""
+
+
 def _files(part: str, matches: list[str]) -> tuple[list[str], int]:
     """(the shards among the matches of a part: its files, or if there are none, the shards in its folders; how many
     shards lie in folders that a glob matches beside the files that are used).
@@ -187,6 +196,7 @@ def expand_shards(patterns: Sequence[str], setting: str, check_files: bool = Tru
             if not is_remote(part) and (os.path.isdir(part) or (not found and glob.has_magic(part))):
                 beside = _beside(part)
             if not found:
+                beside = beside or _unpacked(part)
                 raise NothingFound(f"{setting}: {part!r} matches no .tar file" + (beside and f"; {beside}"))
             if os.environ.get("RANK", "0") == "0":
                 if beside:

@@ -90,6 +90,37 @@ def column_names(path: str) -> list[str]:
         return list(names)
 
 
+def plain_columns(path: str) -> list[str]:
+    """Columns of short values (text, numbers, truth values) of a .parquet, .arrow or .feather; [] for text tables.
+
+    Raises:
+        ValueError: the table cannot be read.
+    """
+    if table_suffix(path) in TEXT_SUFFIXES:
+        return []
+    import pyarrow.types
+
+    names = ("is_string", "is_large_string", "is_integer", "is_floating", "is_boolean")
+    tests = [getattr(pyarrow.types, name) for name in names]
+    with _naming(path, [0]):
+        return [field.name for field in _schema(path) if any(test(field.type) for test in tests)]
+
+
+def _schema(path: str) -> Any:
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if table_suffix(path) == ".parquet":
+        return pyarrow.parquet.read_schema(path)
+    source = pyarrow.memory_map(path)
+    try:
+        return pyarrow.ipc.open_file(source).schema
+    except pyarrow.ArrowInvalid:  # Hugging Face data sets are cached as streams
+        source.seek(0)
+        return pyarrow.ipc.open_stream(source).schema
+
+
 def table_rows(path: str, image_column: str, columns: Sequence[str]) -> Iterator[tuple[Where, Cells | str]]:
     """(its place, its cells or the error) of every row, in order.
 

@@ -9,8 +9,9 @@ launcher's process.
 With ``torchrun --nnodes 1:2`` a host may join. torchrun then ends the workers by SIGTERM, as for a stop, and starts
 them again on more hosts. So the file also has the number of hosts, and a stop by fewer hosts does not end the launch.
 
-torchrun ends with a summary. It shows the text that a worker wrote to ``TORCHELASTIC_ERROR_FILE``, or advice on
-tracebacks if there is none. ``tell_torchrun`` writes one line there.
+torchrun ends with a traceback and a summary. The summary shows the text that a worker wrote to
+``TORCHELASTIC_ERROR_FILE``, or advice on tracebacks if there is none. ``tell_torchrun`` writes one line there, and has
+it printed once more as the last line.
 
 This module imports no torch.
 """
@@ -22,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -43,6 +45,12 @@ FINAL = (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_DATA_FAILURE, EXIT_BAD_NUMBERS)
 FINAL_EXIT = "final_exit"
 _MARK = re.compile(r"\d+ |$")
 _PROG = "pretrain_genlip.py"
+# A launcher whose parent reads this shell's output before it reaps the launcher stays a zombie (Z).
+_WAIT_AND_SAY = """
+while state=$(sed -n 's/^State:.//p' "/proc/$1/status" 2>/dev/null) && [ -n "$state" ] && [ "${state#Z}" = "$state" ]
+do sleep 0.05; done
+echo "ended: $2" >&2
+"""
 _reason = ""  # the reason that torchrun's summary gives for this worker's end
 
 
@@ -76,6 +84,24 @@ def tell_torchrun(reason: str, first: bool = True) -> None:
     content = json.dumps({"message": {"message": message, "extraInfo": {"timestamp": when}}})
     with contextlib.suppress(OSError):  # torchrun crashes on a partial file
         atomic_write.write(file, content, sync=False)
+    if first:
+        _say_last(reason.removeprefix(f"{_PROG}: error: "))
+
+
+def _say_last(reason: str) -> None:
+    """Print ``reason`` once more when torchrun has ended, below its traceback; one worker of the machine does it.
+
+    torchrun cannot be told to print less, so a small shell waits for its end.
+    """
+    launcher, said = os.getppid(), Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2] / "said_last"
+    try:
+        if not re.search(rb"torchrun|torch\.distributed\.run", Path(f"/proc/{launcher}/cmdline").read_bytes()):
+            return  # another launcher, which may live on
+        said.touch(exist_ok=False)
+        command = ["sh", "-c", _WAIT_AND_SAY, "sh", str(launcher), reason]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError:
+        pass  # the reason stands above the traceback too
 
 
 def say_error(text: str, first: bool) -> None:

@@ -32,6 +32,21 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
+def world_size() -> int:
+    """Number of processes that the launcher started, before they have joined.
+
+    Raises:
+        ValueError: WORLD_SIZE is left over in the environment, without a launcher.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE = {count}: is set in the environment, but no launcher started this process. Run unset "
+            "WORLD_SIZE RANK LOCAL_RANK for one process, or start several with torchrun"
+        )
+    return count
+
+
 def initialize(config: RunConfig) -> None:
     """Join the run's processes and create Megatron-Core's groups.
 

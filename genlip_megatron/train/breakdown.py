@@ -165,15 +165,18 @@ def over_ranks(seconds: list[float], device: torch.device) -> tuple[list[float],
 
 
 def describe(mean: list[float], longest: list[float]) -> str:
-    """A log line in milliseconds; the longest of any rank is in brackets if it differs from the mean.
+    """A log line in milliseconds, without parts that round to 0.
+
+    Where a rank is furthest above the mean, and a quarter at least, its time is in brackets.
 
     >>> describe([0, 0.001, 0.04, 0.08, 0, 0.002, 0.005, 0.001], [0, 0.001, 0.05, 0.08, 0, 0.002, 0.005, 0.001])
-    'step parts, ms: data wait 0 | to device 1 | forward 40 [50] | backward 80 | reduce 2 | optimizer 5 | other 1'
+    'step parts, ms: to device 1 | forward 40 [50] | backward 80 | reduce 2 | optimizer 5 | other 1'
     """
-    shown = []
+    shown, furthest = [], max(most - average for average, most in zip(mean, longest, strict=True))
     for part, average, most in zip(PARTS, (1000 * x for x in mean), (1000 * x for x in longest), strict=True):
-        if part == "pipeline" and not most:
+        if f"{most:.0f}" == "0":
             continue
-        bracket = f" [{most:.0f}]" if f"{most:.0f}" != f"{average:.0f}" else ""
+        slow = most >= 1.25 * average and most - average >= 1000 * furthest * (1 - 1e-9)
+        bracket = f" [{most:.0f}]" if slow else ""
         shown.append(f"{part} {average:.0f}{bracket}")
     return "step parts, ms: " + " | ".join(shown)

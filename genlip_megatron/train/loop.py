@@ -14,10 +14,10 @@ from genlip_megatron.device import current_device
 from genlip_megatron.faults.exits import EXIT_NOT_SAVED, EXIT_PREEMPTED, LeaveRun, mark_final, say_error, tell_torchrun
 from genlip_megatron.faults.stop import StopRequest, describe_votes, warn_if_killed_before_saving
 from genlip_megatron.faults.watchdog import Watchdog
-from genlip_megatron.log import log
+from genlip_megatron.log import live, log
 from genlip_megatron.train.oom import FIRST_STEPS, out_of_memory
-from genlip_megatron.train.report import Tally, report
-from genlip_megatron.train.resume import check_weights, finish_saves, save
+from genlip_megatron.train.report import Tally, bar, report
+from genlip_megatron.train.resume import among_best, check_weights, finish_saves, save
 from genlip_megatron.train.rollback import roll_back
 from genlip_megatron.train.setup import set_up
 from genlip_megatron.train.state import Run
@@ -89,6 +89,7 @@ def train_steps(run: Run, stop: StopRequest) -> int:
             warn_if_killed_before_saving(time.monotonic() - began)
         run.watchdog.beat()
         tally.add(outcome)
+        live(bar(run.iteration, config.train.train_iters, tally))
         stopping = any(outcome.stop)
         if outcome.roll_back and not stopping:
             before = run.iteration
@@ -109,6 +110,9 @@ def train_steps(run: Run, stop: StopRequest) -> int:
             report(run, tally)
             if validating and not stopping:
                 validate(run)
+                if not saving and among_best(run):
+                    saving = True
+                    check_weights(run, saving)
             if saving and run.iteration != last_save:
                 run.watchdog.beat()
                 save_ok = save(run, last=at_end)
@@ -119,7 +123,8 @@ def train_steps(run: Run, stop: StopRequest) -> int:
             break
     if stopping:
         text = f"stop requested by {describe_votes(outcome.stop)}: leaving after step {run.iteration}"
-        text += "; nothing is saved, because checkpoint.save is not set" if run.saver is None else ""
+        saved = "the same command resumes" if run.saver else "nothing is saved, because checkpoint.save is not set"
+        text += f"; {saved}"
         log(text)
         tell_torchrun(text)
     save_ok = finish_saves(run) and save_ok

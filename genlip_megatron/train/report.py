@@ -10,6 +10,8 @@ import psutil
 import torch
 from megatron.core import parallel_state
 
+from genlip_megatron.config import RunConfig, source_epochs
+from genlip_megatron.data.loader import Loader
 from genlip_megatron.device import current_device
 from genlip_megatron.log import log
 from genlip_megatron.model.flops import COUNTS, HOPPER_TFLOPS, training_flops
@@ -66,6 +68,8 @@ def report(run: Run, tally: Tally) -> None:
         "tokens-per-second": by_name["tokens"] / elapsed,
         "pack-fill": by_name["tokens"] / by_name["slots"],
         "consumed-samples": float(run.consumed_samples),
+        "consumed-tokens": float(run.consumed_tokens),
+        "epoch": run.consumed_samples / epoch_samples(run.config, run.train_loader),
         "mem-allocated-gib": _memory() / 2**30,
         "data-wait": waited / tally.steps,
         "quarantined-samples": float(quarantined),
@@ -76,8 +80,11 @@ def report(run: Run, tally: Tally) -> None:
     if torch.cuda.is_available():
         values["mfu"] = tflops / HOPPER_TFLOPS
     parts, longest = over_ranks(run.breakdown.take(), device)
-    log(_progress_line(run, values))
+    log(progress_line(run.iteration, run.config.train.train_iters, values))
     log(describe(parts, longest))
+    if (counted := counters(values)) != run.counted or run.iteration == run.config.train.train_iters:
+        log(totals_line(values))
+        run.counted = counted
     if run.config.log.timing_log_level:
         log(run.timers.get_all_timers_string(_TIMERS, normalizer=tally.steps))
     if run.writer is not None:
@@ -85,6 +92,14 @@ def report(run: Run, tally: Tally) -> None:
         run.writer.scalars({**values, **by_part}, run.iteration)
     run.quarantined, found = quarantined, quarantined - run.quarantined
     run.bad_share.add(int(by_name["samples"]), found)
+
+
+def epoch_samples(config: RunConfig, loader: Loader | None) -> float:
+    """Samples of one epoch of the training data; with ``data.train_epochs`` of the mixture."""
+    assert loader is not None
+    sizes = [len(dataset) for dataset in loader.datasets]
+    repeats = source_epochs(config.data) or [1.0] * len(sizes)
+    return sum(size * times for size, times in zip(sizes, repeats, strict=True))
 
 
 def _loader_totals(run: Run, device: torch.device) -> tuple[int, int, float]:
@@ -107,18 +122,58 @@ def _memory() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-def _progress_line(run: Run, values: dict[str, float]) -> str:
-    train_iters = run.config.train.train_iters
-    left = int((train_iters - run.iteration) * values["iteration-time"])
-    mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
+def progress_line(iteration: int, train_iters: int, values: dict[str, float]) -> str:
+    """What a person reads every minute, in less than 120 columns.
+
+    >>> values = {"epoch": 1.32, "lm loss": 0.6434, "learning-rate": 1.99e-3, "grad-norm": 0.302}
+    >>> line = progress_line(60, 480, values | {"iteration-time": 2.9282, "tokens-per-second": 2798.4})
+    >>> line.split(" | lr ")[0]
+    'iteration 60/480 | epoch 1.32 | lm loss 0.6434'
+    >>> line.split(" | lr ")[1]
+    '1.99e-03 | grad norm 0.302 | 2928 ms | tokens/s 2798 | left 0:20:29'
+    """
+    step = values["iteration-time"]
+    left = int((train_iters - iteration) * step)
+    hours, minutes, seconds = left // 3600, left % 3600 // 60, left % 60
+    speed = f"MFU {100 * values['mfu']:.1f}%" if "mfu" in values else f"tokens/s {values['tokens-per-second']:.0f}"
     return (
-        f"iteration {run.iteration:>7}/{train_iters} | samples {run.consumed_samples} | "
-        f"tokens {run.consumed_tokens} | lm loss {values['lm loss']:.4f} | "
-        f"learning rate {values['learning-rate']:.3e} | grad norm {values['grad-norm']:.3f} | "
-        f"step {1000 * values['iteration-time']:.0f} ms | tokens/s {values['tokens-per-second']:.0f} | "
-        f"TFLOP/s {values['throughput']:.3f} | MFU {mfu} | pack fill {100 * values['pack-fill']:.1f}% | "
-        f"data wait {1000 * values['data-wait']:.0f} ms | quarantined {values['quarantined-samples']:.0f} | "
-        f"truncated {values['truncated-captions']:.0f} | skipped {values['skipped-steps']:.0f} | "
-        f"spikes {values['spikes']:.0f} | memory {values['mem-allocated-gib']:.1f} GiB | "
-        f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+        f"iteration {iteration}/{train_iters} | epoch {values['epoch']:.2f} | lm loss {values['lm loss']:.4f} | "
+        f"lr {values['learning-rate']:.2e} | grad norm {values['grad-norm']:.3f} | "
+        + (f"{1000 * step:.0f} ms" if step < 10 else f"{step:.1f} s")
+        + f" | {speed} | "
+        + (f"left {hours}:{minutes:02d}:{seconds:02d}" if hours < 10 else f"left {hours} h")
+    )
+
+
+def bar(iteration: int, train_iters: int, tally: Tally) -> str:
+    """The steps done, for the last line of a terminal.
+
+    >>> bar(120, 480, Tally(steps=2, loss_sum=6, loss_count=4, begin=time.monotonic() - 5))
+    'iteration 120/480 [#######.....................] 25% | lm loss 1.5000 | 2.5 s a step'
+    """
+    done = 28 * iteration // train_iters
+    loss = tally.loss_sum / tally.loss_count if tally.loss_count else math.nan
+    return (
+        f"iteration {iteration}/{train_iters} [{'#' * done}{'.' * (28 - done)}] {100 * iteration // train_iters}% | "
+        f"lm loss {loss:.4f} | {(time.monotonic() - tally.begin) / tally.steps:.2g} s a step"
+    )
+
+
+def counters(values: dict[str, float]) -> dict[str, int]:
+    """Counters of what went wrong so far, without those that are 0."""
+    names = {
+        "quarantined": "quarantined-samples",
+        "truncated": "truncated-captions",
+        "skipped": "skipped-steps",
+        "spikes": "spikes",
+    }
+    return {name: int(values[tag]) for name, tag in names.items() if values[tag]}
+
+
+def totals_line(values: dict[str, float]) -> str:
+    """Totals of the run, logged in the first and last report of a launch and when a counter changes."""
+    return (
+        f"samples {values['consumed-samples']:.0f} | tokens {values['consumed-tokens']:.0f} | "
+        f"pack fill {100 * values['pack-fill']:.1f}% | memory {values['mem-allocated-gib']:.1f} GiB"
+        + "".join(f" | {name} {count}" for name, count in counters(values).items())
     )

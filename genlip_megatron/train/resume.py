@@ -52,13 +52,16 @@ def load(run: Run) -> None:
         if moved := _set_aside(run):
             log("WARNING: later checkpoints, which this run does not continue, are now " + ", ".join(map(str, moved)))
         return
-    if not options.load:
+    # The command of a run, with --eval-only added, validates that run.
+    source = options.load or (options.save if run.config.log.eval_only else "")
+    if not source:
         return
-    found = loading.find(options.load, whole, log)
+    found = loading.find(source, whole, log)
     if found is None:
-        if options.load != options.save:
+        if options.load != options.save or run.config.log.eval_only:
             raise ValueError(
-                f"checkpoint.load = {options.load}: no folder iter_NNNNNNN in it. Name a folder with a checkpoint"
+                f"checkpoint.{'load' if options.load else 'save'} = {source}: no folder iter_NNNNNNN in it. Name a "
+                "folder with a checkpoint"
             )
         log(f"no checkpoint in {options.load} yet: starting a new run")
     elif options.finetune or run.config.log.eval_only:
@@ -180,6 +183,12 @@ def check_weights(run: Run, saving: bool) -> None:
         ),
         run.iteration,
     )
+
+
+def among_best(run: Run) -> bool:
+    """Whether ``checkpoint.keep_best`` would keep a checkpoint of the step that was just validated. A collective."""
+    step, loss = run.validated
+    return run.saver is not None and step == run.iteration and run.saver.among_best(loss)
 
 
 def save(run: Run, last: bool = False) -> bool:

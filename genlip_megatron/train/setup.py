@@ -18,6 +18,7 @@ from genlip_megatron.checkpoint.saving import check_free_space
 from genlip_megatron.config import RunConfig
 from genlip_megatron.config.checks import check
 from genlip_megatron.data.loader import Loader
+from genlip_megatron.data.overlap import shared_images
 from genlip_megatron.data.presence import absent
 from genlip_megatron.data.quarantine import BadShare
 from genlip_megatron.data.read_assignment import ReadAssignment
@@ -39,6 +40,7 @@ from genlip_megatron.train.optimizer import build_optimizer, build_scheduler
 from genlip_megatron.train.profile import Profiler
 from genlip_megatron.train.resume import load, make_saver
 from genlip_megatron.train.state import Run
+from genlip_megatron.train.summary import data_lines, machine_line, start_line, write_config
 from genlip_megatron.train.verdict import Verdicts
 from genlip_megatron.train.writer import Writer
 
@@ -55,12 +57,16 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
         ValueError: a setting or a file is wrong.
     """
     watchdog = watchdog or Watchdog(0)
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, groups.world_size())
     groups.initialize(config)
     watchdog.meet()
     watchdog.beat()
     log(check_machine(config))
     warn_of_few_cores()
+    if config.log.eval_only and config.checkpoint.save:
+        log("--eval-only writes nothing to checkpoint.save")
+    if note := untested_torch(torch.__version__):
+        log(f"WARNING: {note}")
     if config.train.check_memory and not config.log.eval_only:
         check_fits(config, torch.distributed.get_world_size(), memory_of_a_rank(), current_device().type)
     # Cheap checks come first: the log, then the data.
@@ -69,6 +75,9 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     train_loader = None if config.log.eval_only else Loader(config, "train", *data_parallel, read_assignment(config))
     valid_loader = Loader(config, "valid", *data_parallel, read_assignment(config)) if config.data.valid_data else None
     check_shards({"train": train_loader, "valid": valid_loader})
+    if torch.distributed.get_rank() == 0:
+        log("\n".join([*data_lines(config, train_loader, valid_loader), machine_line(config)]))
+    warn_of_shared_images(train_loader, valid_loader)
     watchdog.beat()
     run = build_run(config)
     run.watchdog = watchdog
@@ -77,6 +86,9 @@ def set_up(config: RunConfig, watchdog: Watchdog | None = None) -> Run:
     watchdog.beat()
     load(run)
     if train_loader is not None:
+        if run.iteration == 0:
+            log(start_line(config))
+        write_config(config)
         run.bad_share, run.quarantined = BadShare(config.data.max_bad_share), sum(train_loader.quarantined)
     watchdog.beat()
     writer.begin(run.iteration)
@@ -92,6 +104,18 @@ def warn_of_few_cores() -> None:
             f"warning: {cores} of {os.cpu_count()} CPU cores for {ranks} ranks: data will be decoded slowly. With "
             "SLURM launch by srun --cpu-bind=none --cpus-per-task=$SLURM_CPUS_ON_NODE, as examples/slurm_run.sh does"
         )
+
+
+def untested_torch(version: str) -> str:
+    """A line about a torch that setup.py does not allow; "" for others.
+
+    >>> untested_torch("2.13.0+cpu"), untested_torch("2.10.1")
+    ('', 'torch 2.10.1: tested with 2.11 to 2.13. Run pip install -e . in the checkout to get one of them')
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (2, 11) <= (major, minor) < (2, 14):
+        return ""
+    return f"torch {version}: tested with 2.11 to 2.13. Run pip install -e . in the checkout to get one of them"
 
 
 def memory_of_a_rank() -> float:
@@ -142,6 +166,14 @@ def check_shards(loaders: dict[str, Loader | None]) -> None:
         fault = next(filter(None, faults), "")
     if fault := next(filter(None, gather(fault)), ""):
         raise ValueError(fault)
+
+
+def warn_of_shared_images(train: Loader | None, valid: Loader | None) -> None:
+    """Say on rank 0 if validation images are also training images."""
+    if train is None or valid is None or torch.distributed.get_rank():
+        return
+    if shared := shared_images(train.datasets, valid.datasets):
+        log(f"WARNING: {shared}")
 
 
 def build_run(config: RunConfig) -> Run:

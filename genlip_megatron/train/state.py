@@ -38,6 +38,7 @@ class Run:
         iteration: steps done.
         consumed_samples, consumed_tokens: of the whole run, up to the last report.
         quarantined: bad samples of the whole run, up to the last report.
+        counted: counters of the last report that are not 0; None before the first.
         validated: step and loss of the last validation.
     """
 
@@ -63,6 +64,7 @@ class Run:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     quarantined: int = 0
+    counted: dict[str, int] | None = None
     validated: tuple[int, float] = (-1, 0.0)
 
     def close(self) -> None:

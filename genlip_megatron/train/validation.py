@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
@@ -22,15 +25,29 @@ def validate(run: Run) -> None:
     if run.valid_loader is None:
         return
     run.injector.at("validation", run.iteration)
-    loss = evaluate(run)
+    losses = evaluate_sets(run)
+    loss = mean_loss(losses.values())
     run.validated = (run.iteration, loss)
-    log(f"iteration {run.iteration} | validation loss {loss:.4f}")
+    sets = run.valid_loader.sets
+    by_set = {name: mean_loss([total]) for name, total in losses.items()} if len(sets) > 1 else {}
+    seen, size = sum(of_set.samples for of_set in sets), sum(of_set.size for of_set in sets)
+    parts = [f"iteration {run.iteration}", f"validation loss {loss:.4f}", f"perplexity {perplexity(loss):.4g}"]
+    parts += [f"{name} {of_set:.4f}" for name, of_set in by_set.items()]
+    parts += [f"{seen:,} of {size:,} samples (--eval-iters 0: all)"] if seen < size else []
+    log(" | ".join(parts))
     if run.writer is None:
         return
-    run.writer.scalars({"lm loss validation": loss}, run.iteration)
+    values = {"lm loss validation": loss, "lm loss validation ppl": perplexity(loss)}
+    values |= {f"lm loss validation/{name}": of_set for name, of_set in by_set.items()}
+    run.writer.scalars(values, run.iteration)
     if run.config.log.caption_samples:
         write_captions(run)
         run.watchdog.beat()
+
+
+def perplexity(loss: float) -> float:
+    """Perplexity of an answer token; as in Megatron-LM, losses above 20 count as 20."""
+    return math.exp(min(20.0, loss))
 
 
 def write_captions(run: Run) -> None:
@@ -47,23 +64,39 @@ def write_captions(run: Run) -> None:
 
 
 def evaluate(run: Run) -> float:
-    """Mean loss of an answer token over ``log.eval_iters`` batches of the validation split. A collective.
+    """Mean loss of an answer token of the validation split. A collective; see ``evaluate_sets``."""
+    return mean_loss(evaluate_sets(run).values())
 
-    Raises:
-        UserError: the batches hold no answer token.
+
+def evaluate_sets(run: Run) -> dict[str, tuple[float, float]]:
+    """{name: (sum of losses, answer tokens)} of each validation set. A collective.
+
+    Each sample of a set counts once, or with ``log.eval_iters`` those of so many global batches of each set.
     """
     assert run.valid_loader is not None
     for chunk in run.model:
         chunk.eval()
-    batches = iter(run.valid_loader)
-    loss = torch.zeros(2, dtype=torch.float64, device=current_device())
+    batches, losses = iter(run.valid_loader), {}
     with torch.no_grad():
-        for _ in range(run.config.log.eval_iters):
-            loss += forward_backward(run, batches, forward_only=True)
-            run.watchdog.beat()
+        for of_set in run.valid_loader.sets:
+            loss = torch.zeros(2, dtype=torch.float64, device=current_device())
+            for _ in range(of_set.steps):
+                loss += forward_backward(run, batches, forward_only=True)
+                run.watchdog.beat()
+            total, tokens = sum_over_ranks(loss).tolist()
+            losses[of_set.name] = (total, tokens)
     for chunk in run.model:
         chunk.train()
-    total, tokens = sum_over_ranks(loss).tolist()
+    return losses
+
+
+def mean_loss(losses: Iterable[tuple[float, float]]) -> float:
+    """Mean loss of an answer token, from sums of losses with their numbers of answer tokens.
+
+    Raises:
+        UserError: there is no answer token.
+    """
+    total, tokens = map(sum, zip(*losses, strict=True))
     if not tokens:
         raise UserError("data.valid_data holds no answer token: name other validation shards")
     return total / tokens

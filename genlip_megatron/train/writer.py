@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from genlip_megatron import atomic_write
 from genlip_megatron.checkpoint.collectives import from_rank_0
 from genlip_megatron.checkpoint.paths import LATEST
 from genlip_megatron.config import RunConfig
+from genlip_megatron.log import log
 
 WANDB_FILE = "wandb.json"  # in the run's folder: which W&B run it is
 WANDB_STEP = "iteration"
@@ -60,6 +62,7 @@ class Writer:
         self._folder = config.log.tensorboard_dir or (f"{self._save}/tensorboard" if self._save else "")
         self._wandb_file = Path(self._save) / WANDB_FILE if self._save else None
         self._board: Any = None
+        self._lost = False  # whether writing failed
         self._wandb: Any = None
         self._prometheus = config.log.prometheus_file
         self._latest: dict[str, float] = {}  # what the file for Prometheus has
@@ -120,6 +123,9 @@ class Writer:
             self._board = SummaryWriter(self._folder)
             if not self._config.log.eval_only:  # a validation only appends to the log of a run
                 self.rewind(step)
+                # Not at ``step``, where a second resume from there would repeat it.
+                first, text = step + 1 if step else 0, textwrap.indent(self._config.to_yaml(), "    ")
+                self._board.add_text("configuration", text, first)
         if self._config.log.wandb_project:
             with self._wandb_errors():
                 self._wandb = self._open_wandb()
@@ -167,12 +173,28 @@ class Writer:
         for _ in range(2):
             self._board.file_writer.add_event(start)
 
+    def _on_board(self, write: Callable[[Any], None]) -> None:
+        """Write to TensorBoard. What a full disk loses is lost; the next values go to a new file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self._lost:
+                self._board, self._lost = SummaryWriter(self._folder), False
+            if self._board is not None:
+                write(self._board)
+                self._board.flush()
+        except OSError as error:
+            log(f"WARNING: {self._folder}: {error.strerror}: TensorBoard lacks these values; training continues")
+            self._board, self._lost = None, True
+
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write a step's values by name."""
-        if self._board is not None:
+
+        def write(board: Any) -> None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+                board.add_scalar(name, value, step)
+
+        self._on_board(write)
         if self._wandb is not None:
             self._wandb.log({**values, WANDB_STEP: step})
         if self._prometheus and self._active:
@@ -189,13 +211,20 @@ class Writer:
 
     def caption(self, number: int, image: Tensor, text: str, step: int) -> None:
         """Write a validation image, uint8 [3, height, width], with its generated and true captions."""
-        if self._board is not None:
-            self._board.add_image(f"validation/{number}", image, step)
-            self._board.add_text(f"validation/{number}", text, step)
+
+        def write(board: Any) -> None:
+            board.add_image(f"validation/{number}", image, step)
+            board.add_text(f"validation/{number}", text, step)
+
+        self._on_board(write)
+        if self._wandb is not None:
+            picture = importlib.import_module("wandb").Image(image.permute(1, 2, 0).numpy(), caption=text)
+            self._wandb.log({f"validation/{number}": picture, WANDB_STEP: step})
 
     def close(self) -> None:
         """Flush and close the logs."""
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -9,6 +9,12 @@ import pytest
 from genlip_megatron.config.checks import check
 from genlip_megatron.config.command_line import parse_args
 
+# A start needs a recipe or sizes; these are the defaults.
+SIZES = [
+    "--num-layers=27", "--hidden-size=1152", "--num-attention-heads=16", "--ffn-hidden-size=3072",
+    "--text-hidden-size=1152",
+]  # fmt: skip
+
 SELECTIVE = "--recompute selective --recompute-modules"
 FIRST, LAST = (f"--num-layers-in-{end}-pipeline-stage" for end in ("first", "last"))
 STAGES = "parallel.num_layers_in_first_pipeline_stage = {}, parallel.num_layers_in_last_pipeline_stage = {}: they "
@@ -46,7 +52,10 @@ TRACE = "--save runs/x --profile"
         # Model, schedule and data
         ("--num-attention-heads 5", "model.num_attention_heads = 5: must divide model.hidden_size = 1152. Use one"),
         ("--num-attention-heads 128", "a head has 9 channels, and the rotary embedding needs an even number"),
-        ("--train-iters 10", "train.lr_warmup_iters = 1802: must be below train.train_iters = 10. Lower "),
+        (
+            "--train-iters 10 --lr-warmup-iters 1802",
+            "train.lr_warmup_iters = 1802: must be below train.train_iters = 10. Lower ",
+        ),
         ("--min-lr 1", "train.min_lr = 1.0: is above train.lr = 0.001. Lower --min-lr or raise --lr"),
         ("--max-pixels 256", "data.max_pixels = 256: is below data.min_pixels = 4096. Raise --max-pixels"),
         (
@@ -182,7 +191,7 @@ TRACE = "--save runs/x --profile"
 )
 def test_a_wrong_setting_is_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_args(shlex.split(flags))
+        parse_args([*SIZES, *shlex.split(flags)])
     (line,) = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and all(part in line for part in message.split("…")), line
 
@@ -199,7 +208,7 @@ def test_a_wrong_setting_is_one_line(flags: str, message: str, capsys: pytest.Ca
 )
 def test_layouts_must_fit_the_number_of_processes(world_size: int, flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check(parse_args(flags.split())[0], world_size)
+        check(parse_args([*SIZES, *flags.split()])[0], world_size)
 
 
 @pytest.mark.parametrize(
@@ -224,4 +233,4 @@ def test_layouts_must_fit_the_number_of_processes(world_size: int, flags: str, m
     ],
 )
 def test_settings_that_fit_are_accepted(world_size: int, flags: str) -> None:
-    check(parse_args(flags.split())[0], world_size)
+    check(parse_args([*SIZES, *flags.split()])[0], world_size)

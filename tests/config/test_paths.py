@@ -43,7 +43,7 @@ def test_commas_in_paths_are_kept(text: str, tmp_path: Path, monkeypatch: pytest
     for name in ("a,b.tar", "b.tar", "c.tar", "d,e,f/0.tar", "open{,b.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    config, _ = parse_args(["--train-data", text, "--valid-data", text])
+    config, _ = parse_args(["--config", "demo", "--train-data", text, "--valid-data", text])
     assert list(config.data.train_data) == list(config.data.valid_data) == LISTS[text]
     # YAML lists are not split.
     assert from_dict(yaml.safe_load(config.to_yaml()), "again") == config

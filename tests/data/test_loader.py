@@ -175,6 +175,28 @@ def test_validation_is_one_pass_in_order_and_the_same_every_time(demo_data: Path
     assert sorted(key for keys in first for key in keys) == sorted(loader.samples.key(i) for i in range(len(loader)))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_by_default_validation_takes_the_whole_of_each_set_once(ranks: int, demo_data: Path) -> None:
+    """Two sets, of two manifests; all ranks take equally many micro-batches."""
+    sets = f"{demo_data}/val.dataset.json,{demo_data}/train.dataset.json"
+    flags = {"log__eval_iters": 0, "data__valid_data": sets}
+    loaders = [Loader(tiny_config(demo_data, **flags), "valid", rank, ranks) for rank in range(ranks)]
+    of_sets = loaders[0].sets
+    assert [(one.name, one.size, one.samples) for one in of_sets] == [("val", 24, 24), ("train", 160, 160)]
+    assert all(loader.sets == of_sets for loader in loaders)
+    batches = [list(loader) for loader in loaders]
+    steps = [one.steps for one in of_sets]
+    assert all(len(mine) == sum(steps) * LANES // ranks for mine in batches)
+    first = [key for mine in batches for batch in mine[: steps[0] * LANES // ranks] for key in batch.keys]
+    rest = [key for mine in batches for batch in mine[steps[0] * LANES // ranks :] for key in batch.keys]
+    names = [loaders[0].samples.key(i) for i in range(24 + 160)]
+    assert sorted(first) == sorted(names[:24]) and sorted(rest) == sorted(names[24:])
+    # A step fewer would not hold the set.
+    assert any(
+        batch.keys for mine in batches for batch in mine[(steps[0] - 1) * LANES // ranks : steps[0] * LANES // ranks]
+    )
+
+
 def test_more_ranks_than_samples_is_refused(demo_data: Path) -> None:
     config = tiny_config(demo_data, train__global_batch_size=512)
     with pytest.raises(ValueError, match="160 good samples for 512 data-parallel ranks. Use fewer ranks or more data"):

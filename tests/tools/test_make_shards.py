@@ -57,7 +57,16 @@ def contents(output: Path) -> dict[str, list[tuple[str, bytes]]]:
                 (m.mtime, m.uid, m.gid, m.uname, m.gname, m.pax_headers) == (0, 0, 0, "", "", {}) for m in members
             )
             shards[shard.name] = [(m.name, archive.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
-    return shards
+    return {shard: [(name, without_source(name, body)) for name, body in members] for shard, members in shards.items()}
+
+
+def without_source(name: str, body: bytes) -> bytes:
+    """A record without what the tool added about its source."""
+    tree = json.loads(body) if name.endswith(".json") else None
+    if isinstance(tree, dict) and isinstance(tree.get("source"), dict):
+        del tree["source"]
+        return json.dumps(tree, ensure_ascii=False).encode()
+    return body
 
 
 def refusal(content: bytes) -> str:
@@ -88,13 +97,66 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_split_depends_on_the_images_only_and_keeps_copies_together(tmp_path: Path) -> None:
+    """The same images go to validation whatever the order, the other rows and the captions; no image is in both."""
+    table = [{"image": f"{i % 40}.png", "caption": f"Caption {i}."} for i in range(80)]  # every image twice
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(f"bytes {i}".encode())
+    for name, rows in (("all", table), ("turned", table[::-1]), ("half", table[:30])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for name in ("all", "turned", "half"):
+        done = pack(tmp_path / f"{name}.jsonl", tmp_path / name, "--val-fraction", "0.25", "--samples-per-shard", "7")
+        assert done.returncode == 0, done.stderr
+        for split in ("train", "val"):
+            assert f"'{tmp_path / name}/{split}-*.tar' --tokenizer" in done.stdout
+            shards = [members for shard, members in contents(tmp_path / name).items() if shard.startswith(split)]
+            found[name, split] = [content for members in shards for file, content in members if file.endswith(".png")]
+    for name, rows in (("all", 80), ("turned", 80), ("half", 30)):
+        assert not set(found[name, "train"]) & set(found[name, "val"])
+        assert len(found[name, "train"]) + len(found[name, "val"]) == rows
+    assert set(found["all", "val"]) == set(found["turned", "val"]) > set(found["half", "val"]) > set()
+    assert len(found["all", "val"]) == 2 * len(set(found["all", "val"]))
+
+
+def test_the_source_of_a_sample_travels_with_it(photos: Path, tmp_path: Path) -> None:
+    """The path in a folder; of a table the row, the path, and other columns of text and numbers, from any format."""
+    (tmp_path / "p.png").write_bytes(image("PNG"))
+    row = {"image": "p.png", "caption": "A ramp.", "license": "CC0", "score": 0.5, "empty": None, "long": 1001 * "x"}
+    expected = {"path": "p.png", "row": 1, "columns": {"license": "CC0", "score": 0.5}}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    nested = {**row, "image": {"bytes": image("PNG"), "path": None}, "vector": [0.1, 0.2], "raw": b"\xff"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([nested]), tmp_path / "t.parquet")
+    pyarrow.feather.write_feather(pyarrow.Table.from_pylist([nested]), tmp_path / "t.feather")
+    for source in ("t.jsonl", "t.parquet", "t.feather", "photos"):
+        done = pack(tmp_path / source, tmp_path / f"out {source}", "--samples-per-shard", "9")
+        assert done.returncode == 0, done.stderr
+        with tarfile.open(tmp_path / f"out {source}" / "train-00000.tar") as archive:
+            records = [json.load(archive.extractfile(m)) for m in archive if m.name.endswith(".json")]  # type: ignore[arg-type]
+        if source == "photos":
+            places = [{"path": name} for name in ("b/1.jpg", "b/2.webp", "b-.jpg", "c.png")]
+            assert [one["source"] for one in records] == ["own", *places]  # the first caption file says one itself
+            continue
+        (record,) = records
+        if source != "t.jsonl":
+            del record["source"]["row"]
+            assert record["source"] == {"columns": expected["columns"]}
+        else:
+            assert record == {"caption": "A ramp.", "source": expected}
+
+
+def test_a_split_that_stays_empty_is_an_error(photos: Path, tmp_path: Path) -> None:
+    done = pack(photos, tmp_path / "out", "--val-fraction", "0.001", "--prefix", "own")
+    assert done.returncode == 1 and "--val-fraction 0.001: no sample went to val-own-*.tar" in done.stderr
+
+
 def test_a_folder_is_packed_in_sorted_order_with_its_own_bytes(photos: Path, tmp_path: Path) -> None:
     (photos / ".hidden.jpg").write_bytes(b"left out")
     done = pack(photos, tmp_path / "out", "--samples-per-shard", "3")
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        "5 samples in 2 shards, 0 skipped; "
-        f"next: python tools/prepare_data.py {tmp_path / 'out'} --tokenizer tokenizer.json\n"
+        "5 samples in 2 shards of train, 0 skipped; next:\n"
+        f"  python tools/prepare_data.py '{tmp_path}/out/train-*.tar' --tokenizer tokenizer.json\n"
     )
     expected = [
         ("a.JPEG", "jpg", {"caption": "A cat.", "source": "own"}),
@@ -214,10 +276,10 @@ def test_rows_that_cannot_be_packed_are_skipped_counted_and_listed(photos: Path,
     listed = [(entry["row"], entry["reason"].split(":")[0]) for entry in skipped(tmp_path / "out")]
     assert listed == [(number, reason) for number, (_, reason) in enumerate(bad, 2)]
     assert "  skipped 3: row is malformed\n" in done.stdout
-    assert f"2 samples in 1 shards, {len(bad)} skipped;" in done.stdout
+    assert f"2 samples in 1 shards of train, {len(bad)} skipped;" in done.stdout
 
     (photos / "t.csv").write_bytes(b"image,caption\nc.png,one, two\nc.png,\xff\nc.png\n\nc.png,x\nc.png,\xff\xfe\xfd\n")
-    assert "1 samples in 1 shards, 4 skipped;" in pack(photos / "t.csv", tmp_path / "csv").stdout
+    assert "1 samples in 1 shards of train, 4 skipped;" in pack(photos / "t.csv", tmp_path / "csv").stdout
     assert [(entry["row"], entry["line"]) for entry in skipped(tmp_path / "csv")] == [(1, 2), (2, 3), (3, 4), (5, 7)]
 
 
@@ -238,7 +300,7 @@ def test_missing_values_are_not_captions(photos: Path) -> None:
     assert [reason for _, reason, _ in bad] == (
         ["caption is missing or empty"] * len(missing) + ["image is missing or empty"] * len(missing)
     )
-    assert reason == "" and members[".json"] == b'{"caption": "Nan bread: none left"}'
+    assert reason == "" and json.loads(members[".json"])["caption"] == "Nan bread: none left"
     for cells in ([None, "None", "nan", " ", "A cow."], [float("nan"), None]):
         table = pyarrow.table({"image": ["c.png"] * len(cells), "caption": pyarrow.array(cells)})
         pyarrow.parquet.write_table(table, photos / "t.parquet")

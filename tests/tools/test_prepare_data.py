@@ -62,6 +62,16 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tar"}
 
 
+def test_shards_of_several_splits_in_one_manifest_are_a_warning(prepare: Any, folder: Path) -> None:
+    assert "WARNING" not in prepare(folder)
+    write_shard(folder / "val-00000.tar", many(3, 100))
+    assert prepare(folder).splitlines()[-1] == (
+        f"WARNING: the shards have 2 prefixes: part (5 shards), val (1), and {folder}/dataset.json lists them all. If "
+        "one is for validation, index each split by its own glob, such as 'shards/train-*.tar'"
+    )
+    assert "WARNING" not in prepare(f"{folder}/val-*.tar")
+
+
 def test_report_manifest_and_quarantine(prepare: Any, folder: Path, demo_data: Path) -> None:
     printed = prepare(folder, "--seq-length", 190)
     assert "5 shards (0 unchanged)" in printed and "30 good samples, 1 refused" in printed

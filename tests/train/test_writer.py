@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -147,6 +148,31 @@ def test_steps_of_a_real_run_are_shown_once(demo_data: Path, tmp_path: Path) -> 
     events = plugin_event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Tensors("lm loss")] == list(range(1, 10))
     assert [event.step for event in events.Tensors("lm loss validation")] == [0, 9]
+
+
+def test_a_full_disk_costs_values_but_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a real file system without space; what comes after some is freed is written again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {made.stderr.strip()}")
+    try:
+        writer = begun(disk / "run", 0)
+        writer.scalars({"lm loss": 1.0}, 1)
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free))
+        for step in range(2, 400):
+            writer.scalars({f"value {i}": 1.0 for i in range(20)}, step)
+        writer.caption(0, torch.zeros(3, 64, 64, dtype=torch.uint8), "text", 400)
+        said = capsys.readouterr().out.splitlines()
+        assert said and all(line.endswith("TensorBoard lacks these values; training continues") for line in said)
+        (disk / "ballast").unlink()
+        writer.scalars({"lm loss": 3.0}, 401)
+        writer.close()
+        events = event_accumulator.EventAccumulator(f"{disk}/run/tensorboard").Reload()
+        assert [(event.step, event.value) for event in events.Scalars("lm loss")] == [(1, 1.0), (401, 3.0)]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def history(folder: Path) -> list[tuple[str, str, list[int]]]:
