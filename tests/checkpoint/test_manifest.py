@@ -80,3 +80,10 @@ def test_another_format_says_what_to_do(place: Path, monkeypatch: pytest.MonkeyP
     (place / manifest.MANIFEST).write_bytes(content)
     with pytest.raises(manifest.Damaged, match="its format is not 1. Load it with the version that wrote it"):
         manifest.read(place)
+
+
+def test_a_copy_of_the_tree_knows_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(manifest.revision().removesuffix("+changes")) in (0, 40)
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "genlip_megatron" / "checkpoint" / "manifest.py"))
+    (tmp_path / "REVISION").write_text("0123+changes\n")
+    assert manifest.revision() == "0123+changes"

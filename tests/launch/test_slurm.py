@@ -36,7 +36,7 @@ STAND_INS = {
         eval "$TRAINING"
     """,
     # Checks and snapshots take seconds with the real one.
-    "python": "exit 0",
+    "python": "[[ $1 = -c && -e $RUN/old_torch ]] && exit 1; exit 0",
 }
 
 
@@ -239,6 +239,21 @@ def test_a_signal_reaches_only_its_job(slurm: Cluster, fault_row: FaultRow) -> N
     }
     assert len(ports) == 2
     fault_row("SLURM: two jobs on a node", "USR1 to one", "the other trains on; own ports")
+
+
+def test_an_old_torch_is_told_by_the_stop_file(slurm: Cluster) -> None:
+    """Its torchrun would kill the workers 30 s after a signal. The job's own stop file is not a person's."""
+    obey = 'mv "$save/stop" "$save/stop.obeyed"; saved 3; exit 1'
+    wait = 'touch "$RUN/waits"; until [ -e "$save/stop" ]; do sleep 0.1; done'
+    training = f"[ $SLURM_RESTART_COUNT ] && exit 0; {wait}; {obey}"
+    (slurm.folder / "old").mkdir()
+    (slurm.folder / "old" / "old_torch").touch()
+    job = slurm.submit("old", training=training)
+    slurm.waits("old")
+    slurm.lab.on("scancel", "--signal=USR1", "--batch", job)
+    assert slurm.ended(job) == ("COMPLETED", 1)
+    assert "steps 0 to 3 | requeued" in slurm.starts("old", job)[0]
+    assert not (slurm.folder / "old" / "stage1" / "stop.obeyed").exists()
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: Cluster, fault_row: FaultRow) -> None:
