@@ -68,8 +68,12 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"no {', '.join(absent)}: apt-get install slurm-wlm munge iproute2"
-    probe = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, text=True)
-    return f"no namespaces: {probe.stderr.strip()}" if probe.returncode else ""
+    network = (
+        "ip netns add probe && ip netns del probe && ip link add b0 type bridge && ip link add v0 type veth peer v1"
+    )
+    words = ["unshare", "--net", "--pid", "--mount", "--fork", "sh", "-c", network]
+    probe = subprocess.run(words, capture_output=True, text=True)
+    return f"no namespaces or bridges: {probe.stderr.strip()}" if probe.returncode else ""
 
 
 def wait_for(what: str, happened: Callable[[], object], seconds: float = _TIMEOUT) -> None:
