@@ -100,8 +100,8 @@ def plain_columns(path: str) -> list[str]:
         return []
     import pyarrow.types
 
-    tests = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_integer)
-    tests += (pyarrow.types.is_floating, pyarrow.types.is_boolean)
+    types = pyarrow.types
+    tests = [types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean]
     with _naming(path, [0]):
         return [field.name for field in _schema(path) if any(test(field.type) for test in tests)]
 

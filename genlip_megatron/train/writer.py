@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from genlip_megatron.log import log
 
 WANDB_FILE = "wandb.json"  # in the run's folder: which W&B run it is
 WANDB_STEP = "iteration"
+_ROOM = 64 << 10  # free bytes for which TensorBoard's log is opened again after the disk was full
 
 
 class Writer:
@@ -147,7 +149,7 @@ class Writer:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            if self._lost:
+            if self._lost and shutil.disk_usage(self._folder).free > _ROOM:
                 self._board, self._lost = SummaryWriter(self._folder), False
             if self._board is not None:
                 write(self._board)
