@@ -143,9 +143,7 @@ def test_a_full_disk_costs_values_but_not_the_run(tmp_path: Path, capsys: pytest
             writer.scalars({f"value {i}": 1.0 for i in range(20)}, step)
         writer.caption(0, torch.zeros(3, 64, 64, dtype=torch.uint8), "text", 400)
         said = capsys.readouterr().out.splitlines()
-        assert len(said) < 5 and all(
-            line.endswith("TensorBoard lacks these values; training continues") for line in said
-        )
+        assert 0 < len(said) < 5 and all(line.endswith("lacks these values; training continues") for line in said)
         (disk / "ballast").unlink()
         writer.scalars({"lm loss": 3.0}, 401)
         writer.close()
