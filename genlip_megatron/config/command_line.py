@@ -199,8 +199,7 @@ def _shortened(config: RunConfig, flags: Mapping[str, Any]) -> dict[str, Any]:
 
     A flag is never cut, because it would not do what its user asked for.
     """
-    steps, warmup = config.train.train_iters, config.train.lr_warmup_iters
-    shorter: dict[str, Any] = {}
+    steps, warmup, shorter = config.train.train_iters, config.train.lr_warmup_iters, dict[str, Any]()
     if "train.train_iters" not in flags or steps < 1:
         return {}
     if warmup >= steps and "train.lr_warmup_iters" not in flags:

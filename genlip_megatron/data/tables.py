@@ -100,8 +100,8 @@ def plain_columns(path: str) -> list[str]:
         return []
     import pyarrow.types
 
-    names = ("is_string", "is_large_string", "is_integer", "is_floating", "is_boolean")
-    tests = [getattr(pyarrow.types, name) for name in names]
+    types = pyarrow.types
+    tests = [types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean]
     with _naming(path, [0]):
         return [field.name for field in _schema(path) if any(test(field.type) for test in tests)]
 

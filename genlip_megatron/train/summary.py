@@ -51,7 +51,8 @@ def machine_line(config: RunConfig) -> str:
 def start_line(config: RunConfig) -> str:
     """What a run that does not resume will do."""
     save = config.checkpoint.save
-    return f"a new run of {config.train.train_iters} steps{f', saved in {save}' if save else '; nothing is saved'}"
+    where = f" into {save}" if save else "; no checkpoints, because checkpoint.save is not set"
+    return f"a new run of {config.train.train_iters} steps{where}"
 
 
 def write_config(config: RunConfig) -> None:

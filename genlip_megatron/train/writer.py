@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import textwrap
 import time
@@ -26,6 +27,7 @@ from genlip_megatron.log import log
 
 WANDB_FILE = "wandb.json"  # in the run's folder: which W&B run it is
 WANDB_STEP = "iteration"
+_ROOM = 64 << 10  # free bytes for which TensorBoard's log is opened again after the disk was full
 
 
 def prometheus_text(values: Mapping[str, float], save: str) -> str:
@@ -178,7 +180,7 @@ class Writer:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            if self._lost:
+            if self._lost and shutil.disk_usage(self._folder).free > _ROOM:
                 self._board, self._lost = SummaryWriter(self._folder), False
             if self._board is not None:
                 write(self._board)

@@ -137,7 +137,7 @@ def test_sentencepiece_round_trip_and_turns(demo_data: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.json", "no such file. Give a tokenizer.json or a SentencePiece .model"),
+        ("none.json", "no such file. Give a tokenizer.json, such as the paper's"),
         ("tokenizer.json", "cannot be read as a tokenizer"),
         ("tokenizer.model", "cannot be read as a tokenizer"),
         ("vocab.txt", r"expected a Hugging Face \.json or a SentencePiece \.model file"),

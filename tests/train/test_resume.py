@@ -112,7 +112,7 @@ def test_checkpoints_do_not_depend_on_fsdp(
     ("flags", "message"),
     [
         ({"data__train_data": "/nowhere/*.tar"}, "data.train_data: '/nowhere/*.tar' matches no .tar file"),
-        ({"data__tokenizer": "/nowhere.model"}, "no such file. Give a tokenizer.json or a SentencePiece .model"),
+        ({"data__tokenizer": "/nowhere.model"}, "no such file. Give a tokenizer.json, such as the paper's"),
         ({"model__vocab_size": 64}, "do not fit model.vocab_size = 64"),
         ({"data__seq_length": 40}, "data.seq_length = 40: an image of"),
         ({"data__prompt": "Describe."}, "was made with another prompt than data.prompt = 'Describe.'"),

@@ -44,7 +44,7 @@ def test_the_head_sums_up_data_machine_and_start(training: Training) -> None:
         assert re.search(rf"^validation data {name}: {size} of {size} samples in \d+ batches$", first, re.M)
     assert re.search(r"^device cpu \| precision float32 \| data-parallel ranks 2$", first, re.M)
     assert "WARNING: 160 of 184 validation images are also training images" in first
-    assert f"a new run of 5 steps, saved in {training.run}" in first and "a new run" not in second
+    assert f"a new run of 5 steps into {training.run}" in first and "a new run" not in second
     assert "train.lr: 0.001 in the checkpoint, 0.002 here" in second or "train.lr" in second
     assert len(first.split("iteration 0 |")[0].splitlines()) < 20
 

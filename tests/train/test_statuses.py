@@ -86,11 +86,11 @@ def test_a_run_that_stopped_on_request_without_a_save_is_not_restarted(
 def validating() -> int:
     """A validation that gets a stop signal while it runs."""
 
-    def evaluate(*_: object) -> float:
+    def evaluate(*_: object) -> dict[str, tuple[float, float]]:
         os.kill(os.getpid(), signal.SIGUSR1)
-        return 0.0
+        return {"val": (0.0, 1.0)}
 
-    validation.evaluate = evaluate  # type: ignore[assignment]
+    validation.evaluate_sets = evaluate  # type: ignore[assignment]
     return _main()
 
 

@@ -150,6 +150,7 @@ def test_steps_of_a_real_run_are_shown_once(demo_data: Path, tmp_path: Path) -> 
     assert [event.step for event in events.Tensors("lm loss validation")] == [0, 9]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 def test_a_full_disk_costs_values_but_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a real file system without space; what comes after some is freed is written again."""
     disk = tmp_path / "disk"
@@ -165,7 +166,7 @@ def test_a_full_disk_costs_values_but_not_the_run(tmp_path: Path, capsys: pytest
             writer.scalars({f"value {i}": 1.0 for i in range(20)}, step)
         writer.caption(0, torch.zeros(3, 64, 64, dtype=torch.uint8), "text", 400)
         said = capsys.readouterr().out.splitlines()
-        assert said and all(line.endswith("TensorBoard lacks these values; training continues") for line in said)
+        assert 0 < len(said) < 5 and all(line.endswith("lacks these values; training continues") for line in said)
         (disk / "ballast").unlink()
         writer.scalars({"lm loss": 3.0}, 401)
         writer.close()
