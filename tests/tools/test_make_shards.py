@@ -65,7 +65,7 @@ def without_source(name: str, body: bytes) -> bytes:
     tree = json.loads(body) if name.endswith(".json") else None
     if isinstance(tree, dict) and isinstance(tree.get("source"), dict):
         del tree["source"]
-        return json.dumps(tree, ensure_ascii=False).encode()
+        return make_shards.to_json(tree)
     return body
 
 
@@ -284,10 +284,11 @@ def test_rows_that_cannot_be_packed_are_skipped_counted_and_listed(photos: Path,
 
 
 def read(source: Path, **settings: str) -> list[tuple[dict[str, Any], str, dict[str, bytes]]]:
-    """(place, reason to skip it, members) of each row of a source, without packing."""
+    """(place, reason to skip it, members without their source) of each row of a source, without packing."""
     unset = dict.fromkeys(("image_root", "image_column", "caption_column", "conversations_column"))
     rows, root = make_shards.open_source(argparse.Namespace(source=str(source), **{**unset, **settings}))
-    return [(row.where, *make_shards.read_row(root, row)) for row in rows]
+    found = [(row.where, *make_shards.read_row(root, row)) for row in rows]
+    return [(at, why, {name: without_source(name, body) for name, body in got.items()}) for at, why, got in found]
 
 
 def test_missing_values_are_not_captions(photos: Path) -> None:
