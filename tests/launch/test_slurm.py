@@ -290,6 +290,7 @@ def test_a_preemption_during_the_start_is_not_counted(slurm: Cluster, partition:
     fault_row("SLURM: preemption", f"before the first step, {grace} grace time", "not counted, requeued")
 
 
+@pytest.mark.long
 def test_an_unfit_node_is_excluded(slurm: Cluster, fault_row: FaultRow) -> None:
     (slurm.folder / "unfit").mkdir()
     smi = slurm.stand_ins / "nvidia-smi"  # one GPU on each node; on n1 another process uses it

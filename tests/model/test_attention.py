@@ -269,6 +269,7 @@ def test_the_gate_survives_offloading_of_the_queries(moved: bool, monkeypatch: p
     monkeypatch.setattr(SelfAttention, "get_query_key_value_tensors", lambda self, x: views)
     attention = object.__new__(GenLIPSelfAttention)
     torch.nn.Module.__init__(attention)
+    attention._gate_rows = 8
     attention.offload_core_attention, attention.checkpoint_core_attention = True, not moved
     *others, gate = attention.get_query_key_value_tensors(torch.randn(4, 1, 16))
     assert all(mine is theirs for mine, theirs in zip(others, views, strict=False)) and torch.equal(gate, views[3])

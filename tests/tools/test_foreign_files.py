@@ -280,5 +280,5 @@ def test_a_foreign_file_named_final_exit_is_kept(tmp_path: Path, monkeypatch: py
     for content in ("", "17 0\n"):
         mark.write_text(content)
         exits.mark_final(tmp_path, exits.EXIT_USER_ERROR)
-        assert mark.read_text().split() == ["2", "1"]
+        assert mark.read_text().split() == ["2", "1", "1"]
     assert [entry.name for entry in tmp_path.iterdir()] == [mark.name]
