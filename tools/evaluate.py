@@ -416,7 +416,7 @@ def beaten(rows: Sequence[str]) -> list[str]:
 
 
 def perplexity(work: Work, run: Path) -> list[str]:
-    """PPL1 and PPL2 of captions through SmolLM2, with the image, with another image, and without an image."""
+    """PPL1 of captions through SmolLM2, with the image, with another image, and without an image."""
     from genlip_megatron.evaluate import real_data
 
     wheels = work.wheels(LLM)
@@ -434,15 +434,14 @@ def perplexity(work: Work, run: Path) -> list[str]:
     work.run(
         "tools/perplexity.py", "--encoder", *encoders, "--size", *sizes, "--llm", llm,
         "--data", work.folder / "captions/stamps-train/captions.csv", "--val",
-        work.folder / "captions/stamps-val/captions.csv", "--batch-size", "8", "--micro-batch-size", "4",
+        work.folder / "captions/stamps-val/captions.csv", "--ppl1-only", "--batch-size", "8", "--micro-batch-size", "4",
         "--max-steps", "1" if work.quick else "24", "--workers", "0", "--output", output,
         done=output / "results.json", python_path=path,
     )  # fmt: skip
     return [
-        f"| captions through SmolLM2, {stage.upper()} with its / another / no image | {_label(name, run)} | "
-        + " / ".join(f"{row[f'{stage}{kind}']:.1f}" for kind in ("", "_shuffled", "_without_image"))
+        f"| captions through SmolLM2, PPL1 with its / another / no image | {_label(name, run)} | "
+        + " / ".join(f"{row[key]:.1f}" for key in ("ppl1", "ppl1_shuffled", "ppl1_without_image"))
         + " |"
-        for stage in ("ppl1", "ppl2")
         for name, row in zip(encoders, _rows(output)["encoders"], strict=True)
     ]
 
