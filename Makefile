@@ -1,7 +1,7 @@
 # make demo: train a small GenLIP from scratch and caption unseen images.
 # make test: the quick CPU tests.  make test-all: all that CI runs.
 # make parity: the same run on every parallel layout, into docs/parity.md.
-# make evaluate: every evaluation on real data and a small GenLIP trained on it; takes more than an hour.
+# make evaluate: every evaluation on real data and a small GenLIP trained on it; takes an hour or more.
 # make docs: the documentation site, into site/.
 # make plugging: tests of exports with transformers 4.40 and 4.57, ONNX and lmms-eval, in separate environments.
 # make faults: kill, hang and corrupt runs in every way the tests know, into docs/reliability.md and docs/launch.md.

@@ -42,6 +42,7 @@ NOT_HERE = {name for name in RULES if name.startswith("parallel.")} | {
     "train.cuda_graph",
     "faults.inject_fault",
     "log.profile",
+    "log.prometheus_file",
     "log.tensorboard_dir",
     "log.wandb_project",
 }
