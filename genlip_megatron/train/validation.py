@@ -71,7 +71,7 @@ def evaluate(run: Run) -> float:
 def evaluate_sets(run: Run) -> dict[str, tuple[float, float]]:
     """{name: (sum of losses, answer tokens)} of each validation set. A collective.
 
-    Each sample of a set counts once, or with ``log.eval_iters`` those of so many global batches of each set.
+    Each sample of a set counts once. ``log.eval_iters`` limits this to its number of global batches of each set.
     """
     assert run.valid_loader is not None
     for chunk in run.model:

@@ -57,14 +57,14 @@ def test_a_node_joins_and_is_lost(
 
     flags = ("--train-iters", "100000", "--save-interval", "2", "--keep-last", "2")
     first = launch("n1", "1:2", "run", *flags)
-    alone = step_on(1, 3)
+    on_one = step_on(1, 3)
     second = launch("n2", "1:2", "run", *flags)
     together = step_on(2, 3)
     lab.kill("n2")
     second.wait()
     lab.boot("n2")
     last = step_on(1, 3)
-    assert alone < together < last and first.poll() is None
+    assert on_one < together < last and first.poll() is None
     (tmp_path / "run" / "stop").touch()
     assert first.wait(60)
     seen = losses(text())
